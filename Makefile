@@ -1,0 +1,42 @@
+# make demo | test | lint | format | clean      (Debian 12 / Ubuntu 24.04, Python >= 3.11)
+PYTHON ?= python3
+VENV   ?= .venv
+# Extra pip options, for example a private index or a CPU-only PyTorch index.
+PIP_ARGS ?=
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PYTEST_ARGS ?= -n 2
+
+.PHONY: demo test lint format clean setup
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+# Re-made only when what is installed would change; the package itself is installed in editable mode.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "nvflare-rdma needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) has no venv module. Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip setuptools wheel
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[test,lint]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python jobs/stdlib_lm/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache demo_workspace

@@ -1,0 +1,1 @@
+"""Tensors to few bits and back, block by block. numpy in, numpy out."""

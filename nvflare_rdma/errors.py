@@ -1,0 +1,50 @@
+"""The package's one exception hierarchy.
+
+Messages name the thing, the value, the reason and the fix. `RdmaError` subclasses also derive from the
+built-in that a caller of FLARE's own component would expect, so that existing ``except ValueError`` code
+keeps working.
+"""
+
+
+class RdmaError(Exception):
+    """Base of every error that nvflare-rdma raises on purpose."""
+
+
+class ConfigError(RdmaError, ValueError):
+    """A setting, URL, argument or job config is wrong. Raised before anything is changed."""
+
+
+class FabricError(RdmaError, OSError):
+    """A fabric (the means of moving bytes) failed: a rail broke, a device or socket call was refused."""
+
+
+class FabricUnavailable(FabricError):
+    """A fabric can't be used here; the message says why and what would make it usable."""
+
+
+class ProtocolError(RdmaError):
+    """The peer broke the channel protocol. The connection is closed; nothing of the message is kept."""
+
+
+class LocalProtocolError(RdmaError, RuntimeError):
+    """This side asked for a transition that the channel's state table does not allow: a bug of the caller."""
+
+
+class TransferError(RdmaError):
+    """One transfer failed (cancelled, timed out, link lost); the connection may live on."""
+
+
+class IntegrityError(TransferError):
+    """A chunk's contents do not match its seal or checksum."""
+
+
+class BudgetError(RdmaError, MemoryError):
+    """A request can't fit in the memory budget, or did not get its share in time."""
+
+
+class CodecError(RdmaError, ValueError):
+    """A tensor can't be encoded or decoded: wrong dtype, length, or damaged metadata."""
+
+
+class UnsupportedVersionError(RdmaError, ImportError):
+    """The installed FLARE is not a version whose internals this package knows."""

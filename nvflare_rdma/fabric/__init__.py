@@ -1,0 +1,1 @@
+"""How bytes get into a peer's memory. No protocol, no FLARE, no torch."""

@@ -1,0 +1,1 @@
+"""FLARE task filters that quantize before send and dequantize after receive."""

@@ -1,0 +1,1 @@
+"""FLARE's large-object machinery on the channel."""
