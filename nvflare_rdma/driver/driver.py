@@ -13,6 +13,7 @@ import logging
 import socket
 import ssl
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 from nvflare.fuel.f3.comm_config_utils import requires_secure_connection
@@ -29,7 +30,7 @@ from nvflare_rdma.channel.link import Link, LinkContext
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
 from nvflare_rdma.driver.connection import RdmaConnection
-from nvflare_rdma.errors import ProtocolError, RdmaError, TlsError
+from nvflare_rdma.errors import ConfigError, ProtocolError, RdmaError, TlsError
 from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
 from nvflare_rdma.fabric.selection import probe
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
@@ -52,6 +53,29 @@ def _process_context(settings: Settings) -> LinkContext:
         order=settings.rdma_fabrics,
         unavailable={name: state.reason for name, state in probe().items()},
     )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A connector's parameters and the process's settings, checked."""
+
+    host: str
+    port: int
+    tls: ssl.SSLContext | None
+    settings: Settings
+    context: LinkContext
+
+
+def _parse_port(params: dict[str, Any]) -> int:
+    raw = params.get(DriverParams.PORT.value)
+    try:
+        port = int(str(raw))
+        if 0 < port < 65536:
+            return port
+    except ValueError:
+        pass
+    url = params.get(DriverParams.URL.value) or "the connector's parameters"
+    raise ConfigError(f"bad port {raw!r} in {url}: give a whole number from 1 to 65535, as in rdma://host:8002")
 
 
 def _address(sock: socket.socket, peer: bool) -> str:
@@ -87,19 +111,16 @@ class RdmaDriver(BaseDriver):
 
     def listen(self, connector: ConnectorInfo) -> None:
         self.connector = connector
-        host, port, tls = self._prepare(connector, ssl_server=True)
-        settings = load_settings()
-        fabric = TcpFabric(settings.rdma_rails)
-        context = _process_context(settings)
-        listener = socket.create_server((host, port), reuse_port=False)
+        prepared = self._prepare(connector, ssl_server=True)
+        fabric = TcpFabric(prepared.settings.rdma_rails)
+        listener = socket.create_server((prepared.host, prepared.port))
         self._listener = listener
-        log.debug("listening on %s:%d", host, port)
         try:
             while not self._stopping.is_set():
                 sock, _ = listener.accept()
                 threading.Thread(
                     target=self._serve,
-                    args=(sock, connector, tls, fabric, context),
+                    args=(sock, connector, prepared, fabric),
                     name=f"rdma-conn-{sock.fileno()}",
                     daemon=True,
                 ).start()
@@ -111,15 +132,21 @@ class RdmaDriver(BaseDriver):
 
     def connect(self, connector: ConnectorInfo) -> None:
         self.connector = connector
-        host, port, tls = self._prepare(connector, ssl_server=False)
-        settings = load_settings()
-        dial = functools.partial(socket.create_connection, (host, port), _GREETING_TIMEOUT)
+        prepared = self._prepare(connector, ssl_server=False)
+        dial = functools.partial(socket.create_connection, (prepared.host, prepared.port), _GREETING_TIMEOUT)
         sock = dial()
-        if tls is None:
+        if prepared.tls is None:
             sock.sendall(CONTROL_MAGIC)
-        stream = self._greet(sock, tls, server_side=False)
-        fabric = TcpFabric(settings.rdma_rails, dial)
-        self._run(sock, stream, Role.ACTIVE, connector, fabric, _process_context(settings))
+        try:
+            stream = self._greet(sock, prepared.tls, server_side=False)
+            fabric = TcpFabric(prepared.settings.rdma_rails, dial)
+            self._run(sock, stream, Role.ACTIVE, connector, fabric, prepared.context)
+        except (OSError, RdmaError) as error:
+            sock.close()
+            # A refused or dropped TCP connection is for FLARE's retry loop to report; what only we know is said here.
+            if isinstance(error, RdmaError) and not self._stopping.is_set():
+                log.error("can't connect to %s: %s", connector, error)
+            raise
 
     def shutdown(self) -> None:
         self._stopping.set()
@@ -131,36 +158,33 @@ class RdmaDriver(BaseDriver):
 
     # -- one connection ------------------------------------------------------------------------------------
 
-    def _prepare(self, connector: ConnectorInfo, ssl_server: bool) -> tuple[str, int, ssl.SSLContext | None]:
-        params = connector.params
-        if params.get(DriverParams.SCHEME.value) == SECURE_SCHEME:
-            # FLARE knows its own secure schemes only; this is how a connection says the same.
-            params[DriverParams.SECURE.value] = True
-        host = params.get(DriverParams.HOST.value) or ""
-        raw = params.get(DriverParams.PORT.value)
-        try:
-            port = int(raw)
-            if not 0 < port < 65536:
-                raise ValueError
-        except (TypeError, ValueError):
-            # No retry can help: stop FLARE's connector loop.
-            connector.stopped.set()
-            message = (
-                f"bad port {raw!r} in {params.get(DriverParams.URL.value) or 'the connector parameters'}: "
-                "give a whole number from 1 to 65535, as in rdma://host:8002"
-            )
-            log.error(message)
-            raise CommError(CommError.BAD_CONFIG, message) from None
-        return host, port, get_ssl_context(params, ssl_server)
+    def _prepare(self, connector: ConnectorInfo, ssl_server: bool) -> _Prepared:
+        """What a connector's parameters and the settings say.
 
-    def _serve(
-        self,
-        sock: socket.socket,
-        connector: ConnectorInfo,
-        tls: ssl.SSLContext | None,
-        fabric: TcpFabric,
-        context: LinkContext,
-    ) -> None:
+        A mistake in them is logged here and ends FLARE's retries, which would log it at debug level and go on.
+        """
+        params = connector.params
+        try:
+            if params.get(DriverParams.SCHEME.value) == SECURE_SCHEME:
+                # FLARE knows its own secure schemes only; this is how a connection says the same.
+                params[DriverParams.SECURE.value] = True
+            settings = load_settings()
+            return _Prepared(
+                params.get(DriverParams.HOST.value) or "",
+                _parse_port(params),
+                get_ssl_context(params, ssl_server),
+                settings,
+                _process_context(settings),
+            )
+        except Exception as error:
+            connector.stopped.set()
+            log.error("can't start %s: %s", connector, error)
+            if isinstance(error, CommError):
+                raise
+            raise CommError(CommError.BAD_CONFIG, str(error)) from error
+
+    def _serve(self, sock: socket.socket, connector: ConnectorInfo, prepared: _Prepared, fabric: TcpFabric) -> None:
+        tls = prepared.tls
         peer = _address(sock, peer=True)
         try:
             sock.settimeout(_GREETING_TIMEOUT)
@@ -178,7 +202,7 @@ class RdmaDriver(BaseDriver):
                 if magic != CONTROL_MAGIC:
                     raise ProtocolError("it is no nvflare-rdma peer; check the scheme in its URL")
             stream = self._greet(sock, tls, server_side=True)
-            self._run(sock, stream, Role.PASSIVE, connector, fabric, context)
+            self._run(sock, stream, Role.PASSIVE, connector, fabric, prepared.context)
         except (OSError, RdmaError) as error:
             sock.close()
             if not self._stopping.is_set():
