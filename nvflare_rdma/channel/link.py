@@ -104,6 +104,7 @@ class Link:
         self._after: list[Callable[[], None]] = []
         self._failure: str | None = None
         self._closing = False
+        self._ended = threading.Event()
         self._writer = threading.Thread(target=self._write_loop, name=f"rdma-control-{name}", daemon=True)
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -157,6 +158,8 @@ class Link:
             if not self._closing:
                 log.warning("%s: connection lost: %s", self.name, error)
         self._shut_down(reason)
+        # Another thread may have begun it; when this returns, everything is freed.
+        self._ended.wait(2 * _LINGER)
 
     def close(self) -> None:
         """Let what was sent arrive (bounded), then disconnect. Callable from any thread, any number of times."""
@@ -179,6 +182,7 @@ class Link:
             self._room.notify_all()
             waiting = list(self._reserving.values())
             self._reserving.clear()
+        self._run_after()
         for granted in waiting:
             # A reservation that is granted meanwhile is given back by `granted` itself: nobody waits for it.
             self._context.budget.cancel(granted)
@@ -188,7 +192,7 @@ class Link:
         self._stream.close()
         if self._endpoint is not None:
             self._endpoint.close()
-        self._run_after()
+        self._ended.set()
 
     def failed(self, error: Exception) -> None:
         """A fabric reports that it can't go on."""

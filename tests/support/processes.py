@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nvflare_rdma.cli import driver_path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(**extra: str) -> dict[str, str]:
