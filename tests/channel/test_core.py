@@ -126,6 +126,14 @@ def test_a_message_too_large_for_the_peer_is_refused_before_it_is_offered():
         active.core.submit((1 << 20) + 1, now=0.0)
 
 
+def test_done_of_a_message_that_is_half_granted_is_a_protocol_error():
+    active, _ = open_pair()
+    active.send(message(5000))
+    active.core.receive(wire.encode(wire.Grant(1, 0, 0, 1000, RemoteSlice(1, 0, 1000), 1)), now=0.0)
+    with pytest.raises(ProtocolError, match="transfer 1 is done with 1000 bytes granted"):
+        active.core.receive(wire.encode(wire.Done(1)), now=0.0)
+
+
 REMOTE = RemoteSlice(1, 0, 1000)
 HOSTILE = {
     "an offer of nothing": wire.Offer(1, 0),

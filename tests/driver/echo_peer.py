@@ -28,8 +28,8 @@ def pattern(size: int) -> bytes:
 
 def make_cell(fqcn: str, url: str, options: dict) -> CoreCell:
     credentials = options.get("credentials", {})
-    cell = CoreCell(fqcn=fqcn, root_url=url, secure=bool(credentials), credentials=credentials)
-    return cell
+    secure = options.get("secure", bool(credentials))
+    return CoreCell(fqcn=fqcn, root_url=url, secure=secure, credentials=credentials)
 
 
 def serve(url: str, options: dict) -> None:

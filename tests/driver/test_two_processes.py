@@ -69,6 +69,15 @@ def test_secure_flag_alone_turns_tls_on(tmp_path):
     assert "SSL site-1" in server_log
 
 
+def test_the_secure_scheme_alone_turns_tls_on(tmp_path):
+    authority = Authority(tmp_path / "pki")
+    server = {"secure": False, "credentials": authority.issue("server", "server")}
+    client = {"secure": False, "credentials": authority.issue("client", "site-1")}
+    result, _, server_log = exchange(tmp_path, server, client, "srdma", [100_000])
+    assert_all_equal(result, [100_000])
+    assert "SSL site-1" in server_log
+
+
 def test_a_client_of_another_authority_is_refused_with_a_clear_line(tmp_path):
     server = {"credentials": Authority(tmp_path / "pki").issue("server", "server")}
     client = {"credentials": Authority(tmp_path / "other", "another-project").issue("client", "site-1")}
