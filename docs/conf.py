@@ -1,0 +1,11 @@
+from nvflare_rdma import __version__
+
+project = "nvflare-rdma"
+author = "the nvflare-rdma authors"
+release = __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["_build"]
+html_theme = "alabaster"
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
