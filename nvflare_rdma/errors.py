@@ -50,5 +50,9 @@ class CodecError(RdmaError, ValueError):
     """A tensor can't be encoded or decoded: wrong dtype, length, or damaged metadata."""
 
 
+class UnrepresentableError(CodecError):
+    """A tensor holds a value that the codec can't carry within its error bound; send that tensor exact."""
+
+
 class UnsupportedVersionError(RdmaError, ImportError):
     """The installed FLARE is not a version whose internals this package knows."""

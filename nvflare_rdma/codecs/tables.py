@@ -1,0 +1,58 @@
+"""The code tables, computed from their published definitions."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+# The sixteen values of Appendix E of "QLoRA: Efficient Finetuning of Quantized LLMs" (Dettmers et al., 2023).
+_NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+def normal_float4() -> NDArray[np.float32]:
+    """The 16 values of the 4-bit NormalFloat type, ascending, float32."""
+    return np.array(_NF4, dtype=np.float32)
+
+
+def dynamic_map() -> NDArray[np.float32]:
+    """The 256 values of the signed 8-bit dynamic type, ascending, float32.
+
+    Dettmers, "8-Bit Approximations for Parallelism in Deep Learning" (2015) and "8-bit Optimizers via Block-wise
+    Quantization" (2021): for each power of ten from 1e-6 to 1e0 the interval [0.1, 1] is cut into 1, 2, 4, ... 64
+    equal parts, whose middles, times that power and with both signs, are in the table together with 0 and 1.
+    Edges and middles are rounded to float32 in this order because bitsandbytes has it so; its edges come from
+    `torch.linspace`, whose last bit depends on the processor (fused multiply-add, as on any recent one, is what is
+    computed here).
+    """
+    values: list[float] = [0.0, 1.0]
+    for exponent in range(7):
+        edges = _linspace(1 << exponent)
+        middles = (edges[:-1] + edges[1:]) / np.float32(2)
+        scaled = middles * np.float32(10.0 ** (exponent - 6))
+        values += scaled.tolist()
+        values += (-scaled).tolist()
+    return np.array(sorted(values), dtype=np.float32)
+
+
+def _linspace(parts: int) -> NDArray[np.float32]:
+    """`parts` + 1 float32 points from 0.1 to 1, the upper half counted down from 1, each rounded once."""
+    start, end = np.float32(0.1), np.float32(1)
+    step = np.float64((end - start) / np.float32(parts))
+    i = np.arange(parts + 1)
+    half = (parts + 1) // 2
+    return np.where(i < half, start + step * i, end - step * (parts - i)).astype(np.float32)

@@ -1,0 +1,104 @@
+"""The edge between frameworks' tensors and the codecs' flat numpy arrays. torch is imported only when it is used.
+
+A tensor here is a plain `numpy.ndarray` or a `torch.Tensor`. Its *dtype name* is what FLARE's quantization
+metadata has: ``arr.dtype.name`` or ``str(tensor.dtype)`` without ``torch.``.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from nvflare_rdma.codecs.base import Array
+
+FLOAT_NAMES = ("float32", "float16", "bfloat16")
+_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+_NUMPY: dict[str, Any] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+}
+
+
+def is_torch(value: Any) -> bool:
+    """Whether `value` is a torch tensor; doesn't import torch to find out."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether `value` is a numpy array or a torch tensor."""
+    return isinstance(value, np.ndarray) or is_torch(value)
+
+
+def dtype_name(value: Any) -> str:
+    """``float32``, ``bfloat16``, ``int64`` ... of a numpy array or torch tensor."""
+    return str(value.dtype).removeprefix("torch.") if is_torch(value) else str(value.dtype.name)
+
+
+def float_bits(name: str) -> int:
+    """Bits per value of the dtype called `name`, one of `FLOAT_NAMES`."""
+    return _BITS[name]
+
+
+def is_encodable(value: Any) -> bool:
+    """Whether a codec can take it: a dense float32/float16/bfloat16 tensor with values, in native byte order."""
+    if is_torch(value):
+        import torch
+
+        return (
+            dtype_name(value) in FLOAT_NAMES
+            and value.layout is torch.strided
+            and value.device.type != "meta"
+            and value.numel() > 0
+        )
+    # Subclasses (masked arrays, records) mean more than their values, so they are left alone.
+    return type(value) is np.ndarray and value.dtype in (np.float32, np.float16) and value.size > 0
+
+
+def to_flat(value: Any) -> Array:
+    """The values of an encodable tensor, flat and C-contiguous: float32, float16, or uint16 (bfloat16 bits).
+
+    A view of the tensor's own memory where it is contiguous and on the CPU, otherwise a copy. Read-only use.
+    """
+    if not is_torch(value):
+        return np.ascontiguousarray(value).reshape(-1)
+    import torch
+
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    if flat.is_neg():
+        flat = flat.resolve_neg()
+    if flat.dtype is torch.bfloat16:
+        array: Array = flat.view(torch.int16).numpy().view(np.uint16)
+    else:
+        array = flat.numpy()
+    return array
+
+
+def new_flat(name: str, n: int) -> Array:
+    """Uninitialised memory for `n` values of the dtype called `name` (uint16 for bfloat16)."""
+    flat: Array = np.empty(n, _NUMPY[name])
+    return flat
+
+
+def from_flat(flat: Array, name: str, shape: tuple[int, ...], torch_tensor: bool) -> Any:
+    """`flat`, as `new_flat` made it, as a tensor of `shape` in the wanted framework. Shares its memory.
+
+    numpy has no bfloat16: a numpy tensor of that name can't exist (`ValueError`).
+    """
+    if not torch_tensor:
+        if name == "bfloat16":
+            raise ValueError("a numpy array can't have dtype bfloat16")
+        return flat.reshape(shape)
+    import torch
+
+    if name == "bfloat16":
+        return torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16).reshape(shape)
+    return torch.from_numpy(flat).reshape(shape)
+
+
+def identity(value: Any) -> tuple[Any, ...]:
+    """Equal for two live tensors that are the same view of the same memory (tied weights, for example)."""
+    if is_torch(value):
+        return ("torch", value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+    return ("numpy", value.__array_interface__["data"][0], value.shape, value.strides, value.dtype.str)

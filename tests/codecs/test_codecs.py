@@ -1,0 +1,250 @@
+"""Every codec: sizes, pieces, bounds, bad input."""
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nvflare_rdma.codecs import CODEC_NAMES, get_codec
+from nvflare_rdma.codecs.base import TILE
+from nvflare_rdma.codecs.bf16 import bf16_to_float32
+from nvflare_rdma.errors import CodecError, ConfigError, UnrepresentableError
+
+SETTINGS = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+NEAR_BLOCKS = [0, 1, 2, 3, 63, 64, 65, 127, 128, 129, 4095, 4096, 4097, 8193, TILE - 1, TILE, TILE + 1]
+lengths = st.one_of(st.sampled_from(NEAR_BLOCKS), st.integers(0, 9000))
+
+
+def make_values(seed: int, n: int, kind: str) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(n)
+    if kind == "outliers":
+        x[rng.random(n) < 0.01] *= 1000
+    elif kind == "sparse":
+        x[rng.random(n) < 0.9] = 0
+    elif kind == "constant":
+        x = np.full(n, -1.75)
+    elif kind == "small":
+        x *= 1e-6
+    elif kind == "zero":
+        x *= 0
+    elif kind == "denormal":
+        x *= 1e-41
+    return x.astype(np.float32)
+
+
+kinds = st.sampled_from(["normal", "outliers", "sparse", "constant", "small", "zero", "denormal"])
+
+
+def encode(codec, x):
+    codes = np.full(codec.codes_count(x.size), 0xAA).astype(codec.code_dtype)
+    scales = np.full(codec.scales_count(x.size), np.nan, np.float32)
+    codec.encode_into(x, codes, scales)
+    return codes, scales
+
+
+def decode(codec, codes, scales, n, dtype=np.float32):
+    out = np.full(n, 77, dtype)
+    codec.decode_into(codes, scales, out)
+    return out
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+@SETTINGS
+@given(seed=st.integers(0, 2**32), n=lengths, kind=kinds)
+def test_round_trip_stays_within_the_stated_bound(name, seed, n, kind):
+    codec = get_codec(name)
+    x = make_values(seed, n, kind)
+    before = x.copy()
+    x.flags.writeable = False
+    codes, scales = encode(codec, x)
+    assert codes.nbytes + scales.nbytes == codec.encoded_nbytes(n)
+    error = np.abs(decode(codec, codes, scales, n) - x)
+    assert (error <= codec.max_abs_error(x, scales)).all()
+    np.testing.assert_array_equal(x, before)
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_the_bound_is_worth_something(name):
+    codec = get_codec(name)
+    x = make_values(3, 4096 * 3 + 5, "normal")
+    _, scales = encode(codec, x)
+    limit = {"float16": 3e-3, "bfloat16": 2e-2, "blockwise8": 4e-2, "normfloat4": 0.8}[name]
+    assert codec.max_abs_error(x, scales).max() < limit
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+@SETTINGS
+@given(seed=st.integers(0, 2**32), n=st.integers(1, 30000), data=st.data())
+def test_block_aligned_pieces_equal_the_whole(name, seed, n, data):
+    codec = get_codec(name)
+    x = make_values(seed, n, "outliers")
+    codes, scales = encode(codec, x)
+    cuts = data.draw(st.lists(st.integers(0, n // codec.block_size), max_size=4))
+    edges = sorted({0, n, *(c * codec.block_size for c in cuts)})
+    parts = [encode(codec, x[a:b]) for a, b in itertools.pairwise(edges)]
+    np.testing.assert_array_equal(np.concatenate([p[0] for p in parts]), codes)
+    np.testing.assert_array_equal(np.concatenate([p[1] for p in parts]), scales)
+    pieces = [decode(codec, c, s, b - a) for (c, s), (a, b) in zip(parts, itertools.pairwise(edges), strict=True)]
+    np.testing.assert_array_equal(np.concatenate(pieces), decode(codec, codes, scales, n))
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+@pytest.mark.parametrize("dtype", [np.float16, np.uint16])
+def test_sixteen_bit_sources_encode_like_their_float32_values(name, dtype):
+    codec = get_codec(name)
+    half = make_values(5, TILE + 4097, "normal").astype(np.float16)
+    if dtype is np.float16:
+        source, wide = half, half.astype(np.float32)
+    else:
+        source = (half.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        wide = (source.astype(np.uint32) << 16).view(np.float32)
+    for got, wanted in zip(encode(codec, source), encode(codec, wide), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_decoding_to_sixteen_bits_rounds_the_float32_result(name):
+    torch = pytest.importorskip("torch")
+    codec = get_codec(name)
+    x = make_values(6, TILE + 100, "normal")
+    codes, scales = encode(codec, x)
+    full = torch.from_numpy(decode(codec, codes, scales, x.size))
+    np.testing.assert_array_equal(decode(codec, codes, scales, x.size, np.float16), full.half().numpy())
+    bits = decode(codec, codes, scales, x.size, np.uint16)
+    np.testing.assert_array_equal(bits, full.bfloat16().view(torch.int16).numpy().view(np.uint16))
+
+
+@pytest.mark.parametrize("name", ["blockwise8", "normfloat4"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", [0, 70, 4099, TILE + 3])
+def test_block_scaled_codecs_refuse_values_that_are_not_finite(name, bad, where):
+    x = make_values(1, TILE + 100, "normal")
+    x[where] = bad
+    with pytest.raises(UnrepresentableError, match=name):
+        encode(get_codec(name), x)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_sixteen_bit_codecs_carry_nan_and_inf(name):
+    codec = get_codec(name)
+    x = np.array([1, np.nan, np.inf, -np.inf, -0.0, 2.5, -np.nan], np.float32)
+    x = np.concatenate([x, np.array([0x7F800001, 0xFFFFFFFF, 0x7FFFFFFF], np.uint32).view(np.float32)])
+    got = decode(codec, *encode(codec, x), x.size)
+    np.testing.assert_array_equal(got, x)
+    np.testing.assert_array_equal(np.signbit(got[4]), True)
+
+
+@pytest.mark.parametrize(("name", "fits", "too_big"), [("float16", 65519.0, 65520.0), ("bfloat16", 3.3895e38, 3.4e38)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_finite_value_is_never_turned_into_infinity(name, fits, too_big, sign):
+    codec = get_codec(name)
+    x = np.array([1, np.inf, sign * fits, np.nan], np.float32)
+    assert np.isfinite(decode(codec, *encode(codec, x), 4)[2])
+    x[2] = sign * too_big
+    with pytest.raises(UnrepresentableError, match="infinite"):
+        encode(codec, x)
+
+
+def test_bfloat16_rounds_like_torch():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 2**32, 200_000, dtype=np.uint32).view(np.float32)
+    x = np.concatenate([x, np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x00008000, 1], np.uint32).view(np.float32)])
+    x = x[np.abs(x) < 3.38e38]  # also drops NaN
+    codes, _ = encode(get_codec("bfloat16"), x)
+    np.testing.assert_array_equal(codes, torch.from_numpy(x).bfloat16().view(torch.int16).numpy().view(np.uint16))
+    back = np.empty_like(x)
+    bf16_to_float32(codes, back)
+    np.testing.assert_array_equal(back, torch.from_numpy(x).bfloat16().float().numpy())
+
+
+def test_threads_do_not_share_scratch():
+    codec = get_codec("normfloat4")
+    inputs = [make_values(i, 3 * TILE + i, "normal") for i in range(4)]
+    wanted = [encode(codec, x)[0] for x in inputs]
+    got = [None] * 4
+
+    def work(i):
+        for _ in range(5):
+            got[i] = encode(codec, inputs[i])[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(30)
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_work_memory_does_not_grow_with_the_tensor(name):
+    import tracemalloc
+
+    codec = get_codec(name)
+    x = make_values(0, 40 * TILE, "normal")
+    codes, scales = encode(codec, x)
+    out = np.empty_like(x)
+    tracemalloc.start()
+    try:
+        codec.encode_into(x, codes, scales)
+        codec.decode_into(codes, scales, out)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * TILE * 4 < x.nbytes
+
+
+def test_bad_calls_are_refused():
+    codec = get_codec("normfloat4")
+    x, codes, scales = np.zeros(128, np.float32), np.zeros(64, np.uint8), np.zeros(2, np.float32)
+    for bad in (
+        (x.astype(np.float64), codes, scales),
+        (x.reshape(2, 64), codes, scales),
+        (np.zeros(256, np.float32)[::2], codes, scales),
+        (x, codes[:-1], scales),
+        (x, codes.astype(np.int8), scales),
+        (x, codes, scales[:1]),
+        (x, codes, scales.astype(np.float64)),
+    ):
+        with pytest.raises(CodecError, match="normfloat4"):
+            codec.encode_into(*bad)
+        with pytest.raises(CodecError, match="normfloat4"):
+            codec.decode_into(bad[1], bad[2], bad[0])
+
+
+@pytest.mark.parametrize("name", ["int7", "", None, "int8", "float4", "ADAQUANT"])
+def test_unknown_and_unbuilt_names_are_refused(name):
+    with pytest.raises(ConfigError) as error:
+        get_codec(name)
+    assert repr(name) in str(error.value)
+    assert "normfloat4" in str(error.value)
+    if name in ("int8", "float4", "ADAQUANT"):
+        assert "not part of this version" in str(error.value)
+
+
+def test_names_are_case_insensitive_and_shared():
+    assert get_codec("NormFloat4") is get_codec("normfloat4")
+
+
+def test_sizes_of_the_published_4_bit_message():
+    """14.0625 % of float32: 4 bits a value and one float32 per 64."""
+    codec = get_codec("normfloat4")
+    assert codec.encoded_nbytes(64 * 1000) / (4 * 64 * 1000) == 0.140625
+    assert codec.estimate_ratio() == 0.140625
+
+
+def test_importing_the_codecs_imports_neither_flare_nor_torch():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, nvflare_rdma.codecs, nvflare_rdma.codecs.tensors;"
+        "print([m for m in sys.modules if m.split('.')[0] in ('nvflare', 'torch')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
