@@ -72,8 +72,10 @@ class Blockwise8(_BlockScaled):
     half_gap = np.float32(0.00703125 + 1.0 / 65535)
     weak_below = np.float32(2.0**-127)
 
-    def __init__(self) -> None:
-        self.table: Float32 = dynamic_map()
+    def __init__(self, table: Float32 | None = None) -> None:
+        """`table`: 256 ascending float32 values in [-1, 1] to use in place of the dynamic map (to decode codes that
+        came with a table of their own)."""
+        self.table: Float32 = dynamic_map() if table is None else table
         points = np.float32(-1) + np.arange(65536, dtype=np.float32) * np.float32(2) / np.float32(65535)
         middles = np.float32(0.5) * (self.table[:-1] + self.table[1:])
         self._nearest: NDArray[np.uint8] = np.searchsorted(middles, points, side="left").astype(np.uint8)
@@ -96,14 +98,10 @@ class Blockwise8(_BlockScaled):
         np.take(self._nearest, index, out=codes, mode="clip")
 
     def _decode_tile(self, codes: Array, scales: Float32, out: Float32) -> None:
-        self.decode_tile_with(self.table, codes, scales, out)
-
-    def decode_tile_with(self, table: Float32, codes: Array, scales: Float32, out: Float32) -> None:
-        """`_decode_tile` with a table that came with the message."""
         index = scratch("index", np.intp, codes.size)
         np.copyto(index, codes)
         normalised = scratch("position", np.float32, codes.size)
-        np.take(table, index, out=normalised, mode="clip")
+        np.take(self.table, index, out=normalised, mode="clip")
         self._times_scales(normalised, scales, out)
 
 

@@ -1,1 +1,6 @@
-"""FLARE task filters that quantize before send and dequantize after receive."""
+"""FLARE task filters that send models in few bits."""
+
+from nvflare_rdma.filters.dequantizer import ModelDequantizer
+from nvflare_rdma.filters.quantizer import ModelQuantizer
+
+__all__ = ["ModelDequantizer", "ModelQuantizer"]

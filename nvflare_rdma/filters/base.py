@@ -1,0 +1,81 @@
+"""What both filters share: FLARE's DXO filtering without its changes in place, and job-stopping config errors."""
+
+import copy
+from typing import Any, NoReturn
+
+from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
+from nvflare.apis.dxo_filter import DXOFilter
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+
+from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.filters.points import FilterPoint
+
+QUANT_STATE = "quant_state"
+SOURCE_DATATYPE = "source_datatype"
+QUANTIZED_FLAG = "quantized_flag"
+QUANT_META = (MetaKey.PROCESSED_ALGORITHM, QUANT_STATE, SOURCE_DATATYPE, QUANTIZED_FLAG)
+
+
+class QuantFilter(DXOFilter):
+    """A `DXOFilter` for model weights that leaves everything it was given as it was.
+
+    FLARE's server hands every client a Shareable of its own whose DXO contents are one shared structure, so what is
+    inside must not change. The filtered result is a new Shareable with new DXOs down to the changed leaf; all that
+    did not change is shared.
+    """
+
+    def __init__(self) -> None:
+        kinds = [DataKind.WEIGHTS, DataKind.WEIGHT_DIFF]
+        super().__init__(supported_data_kinds=kinds, data_kinds_to_filter=kinds)
+
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        """Filter the DXO in `shareable`. Shareables without one, or with an error code, pass unchanged."""
+        if shareable.get_return_code() != ReturnCode.OK:
+            return shareable
+        try:
+            dxo = from_shareable(shareable)
+        except ValueError:
+            return shareable
+        if not self._concerns(dxo):
+            return shareable
+        point = FilterPoint.of(self, shareable, fl_ctx)
+        try:
+            self.check_config(point, fl_ctx)
+            result = self._filtered(dxo, shareable, fl_ctx)
+        except ConfigError as error:
+            self._stop(point, error, fl_ctx)
+        return result.update_shareable(copy.copy(shareable))
+
+    def check_config(self, point: FilterPoint, fl_ctx: FLContext) -> None:
+        """Raise `ConfigError` if this side's config can't be right. The base has nothing to check."""
+
+    def _concerns(self, dxo: DXO) -> bool:
+        """Whether a DXO with data to filter is somewhere in `dxo`."""
+        if dxo.data_kind == DataKind.COLLECTION:
+            return any(isinstance(d, DXO) and self._concerns(d) for d in dxo.data.values())
+        return dxo.data_kind in self.data_kinds and bool(dxo.data)
+
+    def _filtered(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
+        if dxo.data_kind == DataKind.COLLECTION:
+            parts = {k: self._filtered(d, shareable, fl_ctx) if isinstance(d, DXO) else d for k, d in dxo.data.items()}
+            return DXO(DataKind.COLLECTION, data=parts, meta=dxo.meta)
+        if self._concerns(dxo):
+            return self._apply_filter(dxo, shareable, fl_ctx)
+        return dxo
+
+    @staticmethod
+    def _meta_for_new_dxo(dxo: DXO) -> dict[str, Any]:
+        """A copy of the metadata to change. FLARE appends to the history list in place, so that one stays behind:
+        `_apply_filter` copies it from the old DXO to the new one."""
+        return {k: v for k, v in (dxo.meta or {}).items() if k != MetaKey.FILTER_HISTORY}
+
+    def _stop(self, point: FilterPoint, error: ConfigError, fl_ctx: FLContext) -> NoReturn:
+        """Raise `error`; on the server also end the job, where FLARE would only retry the task.
+
+        A client replies with an error code that makes the server's controller end the job, and logs the message.
+        """
+        if point.on_server and fl_ctx.get_engine() is not None:
+            self.system_panic(str(error), fl_ctx)
+        raise error

@@ -1,0 +1,117 @@
+"""Where in a job a filter runs, and whether the other filters that it needs are there.
+
+FLARE applies filters at four points: task data as it leaves the server and as it reaches a client, task results as
+they leave a client and as they reach the server. A filter instance belongs to one chain, and learns the direction
+from the context of each call (`nvflare.apis.utils.task_utils.apply_filters`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from nvflare.apis.filter import Filter, FilterChainType, FilterContextKey
+from nvflare.apis.fl_constant import FilterKey, FLContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import ReservedHeaderKey, Shareable
+from nvflare.apis.utils.task_utils import get_filters
+
+from nvflare_rdma.flare_compat import require_flare
+
+_OTHER_CHAIN = {
+    FilterChainType.TASK_DATA_CHAIN: FilterChainType.TASK_RESULT_CHAIN,
+    FilterChainType.TASK_RESULT_CHAIN: FilterChainType.TASK_DATA_CHAIN,
+}
+_OTHER_DIRECTION = {FilterKey.IN: FilterKey.OUT, FilterKey.OUT: FilterKey.IN}
+_SERVER_POINTS = {
+    (FilterChainType.TASK_DATA_CHAIN, FilterKey.OUT),
+    (FilterChainType.TASK_RESULT_CHAIN, FilterKey.IN),
+}
+_SERVER_CONFIG = "config_fed_server.json"
+_CLIENT_CONFIG = "config_fed_client.json"
+
+
+@dataclass(frozen=True)
+class FilterPoint:
+    """One use of a filter.
+
+    Attributes:
+        chain: ``task_data``, ``task_result``, or None if unknown (outside a job).
+        direction: ``in``, ``out``, or None if unknown.
+        task: the task's name, "?" if unknown.
+        peer: who sent the message that is filtered, if known.
+    """
+
+    chain: str | None
+    direction: str | None
+    task: str
+    peer: str
+
+    @classmethod
+    def of(cls, component: Filter, shareable: Shareable, fl_ctx: FLContext) -> "FilterPoint":
+        """The point at which `component` is being called."""
+        task = fl_ctx.get_prop(FLContextKey.TASK_NAME) or shareable.get_header(ReservedHeaderKey.TASK_NAME) or "?"
+        peer = fl_ctx.get_peer_context()
+        return cls(
+            chain=component.get_prop(FilterContextKey.CHAIN_TYPE),
+            direction=fl_ctx.get_prop(FLContextKey.FILTER_DIRECTION),
+            task=task,
+            peer=peer.get_identity_name() if peer is not None else "",
+        )
+
+    @property
+    def on_server(self) -> bool:
+        """Whether this is one of the server's two points."""
+        return (self.chain, self.direction) in _SERVER_POINTS
+
+    @property
+    def known(self) -> bool:
+        """Whether chain and direction are known, as they are inside a job."""
+        return self.chain in _OTHER_CHAIN and self.direction in _OTHER_DIRECTION
+
+    @property
+    def section(self) -> str:
+        """The config section of this point's filters."""
+        return f"{self.chain}_filters" if self.known else "task_data_filters/task_result_filters"
+
+    @property
+    def config(self) -> str:
+        """The config file of this side."""
+        return _SERVER_CONFIG if self.on_server else _CLIENT_CONFIG if self.known else "this side's config"
+
+    @property
+    def other_config(self) -> str:
+        """The config file of the other side."""
+        return _CLIENT_CONFIG if self.on_server else _SERVER_CONFIG if self.known else "the other side's config"
+
+    @property
+    def message(self) -> str:
+        """What is filtered here, in words."""
+        what = {"task_data": "the data", "task_result": "the results"}.get(self.chain or "", "the model")
+        sender = f" from {self.peer}" if self.peer and self.direction == FilterKey.IN else ""
+        return f"{what} of task '{self.task}'{sender}"
+
+    def opposite(self) -> "FilterPoint":
+        """The same side's point for messages of the same task that go the other way. Needs `known`."""
+        assert self.chain is not None
+        assert self.direction is not None
+        return FilterPoint(_OTHER_CHAIN[self.chain], _OTHER_DIRECTION[self.direction], self.task, self.peer)
+
+
+def filters_at(point: FilterPoint, fl_ctx: FLContext) -> list[Filter] | None:
+    """The job's and the site's filters at `point` of this process, or None outside a running job.
+
+    Reads the filter tables of FLARE's ServerRunner (in its config) or ClientRunner (its own attributes).
+    """
+    runner: Any = fl_ctx.get_prop(FLContextKey.RUNNER)
+    if runner is None or not point.known:
+        return None
+    require_flare("The check for matching filters")
+    tables = runner if hasattr(runner, point.section) else runner.config
+    found: list[Filter] = get_filters(
+        point.section, fl_ctx, getattr(tables, point.section), point.task, point.direction
+    )
+    return found
+
+
+def is_dequantizer(component: Filter) -> bool:
+    """Whether it undoes quantization: ours or FLARE's own, told by name so as not to import bitsandbytes."""
+    return any(c.__name__ == "ModelDequantizer" for c in type(component).__mro__)

@@ -1,0 +1,79 @@
+"""One call that adds this package's parts to a FLARE recipe or job."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from nvflare_rdma.codecs import get_codec
+from nvflare_rdma.errors import ConfigError
+
+_SERVER = "server"
+_ALL_SITES = "@ALL"
+
+
+def add_quantization(target: Any, quantization_type: str = "float16", tasks: Sequence[str] | None = None) -> None:
+    """Send models in few bits both ways: add the four filters that this takes to a recipe or job.
+
+    Server and clients each get a `ModelQuantizer` for what they send and a `ModelDequantizer` for what they
+    receive. Call it once, after the recipe has been made.
+
+    Args:
+        target: a FLARE `Recipe`, or a `FedJob`; in a FedJob with client apps per site, every site gets the filters.
+        quantization_type: see `nvflare_rdma.filters.ModelQuantizer`.
+        tasks: names of the tasks whose models are quantized; None means ``["train"]``, the task of FLARE's FedAvg.
+            FLARE matches filters to tasks by name, so ``"*"`` would match nothing and is refused.
+
+    Raises:
+        ConfigError: an unknown type, a bad task list, a target that is neither recipe nor job, or one that has
+            quantization filters already. Nothing has been added then.
+    """
+    get_codec(quantization_type)
+    names = ["train"] if tasks is None else tasks
+    if isinstance(names, str) or not names or any(not isinstance(t, str) or t in ("", "*") for t in names):
+        raise ConfigError(f"tasks must be a list of task names such as ['train'], but is {tasks!r}")
+
+    from nvflare.job_config.api import FedJob
+    from nvflare.job_config.defs import FilterType
+    from nvflare.recipe.spec import Recipe
+
+    from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+
+    if not isinstance(target, Recipe | FedJob):
+        raise ConfigError(f"quantization can be added to a FLARE Recipe or FedJob, but not to {type(target).__name__}")
+    job = target if isinstance(target, FedJob) else target._job
+    _refuse_second_use(job)
+
+    names = list(names)
+    out, into = ModelQuantizer(quantization_type), ModelDequantizer()
+    if isinstance(target, Recipe):
+        target.add_server_output_filter(out, tasks=names)
+        target.add_server_input_filter(into, tasks=names)
+        target.add_client_input_filter(into, tasks=names)
+        target.add_client_output_filter(out, tasks=names)
+        return
+    job.to_server(out, filter_type=FilterType.TASK_DATA, tasks=names)
+    job.to_server(into, filter_type=FilterType.TASK_RESULT, tasks=names)
+    sites = [site for site in _apps(job) if site not in (_SERVER, _ALL_SITES)] or [_ALL_SITES]
+    for site in sites:
+        job.to(into, site, filter_type=FilterType.TASK_DATA, tasks=names)
+        job.to(out, site, filter_type=FilterType.TASK_RESULT, tasks=names)
+
+
+def _apps(job: Any) -> dict[str, Any]:
+    """The apps of a FedJob by site. FLARE has no public list of them."""
+    from nvflare_rdma.flare_compat import require_flare
+
+    require_flare("add_quantization")
+    apps: dict[str, Any] = job._deploy_map
+    return apps
+
+
+def _refuse_second_use(job: Any) -> None:
+    for site, app in _apps(job).items():
+        for section in ("task_data_filters", "task_result_filters"):
+            for _, filters in getattr(app.app_config, section):
+                for present in filters:
+                    if type(present).__name__ in ("ModelQuantizer", "ModelDequantizer"):
+                        raise ConfigError(
+                            f"the job already has {type(present).__name__} in {section} of '{site}': "
+                            "add quantization once, or use other filters by hand"
+                        )
