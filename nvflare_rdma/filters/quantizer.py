@@ -65,7 +65,7 @@ class ModelQuantizer(QuantFilter):
         self.log_info(fl_ctx, f"Quantized to {self.quantization_type}: {encoded.summary()}")
         if encoded.exact:
             listed = "; ".join(f"{name}: {reason}" for name, reason in encoded.exact.items())
-            self.log_warning(fl_ctx, f"{len(encoded.exact)} tensor(s) sent exact: {listed}")
+            self.log_warning(fl_ctx, f"{len(encoded.exact)} tensor(s) sent exact: {listed}", fire_event=False)
         meta = self._meta_for_new_dxo(dxo)
         meta[MetaKey.PROCESSED_ALGORITHM] = self.quantization_type
         meta[QUANT_STATE] = encoded.quant_state
