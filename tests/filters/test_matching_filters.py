@@ -1,0 +1,143 @@
+"""One-sided configs are refused, at each of the four points, by a message that names key and fix."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.filter import Filter
+from nvflare.apis.fl_constant import FilterKey, FLContextKey
+from nvflare.apis.fl_context import FLContext
+
+from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+
+
+def weights():
+    return DXO(DataKind.WEIGHTS, data={"w": np.ones(100, np.float32)}).to_shareable()
+
+
+def tables(**filters):
+    """Like a ClientRunner: tables by section, keyed by task and direction."""
+    return SimpleNamespace(**{"task_data_filters": {}, "task_result_filters": {}, **filters})
+
+
+def server(**filters):
+    """Like a ServerRunner, which keeps its tables in its config."""
+    return SimpleNamespace(config=tables(**filters))
+
+
+class Other(Filter):
+    def process(self, shareable, fl_ctx):
+        return shareable
+
+
+class FlareLike:
+    class ModelDequantizer(Other):
+        pass
+
+
+class Engine:
+    def __init__(self):
+        self.events = []
+
+    def fire_event(self, event_type, fl_ctx):
+        self.events.append((event_type, fl_ctx.get_prop(FLContextKey.EVENT_DATA)))
+
+
+SIDES = {
+    "server out": (server, "task_result_filters", "train/in", "config_fed_server.json", "config_fed_client.json"),
+    "client out": (tables, "task_data_filters", "train/in", "config_fed_client.json", "config_fed_server.json"),
+}
+
+
+@pytest.mark.parametrize("point", SIDES)
+def test_a_quantizer_needs_a_dequantizer_for_the_other_direction(point, at):
+    side, section, key, own, other = SIDES[point]
+    for present in ([], [Other()], [ModelQuantizer()]):
+        quantizer = ModelQuantizer("normfloat4")
+        ctx = at(point, quantizer, runner=side(**{section: {key: present}}))
+        with pytest.raises(ConfigError) as error:
+            quantizer.process(weights(), ctx)
+        assert f"ModelDequantizer to {section} of {own}" in str(error.value)
+        assert f"ModelQuantizer to {section} of {other}" in str(error.value)
+        assert "one_way=true" in str(error.value)
+        assert "'train'" in str(error.value)
+
+
+@pytest.mark.parametrize("point", SIDES)
+@pytest.mark.parametrize("dequantizer", [ModelDequantizer, FlareLike.ModelDequantizer])
+def test_a_quantizer_with_its_dequantizer_works(point, dequantizer, at):
+    side, section, key, _, _ = SIDES[point]
+    quantizer = ModelQuantizer("normfloat4")
+    ctx = at(point, quantizer, runner=side(**{section: {key: [Other(), dequantizer()]}}))
+    assert from_shareable(quantizer.process(weights(), ctx)).data["w"].dtype == np.uint8
+
+
+def test_a_dequantizer_for_another_task_or_direction_does_not_count(at):
+    for key in ("validate/in", "train/out"):
+        quantizer = ModelQuantizer()
+        ctx = at("server out", quantizer, runner=server(task_result_filters={key: [ModelDequantizer()]}))
+        with pytest.raises(ConfigError):
+            quantizer.process(weights(), ctx)
+
+
+def test_each_task_is_checked(at):
+    quantizer = ModelQuantizer()
+    runner = server(task_result_filters={"train/in": [ModelDequantizer()]})
+    quantizer.process(weights(), at("server out", quantizer, runner=runner))
+    quantizer.process(weights(), at("server out", quantizer, runner=runner))
+    with pytest.raises(ConfigError, match="'validate'"):
+        quantizer.process(weights(), at("server out", quantizer, runner=runner, task="validate"))
+
+
+def test_one_way_is_allowed_when_said(at):
+    quantizer = ModelQuantizer(one_way=True)
+    quantizer.process(weights(), at("server out", quantizer, runner=server()))
+
+
+def test_a_site_level_dequantizer_counts(at):
+    quantizer = ModelQuantizer()
+    ctx = at("client out", quantizer, runner=tables())
+    scope = SimpleNamespace(task_data_filters={FilterKey.IN: [ModelDequantizer()]}, task_result_filters={})
+    ctx.set_prop(FLContextKey.SCOPE_OBJECT, scope, private=True, sticky=False)
+    quantizer.process(weights(), ctx)
+
+
+RECEIVING = {
+    "server in": ("the results of task 'train' from site-1", "task_result_filters", "server", "client"),
+    "client in": ("the data of task 'train'", "task_data_filters", "client", "server"),
+}
+
+
+@pytest.mark.parametrize("point", RECEIVING)
+def test_a_message_without_codes_is_refused(point, at):
+    what, section, own, other = RECEIVING[point]
+    dequantizer = ModelDequantizer()
+    ctx = at(point, dequantizer)
+    peer = FLContext()
+    peer.set_prop("__identity_name__", "site-1", private=False, sticky=False)
+    ctx.set_peer_context(peer)
+    with pytest.raises(ConfigError) as error:
+        dequantizer.process(weights(), ctx)
+    message = str(error.value)
+    assert what in message
+    assert f"ModelQuantizer to {section} of config_fed_{other}.json" in message
+    assert f"remove ModelDequantizer from {section} of config_fed_{own}.json" in message
+
+
+def test_outside_a_job_the_message_still_says_what_is_missing():
+    with pytest.raises(ConfigError, match="ModelQuantizer"):
+        ModelDequantizer().process(weights(), FLContext())
+
+
+@pytest.mark.parametrize("point", ["server in", "client in"])
+def test_only_the_server_ends_the_job_itself(point, at):
+    dequantizer, engine = ModelDequantizer(), Engine()
+    ctx = at(point, dequantizer)
+    ctx.set_prop(FLContextKey.FILTER_DIRECTION, "in", private=True, sticky=False)
+    ctx.get_engine = lambda *args, **kwargs: engine
+    with pytest.raises(ConfigError) as error:
+        dequantizer.process(weights(), ctx)
+    panics = [reason for event, reason in engine.events if event == "_fatal_system_error"]
+    assert panics == ([str(error.value)] if point == "server in" else [])
