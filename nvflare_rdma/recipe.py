@@ -41,6 +41,9 @@ def add_quantization(target: Any, quantization_type: str = "float16", tasks: Seq
         raise ConfigError(f"quantization can be added to a FLARE Recipe or FedJob, but not to {type(target).__name__}")
     job = target if isinstance(target, FedJob) else target._job
     _refuse_second_use(job)
+    # FLARE copies the sources of packages that it doesn't know into the job. This one is installed on every site, and
+    # a partial copy of another version must not get in its way.
+    job.set_app_packages(sorted({*job.job.app_packages, "nvflare_rdma"}))
 
     names = list(names)
     out, into = ModelQuantizer(quantization_type), ModelDequantizer()

@@ -4,3 +4,7 @@ from nvflare_rdma.filters.dequantizer import ModelDequantizer
 from nvflare_rdma.filters.quantizer import ModelQuantizer
 
 __all__ = ["ModelDequantizer", "ModelQuantizer"]
+
+# FLARE writes a filter's class path into exported job configs: make that the public one.
+for _filter in (ModelDequantizer, ModelQuantizer):
+    _filter.__module__ = __name__

@@ -11,6 +11,7 @@ from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.recipe import add_quantization
 
 QUANTIZE, DEQUANTIZE = "ModelQuantizer", "ModelDequantizer"
+PUBLIC = "nvflare_rdma.filters."
 
 
 @pytest.fixture
@@ -29,11 +30,7 @@ def exported(job, folder):
         for path in folder.glob(f"**/config_fed_{side}.json"):
             config = json.loads(path.read_text())
             found[side] = {
-                s: [
-                    (c["tasks"], f["path"].rsplit(".", 1)[-1], f.get("args", {}))
-                    for c in config[s]
-                    for f in c["filters"]
-                ]
+                s: [(c["tasks"], f["path"], f.get("args", {})) for c in config[s] for f in c["filters"]]
                 for s in ("task_data_filters", "task_result_filters")
             }
     return found
@@ -47,8 +44,9 @@ def test_the_four_filters_of_a_recipe(recipe, tmp_path):
         ("server", "task_data_filters", "task_result_filters"),
         ("client", "task_result_filters", "task_data_filters"),
     ):
-        assert found[side][quantized] == [(["train"], QUANTIZE, args)]
-        assert found[side][decoded] == [(["train"], DEQUANTIZE, {})]
+        assert found[side][quantized] == [(["train"], PUBLIC + QUANTIZE, args)]
+        assert found[side][decoded] == [(["train"], PUBLIC + DEQUANTIZE, {})]
+    assert not list((tmp_path / "out").glob("**/nvflare_rdma")), "the package must not be copied into the job"
 
 
 def test_a_job_with_an_app_per_site(tmp_path):
