@@ -85,11 +85,11 @@ class Link:
         self._deliver = deliver
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
-        own = {n: context.unavailable.get(n, "not part of this process") for n in context.order}
+        self._own = {n: context.unavailable.get(n, "not part of this process") for n in context.order}
         key = sealing.new_key() if stream.secure else b""
         self._sealer = sealing.Sealer(key) if key else None
         self._opener: sealing.Sealer | None = None
-        hello = wire.Hello(own, context.limits.max_message_bytes, context.limits.inline_bytes, key)
+        hello = wire.Hello(self._own, context.limits.max_message_bytes, context.limits.inline_bytes, key)
         overhead = sealing.TAG_BYTES if key else 0
         self._core = Channel(role, context.limits, hello, time.monotonic(), overhead)
         self._endpoint: Endpoint | None = None
@@ -390,8 +390,7 @@ class Link:
 
     def _choose(self, peer: wire.Hello) -> None:
         self._check_security(peer)
-        own = {name: self._context.unavailable.get(name, "") for name in self._context.order}
-        name, passed_over = choose(self._context.order, own, peer.fabrics)
+        name, passed_over = choose(self._context.order, self._own, peer.fabrics)
         if not name:
             raise FabricUnavailable(
                 f"no fabric that both sides allow (rdma_fabrics={','.join(self._context.order)}): {passed_over}"
@@ -405,7 +404,7 @@ class Link:
         peer = self._core.peer
         assert peer is not None
         self._check_security(peer)
-        if name not in self._context.order or self._context.unavailable.get(name, "unknown"):
+        if self._own.get(name, "unknown"):
             raise ProtocolError(f"the peer chose the fabric {name!r}, which this side did not offer")
         self.fabric = name
         try:
