@@ -37,7 +37,9 @@ _STOP_SECONDS = 10
 def check_scheme(scheme: str) -> str:
     """Return `scheme`, or raise `ConfigError` naming what is allowed."""
     if scheme not in SCHEMES:
-        raise ConfigError(f"scheme={scheme!r} is not a driver for the simulator. Allowed: {', '.join(SCHEMES)}.")
+        raise ConfigError(
+            f"scheme={scheme!r} is not a driver for the simulator. Allowed: {', '.join(SCHEMES)}."
+        )
     return scheme
 
 
@@ -54,7 +56,9 @@ class RdmaSimEnv(SimEnv):
         UnsupportedVersionError: the installed FLARE is not 2.9.
     """
 
-    def __init__(self, *, scheme: str = "rdma", console: str | os.PathLike | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, scheme: str = "rdma", console: str | os.PathLike | None = None, **kwargs: Any
+    ) -> None:
         require_flare("RdmaSimEnv")
         self.scheme = check_scheme(scheme)
         self.console = console
@@ -92,7 +96,14 @@ class _SimulatedJob:
         with tempfile.TemporaryDirectory() as folder:
             self._job.export_job(folder)
             command = [sys.executable, "-m", "nvflare_rdma.simulator", os.path.join(folder, self._job.name)]
-            command += ["-w", workspace, "-c", ",".join(n.strip() for n in names), "-t", str(threads or len(names))]
+            command += [
+                "-w",
+                workspace,
+                "-c",
+                ",".join(n.strip() for n in names),
+                "-t",
+                str(threads or len(names)),
+            ]
             command += ["--scheme", self._scheme]
             if gpu:
                 command += ["-gpu", gpu]
@@ -118,7 +129,9 @@ def _end(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_SECONDS)
-        os.killpg(process.pid, signal.SIGKILL)  # what is left of the session; the sites end when their parent has
+        os.killpg(
+            process.pid, signal.SIGKILL
+        )  # what is left of the session; the sites end when their parent has
     process.wait()
 
 

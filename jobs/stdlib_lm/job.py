@@ -29,7 +29,9 @@ DRIVERS = ("rdma", "tcp", "grpc")
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quantize", choices=QUANTIZE, default="normfloat4", help="how weights travel")
     parser.add_argument("--driver", choices=DRIVERS, default="rdma", help="what they travel over")
     parser.add_argument("--rounds", type=_positive, default=5)
@@ -74,6 +76,7 @@ def build(args: argparse.Namespace) -> FedAvgRecipe:
         # Sites send what they changed: the server keeps full precision, and what few bits lose is a part of one
         # update and not of the model.
         params_transfer_type=TransferType.DIFF,
+        key_metric="",  # no best model is chosen: held-out loss is recorded instead
     )
     recipe._job.to_server(HeldOutLoss(args.width, args.layers), id="held_out_loss")
     add_traffic_recorder(recipe)
@@ -137,7 +140,9 @@ def _environment(args: argparse.Namespace, progress: Path) -> Iterator[None]:
     before = dict(os.environ)
     os.environ[FOLDER_VARIABLE] = str(progress)
     # A FLARE job finds this package installed; run from a source tree it is found by this path.
-    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(HERE.parents[1]), before.get("PYTHONPATH")) if p)
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        p for p in (str(HERE.parents[1]), before.get("PYTHONPATH")) if p
+    )
     if args.driver == "rdma":
         # All processes are on one host, where the driver could use shared memory, which no kernel counter sees.
         os.environ.setdefault("NVFLARE_RDMA_FABRICS", "tcp")

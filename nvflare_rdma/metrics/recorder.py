@@ -34,8 +34,6 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare_rdma.metrics.names import FILE_NAME
 from nvflare_rdma.metrics.wire import TcpByteCounter, WireBytes
 
-
-
 # (event that opens a window, event that closes it, name of its seconds)
 _SITE_WINDOWS = (
     (EventType.BEFORE_PULL_TASK, EventType.AFTER_PULL_TASK, "pull"),

@@ -59,7 +59,9 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
 def summarize(lines: Iterable[dict[str, Any]]) -> Traffic:
     """Add up the lines of the server and all sites."""
     moved: dict[int | None, list[int]] = defaultdict(lambda: [0, 0])
-    seconds: dict[int, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(float)))
+    seconds: dict[int, dict[str, dict[str, float]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(float))
+    )
     for line in lines:
         if line["kind"] == "bytes":
             moved[line["round"]][0] += line["sent"]
