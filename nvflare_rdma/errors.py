@@ -38,6 +38,10 @@ class IntegrityError(TransferError):
     """A chunk's contents do not match its seal or checksum."""
 
 
+class TlsError(RdmaError, ConnectionError):
+    """The peers could not agree on TLS: a certificate is missing, expired or from another authority."""
+
+
 class BudgetError(RdmaError, MemoryError):
     """A request can't fit in the memory budget, or did not get its share in time."""
 

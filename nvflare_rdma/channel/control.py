@@ -1,0 +1,109 @@
+"""The control stream: one socket, clear or TLS, written by one thread while another reads.
+
+TLS runs over memory BIOs: an OpenSSL connection must not be used by two threads at once, so its state is
+locked for the moment of an encryption or decryption, while the socket itself is read and written freely.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+_RECEIVE_BYTES = 256 * 1024
+
+
+class ControlStream:
+    """``context``: wrap the socket in TLS; None leaves it clear. ``server_side``: who greets in TLS."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext | None = None, server_side: bool = False) -> None:
+        self._sock = sock
+        self._tls: ssl.SSLObject | None = None
+        self._tls_lock = threading.Lock()
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if context is not None:
+            self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
+
+    @property
+    def secure(self) -> bool:
+        return self._tls is not None
+
+    def peer_certificate(self) -> dict[str, Any] | None:
+        """The peer's certificate as `ssl.SSLSocket.getpeercert` gives it, or None."""
+        return dict(self._tls.getpeercert() or {}) if self._tls is not None else None
+
+    def handshake(self, timeout: float) -> None:
+        """Do the TLS handshake (nothing in clear mode).
+
+        Raises:
+            ssl.SSLError: the peers don't trust each other. OSError: the socket failed or timed out.
+        """
+        self._sock.settimeout(timeout)
+        if self._tls is not None:
+            while True:
+                try:
+                    self._tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    self._flush()
+                    data = self._sock.recv(_RECEIVE_BYTES)
+                    if not data:
+                        raise ConnectionError("the peer closed the connection during the TLS handshake") from None
+                    self._incoming.write(data)
+                except ssl.SSLError:
+                    # The alert that tells the peer why.
+                    with contextlib.suppress(OSError):
+                        self._flush()
+                    raise
+            self._flush()
+
+    def set_timeout(self, timeout: float | None) -> None:
+        self._sock.settimeout(timeout)
+
+    def _flush(self) -> None:
+        data = self._outgoing.read()
+        if data:
+            self._sock.sendall(data)
+
+    def send(self, messages: Iterable[bytes]) -> None:
+        """Send all of it. One thread at a time."""
+        data = b"".join(messages)
+        if self._tls is None:
+            self._sock.sendall(data)
+            return
+        with self._tls_lock:
+            view = memoryview(data)
+            while view:
+                view = view[self._tls.write(view) :]
+            sealed = self._outgoing.read()
+        self._sock.sendall(sealed)
+
+    def receive(self) -> bytes:
+        """At least one byte, or b"" when the peer has closed. One thread at a time."""
+        while True:
+            data = self._sock.recv(_RECEIVE_BYTES)
+            if self._tls is None or not data:
+                return data
+            with self._tls_lock:
+                self._incoming.write(data)
+                plain = bytearray()
+                try:
+                    while part := self._tls.read(_RECEIVE_BYTES):
+                        plain += part
+                except ssl.SSLWantReadError:
+                    pass
+                except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                    return bytes(plain)
+            if plain:
+                return bytes(plain)
+
+    def close(self) -> None:
+        """Close at once; a blocked `send` or `receive` fails. Callable from any thread, any number of times."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()

@@ -1,0 +1,279 @@
+"""The control stream's messages and how they are framed.
+
+A message is ``length (u32) | type (u8) | body``, network byte order; ``length`` counts type and body. Bodies
+are fixed structs, but for the two that are exchanged once per connection (HELLO, OPEN), which are msgpack
+maps so that later versions can add keys. Every length is checked against the limits that this side chose
+before anything is stored.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import msgpack
+
+from nvflare_rdma.errors import ProtocolError
+from nvflare_rdma.fabric.base import RemoteSlice
+
+CONTROL_MAGIC = b"NVFCTRL1"
+VERSION = 1
+MAX_HELLO_BYTES = 16 * 1024
+MAX_REASON_BYTES = 1024
+
+_PREFIX = struct.Struct("!IB")
+_OFFER = struct.Struct("!QQ")
+_GRANT = struct.Struct("!QIQIQQII")
+_TRANSFER = struct.Struct("!Q")
+_U32 = struct.Struct("!I")
+_DEFAULT_LIMIT = _GRANT.size + MAX_REASON_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message of each side: version, what fabrics it can use (``name -> reason why not``, "" if usable),
+    the largest message and inline payload it takes, and the key that seals the chunks it sends (or b"")."""
+
+    fabrics: Mapping[str, str]
+    max_message_bytes: int
+    inline_bytes: int
+    seal_key: bytes = b""
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Passive to active: the chosen fabric ("" for none but the control stream) and how to reach it."""
+
+    fabric: str
+    offer: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Rails:
+    """Active to passive: how many rails it opened, and if none, why."""
+
+    count: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Inline:
+    """A whole small message."""
+
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Sender: there is a message of ``length`` bytes."""
+
+    transfer: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Receiver: write chunk ``index`` (``offset`` and ``length`` of the message) to ``remote``, and notify
+    with ``notification``."""
+
+    transfer: int
+    index: int
+    offset: int
+    length: int
+    remote: RemoteSlice
+    notification: int
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """A write that travels on the control stream because there is no rail."""
+
+    notification: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Receiver: everything is in and verified."""
+
+    transfer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Receiver: what was offered is not taken."""
+
+    transfer: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """The connection ends; ``reason`` is "" when nothing is wrong."""
+
+    reason: str = ""
+
+
+Message: TypeAlias = Hello | Open | Rails | Inline | Offer | Grant | Data | Done | Refuse | Bye
+
+_TYPES: dict[type, int] = {
+    Hello: 1,
+    Open: 2,
+    Rails: 3,
+    Inline: 4,
+    Offer: 5,
+    Grant: 6,
+    Data: 7,
+    Done: 8,
+    Refuse: 9,
+    Bye: 10,
+}
+_CLASSES = {number: cls for cls, number in _TYPES.items()}
+
+
+def _reason(text: str) -> bytes:
+    return text.encode()[:MAX_REASON_BYTES]
+
+
+def encode(message: Message) -> bytes:
+    """One framed control message."""
+    body: bytes
+    match message:
+        case Hello():
+            body = msgpack.packb(
+                {
+                    "version": message.version,
+                    "fabrics": dict(message.fabrics),
+                    "max_message_bytes": message.max_message_bytes,
+                    "inline_bytes": message.inline_bytes,
+                    "seal_key": message.seal_key,
+                }
+            )
+        case Open():
+            body = msgpack.packb({"fabric": message.fabric, "offer": dict(message.offer)})
+        case Rails():
+            body = _U32.pack(message.count) + _reason(message.reason)
+        case Inline():
+            body = message.payload
+        case Offer():
+            body = _OFFER.pack(message.transfer, message.length)
+        case Grant():
+            r = message.remote
+            body = _GRANT.pack(
+                message.transfer,
+                message.index,
+                message.offset,
+                message.length,
+                r.key,
+                r.address,
+                r.length,
+                message.notification,
+            )
+        case Data():
+            body = _U32.pack(message.notification) + message.payload
+        case Done():
+            body = _TRANSFER.pack(message.transfer)
+        case Refuse():
+            body = _TRANSFER.pack(message.transfer) + _reason(message.reason)
+        case Bye():
+            body = _reason(message.reason)
+    return _PREFIX.pack(len(body) + 1, _TYPES[type(message)]) + body
+
+
+def _field(body: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = body.get(name)
+    if type(value) is not kind:
+        raise ProtocolError(f"field {name!r} should be {kind.__name__}, but is {type(value).__name__}")
+    return value
+
+
+def _decode_hello(body: Mapping[str, Any]) -> Hello:
+    version = _field(body, "version", int)
+    if version != VERSION:
+        raise ProtocolError(
+            f"the peer speaks channel version {version}, this side {VERSION}: install the same nvflare-rdma release"
+        )
+    fabrics = _field(body, "fabrics", dict)
+    if any(type(k) is not str or type(v) is not str for k, v in fabrics.items()):
+        raise ProtocolError("field 'fabrics' should map names to reasons")
+    hello = Hello(
+        fabrics,
+        _field(body, "max_message_bytes", int),
+        _field(body, "inline_bytes", int),
+        _field(body, "seal_key", bytes),
+    )
+    if hello.max_message_bytes < 0 or hello.inline_bytes < 0 or len(hello.seal_key) not in (0, 32):
+        raise ProtocolError("a field of the peer's HELLO is out of range")
+    return hello
+
+
+def _decode(cls: type, body: bytes) -> Message:
+    if cls is Inline:
+        return Inline(body)
+    if cls is Offer:
+        return Offer(*_OFFER.unpack(body))
+    if cls is Grant:
+        transfer, index, offset, length, key, address, remote_length, notification = _GRANT.unpack(body)
+        return Grant(transfer, index, offset, length, RemoteSlice(key, address, remote_length), notification)
+    if cls is Data:
+        return Data(_U32.unpack_from(body)[0], body[_U32.size :])
+    if cls is Done:
+        return Done(*_TRANSFER.unpack(body))
+    if cls is Refuse:
+        return Refuse(_TRANSFER.unpack_from(body)[0], body[_TRANSFER.size :].decode())
+    if cls is Rails:
+        return Rails(_U32.unpack_from(body)[0], body[_U32.size :].decode())
+    if cls is Bye:
+        return Bye(body.decode())
+    fields = msgpack.unpackb(body)  # its size was checked with the prefix
+    if not isinstance(fields, dict):
+        raise ProtocolError("the body should be a map")
+    if cls is Hello:
+        return _decode_hello(fields)
+    return Open(_field(fields, "fabric", str), _field(fields, "offer", dict))
+
+
+class Parser:
+    """Bytes in, messages out. Never holds more than one message of the largest size that is allowed."""
+
+    def __init__(self, max_inline_bytes: int, max_data_bytes: int) -> None:
+        self._limits = {
+            Hello: MAX_HELLO_BYTES,
+            Open: MAX_HELLO_BYTES,
+            Inline: max_inline_bytes,
+            Data: max_data_bytes + _U32.size,
+        }
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Message]:
+        """The messages that ``data`` completes.
+
+        Raises:
+            ProtocolError: a message is malformed or larger than what this side allows for its type.
+        """
+        self._buffer += data
+        start = 0
+        try:
+            while len(self._buffer) - start >= _PREFIX.size:
+                length, number = _PREFIX.unpack_from(self._buffer, start)
+                cls = _CLASSES.get(number)
+                if cls is None:
+                    raise ProtocolError(f"control message of unknown type {number}")
+                limit = self._limits.get(cls, _DEFAULT_LIMIT) + 1
+                if not 1 <= length <= limit:
+                    raise ProtocolError(f"{cls.__name__} message of {length} bytes, at most {limit} are allowed")
+                end = start + _PREFIX.size + length - 1
+                if len(self._buffer) < end:
+                    break
+                body = bytes(memoryview(self._buffer)[start + _PREFIX.size : end])
+                start = end
+                try:
+                    message = _decode(cls, body)
+                except (struct.error, ValueError, msgpack.UnpackException) as error:
+                    raise ProtocolError(f"malformed {cls.__name__} message: {error}") from error
+                yield message
+        finally:
+            del self._buffer[:start]

@@ -1,0 +1,52 @@
+"""FLARE's `Connection` on a channel link."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from nvflare.fuel.f3.comm_config import CommConfigurator
+from nvflare.fuel.f3.comm_error import CommError
+from nvflare.fuel.f3.connection import BytesAlike, Connection
+from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo
+
+from nvflare_rdma.channel.link import Delivery, Link
+from nvflare_rdma.errors import RdmaError, TransferError
+
+log = logging.getLogger(__name__)
+
+
+class RdmaConnection(Connection):
+    """``link`` is set by the driver as soon as it has one; ``properties`` are what FLARE logs and checks."""
+
+    def __init__(self, connector: ConnectorInfo, properties: dict[str, Any]) -> None:
+        super().__init__(connector)
+        self._properties = properties
+        self._send_timeout = CommConfigurator().get_streaming_send_timeout(30.0)
+        self._closing = False
+        self.link: Link | None = None
+
+    def get_conn_properties(self) -> dict[str, Any]:
+        return self._properties
+
+    def receive(self, message: Delivery) -> None:
+        """Hand a frame to FLARE, which slices a memoryview without copying it."""
+        self.process_frame(message)
+
+    def send_frame(self, frame: BytesAlike) -> None:
+        assert self.link is not None
+        try:
+            self.link.send(frame, self._send_timeout)
+        except TransferError as error:
+            if self._closing:
+                return  # as FLARE's own drivers: what is sent while closing is dropped
+            code = CommError.TIMEOUT if "streaming_send_timeout" in str(error) else CommError.CLOSED
+            raise CommError(code, f"can't send a frame of {len(frame)} bytes on {self.name}: {error}") from error
+        except RdmaError as error:
+            if not self._closing:
+                raise CommError(CommError.ERROR, f"can't send a frame on {self.name}: {error}") from error
+
+    def close(self) -> None:
+        self._closing = True
+        if self.link is not None:
+            self.link.close()

@@ -1,0 +1,82 @@
+"""The `rdma_*` settings: read and checked once per process, from where FLARE reads its own.
+
+`comm_config.json` (top level keys) or the environment (`NVFLARE_RDMA_RAILS=4`), in FLARE's order of precedence
+(`nvflare.fuel.utils.config_service.ConfigService`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.fabric.selection import FABRICS, parse_fabrics
+
+PREFIX = "rdma_"
+_ENV_PREFIX = "NVFLARE_RDMA_"
+KIB, MIB = 1024, 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``rdma_fabrics``: allowed fabrics, best first. ``rdma_chunk_bytes``: size of one granted chunk.
+    ``rdma_rails``: parallel TCP connections per peer. ``rdma_memory_budget_bytes``: what all incoming messages
+    of the process may hold until they are handed over."""
+
+    rdma_fabrics: tuple[str, ...] = FABRICS
+    rdma_chunk_bytes: int = 4 * MIB
+    rdma_rails: int = 2
+    rdma_memory_budget_bytes: int = 64 * MIB
+
+
+_RANGES = {
+    "rdma_chunk_bytes": (64 * KIB, 64 * MIB),
+    "rdma_rails": (1, 64),
+    "rdma_memory_budget_bytes": (MIB, 1 << 50),
+}
+_NAMES = tuple(f.name for f in fields(Settings))
+
+
+def parse_settings(values: Mapping[str, Any]) -> Settings:
+    """Settings from raw values (strings from the environment, JSON types from a file); the rest is default.
+
+    Raises:
+        ConfigError: an unknown key or a bad value; names the key, the value and what is allowed.
+    """
+    parsed: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in _NAMES:
+            raise ConfigError(f"unknown setting {name!r}={value!r}. Allowed: {', '.join(_NAMES)}.")
+        parsed[name] = parse_fabrics(str(value)) if name == "rdma_fabrics" else _integer(name, value)
+    return Settings(**parsed)
+
+
+def _integer(name: str, value: Any) -> int:
+    low, high = _RANGES[name]
+    try:
+        if isinstance(value, bool | float):
+            raise ValueError("not a whole number")
+        number = int(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name}={value!r} is not a whole number. Allowed: {low} to {high}.") from None
+    if not low <= number <= high:
+        raise ConfigError(f"{name}={number} is out of range. Allowed: {low} to {high}.")
+    return number
+
+
+def load_settings() -> Settings:
+    """The process's settings from FLARE's configuration and the environment.
+
+    Raises:
+        ConfigError: as `parse_settings`.
+    """
+    from nvflare.fuel.f3.comm_config import CommConfigurator
+
+    configurator = CommConfigurator()
+    config = configurator.get_config() or {}
+    present = {key for key in config if key.startswith(PREFIX)}
+    present |= {PREFIX + key[len(_ENV_PREFIX) :].lower() for key in os.environ if key.startswith(_ENV_PREFIX)}
+    # get_str_var applies FLARE's precedence; numbers are checked here, where the message can say the range.
+    return parse_settings({key: configurator.get_str_var(key) for key in sorted(present)})

@@ -1,0 +1,135 @@
+"""The driver between two real processes: plain, TLS, mTLS, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from certificates import Authority
+from processes import background, free_port, run
+
+PEER = Path(__file__).with_name("echo_peer.py")
+SIZES = [0, 1, 64 * 1024, 64 * 1024 + 1, 1024 * 1024 + 300, 9 * 1024 * 1024 + 7]
+
+
+def exchange(tmp_path, server, client, scheme, sizes=SIZES, timeout=60.0, connect_deadline=20.0, **env):
+    url = f"{scheme}://127.0.0.1:{free_port()}"
+    server_log = tmp_path / "server.log"
+    with background(PEER, "serve", url, json.dumps(server), log=server_log, **env):
+        options = {"sizes": sizes, "connect_deadline": connect_deadline, **client}
+        done = run(PEER, "ask", url, json.dumps(options), timeout=timeout, **env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr, server_log.read_text()
+
+
+def assert_all_equal(result, sizes):
+    assert result["connected"]
+    assert result["echoes"] == [{"size": size, "equal": True} for size in sizes]
+
+
+def test_frames_of_all_sizes_arrive_equal(tmp_path):
+    result, log, _ = exchange(tmp_path, {}, {}, "rdma")
+    assert_all_equal(result, SIZES)
+    assert "data goes over tcp, 2 rails" in log
+
+
+def test_a_message_larger_than_the_budget_arrives(tmp_path):
+    sizes = [24 * 1024 * 1024]
+    result, _, _ = exchange(tmp_path, {}, {}, "rdma", sizes, NVFLARE_RDMA_MEMORY_BUDGET_BYTES=str(1024 * 1024))
+    assert_all_equal(result, sizes)
+
+
+def test_mutual_tls_seals_the_data_and_reports_the_peers_name(tmp_path):
+    authority = Authority(tmp_path / "pki")
+    server = {"credentials": authority.issue("server", "server")}
+    client = {"credentials": authority.issue("client", "site-1")}
+    result, log, server_log = exchange(tmp_path, server, client, "srdma")
+    assert_all_equal(result, SIZES)
+    assert result["peer_cn"] == "server"
+    assert "SSL site-1" in server_log
+    assert "data goes over tcp, 2 rails" in log
+
+
+def test_one_way_tls(tmp_path):
+    authority = Authority(tmp_path / "pki")
+    server = {"credentials": {**authority.issue("server", "server"), "connection_security": "tls"}}
+    client = {"credentials": {"ca_cert": authority.root, "connection_security": "tls"}}
+    result, _, _ = exchange(tmp_path, server, client, "srdma", [100_000])
+    assert_all_equal(result, [100_000])
+
+
+def test_secure_flag_alone_turns_tls_on(tmp_path):
+    """FLARE says secure=True with the plain scheme when it is provisioned that way."""
+    authority = Authority(tmp_path / "pki")
+    server = {"credentials": authority.issue("server", "server")}
+    client = {"credentials": authority.issue("client", "site-1")}
+    result, _, server_log = exchange(tmp_path, server, client, "rdma", [100_000])
+    assert_all_equal(result, [100_000])
+    assert "SSL site-1" in server_log
+
+
+def test_the_secure_scheme_alone_turns_tls_on(tmp_path):
+    authority = Authority(tmp_path / "pki")
+    server = {"secure": False, "credentials": authority.issue("server", "server")}
+    client = {"secure": False, "credentials": authority.issue("client", "site-1")}
+    result, _, server_log = exchange(tmp_path, server, client, "srdma", [100_000])
+    assert_all_equal(result, [100_000])
+    assert "SSL site-1" in server_log
+
+
+def test_a_client_of_another_authority_is_refused_with_a_clear_line(tmp_path):
+    server = {"credentials": Authority(tmp_path / "pki").issue("server", "server")}
+    client = {"credentials": Authority(tmp_path / "other", "another-project").issue("client", "site-1")}
+    result, client_log, server_log = exchange(tmp_path, server, client, "srdma", connect_deadline=3.0)
+    assert not result["connected"]
+    assert "the server's certificate is not trusted here" in client_log
+    assert "does not trust this side's certificate" in server_log
+
+
+def test_a_client_whose_certificate_is_of_another_authority_is_refused(tmp_path):
+    """It trusts the server, but the server does not trust it."""
+    authority, other = Authority(tmp_path / "pki"), Authority(tmp_path / "other", "another-project")
+    server = {"credentials": authority.issue("server", "server")}
+    client = {"credentials": {**other.issue("client", "site-1"), "ca_cert": authority.root}}
+    result, _, server_log = exchange(tmp_path, server, client, "srdma", connect_deadline=3.0)
+    assert not result["connected"]
+    assert "the client's certificate is not trusted here" in server_log
+
+
+def test_a_clear_client_of_a_secure_listener_is_refused(tmp_path):
+    server = {"credentials": Authority(tmp_path / "pki").issue("server", "server")}
+    result, _, server_log = exchange(tmp_path, server, {}, "rdma", connect_deadline=3.0)
+    assert not result["connected"]
+    assert "it does not speak TLS, which this listener requires" in server_log
+
+
+def test_another_protocol_on_the_port_is_refused(tmp_path):
+    url_port = free_port()
+    server_log = tmp_path / "server.log"
+    with background(PEER, "serve", f"rdma://127.0.0.1:{url_port}", "{}", log=server_log):
+        options = json.dumps({"sizes": [], "connect_deadline": 4.0})
+        done = run(PEER, "ask", f"tcp://127.0.0.1:{url_port}", options, timeout=30)
+    assert not json.loads(done.stdout)["connected"]
+    assert "it is no nvflare-rdma peer; check the scheme in its URL" in server_log.read_text()
+
+
+@pytest.mark.parametrize("port", ["abc", "0", "70000", ""])
+def test_a_bad_port_is_one_clear_error_and_no_retry(port, tmp_path):
+    url = f"rdma://127.0.0.1:{port}" if port else "rdma://127.0.0.1"
+    done = run(PEER, "ask", url, json.dumps({"sizes": [], "connect_deadline": 3.0}), timeout=30)
+    assert done.stderr.count("ERROR") == done.stderr.count("bad port") == 1, done.stderr
+    assert "give a whole number from 1 to 65535" in done.stderr
+    assert url in done.stderr
+
+
+def test_a_bad_setting_names_the_key_the_value_and_what_is_allowed(tmp_path):
+    done = run(
+        PEER,
+        "ask",
+        f"rdma://127.0.0.1:{free_port()}",
+        json.dumps({"sizes": [], "connect_deadline": 1.0}),
+        timeout=30,
+        NVFLARE_RDMA_RAILS="many",
+    )
+    assert "rdma_rails='many' is not a whole number. Allowed: 1 to 64." in done.stderr

@@ -1,0 +1,62 @@
+"""Real processes for tests: bounded in time, and ended even if the test fails."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from nvflare_rdma.cli import driver_path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This environment with the driver in FLARE's path and the package importable."""
+    env = dict(os.environ, NVFLARE_COMM_DRIVER_PATH=driver_path(), **extra)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    return env
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def run(script: Path | Sequence[str], *args: str, timeout: float, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python script (or ``-m module``) to its end."""
+    head = [str(script)] if isinstance(script, Path) else list(script)
+    return subprocess.run(
+        [sys.executable, *head, *args],
+        env=environment(**extra),
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@contextmanager
+def background(script: Path, *args: str, log: Path, **extra: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python script that runs until its stdin is closed; its stderr goes to ``log``."""
+    with open(log, "wb") as err:
+        process = subprocess.Popen(
+            [sys.executable, str(script), *args], env=environment(**extra), stdin=subprocess.PIPE, stderr=err
+        )
+        try:
+            yield process
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            try:
+                process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(timeout=5)

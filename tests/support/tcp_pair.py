@@ -1,0 +1,157 @@
+"""Two tcp endpoints, or two links, joined by real loopback sockets in one process."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.channel.core import ChannelLimits
+from nvflare_rdma.channel.link import Link, LinkContext
+from nvflare_rdma.channel.state import Role
+from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
+from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
+
+DEADLINE = 20.0
+
+
+class Recorder:
+    """A CompletionHandler that queues what it is told."""
+
+    def __init__(self) -> None:
+        self.landings: queue.Queue[tuple[int, int]] = queue.Queue()
+        self.writes: queue.Queue[int] = queue.Queue()
+        self.failures: queue.Queue[Exception] = queue.Queue()
+
+    def landed(self, notification: int, length: int) -> None:
+        self.landings.put((notification, length))
+
+    def written(self, notification: int) -> None:
+        self.writes.put(notification)
+
+    def failed(self, error: Exception) -> None:
+        self.failures.put(error)
+
+
+@contextmanager
+def admitting(fabric: TcpFabric) -> Iterator[Callable[[], socket.socket]]:
+    """Serve rails for ``fabric``; yields how to dial."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+
+        def serve() -> None:
+            while True:
+                try:
+                    sock, _ = listener.accept()
+                except OSError:
+                    return
+                preamble = bytearray(len(RAIL_MAGIC) + TICKET_BYTES)
+                try:
+                    receive_exactly(sock, memoryview(preamble))
+                except OSError:
+                    continue
+                fabric.admit(sock, bytes(preamble[len(RAIL_MAGIC) :]))
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield lambda: socket.create_connection(address, timeout=DEADLINE)
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(DEADLINE)
+
+
+def context(limits: ChannelLimits | None = None, budget: int = 64 << 20, window: int = 32 << 20) -> LinkContext:
+    return LinkContext(
+        limits or ChannelLimits(max_message_bytes=1 << 30, chunk_bytes=256 * 1024),
+        MemoryBudget(budget),
+        SlotPool(),
+        ("verbs", "tcp"),
+        {"verbs": "no device in this test", "tcp": ""},
+        window,
+    )
+
+
+class LinkPair:
+    """``active`` and ``passive`` are open links; ``inbox[link]`` gets what each receives."""
+
+    def __init__(self, active: Link, passive: Link, inbox: dict[Link, queue.Queue], contexts) -> None:
+        self.active, self.passive, self.inbox = active, passive, inbox
+        self.active_context, self.passive_context = contexts
+        self.runners = [threading.Thread(target=link.run, daemon=True) for link in (active, passive)]
+        for runner in self.runners:
+            runner.start()
+
+    def receive(self, link: Link) -> memoryview | bytes:
+        return self.inbox[link].get(timeout=DEADLINE)
+
+    def join(self) -> None:
+        for runner in self.runners:
+            runner.join(DEADLINE)
+            assert not runner.is_alive(), "a link did not end"
+
+
+@contextmanager
+def link_pair(
+    active_context: LinkContext | None = None,
+    passive_context: LinkContext | None = None,
+    tls: tuple | None = None,
+    dial: Callable[[], socket.socket] | None = None,
+    rails: int = 2,
+) -> Iterator[LinkPair]:
+    """Open links. ``tls``: (client context, server context). ``dial`` replaces how rails are dialled."""
+    contexts = (active_context or context(), passive_context or context())
+    client_tls, server_tls = tls or (None, None)
+    listening = TcpFabric(rails)
+    near, far = socket.socketpair()
+    inbox: dict[str, queue.Queue] = {"active": queue.Queue(), "passive": queue.Queue()}
+    with admitting(listening) as default_dial:
+        streams: dict[str, ControlStream] = {}
+
+        def greet(role: str, sock: socket.socket, tls_context, server_side: bool) -> None:
+            streams[role] = ControlStream(sock, tls_context, server_side)
+            streams[role].handshake(DEADLINE)
+
+        in_parallel(lambda: greet("active", near, client_tls, False), lambda: greet("passive", far, server_tls, True))
+        active = Link(
+            streams["active"],
+            Role.ACTIVE,
+            {"tcp": TcpFabric(rails, dial or default_dial)},
+            contexts[0],
+            inbox["active"].put,
+            "active",
+        )
+        passive = Link(
+            streams["passive"], Role.PASSIVE, {"tcp": listening}, contexts[1], inbox["passive"].put, "passive"
+        )
+        in_parallel(active.open, passive.open)
+        pair = LinkPair(active, passive, {active: inbox["active"], passive: inbox["passive"]}, contexts)
+        try:
+            yield pair
+        finally:
+            active.close()
+            passive.close()
+            pair.join()
+
+
+def in_parallel(*calls: Callable[[], object]) -> None:
+    """Run calls at once; raises the first error."""
+    errors: list[BaseException] = []
+
+    def guarded(call: Callable[[], object]) -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 - handed to the caller
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(call,), daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE)
+        assert not thread.is_alive(), "timed out"
+    if errors:
+        raise errors[0]
