@@ -37,9 +37,7 @@ _STOP_SECONDS = 10
 def check_scheme(scheme: str) -> str:
     """Return `scheme`, or raise `ConfigError` naming what is allowed."""
     if scheme not in SCHEMES:
-        raise ConfigError(
-            f"scheme={scheme!r} is not a driver for the simulator. Allowed: {', '.join(SCHEMES)}."
-        )
+        raise ConfigError(f"scheme={scheme!r} is not a driver for the simulator. Allowed: {', '.join(SCHEMES)}.")
     return scheme
 
 
@@ -56,9 +54,7 @@ class RdmaSimEnv(SimEnv):
         UnsupportedVersionError: the installed FLARE is not 2.9.
     """
 
-    def __init__(
-        self, *, scheme: str = "rdma", console: str | os.PathLike | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, scheme: str = "rdma", console: str | os.PathLike[str] | None = None, **kwargs: Any) -> None:
         require_flare("RdmaSimEnv")
         self.scheme = check_scheme(scheme)
         self.console = console
@@ -66,13 +62,14 @@ class RdmaSimEnv(SimEnv):
 
     def deploy(self, job: Any) -> str:
         """Run `job` to its end and return its name, as `SimEnv.deploy` does (same checks and same errors)."""
-        return super().deploy(_SimulatedJob(job, self.scheme, self.console))
+        name: str = super().deploy(_SimulatedJob(job, self.scheme, self.console))
+        return name
 
 
 class _SimulatedJob:
     """A FedJob whose `simulator_run` starts this module in place of FLARE's own simulator module."""
 
-    def __init__(self, job: Any, scheme: str, console: str | os.PathLike | None) -> None:
+    def __init__(self, job: Any, scheme: str, console: str | os.PathLike[str] | None) -> None:
         self._job = job
         self._scheme = scheme
         self._console = console
@@ -112,7 +109,7 @@ class _SimulatedJob:
             return _run(command, self._console)
 
 
-def _run(command: Sequence[str], console: str | os.PathLike | None) -> int:
+def _run(command: Sequence[str], console: str | os.PathLike[str] | None) -> int:
     """Run `command` in a session of its own; if this process is interrupted, end that session too."""
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open(console, "ab")) if console else None
@@ -124,14 +121,12 @@ def _run(command: Sequence[str], console: str | os.PathLike | None) -> int:
                 _end(process)
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_SECONDS)
-        os.killpg(
-            process.pid, signal.SIGKILL
-        )  # what is left of the session; the sites end when their parent has
+        os.killpg(process.pid, signal.SIGKILL)  # what is left of the session; the sites end when their parent has
     process.wait()
 
 
@@ -145,12 +140,12 @@ def use_scheme(scheme: str) -> None:
     class SchemeDeployer(SimulatorDeployer):
         """SimulatorDeployer builds both configs with a fixed scheme; the sites take theirs from the client's."""
 
-        def _create_simulator_server_config(self, admin_storage: str, max_clients: int) -> dict:
-            config = super()._create_simulator_server_config(admin_storage, max_clients)
+        def _create_simulator_server_config(self, admin_storage: str, max_clients: int) -> dict[str, Any]:
+            config: dict[str, Any] = super()._create_simulator_server_config(admin_storage, max_clients)
             config["service"]["scheme"] = scheme
             return config
 
-        def _create_simulator_client_config(self, client_name: str, args: Any) -> tuple[dict, dict]:
+        def _create_simulator_client_config(self, client_name: str, args: Any) -> Any:
             config, build_ctx = super()._create_simulator_client_config(client_name, args)
             for server in config["servers"]:
                 server["service"]["scheme"] = scheme
@@ -172,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scheme", choices=SCHEMES, default="rdma", help="driver between server and sites")
     args = parser.parse_args(argv)
     use_scheme(args.scheme)
-    return run_simulator(args)
+    return int(run_simulator(args) or 0)
 
 
 if __name__ == "__main__":

@@ -78,9 +78,7 @@ def split(n_sites: int, root: Path | None = None) -> list[list[Source]]:
         if not source.held_out:
             units[source.unit].append(source)
     if not 1 <= n_sites <= len(units):
-        raise ValueError(
-            f"n_sites={n_sites}: there are {len(units)} packages to share out, one or more for each site"
-        )
+        raise ValueError(f"n_sites={n_sites}: there are {len(units)} packages to share out, one or more for each site")
     sites: list[list[Source]] = [[] for _ in range(n_sites)]
     sizes = [0] * n_sites
     for unit in sorted(units, key=lambda u: (-sum(s.size for s in units[u]), u)):

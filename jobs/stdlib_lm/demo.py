@@ -62,9 +62,7 @@ def print_comparison(full: dict[str, Any], few: dict[str, Any], summary: dict[st
 
 def main() -> int:
     """Run both; 1 if either failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--driver", choices=DRIVERS, default="rdma")
     parser.add_argument("--workspace", type=Path, default=Path("demo_workspace"))
     args, for_job = parser.parse_known_args()  # what is left is for job.py

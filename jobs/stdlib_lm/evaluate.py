@@ -54,9 +54,7 @@ class HeldOutLoss(FLComponent):
         self._model.load_state_dict({k: torch.as_tensor(v) for k, v in weights.items()})
         start = time.perf_counter()
         threads = torch.get_num_threads()
-        torch.set_num_threads(
-            1
-        )  # the sites may be at work: two threads that wait for each other would take longer
+        torch.set_num_threads(1)  # the sites may be at work: two threads that wait for each other would take longer
         loss = evaluate(self._model, self._rows)
         torch.set_num_threads(threads)
         line = {"round": number, "held_out_loss": loss, "seconds": round(time.perf_counter() - start, 3)}

@@ -29,14 +29,12 @@ DRIVERS = ("rdma", "tcp", "grpc")
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quantize", choices=QUANTIZE, default="normfloat4", help="how weights travel")
     parser.add_argument("--driver", choices=DRIVERS, default="rdma", help="what they travel over")
     parser.add_argument("--rounds", type=_positive, default=5)
     parser.add_argument("--sites", type=_positive, default=3)
-    parser.add_argument("--steps", type=_positive, default=32, help="training steps a site takes a round")
+    parser.add_argument("--steps", type=_positive, default=24, help="training steps a site takes a round")
     parser.add_argument("--width", type=_width, default=384, help="of the model; 64 a head")
     parser.add_argument("--layers", type=_positive, default=4)
     parser.add_argument("--workspace", type=Path, default=Path("stdlib_lm_workspace"))
@@ -140,9 +138,7 @@ def _environment(args: argparse.Namespace, progress: Path) -> Iterator[None]:
     before = dict(os.environ)
     os.environ[FOLDER_VARIABLE] = str(progress)
     # A FLARE job finds this package installed; run from a source tree it is found by this path.
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        p for p in (str(HERE.parents[1]), before.get("PYTHONPATH")) if p
-    )
+    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(HERE.parents[1]), before.get("PYTHONPATH")) if p)
     if args.driver == "rdma":
         # All processes are on one host, where the driver could use shared memory, which no kernel counter sees.
         os.environ.setdefault("NVFLARE_RDMA_FABRICS", "tcp")

@@ -42,9 +42,7 @@ class ByteGPT(nn.Module):
         seed: of the initial weights.
     """
 
-    def __init__(
-        self, width: int = 384, layers: int = 4, heads: int = 6, context: int = 128, seed: int = 0
-    ) -> None:
+    def __init__(self, width: int = 384, layers: int = 4, heads: int = 6, context: int = 128, seed: int = 0) -> None:
         super().__init__()
         self.width, self.layers, self.heads, self.context, self.seed = width, layers, heads, context, seed
         self.embed = nn.Embedding(VOCAB, width)

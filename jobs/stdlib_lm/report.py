@@ -21,9 +21,7 @@ def collect(workspace: Path, settings: dict[str, Any]) -> dict[str, Any]:
     traffic = summarize(read_lines(workspace))
     losses = _losses(workspace)
     rows = [{**asdict(row), "held_out_loss": losses.get(row.round)} for row in traffic.rounds]
-    missing = set(range(settings["rounds"])) - {
-        row["round"] for row in rows if row["held_out_loss"] is not None
-    }
+    missing = set(range(settings["rounds"])) - {row["round"] for row in rows if row["held_out_loss"] is not None}
     if missing:
         raise RuntimeError(f"nothing recorded for round(s) {', '.join(str(n + 1) for n in sorted(missing))}")
     return {

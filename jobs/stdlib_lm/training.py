@@ -17,9 +17,7 @@ BATCH = 8
 
 def optimizer_for(model: ByteGPT) -> torch.optim.Optimizer:
     """AdamW with the betas that small language models are usually trained with."""
-    return torch.optim.AdamW(
-        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
+    return torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
 def rate_at(step: int, total: int) -> float:

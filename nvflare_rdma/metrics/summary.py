@@ -59,9 +59,7 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
 def summarize(lines: Iterable[dict[str, Any]]) -> Traffic:
     """Add up the lines of the server and all sites."""
     moved: dict[int | None, list[int]] = defaultdict(lambda: [0, 0])
-    seconds: dict[int, dict[str, dict[str, float]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(float))
-    )
+    seconds: dict[int, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(float)))
     for line in lines:
         if line["kind"] == "bytes":
             moved[line["round"]][0] += line["sent"]
@@ -71,10 +69,10 @@ def summarize(lines: Iterable[dict[str, Any]]) -> Traffic:
             for name, value in line["seconds"].items():
                 seconds[line["round"]][line["site"]][prefix + name] += value
     rounds = tuple(
-        _row(number, *moved[number], list(seconds[number].values()))
+        _row(number, moved[number][0], moved[number][1], list(seconds[number].values()))
         for number in sorted(n for n in moved if n is not None)
     )
-    return Traffic(rounds, *moved[None])
+    return Traffic(rounds, moved[None][0], moved[None][1])
 
 
 def _row(number: int, down: int, up: int, sites: list[dict[str, float]]) -> RoundTraffic:

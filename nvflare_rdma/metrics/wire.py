@@ -28,7 +28,7 @@ _TCP_INFO_SIZE = 208
 _LISTEN = 10
 _FD_FOLDER = "/proc/self/fd"
 
-_Endpoints = tuple[tuple, tuple]
+_Endpoints = tuple[tuple[str | int, ...], tuple[str | int, ...]]
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,7 @@ class TcpByteCounter:
         """Sample every `interval` seconds in a daemon thread until `stop`."""
         if self._thread is None:
             self._stop.clear()
-            self._thread = threading.Thread(
-                target=self._run, args=(interval,), name="tcp-byte-counter", daemon=True
-            )
+            self._thread = threading.Thread(target=self._run, args=(interval,), name="tcp-byte-counter", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
@@ -160,6 +158,6 @@ def _counts(info: bytes) -> WireBytes:
     return WireBytes(sent, received)
 
 
-def _address(name: tuple) -> tuple:
+def _address(name: tuple[str, int]) -> tuple[str, int]:
     host, port = name[:2]
     return (host.removeprefix("::ffff:"), port)  # an IPv4 peer as a dual-stack socket names it

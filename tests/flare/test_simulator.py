@@ -39,9 +39,7 @@ def test_deploy_starts_our_simulator_with_sim_envs_arguments(tmp_path, monkeypat
     seen = []
     monkeypatch.setattr(simulator, "_run", lambda command, console: seen.append((command, console)) or 0)
     job = Job()
-    env = RdmaSimEnv(
-        num_clients=2, num_threads=1, workspace_root=str(tmp_path), scheme="grpc", log_config="full"
-    )
+    env = RdmaSimEnv(num_clients=2, num_threads=1, workspace_root=str(tmp_path), scheme="grpc", log_config="full")
     assert env.deploy(job) == "tiny"
     ((command, console),) = seen
     expected = [sys.executable, "-m", "nvflare_rdma.simulator", os.path.join(job.exported, "tiny")]

@@ -56,9 +56,7 @@ def test_training_lowers_the_loss_and_repeats(tiny, text):
     before = evaluate(tiny, rows)
     seen = []
     start = {k: v.clone() for k, v in tiny.state_dict().items()}
-    loss = train(
-        tiny, optimizer_for(tiny), text, 30, 0, 30, seed=3, report=lambda step, loss: seen.append(loss)
-    )
+    loss = train(tiny, optimizer_for(tiny), text, 30, 0, 30, seed=3, report=lambda step, loss: seen.append(loss))
     assert len(seen) == 30
     assert loss == pytest.approx(sum(seen) / 30)
     assert evaluate(tiny, rows) < 0.8 * before

@@ -66,9 +66,7 @@ def test_table_json_and_plot(workspace, capsys):
 
 def test_comparison_of_two_runs(workspace, capsys):
     full = collect(workspace, SETTINGS)
-    few = json.loads(
-        json.dumps({**full, "quantize": "normfloat4", "bytes_per_round": 1_000_000, "final_loss": 2.1})
-    )
+    few = json.loads(json.dumps({**full, "quantize": "normfloat4", "bytes_per_round": 1_000_000, "final_loss": 2.1}))
     summary = compare(full, few)
     assert summary == {
         "times_fewer_bytes": 7.0,

@@ -83,15 +83,10 @@ def test_background_samples_see_a_socket_that_was_closed_in_between(counter):
     try:
         peer = Peer()
         peer.exchange(100_000)
-        peer.sock.sendall(
-            (1).to_bytes(8, "big")
-        )  # the peer answers and waits: the socket is open for some samples
+        peer.sock.sendall((1).to_bytes(8, "big"))  # the peer answers and waits: the socket is open for some samples
         assert peer.sock.recv(1) == b"r"
         deadline = 500
-        while (
-            counter._live.get(os.fstat(peer.sock.fileno()).st_ino, WireBytes()).received < 100_002
-            and deadline
-        ):
+        while counter._live.get(os.fstat(peer.sock.fileno()).st_ino, WireBytes()).received < 100_002 and deadline:
             counter._stop.wait(0.01)
             deadline -= 1
         peer.sock.sendall(b"ss")
