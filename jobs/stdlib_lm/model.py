@@ -37,12 +37,12 @@ class ByteGPT(nn.Module):
     """Predicts the next byte. The embedding is also the output layer.
 
     Args:
-        width, layers, heads: the usual sizes; 384, 4 and 6 make 7.2 million parameters.
+        width, layers, heads: the usual sizes; 512, 4 and 8 make 12.7 million parameters.
         context: the longest input in bytes.
         seed: of the initial weights.
     """
 
-    def __init__(self, width: int = 384, layers: int = 4, heads: int = 6, context: int = 128, seed: int = 0) -> None:
+    def __init__(self, width: int = 512, layers: int = 4, heads: int = 8, context: int = 128, seed: int = 0) -> None:
         super().__init__()
         self.width, self.layers, self.heads, self.context, self.seed = width, layers, heads, context, seed
         self.embed = nn.Embedding(VOCAB, width)
