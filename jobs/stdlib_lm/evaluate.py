@@ -19,14 +19,14 @@ from progress import append_progress
 from training import evaluate
 
 FILE_NAME = "held_out_loss.jsonl"
-ROWS = 64
+ROWS = 48
 
 
 class HeldOutLoss(FLComponent):
     """Server component; appends `{"round": n, "held_out_loss": x, "seconds": s}` to `held_out_loss.jsonl` in the
     job's run folder, with round null for the initial model.
 
-    What it evaluates is the server's own model in full precision, before any filter, on the same 64 windows in every
+    What it evaluates is the server's own model in full precision, before any filter, on the same 48 windows in every
     run.
     """
 
