@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sites", type=_positive, default=3)
     parser.add_argument("--steps", type=_positive, default=20, help="training steps a site takes a round")
     parser.add_argument("--width", type=_width, default=512, help="of the model; 64 a head")
-    parser.add_argument("--layers", type=_positive, default=4)
+    parser.add_argument("--layers", type=_positive, default=3)
     parser.add_argument("--workspace", type=Path, default=Path("stdlib_lm_workspace"))
     parser.add_argument("--verbose", action="store_true", help="show FLARE's log instead of progress")
     return parser.parse_args(argv)

@@ -3,10 +3,10 @@
 Every process of the job appends to `traffic.jsonl` in its own run folder; `nvflare_rdma.metrics.summary` reads the
 lines of all of them. Line kinds:
 
-- ``bytes`` (server): `sent` and `received` payload bytes over TCP since the last boundary, as the kernel counted them
-  for the server's process (see `wire`). A round reaches from its ROUND_STARTED to the next one's, or to the end of the
-  workflow, so task polls, task checks and heartbeats are in it. `round` is null for what came before the first round
-  and after the last: starting and ending the job.
+- ``bytes`` (server): `sent`, `received` and `retransmitted` payload bytes over TCP since the last boundary, as the
+  kernel counted them for the server's process (see `wire`). A round reaches from its ROUND_STARTED to the next one's,
+  or to the end of the workflow, so task polls, task checks and heartbeats are in it. `round` is null for what came
+  before the first round and after the last: starting and ending the job.
 - ``task`` (site): seconds of one task. `pull` is the request that brought the task, from asking to having all its
   tensors (BEFORE_PULL_TASK..AFTER_PULL_TASK); `send` is from the check that the server still wants the result to its
   acknowledgement (BEFORE_SEND_TASK_RESULT..AFTER_SEND_TASK_RESULT); `decode` and `encode` are the site's task data
@@ -22,6 +22,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from nvflare.apis.event_type import EventType
@@ -96,7 +97,7 @@ class TrafficRecorder(FLComponent):
     def _boundary(self, next_round: int | None) -> None:
         total = self._counter.total()
         moved, self._mark = total - self._mark, total
-        self._write(kind="bytes", round=self._round, sent=moved.sent, received=moved.received)
+        self._write(kind="bytes", round=self._round, **asdict(moved))
         self._round = next_round
 
     def _on_site(self, event_type: str, fl_ctx: FLContext) -> None:

@@ -33,6 +33,7 @@ class RoundTraffic:
     seconds_down: float
     seconds_up: float
     seconds_codec: float
+    bytes_retransmitted: int = 0  # server -> sites, not in bytes_down
 
 
 @dataclass(frozen=True)
@@ -58,24 +59,25 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
 
 def summarize(lines: Iterable[dict[str, Any]]) -> Traffic:
     """Add up the lines of the server and all sites."""
-    moved: dict[int | None, list[int]] = defaultdict(lambda: [0, 0])
+    moved: dict[int | None, list[int]] = defaultdict(lambda: [0, 0, 0])
     seconds: dict[int, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(float)))
     for line in lines:
         if line["kind"] == "bytes":
             moved[line["round"]][0] += line["sent"]
             moved[line["round"]][1] += line["received"]
+            moved[line["round"]][2] += line.get("retransmitted", 0)
         elif line["round"] is not None and line["site"]:
             prefix = "server_" if line["kind"] == "serve" else ""
             for name, value in line["seconds"].items():
                 seconds[line["round"]][line["site"]][prefix + name] += value
     rounds = tuple(
-        _row(number, moved[number][0], moved[number][1], list(seconds[number].values()))
+        _row(number, moved[number], list(seconds[number].values()))
         for number in sorted(n for n in moved if n is not None)
     )
     return Traffic(rounds, moved[None][0], moved[None][1])
 
 
-def _row(number: int, down: int, up: int, sites: list[dict[str, float]]) -> RoundTraffic:
+def _row(number: int, moved: list[int], sites: list[dict[str, float]]) -> RoundTraffic:
     def mean(*names: str, less: tuple[str, ...] = ()) -> float:
         total = sum(site.get(n, 0.0) for site in sites for n in names)
         total -= sum(site.get(n, 0.0) for site in sites for n in less)
@@ -83,8 +85,9 @@ def _row(number: int, down: int, up: int, sites: list[dict[str, float]]) -> Roun
 
     return RoundTraffic(
         round=number,
-        bytes_down=down,
-        bytes_up=up,
+        bytes_down=moved[0],
+        bytes_up=moved[1],
+        bytes_retransmitted=moved[2],
         seconds_down=mean("pull", less=("server_encode",)),
         seconds_up=mean("send", less=("server_decode", "server_accept")),
         seconds_codec=mean("encode", "decode", "server_encode", "server_decode"),

@@ -3,8 +3,11 @@
 The kernel keeps the counts per socket (``TCP_INFO``), so they are the same for every driver and library, and no one
 has to report them: payload bytes that TCP carried, headers of IP and TCP not included.
 
-- sent: ``tcpi_bytes_sent``, every payload byte put on the wire, retransmissions included (RFC 4898,
-  tcpEStatsPerfHCDataOctetsOut);
+- sent: ``tcpi_bytes_sent`` less ``tcpi_bytes_retrans``, payload bytes put on the wire for the first time (RFC 4898,
+  tcpEStatsPerfHCDataOctetsOut less tcpEStatsPerfOctetsRetrans);
+- retransmitted: ``tcpi_bytes_retrans``, payload bytes put on the wire again. Apart, because they come from the state
+  of the link and of the machine (a receiver that gets no CPU is probed with its last bytes again, on loopback too) and
+  would blur what two drivers or two encodings differ in;
 - received: ``tcpi_bytes_received``, payload bytes that arrived in order (RFC 4898,
   tcpEStatsAppHCThruOctetsReceived).
 
@@ -24,7 +27,8 @@ from nvflare_rdma.errors import RdmaError
 
 _BYTES_RECEIVED_AT = 128  # offsets in struct tcp_info (linux/tcp.h)
 _BYTES_SENT_AT = 200
-_TCP_INFO_SIZE = 208
+_BYTES_RETRANS_AT = 208
+_TCP_INFO_SIZE = 216
 _LISTEN = 10
 _FD_FOLDER = "/proc/self/fd"
 
@@ -37,12 +41,17 @@ class WireBytes:
 
     sent: int = 0
     received: int = 0
+    retransmitted: int = 0
 
     def __add__(self, other: WireBytes) -> WireBytes:
-        return WireBytes(self.sent + other.sent, self.received + other.received)
+        return WireBytes(
+            self.sent + other.sent, self.received + other.received, self.retransmitted + other.retransmitted
+        )
 
     def __sub__(self, other: WireBytes) -> WireBytes:
-        return WireBytes(self.sent - other.sent, self.received - other.received)
+        return WireBytes(
+            self.sent - other.sent, self.received - other.received, self.retransmitted - other.retransmitted
+        )
 
 
 class TcpByteCounter:
@@ -155,7 +164,8 @@ def _counts(info: bytes) -> WireBytes:
         )
     (received,) = struct.unpack_from("=Q", info, _BYTES_RECEIVED_AT)
     (sent,) = struct.unpack_from("=Q", info, _BYTES_SENT_AT)
-    return WireBytes(sent, received)
+    (again,) = struct.unpack_from("=Q", info, _BYTES_RETRANS_AT)
+    return WireBytes(sent - again, received, again)
 
 
 def _address(name: tuple[str, int]) -> tuple[str, int]:

@@ -15,7 +15,7 @@ def workspace(tmp_path):
     server.mkdir(parents=True)
     site.mkdir(parents=True)
     moved = [(None, 10, 20), (0, 3_000_000, 2_000_000), (1, 5_000_000, 4_000_000), (None, 1, 2)]
-    lines = [{"kind": "bytes", "round": r, "sent": s, "received": v} for r, s, v in moved]
+    lines = [{"kind": "bytes", "round": r, "sent": s, "received": v, "retransmitted": 7} for r, s, v in moved]
     (server / "traffic.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"kind": "by')
     task = {
         "kind": "task",
@@ -40,6 +40,7 @@ def test_collect_brings_losses_bytes_and_seconds_together(workspace):
         "round": 0,
         "bytes_down": 3_000_000,
         "bytes_up": 2_000_000,
+        "bytes_retransmitted": 7,
         "seconds_down": 0.5,
         "seconds_up": 0.25,
         "seconds_codec": 0.3,
