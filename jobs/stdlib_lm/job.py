@@ -19,6 +19,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [p for p in (str(HERE), str(HERE.parents[1])) if p not in sys.path]
 
+EXPORT = "--export" in sys.argv  # importing FLARE takes its own options out of sys.argv
+
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe  # noqa: E402
 from nvflare.client.config import ExchangeFormat, TransferType  # noqa: E402
 
@@ -97,8 +99,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from nvflare_rdma.simulator import RdmaSimEnv
 
     workspace = args.workspace.resolve()
-    _clear(workspace)
-    (workspace / "progress").mkdir(parents=True)
     env = RdmaSimEnv(
         num_clients=args.sites,
         workspace_root=str(workspace),
@@ -106,6 +106,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         console=None if args.verbose else workspace / "console.log",
     )
     recipe = build(args)
+    if EXPORT:
+        recipe.execute(env)  # exports the job and ends this process
+    _clear(workspace)
+    (workspace / "progress").mkdir(parents=True)
     label = f"{args.quantize} over {args.driver}"
     start = time.monotonic()
     with _environment(args, workspace / "progress"):
@@ -115,7 +119,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             with ProgressView(workspace / "progress", label, args.rounds * args.sites * args.steps):
                 recipe.execute(env)
     settings = {k: v for k, v in vars(args).items() if k not in ("workspace", "verbose")}
-    results = collect(workspace / NAME, {**settings, "wall_seconds": round(time.monotonic() - start, 1)})
+    results = collect(Path(env.workspace_root) / NAME, {**settings, "wall_seconds": round(time.monotonic() - start, 1)})
     results["model_bytes"] = 4 * sum(p.numel() for p in recipe.model.parameters())
     write_json(results, workspace / "results.json")
     write_plot([results], workspace / "results.png")

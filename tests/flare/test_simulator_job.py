@@ -27,7 +27,7 @@ TINY = [
 
 # Not FLARE's own "tcp": the simulator uses that whatever it is told, so it would prove nothing.
 @pytest.mark.flare
-@pytest.mark.parametrize("driver", ["grpc"])
+@pytest.mark.parametrize("driver", ["grpc", "rdma"])
 def test_job_runs_over_the_chosen_driver_and_counts_its_bytes(tmp_path, driver):
     command = [sys.executable, str(ROOT / "jobs" / "stdlib_lm" / "job.py"), *TINY]
     command += ["--driver", driver, "--workspace", str(tmp_path)]

@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 
 import job
@@ -66,6 +67,17 @@ def test_no_progress_is_written_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     append_progress(round=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_writes_the_job_and_leaves_the_workspace_alone(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    command = [sys.executable, job.__file__, "--quantize", "none", "--workspace", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--export", "--export-dir", str(tmp_path / "out")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "stdlib_lm" / "meta.json").is_file()
+    assert (tmp_path / "results.json").read_text() == "{}"
 
 
 def test_the_exported_job_leaves_the_package_to_the_installation(tmp_path):
