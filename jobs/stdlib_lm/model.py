@@ -20,7 +20,7 @@ class ByteGPT(nn.Module):
     """Predicts the next byte. The embedding is also the output layer.
 
     Args:
-        width, layers, heads: the usual sizes; 512, 3 and 8 make 26 million parameters, most of them in the pairs' table.
+        width, layers, heads: the usual sizes; 512, 3 and 8 make 26 million parameters, most of them in `pairs`.
         context: the longest input in bytes.
         seed: of the initial weights.
     """
