@@ -20,7 +20,7 @@ ALLOWED = {
     "filters": {"codecs", "flare_compat"},
     "driver": {"channel", "fabric", "settings", "flare_compat"},
     "plugin": {"driver"},
-    "metrics": set(),
+    "metrics": {"flare_compat"},
 }
 NO_FLARE_OR_TORCH = ("fabric", "channel")
 NO_FLARE = ("codecs",)

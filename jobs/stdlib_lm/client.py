@@ -1,0 +1,73 @@
+"""What a site runs: FLARE's Client API around `training.train`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+
+import data
+import nvflare.client as flare
+import torch
+from model import ByteGPT
+from progress import append_progress
+from training import optimizer_for, train
+
+
+def site_number(name: str) -> int:
+    """0 for "site-1", 1 for "site-2" and so on: which part of the text the site has."""
+    match = re.search(r"(\d+)$", name)
+    if match is None or match[1] == "0":
+        raise ValueError(f"site name {name!r} must end in its number, counted from 1, such as site-1")
+    return int(match[1]) - 1
+
+
+def main() -> None:
+    """Train for every round that the server asks for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sites", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True, help="steps a round")
+    parser.add_argument("--width", type=int, required=True)
+    parser.add_argument("--layers", type=int, required=True)
+    args = parser.parse_args()
+
+    flare.init()
+    name = flare.get_site_name()
+    text = data.read(data.split(args.sites)[site_number(name) % args.sites])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.sites))  # the sites share this machine
+    model = ByteGPT(args.width, args.layers, heads=args.width // 64).to(device)
+    optimizer = optimizer_for(model)
+
+    while flare.is_running():
+        received = flare.receive()
+        if received is None:
+            break
+        number, rounds = received.current_round, received.total_rounds
+        model.load_state_dict(received.params)
+        loss = train(
+            model,
+            optimizer,
+            text,
+            args.steps,
+            first_step=number * args.steps,
+            total_steps=rounds * args.steps,
+            seed=1000 * number + site_number(name),
+            report=lambda step, loss, number=number: append_progress(
+                site=name, round=number, step=step, loss=round(loss, 4)
+            ),
+        )
+        flare.send(
+            flare.FLModel(
+                # FLARE takes the difference to what came in, which also keeps a reference to it: send a copy,
+                # since the next step changes the weights in place.
+                params={key: value.detach().cpu().clone() for key, value in model.state_dict().items()},
+                metrics={"train_loss": loss},
+                meta={"NUM_STEPS_CURRENT_ROUND": args.steps},
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

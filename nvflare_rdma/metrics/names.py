@@ -1,0 +1,3 @@
+"""The name that the recorder and the reader of its lines share."""
+
+FILE_NAME = "traffic.jsonl"

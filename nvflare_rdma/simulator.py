@@ -1,0 +1,174 @@
+"""FLARE's simulator with the driver of your choice between the server and its sites.
+
+FLARE's simulator always uses its ``tcp`` driver. `RdmaSimEnv` is FLARE's `SimEnv` with one more argument, ``scheme``;
+everything else (workspace layout, errors, return codes) is `SimEnv`'s own. The same switch gives ``tcp`` and ``grpc``,
+so that drivers are compared with everything else equal.
+
+    recipe.run(RdmaSimEnv(num_clients=3, workspace_root="ws", scheme="rdma"))
+
+    python -m nvflare_rdma.simulator JOB_FOLDER -w WORKSPACE -n 3 -t 3 --scheme rdma
+
+The second form takes every option of ``nvflare simulator``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nvflare.recipe.sim_env import SimEnv
+
+from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.flare_compat import require_flare
+
+SCHEMES = ("rdma", "tcp", "grpc")
+_DRIVER_PATH_VAR = "NVFLARE_COMM_DRIVER_PATH"
+_STOP_SECONDS = 10
+
+
+def check_scheme(scheme: str) -> str:
+    """Return `scheme`, or raise `ConfigError` naming what is allowed."""
+    if scheme not in SCHEMES:
+        raise ConfigError(f"scheme={scheme!r} is not a driver for the simulator. Allowed: {', '.join(SCHEMES)}.")
+    return scheme
+
+
+class RdmaSimEnv(SimEnv):
+    """`nvflare.recipe.sim_env.SimEnv` whose server and sites talk over `scheme`.
+
+    Args:
+        scheme: "rdma" (this package's driver), or FLARE's "tcp" or "grpc".
+        console: a file that takes what the simulator and the sites print, in place of this process's own output.
+        kwargs: `SimEnv`'s arguments.
+
+    Raises:
+        ConfigError: `scheme` is not one of `SCHEMES`.
+        UnsupportedVersionError: the installed FLARE is not 2.9.
+    """
+
+    def __init__(self, *, scheme: str = "rdma", console: str | os.PathLike[str] | None = None, **kwargs: Any) -> None:
+        require_flare("RdmaSimEnv")
+        self.scheme = check_scheme(scheme)
+        self.console = console
+        super().__init__(**kwargs)
+
+    def deploy(self, job: Any) -> str:
+        """Run `job` to its end and return its name, as `SimEnv.deploy` does (same checks and same errors)."""
+        name: str = super().deploy(_SimulatedJob(job, self.scheme, self.console))
+        return name
+
+
+class _SimulatedJob:
+    """A FedJob whose `simulator_run` starts this module in place of FLARE's own simulator module."""
+
+    def __init__(self, job: Any, scheme: str, console: str | os.PathLike[str] | None) -> None:
+        self._job = job
+        self._scheme = scheme
+        self._console = console
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._job, name)
+
+    def simulator_run(
+        self,
+        workspace: str,
+        n_clients: int | None = None,
+        clients: list[str] | None = None,
+        threads: int | None = None,
+        gpu: str | None = None,
+        log_config: str | None = None,
+    ) -> int:
+        """What `FedJob.simulator_run` does, with the same arguments; returns the simulator's exit status."""
+        names = clients or [f"site-{i + 1}" for i in range(n_clients or 0)]
+        # Installed here and imported by the sites from there: a partial copy in the job would hide the package.
+        self._job.set_app_packages(sorted({*self._job.job.app_packages, "nvflare_rdma"}))
+        with tempfile.TemporaryDirectory() as folder:
+            self._job.export_job(folder)
+            command = [sys.executable, "-m", "nvflare_rdma.simulator", os.path.join(folder, self._job.name)]
+            command += [
+                "-w",
+                workspace,
+                "-c",
+                ",".join(n.strip() for n in names),
+                "-t",
+                str(threads or len(names)),
+            ]
+            command += ["--scheme", self._scheme]
+            if gpu:
+                command += ["-gpu", gpu]
+            if log_config:
+                command += ["-l", log_config]
+            return _run(command, self._console)
+
+
+def _run(command: Sequence[str], console: str | os.PathLike[str] | None) -> int:
+    """Run `command` in a session of its own; if this process is interrupted, end that session too."""
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(open(console, "ab")) if console else None
+        process = subprocess.Popen(command, start_new_session=True, stdout=out, stderr=out)
+        try:
+            return process.wait()
+        finally:
+            if process.returncode is None:
+                _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+        os.killpg(process.pid, signal.SIGKILL)  # what is left of the session; the sites end when their parent has
+    process.wait()
+
+
+def use_scheme(scheme: str) -> None:
+    """Make the simulator of this process, and the sites it will start, use `scheme`."""
+    check_scheme(scheme)
+    require_flare("nvflare_rdma.simulator")
+    from nvflare.private.fed.app.deployer.simulator_deployer import SimulatorDeployer
+    from nvflare.private.fed.app.simulator import simulator_runner
+
+    class SchemeDeployer(SimulatorDeployer):
+        """SimulatorDeployer builds both configs with a fixed scheme; the sites take theirs from the client's."""
+
+        def _create_simulator_server_config(self, admin_storage: str, max_clients: int) -> dict[str, Any]:
+            config: dict[str, Any] = super()._create_simulator_server_config(admin_storage, max_clients)
+            config["service"]["scheme"] = scheme
+            return config
+
+        def _create_simulator_client_config(self, client_name: str, args: Any) -> Any:
+            config, build_ctx = super()._create_simulator_client_config(client_name, args)
+            for server in config["servers"]:
+                server["service"]["scheme"] = scheme
+            return config, build_ctx
+
+    simulator_runner.SimulatorDeployer = SchemeDeployer
+    if scheme == "rdma":
+        # Read by FLARE when a cell starts; the sites' processes inherit it.
+        folders = [str(Path(__file__).parent / "plugin"), os.environ.get(_DRIVER_PATH_VAR)]
+        os.environ[_DRIVER_PATH_VAR] = os.pathsep.join(f for f in folders if f)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a job folder in the simulator; returns the simulator's exit status."""
+    from nvflare.private.fed.app.simulator.simulator import define_simulator_parser, run_simulator
+
+    parser = argparse.ArgumentParser(prog="python -m nvflare_rdma.simulator")
+    define_simulator_parser(parser)
+    parser.add_argument("--scheme", choices=SCHEMES, default="rdma", help="driver between server and sites")
+    args = parser.parse_args(argv)
+    use_scheme(args.scheme)
+    return int(run_simulator(args) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

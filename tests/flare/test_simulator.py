@@ -1,0 +1,111 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nvflare.private.fed.app.simulator import simulator_runner
+
+from nvflare_rdma import simulator
+from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.simulator import RdmaSimEnv
+
+
+class Job:
+    """The part of a FedJob that running it needs."""
+
+    name = "tiny"
+    _deploy_map = {}
+
+    def __init__(self):
+        self.job = self
+        self.app_packages = ["mine"]
+        self.exported = None
+
+    def set_app_packages(self, names):
+        self.app_packages = names
+
+    def export_job(self, folder):
+        self.exported = folder
+
+
+@pytest.mark.parametrize("scheme", ["ib", "", "RDMA"])
+def test_a_bad_scheme_is_refused_at_once(scheme):
+    with pytest.raises(ConfigError, match=f"scheme='{scheme}' is not a driver .* Allowed: rdma, tcp, grpc"):
+        RdmaSimEnv(num_clients=2, scheme=scheme)
+
+
+def test_deploy_starts_our_simulator_with_sim_envs_arguments(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(simulator, "_run", lambda command, console: seen.append((command, console)) or 0)
+    job = Job()
+    env = RdmaSimEnv(num_clients=2, num_threads=1, workspace_root=str(tmp_path), scheme="grpc", log_config="full")
+    assert env.deploy(job) == "tiny"
+    ((command, console),) = seen
+    expected = [sys.executable, "-m", "nvflare_rdma.simulator", os.path.join(job.exported, "tiny")]
+    expected += [
+        "-w",
+        str(tmp_path / "tiny"),
+        "-c",
+        "site-1,site-2",
+        "-t",
+        "1",
+        "--scheme",
+        "grpc",
+        "-l",
+        "full",
+    ]
+    assert command == expected
+    assert console is None
+    assert job.app_packages == ["mine", "nvflare_rdma"]
+
+
+def test_deploy_fails_as_sim_env_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(simulator, "_run", lambda command, console: 2)
+    env = RdmaSimEnv(clients=["a", "b"], workspace_root=str(tmp_path), scheme="tcp")
+    with pytest.raises(RuntimeError, match="Simulation failed with return code 2"):
+        env.deploy(Job())
+    assert env.last_run_failed
+
+
+def test_an_interrupted_run_ends_the_simulator(tmp_path, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+
+    class Interrupted(popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+        def wait(self, timeout=None):
+            if timeout is None and len(started) == 1 and not hasattr(self, "interrupted"):
+                self.interrupted = True
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        simulator._run(["sleep", "600"], tmp_path / "console.log")
+    assert started[0].poll() is not None
+
+
+def test_the_simulators_output_goes_to_the_console_file(tmp_path):
+    code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"
+    assert simulator._run([sys.executable, "-c", code], tmp_path / "console.log") == 3
+    assert sorted((tmp_path / "console.log").read_text().split()) == ["err", "out"]
+
+
+@pytest.mark.parametrize("scheme", ["rdma", "grpc"])
+def test_server_and_sites_get_the_scheme(scheme, monkeypatch):
+    monkeypatch.setattr(simulator_runner, "SimulatorDeployer", simulator_runner.SimulatorDeployer)
+    monkeypatch.setenv("NVFLARE_COMM_DRIVER_PATH", "/others")
+    simulator.use_scheme(scheme)
+    deployer = simulator_runner.SimulatorDeployer()
+    args = type("Args", (), {"workspace": "/nowhere"})
+    assert deployer._create_simulator_server_config("", 2)["service"]["scheme"] == scheme
+    config, build_ctx = deployer._create_simulator_client_config("site-1", args)
+    assert config["servers"][0]["service"]["scheme"] == scheme
+    assert build_ctx["server_config"][0]["service"]["scheme"] == scheme
+    folders = os.environ["NVFLARE_COMM_DRIVER_PATH"].split(os.pathsep)
+    plugin = str(Path(simulator.__file__).parent / "plugin")
+    assert folders == ([plugin, "/others"] if scheme == "rdma" else ["/others"])

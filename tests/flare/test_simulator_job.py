@@ -1,0 +1,52 @@
+"""The whole job in FLARE's simulator, as small as it can be."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "--rounds",
+    "1",
+    "--sites",
+    "2",
+    "--steps",
+    "2",
+    "--width",
+    "64",
+    "--layers",
+    "1",
+    "--quantize",
+    "none",
+]
+
+
+# Not FLARE's own "tcp": the simulator uses that whatever it is told, so it would prove nothing.
+@pytest.mark.flare
+@pytest.mark.parametrize("driver", ["grpc", "rdma"])
+def test_job_runs_over_the_chosen_driver_and_counts_its_bytes(tmp_path, driver):
+    command = [sys.executable, str(ROOT / "jobs" / "stdlib_lm" / "job.py"), *TINY]
+    command += ["--driver", driver, "--workspace", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert f"none over {driver}" in done.stdout
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    (row,) = results["rounds_table"]
+    for moved in (row["bytes_down"], row["bytes_up"]):
+        assert moved > 2 * results["model_bytes"]
+        assert moved < 2 * results["model_bytes"] + 200_000
+    assert row["held_out_loss"] < results["initial_loss"]
+    assert row["seconds_down"] > 0
+    assert row["seconds_up"] > 0
+    assert (tmp_path / "results.png").stat().st_size > 0
+
+    for process, side in (("server", "PASSIVE"), ("site-1", "ACTIVE"), ("site-2", "ACTIVE")):
+        log = (tmp_path / "stdlib_lm" / process / "log.txt").read_text()
+        assert f"{side} {driver}://" in log
+    assert "ACTIVE tcp://" not in (tmp_path / "stdlib_lm" / "site-1" / "log.txt").read_text()

@@ -1,0 +1,91 @@
+import json
+import subprocess
+import sys
+
+import job
+import pytest
+from client import site_number
+from progress import FOLDER_VARIABLE, ProgressView, append_progress
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--rounds", "0"], "0 is less than 1"),
+        (["--width", "100"], "100 is not a multiple of 64"),
+        (["--driver", "ib"], "invalid choice: 'ib'"),
+    ],
+)
+def test_bad_arguments_are_named(args, message, capsys):
+    with pytest.raises(SystemExit):
+        job.parse(args)
+    assert message in capsys.readouterr().err
+
+
+def test_site_numbers():
+    assert [site_number(name) for name in ("site-1", "site-12")] == [0, 11]
+    for name in ("hospital", "site-0"):
+        with pytest.raises(ValueError, match=name):
+            site_number(name)
+
+
+def test_a_failed_run_shows_its_log_and_last_errors(tmp_path, monkeypatch, capsys):
+    def fail(args):
+        (tmp_path / "console.log").write_text("starting\nERROR - the disk is full\n")
+        raise RuntimeError("Simulation failed with return code 2")
+
+    monkeypatch.setattr(job, "run", fail)
+    assert job.main(["--workspace", str(tmp_path)]) == 1
+    shown = capsys.readouterr().err
+    assert "return code 2" in shown
+    assert str(tmp_path / "console.log") in shown
+    assert "ERROR - the disk is full" in shown
+    assert "starting" not in shown
+
+
+def test_clearing_a_workspace_keeps_what_is_not_ours(tmp_path):
+    (tmp_path / "progress").mkdir()
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "thesis.tex").write_text("")
+    job._clear(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_progress_is_shown_as_plain_lines_outside_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    with ProgressView(tmp_path, "none over tcp", total=2):
+        monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+        append_progress(site="site-1", round=0, step=1, loss=3.0)
+        append_progress(round=0, held_out_loss=2.5)
+        with open(next(tmp_path.glob("*.jsonl")), "a") as half:
+            half.write('{"round": 1, "held_')
+    assert capsys.readouterr().out == "none over tcp: held-out loss 2.500 after round 1 (1 of 2 steps)\n"
+
+
+def test_no_progress_is_written_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    append_progress(round=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_writes_the_job_and_leaves_the_workspace_alone(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    command = [sys.executable, job.__file__, "--quantize", "none", "--workspace", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--export", "--export-dir", str(tmp_path / "out")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "stdlib_lm" / "meta.json").is_file()
+    assert (tmp_path / "results.json").read_text() == "{}"
+
+
+def test_the_exported_job_leaves_the_package_to_the_installation(tmp_path):
+    args = job.parse(["--quantize", "none", "--width", "64", "--layers", "1", "--sites", "2"])
+    job.build(args).export(str(tmp_path))
+    custom = tmp_path / "stdlib_lm" / "app" / "custom"
+    names = {p.name for p in custom.rglob("*.py")}
+    assert {"client.py", "data.py", "evaluate.py", "model.py", "progress.py", "training.py"} <= names
+    assert not (custom / "nvflare_rdma").exists()
+    server = json.loads((tmp_path / "stdlib_lm" / "app" / "config" / "config_fed_server.json").read_text())
+    assert "nvflare_rdma.metrics.recorder.TrafficRecorder" in {c["path"] for c in server["components"]}
