@@ -27,6 +27,10 @@ from nvflare.client.config import ExchangeFormat, TransferType  # noqa: E402
 NAME = "stdlib_lm"
 QUANTIZE = ("none", "float16", "bfloat16", "blockwise8", "normfloat4")
 DRIVERS = ("rdma", "tcp", "grpc")
+# FLARE's own settings. By default it asks for 2 MB of tensors at a time and sends them in frames of 1 MiB, and each
+# request and frame brings some 600 bytes of headers.
+DOWNLOAD_CHUNK_BYTES = 64 << 20
+FRAME_BYTES = 8 << 20
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,9 +40,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--driver", choices=DRIVERS, default="rdma", help="what they travel over")
     parser.add_argument("--rounds", type=_positive, default=5)
     parser.add_argument("--sites", type=_positive, default=3)
-    parser.add_argument("--steps", type=_positive, default=20, help="training steps a site takes a round")
+    parser.add_argument("--steps", type=_positive, default=16, help="training steps a site takes a round")
     parser.add_argument("--width", type=_width, default=512, help="of the model; 64 a head")
-    parser.add_argument("--layers", type=_positive, default=3)
+    parser.add_argument("--layers", type=_positive, default=4)
     parser.add_argument("--workspace", type=Path, default=Path("stdlib_lm_workspace"))
     parser.add_argument("--verbose", action="store_true", help="show FLARE's log instead of progress")
     return parser.parse_args(argv)
@@ -78,6 +82,8 @@ def build(args: argparse.Namespace) -> FedAvgRecipe:
         params_transfer_type=TransferType.DIFF,
         key_metric="",  # no best model is chosen: held-out loss is recorded instead
     )
+    recipe.add_server_config({"tensor_download_chunk_size": DOWNLOAD_CHUNK_BYTES})
+    recipe.add_client_config({"tensor_download_chunk_size": DOWNLOAD_CHUNK_BYTES})
     recipe._job.to_server(HeldOutLoss(args.width, args.layers), id="held_out_loss")
     add_traffic_recorder(recipe)
     if args.quantize != "none":
@@ -143,6 +149,7 @@ def _environment(args: argparse.Namespace, progress: Path) -> Iterator[None]:
     os.environ[FOLDER_VARIABLE] = str(progress)
     # A FLARE job finds this package installed; run from a source tree it is found by this path.
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(HERE.parents[1]), before.get("PYTHONPATH")) if p)
+    os.environ.setdefault("NVFLARE_STREAMING_CHUNK_SIZE", str(FRAME_BYTES))
     if args.driver == "rdma":
         # All processes are on one host, where the driver could use shared memory, which no kernel counter sees.
         os.environ.setdefault("NVFLARE_RDMA_FABRICS", "tcp")

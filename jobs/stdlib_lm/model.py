@@ -2,8 +2,7 @@
 
 What it is made of is chosen for being sent. Every tensor's size is a multiple of 64, so a 4-bit codec with blocks of
 64 encodes all of it: norms have no gain, linear layers have no bias, and positions are rotary. And there are only
-seven tensors, most with the weights of all layers: FLARE adds some hundred bytes for every tensor it sends. The table
-of byte pairs makes the model larger without making it slower.
+five tensors, each with the weights of all layers: FLARE adds some hundred bytes for every tensor it sends.
 """
 
 from __future__ import annotations
@@ -13,24 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCAB = 256
-PAIR_WIDTH = 256
 
 
 class ByteGPT(nn.Module):
     """Predicts the next byte. The embedding is also the output layer.
 
     Args:
-        width, layers, heads: the usual sizes; 512, 3 and 8 make 26 million parameters, most of them in `pairs`.
+        width, layers, heads: the usual sizes; 512, 4 and 8 make 12.7 million parameters.
         context: the longest input in bytes.
         seed: of the initial weights.
     """
 
-    def __init__(self, width: int = 512, layers: int = 3, heads: int = 8, context: int = 128, seed: int = 0) -> None:
+    def __init__(self, width: int = 512, layers: int = 4, heads: int = 8, context: int = 128, seed: int = 0) -> None:
         super().__init__()
         self.width, self.layers, self.heads, self.context, self.seed = width, layers, heads, context, seed
         self.embed = nn.Parameter(torch.empty(VOCAB, width))
-        self.pairs = nn.Parameter(torch.empty(VOCAB * VOCAB, PAIR_WIDTH))  # by the previous byte and this one
-        self.widen = nn.Parameter(torch.empty(width, PAIR_WIDTH))
         self.qkv = nn.Parameter(torch.empty(layers, 3 * width, width))
         self.out = nn.Parameter(torch.empty(layers, width, width))
         self.up = nn.Parameter(torch.empty(layers, 4 * width, width))
@@ -39,9 +35,8 @@ class ByteGPT(nn.Module):
         self._initialize(torch.Generator().manual_seed(seed))
 
     def _initialize(self, generator: torch.Generator) -> None:
-        for weight in (self.embed, self.pairs):
-            nn.init.normal_(weight, std=0.02, generator=generator)
-        for weight in (self.widen, self.qkv, self.up):
+        nn.init.normal_(self.embed, std=0.02, generator=generator)
+        for weight in (self.qkv, self.up):
             nn.init.normal_(weight, std=weight.shape[-1] ** -0.5, generator=generator)
         for weight in (self.out, self.down):  # both add to the stream, 2 * layers times in all
             std = (weight.shape[-1] * 2 * self.layers) ** -0.5
@@ -49,9 +44,7 @@ class ByteGPT(nn.Module):
 
     def forward(self, bytes_in: Tensor) -> Tensor:
         """Logits (batch, length, 256) for bytes (batch, length)."""
-        previous = F.pad(bytes_in[:, :-1], (1, 0))
-        pairs = F.embedding(previous * VOCAB + bytes_in, self.pairs)
-        x = F.embedding(bytes_in, self.embed) + F.linear(pairs, self.widen)
+        x = F.embedding(bytes_in, self.embed)
         angles = self.angles[: bytes_in.shape[1]]
         # unbind and not an index for each layer: its gradient is made once, for all layers together.
         stacks = (weight.unbind() for weight in (self.qkv, self.out, self.up, self.down))
