@@ -1,0 +1,64 @@
+"""A job from end to end: what arrives is what was sent, within the codec's bound, in both directions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from processes import run
+
+from nvflare_rdma.codecs import get_codec
+
+JOB = Path(__file__).with_name("weights_job.py")
+EXACT = {"one", "nothing", "steps", "mask"}
+
+
+def bound(codec, value: torch.Tensor) -> torch.Tensor:
+    """What the codec may change in each element of ``value``, its own dtype's rounding included."""
+    flat = value.float().flatten().numpy()
+    codes = np.empty(codec.codes_count(flat.size), codec.code_dtype)
+    scales = np.empty(codec.scales_count(flat.size), np.float32)
+    codec.encode_into(flat, codes, scales)
+    error = torch.from_numpy(codec.max_abs_error(flat, scales)).reshape(value.shape)
+    if value.dtype == torch.float16:
+        error = error + (value.float().abs() + error) * 2.0**-10
+    return error
+
+
+@pytest.mark.flare
+@pytest.mark.parametrize("quantization_type", ["normfloat4", "bfloat16"])
+def test_weights_arrive_within_the_bound_in_both_directions(quantization_type, tmp_path):
+    done = run(JOB, str(tmp_path), quantization_type, timeout=120)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    codec = get_codec(quantization_type)
+    load = {p.stem: torch.load(p, weights_only=True) for p in tmp_path.glob("*.pt")}
+    assert set(load) == {"initial", *(f"{way}-site-{i}" for way in ("received", "sent") for i in (1, 2))}
+    # 16-bit codecs carry NaN and Inf and leave 16-bit tensors alone; block codecs send NaN and Inf exact.
+    exact = EXACT | {"diverged"} | ({"narrow"} if codec.bits == 16 else set())
+
+    for site in (1, 2):
+        received = load[f"received-site-{site}"]
+        assert list(received) == list(load["initial"])
+        for name, sent in load["initial"].items():
+            got = received[name]
+            assert (got.dtype, got.shape) == (sent.dtype, sent.shape), name
+            if name in exact:
+                torch.testing.assert_close(got, sent, rtol=0, atol=0, equal_nan=True)
+            else:
+                difference = (got.float() - sent.float()).abs()
+                assert (difference <= bound(codec, sent)).all(), name
+                assert difference.any(), f"{name} was not quantized"
+
+    saved = torch.load(next((tmp_path / "ws").rglob("FL_global_model.pt")), weights_only=True)
+    model = saved.get("model", saved)
+    sent = [load[f"sent-site-{i}"] for i in (1, 2)]
+    for name in ("large", "odd"):
+        mean = (sent[0][name] + sent[1][name]) / 2
+        allowed = (bound(codec, sent[0][name]) + bound(codec, sent[1][name])) / 2 + 1e-5
+        assert ((model[name] - mean).abs() <= allowed).all(), name
+        assert not torch.equal(model[name], mean), f"{name} was not quantized"
+    log = next((tmp_path / "ws").rglob("server/log.txt")).read_text()
+    assert "data goes over tcp" in log
+    assert ("diverged: normfloat4 can't carry NaN or Inf" in log) == (codec.bits == 4)

@@ -1,0 +1,35 @@
+"""One round of FedAvg with quantization both ways, over rdma.
+
+python weights_job.py FOLDER QUANTIZATION_TYPE
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe  # noqa: E402
+from nvflare.client.config import ExchangeFormat  # noqa: E402
+from weights_model import Awkward  # noqa: E402
+
+from nvflare_rdma.recipe import add_quantization  # noqa: E402
+from nvflare_rdma.simulator import RdmaSimEnv  # noqa: E402
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    model = Awkward()
+    torch.save(model.state_dict(), folder / "initial.pt")
+    recipe = FedAvgRecipe(
+        name="weights",
+        model=model,
+        min_clients=2,
+        num_rounds=1,
+        train_script=str(HERE / "weights_client.py"),
+        train_args=str(folder),
+        server_expected_format=ExchangeFormat.PYTORCH,
+    )
+    add_quantization(recipe, sys.argv[2])
+    recipe.execute(RdmaSimEnv(num_clients=2, workspace_root=str(folder / "ws"), scheme="rdma"))
