@@ -85,22 +85,32 @@ class ControlStream:
 
     def receive(self) -> bytes:
         """At least one byte, or b"" when the peer has closed. One thread at a time."""
+        if self._tls is None:
+            return self._sock.recv(_RECEIVE_BYTES)
         while True:
+            # First what is there already: the peer's first message may have come with the end of its handshake.
+            with self._tls_lock:
+                plain, ended = self._decrypt(self._tls)
+            if plain or ended:
+                return plain
             data = self._sock.recv(_RECEIVE_BYTES)
-            if self._tls is None or not data:
-                return data
+            if not data:
+                return b""
             with self._tls_lock:
                 self._incoming.write(data)
-                plain = bytearray()
-                try:
-                    while part := self._tls.read(_RECEIVE_BYTES):
-                        plain += part
-                except ssl.SSLWantReadError:
-                    pass
-                except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                    return bytes(plain)
-            if plain:
-                return bytes(plain)
+
+    @staticmethod
+    def _decrypt(tls: ssl.SSLObject) -> tuple[bytes, bool]:
+        """Everything that can be decrypted now, and whether the peer has ended the stream."""
+        plain = bytearray()
+        try:
+            while part := tls.read(_RECEIVE_BYTES):
+                plain += part
+        except ssl.SSLWantReadError:
+            return bytes(plain), False
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            pass
+        return bytes(plain), True
 
     def close(self) -> None:
         """Close at once; a blocked `send` or `receive` fails. Callable from any thread, any number of times."""

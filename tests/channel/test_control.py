@@ -1,0 +1,83 @@
+"""The control stream's TLS over memory BIOs."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+
+import pytest
+from certificates import Authority
+from tcp_pair import DEADLINE, in_parallel
+
+from nvflare_rdma.channel.control import ControlStream
+
+
+@pytest.fixture(scope="module")
+def contexts(tmp_path_factory):
+    authority = Authority(tmp_path_factory.mktemp("pki"))
+    files = authority.issue("server", "server")
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(files["server_cert"], files["server_key"])
+    client = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=authority.root)
+    client.check_hostname = False
+    return client, server
+
+
+@pytest.fixture
+def streams(contexts):
+    near, far = socket.socketpair()
+    client, server = ControlStream(near, contexts[0]), ControlStream(far, contexts[1], server_side=True)
+    yield client, server
+    client.close()
+    server.close()
+
+
+def test_a_message_that_comes_with_the_end_of_the_handshake_is_not_missed(contexts):
+    """The client's last handshake record and its first message reach the server in one piece."""
+    near, far = socket.socketpair()
+    server = ControlStream(far, contexts[1], server_side=True)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = contexts[0].wrap_bio(incoming, outgoing)
+    near.settimeout(DEADLINE)
+
+    def greet() -> None:
+        with pytest.raises(ssl.SSLWantReadError):
+            client.do_handshake()
+        near.sendall(outgoing.read())
+        while True:
+            incoming.write(near.recv(65536))
+            try:
+                client.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                continue
+        client.write(b"hello")
+        near.sendall(outgoing.read())
+
+    in_parallel(greet, lambda: server.handshake(DEADLINE))
+    assert server.receive() == b"hello"
+    near.close()
+    server.close()
+
+
+def test_large_messages_both_ways_and_the_end(streams):
+    client, server = streams
+    in_parallel(lambda: client.handshake(DEADLINE), lambda: server.handshake(DEADLINE))
+    data = bytes(range(256)) * 8000
+    for sender, receiver in ((client, server), (server, client)):
+        received = bytearray()
+
+        def collect(receiver=receiver, received=received) -> None:
+            while len(received) < len(data):
+                received.extend(receiver.receive())
+
+        in_parallel(lambda sender=sender: sender.send([data[:100], data[100:]]), collect)
+        assert received == data
+    client.close()
+    assert server.receive() == b""
+
+
+def test_a_handshake_with_a_silent_peer_times_out(contexts):
+    near, far = socket.socketpair()
+    with far, pytest.raises(TimeoutError):
+        ControlStream(near, contexts[0]).handshake(0.2)
