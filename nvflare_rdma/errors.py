@@ -34,16 +34,16 @@ class TransferError(RdmaError):
     """One transfer failed (cancelled, timed out, link lost); the connection may live on."""
 
 
+class SendTimeoutError(TransferError, TimeoutError):
+    """The peer took nothing of what waits for it within the send timeout."""
+
+
 class IntegrityError(TransferError):
     """A chunk's contents do not match its seal or checksum."""
 
 
 class TlsError(RdmaError, ConnectionError):
     """The peers could not agree on TLS: a certificate is missing, expired or from another authority."""
-
-
-class BudgetError(RdmaError, MemoryError):
-    """A request can't fit in the memory budget, or did not get its share in time."""
 
 
 class CodecError(RdmaError, ValueError):

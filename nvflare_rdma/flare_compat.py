@@ -4,6 +4,7 @@ Everything that reaches behind FLARE's public interface calls `require_flare` fi
 a clear message instead of an AttributeError deep inside it.
 """
 
+import re
 from importlib.metadata import PackageNotFoundError, version
 
 from nvflare_rdma.errors import UnsupportedVersionError
@@ -19,8 +20,8 @@ def require_flare(feature: str) -> None:
         raise UnsupportedVersionError(
             f"{feature} needs NVIDIA FLARE 2.9, which is not installed. Install it: pip install 'nvflare>=2.9,<2.10'"
         ) from None
-    parts = tuple(int(p) for p in installed.split(".")[:2] if p.isdigit())
-    if parts != _KNOWN:
+    parts = re.match(r"(\d+)\.(\d+)", installed)
+    if parts is None or (int(parts[1]), int(parts[2])) != _KNOWN:
         raise UnsupportedVersionError(
             f"{feature} uses internals of NVIDIA FLARE 2.9, but {installed} is installed. "
             "Install a matching one (pip install 'nvflare>=2.9,<2.10') or a newer nvflare-rdma."

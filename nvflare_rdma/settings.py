@@ -26,7 +26,7 @@ class Settings:
     of the process may hold until they are handed over."""
 
     rdma_fabrics: tuple[str, ...] = FABRICS
-    rdma_chunk_bytes: int = 4 * MIB
+    rdma_chunk_bytes: int = MIB
     rdma_rails: int = 2
     rdma_memory_budget_bytes: int = 64 * MIB
 

@@ -7,9 +7,11 @@ locked for the moment of an encryption or decryption, while the socket itself is
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +26,8 @@ class ControlStream:
         self._tls: ssl.SSLObject | None = None
         self._tls_lock = threading.Lock()
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if context is not None:
@@ -43,9 +47,15 @@ class ControlStream:
         Raises:
             ssl.SSLError: the peers don't trust each other. OSError: the socket failed or timed out.
         """
+        deadline = time.monotonic() + timeout
         self._sock.settimeout(timeout)
         if self._tls is not None:
             while True:
+                # One deadline for all of it: a peer that sends a byte now and then would hold a thread for ever.
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    raise TimeoutError(f"the TLS handshake was not finished in {timeout:g} s")
+                self._sock.settimeout(remaining)
                 try:
                     self._tls.do_handshake()
                     break
@@ -61,9 +71,7 @@ class ControlStream:
                         self._flush()
                     raise
             self._flush()
-
-    def set_timeout(self, timeout: float | None) -> None:
-        self._sock.settimeout(timeout)
+        self._sock.settimeout(None)
 
     def _flush(self) -> None:
         data = self._outgoing.read()
@@ -83,19 +91,23 @@ class ControlStream:
             sealed = self._outgoing.read()
         self._sock.sendall(sealed)
 
-    def receive(self) -> bytes:
-        """At least one byte, or b"" when the peer has closed. One thread at a time."""
-        if self._tls is None:
-            return self._sock.recv(_RECEIVE_BYTES)
+    def receive(self, timeout: float) -> bytes | None:
+        """At least one byte; b"" when the peer has closed; None if nothing came in ``timeout`` seconds.
+
+        One thread at a time. Unlike a socket's timeout, this one leaves `send` alone.
+        """
         while True:
-            # First what is there already: the peer's first message may have come with the end of its handshake.
-            with self._tls_lock:
-                plain, ended = self._decrypt(self._tls)
-            if plain or ended:
-                return plain
+            if self._tls is not None:
+                # First what is there already: the peer's first message may have come with the end of its handshake.
+                with self._tls_lock:
+                    plain, ended = self._decrypt(self._tls)
+                if plain or ended:
+                    return plain
+            if not self._readable.poll(timeout * 1000):
+                return None
             data = self._sock.recv(_RECEIVE_BYTES)
-            if not data:
-                return b""
+            if self._tls is None or not data:
+                return data
             with self._tls_lock:
                 self._incoming.write(data)
 

@@ -24,15 +24,33 @@ MAX_INLINE_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ChannelLimits:
-    """What this side allows. ``chunk_bytes`` and ``depth`` shape what it grants; times are in seconds."""
+    """What this side allows. ``chunk_bytes`` and ``depth`` shape what it grants; times are in seconds.
+
+    ``peer_depth`` and ``peer_chunk_bytes`` bound what a peer may ask of this side as a sender: grants open at once,
+    and the smallest chunk that is not a message's last. A message that is being received must come at
+    ``min_bytes_per_second`` on average, or its memory would be lost to others for as long as the peer likes.
+    """
 
     max_message_bytes: int
-    chunk_bytes: int = 4 * 1024 * 1024
+    chunk_bytes: int = 1024 * 1024
     depth: int = 8
     inline_bytes: int = MAX_INLINE_BYTES
     max_incoming: int = 4096
+    peer_depth: int = 64
+    peer_chunk_bytes: int = 64 * 1024
     handshake_timeout: float = 30.0
     stall_timeout: float = 120.0
+    min_bytes_per_second: int = 16 * 1024
+
+
+# What is still worth handling when the connection ends; the rest would start something.
+_FINAL_EVENTS = (
+    events.InlineReceived,
+    events.MessageReceived,
+    events.MessageSent,
+    events.SendFailed,
+    events.ReceiveFailed,
+)
 
 
 @dataclass(slots=True)
@@ -42,6 +60,8 @@ class _Outgoing:
     state: Send = Send.OFFERED
     granted: int = 0
     written: int = 0
+    chunks: int = 0
+    open_grants: int = 0
 
 
 @dataclass(slots=True)
@@ -49,6 +69,7 @@ class _Incoming:
     length: int
     progress_at: float
     state: Receive = Receive.OFFERED
+    deadline: float = float("inf")
     planned: int = 0
     landed: int = 0
     #: notification -> bytes expected there
@@ -126,13 +147,9 @@ class Channel:
         self._emit(wire.Bye(reason))
         self._end(reason or "the connection was closed")
 
-    def lost(self, reason: str) -> None:
-        """The control stream is gone: fail everything in flight without a word. Idempotent."""
-        if self.state is not Phase.CLOSED:
-            self._end(reason)
-
     def _end(self, reason: str) -> None:
         self._move(Input.CLOSE)
+        self._events = [event for event in self._events if isinstance(event, _FINAL_EVENTS)]
         self._events += [events.SendFailed(t, reason) for t in self._outgoing]
         self._events += [events.ReceiveFailed(t, reason) for t in self._incoming]
         self._outgoing.clear()
@@ -194,23 +211,36 @@ class Channel:
     def check(self, now: float) -> None:
         """Raise `TransferError` if a deadline of the connection or of a transfer has passed. Call once a second."""
         limits = self._limits
-        if self.state in (Phase.GREETING, Phase.OPENING) and now - self._born > limits.handshake_timeout:
+        if self.state not in (Phase.OPEN, Phase.CLOSED) and now - self._born > limits.handshake_timeout:
             raise TransferError(f"the peer did not finish the handshake in {limits.handshake_timeout:g} s")
-        for kind, transfers in (("sending", self._outgoing), ("receiving", self._incoming)):
-            for number, transfer in transfers.items():
-                if now - transfer.progress_at > limits.stall_timeout:
-                    raise TransferError(
-                        f"{kind} transfer {number} ({transfer.length} bytes) made no progress for "
-                        f"{limits.stall_timeout:g} s in state {transfer.state.name}"
-                    )
+        # A message that was only offered waits for the receiver's memory: that is no stall of the link.
+        active: list[tuple[str, int, _Outgoing | _Incoming]] = [
+            *(("sending", n, out) for n, out in self._outgoing.items() if out.state is not Send.OFFERED),
+            *(("receiving", n, inc) for n, inc in self._incoming.items() if inc.state is not Receive.OFFERED),
+        ]
+        for kind, number, transfer in active:
+            if now - transfer.progress_at > limits.stall_timeout:
+                raise TransferError(
+                    f"{kind} transfer {number} ({transfer.length} bytes) made no progress for "
+                    f"{limits.stall_timeout:g} s in state {transfer.state.name}"
+                )
+        for number, incoming in self._incoming.items():
+            if now > incoming.deadline:
+                raise TransferError(
+                    f"receiving transfer {number} takes too long: {incoming.landed} of {incoming.length} bytes came, "
+                    f"at less than {limits.min_bytes_per_second} bytes/s"
+                )
 
     # -- sending -------------------------------------------------------------------------------------------
 
+    def fits_inline(self, length: int) -> bool:
+        """Whether a message goes inline; a longer one must be submitted. The receiver sets the limit, up to ours."""
+        return self.peer is not None and length <= min(self.peer.inline_bytes, MAX_INLINE_BYTES)
+
     def send_inline(self, payload: bytes | bytearray | memoryview) -> None:
-        """Send a message of at most the peer's ``inline_bytes`` on the control stream."""
+        """Send a message that `fits_inline` on the control stream."""
         self._move(Input.SUBMIT)
-        assert self.peer is not None
-        if len(payload) > self.peer.inline_bytes:
+        if not self.fits_inline(len(payload)):
             raise LocalProtocolError(f"{len(payload)} bytes are too many to send inline")
         self._emit(wire.Inline(bytes(payload)))
 
@@ -240,6 +270,7 @@ class Channel:
         if out is None:
             return
         out.written += length
+        out.open_grants -= 1
         out.progress_at = now
         if out.written == out.length:
             self._advance_send(transfer, out, Input.ALL_WRITTEN)
@@ -263,12 +294,21 @@ class Channel:
                 f"grant of {grant.length} bytes at {grant.offset} of transfer {grant.transfer}, which is "
                 f"{out.length} bytes of which {out.granted} are granted"
             )
+        if grant.index != out.chunks:
+            raise ProtocolError(f"chunk {grant.index} of transfer {grant.transfer} is granted, {out.chunks} is due")
+        last = grant.length == out.length - out.granted
+        if grant.length < self._limits.peer_chunk_bytes and not last:
+            raise ProtocolError(f"a grant of {grant.length} bytes, {self._limits.peer_chunk_bytes} are the least")
+        if out.open_grants >= self._limits.peer_depth:
+            raise ProtocolError(f"more than {self._limits.peer_depth} grants are open in transfer {grant.transfer}")
         if grant.remote.length != grant.length + self._overhead:
             raise ProtocolError(f"a grant of {grant.length} bytes points to a slice of {grant.remote.length}")
         if grant.notification in self._writes:
             raise ProtocolError(f"notification {grant.notification} is granted twice")
         self._advance_send(grant.transfer, out, Input.GRANT)
         out.granted += grant.length
+        out.chunks += 1
+        out.open_grants += 1
         out.progress_at = now
         self._writes[grant.notification] = (grant.transfer, grant.length)
         self._events.append(
@@ -294,6 +334,8 @@ class Channel:
         if (incoming := self._incoming.get(transfer)) is not None:
             self._advance_receive(transfer, incoming, Input.ACCEPTED)
             incoming.progress_at = now
+            limits = self._limits
+            incoming.deadline = now + limits.stall_timeout + incoming.length / limits.min_bytes_per_second
             self._plan(transfer, incoming)
 
     def refuse(self, transfer: int, reason: str) -> None:
@@ -330,9 +372,11 @@ class Channel:
     def _offered(self, offer: wire.Offer, now: float) -> None:
         if offer.transfer <= self._last_offered:
             raise ProtocolError(f"transfer {offer.transfer} is offered after {self._last_offered}")
-        if not 0 < offer.length <= self._limits.max_message_bytes:
+        limits = self._limits
+        if not limits.inline_bytes < offer.length <= limits.max_message_bytes:
             raise ProtocolError(
-                f"a message of {offer.length} bytes is offered, 1 to {self._limits.max_message_bytes} are allowed"
+                f"a message of {offer.length} bytes is offered; {limits.inline_bytes} go inline, "
+                f"{limits.max_message_bytes} are the most"
             )
         if len(self._incoming) >= self._limits.max_incoming:
             raise ProtocolError(f"more than {self._limits.max_incoming} messages are offered at once")

@@ -1,8 +1,8 @@
 """Runs a `Channel` on a control stream and the rails of a fabric: the one place with threads.
 
     FLARE's thread   Link.send       -> core -> writer queue
-    reader thread    Link.run        control stream -> core -> events
-    writer thread                    writer queue -> control stream; once a second the core's deadlines
+    reader thread    Link.run        control stream -> core -> events; once a second the deadlines
+    writer thread                    writer queue -> control stream
     fabric threads   landed, written -> core
 
 The core is called under one lock. Whatever calls out of the link (delivery, budget) happens after it is
@@ -16,16 +16,23 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from nvflare_rdma.channel import events, sealing, wire
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.control_rail import ControlRail
 from nvflare_rdma.channel.core import Channel, ChannelLimits
 from nvflare_rdma.channel.state import Phase, Role
-from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
+from nvflare_rdma.errors import (
+    FabricError,
+    FabricUnavailable,
+    ProtocolError,
+    RdmaError,
+    SendTimeoutError,
+    TransferError,
+)
 from nvflare_rdma.fabric.base import Endpoint, Fabric, Region
 from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
 from nvflare_rdma.fabric.selection import choose
@@ -34,6 +41,7 @@ log = logging.getLogger(__name__)
 
 Delivery: TypeAlias = bytes | memoryview
 _LINGER = 5.0
+_TICK = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class _Arriving:
     buffer: memoryview
     region: Region | None
     """Registered whole in clear mode; sealed chunks are exposed in slots of their own."""
+    cost: int
+    """Bytes of the budget."""
 
 
 @dataclass(slots=True)
@@ -94,14 +104,19 @@ class Link:
         self._core = Channel(role, context.limits, hello, time.monotonic(), overhead)
         self._endpoint: Endpoint | None = None
         self._control_rail = ControlRail(self._send_on_control)
-        self._output: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
-        self._queued = 0  # bytes in _output that belong to inline messages
+        #: control messages, and how many of their bytes are inline messages; None ends the writer
+        self._output: queue.SimpleQueue[tuple[list[bytes], int] | None] = queue.SimpleQueue()
+        self._queued = 0  # bytes of inline messages in _output
+        self._unsent = 0  # batches in _output
+        self._write_progress = time.monotonic()
         self._outgoing: dict[int, memoryview] = {}
         self._in_flight = 0
         self._arriving: dict[int, _Arriving] = {}
         self._sealed: dict[int, _SealedChunk] = {}
         self._reserving: dict[int, Callable[[], None]] = {}
+        self._to_dial: events.OpenRails | None = None
         self._after: list[Callable[[], None]] = []
+        self._checked_at = time.monotonic()
         self._failure: str | None = None
         self._closing = False
         self._ended = threading.Event()
@@ -115,40 +130,27 @@ class Link:
         Raises:
             RdmaError: the peer speaks another protocol, or no common fabric was allowed. OSError: it is gone.
         """
-        self._stream.set_timeout(self._context.limits.handshake_timeout)
         self._writer.start()
         try:
             with self._lock:
                 self._pump()
             while self._core.state is not Phase.OPEN:
-                data = self._stream.receive()
-                if not data:
+                self._step()
+                if self._core.state is Phase.CLOSED:
                     raise FabricError(f"{self.name}: {self._failure or 'the peer closed the connection'}")
-                with self._lock:
-                    self._core.receive(data, time.monotonic())
-                    self._pump()
-                if self._failure is not None:
-                    raise FabricError(f"{self.name}: {self._failure}")
-        except TimeoutError:
-            self._shut_down("the handshake took too long")
-            raise FabricError(
-                f"{self.name}: the peer did not answer the handshake within "
-                f"{self._context.limits.handshake_timeout:g} s; is it an nvflare-rdma listener?"
-            ) from None
+                if self._to_dial is not None:
+                    self._dial(self._to_dial)
         except Exception as error:
             self._shut_down(str(error))
             raise
-        self._stream.set_timeout(None)
 
     def run(self) -> None:
-        """Receive until the connection ends. Call once, after `open`."""
-        reason = "the peer closed the connection"
+        """Receive until the connection ends. Call once, after `open`. When it returns, everything is freed."""
+        reason = ""
         try:
             self._run_after()
-            while data := self._stream.receive():
-                with self._lock:
-                    self._core.receive(data, time.monotonic())
-                    self._pump()
+            while self._core.state is Phase.OPEN:
+                self._step()
                 self._run_after()
         except ProtocolError as error:
             reason = str(error)
@@ -157,45 +159,81 @@ class Link:
             reason = str(error)
             if not self._closing:
                 log.warning("%s: connection lost: %s", self.name, error)
-        self._shut_down(reason)
-        # Another thread may have begun it; when this returns, everything is freed.
-        self._ended.wait(2 * _LINGER)
+        except Exception as error:
+            reason = f"internal error: {error}"
+            log.exception("%s: disconnected by an error of this side", self.name)
+        finally:
+            self._shut_down(reason)
+            # Another thread may have begun it.
+            self._ended.wait(2 * _LINGER)
 
-    def close(self) -> None:
-        """Let what was sent arrive (bounded), then disconnect. Callable from any thread, any number of times."""
-        deadline = time.monotonic() + _LINGER
+    def _step(self) -> None:
+        """Take what the control stream has, or wait for it a little; and look at the deadlines now and then."""
+        data = self._stream.receive(_TICK)
+        now = time.monotonic()
         with self._lock:
-            while self._in_flight and not self._closing:
+            if data == b"":
+                self._failure = self._failure or "the peer closed the connection"
+                self._core.close(self._failure)
+            elif data:
+                self._core.receive(data, now)
+            self._pump()
+            if now - self._checked_at >= _TICK:
+                self._checked_at = now
+                self._check(now)
+
+    def _check(self, now: float) -> None:
+        self._core.check(now)
+        stall = self._context.limits.stall_timeout
+        if self._unsent and now - self._write_progress > stall:
+            raise TransferError(f"the peer has read nothing of the control stream for {stall:g} s")
+
+    def close(self, linger: float = _LINGER) -> None:
+        """Let what was sent arrive (for at most ``linger`` seconds), then disconnect. Callable from any thread."""
+        deadline = time.monotonic() + linger
+        with self._lock:
+            while self._in_flight and not self._closing and self._core.state is Phase.OPEN:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0 or not self._room.wait(remaining):
                     break
         self._shut_down("")
 
     def _shut_down(self, reason: str) -> None:
+        """End the connection and free everything that this side holds for it. Only the first call does anything."""
         with self._lock:
             if self._closing:
                 return
             self._closing = True
             self._failure = self._failure or reason or "the connection was closed"
             self._core.close(reason)
-            self._pump()
-            self._room.notify_all()
             waiting = list(self._reserving.values())
             self._reserving.clear()
-        self._run_after()
-        for granted in waiting:
-            # A reservation that is granted meanwhile is given back by `granted` itself: nobody waits for it.
-            self._context.budget.cancel(granted)
-        self._output.put(None)
-        if self._writer is not threading.current_thread() and self._writer.is_alive():
-            self._writer.join(timeout=2.0)
-        self._stream.close()
-        if self._endpoint is not None:
-            self._endpoint.close()
-        self._ended.set()
+            try:
+                self._pump()
+            finally:
+                # By what is held, not by what was said about it: nothing may stay behind whatever happened before.
+                for transfer in list(self._arriving):
+                    self._finish(transfer, deliver=False)
+                self._sealed.clear()
+                self._outgoing.clear()
+                self._in_flight = 0
+                self._room.notify_all()
+        try:
+            self._run_after()
+            for granted in waiting:
+                # One that is granted at this moment gives its bytes back itself: nobody waits for them any more.
+                self._context.budget.cancel(granted)
+        finally:
+            self._output.put(None)
+            if self._writer is not threading.current_thread() and self._writer.is_alive():
+                self._writer.join(timeout=2.0)
+            self._stream.close()
+            if self._endpoint is not None:
+                self._endpoint.close()
+            self._ended.set()
 
     def failed(self, error: Exception) -> None:
-        """A fabric reports that it can't go on."""
+        """A fabric reports that it can't go on, or something broke in one of its threads."""
         if isinstance(error, FabricError):
             # A peer that leaves closes its rails right after its goodbye: give the goodbye time to be read.
             with self._room:
@@ -203,7 +241,7 @@ class Link:
                 if self._failure is not None:
                     return
         if not self._closing:
-            log.error("%s: disconnected: %s", self.name, error)
+            log.error("%s: disconnected: %s", self.name, error, exc_info=not isinstance(error, RdmaError))
         self._shut_down(str(error))
 
     # -- sending -------------------------------------------------------------------------------------------
@@ -213,20 +251,22 @@ class Link:
         delivered, so it must not be changed afterwards.
 
         Raises:
-            TransferError: the connection is closed, the message is too large, or ``timeout`` (seconds) is over.
+            SendTimeoutError: the peer took nothing for ``timeout`` seconds.
+            TransferError: the connection is closed, or the message is too large for the peer.
         """
         view = memoryview(message).cast("B") if len(message) else memoryview(b"")
         deadline = time.monotonic() + timeout
-        inline = len(view) <= self._context.limits.inline_bytes
         with self._lock:
+            inline = self._core.fits_inline(len(view))
             self._wait_for_room(len(view), inline, deadline, timeout)
-            if inline and self._core.peer is not None and len(view) <= self._core.peer.inline_bytes:
+            if inline:
                 self._core.send_inline(view)
+                self._pump(inline_bytes=len(view))
             else:
                 transfer = self._core.submit(len(view), time.monotonic())
                 self._outgoing[transfer] = view
                 self._in_flight += len(view)
-            self._pump()
+                self._pump()
 
     def _wait_for_room(self, length: int, inline: bool, deadline: float, timeout: float) -> None:
         window = self._context.window_bytes
@@ -238,7 +278,7 @@ class Link:
                 return
             remaining = deadline - time.monotonic()
             if remaining <= 0 or not self._room.wait(remaining):
-                raise TransferError(
+                raise SendTimeoutError(
                     f"{self.name}: the peer took none of {used} bytes within {timeout:g} s (streaming_send_timeout)"
                 )
 
@@ -247,14 +287,22 @@ class Link:
         self._core.written(notification, time.monotonic())
 
     def written(self, notification: int) -> None:
-        with self._lock:
+        with self._guarded(), self._lock:
             self._core.written(notification, time.monotonic())
             self._pump()
 
     # -- receiving -----------------------------------------------------------------------------------------
 
-    def landed(self, notification: int, length: int) -> None:
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """For what other threads call: an error ends this link, and not the thread, which may serve others."""
         try:
+            yield
+        except Exception as error:  # noqa: BLE001 - reported and translated by `failed`
+            self.failed(error)
+
+    def landed(self, notification: int, length: int) -> None:
+        with self._guarded():
             with self._lock:
                 sealed = self._sealed.pop(notification, None)
                 arriving = self._arriving.get(sealed.chunk.transfer) if sealed is not None else None
@@ -265,35 +313,45 @@ class Link:
                     self._opener.open_into(chunk.transfer, chunk.index, sealed.slot, target)
                 sealed.region.close()
             with self._lock:
-                if self._closing:
-                    return
-                self._core.landed(notification, length, time.monotonic())
-                self._pump()
+                if self._core.state is Phase.OPEN:
+                    self._core.landed(notification, length, time.monotonic())
+                    self._pump()
             self._run_after()
-        except RdmaError as error:
-            self.failed(error)
+
+    def _cost(self, length: int) -> int:
+        """What receiving a message holds: its buffer, and in secure mode the slots that sealed chunks land in."""
+        pool, limits = self._context.pool, self._context.limits
+        if self._opener is None:
+            return pool.cost(length)
+        chunks = min(limits.depth, -(-length // limits.chunk_bytes))
+        return pool.cost(length) + chunks * pool.cost(min(length, limits.chunk_bytes) + sealing.TAG_BYTES)
 
     def _reserve(self, transfer: int, length: int) -> None:
+        cost = self._cost(length)
+
         def granted() -> None:
-            with self._lock:
-                live = self._reserving.pop(transfer, None) is not None
-                if live:
-                    self._start(transfer, length)
+            started = False
+            with self._guarded(), self._lock:
+                if self._reserving.pop(transfer, None) is not None and self._core.state is Phase.OPEN:
+                    try:
+                        self._start(transfer, length, cost)
+                    finally:
+                        started = transfer in self._arriving  # then `_finish` gives the bytes back
                     self._pump()
-            if not live:
-                self._context.budget.release(length)
+            if not started:
+                self._context.budget.release(cost)
             self._run_after()
 
         with self._lock:
-            if self._closing:
+            if self._core.state is not Phase.OPEN:
                 return
             self._reserving[transfer] = granted
-        self._context.budget.request(length, granted)
+        self._context.budget.request(cost, granted)
 
-    def _start(self, transfer: int, length: int) -> None:
+    def _start(self, transfer: int, length: int, cost: int) -> None:
         buffer = self._context.pool.take(length)
         region = None if self._opener is not None else self._writable().register(buffer)
-        self._arriving[transfer] = _Arriving(buffer, region)
+        self._arriving[transfer] = _Arriving(buffer, region, cost)
         self._core.accept(transfer, time.monotonic())
 
     def _writable(self) -> Endpoint:
@@ -312,14 +370,17 @@ class Link:
 
     # -- the core's events ---------------------------------------------------------------------------------
 
-    def _pump(self) -> None:
+    def _pump(self, inline_bytes: int = 0) -> None:
         """Carry out what the core asks for and queue what it has to say. Holds the lock."""
         while happened := self._core.next_events():
             for event in happened:
                 self._handle(event)
         if output := self._core.data_to_send():
-            self._queued += sum(map(len, output))
-            self._output.put(output)
+            if not self._unsent:
+                self._write_progress = time.monotonic()
+            self._queued += inline_bytes
+            self._unsent += 1
+            self._output.put((output, inline_bytes))
 
     def _run_after(self) -> None:
         while True:
@@ -328,7 +389,8 @@ class Link:
             if not todo:
                 return
             for call in todo:
-                call()
+                with self._guarded():
+                    call()
 
     def _handle(self, event: events.Event) -> None:
         match event:
@@ -356,8 +418,8 @@ class Link:
                     log.debug("%s: message %d was not delivered: %s", self.name, transfer, event.reason)
             case events.ChooseFabric(peer):
                 self._choose(peer)
-            case events.OpenRails(fabric, offer):
-                self._open_rails(fabric, offer)
+            case events.OpenRails():
+                self._to_dial = event  # by `open`, which may block: not here, under the lock
             case events.Opened(rails, reason):
                 self._opened(rails, reason)
             case events.PeerLeft(reason):
@@ -380,11 +442,11 @@ class Link:
             return
         if arriving.region is not None:
             arriving.region.close()
-        length = len(arriving.buffer)
+        cost = arriving.cost
+        self._after.append(lambda: self._context.budget.release(cost))
         if deliver:
             buffer = arriving.buffer
             self._after.append(lambda: self._deliver(buffer))
-        self._after.append(lambda: self._context.budget.release(length))
 
     # -- choosing a fabric ---------------------------------------------------------------------------------
 
@@ -400,19 +462,27 @@ class Link:
         self._endpoint, offer = self._fabrics[name].offer(self)
         self._core.choose(name, offer)
 
-    def _open_rails(self, name: str, offer: Mapping[str, Any]) -> None:
-        peer = self._core.peer
+    def _dial(self, offered: events.OpenRails) -> None:
+        peer, name = self._core.peer, offered.fabric
         assert peer is not None
+        self._to_dial = None
         self._check_security(peer)
         if self._own.get(name, "unknown"):
             raise ProtocolError(f"the peer chose the fabric {name!r}, which this side did not offer")
         self.fabric = name
+        endpoint, reason = None, ""
         try:
-            self._endpoint = self._fabrics[name].connect(offer, self)
+            endpoint = self._fabrics[name].connect(offered.offer, self)
         except FabricError as error:
-            self._core.dialled(0, str(error))
-        else:
-            self._core.dialled(self._endpoint.rails)
+            reason = str(error)
+        with self._lock:
+            if not self._closing:
+                self._endpoint = endpoint
+                self._core.dialled(endpoint.rails if endpoint is not None else 0, reason)
+                self._pump()
+                return
+        if endpoint is not None:
+            endpoint.close()
 
     def _check_security(self, peer: wire.Hello) -> None:
         if bool(peer.seal_key) != self._stream.secure:
@@ -433,21 +503,14 @@ class Link:
 
     def _write_loop(self) -> None:
         try:
-            while True:
-                try:
-                    messages = self._output.get(timeout=1.0)
-                except queue.Empty:
-                    with self._lock:
-                        self._core.check(time.monotonic())
-                    continue
-                if messages is None:
-                    return
+            while (item := self._output.get()) is not None:
+                messages, inline_bytes = item
                 self._stream.send(messages)
                 with self._lock:
-                    self._queued -= sum(map(len, messages))
+                    self._queued -= inline_bytes
+                    self._unsent -= 1
+                    self._write_progress = time.monotonic()
                     self._room.notify_all()
-        except TransferError as error:
-            self.failed(error)
         except OSError as error:
             if not self._closing:
                 # The reader sees the same and ends the link; wake it in case it does not.

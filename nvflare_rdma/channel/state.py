@@ -17,10 +17,11 @@ class Role(Enum):
 
 
 class Phase(Enum):
-    """A connection. OPENING: fabrics are being chosen and rails dialled."""
+    """A connection. CHOOSING: the passive side picks a fabric; DIALLING: the active side opens its rails."""
 
     GREETING = auto()
-    OPENING = auto()
+    CHOOSING = auto()
+    DIALLING = auto()
     OPEN = auto()
     CLOSED = auto()
 
@@ -69,12 +70,12 @@ class Input(Enum):
 
 
 PHASE: dict[tuple[Role, Phase, Input], Phase] = {
-    (Role.ACTIVE, Phase.GREETING, Input.HELLO): Phase.OPENING,
-    (Role.ACTIVE, Phase.OPENING, Input.OPEN): Phase.OPENING,
-    (Role.ACTIVE, Phase.OPENING, Input.DIALLED): Phase.OPEN,
-    (Role.PASSIVE, Phase.GREETING, Input.HELLO): Phase.OPENING,
-    (Role.PASSIVE, Phase.OPENING, Input.CHOSEN): Phase.OPENING,
-    (Role.PASSIVE, Phase.OPENING, Input.RAILS): Phase.OPEN,
+    (Role.ACTIVE, Phase.GREETING, Input.HELLO): Phase.CHOOSING,
+    (Role.ACTIVE, Phase.CHOOSING, Input.OPEN): Phase.DIALLING,
+    (Role.ACTIVE, Phase.DIALLING, Input.DIALLED): Phase.OPEN,
+    (Role.PASSIVE, Phase.GREETING, Input.HELLO): Phase.CHOOSING,
+    (Role.PASSIVE, Phase.CHOOSING, Input.CHOSEN): Phase.DIALLING,
+    (Role.PASSIVE, Phase.DIALLING, Input.RAILS): Phase.OPEN,
     **{(role, Phase.OPEN, happening): Phase.OPEN for role in Role for happening in (Input.TRAFFIC, Input.SUBMIT)},
     # Traffic is legal only when open: the active side is open before it says RAILS and the passive side when
     # it hears it, so neither can see a well-behaved peer's traffic earlier.

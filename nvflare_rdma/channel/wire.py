@@ -138,6 +138,11 @@ def _reason(text: str) -> bytes:
     return text.encode()[:MAX_REASON_BYTES]
 
 
+def _text(body: bytes) -> str:
+    """A peer's words, fit for one line of a log."""
+    return "".join(c if c.isprintable() else "?" for c in body.decode(errors="replace"))
+
+
 def encode(message: Message) -> bytes:
     """One framed control message."""
     body: bytes
@@ -200,7 +205,7 @@ def _decode_hello(body: Mapping[str, Any]) -> Hello:
     if any(type(k) is not str or type(v) is not str for k, v in fabrics.items()):
         raise ProtocolError("field 'fabrics' should map names to reasons")
     hello = Hello(
-        fabrics,
+        {name: _text(reason.encode(errors="replace")) for name, reason in fabrics.items()},
         _field(body, "max_message_bytes", int),
         _field(body, "inline_bytes", int),
         _field(body, "seal_key", bytes),
@@ -223,11 +228,11 @@ def _decode(cls: type, body: bytes) -> Message:
     if cls is Done:
         return Done(*_TRANSFER.unpack(body))
     if cls is Refuse:
-        return Refuse(_TRANSFER.unpack_from(body)[0], body[_TRANSFER.size :].decode())
+        return Refuse(_TRANSFER.unpack_from(body)[0], _text(body[_TRANSFER.size :]))
     if cls is Rails:
-        return Rails(_U32.unpack_from(body)[0], body[_U32.size :].decode())
+        return Rails(_U32.unpack_from(body)[0], _text(body[_U32.size :]))
     if cls is Bye:
-        return Bye(body.decode())
+        return Bye(_text(body))
     fields = msgpack.unpackb(body)  # its size was checked with the prefix
     if not isinstance(fields, dict):
         raise ProtocolError("the body should be a map")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from nvflare.fuel.f3.comm_config import CommConfigurator
@@ -11,9 +10,7 @@ from nvflare.fuel.f3.connection import BytesAlike, Connection
 from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo
 
 from nvflare_rdma.channel.link import Delivery, Link
-from nvflare_rdma.errors import RdmaError, TransferError
-
-log = logging.getLogger(__name__)
+from nvflare_rdma.errors import RdmaError, SendTimeoutError, TransferError
 
 
 class RdmaConnection(Connection):
@@ -37,16 +34,22 @@ class RdmaConnection(Connection):
         assert self.link is not None
         try:
             self.link.send(frame, self._send_timeout)
-        except TransferError as error:
-            if self._closing:
-                return  # as FLARE's own drivers: what is sent while closing is dropped
-            code = CommError.TIMEOUT if "streaming_send_timeout" in str(error) else CommError.CLOSED
-            raise CommError(code, f"can't send a frame of {len(frame)} bytes on {self.name}: {error}") from error
         except RdmaError as error:
-            if not self._closing:
-                raise CommError(CommError.ERROR, f"can't send a frame on {self.name}: {error}") from error
+            if self._closing:
+                return  # as with FLARE's own drivers, what is sent while closing is dropped
+            if isinstance(error, SendTimeoutError):
+                # Also as FLARE's: a peer that takes nothing would block every heartbeat round for the timeout.
+                code = CommError.TIMEOUT
+                self.close(linger=0.0)
+            else:
+                code = CommError.CLOSED if isinstance(error, TransferError) else CommError.ERROR
+            raise CommError(code, f"can't send a frame of {len(frame)} bytes on {self.name}: {error}") from error
 
-    def close(self) -> None:
+    def close(self, linger: float | None = None) -> None:
         self._closing = True
-        if self.link is not None:
+        if self.link is None:
+            return
+        if linger is None:
             self.link.close()
+        else:
+            self.link.close(linger)

@@ -13,6 +13,8 @@ import logging
 import socket
 import ssl
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,22 +32,40 @@ from nvflare_rdma.channel.link import Link, LinkContext
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
 from nvflare_rdma.driver.connection import RdmaConnection
-from nvflare_rdma.errors import ConfigError, ProtocolError, RdmaError, TlsError
+from nvflare_rdma.errors import (
+    ConfigError,
+    ProtocolError,
+    RdmaError,
+    TlsError,
+    UnsupportedVersionError,
+)
 from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
 from nvflare_rdma.fabric.selection import probe
-from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
+from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric
+from nvflare_rdma.flare_compat import require_flare
 from nvflare_rdma.settings import Settings, load_settings
 
 log = logging.getLogger(__name__)
 
 CLEAR_SCHEME, SECURE_SCHEME = "rdma", "srdma"
 _GREETING_TIMEOUT = 10.0
+MAX_GUESTS = 256  # connections that have not shown yet what they are
 _TLS_HANDSHAKE_RECORD = b"\x16"
 
 
-@functools.cache
+_contexts: dict[Settings, LinkContext] = {}
+_contexts_lock = threading.Lock()
+
+
 def _process_context(settings: Settings) -> LinkContext:
-    """The budget, pool and limits that all drivers of a process share."""
+    """The budget, pool and limits that all drivers of a process share: one, also if two start at once."""
+    with _contexts_lock:
+        if settings not in _contexts:
+            _contexts[settings] = _make_context(settings)
+        return _contexts[settings]
+
+
+def _make_context(settings: Settings) -> LinkContext:
     return LinkContext(
         limits=ChannelLimits(max_message_bytes=MAX_FRAME_SIZE, chunk_bytes=settings.rdma_chunk_bytes),
         budget=MemoryBudget(settings.rdma_memory_budget_bytes),
@@ -93,6 +113,8 @@ class RdmaDriver(BaseDriver):
         super().__init__()
         self._listener: socket.socket | None = None
         self._stopping = threading.Event()
+        self._opening: set[socket.socket] = set()  # not known to FLARE yet; guarded by conn_lock
+        self._guests = threading.BoundedSemaphore(MAX_GUESTS)
 
     @staticmethod
     def supported_transports() -> list[str]:
@@ -115,32 +137,45 @@ class RdmaDriver(BaseDriver):
         fabric = TcpFabric(prepared.settings.rdma_rails)
         listener = socket.create_server((prepared.host, prepared.port))
         self._listener = listener
-        try:
+        with listener:
             while not self._stopping.is_set():
-                sock, _ = listener.accept()
-                threading.Thread(
-                    target=self._serve,
-                    args=(sock, connector, prepared, fabric),
-                    name=f"rdma-conn-{sock.fileno()}",
-                    daemon=True,
-                ).start()
-        except OSError:
-            if not self._stopping.is_set():
-                raise
-        finally:
-            listener.close()
+                try:
+                    sock, _ = listener.accept()
+                except OSError as error:
+                    if not self._stopping.is_set():
+                        # Out of descriptors, or the peer has gone again: the port stays open.
+                        log.error("can't accept a connection on %s: %s", connector, error)
+                        self._stopping.wait(0.1)
+                    continue
+                if not self._guests.acquire(blocking=False):
+                    log.error("refused a connection: %d others have not finished their greeting", MAX_GUESTS)
+                    sock.close()
+                    continue
+                try:
+                    threading.Thread(
+                        target=self._serve,
+                        args=(sock, connector, prepared, fabric),
+                        name=f"rdma-conn-{sock.fileno()}",
+                        daemon=True,
+                    ).start()
+                except RuntimeError as error:
+                    log.error("can't serve a connection: %s", error)
+                    self._guests.release()
+                    sock.close()
 
     def connect(self, connector: ConnectorInfo) -> None:
         self.connector = connector
         prepared = self._prepare(connector, ssl_server=False)
         dial = functools.partial(socket.create_connection, (prepared.host, prepared.port), _GREETING_TIMEOUT)
         sock = dial()
-        if prepared.tls is None:
-            sock.sendall(CONTROL_MAGIC)
         try:
-            stream = self._greet(sock, prepared.tls, server_side=False)
-            fabric = TcpFabric(prepared.settings.rdma_rails, dial)
-            self._run(sock, stream, Role.ACTIVE, connector, fabric, prepared.context)
+            with self._opening_on(sock):
+                if prepared.tls is None:
+                    sock.sendall(CONTROL_MAGIC)
+                stream = self._greet(sock, prepared.tls, server_side=False)
+                fabric = TcpFabric(prepared.settings.rdma_rails, dial)
+                connection = self._make_connection(sock, stream, Role.ACTIVE, connector, fabric, prepared.context)
+            self._run(connection)
         except (OSError, RdmaError) as error:
             sock.close()
             # A refused or dropped TCP connection is for FLARE's retry loop to report; what only we know is said here.
@@ -154,7 +189,17 @@ class RdmaDriver(BaseDriver):
             # Wakes accept(); close() alone would leave it waiting.
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
-        self.close_all()
+        with self.conn_lock:
+            opening, connections = list(self._opening), list(self.connections.values())
+        for sock in opening:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        # Each may wait for its peer a little: all at once, and outside the lock that their ends need.
+        closers = [threading.Thread(target=connection.close, daemon=True) for connection in connections]
+        for closer in closers:
+            closer.start()
+        for closer in closers:
+            closer.join()
 
     # -- one connection ------------------------------------------------------------------------------------
 
@@ -165,6 +210,7 @@ class RdmaDriver(BaseDriver):
         """
         params = connector.params
         try:
+            require_flare("The rdma driver")
             if params.get(DriverParams.SCHEME.value) == SECURE_SCHEME:
                 # FLARE knows its own secure schemes only; this is how a connection says the same.
                 params[DriverParams.SECURE.value] = True
@@ -176,37 +222,56 @@ class RdmaDriver(BaseDriver):
                 settings,
                 _process_context(settings),
             )
-        except Exception as error:
+        except (ConfigError, UnsupportedVersionError, CommError) as error:
             connector.stopped.set()
             log.error("can't start %s: %s", connector, error)
-            if isinstance(error, CommError):
-                raise
             raise CommError(CommError.BAD_CONFIG, str(error)) from error
+        except (OSError, RuntimeError) as error:
+            # A certificate that can't be read may be on its way (rotation): FLARE tries again.
+            log.error("can't start %s: %s", connector, error)
+            raise
 
     def _serve(self, sock: socket.socket, connector: ConnectorInfo, prepared: _Prepared, fabric: TcpFabric) -> None:
-        tls = prepared.tls
         peer = _address(sock, peer=True)
         try:
-            sock.settimeout(_GREETING_TIMEOUT)
-            is_tls = sock.recv(1, socket.MSG_PEEK)[:1] == _TLS_HANDSHAKE_RECORD
-            if is_tls and tls is None:
-                raise ProtocolError("it speaks TLS (srdma://), but this listener is clear (rdma://)")
-            if not is_tls:
-                magic = _receive(sock, len(RAIL_MAGIC))
-                if magic == RAIL_MAGIC:
-                    if not fabric.admit(sock, _receive(sock, TICKET_BYTES)):
-                        log.warning("refused a rail from %s: its ticket is unknown, used or expired", peer)
+            with self._opening_on(sock):
+                try:
+                    stream = self._identify(sock, prepared.tls, fabric, peer)
+                finally:
+                    self._guests.release()
+                if stream is None:
                     return
-                if tls is not None:
-                    raise ProtocolError("it does not speak TLS, which this listener requires (srdma://)")
-                if magic != CONTROL_MAGIC:
-                    raise ProtocolError("it is no nvflare-rdma peer; check the scheme in its URL")
-            stream = self._greet(sock, tls, server_side=True)
-            self._run(sock, stream, Role.PASSIVE, connector, fabric, prepared.context)
+                connection = self._make_connection(sock, stream, Role.PASSIVE, connector, fabric, prepared.context)
+            self._run(connection)
         except (OSError, RdmaError) as error:
             sock.close()
             if not self._stopping.is_set():
                 log.error("refused the connection from %s: %s", peer, error)
+
+    def _identify(
+        self, sock: socket.socket, tls: ssl.SSLContext | None, fabric: TcpFabric, peer: str
+    ) -> ControlStream | None:
+        """The control stream that a new connection turns out to be; None if it was a rail, or nothing."""
+        sock.settimeout(_GREETING_TIMEOUT)
+        first = sock.recv(1, socket.MSG_PEEK)
+        if not first:
+            sock.close()
+            log.debug("%s connected and left again", peer)
+            return None
+        is_tls = first == _TLS_HANDSHAKE_RECORD
+        if is_tls and tls is None:
+            raise ProtocolError("it speaks TLS (srdma://), but this listener is clear (rdma://)")
+        if not is_tls:
+            magic = _receive(sock, len(RAIL_MAGIC))
+            if magic == RAIL_MAGIC:
+                if not fabric.admit(sock, _receive(sock, TICKET_BYTES)):
+                    log.warning("refused a rail from %s: its ticket is unknown, used or expired", peer)
+                return None
+            if tls is not None:
+                raise ProtocolError("it does not speak TLS, which this listener requires (srdma://)")
+            if magic != CONTROL_MAGIC:
+                raise ProtocolError("it is no nvflare-rdma peer; check the scheme in its URL")
+        return self._greet(sock, tls, server_side=True)
 
     @staticmethod
     def _greet(sock: socket.socket, tls: ssl.SSLContext | None, server_side: bool) -> ControlStream:
@@ -218,7 +283,7 @@ class RdmaDriver(BaseDriver):
             raise TlsError(_explain_tls(error, server_side)) from error
         return stream
 
-    def _run(
+    def _make_connection(
         self,
         sock: socket.socket,
         stream: ControlStream,
@@ -226,7 +291,8 @@ class RdmaDriver(BaseDriver):
         connector: ConnectorInfo,
         fabric: TcpFabric,
         context: LinkContext,
-    ) -> None:
+    ) -> RdmaConnection:
+        """A connection whose link is open."""
         properties = {
             DriverParams.PEER_ADDR.value: _address(sock, peer=True),
             DriverParams.LOCAL_ADDR.value: _address(sock, peer=False),
@@ -235,24 +301,50 @@ class RdmaDriver(BaseDriver):
             certificate = stream.peer_certificate()
             properties[DriverParams.PEER_CN.value] = get_certificate_common_name(certificate) if certificate else "N/A"
         connection = RdmaConnection(connector, properties)
-        link = Link(stream, role, {fabric.name: fabric}, context, connection.receive, connection.name)
-        connection.link = link
+        connection.link = Link(stream, role, {fabric.name: fabric}, context, connection.receive, connection.name)
         try:
-            link.open()
-        except OSError:
-            stream.close()
-            raise
-        self.add_connection(connection)
+            connection.link.open()
+        except ssl.SSLError as error:
+            # TLS 1.3: the server judges the client's certificate when the client's handshake is over already.
+            raise TlsError(_explain_tls(error, role is Role.PASSIVE)) from error
+        return connection
+
+    @contextlib.contextmanager
+    def _opening_on(self, sock: socket.socket) -> Iterator[None]:
+        """While the connection on ``sock`` is not known to FLARE, `shutdown` ends it through its socket."""
+        with self.conn_lock:
+            self._opening.add(sock)
+            if self._stopping.is_set():  # `shutdown` has been by already
+                sock.close()
         try:
-            link.run()
+            yield
         finally:
+            with self.conn_lock:
+                self._opening.discard(sock)
+
+    def _run(self, connection: RdmaConnection) -> None:
+        assert connection.link is not None
+        try:
+            self.add_connection(connection)
+            if self._stopping.is_set():  # shut down before `shutdown` could see it
+                connection.close()
+            connection.link.run()
+        finally:
+            connection.link.close(0.0)
             self.close_connection(connection)
 
 
 def _receive(sock: socket.socket, size: int) -> bytes:
-    buffer = bytearray(size)
-    receive_exactly(sock, memoryview(buffer))
-    return bytes(buffer)
+    """Exactly ``size`` bytes, all within the greeting timeout."""
+    deadline = time.monotonic() + _GREETING_TIMEOUT
+    data = b""
+    while len(data) < size:
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        part = sock.recv(size - len(data))
+        if not part:
+            raise ConnectionError("it closed the connection in the middle of its greeting")
+        data += part
+    return data
 
 
 def _explain_tls(error: ssl.SSLError, server_side: bool) -> str:

@@ -94,10 +94,6 @@ class Fabric(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def availability(self) -> Availability:
-        """What this process can do with it."""
-
-    @abstractmethod
     def offer(self, handler: CompletionHandler) -> tuple[Endpoint, Mapping[str, Any]]:
         """Passive side: an endpoint that waits for rails, and what the peer needs to open them (msgpack types)."""
 

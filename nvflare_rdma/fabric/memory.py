@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 SLOT_BYTES = 2 * 1024 * 1024
+_GRAIN = 64 * 1024
 
 
 class MemoryBudget:
@@ -76,26 +77,41 @@ class MemoryBudget:
 
 
 class SlotPool:
-    """Buffers of one size, recycled when the last view of them is gone."""
+    """Buffers that are recycled when the last view of them is gone.
 
-    def __init__(self, slot_bytes: int = SLOT_BYTES, keep: int = 32) -> None:
+    Sizes are rounded up to a grain, so that messages of nearly the same length share slots; what is longer than
+    ``slot_bytes`` is not kept.
+    """
+
+    def __init__(self, slot_bytes: int = SLOT_BYTES, keep_bytes: int = 64 * 1024 * 1024) -> None:
         self.slot_bytes = slot_bytes
-        # deque.append is atomic: the finalizer below may run inside any allocation of any thread.
-        self._free: deque[npt.NDArray[np.uint8]] = deque(maxlen=keep)
+        self._keep_bytes = keep_bytes
+        # Appending to a deque is atomic: `_release` may run inside any allocation of any thread.
+        self._free: dict[int, deque[npt.NDArray[np.uint8]]] = {}
 
     def take(self, nbytes: int) -> memoryview:
         """A writable buffer of ``nbytes``. Its slot comes back when no view or slice of it is referenced."""
-        if nbytes > self.slot_bytes:
+        size = self.cost(nbytes)
+        if size > self.slot_bytes:
             return np.empty(nbytes, dtype=np.uint8).data
+        free = self._free.setdefault(size, deque())
         try:
-            slot = self._free.pop()
+            slot = free.pop()
         except IndexError:
-            slot = np.empty(self.slot_bytes, dtype=np.uint8)
+            slot = np.empty(size, dtype=np.uint8)
         # The memoryview and every slice of it keep `lease` alive; `lease` keeps `slot` alive through `.base`.
         lease = slot[:nbytes]
-        weakref.finalize(lease, self._free.append, slot).atexit = False
+        weakref.finalize(lease, self._release, slot).atexit = False
         return lease.data
 
+    def cost(self, nbytes: int) -> int:
+        """What `take` of ``nbytes`` really holds."""
+        return nbytes if nbytes > self.slot_bytes else -(-nbytes // _GRAIN) * _GRAIN
+
     @property
-    def idle(self) -> int:
-        return len(self._free)
+    def idle_bytes(self) -> int:
+        return sum(size * len(free) for size, free in list(self._free.items()))
+
+    def _release(self, slot: npt.NDArray[np.uint8]) -> None:
+        if self.idle_bytes + slot.size <= self._keep_bytes:
+            self._free[slot.size].append(slot)

@@ -15,11 +15,12 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from nvflare_rdma.errors import FabricError, ProtocolError
-from nvflare_rdma.fabric.base import Availability, CompletionHandler, Endpoint, Fabric, Region, RemoteSlice
+from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Fabric, Region, RemoteSlice
 
 RAIL_MAGIC = b"NVFRAIL1"
 TICKET_BYTES = 32
@@ -105,9 +106,13 @@ class TcpEndpoint(Endpoint):
 
     def attach(self, sock: socket.socket) -> None:
         """Take over a connected, admitted socket as one more rail."""
-        sock.settimeout(None)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        try:
+            sock.settimeout(None)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        except OSError:
+            sock.close()  # the peer has gone again
+            return
         with self._lock:
             if self._closed:
                 sock.close()
@@ -184,11 +189,8 @@ class TcpFabric(Fabric):
     def __init__(self, rails: int, dial: Callable[[], socket.socket] | None = None) -> None:
         self._rails = rails
         self._dial = dial
-        self._tickets: dict[bytes, tuple[TcpEndpoint, float]] = {}
+        self._tickets: dict[bytes, tuple[weakref.ref[TcpEndpoint], float]] = {}  # with when they expire
         self._lock = threading.Lock()
-
-    def availability(self) -> Availability:
-        return Availability(True)
 
     def offer(self, handler: CompletionHandler) -> tuple[TcpEndpoint, Mapping[str, Any]]:
         endpoint = TcpEndpoint(handler)
@@ -197,19 +199,19 @@ class TcpFabric(Fabric):
         with self._lock:
             self._tickets = {t: e for t, e in self._tickets.items() if e[1] > now}
             for ticket in tickets:
-                self._tickets[ticket] = (endpoint, now + TICKET_LIFETIME)
+                self._tickets[ticket] = (weakref.ref(endpoint), now + TICKET_LIFETIME)
         return endpoint, {"tickets": tickets}
 
     def admit(self, sock: socket.socket, ticket: bytes) -> bool:
         """Passive side: a connection that began with `RAIL_MAGIC` presents ``ticket``. False: refused, closed."""
         with self._lock:
             entry = self._tickets.pop(ticket, None)
-        if entry is None or entry[1] < time.monotonic():
+        endpoint = entry[0]() if entry is not None and entry[1] > time.monotonic() else None
+        if endpoint is None:
             with contextlib.suppress(OSError):
                 sock.sendall(_REFUSED)
             sock.close()
             return False
-        endpoint = entry[0]
         try:
             sock.sendall(_ADMITTED)
         except OSError:

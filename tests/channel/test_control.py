@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import threading
 
 import pytest
 from certificates import Authority
@@ -55,7 +56,7 @@ def test_a_message_that_comes_with_the_end_of_the_handshake_is_not_missed(contex
         near.sendall(outgoing.read())
 
     in_parallel(greet, lambda: server.handshake(DEADLINE))
-    assert server.receive() == b"hello"
+    assert server.receive(DEADLINE) == b"hello"
     near.close()
     server.close()
 
@@ -69,12 +70,42 @@ def test_large_messages_both_ways_and_the_end(streams):
 
         def collect(receiver=receiver, received=received) -> None:
             while len(received) < len(data):
-                received.extend(receiver.receive())
+                received.extend(receiver.receive(DEADLINE))
 
         in_parallel(lambda sender=sender: sender.send([data[:100], data[100:]]), collect)
         assert received == data
     client.close()
-    assert server.receive() == b""
+    assert server.receive(DEADLINE) == b""
+
+
+def test_receive_gives_up_after_its_timeout_without_closing(streams):
+    client, server = streams
+    in_parallel(lambda: client.handshake(DEADLINE), lambda: server.handshake(DEADLINE))
+    assert server.receive(0.05) is None
+    client.send([b"late"])
+    assert server.receive(DEADLINE) == b"late"
+
+
+def test_a_handshake_that_trickles_has_one_deadline_in_all(contexts):
+    near, far = socket.socketpair()
+    client = contexts[0].wrap_bio(ssl.MemoryBIO(), outgoing := ssl.MemoryBIO())
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    hello = outgoing.read()
+    stop = threading.Event()
+
+    def trickle() -> None:
+        for byte in hello:
+            if stop.wait(0.05):
+                return
+            far.send(bytes([byte]))
+
+    thread = threading.Thread(target=trickle, daemon=True)
+    thread.start()
+    with far, pytest.raises(TimeoutError):
+        ControlStream(near, contexts[1], server_side=True).handshake(0.5)
+    stop.set()
+    thread.join(DEADLINE)
 
 
 def test_a_handshake_with_a_silent_peer_times_out(contexts):

@@ -115,9 +115,30 @@ def test_deadlines():
         active.core.check(now=LIMITS.handshake_timeout + 1)
     active, _ = open_pair()
     active.send(message(5000))
+    active.core.check(now=10 * LIMITS.stall_timeout)  # it waits for the peer's memory: that may take long
+    active.core.receive(wire.encode(wire.Grant(1, 0, 0, 1000, RemoteSlice(1, 0, 1000), 1)), now=0.0)
     active.core.check(now=LIMITS.stall_timeout)
     with pytest.raises(TransferError, match=r"sending transfer 1 \(5000 bytes\) made no progress for 120 s"):
         active.core.check(now=LIMITS.stall_timeout + 1)
+
+
+def test_a_peer_that_trickles_its_bytes_can_not_hold_memory_for_ever():
+    active, passive = open_pair()
+    active.send(message(100_000))
+    passive.read_wire(1 << 20)
+    passive.core.check(now=10 * LIMITS.stall_timeout)  # not granted yet
+    passive.take_memory()
+
+    def trickle() -> None:
+        for step in range(1, 101):
+            now = step * (LIMITS.stall_timeout - 1)
+            passive.core.landed(next(iter(passive.exposed)), 1000, now=now)
+            passive.exposed.pop(next(iter(passive.exposed)))
+            passive.settle()
+            passive.core.check(now=now)
+
+    with pytest.raises(TransferError, match=r"takes too long: \d+ of 100000 bytes came, at less than 16384 bytes/s"):
+        trickle()
 
 
 def test_a_message_too_large_for_the_peer_is_refused_before_it_is_offered():
@@ -137,12 +158,14 @@ def test_done_of_a_message_that_is_half_granted_is_a_protocol_error():
 REMOTE = RemoteSlice(1, 0, 1000)
 HOSTILE = {
     "an offer of nothing": wire.Offer(1, 0),
+    "an offer of what goes inline": wire.Offer(1, 100),
     "an offer beyond the limit": wire.Offer(1, (1 << 20) + 1),
     "an offer of 2^63 bytes": wire.Offer(1, 1 << 63),
     "a grant of a transfer never offered": wire.Grant(9, 0, 0, 1000, REMOTE, 1),
     "a grant past the end": wire.Grant(1, 0, 0, 6000, RemoteSlice(1, 0, 6000), 1),
     "a grant with a hole": wire.Grant(1, 1, 1000, 1000, REMOTE, 1),
     "a grant of nothing": wire.Grant(1, 0, 0, 0, RemoteSlice(1, 0, 0), 1),
+    "a grant of another chunk than the next": wire.Grant(1, 1, 0, 1000, REMOTE, 1),
     "a grant whose slice is too small": wire.Grant(1, 0, 0, 1000, RemoteSlice(1, 0, 999), 1),
     "done before anything was written": wire.Done(1),
     "done of a transfer never offered": wire.Done(7),
@@ -164,10 +187,40 @@ def test_a_hostile_message_is_a_protocol_error_and_costs_no_memory(hostile):
 
 
 def test_offers_beyond_the_limit_of_concurrent_ones_are_a_protocol_error():
-    _, passive = open_pair(ChannelLimits(max_message_bytes=1000, max_incoming=3))
+    _, passive = open_pair(ChannelLimits(max_message_bytes=1000, max_incoming=3, inline_bytes=5))
     passive.core.receive(b"".join(wire.encode(wire.Offer(i, 10)) for i in (1, 2, 3)), now=0.0)
     with pytest.raises(ProtocolError, match="more than 3 messages"):
         passive.core.receive(wire.encode(wire.Offer(4, 10)), now=0.0)
+
+
+def test_grants_are_bounded_in_number_and_size():
+    """Each open grant costs the sender a write, and in secure mode a slot."""
+    active, _ = open_pair(ChannelLimits(max_message_bytes=1 << 30, peer_depth=2, peer_chunk_bytes=1000))
+    active.sources[active.core.submit(100_000, now=0.0)] = bytes(100_000)
+    with pytest.raises(ProtocolError, match="a grant of 999 bytes, 1000 are the least"):
+        active.core.receive(wire.encode(wire.Grant(1, 0, 0, 999, RemoteSlice(1, 0, 999), 1)), now=0.0)
+    grants = [wire.Grant(1, i, i * 1000, 1000, RemoteSlice(1, i * 1000, 1000), i) for i in range(3)]
+    with pytest.raises(ProtocolError, match="more than 2 grants are open"):
+        active.core.receive(b"".join(map(wire.encode, grants)), now=0.0)
+
+
+@pytest.mark.parametrize("extra", [wire.Open("tcp", {}), wire.Hello({}, 1, 1)])
+def test_the_handshake_goes_one_step_at_a_time(extra):
+    active, passive = make_pair()
+    active.settle()
+    passive.read_wire(1 << 20)
+    data = b"".join(active.wire)
+    with pytest.raises(ProtocolError, match="not allowed in state DIALLING"):
+        active.core.receive(data + wire.encode(extra), now=0.0)
+
+
+def test_what_would_start_something_is_dropped_when_the_connection_ends():
+    _, passive = open_pair()
+    last = [wire.Inline(b"last words"), wire.Offer(1, 5000), wire.Bye("")]
+    passive.core.receive(b"".join(map(wire.encode, last)), now=0.0)
+    passive.settle()
+    assert passive.inline == [b"last words"]
+    assert not passive.offered
 
 
 def test_a_transfer_number_is_offered_once():

@@ -92,9 +92,10 @@ def test_a_client_whose_certificate_is_of_another_authority_is_refused(tmp_path)
     authority, other = Authority(tmp_path / "pki"), Authority(tmp_path / "other", "another-project")
     server = {"credentials": authority.issue("server", "server")}
     client = {"credentials": {**other.issue("client", "site-1"), "ca_cert": authority.root}}
-    result, _, server_log = exchange(tmp_path, server, client, "srdma", connect_deadline=3.0)
+    result, client_log, server_log = exchange(tmp_path, server, client, "srdma", connect_deadline=3.0)
     assert not result["connected"]
     assert "the client's certificate is not trusted here" in server_log
+    assert "the server does not trust this side's certificate" in client_log
 
 
 def test_a_clear_client_of_a_secure_listener_is_refused(tmp_path):

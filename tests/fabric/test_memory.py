@@ -51,24 +51,27 @@ def test_a_budget_needs_bytes():
 
 
 def test_a_slot_comes_back_when_the_last_slice_of_it_is_gone():
-    pool = SlotPool(slot_bytes=1000)
-    view = pool.take(500)
+    pool = SlotPool()
+    view = pool.take(100_000)
     address = _address(view)
     part = view[100:200]
     del view
     gc.collect()
-    assert pool.idle == 0
+    assert pool.idle_bytes == 0
     del part
     gc.collect()
-    assert pool.idle == 1
-    assert _address(pool.take(1000)) == address
+    assert pool.idle_bytes == pool.cost(100_000) == 131_072
+    assert _address(pool.take(99_000)) == address
 
 
-def test_a_buffer_larger_than_a_slot_is_not_kept():
-    pool = SlotPool(slot_bytes=1000)
-    assert len(pool.take(1001)) == 1001
+def test_a_pool_keeps_no_more_than_it_may_and_nothing_larger_than_a_slot():
+    pool = SlotPool(slot_bytes=1 << 20, keep_bytes=3 << 20)
+    views = [pool.take(1 << 20) for _ in range(5)]
+    large = pool.take((1 << 20) + 1)
+    assert len(large) == pool.cost((1 << 20) + 1) == (1 << 20) + 1
+    del views, large
     gc.collect()
-    assert pool.idle == 0
+    assert pool.idle_bytes == 3 << 20
 
 
 def _address(view: memoryview) -> int:

@@ -9,7 +9,7 @@ from nvflare_rdma.channel.core import Channel, ChannelLimits
 from nvflare_rdma.channel.state import Phase, Role
 from nvflare_rdma.fabric.base import RemoteSlice
 
-LIMITS = ChannelLimits(max_message_bytes=1 << 20, chunk_bytes=1000, depth=3, inline_bytes=100)
+LIMITS = ChannelLimits(max_message_bytes=1 << 20, chunk_bytes=1000, depth=3, inline_bytes=100, peer_chunk_bytes=1)
 
 
 class Side:
@@ -33,7 +33,7 @@ class Side:
         self.peak_granted = 0
 
     def send(self, data: bytes) -> None:
-        if len(data) <= self.core.peer.inline_bytes:
+        if self.core.fits_inline(len(data)):
             self.core.send_inline(data)
         else:
             self.sources[self.core.submit(len(data), now=0.0)] = data

@@ -1,0 +1,165 @@
+"""The driver in this process: what FLARE's connector loop and a firewall's probe see."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+from nvflare.fuel.f3.comm_error import CommError
+from nvflare.fuel.f3.connection import ConnState, FrameReceiver
+from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo, Mode
+from nvflare.fuel.f3.drivers.driver import ConnMonitor
+from nvflare.fuel.f3.drivers.net_utils import parse_url
+from processes import free_port
+
+from nvflare_rdma.driver import RdmaDriver
+
+DEADLINE = 20.0
+
+
+class Monitor(ConnMonitor):
+    """Records connections as FLARE's connection manager would."""
+
+    def __init__(self) -> None:
+        self.states: list[ConnState] = []
+        self.connections: list = []
+        self._changed = threading.Condition()
+
+    def state_change(self, connection) -> None:
+        with self._changed:
+            self.states.append(connection.state)
+            if connection.state is ConnState.CONNECTED:
+                connection.register_frame_receiver(Ignore())
+                self.connections.append(connection)
+            self._changed.notify_all()
+
+    def wait_for(self, state: ConnState, count: int = 1) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.states.count(state) >= count, DEADLINE), self.states
+
+
+class Ignore(FrameReceiver):
+    def process_frame(self, frame) -> None:
+        pass
+
+
+class Running:
+    """A driver that connects or listens in a thread."""
+
+    def __init__(self, url: str, mode: Mode, **params) -> None:
+        self.driver, self.monitor = RdmaDriver(), Monitor()
+        self.driver.register_conn_monitor(self.monitor)
+        self.connector = ConnectorInfo(
+            "CH", self.driver, {**parse_url(url), **params}, mode, 0, 0, False, threading.Event()
+        )
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        start = self.driver.connect if self.connector.mode is Mode.ACTIVE else self.driver.listen
+        try:
+            start(self.connector)
+        except Exception as error:  # noqa: BLE001 - FLARE's loop catches all, too
+            self.error = error
+
+    def join(self) -> None:
+        self.thread.join(DEADLINE)
+        assert not self.thread.is_alive(), "the driver does not return"
+
+
+@contextmanager
+def running(url: str, mode: Mode, **params):
+    it = Running(url, mode, **params)
+    try:
+        yield it
+    finally:
+        it.driver.shutdown()
+        it.join()
+
+
+def wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.02)  # a listener has no event that another process, or FLARE, could wait for
+    pytest.fail("nothing listens")
+
+
+def test_a_frame_arrives_and_states_are_reported_once():
+    url = f"rdma://127.0.0.1:{free_port()}"
+    with running(url, Mode.PASSIVE) as server:
+        wait_for_port(int(url.rsplit(":", 1)[1]))
+        with running(url, Mode.ACTIVE) as client:
+            client.monitor.wait_for(ConnState.CONNECTED)
+            server.monitor.wait_for(ConnState.CONNECTED)
+            client.monitor.connections[0].send_frame(bytearray(300_000))
+        assert client.monitor.states == [ConnState.CONNECTED, ConnState.CLOSED]
+        client.monitor.connections[0].send_frame(b"late")  # dropped, as FLARE's own drivers do while closing
+        server.monitor.wait_for(ConnState.CLOSED)
+    assert server.monitor.states == [ConnState.CONNECTED, ConnState.CLOSED]
+
+
+def test_shutdown_ends_a_connection_that_is_still_opening():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        client = Running(f"rdma://127.0.0.1:{port}", Mode.ACTIVE)
+        peer, _ = silent.accept()
+        peer.recv(1)  # it has begun its greeting
+        client.driver.shutdown()
+        client.join()
+        peer.close()
+    assert client.monitor.states == []
+    assert client.error is not None
+
+
+def test_peers_that_take_nothing_are_left_all_at_once():
+    """Each may be waited for a little, but not one after the other."""
+    url = f"rdma://127.0.0.1:{free_port()}"
+    with running(url, Mode.PASSIVE) as server:
+        wait_for_port(int(url.rsplit(":", 1)[1]))
+        clients = [Running(url, Mode.ACTIVE) for _ in range(6)]
+        for client in clients:
+            client.monitor.wait_for(ConnState.CONNECTED)
+            link = client.monitor.connections[0].link
+            link._reserve = lambda transfer, length: None  # it never finds memory
+        server.monitor.wait_for(ConnState.CONNECTED, 6)
+        for connection in server.monitor.connections:
+            connection.send_frame(bytearray(300_000))
+        server.driver.shutdown()  # six lingers in a row would be longer than the deadline
+        server.join()
+    for client in clients:
+        client.driver.shutdown()
+        client.join()
+    server.monitor.wait_for(ConnState.CLOSED, 6)
+
+
+def test_a_probe_of_the_port_is_no_error(caplog):
+    port = free_port()
+    with running(f"rdma://127.0.0.1:{port}", Mode.PASSIVE), caplog.at_level(logging.INFO):
+        wait_for_port(port)
+        wait_for_port(port)
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
+def test_a_certificate_that_is_not_there_yet_is_tried_again(tmp_path, caplog):
+    missing = {"ca_cert": str(tmp_path / "rootCA.pem"), "client_cert": "x", "client_key": "x"}
+    with running(f"srdma://127.0.0.1:{free_port()}", Mode.ACTIVE, **missing) as client:
+        client.join()
+        assert isinstance(client.error, OSError)
+        assert not client.connector.stopped.is_set()
+    assert "can't start" in caplog.text
+
+
+def test_a_bad_port_is_not_tried_again():
+    with running("rdma://127.0.0.1:99999", Mode.ACTIVE) as client:
+        client.join()
+        assert isinstance(client.error, CommError)
+        assert client.connector.stopped.is_set()
