@@ -1,4 +1,4 @@
-# make demo | test | lint | format | clean      (Debian 12 / Ubuntu 24.04, Python >= 3.11)
+# make demo | test | lint | format | docs | clean      (Debian 12 / Ubuntu 24.04, Python >= 3.11)
 PYTHON ?= python3
 VENV   ?= .venv
 # Extra pip options, for example a private index or a CPU-only PyTorch index.
@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2
 
-.PHONY: demo test lint format clean setup
+.PHONY: demo test lint format docs clean setup
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -37,6 +37,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(STAMP)
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[docs]'
+	$(BIN)/sphinx-build -q -W -b html docs docs/_build
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache demo_workspace

@@ -3,7 +3,7 @@ from nvflare_rdma import __version__
 project = "nvflare-rdma"
 author = "the nvflare-rdma authors"
 release = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 html_theme = "alabaster"
