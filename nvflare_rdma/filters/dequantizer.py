@@ -16,7 +16,7 @@ class ModelDequantizer(QuantFilter):
 
     dtype, shape and framework (numpy or torch) are those of the sender's tensors; torch tensors come back on the CPU.
 
-    Raises (when used):
+    Raises:
         ConfigError: the message carries no quantization metadata, so the sender has no quantizer.
         CodecError: the metadata or the codes are damaged; the message names the tensor. Nothing larger than what
             the codes hold is allocated before they have been checked.
