@@ -20,6 +20,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from nvflare_rdma.flare_compat import require_flare
 SCHEMES = ("rdma", "tcp", "grpc")
 _DRIVER_PATH_VAR = "NVFLARE_COMM_DRIVER_PATH"
 _STOP_SECONDS = 10
+_WATCH_SECONDS = 1.0
 
 
 def check_scheme(scheme: str) -> str:
@@ -101,7 +104,7 @@ class _SimulatedJob:
                 "-t",
                 str(threads or len(names)),
             ]
-            command += ["--scheme", self._scheme]
+            command += ["--scheme", self._scheme, "--parent-pid", str(os.getpid())]
             if gpu:
                 command += ["-gpu", gpu]
             if log_config:
@@ -128,6 +131,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait(_STOP_SECONDS)
         os.killpg(process.pid, signal.SIGKILL)  # what is left of the session; the sites end when their parent has
     process.wait()
+
+
+def _end_with(parent: int) -> None:
+    """End this session when ``parent`` is gone: killed, it can't do so itself. The sites end when we have."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    os.killpg(0, signal.SIGTERM)
 
 
 def use_scheme(scheme: str) -> None:
@@ -165,7 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nvflare_rdma.simulator")
     define_simulator_parser(parser)
     parser.add_argument("--scheme", choices=SCHEMES, default="rdma", help="driver between server and sites")
+    parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.parent_pid is not None:
+        threading.Thread(target=_end_with, args=(args.parent_pid,), daemon=True).start()
     use_scheme(args.scheme)
     return int(run_simulator(args) or 0)
 
