@@ -47,5 +47,5 @@ def get_codec(name: str) -> Codec:
         return _build(key)
     allowed = ", ".join(CODEC_NAMES)
     if key in _NOT_BUILT:
-        raise ConfigError(f"quantization type {name!r} is not part of this version; use one of: {allowed}")
-    raise ConfigError(f"unknown quantization type {name!r}; use one of: {allowed}")
+        raise ConfigError(f"quantization_type={name!r} is not part of this version; use one of: {allowed}")
+    raise ConfigError(f"quantization_type={name!r} is unknown; use one of: {allowed}")
