@@ -335,6 +335,9 @@ class Link:
                 if self._reserving.pop(transfer, None) is not None and self._core.state is Phase.OPEN:
                     try:
                         self._start(transfer, length, cost)
+                    except MemoryError as error:
+                        log.error("%s: no memory for a message of %d bytes: %s", self.name, length, error)
+                        self._core.refuse(transfer, f"the receiver has no memory for {length} bytes")
                     finally:
                         started = transfer in self._arriving  # then `_finish` gives the bytes back
                     self._pump()
@@ -415,7 +418,8 @@ class Link:
                     self._in_flight -= len(view)
                     self._room.notify_all()
                 if isinstance(event, events.SendFailed):
-                    log.debug("%s: message %d was not delivered: %s", self.name, transfer, event.reason)
+                    level = logging.ERROR if self._core.state is Phase.OPEN else logging.DEBUG
+                    log.log(level, "%s: message %d was not delivered: %s", self.name, transfer, event.reason)
             case events.ChooseFabric(peer):
                 self._choose(peer)
             case events.OpenRails():

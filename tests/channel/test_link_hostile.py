@@ -189,7 +189,7 @@ def test_a_receiver_that_raises_does_not_leave_the_link_half_dead():
         it.end()
 
 
-def test_memory_that_can_not_be_had_ends_the_link_and_gives_the_budget_back(monkeypatch):
+def test_memory_that_can_not_be_had_refuses_the_message_and_gives_the_budget_back(monkeypatch):
     with peer() as it:
 
         def none_left(nbytes: int):
@@ -198,7 +198,11 @@ def test_memory_that_can_not_be_had_ends_the_link_and_gives_the_budget_back(monk
         monkeypatch.setattr(it.context.pool, "take", none_left)
         it.greet()
         it.say(wire.Offer(1, 100_000))
-        it.end()
+        (refusal,) = wire.Parser(100, 100).feed(it.sock.recv(65536))
+        assert refusal == wire.Refuse(1, "the receiver has no memory for 100000 bytes")
+        assert it.context.budget.in_use == 0
+        it.say(wire.Inline(b"it goes on"))
+        assert it.inbox.get(timeout=DEADLINE) == b"it goes on"
 
 
 def test_small_offers_are_charged_what_they_hold():

@@ -52,6 +52,8 @@ def test_deploy_starts_our_simulator_with_sim_envs_arguments(tmp_path, monkeypat
         "1",
         "--scheme",
         "grpc",
+        "--parent-pid",
+        str(os.getpid()),
         "-l",
         "full",
     ]
