@@ -17,7 +17,11 @@ def driver_path() -> str:
 
 
 def _print_driver_path() -> int:
-    print(driver_path())
+    folder = driver_path()
+    if not os.path.isfile(os.path.join(folder, "rdma_driver.py")):
+        print(f"{folder} has no rdma_driver.py: nvflare-rdma is not installed whole, install it again", file=sys.stderr)
+        return 1
+    print(folder)
     return 0
 
 

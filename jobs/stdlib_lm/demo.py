@@ -56,7 +56,7 @@ def print_comparison(full: dict[str, Any], few: dict[str, Any], summary: dict[st
         f"{few['quantize']}: {summary['times_fewer_bytes']:.2f} times fewer bytes "
         f"({summary['percent_of_full_bytes']:.2f} % of full precision's, a round, both directions); "
         f"final held-out loss {few['final_loss']:.4f} against {full['final_loss']:.4f} "
-        f"({summary['final_loss_difference_percent']:+.2f} %)"
+        f"({summary['final_loss_difference_percent']:+.2f} %; one run of each: a difference of this size can be noise)"
     )
 
 
@@ -71,9 +71,10 @@ def main() -> int:
     for i, quantize in enumerate(RUNS):
         print(f"run {i + 1} of {len(RUNS)}: {quantize}", flush=True)
         folder = args.workspace / quantize
-        command = [sys.executable, str(HERE / "job.py"), "--quantize", quantize, "--driver", args.driver]
+        # What the two runs differ in comes last, so that nothing passed on can change it.
+        command = [sys.executable, str(HERE / "job.py"), *for_job, "--quantize", quantize, "--driver", args.driver]
         # A run of its own process: FLARE keeps state per process.
-        status = subprocess.run([*command, "--workspace", str(folder), *for_job]).returncode
+        status = subprocess.run([*command, "--workspace", str(folder)]).returncode
         if status:
             print(f"the {quantize} run failed", file=sys.stderr)
             return 1

@@ -55,8 +55,10 @@ class HeldOutLoss(FLComponent):
         start = time.perf_counter()
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the sites may be at work: two threads that wait for each other would take longer
-        loss = evaluate(self._model, self._rows)
-        torch.set_num_threads(threads)
+        try:
+            loss = evaluate(self._model, self._rows)
+        finally:
+            torch.set_num_threads(threads)
         line = {"round": number, "held_out_loss": loss, "seconds": round(time.perf_counter() - start, 3)}
         folder = fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())
         with open(os.path.join(folder, FILE_NAME), "a") as out:

@@ -96,6 +96,8 @@ class TcpByteCounter:
             self._inside = {i for i in counts if i in self._inside or ends[i][::-1] in pairs}
             seen = {i: count for i, count in counts.items() if i not in self._inside}
             for inode, counted in self._live.items():
+                if inode in self._inside:
+                    continue  # seen before its other end was: it is not one that closed
                 now = seen.get(inode)
                 # A smaller count under the same inode is a new socket that got a number of an old one.
                 if now is None or now.sent < counted.sent or now.received < counted.received:
@@ -114,6 +116,10 @@ def _sample() -> tuple[dict[int, WireBytes], dict[int, _Endpoints]]:
     ends: dict[int, _Endpoints] = {}
     for name in os.listdir(_FD_FOLDER):
         try:
+            # Looked at by name first: to close any duplicate of a file's descriptor would drop this process's POSIX
+            # locks on that file.
+            if not stat.S_ISSOCK(os.stat(f"{_FD_FOLDER}/{name}").st_mode):
+                continue
             # The owner may close the descriptor at any moment, and its number may be taken again: look only at a
             # duplicate of our own, and only for an instant, since it delays the owner's close.
             fd = os.dup(int(name))
@@ -126,6 +132,8 @@ def _sample() -> tuple[dict[int, WireBytes], dict[int, _Endpoints]]:
             with socket.socket(fileno=fd) as sock:
                 fd = -1  # the socket object closes it
                 found = _read(sock)
+        except OSError:  # went away under our hands
+            continue
         finally:
             if fd >= 0:
                 os.close(fd)

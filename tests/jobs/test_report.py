@@ -77,4 +77,4 @@ def test_comparison_of_two_runs(workspace, capsys):
     print_comparison(full, few, summary)
     shown = capsys.readouterr().out
     assert "7.00 times fewer bytes (14.29 %" in shown
-    assert "2.1000 against 2.0000 (+5.00 %)" in shown
+    assert "2.1000 against 2.0000 (+5.00 %; one run of each" in shown

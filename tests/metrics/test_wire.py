@@ -1,3 +1,4 @@
+import fcntl
 import os
 import socket
 import subprocess
@@ -149,3 +150,25 @@ def test_what_is_sent_again_is_counted_apart():
 def test_an_old_kernel_is_named(counter):
     with pytest.raises(RdmaError, match=r"104 bytes .* needs Linux 4\.19"):
         wire._counts(b"\0" * 104)
+
+
+def test_counting_leaves_the_locks_of_this_process_alone(tmp_path):
+    """To close any duplicate of a locked file's descriptor would drop the lock."""
+    path = tmp_path / "locked"
+    with open(path, "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        TcpByteCounter().total()
+        code = f"import fcntl; fcntl.lockf(open({str(path)!r}, 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert "BlockingIOError" in other.stderr, "another process got the lock"
+
+
+def test_a_connection_inside_the_process_is_not_counted_though_seen_before_it_was_accepted():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        near.sendall(b"x" * 1000)
+        counter = TcpByteCounter()
+        counter.total()
+        far, _ = listener.accept()
+        with near, far:
+            assert counter.total().sent == 0
