@@ -205,20 +205,9 @@ class Link:
                 return
             self._closing = True
             self._failure = self._failure or reason or "the connection was closed"
-            self._core.close(reason)
-            waiting = list(self._reserving.values())
-            self._reserving.clear()
-            try:
-                self._pump()
-            finally:
-                # By what is held, not by what was said about it: nothing may stay behind whatever happened before.
-                for transfer in list(self._arriving):
-                    self._finish(transfer, deliver=False)
-                self._sealed.clear()
-                self._outgoing.clear()
-                self._in_flight = 0
-                self._room.notify_all()
         try:
+            with self._lock:
+                waiting = self._free(reason)
             self._run_after()
             for granted in waiting:
                 # One that is granted at this moment gives its bytes back itself: nobody waits for them any more.
@@ -231,6 +220,23 @@ class Link:
             if self._endpoint is not None:
                 self._endpoint.close()
             self._ended.set()
+
+    def _free(self, reason: str) -> list[Callable[[], None]]:
+        """Say goodbye and let go of all memory; the reservations that still wait for some. Holds the lock."""
+        try:
+            self._core.close(reason)
+            self._pump()
+        finally:
+            # By what is held, not by what was said about it: nothing may stay behind whatever happened before.
+            waiting = list(self._reserving.values())
+            self._reserving.clear()
+            for transfer in list(self._arriving):
+                self._finish(transfer, deliver=False)
+            self._sealed.clear()
+            self._outgoing.clear()
+            self._in_flight = 0
+            self._room.notify_all()
+        return waiting
 
     def failed(self, error: Exception) -> None:
         """A fabric reports that it can't go on, or something broke in one of its threads."""

@@ -205,6 +205,26 @@ def test_memory_that_can_not_be_had_refuses_the_message_and_gives_the_budget_bac
         assert it.inbox.get(timeout=DEADLINE) == b"it goes on"
 
 
+def test_an_error_while_the_link_ends_does_not_keep_it_half_open(monkeypatch):
+    with peer() as it:
+        it.greet()
+        it.say(wire.Offer(1, 100_000), wire.Inline(b"x"))
+        it.inbox.get(timeout=DEADLINE)
+
+        def broken(reason: str) -> None:
+            raise KeyError("a bug in the core")
+
+        monkeypatch.setattr(it.link._core, "close", broken)
+        with pytest.raises(KeyError):
+            it.link._shut_down("test")
+        assert it.link._ended.is_set()
+        assert not it.link._writer.is_alive()
+        assert not it.link._arriving
+        it.link._run_after()
+        assert it.context.budget.in_use == 0
+        monkeypatch.undo()
+
+
 def test_small_offers_are_charged_what_they_hold():
     """Slots come in steps of 64 KiB, whatever lands in them."""
     with peer(budget=8 * 128 * 1024) as it:
