@@ -2,8 +2,9 @@
 
 A fabric moves bytes and nothing else. It knows no messages, no transfers and no budget: the channel above it
 decides what to expose and what to write. The shape follows verbs (IB spec vol. 1, ch. 10-11): memory is
-*registered* once, a *slice* of it is exposed for one write, and the write carries a 32-bit notification
-value (RDMA WRITE WITH IMM) by which the owner of the memory learns that the bytes have landed.
+*registered* once, a *slice* of it is exposed for one write over one *rail* (a connection, a queue pair), and the
+write carries a 32-bit notification value (RDMA WRITE WITH IMM) by which the owner of the memory learns that the
+bytes have landed.
 """
 
 from __future__ import annotations
@@ -37,26 +38,31 @@ class Availability:
 class CompletionHandler(Protocol):
     """Who is told what happened. Called from the fabric's own threads: be short, raise nothing."""
 
-    def landed(self, notification: int, length: int) -> None:
-        """The peer wrote ``length`` bytes into the slice exposed under ``notification``; it is closed again."""
+    def landed(self, notification: int, length: int, digest: int) -> None:
+        """The peer answered the exposure ``notification`` with ``length`` bytes (0 if it withdrew the write), and
+        with the ``digest`` that it gave to `Endpoint.write`. The slice is closed again."""
 
     def written(self, notification: int) -> None:
-        """A local write is complete: its source buffer may be changed or freed."""
+        """A local write has ended: its source may be changed or freed. If it landed, the receiver knows."""
+
+    def rail_down(self, rail: int, error: Exception) -> None:
+        """A rail broke. What landed over it was reported before this, nothing will be after; the writes queued
+        on it are reported as `written`. Once per rail, not after `Endpoint.close`."""
 
     def failed(self, error: Exception) -> None:
-        """The endpoint can't go on (a rail broke, the peer wrote outside what was exposed)."""
+        """The peer broke the rules (it wrote where nothing was exposed): nothing of it can be trusted."""
 
 
 class Region(ABC):
     """A registered buffer. Holds a reference to it until closed."""
 
     @abstractmethod
-    def expose(self, notification: int, offset: int, length: int) -> RemoteSlice:
-        """Let the peer write ``[offset, offset + length)`` once; its landing reports ``notification``."""
+    def expose(self, notification: int, offset: int, length: int, rail: int) -> RemoteSlice:
+        """Let the peer write ``[offset, offset + length)`` once, over ``rail``; `landed` reports ``notification``."""
 
     @abstractmethod
     def revoke(self, notification: int) -> None:
-        """Take back what `expose` gave. A write that arrives later is refused."""
+        """Take back what `expose` gave. A write that arrives later is discarded, and still reported as landed."""
 
     @abstractmethod
     def close(self) -> None:
@@ -64,24 +70,37 @@ class Region(ABC):
 
 
 class Endpoint(ABC):
-    """One peer over one fabric, with the rails that are open to it."""
+    """One peer over one fabric, with the rails that were opened to it, numbered from 0."""
 
     @property
     @abstractmethod
     def rails(self) -> int:
-        """How many rails (parallel connections, queue pairs) are open."""
+        """How many rails were opened."""
+
+    def allocate(self, nbytes: int) -> memoryview | None:
+        """Memory that the peer can write without a copy on this side; None if any memory is as good.
+
+        It is re-used when no view of it is left."""
+        return None
 
     @abstractmethod
     def register(self, buffer: memoryview) -> Region:
         """Make a writable, contiguous buffer of bytes exposable."""
 
     @abstractmethod
-    def write(self, source: memoryview, remote: RemoteSlice, notification: int) -> None:
-        """Queue a one-sided write of ``source`` (at most ``remote.length`` bytes). `written` reports its end.
+    def write(self, rail: int, source: memoryview, remote: RemoteSlice, notification: int, digest: int) -> None:
+        """Write ``source`` (at most ``remote.length`` bytes) one-sidedly; ``digest`` (64 bits) travels with it.
+
+        May block while the rail is full: one thread per rail calls it. `written` reports the end, also if the rail
+        is down or breaks meanwhile. ``source`` may be empty: that answers the exposure and writes nothing.
 
         Raises:
-            FabricError: the endpoint is closed or its rails are broken.
+            ValueError: ``source`` is larger than the slice.
         """
+
+    @abstractmethod
+    def drop(self, rail: int) -> None:
+        """Close one rail (the peer says that it is broken); `rail_down` follows. Idempotent."""
 
     @abstractmethod
     def close(self) -> None:
@@ -89,9 +108,15 @@ class Endpoint(ABC):
 
 
 class Fabric(ABC):
-    """A way to reach a peer. The passive side offers, the active side connects."""
+    """A way to reach a peer. The passive side offers, the active side connects.
+
+    ``private``: the bytes never leave the memory of this host, so they are not sealed. ``checked``: nothing below
+    protects the bytes well (TCP's 16-bit sum), so chunks carry a checksum unless `rdma_integrity` says otherwise.
+    """
 
     name: ClassVar[str]
+    private: ClassVar[bool] = False
+    checked: ClassVar[bool] = False
 
     @abstractmethod
     def offer(self, handler: CompletionHandler) -> tuple[Endpoint, Mapping[str, Any]]:
