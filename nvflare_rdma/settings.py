@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from nvflare_rdma.channel.controllers import CONTROLLERS
+from nvflare_rdma.channel.wire import INTEGRITY
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.fabric.selection import FABRICS, parse_fabrics
 
@@ -23,12 +25,18 @@ KIB, MIB = 1024, 1024 * 1024
 class Settings:
     """``rdma_fabrics``: allowed fabrics, best first. ``rdma_chunk_bytes``: size of one granted chunk.
     ``rdma_rails``: parallel TCP connections per peer. ``rdma_memory_budget_bytes``: what all incoming messages
-    of the process may hold until they are handed over."""
+    of the process may hold until they are handed over. ``rdma_controller``: who decides how much is granted,
+    ``adaptive`` (follows the link) or ``fixed`` (8 chunks). ``rdma_integrity``: checksum of each chunk, ``auto`` (over
+    tcp), ``on`` or ``off``; sealed chunks need none. ``rdma_tcp_congestion``: the kernel's congestion control for
+    rails (``bbr``, ``cubic``, ...), "" for the system's."""
 
     rdma_fabrics: tuple[str, ...] = FABRICS
     rdma_chunk_bytes: int = MIB
     rdma_rails: int = 2
     rdma_memory_budget_bytes: int = 64 * MIB
+    rdma_controller: str = "fixed"
+    rdma_integrity: str = "auto"
+    rdma_tcp_congestion: str = ""
 
 
 _RANGES = {
@@ -36,6 +44,7 @@ _RANGES = {
     "rdma_rails": (1, 64),
     "rdma_memory_budget_bytes": (MIB, 1 << 50),
 }
+_CHOICES = {"rdma_controller": tuple(CONTROLLERS), "rdma_integrity": INTEGRITY}
 _NAMES = tuple(f.name for f in fields(Settings))
 
 
@@ -49,8 +58,22 @@ def parse_settings(values: Mapping[str, Any]) -> Settings:
     for name, value in values.items():
         if name not in _NAMES:
             raise ConfigError(f"unknown setting {name!r}={value!r}. Allowed: {', '.join(_NAMES)}.")
-        parsed[name] = parse_fabrics(str(value)) if name == "rdma_fabrics" else _integer(name, value)
+        if name == "rdma_fabrics":
+            parsed[name] = parse_fabrics(str(value))
+        elif name in _CHOICES:
+            parsed[name] = _choice(name, value)
+        elif name == "rdma_tcp_congestion":
+            parsed[name] = str(value).strip()  # the kernel says what there is: see TcpFabric
+        else:
+            parsed[name] = _integer(name, value)
     return Settings(**parsed)
+
+
+def _choice(name: str, value: Any) -> str:
+    choice = str(value).strip().lower()
+    if choice not in _CHOICES[name]:
+        raise ConfigError(f"{name}={value!r} is unknown. Allowed: {', '.join(_CHOICES[name])}.")
+    return choice
 
 
 def _integer(name: str, value: Any) -> int:

@@ -13,44 +13,44 @@ from nvflare_rdma.fabric.base import Endpoint, Region, RemoteSlice
 
 
 class ControlRegion(Region):
-    def __init__(self, key: int, buffer: memoryview, exposed: dict[int, memoryview]) -> None:
+    def __init__(self, key: int, buffer: memoryview, exposed: dict[int, memoryview | None]) -> None:
         self._key = key
         self._buffer = buffer
         self._exposed = exposed
         self._mine: set[int] = set()
 
-    def expose(self, notification: int, offset: int, length: int) -> RemoteSlice:
+    def expose(self, notification: int, offset: int, length: int, rail: int) -> RemoteSlice:
         self._exposed[notification] = self._buffer[offset : offset + length]
         self._mine.add(notification)
         return RemoteSlice(self._key, offset, length)
 
     def revoke(self, notification: int) -> None:
-        self._exposed.pop(notification, None)
+        if notification in self._exposed:
+            self._exposed[notification] = None
         self._mine.discard(notification)
 
     def close(self) -> None:
-        for notification in self._mine:
-            self._exposed.pop(notification, None)
-        self._mine.clear()
+        for notification in list(self._mine):
+            self.revoke(notification)
 
 
 class ControlRail(Endpoint):
-    """``send(notification, payload)`` puts a chunk on the control stream and reports it written."""
+    """``send(notification, digest, payload)`` puts a chunk on the control stream and reports it written."""
 
-    def __init__(self, send: Callable[[int, memoryview], None]) -> None:
+    def __init__(self, send: Callable[[int, int, memoryview], None]) -> None:
         self._send = send
         self._keys = itertools.count(1)
-        self._exposed: dict[int, memoryview] = {}
+        self._exposed: dict[int, memoryview | None] = {}
 
     @property
     def rails(self) -> int:
-        return 0
+        return 1
 
     def register(self, buffer: memoryview) -> ControlRegion:
         return ControlRegion(next(self._keys), buffer, self._exposed)
 
-    def write(self, source: memoryview, remote: RemoteSlice, notification: int) -> None:
-        self._send(notification, source)
+    def write(self, rail: int, source: memoryview, remote: RemoteSlice, notification: int, digest: int) -> None:
+        self._send(notification, digest, source)
 
     def fill(self, notification: int, payload: bytes) -> None:
         """Put an arrived chunk in its place.
@@ -58,10 +58,17 @@ class ControlRail(Endpoint):
         Raises:
             ProtocolError: nothing is exposed there, or less than was sent.
         """
-        target = self._exposed.pop(notification, None)
-        if target is None or len(payload) > len(target):
-            raise ProtocolError(f"the peer sent {len(payload)} bytes for slice {notification}, which can't take them")
+        if notification not in self._exposed:
+            raise ProtocolError(f"the peer sent {len(payload)} bytes for slice {notification}, which is not exposed")
+        target = self._exposed.pop(notification)
+        if target is None:
+            return  # revoked
+        if len(payload) > len(target):
+            raise ProtocolError(f"the peer sent {len(payload)} bytes for a slice of {len(target)}")
         target[: len(payload)] = payload
+
+    def drop(self, rail: int) -> None:
+        """Nothing: this rail is the control stream."""
 
     def close(self) -> None:
         self._exposed.clear()

@@ -3,45 +3,32 @@
 Bytes of the control stream and the time come in as arguments; bytes to send and events come out. Whoever runs
 it (see `link.py`) owns sockets, memory and threads, and calls one method at a time.
 
-    offer -> grant -> write -> done: the receiver grants what it has memory for, chunk by chunk and at most
-    `depth` at a time, so that it alone sets the pace.
+    offer -> grant -> write -> done: the receiver grants what it has memory for, chunk by chunk and no more at once
+    than its controller says, so that it alone sets the pace.
+
+Rails may break and come back. A grant is bound to a rail, so that both sides know what a broken one costs; when
+none is left, all grants are void, the active side asks for new rails, and the receiver grants what it misses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from nvflare_rdma.channel import events, wire
+from nvflare_rdma.channel.controllers import Controller
 from nvflare_rdma.channel.events import Event
-from nvflare_rdma.channel.state import PHASE, RECEIVE, SEND, Input, Phase, Receive, Role, Send, illegal
+from nvflare_rdma.channel.incoming import Incoming
+from nvflare_rdma.channel.limits import MAX_CHUNK_BYTES, MAX_INLINE_BYTES, ChannelLimits
+from nvflare_rdma.channel.outgoing import Outgoing
+from nvflare_rdma.channel.state import PHASE, RAILS, Input, Phase, RailState, Role, illegal
 from nvflare_rdma.errors import LocalProtocolError, ProtocolError, TransferError
 from nvflare_rdma.fabric.base import RemoteSlice
 
-MAX_INLINE_BYTES = 64 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelLimits:
-    """What this side allows. ``chunk_bytes`` and ``depth`` shape what it grants; times are in seconds.
-
-    ``peer_depth`` and ``peer_chunk_bytes`` bound what a peer may ask of this side as a sender: grants open at once,
-    and the smallest chunk that is not a message's last. A message that is being received must come at
-    ``min_bytes_per_second`` on average, or its memory would be lost to others for as long as the peer likes.
-    """
-
-    max_message_bytes: int
-    chunk_bytes: int = 1024 * 1024
-    depth: int = 8
-    inline_bytes: int = MAX_INLINE_BYTES
-    max_incoming: int = 4096
-    peer_depth: int = 64
-    peer_chunk_bytes: int = 64 * 1024
-    handshake_timeout: float = 30.0
-    stall_timeout: float = 120.0
-    min_bytes_per_second: int = 16 * 1024
-
+#: Seconds before new rails are asked for: at once, then longer and longer, until rails have lasted a while.
+_BACKOFF = (0.0, 0.1, 0.3, 1.0, 3.0)
+_LASTED = 30.0
+_MAX_ATTEMPTS = 64
 
 # What is still worth handling when the connection ends; the rest would start something.
 _FINAL_EVENTS = (
@@ -53,51 +40,39 @@ _FINAL_EVENTS = (
 )
 
 
-@dataclass(slots=True)
-class _Outgoing:
-    length: int
-    progress_at: float
-    state: Send = Send.OFFERED
-    granted: int = 0
-    written: int = 0
-    chunks: int = 0
-    open_grants: int = 0
-
-
-@dataclass(slots=True)
-class _Incoming:
-    length: int
-    progress_at: float
-    state: Receive = Receive.OFFERED
-    deadline: float = float("inf")
-    planned: int = 0
-    landed: int = 0
-    #: notification -> bytes expected there
-    exposed: dict[int, int] = field(default_factory=dict)
-
-
 class Channel:
-    """One connection's protocol state. ``overhead``: bytes that sealing adds to each chunk (0 in clear mode)."""
+    """One connection's protocol state. ``overhead``: bytes that sealing adds to a chunk, if it is sealed."""
 
-    def __init__(self, role: Role, limits: ChannelLimits, hello: wire.Hello, now: float, overhead: int = 0) -> None:
+    def __init__(
+        self,
+        role: Role,
+        limits: ChannelLimits,
+        hello: wire.Hello,
+        controller: Controller,
+        now: float,
+        overhead: int = 0,
+    ) -> None:
         self.role = role
         self.state = Phase.GREETING
+        self.rail_state = RailState.CHOOSING
         self.peer: wire.Hello | None = None
         self._limits = limits
         self._hello = hello
-        self._overhead = overhead
+        self._seal_overhead = overhead
         self._born = now
-        self._rails = 0
-        self._parser = wire.Parser(limits.inline_bytes, limits.chunk_bytes + overhead)
+        self._fabric = ""
+        self._overhead = 0
+        self._rails: set[int] = set()
+        self._opened_rails = 0
+        self._up_at = now
+        self._attempts = 0
+        self._retry_at: float | None = None
+        self._lost_reason = ""
+        self._parser = wire.Parser(limits.inline_bytes, wire.MAX_DATA_BYTES + overhead)
         self._events: list[Event] = []
         self._output: list[bytes] = []
-        self._outgoing: dict[int, _Outgoing] = {}
-        self._incoming: dict[int, _Incoming] = {}
-        self._writes: dict[int, tuple[int, int]] = {}  # notification of the peer -> (transfer, length)
-        self._exposures: dict[int, int] = {}  # own notification -> transfer
-        self._next_transfer = 1
-        self._last_offered = 0
-        self._next_notification = 0
+        self._outgoing = Outgoing(limits, self._emit, self._happened)
+        self._incoming = Incoming(limits, controller, self._emit, self._happened)
         if role is Role.ACTIVE:
             self._emit(hello)
 
@@ -116,29 +91,16 @@ class Channel:
     def _emit(self, message: wire.Message) -> None:
         self._output.append(wire.encode(message))
 
+    def _happened(self, event: Event) -> None:
+        self._events.append(event)
+
     # -- the connection ------------------------------------------------------------------------------------
 
     def _move(self, happening: Input) -> None:
-        new = PHASE.get((self.role, self.state, happening))
+        new = PHASE.get((self.state, happening))
         if new is None:
             raise illegal("connection", self.state, happening)
         self.state = new
-
-    def choose(self, fabric: str, offer: Mapping[str, Any]) -> None:
-        """Passive: the answer to `ChooseFabric`; ``fabric`` is "" to use the control stream for everything."""
-        self._move(Input.CHOSEN)
-        self._emit(self._hello)
-        self._emit(wire.Open(fabric, offer))
-
-    def dialled(self, rails: int, reason: str = "") -> None:
-        """Active: the answer to `OpenRails`."""
-        self._move(Input.DIALLED)
-        self._emit(wire.Rails(rails, reason))
-        self._opened(rails, reason)
-
-    def _opened(self, rails: int, reason: str) -> None:
-        self._rails = rails
-        self._events.append(events.Opened(rails, reason))
 
     def close(self, reason: str = "") -> None:
         """Say goodbye and fail everything in flight. Idempotent."""
@@ -150,12 +112,9 @@ class Channel:
     def _end(self, reason: str) -> None:
         self._move(Input.CLOSE)
         self._events = [event for event in self._events if isinstance(event, _FINAL_EVENTS)]
-        self._events += [events.SendFailed(t, reason) for t in self._outgoing]
-        self._events += [events.ReceiveFailed(t, reason) for t in self._incoming]
-        self._outgoing.clear()
-        self._incoming.clear()
-        self._writes.clear()
-        self._exposures.clear()
+        self._outgoing.end(reason)
+        self._incoming.end(reason)
+        self._rails.clear()
 
     def receive(self, data: bytes | memoryview, now: float) -> None:
         """Take bytes of the control stream.
@@ -175,12 +134,10 @@ class Channel:
                 self.peer = message
                 if self.role is Role.PASSIVE:
                     self._events.append(events.ChooseFabric(message))
-            case wire.Open():
-                self._move(Input.OPEN)
-                self._events.append(events.OpenRails(message.fabric, message.offer))
-            case wire.Rails():
-                self._move(Input.RAILS)
-                self._opened(message.count, message.reason)
+            case wire.Open() | wire.Rails() | wire.RailDown() | wire.Reopen():
+                if self.state is Phase.GREETING:
+                    raise ProtocolError(f"{type(message).__name__} came before HELLO")
+                self._rail_message(message, now)
             case wire.Bye():
                 self._end(message.reason or "the peer closed the connection")
                 self._events.append(events.PeerLeft(message.reason))
@@ -194,42 +151,132 @@ class Channel:
     def _transfer_message(self, message: wire.Message, now: float) -> None:
         match message:
             case wire.Offer():
-                self._offered(message, now)
+                self._incoming.offered(message, now)
             case wire.Grant():
-                self._granted(message, now)
+                if self.rail_state is RailState.UP:
+                    self._outgoing.granted(message, self._opened_rails, self._overhead, now)
+                else:  # the peer gave it before it knew that the rails are replaced
+                    self._outgoing.granted_in_vain(message)
             case wire.Data():
-                self._events.append(events.DataArrived(message.notification, message.payload))
+                self._events.append(events.DataArrived(message.notification, message.digest, message.payload))
             case wire.Done():
-                if (out := self._find_outgoing(message.transfer)) is not None:
-                    if out.granted != out.length:
-                        raise ProtocolError(f"transfer {message.transfer} is done with {out.granted} bytes granted")
-                    self._advance_send(message.transfer, out, Input.DONE)
+                self._outgoing.done(message.transfer)
             case wire.Refuse():
-                if (out := self._find_outgoing(message.transfer)) is not None:
-                    self._advance_send(message.transfer, out, Input.REFUSE, message.reason)
+                self._outgoing.refused(message)
+            case wire.Withdraw():
+                self._incoming.withdrawn(message)
 
     def check(self, now: float) -> None:
-        """Raise `TransferError` if a deadline of the connection or of a transfer has passed. Call once a second."""
-        limits = self._limits
-        if self.state not in (Phase.OPEN, Phase.CLOSED) and now - self._born > limits.handshake_timeout:
-            raise TransferError(f"the peer did not finish the handshake in {limits.handshake_timeout:g} s")
-        # A message that was only offered waits for the receiver's memory: that is no stall of the link.
-        active: list[tuple[str, int, _Outgoing | _Incoming]] = [
-            *(("sending", n, out) for n, out in self._outgoing.items() if out.state is not Send.OFFERED),
-            *(("receiving", n, inc) for n, inc in self._incoming.items() if inc.state is not Receive.OFFERED),
-        ]
-        for kind, number, transfer in active:
-            if now - transfer.progress_at > limits.stall_timeout:
-                raise TransferError(
-                    f"{kind} transfer {number} ({transfer.length} bytes) made no progress for "
-                    f"{limits.stall_timeout:g} s in state {transfer.state.name}"
-                )
-        for number, incoming in self._incoming.items():
-            if now > incoming.deadline:
-                raise TransferError(
-                    f"receiving transfer {number} takes too long: {incoming.landed} of {incoming.length} bytes came, "
-                    f"at less than {limits.min_bytes_per_second} bytes/s"
-                )
+        """Do what is due by now. Call when `timeout` says so, and once a second.
+
+        Raises:
+            TransferError: a deadline of the connection or of a transfer has passed.
+        """
+        if self.state not in (Phase.OPEN, Phase.CLOSED) and now - self._born > self._limits.handshake_timeout:
+            raise TransferError(f"the peer did not finish the handshake in {self._limits.handshake_timeout:g} s")
+        self._outgoing.check(now)
+        self._incoming.check(now)
+        if self._retry_at is not None and now >= self._retry_at and self.state is Phase.OPEN:
+            self._retry_at = None
+            self._move_rails(Input.RETRY)
+            self._emit(wire.Reopen(self._lost_reason))
+
+    def timeout(self, now: float) -> float | None:
+        """Seconds until `check` has something to do before the next second is over; None if it has not."""
+        return None if self._retry_at is None else max(self._retry_at - now, 0.0)
+
+    # -- rails ---------------------------------------------------------------------------------------------
+
+    def _move_rails(self, happening: Input) -> None:
+        new = RAILS.get((self.role, self.rail_state, happening))
+        if new is None:
+            raise illegal("rails", self.rail_state, happening)
+        self.rail_state = new
+
+    def choose(self, fabric: str, offer: Mapping[str, Any], sealed: bool, checked: bool) -> None:
+        """Passive: the answer to `ChooseFabric`; ``fabric`` is "" to use the control stream for everything."""
+        self._move_rails(Input.CHOSEN)
+        if self.state is Phase.OPENING and not self._fabric:
+            self._emit(self._hello)
+        self._agree(fabric or "control", sealed)
+        self._emit(wire.Open(fabric, offer, sealed, checked))
+
+    def _agree(self, fabric: str, sealed: bool) -> None:
+        self._fabric = fabric
+        self._overhead = self._seal_overhead if sealed else 0
+
+    def dialled(self, rails: int, now: float, reason: str = "") -> None:
+        """Active: the answer to `OpenRails`."""
+        self._emit(wire.Rails(rails, reason))
+        up = rails > 0 or self._fabric == "control"
+        self._move_rails(Input.DIALLED if up else Input.DIALLED_NONE)
+        if up:
+            self._up(rails, reason, now)
+
+    def _rail_message(self, message: wire.Message, now: float) -> None:
+        match message:
+            case wire.Open():
+                self._move_rails(Input.OPEN)
+                self._agree(message.fabric or "control", message.sealed)
+                self._events.append(events.OpenRails(message.fabric, message.offer, message.sealed, message.checked))
+            case wire.Rails():
+                up = message.count > 0 or self._fabric == "control"
+                self._move_rails(Input.RAILS if up else Input.NO_RAILS)
+                if up:
+                    self._up(message.count, message.reason, now)
+                else:
+                    assert self.peer is not None
+                    self._events.append(events.ChooseFabric(self.peer, message.reason or "no rail could be opened"))
+            case wire.RailDown():
+                # Not before this side's fabric says that nothing can land over it any more is it down here.
+                if self.rail_state is RailState.UP and message.rail in self._rails:
+                    self._events.append(events.DropRail(message.rail))
+            case wire.Reopen():
+                self._count_attempt(now)
+                if self.rail_state is RailState.UP:
+                    self._lose_rails(message.reason, now)
+                self._move_rails(Input.REOPEN)
+                assert self.peer is not None
+                self._events.append(events.ChooseFabric(self.peer, message.reason or "its rails broke"))
+
+    def _up(self, rails: int, reason: str, now: float) -> None:
+        assert self.peer is not None
+        if self.state is Phase.OPENING:
+            self._move(Input.READY)
+        on_control = self._fabric == "control"
+        self._up_at = now
+        self._opened_rails = 1 if on_control else rails
+        self._rails = set(range(self._opened_rails))
+        self._events.append(events.Opened(rails, reason))
+        max_chunk = wire.MAX_DATA_BYTES if on_control else MAX_CHUNK_BYTES
+        self._incoming.open(self._rails, self._overhead, max_chunk, self.peer.max_writes, now)
+
+    def rail_down(self, rail: int, reason: str, now: float) -> None:
+        """The fabric says that a rail broke, and everything that landed over it was reported."""
+        if self.rail_state is not RailState.UP or rail not in self._rails:
+            return
+        self._rails.discard(rail)
+        self._emit(wire.RailDown(rail, reason))
+        self._incoming.rail_down(rail, now)
+        if not self._rails:
+            self._lose_rails(reason, now)
+            self._move_rails(Input.ALL_DOWN)
+            if self.role is Role.ACTIVE:
+                attempts = self._count_attempt(now)
+                self._retry_at = now + _BACKOFF[min(attempts, len(_BACKOFF)) - 1]
+
+    def _count_attempt(self, now: float) -> int:
+        self._attempts = 1 if now - self._up_at > _LASTED else self._attempts + 1
+        if self._attempts > _MAX_ATTEMPTS:
+            raise TransferError(f"rails broke {_MAX_ATTEMPTS} times, none lasted {_LASTED:g} s")
+        return self._attempts
+
+    def _lose_rails(self, reason: str, now: float) -> None:
+        self._lost_reason = reason
+        self._rails.clear()
+        self._incoming.void(now)
+        self._outgoing.void()
+        self._events.append(events.RailsLost(reason))
 
     # -- sending -------------------------------------------------------------------------------------------
 
@@ -252,166 +299,54 @@ class Channel:
         """
         self._move(Input.SUBMIT)
         assert self.peer is not None
-        if length > self.peer.max_message_bytes:
-            raise TransferError(f"a message of {length} bytes is larger than the peer's {self.peer.max_message_bytes}")
-        number = self._next_transfer
-        self._next_transfer += 1
-        self._outgoing[number] = _Outgoing(length, now)
-        self._emit(wire.Offer(number, length))
-        return number
+        return self._outgoing.submit(length, self.peer.max_message_bytes, now)
+
+    def withdraw(self, transfer: int, reason: str) -> None:
+        """Give up a message that is being sent. Does nothing if it has ended, or is confirmed, already."""
+        if self.state is Phase.OPEN:
+            self._outgoing.withdraw(transfer, reason)
 
     def written(self, notification: int, now: float) -> None:
-        """The fabric reports that the write of ``notification`` has left its source buffer."""
-        entry = self._writes.pop(notification, None)
-        if entry is None:
-            return  # its transfer has failed meanwhile
-        transfer, length = entry
-        out = self._outgoing.get(transfer)
-        if out is None:
-            return
-        out.written += length
-        out.open_grants -= 1
-        out.progress_at = now
-        if out.written == out.length:
-            self._advance_send(transfer, out, Input.ALL_WRITTEN)
+        """The fabric reports that the write of ``notification`` has ended."""
+        self._outgoing.written(notification, now)
 
-    def send_data(self, notification: int, payload: bytes | memoryview) -> None:
+    def send_data(self, notification: int, digest: int, payload: bytes | memoryview) -> None:
         """Write a chunk on the control stream instead of a rail."""
-        self._emit(wire.Data(notification, bytes(payload)))
-
-    def _find_outgoing(self, transfer: int) -> _Outgoing | None:
-        """The transfer, or None if it has ended here already (its end and the peer's message crossed)."""
-        if not 0 < transfer < self._next_transfer:
-            raise ProtocolError(f"the peer speaks of transfer {transfer}, which was never offered")
-        return self._outgoing.get(transfer)
-
-    def _granted(self, grant: wire.Grant, now: float) -> None:
-        out = self._find_outgoing(grant.transfer)
-        if out is None:
-            return
-        if grant.offset != out.granted or not 0 < grant.length <= out.length - out.granted:
-            raise ProtocolError(
-                f"grant of {grant.length} bytes at {grant.offset} of transfer {grant.transfer}, which is "
-                f"{out.length} bytes of which {out.granted} are granted"
-            )
-        if grant.index != out.chunks:
-            raise ProtocolError(f"chunk {grant.index} of transfer {grant.transfer} is granted, {out.chunks} is due")
-        last = grant.length == out.length - out.granted
-        if grant.length < self._limits.peer_chunk_bytes and not last:
-            raise ProtocolError(f"a grant of {grant.length} bytes, {self._limits.peer_chunk_bytes} are the least")
-        if out.open_grants >= self._limits.peer_depth:
-            raise ProtocolError(f"more than {self._limits.peer_depth} grants are open in transfer {grant.transfer}")
-        if grant.remote.length != grant.length + self._overhead:
-            raise ProtocolError(f"a grant of {grant.length} bytes points to a slice of {grant.remote.length}")
-        if grant.notification in self._writes:
-            raise ProtocolError(f"notification {grant.notification} is granted twice")
-        self._advance_send(grant.transfer, out, Input.GRANT)
-        out.granted += grant.length
-        out.chunks += 1
-        out.open_grants += 1
-        out.progress_at = now
-        self._writes[grant.notification] = (grant.transfer, grant.length)
-        self._events.append(
-            events.WriteChunk(grant.transfer, grant.index, grant.offset, grant.length, grant.remote, grant.notification)
-        )
-
-    def _advance_send(self, transfer: int, out: _Outgoing, happening: Input, reason: str = "") -> None:
-        new = SEND.get((out.state, happening))
-        if new is None:
-            raise illegal(f"sending transfer {transfer}", out.state, happening)
-        out.state = new
-        if new is Send.DONE:
-            del self._outgoing[transfer]
-            self._events.append(events.MessageSent(transfer))
-        elif new is Send.FAILED:
-            del self._outgoing[transfer]
-            self._events.append(events.SendFailed(transfer, reason))
+        if self.state is Phase.OPEN:
+            self._emit(wire.Data(notification, digest, bytes(payload)))
 
     # -- receiving -----------------------------------------------------------------------------------------
 
     def accept(self, transfer: int, now: float) -> None:
         """There is memory for the message: start to grant. Does nothing if the transfer has failed meanwhile."""
-        if (incoming := self._incoming.get(transfer)) is not None:
-            self._advance_receive(transfer, incoming, Input.ACCEPTED)
-            incoming.progress_at = now
-            limits = self._limits
-            incoming.deadline = now + limits.stall_timeout + incoming.length / limits.min_bytes_per_second
-            self._plan(transfer, incoming)
+        self._incoming.accept(transfer, now)
 
     def refuse(self, transfer: int, reason: str) -> None:
-        """Don't take the message."""
-        if (incoming := self._incoming.get(transfer)) is not None:
-            self._emit(wire.Refuse(transfer, reason))
-            self._advance_receive(transfer, incoming, Input.REFUSED, reason)
+        """Don't take the message, or not the rest of it. Does nothing if it has ended already."""
+        if self.state is Phase.OPEN:
+            self._incoming.refuse(transfer, reason)
 
     def exposed(self, chunk: events.ExposeChunk, remote: RemoteSlice) -> None:
         """The answer to `ExposeChunk`: grant it to the sender."""
-        if chunk.transfer in self._incoming:
-            self._emit(wire.Grant(chunk.transfer, chunk.index, chunk.offset, chunk.length, remote, chunk.notification))
+        self._incoming.exposed(chunk, remote)
 
     def landed(self, notification: int, length: int, now: float) -> None:
-        """The fabric reports that ``length`` bytes (sealing included) are in the slice of ``notification``.
+        """The fabric reports that ``length`` bytes (sealing included) are in the slice of ``notification``, and they
+        have passed their check.
 
         Raises:
             ProtocolError: nothing is exposed there, or the peer wrote fewer bytes than it was to.
         """
-        transfer = self._exposures.pop(notification, None)
-        if transfer is None:
-            raise ProtocolError(f"the peer wrote to slice {notification}, which is not exposed")
-        incoming = self._incoming[transfer]
-        expected = incoming.exposed.pop(notification)
-        if length != expected + self._overhead:
-            raise ProtocolError(f"the peer wrote {length} bytes where {expected + self._overhead} were granted")
-        incoming.landed += expected
-        incoming.progress_at = now
-        if incoming.landed == incoming.length:
-            self._advance_receive(transfer, incoming, Input.ALL_LANDED)
-        else:
-            self._plan(transfer, incoming)
+        self._incoming.landed(notification, length, now)
 
-    def _offered(self, offer: wire.Offer, now: float) -> None:
-        if offer.transfer <= self._last_offered:
-            raise ProtocolError(f"transfer {offer.transfer} is offered after {self._last_offered}")
-        limits = self._limits
-        if not limits.inline_bytes < offer.length <= limits.max_message_bytes:
-            raise ProtocolError(
-                f"a message of {offer.length} bytes is offered; {limits.inline_bytes} go inline, "
-                f"{limits.max_message_bytes} are the most"
-            )
-        if len(self._incoming) >= self._limits.max_incoming:
-            raise ProtocolError(f"more than {self._limits.max_incoming} messages are offered at once")
-        self._last_offered = offer.transfer
-        self._incoming[offer.transfer] = _Incoming(offer.length, now)
-        self._events.append(events.MessageOffered(offer.transfer, offer.length))
+    def damaged(self, notification: int, now: float) -> None:
+        """What landed under ``notification`` is not what was sent: ask for that chunk again.
 
-    def _plan(self, transfer: int, incoming: _Incoming) -> None:
-        while incoming.planned < incoming.length and len(incoming.exposed) < self._limits.depth:
-            offset = incoming.planned
-            length = min(self._limits.chunk_bytes, incoming.length - offset)
-            notification = self._new_notification()
-            incoming.planned += length
-            incoming.exposed[notification] = length
-            self._exposures[notification] = transfer
-            self._events.append(
-                events.ExposeChunk(transfer, offset // self._limits.chunk_bytes, offset, length, notification)
-            )
+        Raises:
+            ProtocolError: nothing is exposed there. TransferError: too many chunks in a row were damaged.
+        """
+        self._incoming.damaged(notification, now)
 
-    def _new_notification(self) -> int:
-        # 32 bits is what RDMA's immediate value holds; numbers still in use are passed over after a wrap.
-        while True:
-            self._next_notification = (self._next_notification + 1) & 0xFFFFFFFF
-            if self._next_notification not in self._exposures:
-                return self._next_notification
-
-    def _advance_receive(self, transfer: int, incoming: _Incoming, happening: Input, reason: str = "") -> None:
-        new = RECEIVE.get((incoming.state, happening))
-        if new is None:
-            raise illegal(f"receiving transfer {transfer}", incoming.state, happening)
-        incoming.state = new
-        if new is Receive.DONE:
-            del self._incoming[transfer]
-            self._emit(wire.Done(transfer))
-            self._events.append(events.MessageReceived(transfer))
-        elif new is Receive.FAILED:
-            del self._incoming[transfer]
-            self._events.append(events.ReceiveFailed(transfer, reason))
+    def progress(self) -> dict[int, tuple[int, int]]:
+        """Messages that are being received: transfer -> (bytes landed, bytes in all)."""
+        return self._incoming.progress()

@@ -12,9 +12,11 @@ from nvflare_rdma.fabric.base import RemoteSlice
 
 @dataclass(frozen=True, slots=True)
 class ChooseFabric:
-    """Passive: pick a fabric that both sides can use and call `Channel.choose`."""
+    """Passive: pick a fabric that both sides can use and call `Channel.choose`. ``reason`` says what went wrong
+    with the last one; it is "" the first time."""
 
     peer: Hello
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +25,31 @@ class OpenRails:
 
     fabric: str
     offer: Mapping[str, Any]
+    sealed: bool
+    checked: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Messages can be sent now. ``rails`` is 0 when everything has to use the control stream, and why."""
+    """Data can move now, for the first time or again. ``rails`` is 0 when everything has to use the control
+    stream, and why."""
 
     rails: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RailsLost:
+    """Every grant is void, and so is every region: close the endpoint. New rails are on their way."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropRail:
+    """The peer says that this rail is broken: close it, and report it down when nothing can land over it."""
+
+    rail: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +70,32 @@ class ExposeChunk:
     """Expose memory for ``length`` bytes of the message at ``offset``, then call `Channel.exposed`."""
 
     transfer: int
-    index: int
     offset: int
     length: int
     notification: int
+    rail: int
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeChunk:
+    """Take back what was exposed under ``notification``. ``answered``: its write may still come, so keep the
+    memory from others until it has."""
+
+    notification: int
+    answered: bool
 
 
 @dataclass(frozen=True, slots=True)
 class WriteChunk:
-    """Write ``length`` bytes of the message at ``offset``; `Channel.written` when the source is free again."""
+    """Write ``length`` bytes of the message at ``offset`` over ``rail``; nothing if the message was given up.
+    Call `Channel.written` when the source is free again."""
 
     transfer: int
-    index: int
     offset: int
     length: int
     remote: RemoteSlice
     notification: int
+    rail: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +103,7 @@ class DataArrived:
     """A chunk came on the control stream: put it where ``notification`` points and call `Channel.landed`."""
 
     notification: int
+    digest: int
     payload: bytes
 
 
@@ -112,9 +142,12 @@ Event: TypeAlias = (
     ChooseFabric
     | OpenRails
     | Opened
+    | RailsLost
+    | DropRail
     | InlineReceived
     | MessageOffered
     | ExposeChunk
+    | RevokeChunk
     | WriteChunk
     | DataArrived
     | MessageReceived

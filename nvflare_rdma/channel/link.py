@@ -1,41 +1,40 @@
-"""Runs a `Channel` on a control stream and the rails of a fabric: the one place with threads.
+"""Runs a `Channel` on a control stream and the rails of a fabric: with `rails.py` the one place with threads.
 
-    FLARE's thread   Link.send       -> core -> writer queue
-    reader thread    Link.run        control stream -> core -> events; once a second the deadlines
-    writer thread                    writer queue -> control stream
-    fabric threads   landed, written -> core
+    FLARE's thread   Link.send         -> core -> writer queue
+    reader thread    Link.run          control stream -> core -> events; the deadlines
+    writer thread                      writer queue -> control stream
+    rail threads     Link.prepare      seal or checksum a granted chunk, then Endpoint.write
+    fabric threads   landed, written   verify what landed, then -> core
 
-The core is called under one lock. Whatever calls out of the link (delivery, budget) happens after it is
-released: a budget that one link frees may start a transfer of another.
+The core is called under one lock. Whatever calls out of the link (delivery, budget, endpoints that close) happens
+after it is released: a budget that one link frees may start a transfer of another.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from nvflare_rdma.channel import events, sealing, wire
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.control_rail import ControlRail
-from nvflare_rdma.channel.core import Channel, ChannelLimits
+from nvflare_rdma.channel.controllers import make_controller
+from nvflare_rdma.channel.core import Channel
+from nvflare_rdma.channel.inbox import Inbox
+from nvflare_rdma.channel.limits import ChannelLimits
+from nvflare_rdma.channel.outbox import Outbox, Sending
+from nvflare_rdma.channel.rails import FabricChooser, RailSet, is_checked
 from nvflare_rdma.channel.state import Phase, Role
-from nvflare_rdma.errors import (
-    FabricError,
-    FabricUnavailable,
-    ProtocolError,
-    RdmaError,
-    SendTimeoutError,
-    TransferError,
-)
-from nvflare_rdma.fabric.base import Endpoint, Fabric, Region
+from nvflare_rdma.errors import FabricError, ProtocolError, RdmaError, TransferError
+from nvflare_rdma.fabric.base import Fabric
 from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
-from nvflare_rdma.fabric.selection import choose
 
 log = logging.getLogger(__name__)
 
@@ -54,24 +53,16 @@ class LinkContext:
     order: Sequence[str]
     unavailable: Mapping[str, str]
     """Fabric name -> reason why this process can't use it, "" if it can."""
+    host: str = ""
+    """Equal for two processes that can use shared memory."""
+    controller: str = "fixed"
+    chunk_bytes: int = 1024 * 1024
+    depth: int = 8
+    integrity: str = "auto"
     window_bytes: int = 32 * 1024 * 1024
     """Outgoing bytes that may wait for the peer before `Link.send` blocks; one message may always."""
-
-
-@dataclass(slots=True)
-class _Arriving:
-    buffer: memoryview
-    region: Region | None
-    """Registered whole in clear mode; sealed chunks are exposed in slots of their own."""
-    cost: int
-    """Bytes of the budget."""
-
-
-@dataclass(slots=True)
-class _SealedChunk:
-    chunk: events.ExposeChunk
-    slot: memoryview
-    region: Region
+    memory_wait: float = 60.0
+    """Seconds that an offered message waits for memory before it is refused."""
 
 
 class Link:
@@ -95,27 +86,37 @@ class Link:
         self._deliver = deliver
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
-        self._own = {n: context.unavailable.get(n, "not part of this process") for n in context.order}
-        key = sealing.new_key() if stream.secure else b""
-        self._sealer = sealing.Sealer(key) if key else None
-        self._opener: sealing.Sealer | None = None
-        hello = wire.Hello(self._own, context.limits.max_message_bytes, context.limits.inline_bytes, key)
-        overhead = sealing.TAG_BYTES if key else 0
-        self._core = Channel(role, context.limits, hello, time.monotonic(), overhead)
-        self._endpoint: Endpoint | None = None
-        self._control_rail = ControlRail(self._send_on_control)
+        self._after: list[Callable[[], None]] = []
+        self._key = sealing.new_key() if stream.secure else b""
+        limits = context.limits
+        own = {n: context.unavailable.get(n, "not part of this process") for n in context.order}
+        self._own = {n: reason or ("" if n in fabrics else "not part of this link") for n, reason in own.items()}
+        self._chooser = FabricChooser(context.order, self._own, context.host, time.monotonic)
+        self._core = Channel(
+            role,
+            limits,
+            wire.Hello(
+                self._own,
+                limits.max_message_bytes,
+                limits.inline_bytes,
+                limits.max_writes,
+                self._key,
+                context.host,
+                context.integrity,
+            ),
+            # What is on its way to a receiver never exceeds the memory that it may use.
+            make_controller(context.controller, context.chunk_bytes, context.depth, context.budget.limit),
+            time.monotonic(),
+            sealing.TAG_BYTES if self._key else 0,
+        )
+        self._inbox = Inbox(context.budget, context.pool, name, context.memory_wait, self._after.append)
+        self._outbox = Outbox(self._room, context.window_bytes, context.pool, name)
+        self._rails: RailSet | None = None
         #: control messages, and how many of their bytes are inline messages; None ends the writer
         self._output: queue.SimpleQueue[tuple[list[bytes], int] | None] = queue.SimpleQueue()
-        self._queued = 0  # bytes of inline messages in _output
         self._unsent = 0  # batches in _output
         self._write_progress = time.monotonic()
-        self._outgoing: dict[int, memoryview] = {}
-        self._in_flight = 0
-        self._arriving: dict[int, _Arriving] = {}
-        self._sealed: dict[int, _SealedChunk] = {}
-        self._reserving: dict[int, Callable[[], None]] = {}
         self._to_dial: events.OpenRails | None = None
-        self._after: list[Callable[[], None]] = []
         self._checked_at = time.monotonic()
         self._failure: str | None = None
         self._closing = False
@@ -136,10 +137,12 @@ class Link:
                 self._pump()
             while self._core.state is not Phase.OPEN:
                 self._step()
+                self._run_after()
                 if self._core.state is Phase.CLOSED:
                     raise FabricError(f"{self.name}: {self._failure or 'the peer closed the connection'}")
                 if self._to_dial is not None:
-                    self._dial(self._to_dial)
+                    offered, self._to_dial = self._to_dial, None
+                    self._dial(offered)
         except Exception as error:
             self._shut_down(str(error))
             raise
@@ -169,7 +172,8 @@ class Link:
 
     def _step(self) -> None:
         """Take what the control stream has, or wait for it a little; and look at the deadlines now and then."""
-        data = self._stream.receive(_TICK)
+        due = self._core.timeout(time.monotonic())
+        data = self._stream.receive(_TICK if due is None else min(due, _TICK))
         now = time.monotonic()
         with self._lock:
             if data == b"":
@@ -177,25 +181,23 @@ class Link:
                 self._core.close(self._failure)
             elif data:
                 self._core.receive(data, now)
-            self._pump()
-            if now - self._checked_at >= _TICK:
+            if due is not None or now - self._checked_at >= _TICK:
                 self._checked_at = now
                 self._check(now)
+            self._pump()
 
     def _check(self, now: float) -> None:
         self._core.check(now)
+        self._after.append(lambda: self._context.budget.expire(now))
         stall = self._context.limits.stall_timeout
         if self._unsent and now - self._write_progress > stall:
             raise TransferError(f"the peer has read nothing of the control stream for {stall:g} s")
 
     def close(self, linger: float = _LINGER) -> None:
         """Let what was sent arrive (for at most ``linger`` seconds), then disconnect. Callable from any thread."""
-        deadline = time.monotonic() + linger
         with self._lock:
-            while self._in_flight and not self._closing and self._core.state is Phase.OPEN:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0 or not self._room.wait(remaining):
-                    break
+            if not self._closing and self._core.state is Phase.OPEN:
+                self._outbox.drain(linger)
         self._shut_down("")
 
     def _shut_down(self, reason: str) -> None:
@@ -207,97 +209,30 @@ class Link:
             self._failure = self._failure or reason or "the connection was closed"
         try:
             with self._lock:
-                waiting = self._free(reason)
-            self._run_after()
-            for granted in waiting:
-                # One that is granted at this moment gives its bytes back itself: nobody waits for them any more.
-                self._context.budget.cancel(granted)
+                try:
+                    self._core.close(reason)
+                    self._pump()
+                finally:
+                    # By what is held, not by what was said about it: nothing may stay behind.
+                    self._outbox.clear(self._failure)
+                    rails, self._rails = self._rails, None
         finally:
             self._output.put(None)
             if self._writer is not threading.current_thread() and self._writer.is_alive():
                 self._writer.join(timeout=2.0)
             self._stream.close()
-            if self._endpoint is not None:
-                self._endpoint.close()
+            if rails is not None:
+                rails.close()
+            with self._lock:
+                self._inbox.clear()  # now that nothing lands any more
+            self._run_after()
             self._ended.set()
 
-    def _free(self, reason: str) -> list[Callable[[], None]]:
-        """Say goodbye and let go of all memory; the reservations that still wait for some. Holds the lock."""
-        try:
-            self._core.close(reason)
-            self._pump()
-        finally:
-            # By what is held, not by what was said about it: nothing may stay behind whatever happened before.
-            waiting = list(self._reserving.values())
-            self._reserving.clear()
-            for transfer in list(self._arriving):
-                self._finish(transfer, deliver=False)
-            self._sealed.clear()
-            self._outgoing.clear()
-            self._in_flight = 0
-            self._room.notify_all()
-        return waiting
-
     def failed(self, error: Exception) -> None:
-        """A fabric reports that it can't go on, or something broke in one of its threads."""
-        if isinstance(error, FabricError):
-            # A peer that leaves closes its rails right after its goodbye: give the goodbye time to be read.
-            with self._room:
-                self._room.wait_for(lambda: self._failure is not None or self._closing, timeout=1.0)
-                if self._failure is not None:
-                    return
+        """Something broke in a thread that is not the reader's, or the peer broke a fabric's rules."""
         if not self._closing:
             log.error("%s: disconnected: %s", self.name, error, exc_info=not isinstance(error, RdmaError))
         self._shut_down(str(error))
-
-    # -- sending -------------------------------------------------------------------------------------------
-
-    def send(self, message: bytes | bytearray | memoryview, timeout: float) -> None:
-        """Send a message. Blocks while more than the window waits for the peer; keeps ``message`` until it is
-        delivered, so it must not be changed afterwards.
-
-        Raises:
-            SendTimeoutError: the peer took nothing for ``timeout`` seconds.
-            TransferError: the connection is closed, or the message is too large for the peer.
-        """
-        view = memoryview(message).cast("B") if len(message) else memoryview(b"")
-        deadline = time.monotonic() + timeout
-        with self._lock:
-            inline = self._core.fits_inline(len(view))
-            self._wait_for_room(len(view), inline, deadline, timeout)
-            if inline:
-                self._core.send_inline(view)
-                self._pump(inline_bytes=len(view))
-            else:
-                transfer = self._core.submit(len(view), time.monotonic())
-                self._outgoing[transfer] = view
-                self._in_flight += len(view)
-                self._pump()
-
-    def _wait_for_room(self, length: int, inline: bool, deadline: float, timeout: float) -> None:
-        window = self._context.window_bytes
-        while True:
-            if self._failure is not None or self._closing:
-                raise TransferError(f"{self.name}: {self._failure or 'the connection is closed'}")
-            used = self._queued if inline else self._in_flight
-            if used == 0 or used + length <= window:
-                return
-            remaining = deadline - time.monotonic()
-            if remaining <= 0 or not self._room.wait(remaining):
-                raise SendTimeoutError(
-                    f"{self.name}: the peer took none of {used} bytes within {timeout:g} s (streaming_send_timeout)"
-                )
-
-    def _send_on_control(self, notification: int, payload: memoryview) -> None:
-        self._core.send_data(notification, payload)
-        self._core.written(notification, time.monotonic())
-
-    def written(self, notification: int) -> None:
-        with self._guarded(), self._lock:
-            self._core.written(notification, time.monotonic())
-            self._pump()
-
-    # -- receiving -----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -307,74 +242,132 @@ class Link:
         except Exception as error:  # noqa: BLE001 - reported and translated by `failed`
             self.failed(error)
 
-    def landed(self, notification: int, length: int) -> None:
+    # -- sending -------------------------------------------------------------------------------------------
+
+    def send(self, message: bytes | bytearray | memoryview, timeout: float) -> Sending:
+        """Send a message. Blocks while more than the window waits for the peer; keeps ``message`` until it is
+        delivered, so it must not be changed before the result's `wait` returns.
+
+        Raises:
+            SendTimeoutError: the peer took nothing for ``timeout`` seconds.
+            TransferError: the connection is closed, or the message is too large for the peer.
+        """
+        view = memoryview(message).cast("B") if len(message) else memoryview(b"")
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            inline = self._core.fits_inline(len(view))
+            while True:
+                if self._failure is not None or self._closing:
+                    raise TransferError(f"{self.name}: {self._failure or 'the connection is closed'}")
+                if self._outbox.wait_for_room(len(view), inline, deadline - time.monotonic()):
+                    break
+            if inline:
+                self._core.send_inline(view)
+                self._pump(inline_bytes=len(view))
+                return Sending(self._room, 0, ended=True)
+            transfer = self._core.submit(len(view), time.monotonic())
+            sending = self._outbox.add(transfer, view)
+            self._pump()
+            return sending
+
+    def withdraw(self, sending: Sending, reason: str) -> None:
+        """Give up a message that is being sent: its `wait` fails with ``reason``, unless the peer has it already."""
+        with self._guarded(), self._lock:
+            self._core.withdraw(sending.transfer, reason)
+            self._pump()
+        self._run_after()
+
+    def prepare(self, chunk: events.WriteChunk) -> tuple[memoryview, int]:
+        """See `Outbox.prepare`."""
+        return self._outbox.prepare(chunk)
+
+    def written(self, rails: RailSet, notification: int) -> None:
+        """A rail reports that a local write has ended."""
+        with self._guarded(), self._lock:
+            if rails is self._rails:
+                self._core.written(notification, time.monotonic())
+                self._pump()
+
+    def _send_on_control(self, notification: int, digest: int, payload: memoryview) -> None:
+        with self._lock:
+            self._core.send_data(notification, digest, payload)
+            self._core.written(notification, time.monotonic())
+            self._pump()
+
+    # -- receiving -----------------------------------------------------------------------------------------
+
+    def incoming(self) -> dict[int, tuple[int, int]]:
+        """Messages that are being received: transfer -> (bytes landed, bytes in all)."""
+        with self._lock:
+            return self._core.progress()
+
+    def refuse(self, transfer: int, reason: str) -> None:
+        """Don't take a message, or not the rest of it. Does nothing if it has ended already."""
+        with self._guarded(), self._lock:
+            self._core.refuse(transfer, reason)
+            self._pump()
+        self._run_after()
+
+    def landed(self, rails: RailSet, notification: int, length: int, digest: int) -> None:
+        """A rail reports that a grant was answered."""
         with self._guarded():
             with self._lock:
-                sealed = self._sealed.pop(notification, None)
-                arriving = self._arriving.get(sealed.chunk.transfer) if sealed is not None else None
-            if sealed is not None and arriving is not None and self._opener is not None:
-                chunk = sealed.chunk
-                target = arriving.buffer[chunk.offset : chunk.offset + chunk.length]
-                if length == len(sealed.slot):  # else the core says what is wrong
-                    self._opener.open_into(chunk.transfer, chunk.index, sealed.slot, target)
-                sealed.region.close()
+                landing = self._inbox.landed(notification) if rails is self._rails else None
+            if landing is None:
+                return  # the rails are not these any more, or the link is ending
+            intact = self._inbox.verify(landing, length, digest)
             with self._lock:
-                if self._core.state is Phase.OPEN:
-                    self._core.landed(notification, length, time.monotonic())
+                self._inbox.closed(landing)
+                if rails is self._rails and self._core.state is Phase.OPEN:
+                    now = time.monotonic()
+                    if intact:
+                        self._core.landed(notification, length, now)
+                    else:
+                        log.warning("%s: a chunk of %d bytes arrived damaged; asking for it again", self.name, length)
+                        self._core.damaged(notification, now)
                     self._pump()
             self._run_after()
 
-    def _cost(self, length: int) -> int:
-        """What receiving a message holds: its buffer, and in secure mode the slots that sealed chunks land in."""
-        pool, limits = self._context.pool, self._context.limits
-        if self._opener is None:
-            return pool.cost(length)
-        chunks = min(limits.depth, -(-length // limits.chunk_bytes))
-        return pool.cost(length) + chunks * pool.cost(min(length, limits.chunk_bytes) + sealing.TAG_BYTES)
+    def _data_arrived(self, event: events.DataArrived) -> None:
+        rails = self._rails
+        if rails is None or not isinstance(rails.endpoint, ControlRail):
+            raise ProtocolError("the peer sent a chunk on the control stream, which is not what was agreed")
+        rails.endpoint.fill(event.notification, event.payload)
+        self._after.append(lambda: self.landed(rails, event.notification, len(event.payload), event.digest))
 
-    def _reserve(self, transfer: int, length: int) -> None:
-        cost = self._cost(length)
-
+    def _offered(self, transfer: int, length: int) -> None:
         def granted() -> None:
-            started = False
-            with self._guarded(), self._lock:
-                if self._reserving.pop(transfer, None) is not None and self._core.state is Phase.OPEN:
-                    try:
-                        self._start(transfer, length, cost)
-                    except MemoryError as error:
-                        log.error("%s: no memory for a message of %d bytes: %s", self.name, length, error)
-                        self._core.refuse(transfer, f"the receiver has no memory for {length} bytes")
-                    finally:
-                        started = transfer in self._arriving  # then `_finish` gives the bytes back
+            with self._guarded():
+                with self._lock:
+                    self._start(transfer, length)
                     self._pump()
-            if not started:
-                self._context.budget.release(cost)
-            self._run_after()
+                self._run_after()
 
-        with self._lock:
-            if self._core.state is not Phase.OPEN:
-                return
-            self._reserving[transfer] = granted
-        self._context.budget.request(cost, granted)
+        self._inbox.reserve(transfer, length, granted, lambda reason: self._no_memory(transfer, length, reason))
 
-    def _start(self, transfer: int, length: int, cost: int) -> None:
-        buffer = self._context.pool.take(length)
-        region = None if self._opener is not None else self._writable().register(buffer)
-        self._arriving[transfer] = _Arriving(buffer, region, cost)
-        self._core.accept(transfer, time.monotonic())
+    def _start(self, transfer: int, length: int) -> None:
+        reservation = self._inbox.take_up(transfer)
+        if reservation is None:
+            return  # the message has failed meanwhile
+        try:
+            self._inbox.start(transfer, length, reservation, self._rails.endpoint if self._rails else None)
+        except MemoryError as error:
+            reason = str(error)
+            self._after.append(reservation.release)
+            self._after.append(lambda: self._no_memory(transfer, length, reason))
+        else:
+            self._core.accept(transfer, time.monotonic())
 
-    def _writable(self) -> Endpoint:
-        return self._endpoint if self._endpoint is not None else self._control_rail
+    def _no_memory(self, transfer: int, length: int, reason: str) -> None:
+        log.error("%s: no memory for a message of %d bytes: %s", self.name, length, reason)
+        self.refuse(transfer, f"the receiver has no memory for {length} bytes: {reason}")
 
     def _expose(self, chunk: events.ExposeChunk) -> None:
-        arriving = self._arriving[chunk.transfer]
-        if arriving.region is not None:
-            remote = arriving.region.expose(chunk.notification, chunk.offset, chunk.length)
-        else:
-            slot = self._context.pool.take(chunk.length + sealing.TAG_BYTES)
-            region = self._writable().register(slot)
-            remote = region.expose(chunk.notification, 0, len(slot))
-            self._sealed[chunk.notification] = _SealedChunk(chunk, slot, region)
+        assert self._rails is not None
+        try:
+            remote = self._inbox.expose(chunk, self._rails.endpoint)
+        except MemoryError as error:
+            raise TransferError(f"no memory for a chunk of {chunk.length} bytes: {error}") from error
         self._core.exposed(chunk, remote)
 
     # -- the core's events ---------------------------------------------------------------------------------
@@ -387,14 +380,15 @@ class Link:
         if output := self._core.data_to_send():
             if not self._unsent:
                 self._write_progress = time.monotonic()
-            self._queued += inline_bytes
+            self._outbox.queued += inline_bytes
             self._unsent += 1
             self._output.put((output, inline_bytes))
 
     def _run_after(self) -> None:
         while True:
             with self._lock:
-                todo, self._after = self._after, []
+                todo = self._after[:]
+                self._after.clear()
             if not todo:
                 return
             for call in todo:
@@ -404,110 +398,156 @@ class Link:
     def _handle(self, event: events.Event) -> None:
         match event:
             case events.WriteChunk():
-                self._write(event)
+                if self._rails is not None:
+                    self._rails.post(event)
             case events.ExposeChunk():
                 self._expose(event)
+            case events.RevokeChunk():
+                self._inbox.revoke(event)
             case events.InlineReceived(payload):
                 self._after.append(lambda: self._deliver(payload))
-            case events.DataArrived(notification, payload):
-                self._control_rail.fill(notification, payload)
-                size = len(payload)
-                self._after.append(lambda: self.landed(notification, size))
+            case events.DataArrived():
+                self._data_arrived(event)
             case events.MessageOffered(transfer, length):
-                self._after.append(lambda: self._reserve(transfer, length))
+                self._offered(transfer, length)
             case events.MessageReceived(transfer):
-                self._finish(transfer, deliver=True)
-            case events.ReceiveFailed(transfer):
-                self._finish(transfer, deliver=False)
-            case events.MessageSent(transfer) | events.SendFailed(transfer):
-                if (view := self._outgoing.pop(transfer, None)) is not None:
-                    self._in_flight -= len(view)
-                    self._room.notify_all()
-                if isinstance(event, events.SendFailed):
-                    level = logging.ERROR if self._core.state is Phase.OPEN else logging.DEBUG
-                    log.log(level, "%s: message %d was not delivered: %s", self.name, transfer, event.reason)
-            case events.ChooseFabric(peer):
-                self._choose(peer)
-            case events.OpenRails():
-                self._to_dial = event  # by `open`, which may block: not here, under the lock
-            case events.Opened(rails, reason):
-                self._opened(rails, reason)
+                if (buffer := self._inbox.finish(transfer)) is not None:
+                    self._after.append(lambda: self._deliver(buffer))
+            case events.ReceiveFailed(transfer, reason):
+                log.debug("%s: message %d was not received: %s", self.name, transfer, reason)
+                self._inbox.finish(transfer)
+            case events.MessageSent(transfer):
+                self._outbox.finish(transfer, "")
+            case events.SendFailed(transfer, reason):
+                level = logging.ERROR if self._core.state is Phase.OPEN else logging.DEBUG
+                log.log(level, "%s: message %d was not delivered: %s", self.name, transfer, reason)
+                self._outbox.finish(transfer, reason)
             case events.PeerLeft(reason):
                 self._failure = reason or "the peer closed the connection"
                 self._room.notify_all()
                 if reason:
                     log.error("%s: the peer disconnected: %s", self.name, reason)
+            case _:
+                self._handle_rails(event)
 
-    def _write(self, chunk: events.WriteChunk) -> None:
-        source = self._outgoing[chunk.transfer][chunk.offset : chunk.offset + chunk.length]
-        if self._sealer is not None:
-            slot = self._context.pool.take(chunk.length + sealing.TAG_BYTES)
-            self._sealer.seal_into(chunk.transfer, chunk.index, source, slot)
-            source = slot
-        self._writable().write(source, chunk.remote, chunk.notification)
+    # -- rails ---------------------------------------------------------------------------------------------
 
-    def _finish(self, transfer: int, deliver: bool) -> None:
-        arriving = self._arriving.pop(transfer, None)
-        if arriving is None:
-            return
-        if arriving.region is not None:
-            arriving.region.close()
-        cost = arriving.cost
-        self._after.append(lambda: self._context.budget.release(cost))
-        if deliver:
-            buffer = arriving.buffer
-            self._after.append(lambda: self._deliver(buffer))
+    def _handle_rails(self, event: events.Event) -> None:
+        match event:
+            case events.ChooseFabric(peer, reason):
+                self._discard_rails()  # those of an attempt that failed
+                self._choose(peer, reason)
+            case events.OpenRails():
+                # Dialling blocks: not under the lock nor, once messages flow, in the reader's way.
+                if self._core.state is Phase.OPEN:
+                    thread = threading.Thread(target=self._redial, args=(event,), name="rdma-dial", daemon=True)
+                    self._after.append(thread.start)
+                else:
+                    self._to_dial = event
+            case events.Opened(count, reason):
+                self._opened(count, reason)
+            case events.RailsLost(reason):
+                log.warning("%s: no rail is left over %s (%s); opening new ones", self.name, self.fabric, reason)
+                self._inbox.rails_lost()
+                self._discard_rails()
+            case events.DropRail(rail):
+                if self._rails is not None:
+                    endpoint = self._rails.endpoint
+                    self._after.append(lambda: endpoint.drop(rail))
 
-    # -- choosing a fabric ---------------------------------------------------------------------------------
+    def _discard_rails(self) -> None:
+        if self._rails is not None:
+            self._after.append(self._rails.close)
+            self._rails = None
 
-    def _choose(self, peer: wire.Hello) -> None:
-        self._check_security(peer)
-        name, passed_over = choose(self._context.order, self._own, peer.fabrics)
-        if not name:
-            raise FabricUnavailable(
-                f"no fabric that both sides allow (rdma_fabrics={','.join(self._context.order)}): {passed_over}"
-            )
-        log.info("%s: fabric %s%s", self.name, name, f" ({passed_over})" if passed_over else "")
-        self.fabric = name
-        self._endpoint, offer = self._fabrics[name].offer(self)
-        self._core.choose(name, offer)
+    def rail_down(self, rails: RailSet, rail: int, error: Exception) -> None:
+        """A fabric reports that a rail broke."""
+        with self._guarded():
+            # A peer that leaves closes its rails right after its goodbye: give the goodbye time to be read.
+            with self._room:
+                if self._room.wait_for(lambda: self._failure is not None or self._closing, timeout=0.1):
+                    return
+                rails.broken[rail] = error
+                if rails is self._rails:
+                    log.warning("%s: %s", self.name, error)
+                    self._core.rail_down(rail, str(error), time.monotonic())
+                    self._pump()
+            self._run_after()
+
+    def _choose(self, peer: wire.Hello, reason: str) -> None:
+        self._check_keys(peer)
+        name, passed_over = self._chooser.next(peer, reason)
+        log.info("%s: fabric %s%s", self.name, name or "none", f" ({passed_over})" if passed_over else "")
+        fabric = self._fabrics[name] if name else None
+        sealed = self._seals(fabric)
+        needed = not self._stream.secure and (fabric is None or fabric.checked)
+        checked = not sealed and is_checked(needed, self._context.integrity, peer.integrity)
+        rails = RailSet(self, self.name)
+        offer: Mapping[str, Any] = {}
+        if fabric is not None:
+            rails.endpoint, offer = fabric.offer(rails)
+        else:
+            rails.endpoint = ControlRail(self._send_on_control)
+        self._adopt(rails, name, peer, sealed, checked)
+        self._core.choose(name, offer, sealed, checked)
+
+    def _redial(self, offered: events.OpenRails) -> None:
+        with self._guarded():
+            self._dial(offered)
 
     def _dial(self, offered: events.OpenRails) -> None:
         peer, name = self._core.peer, offered.fabric
         assert peer is not None
-        self._to_dial = None
-        self._check_security(peer)
-        if self._own.get(name, "unknown"):
+        self._check_keys(peer)
+        if name and self._own.get(name, "unknown"):
             raise ProtocolError(f"the peer chose the fabric {name!r}, which this side did not offer")
-        self.fabric = name
-        endpoint, reason = None, ""
+        fabric = self._fabrics[name] if name else None
+        if offered.sealed != self._seals(fabric):
+            raise ProtocolError(f"the peer {'seals' if offered.sealed else 'does not seal'} its chunks over {name!r}")
+        rails, count, reason = RailSet(self, self.name), 0, ""
         try:
-            endpoint = self._fabrics[name].connect(offered.offer, self)
+            if fabric is not None:
+                rails.endpoint = fabric.connect(offered.offer, rails)
+                count = rails.endpoint.rails
+            else:
+                rails.endpoint = ControlRail(self._send_on_control)
         except FabricError as error:
             reason = str(error)
+            log.warning("%s: fabric %s can't be used: %s", self.name, name, error)
         with self._lock:
-            if not self._closing:
-                self._endpoint = endpoint
-                self._core.dialled(endpoint.rails if endpoint is not None else 0, reason)
+            if self._closing:
+                if count:
+                    self._after.append(rails.close)
+            else:
+                if count or fabric is None:
+                    self._adopt(rails, name, peer, offered.sealed, offered.checked)
+                self._core.dialled(count, time.monotonic(), reason)
                 self._pump()
-                return
-        if endpoint is not None:
-            endpoint.close()
+        self._run_after()
 
-    def _check_security(self, peer: wire.Hello) -> None:
+    def _check_keys(self, peer: wire.Hello) -> None:
         if bool(peer.seal_key) != self._stream.secure:
             raise ProtocolError("one side seals its chunks and the other does not")
-        self._opener = sealing.Sealer(peer.seal_key) if peer.seal_key else None
 
-    def _opened(self, rails: int, reason: str) -> None:
-        if rails:
-            log.info("%s: data goes over %s, %d rails", self.name, self.fabric, rails)
-            return
-        if self._endpoint is not None:
-            endpoint, self._endpoint = self._endpoint, None
-            self._after.append(endpoint.close)
-        self.fabric = "control"
-        log.warning("%s: no rail, data goes over the control stream, which is slower: %s", self.name, reason)
+    def _seals(self, fabric: Fabric | None) -> bool:
+        """Whether chunks are sealed. On the control stream TLS does it; private memory needs no seal."""
+        return self._stream.secure and fabric is not None and not fabric.private
+
+    def _adopt(self, rails: RailSet, name: str, peer: wire.Hello, sealed: bool, checked: bool) -> None:
+        self._rails, self.fabric = rails, name or "control"
+        self._outbox.guard(sealing.Sealer(self._key) if sealed else None, checked)
+        self._inbox.guard(sealing.Sealer(peer.seal_key) if sealed else None, checked)
+
+    def _opened(self, count: int, reason: str) -> None:
+        rails = self._rails
+        assert rails is not None
+        rails.start(max(count, 1))
+        if count:
+            log.info("%s: data goes over %s, %d rails", self.name, self.fabric, count)
+        else:
+            log.warning("%s: no rail, data goes over the control stream, which is slower: %s", self.name, reason)
+        for rail, error in rails.broken.items():
+            self._after.append(functools.partial(self.rail_down, rails, rail, error))
 
     # -- the writer ----------------------------------------------------------------------------------------
 
@@ -517,7 +557,7 @@ class Link:
                 messages, inline_bytes = item
                 self._stream.send(messages)
                 with self._lock:
-                    self._queued -= inline_bytes
+                    self._outbox.queued -= inline_bytes
                     self._unsent -= 1
                     self._write_progress = time.monotonic()
                     self._room.notify_all()

@@ -1,9 +1,12 @@
-"""Authenticated encryption of chunks (AES-256-GCM, NIST SP 800-38D).
+"""What guards a chunk on its way: a seal in secure mode, else a checksum.
 
-Each side seals what it sends with a key of its own, given to the peer over the TLS control stream when the
-connection opens. A nonce is ``transfer (u64) | chunk index (u32)``: transfers are numbered by a counter and
-each chunk is written once, so no nonce repeats under one key. The nonce is also the associated data, so a
-chunk can't be passed off as another one.
+Seals are AES-256-GCM (NIST SP 800-38D). Each side seals what it sends with a key of its own, given to the peer over
+the TLS control stream when the connection opens. A nonce is ``transfer (u64) | notification (u32)``: transfers are
+numbered by a counter, and every grant of a transfer has a notification of its own, so no nonce repeats under one
+key, also when a chunk is sent again. Transfer, offset and length are the associated data, so a chunk can't be passed
+off as another one.
+
+The checksum is XXH3 (64 bits): it finds flipped bits, not attackers.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import os
 import struct
 
+import xxhash
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -19,32 +23,38 @@ from nvflare_rdma.errors import IntegrityError
 KEY_BYTES = 32
 TAG_BYTES = 16
 _NONCE = struct.Struct("!QI")
+_IDENTITY = struct.Struct("!QQQ")
 
 
 def new_key() -> bytes:
     return os.urandom(KEY_BYTES)
 
 
+def checksum(chunk: memoryview) -> int:
+    """64 bits that a changed ``chunk`` is very unlikely to have as well."""
+    return xxhash.xxh3_64_intdigest(chunk)
+
+
 class Sealer:
     def __init__(self, key: bytes) -> None:
         self._aead = AESGCM(key)
 
-    def seal_into(self, transfer: int, index: int, plain: memoryview, out: memoryview) -> None:
+    def seal_into(self, transfer: int, offset: int, notification: int, plain: memoryview, out: memoryview) -> None:
         """Write ciphertext and tag to ``out``, which is `TAG_BYTES` longer than ``plain``."""
-        nonce = _NONCE.pack(transfer, index)
-        self._aead.encrypt_into(nonce, plain, nonce, out)
+        identity = _IDENTITY.pack(transfer, offset, len(plain))
+        self._aead.encrypt_into(_NONCE.pack(transfer, notification), plain, identity, out)
 
-    def open_into(self, transfer: int, index: int, sealed: memoryview, out: memoryview) -> None:
+    def open_into(self, transfer: int, offset: int, notification: int, sealed: memoryview, out: memoryview) -> None:
         """Write the plaintext to ``out``.
 
         Raises:
             IntegrityError: the chunk was changed on its way, or is not this chunk.
         """
-        nonce = _NONCE.pack(transfer, index)
+        identity = _IDENTITY.pack(transfer, offset, len(out))
         try:
-            self._aead.decrypt_into(nonce, sealed, nonce, out)
+            self._aead.decrypt_into(_NONCE.pack(transfer, notification), sealed, identity, out)
         except InvalidTag:
             raise IntegrityError(
-                f"chunk {index} of transfer {transfer} ({len(out)} bytes) does not match its seal: "
-                "it was altered on the way"
+                f"{len(out)} bytes at {offset} of transfer {transfer} do not match their seal: "
+                "they were altered on the way"
             ) from None

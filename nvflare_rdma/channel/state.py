@@ -1,4 +1,4 @@
-"""Every state of a connection and of a transfer, and every legal transition, in one place.
+"""Every state of a connection, of its rails and of a transfer, and every legal transition, in one place.
 
 A pair that is not in a table is illegal. Whether that is the peer's fault (`ProtocolError`) or this side's
 (`LocalProtocolError`) depends on where the input came from, and is said by the input.
@@ -17,13 +17,22 @@ class Role(Enum):
 
 
 class Phase(Enum):
-    """A connection. CHOOSING: the passive side picks a fabric; DIALLING: the active side opens its rails."""
+    """A connection. OPENING: until rails are open, or it is agreed to do without."""
 
     GREETING = auto()
-    CHOOSING = auto()
-    DIALLING = auto()
+    OPENING = auto()
     OPEN = auto()
     CLOSED = auto()
+
+
+class RailState(Enum):
+    """The rails of a connection. CHOOSING: the passive side picks a fabric; DIALLING: the active side opens its
+    rails; DOWN: none is left, and the active side waits a moment before it asks for new ones."""
+
+    CHOOSING = auto()
+    DIALLING = auto()
+    UP = auto()
+    DOWN = auto()
 
 
 class Send(Enum):
@@ -31,7 +40,6 @@ class Send(Enum):
 
     OFFERED = auto()
     WRITING = auto()
-    WRITTEN = auto()
     CONFIRMED = auto()
     DONE = auto()
     FAILED = auto()
@@ -53,49 +61,76 @@ class Input(Enum):
         self.remote = remote
 
     HELLO = (1, True)
-    OPEN = (2, True)
-    RAILS = (3, True)
-    TRAFFIC = (4, True)
-    CHOSEN = (5, False)
-    DIALLED = (6, False)
-    SUBMIT = (7, False)
-    CLOSE = (8, False)
-    GRANT = (9, True)
-    ALL_WRITTEN = (10, False)
-    DONE = (11, True)
-    REFUSE = (12, True)
-    ACCEPTED = (13, False)
-    REFUSED = (14, False)
-    ALL_LANDED = (15, False)
+    READY = (2, False)  # the rails are up for the first time
+    TRAFFIC = (3, True)
+    SUBMIT = (4, False)
+    CLOSE = (5, False)
+    OPEN = (6, True)
+    CHOSEN = (7, False)
+    RAILS = (8, True)
+    NO_RAILS = (9, True)
+    DIALLED = (10, False)
+    DIALLED_NONE = (11, False)
+    ALL_DOWN = (12, False)
+    REOPEN = (13, True)
+    RETRY = (14, False)
+    GRANT = (15, True)
+    DONE = (16, True)
+    WRITES_ENDED = (17, False)
+    REFUSE = (18, True)
+    WITHDRAWN_HERE = (19, False)
+    ACCEPTED = (20, False)
+    REFUSED_HERE = (21, False)
+    ALL_LANDED = (22, False)
+    WITHDRAW = (23, True)
 
 
-PHASE: dict[tuple[Role, Phase, Input], Phase] = {
-    (Role.ACTIVE, Phase.GREETING, Input.HELLO): Phase.CHOOSING,
-    (Role.ACTIVE, Phase.CHOOSING, Input.OPEN): Phase.DIALLING,
-    (Role.ACTIVE, Phase.DIALLING, Input.DIALLED): Phase.OPEN,
-    (Role.PASSIVE, Phase.GREETING, Input.HELLO): Phase.CHOOSING,
-    (Role.PASSIVE, Phase.CHOOSING, Input.CHOSEN): Phase.DIALLING,
-    (Role.PASSIVE, Phase.DIALLING, Input.RAILS): Phase.OPEN,
-    **{(role, Phase.OPEN, happening): Phase.OPEN for role in Role for happening in (Input.TRAFFIC, Input.SUBMIT)},
-    # Traffic is legal only when open: the active side is open before it says RAILS and the passive side when
-    # it hears it, so neither can see a well-behaved peer's traffic earlier.
-    **{(role, state, Input.CLOSE): Phase.CLOSED for role in Role for state in Phase},
+PHASE: dict[tuple[Phase, Input], Phase] = {
+    (Phase.GREETING, Input.HELLO): Phase.OPENING,
+    (Phase.OPENING, Input.READY): Phase.OPEN,
+    # The active side is open before it says RAILS and the passive side when it hears it, so neither can see a
+    # well-behaved peer's traffic earlier.
+    (Phase.OPEN, Input.TRAFFIC): Phase.OPEN,
+    (Phase.OPEN, Input.SUBMIT): Phase.OPEN,
+    **{(state, Input.CLOSE): Phase.CLOSED for state in Phase},
+}
+
+RAILS: dict[tuple[Role, RailState, Input], RailState] = {
+    (Role.ACTIVE, RailState.CHOOSING, Input.OPEN): RailState.DIALLING,
+    (Role.ACTIVE, RailState.DIALLING, Input.DIALLED): RailState.UP,
+    # None could be opened: the passive side chooses another fabric.
+    (Role.ACTIVE, RailState.DIALLING, Input.DIALLED_NONE): RailState.CHOOSING,
+    (Role.ACTIVE, RailState.UP, Input.ALL_DOWN): RailState.DOWN,
+    (Role.ACTIVE, RailState.DOWN, Input.RETRY): RailState.CHOOSING,
+    (Role.PASSIVE, RailState.CHOOSING, Input.CHOSEN): RailState.DIALLING,
+    (Role.PASSIVE, RailState.DIALLING, Input.RAILS): RailState.UP,
+    (Role.PASSIVE, RailState.DIALLING, Input.NO_RAILS): RailState.CHOOSING,
+    (Role.PASSIVE, RailState.UP, Input.ALL_DOWN): RailState.DOWN,
+    # Either side may notice first.
+    (Role.PASSIVE, RailState.UP, Input.REOPEN): RailState.CHOOSING,
+    (Role.PASSIVE, RailState.DOWN, Input.REOPEN): RailState.CHOOSING,
 }
 
 SEND: dict[tuple[Send, Input], Send] = {
     (Send.OFFERED, Input.GRANT): Send.WRITING,
     (Send.WRITING, Input.GRANT): Send.WRITING,
-    (Send.WRITING, Input.ALL_WRITTEN): Send.WRITTEN,
     (Send.WRITING, Input.DONE): Send.CONFIRMED,
-    (Send.CONFIRMED, Input.ALL_WRITTEN): Send.DONE,
-    (Send.WRITTEN, Input.DONE): Send.DONE,
-    (Send.OFFERED, Input.REFUSE): Send.FAILED,
+    (Send.CONFIRMED, Input.WRITES_ENDED): Send.DONE,
+    **{
+        (state, happening): Send.FAILED
+        for state in (Send.OFFERED, Send.WRITING)
+        for happening in (Input.REFUSE, Input.WITHDRAWN_HERE)
+    },
 }
 
 RECEIVE: dict[tuple[Receive, Input], Receive] = {
     (Receive.OFFERED, Input.ACCEPTED): Receive.LANDING,
-    (Receive.OFFERED, Input.REFUSED): Receive.FAILED,
     (Receive.LANDING, Input.ALL_LANDED): Receive.DONE,
+    **{
+        (state, happening): Receive.FAILED
+        for state in (Receive.OFFERED, Receive.LANDING)
+        for happening in (Input.REFUSED_HERE, Input.WITHDRAW)
+    },
 }
 
 

@@ -19,14 +19,19 @@ from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice
 
 CONTROL_MAGIC = b"NVFCTRL1"
-VERSION = 1
+VERSION = 2
 MAX_HELLO_BYTES = 16 * 1024
 MAX_REASON_BYTES = 1024
+#: The longest chunk that travels on the control stream; what is on its way there delays everything behind it.
+MAX_DATA_BYTES = 1024 * 1024
+
+INTEGRITY = ("auto", "on", "off")
 
 _PREFIX = struct.Struct("!IB")
 _OFFER = struct.Struct("!QQ")
-_GRANT = struct.Struct("!QIQIQQII")
+_GRANT = struct.Struct("!QQIQQIIB")
 _TRANSFER = struct.Struct("!Q")
+_DATA = struct.Struct("!IQ")
 _U32 = struct.Struct("!I")
 _DEFAULT_LIMIT = _GRANT.size + MAX_REASON_BYTES
 
@@ -34,21 +39,28 @@ _DEFAULT_LIMIT = _GRANT.size + MAX_REASON_BYTES
 @dataclass(frozen=True, slots=True)
 class Hello:
     """First message of each side: version, what fabrics it can use (``name -> reason why not``, "" if usable),
-    the largest message and inline payload it takes, and the key that seals the chunks it sends (or b"")."""
+    the largest message and inline payload it takes, how many grants it works on at once, the key that seals the
+    chunks it sends (or b""), which host it is on, and whether chunks shall be checked (``auto``, ``on``, ``off``)."""
 
     fabrics: Mapping[str, str]
     max_message_bytes: int
     inline_bytes: int
+    max_writes: int
     seal_key: bytes = b""
+    host: str = ""
+    integrity: str = "auto"
     version: int = VERSION
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Passive to active: the chosen fabric ("" for none but the control stream) and how to reach it."""
+    """Passive to active: the chosen fabric ("" for none but the control stream), how to reach it, and whether
+    chunks are sealed, or carry a checksum."""
 
     fabric: str
     offer: Mapping[str, Any]
+    sealed: bool = False
+    checked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +68,21 @@ class Rails:
     """Active to passive: how many rails it opened, and if none, why."""
 
     count: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RailDown:
+    """A rail broke on this side. Its grants are void; the receiver gives them again on another."""
+
+    rail: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reopen:
+    """Active to passive: no rail is left; all grants are void. Choose a fabric again."""
+
     reason: str = ""
 
 
@@ -76,15 +103,15 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Receiver: write chunk ``index`` (``offset`` and ``length`` of the message) to ``remote``, and notify
-    with ``notification``."""
+    """Receiver: write ``length`` bytes of the message at ``offset`` to ``remote`` over ``rail``, and notify with
+    ``notification``. Every grant is answered by one write, which is empty if the sender gave the message up."""
 
     transfer: int
-    index: int
     offset: int
     length: int
     remote: RemoteSlice
     notification: int
+    rail: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +119,7 @@ class Data:
     """A write that travels on the control stream because there is no rail."""
 
     notification: int
+    digest: int
     payload: bytes
 
 
@@ -104,7 +132,15 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Receiver: what was offered is not taken."""
+    """Receiver: what was offered is not taken, or not any longer."""
+
+    transfer: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Sender: what was offered will not come."""
 
     transfer: int
     reason: str
@@ -117,7 +153,9 @@ class Bye:
     reason: str = ""
 
 
-Message: TypeAlias = Hello | Open | Rails | Inline | Offer | Grant | Data | Done | Refuse | Bye
+Message: TypeAlias = (
+    Hello | Open | Rails | RailDown | Reopen | Inline | Offer | Grant | Data | Done | Refuse | Withdraw | Bye
+)
 
 _TYPES: dict[type, int] = {
     Hello: 1,
@@ -130,6 +168,9 @@ _TYPES: dict[type, int] = {
     Done: 8,
     Refuse: 9,
     Bye: 10,
+    RailDown: 11,
+    Reopen: 12,
+    Withdraw: 13,
 }
 _CLASSES = {number: cls for cls, number in _TYPES.items()}
 
@@ -154,13 +195,27 @@ def encode(message: Message) -> bytes:
                     "fabrics": dict(message.fabrics),
                     "max_message_bytes": message.max_message_bytes,
                     "inline_bytes": message.inline_bytes,
+                    "max_writes": message.max_writes,
                     "seal_key": message.seal_key,
+                    "host": message.host,
+                    "integrity": message.integrity,
                 }
             )
         case Open():
-            body = msgpack.packb({"fabric": message.fabric, "offer": dict(message.offer)})
+            body = msgpack.packb(
+                {
+                    "fabric": message.fabric,
+                    "offer": dict(message.offer),
+                    "sealed": message.sealed,
+                    "checked": message.checked,
+                }
+            )
         case Rails():
             body = _U32.pack(message.count) + _reason(message.reason)
+        case RailDown():
+            body = _U32.pack(message.rail) + _reason(message.reason)
+        case Reopen():
+            body = _reason(message.reason)
         case Inline():
             body = message.payload
         case Offer():
@@ -169,19 +224,19 @@ def encode(message: Message) -> bytes:
             r = message.remote
             body = _GRANT.pack(
                 message.transfer,
-                message.index,
                 message.offset,
                 message.length,
                 r.key,
                 r.address,
                 r.length,
                 message.notification,
+                message.rail,
             )
         case Data():
-            body = _U32.pack(message.notification) + message.payload
+            body = _DATA.pack(message.notification, message.digest) + message.payload
         case Done():
             body = _TRANSFER.pack(message.transfer)
-        case Refuse():
+        case Refuse() | Withdraw():
             body = _TRANSFER.pack(message.transfer) + _reason(message.reason)
         case Bye():
             body = _reason(message.reason)
@@ -208,9 +263,13 @@ def _decode_hello(body: Mapping[str, Any]) -> Hello:
         {name: _text(reason.encode(errors="replace")) for name, reason in fabrics.items()},
         _field(body, "max_message_bytes", int),
         _field(body, "inline_bytes", int),
+        _field(body, "max_writes", int),
         _field(body, "seal_key", bytes),
+        _field(body, "host", str),
+        _field(body, "integrity", str),
     )
-    if hello.max_message_bytes < 0 or hello.inline_bytes < 0 or len(hello.seal_key) not in (0, 32):
+    sizes_ok = hello.max_message_bytes >= 0 and hello.inline_bytes >= 0 and hello.max_writes > 0
+    if not sizes_ok or len(hello.seal_key) not in (0, 32) or hello.integrity not in INTEGRITY:
         raise ProtocolError("a field of the peer's HELLO is out of range")
     return hello
 
@@ -221,16 +280,23 @@ def _decode(cls: type, body: bytes) -> Message:
     if cls is Offer:
         return Offer(*_OFFER.unpack(body))
     if cls is Grant:
-        transfer, index, offset, length, key, address, remote_length, notification = _GRANT.unpack(body)
-        return Grant(transfer, index, offset, length, RemoteSlice(key, address, remote_length), notification)
+        transfer, offset, length, key, address, remote_length, notification, rail = _GRANT.unpack(body)
+        return Grant(transfer, offset, length, RemoteSlice(key, address, remote_length), notification, rail)
     if cls is Data:
-        return Data(_U32.unpack_from(body)[0], body[_U32.size :])
+        notification, digest = _DATA.unpack_from(body)
+        return Data(notification, digest, body[_DATA.size :])
     if cls is Done:
         return Done(*_TRANSFER.unpack(body))
     if cls is Refuse:
         return Refuse(_TRANSFER.unpack_from(body)[0], _text(body[_TRANSFER.size :]))
+    if cls is Withdraw:
+        return Withdraw(_TRANSFER.unpack_from(body)[0], _text(body[_TRANSFER.size :]))
     if cls is Rails:
         return Rails(_U32.unpack_from(body)[0], _text(body[_U32.size :]))
+    if cls is RailDown:
+        return RailDown(_U32.unpack_from(body)[0], _text(body[_U32.size :]))
+    if cls is Reopen:
+        return Reopen(_text(body))
     if cls is Bye:
         return Bye(_text(body))
     fields = msgpack.unpackb(body)  # its size was checked with the prefix
@@ -238,7 +304,12 @@ def _decode(cls: type, body: bytes) -> Message:
         raise ProtocolError("the body should be a map")
     if cls is Hello:
         return _decode_hello(fields)
-    return Open(_field(fields, "fabric", str), _field(fields, "offer", dict))
+    return Open(
+        _field(fields, "fabric", str),
+        _field(fields, "offer", dict),
+        _field(fields, "sealed", bool),
+        _field(fields, "checked", bool),
+    )
 
 
 class Parser:
@@ -249,7 +320,7 @@ class Parser:
             Hello: MAX_HELLO_BYTES,
             Open: MAX_HELLO_BYTES,
             Inline: max_inline_bytes,
-            Data: max_data_bytes + _U32.size,
+            Data: max_data_bytes + _DATA.size,
         }
         self._buffer = bytearray()
 

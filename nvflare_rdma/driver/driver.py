@@ -27,7 +27,7 @@ from nvflare.fuel.f3.drivers.net_utils import MAX_FRAME_SIZE, get_ssl_context, g
 from nvflare.fuel.hci.security import get_certificate_common_name
 
 from nvflare_rdma.channel.control import ControlStream
-from nvflare_rdma.channel.core import ChannelLimits
+from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link, LinkContext
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
@@ -67,11 +67,14 @@ def _process_context(settings: Settings) -> LinkContext:
 
 def _make_context(settings: Settings) -> LinkContext:
     return LinkContext(
-        limits=ChannelLimits(max_message_bytes=MAX_FRAME_SIZE, chunk_bytes=settings.rdma_chunk_bytes),
+        limits=ChannelLimits(max_message_bytes=MAX_FRAME_SIZE),
         budget=MemoryBudget(settings.rdma_memory_budget_bytes),
         pool=SlotPool(),
         order=settings.rdma_fabrics,
         unavailable={name: state.reason for name, state in probe().items()},
+        controller=settings.rdma_controller,
+        chunk_bytes=settings.rdma_chunk_bytes,
+        integrity=settings.rdma_integrity,
     )
 
 
@@ -134,7 +137,7 @@ class RdmaDriver(BaseDriver):
     def listen(self, connector: ConnectorInfo) -> None:
         self.connector = connector
         prepared = self._prepare(connector, ssl_server=True)
-        fabric = TcpFabric(prepared.settings.rdma_rails)
+        fabric = TcpFabric(prepared.settings.rdma_rails, congestion=prepared.settings.rdma_tcp_congestion)
         listener = socket.create_server((prepared.host, prepared.port))
         self._listener = listener
         with listener:
@@ -173,7 +176,7 @@ class RdmaDriver(BaseDriver):
                 if prepared.tls is None:
                     sock.sendall(CONTROL_MAGIC)
                 stream = self._greet(sock, prepared.tls, server_side=False)
-                fabric = TcpFabric(prepared.settings.rdma_rails, dial)
+                fabric = TcpFabric(prepared.settings.rdma_rails, dial, prepared.settings.rdma_tcp_congestion)
                 connection = self._make_connection(sock, stream, Role.ACTIVE, connector, fabric, prepared.context)
             self._run(connection)
         except (OSError, RdmaError) as error:

@@ -1,21 +1,56 @@
 """The process's memory budget and its pool of re-used slots.
 
-First-touch page faults cost several times the copy itself, so buffers that come and go with every message are
-kept and handed out again while their pages are warm.
+First-touch page faults cost several times the copy itself, so buffers that come and go with every message, or
+with every round, are kept and handed out again while their pages are warm; big ones are asked for as huge pages.
 """
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
 
 import numpy as np
 import numpy.typing as npt
 
-SLOT_BYTES = 2 * 1024 * 1024
 _GRAIN = 64 * 1024
+#: From here on memory is taken in whole huge pages (2 MiB where the kernel's pages have 4 KiB).
+HUGE_PAGE_BYTES = 2 * 1024 * 1024
+_MIB = 1024 * 1024
+
+
+class _State(Enum):
+    NEW = auto()
+    WAITING = auto()
+    HELD = auto()
+    OVER = auto()
+
+
+@dataclass(eq=False, slots=True)
+class Reservation:
+    """Bytes of a budget. ``granted`` is called when ``holder`` has them (from the thread of `request`, or later from
+    the one that releases some); ``refused``, with the reason, when it has not by ``deadline``."""
+
+    budget: MemoryBudget
+    nbytes: int
+    holder: str
+    granted: Callable[[], None]
+    refused: Callable[[str], None]
+    deadline: float = float("inf")
+    state: _State = _State.NEW
+
+    def request(self) -> None:
+        """Ask for the bytes. Does nothing if they were released already."""
+        self.budget._request(self)
+
+    def release(self) -> None:
+        """Give the bytes back, or stop waiting for them. Idempotent."""
+        self.budget._release(self)
 
 
 class MemoryBudget:
@@ -30,7 +65,8 @@ class MemoryBudget:
             raise ValueError(f"a memory budget needs a positive number of bytes, not {limit}")
         self.limit = limit
         self._lock = threading.Lock()
-        self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
+        self._waiting: deque[Reservation] = deque()
+        self._holding: set[Reservation] = set()
         self._in_use = 0
         self._peak = 0
 
@@ -42,63 +78,110 @@ class MemoryBudget:
     def peak(self) -> int:
         return self._peak
 
-    def request(self, nbytes: int, granted: Callable[[], None]) -> None:
-        """Call ``granted`` (from this thread, or later from the one that releases) when the bytes are there."""
+    def _request(self, reservation: Reservation) -> None:
         with self._lock:
-            self._waiting.append((min(nbytes, self.limit), granted))
+            if reservation.state is not _State.NEW:
+                return
+            reservation.nbytes = min(reservation.nbytes, self.limit)
+            reservation.state = _State.WAITING
+            self._waiting.append(reservation)
         self._serve()
 
-    def release(self, nbytes: int) -> None:
+    def _release(self, reservation: Reservation) -> None:
         with self._lock:
-            self._in_use -= min(nbytes, self.limit)
+            if reservation.state is _State.HELD:
+                self._holding.discard(reservation)
+                self._in_use -= reservation.nbytes
+            elif reservation.state is _State.WAITING:
+                self._waiting.remove(reservation)
+            reservation.state = _State.OVER
         self._serve()
 
-    def cancel(self, granted: Callable[[], None]) -> bool:
-        """Withdraw a request that still waits. False: it was granted already, so release it instead."""
+    def expire(self, now: float) -> None:
+        """Refuse the requests whose deadline has passed."""
         with self._lock:
-            for entry in self._waiting:
-                if entry[1] is granted:
-                    self._waiting.remove(entry)
-                    break
-            else:
-                return False
-        self._serve()
-        return True
+            late = [reservation for reservation in self._waiting if now > reservation.deadline]
+            for reservation in late:
+                reservation.state = _State.OVER
+                self._waiting.remove(reservation)
+        for reservation in late:
+            reservation.refused(
+                f"no {reservation.nbytes / _MIB:.1f} MiB came free in time of the memory budget of "
+                f"{self.limit / _MIB:.1f} MiB (rdma_memory_budget_bytes); held by {self.describe()}"
+            )
+        if late:
+            self._serve()
+
+    def describe(self) -> str:
+        """Who holds what, the largest first."""
+        with self._lock:
+            held: Counter[str] = Counter()
+            for reservation in self._holding:
+                held[reservation.holder] += reservation.nbytes
+        return ", ".join(f"{holder}: {nbytes / _MIB:.1f} MiB" for holder, nbytes in held.most_common(8)) or "nobody"
 
     def _serve(self) -> None:
         while True:
             with self._lock:
-                if not self._waiting or self._in_use + self._waiting[0][0] > self.limit:
+                if not self._waiting or self._in_use + self._waiting[0].nbytes > self.limit:
                     return
-                nbytes, granted = self._waiting.popleft()
-                self._in_use += nbytes
+                reservation = self._waiting.popleft()
+                reservation.state = _State.HELD
+                self._holding.add(reservation)
+                self._in_use += reservation.nbytes
                 self._peak = max(self._peak, self._in_use)
-            granted()
+            reservation.granted()
+
+
+def anonymous_pages(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Private memory of ``nbytes``, in huge pages where the kernel has some (madvise(2), MADV_HUGEPAGE).
+
+    Raises:
+        MemoryError: the kernel has not that much.
+    """
+    try:
+        pages = mmap.mmap(-1, nbytes)
+    except OSError as error:
+        raise MemoryError(f"can't map {nbytes} bytes: {error}") from error
+    if nbytes >= HUGE_PAGE_BYTES:
+        with contextlib.suppress(OSError, AttributeError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, dtype=np.uint8)
 
 
 class SlotPool:
     """Buffers that are recycled when the last view of them is gone.
 
-    Sizes are rounded up to a grain, so that messages of nearly the same length share slots; what is longer than
-    ``slot_bytes`` is not kept.
+    Sizes are rounded up to a grain, so that messages of nearly the same length share slots. At most ``keep_bytes``
+    are kept idle; what was of use least recently goes first. ``allocate`` makes new slots.
     """
 
-    def __init__(self, slot_bytes: int = SLOT_BYTES, keep_bytes: int = 64 * 1024 * 1024) -> None:
-        self.slot_bytes = slot_bytes
+    def __init__(
+        self,
+        keep_bytes: int = 64 * _MIB,
+        allocate: Callable[[int], npt.NDArray[np.uint8]] = anonymous_pages,
+    ) -> None:
         self._keep_bytes = keep_bytes
+        self._allocate = allocate
         # Appending to a deque is atomic: `_release` may run inside any allocation of any thread.
         self._free: dict[int, deque[npt.NDArray[np.uint8]]] = {}
+        self._last_use: dict[int, int] = {}
+        self._takes = 0
 
     def take(self, nbytes: int) -> memoryview:
-        """A writable buffer of ``nbytes``. Its slot comes back when no view or slice of it is referenced."""
+        """A writable buffer of ``nbytes``. Its slot comes back when no view or slice of it is referenced.
+
+        Raises:
+            MemoryError: there is not that much.
+        """
         size = self.cost(nbytes)
-        if size > self.slot_bytes:
-            return np.empty(nbytes, dtype=np.uint8).data
+        self._takes += 1
+        self._last_use[size] = self._takes
         free = self._free.setdefault(size, deque())
         try:
             slot = free.pop()
         except IndexError:
-            slot = np.empty(size, dtype=np.uint8)
+            slot = self._allocate(size)
         # The memoryview and every slice of it keep `lease` alive; `lease` keeps `slot` alive through `.base`.
         lease = slot[:nbytes]
         weakref.finalize(lease, self._release, slot).atexit = False
@@ -106,12 +189,18 @@ class SlotPool:
 
     def cost(self, nbytes: int) -> int:
         """What `take` of ``nbytes`` really holds."""
-        return nbytes if nbytes > self.slot_bytes else -(-nbytes // _GRAIN) * _GRAIN
+        grain = _GRAIN if nbytes <= HUGE_PAGE_BYTES else HUGE_PAGE_BYTES
+        return max(-(-nbytes // grain), 1) * grain
 
     @property
     def idle_bytes(self) -> int:
         return sum(size * len(free) for size, free in list(self._free.items()))
 
     def _release(self, slot: npt.NDArray[np.uint8]) -> None:
-        if self.idle_bytes + slot.size <= self._keep_bytes:
-            self._free[slot.size].append(slot)
+        while self.idle_bytes + slot.size > self._keep_bytes:
+            others = [size for size, free in list(self._free.items()) if free and size != slot.size]
+            if not others or slot.size > self._keep_bytes:
+                return
+            with contextlib.suppress(IndexError):
+                self._free[min(others, key=self._last_use.__getitem__)].popleft()
+        self._free[slot.size].append(slot)

@@ -48,7 +48,7 @@ def _probe_shm() -> Availability:
     return Availability(False, "this release has no shared-memory fabric yet")
 
 
-def choose(order: Sequence[str], own: Mapping[str, str], peer: Mapping[str, str]) -> tuple[str, str]:
+def choose(order: Sequence[str], own: Mapping[str, str], peer: Mapping[str, str], same_host: bool) -> tuple[str, str]:
     """The first fabric in ``order`` that both sides can use, and why the better ones were passed over.
 
     ``own`` and ``peer`` map names to the reason why not, "" for usable. The name is "" if there is none.
@@ -58,6 +58,8 @@ def choose(order: Sequence[str], own: Mapping[str, str], peer: Mapping[str, str]
         reason = own.get(name, "not asked for")
         if not reason:
             reason = f"peer: {peer[name]}" if peer.get(name) else ("" if name in peer else "peer does not offer it")
+        if not reason and name == "shm" and not same_host:
+            reason = "different host (or container network)"
         if not reason:
             return name, "; ".join(passed)
         passed.append(f"{name}: {reason}")

@@ -1,36 +1,56 @@
 """One-sided writes emulated over parallel TCP connections (rails).
 
-A write is a 24-byte header and the payload, sent straight from the source buffer and received straight into
-the exposed slice. Rails are dialled to the port of the control stream, so a firewall needs no second hole;
-each presents a ticket that the passive side gave out over the control stream and that works once.
+A write is a header and the payload, sent straight from the source buffer and received straight into the exposed
+slice. Rails are dialled to the port of the control stream, so a firewall needs no second hole; each presents a
+ticket that the passive side gave out over the control stream and that works once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import queue
 import secrets
 import socket
 import struct
 import threading
 import time
 import weakref
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nvflare_rdma.errors import FabricError, ProtocolError
+from nvflare_rdma.errors import ConfigError, FabricError, ProtocolError
 from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Fabric, Region, RemoteSlice
 
-RAIL_MAGIC = b"NVFRAIL1"
+RAIL_MAGIC = b"NVFRAIL2"
 TICKET_BYTES = 32
 PREAMBLE_BYTES = len(RAIL_MAGIC) + TICKET_BYTES
 TICKET_LIFETIME = 30.0
 MAX_RAILS = 64
 _ADMITTED, _REFUSED = b"\x01", b"\x00"
+#: Unacknowledged for so long (seconds), the path is dead: the kernel alone would take a quarter of an hour to say so.
+_DEAD_AFTER = 60
 
-# key (u64), address (u64), length (u32), notification (u32), network byte order.
-_HEADER = struct.Struct("!QQII")
+# key (u64), address (u64), digest (u64), length (u32), notification (u32); then the CRC-32 of these.
+_FIELDS = struct.Struct("!QQQII")
+_CRC = struct.Struct("!I")
+HEADER_BYTES = _FIELDS.size + _CRC.size
+_SCRATCH_BYTES = 64 * 1024
+
+
+def pack_header(remote: RemoteSlice, length: int, notification: int, digest: int) -> bytes:
+    """What precedes the payload of a write."""
+    fields = _FIELDS.pack(remote.key, remote.address, digest, length, notification)
+    return fields + _CRC.pack(zlib.crc32(fields))
+
+
+def congestion_controls() -> tuple[str, ...]:
+    """What `rdma_tcp_congestion` can be here (tcp(7), TCP_CONGESTION)."""
+    try:
+        with open("/proc/sys/net/ipv4/tcp_available_congestion_control", encoding="ascii") as file:
+            return tuple(file.read().split())
+    except OSError:
+        return ()
 
 
 def receive_exactly(sock: socket.socket, buffer: memoryview) -> None:
@@ -59,36 +79,39 @@ class TcpRegion(Region):
         self._buffer = buffer
         self._mine: set[int] = set()
 
-    def expose(self, notification: int, offset: int, length: int) -> RemoteSlice:
+    def expose(self, notification: int, offset: int, length: int, rail: int) -> RemoteSlice:
         if offset < 0 or length < 0 or offset + length > len(self._buffer):
             raise ValueError(f"slice {offset}+{length} is outside a region of {len(self._buffer)} bytes")
         remote = RemoteSlice(self._key, offset, length)
         self._mine.add(notification)
-        self._endpoint.exposed[notification] = (remote, self._buffer[offset : offset + length])
+        self._endpoint.exposed[notification] = (remote, rail, self._buffer[offset : offset + length])
         return remote
 
     def revoke(self, notification: int) -> None:
         self._mine.discard(notification)
-        self._endpoint.exposed.pop(notification, None)
+        self._endpoint.revoke(notification)
 
     def close(self) -> None:
         for notification in self._mine:
-            self._endpoint.exposed.pop(notification, None)
+            self._endpoint.revoke(notification)
         self._mine.clear()
 
 
 class TcpEndpoint(Endpoint):
-    def __init__(self, handler: CompletionHandler) -> None:
+    """``congestion``: name of the kernel's congestion control for the rails, "" for the system's default."""
+
+    def __init__(self, handler: CompletionHandler, congestion: str = "") -> None:
         self._handler = handler
+        self._congestion = congestion
         self._keys = itertools.count(1)
         self._lock = threading.Lock()
-        self._sockets: list[socket.socket] = []
+        self._sockets: dict[int, socket.socket] = {}
         self._threads: list[threading.Thread] = []
+        self._down: set[int] = set()
         self._closed = False
-        # One queue for all rails: a rail that is slow simply takes fewer writes.
-        self._writes: queue.SimpleQueue[tuple[memoryview, RemoteSlice, int] | None] = queue.SimpleQueue()
-        #: notification -> what the peer may write there, once. Popping is atomic and is the revocation.
-        self.exposed: dict[int, tuple[RemoteSlice, memoryview]] = {}
+        #: notification -> what the peer may write there, once, and over which rail; no memory once it is revoked.
+        #: Popping is atomic: whoever pops an entry closes the slice.
+        self.exposed: dict[int, tuple[RemoteSlice, int, memoryview | None]] = {}
 
     @property
     def rails(self) -> int:
@@ -97,44 +120,61 @@ class TcpEndpoint(Endpoint):
     def register(self, buffer: memoryview) -> TcpRegion:
         return TcpRegion(self, next(self._keys), buffer)
 
-    def write(self, source: memoryview, remote: RemoteSlice, notification: int) -> None:
-        if self._closed:
-            raise FabricError("can't write over tcp: the endpoint is closed")
-        if len(source) > remote.length:
-            raise FabricError(f"a write of {len(source)} bytes does not fit a slice of {remote.length}")
-        self._writes.put((source, remote, notification))
+    def revoke(self, notification: int) -> None:
+        with self._lock:  # two revocations: what the rail takes meanwhile is gone and stays gone
+            entry = self.exposed.pop(notification, None)
+            if entry is not None and entry[1] not in self._down and not self._closed:
+                self.exposed[notification] = (entry[0], entry[1], None)
 
-    def attach(self, sock: socket.socket) -> None:
-        """Take over a connected, admitted socket as one more rail."""
+    def write(self, rail: int, source: memoryview, remote: RemoteSlice, notification: int, digest: int) -> None:
+        if len(source) > remote.length:
+            raise ValueError(f"a write of {len(source)} bytes does not fit a slice of {remote.length}")
+        sock = self._sockets.get(rail)
         try:
+            if sock is not None and rail not in self._down and not self._closed:
+                _send_all(sock, pack_header(remote, len(source), notification, digest), source)
+        except OSError:
+            self.drop(rail)  # its receiving thread says what happened
+        finally:
+            self._handler.written(notification)
+
+    def attach(self, rail: int, sock: socket.socket, answer: bytes = b"") -> None:
+        """Take over a connected socket as ``rail``, and send ``answer`` over it first."""
+        with contextlib.suppress(OSError):  # the peer may have gone again: the receiving thread will say so
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        except OSError:
-            sock.close()  # the peer has gone again
-            return
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_AFTER * 1000)
+            # Buffer sizes are the kernel's: it grows them with the bandwidth-delay product, up to tcp_rmem and
+            # tcp_wmem; setting them would end that, at the lower rmem_max and wmem_max.
+            if self._congestion:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._congestion.encode())
         with self._lock:
-            if self._closed:
+            if self._closed or rail in self._sockets:
                 sock.close()
                 return
-            self._sockets.append(sock)
-            for loop, role in ((self._receive_loop, "rx"), (self._send_loop, "tx")):
-                thread = threading.Thread(
-                    target=loop, args=(sock,), name=f"rdma-tcp-{role}-{sock.fileno()}", daemon=True
-                )
-                self._threads.append(thread)
-                thread.start()
+            self._sockets[rail] = sock
+            thread = threading.Thread(
+                target=self._receive_loop,
+                args=(rail, sock, answer),
+                name=f"rdma-tcp-{rail}-{sock.fileno()}",
+                daemon=True,
+            )
+            self._threads.append(thread)
+            thread.start()
+
+    def drop(self, rail: int) -> None:
+        with contextlib.suppress(OSError, KeyError):
+            self._sockets[rail].shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            sockets, threads = list(self._sockets), list(self._threads)
-        for sock in sockets:
-            self._writes.put(None)
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+            sockets, threads = list(self._sockets.values()), list(self._threads)
+        for rail in range(len(sockets)):
+            self.drop(rail)
         for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=5.0)
@@ -142,83 +182,98 @@ class TcpEndpoint(Endpoint):
             sock.close()
         self.exposed.clear()
 
-    def _send_loop(self, sock: socket.socket) -> None:
+    def _receive_loop(self, rail: int, sock: socket.socket, answer: bytes) -> None:
+        error: Exception
         try:
-            while (item := self._writes.get()) is not None:
-                source, remote, notification = item
-                _send_all(sock, _HEADER.pack(remote.key, remote.address, len(source), notification), source)
-                self._handler.written(notification)
-                del item, source  # keep no reference to the buffer while waiting for the next write
-        except OSError as error:
-            self._broken(error)
-
-    def _receive_loop(self, sock: socket.socket) -> None:
-        header = memoryview(bytearray(_HEADER.size))
-        try:
-            while True:
-                receive_exactly(sock, header)
-                key, address, length, notification = _HEADER.unpack(header)
-                entry = self.exposed.pop(notification, None)
-                if entry is None:
-                    raise ProtocolError(f"the peer wrote {length} bytes to slice {notification}, which is not exposed")
-                remote, target = entry
-                if (key, address) != (remote.key, remote.address) or length > remote.length:
-                    raise ProtocolError(
-                        f"the peer wrote {length} bytes at {key}:{address}, but slice {notification} is "
-                        f"{remote.length} bytes at {remote.key}:{remote.address}"
-                    )
-                receive_exactly(sock, target[:length])
-                del entry, target
-                self._handler.landed(notification, length)
-        except (OSError, ProtocolError) as error:
-            self._broken(error)
-
-    def _broken(self, error: Exception) -> None:
-        if self._closed:
+            sock.sendall(answer)
+            self._receive(rail, sock)
+        except ProtocolError as violation:
+            if not self._closed:
+                self._handler.failed(violation)
             return
-        if isinstance(error, OSError):
-            error = FabricError(f"a tcp rail broke: {error}")
-        self._handler.failed(error)
+        except (OSError, FabricError) as failure:
+            error = failure
+        with self._lock:
+            self._down.add(rail)
+            closed = self._closed
+        self.drop(rail)  # also for the thread that may be sending
+        if not closed:
+            self._handler.rail_down(rail, FabricError(f"tcp rail {rail} broke: {error}"))
+
+    def _receive(self, rail: int, sock: socket.socket) -> None:
+        header = memoryview(bytearray(HEADER_BYTES))
+        while True:
+            receive_exactly(sock, header)
+            key, address, digest, length, notification = _FIELDS.unpack_from(header)
+            if zlib.crc32(header[: _FIELDS.size]) != _CRC.unpack_from(header, _FIELDS.size)[0]:
+                raise FabricError("a header was altered on the way")
+            with self._lock:  # a revocation may be exchanging the entry
+                entry = self.exposed.pop(notification, None)
+            if entry is None:
+                raise ProtocolError(f"the peer wrote {length} bytes to slice {notification}, which is not exposed")
+            remote, expected_rail, target = entry
+            if (key, address, rail) != (remote.key, remote.address, expected_rail) or length > remote.length:
+                raise ProtocolError(
+                    f"the peer wrote {length} bytes at {key}:{address} over rail {rail}, but slice {notification} is "
+                    f"{remote.length} bytes at {remote.key}:{remote.address} over rail {expected_rail}"
+                )
+            if target is not None:
+                receive_exactly(sock, target[:length])
+            else:
+                self._discard(sock, length)
+            del entry, target
+            self._handler.landed(notification, length, digest)
+
+    @staticmethod
+    def _discard(sock: socket.socket, length: int) -> None:
+        scratch = memoryview(bytearray(min(length, _SCRATCH_BYTES)))
+        while length:
+            part = scratch[: min(length, len(scratch))]
+            receive_exactly(sock, part)
+            length -= len(part)
 
 
 class TcpFabric(Fabric):
-    """``rails``: connections a peer may open. ``dial``: connects one socket to the peer (active side only)."""
+    """``rails``: connections a peer may open. ``dial``: connects one socket to the peer (active side only).
+    ``congestion``: as `TcpEndpoint`."""
 
     name = "tcp"
+    checked = True
 
-    def __init__(self, rails: int, dial: Callable[[], socket.socket] | None = None) -> None:
+    def __init__(self, rails: int, dial: Callable[[], socket.socket] | None = None, congestion: str = "") -> None:
+        if congestion and congestion not in congestion_controls():
+            raise ConfigError(
+                f"rdma_tcp_congestion={congestion!r}: this kernel does not offer it. Allowed: "
+                f"{', '.join(congestion_controls())} (more may come with `modprobe tcp_{congestion}`)."
+            )
         self._rails = rails
         self._dial = dial
-        self._tickets: dict[bytes, tuple[weakref.ref[TcpEndpoint], float]] = {}  # with when they expire
+        self._congestion = congestion
+        #: ticket -> whose it is, for which rail, and when it expires
+        self._tickets: dict[bytes, tuple[weakref.ref[TcpEndpoint], int, float]] = {}
         self._lock = threading.Lock()
 
     def offer(self, handler: CompletionHandler) -> tuple[TcpEndpoint, Mapping[str, Any]]:
-        endpoint = TcpEndpoint(handler)
+        endpoint = TcpEndpoint(handler, self._congestion)
         tickets = [secrets.token_bytes(TICKET_BYTES) for _ in range(self._rails)]
         now = time.monotonic()
         with self._lock:
-            self._tickets = {t: e for t, e in self._tickets.items() if e[1] > now}
-            for ticket in tickets:
-                self._tickets[ticket] = (weakref.ref(endpoint), now + TICKET_LIFETIME)
+            self._tickets = {t: e for t, e in self._tickets.items() if e[2] > now}
+            for rail, ticket in enumerate(tickets):
+                self._tickets[ticket] = (weakref.ref(endpoint), rail, now + TICKET_LIFETIME)
         return endpoint, {"tickets": tickets}
 
     def admit(self, sock: socket.socket, ticket: bytes) -> bool:
         """Passive side: a connection that began with `RAIL_MAGIC` presents ``ticket``. False: refused, closed."""
         with self._lock:
             entry = self._tickets.pop(ticket, None)
-        endpoint = entry[0]() if entry is not None and entry[1] > time.monotonic() else None
-        if endpoint is None:
+        endpoint = entry[0]() if entry is not None and entry[2] > time.monotonic() else None
+        if entry is None or endpoint is None:
             with contextlib.suppress(OSError):
                 sock.sendall(_REFUSED)
             sock.close()
             return False
-        try:
-            sock.sendall(_ADMITTED)
-        except OSError:
-            sock.close()
-            return False
-        # What the peer writes before this waits in the socket's buffer.
-        endpoint.attach(sock)
+        endpoint.attach(entry[1], sock, _ADMITTED)
         return True
 
     def connect(self, offer: Mapping[str, Any], handler: CompletionHandler) -> TcpEndpoint:
@@ -231,11 +286,11 @@ class TcpFabric(Fabric):
             raise ProtocolError("the peer's tcp offer has no list of rail tickets")
         if self._dial is None:
             raise FabricError("this side of the tcp fabric can't dial: it was made to listen")
-        endpoint = TcpEndpoint(handler)
+        endpoint = TcpEndpoint(handler, self._congestion)
         error: Exception | None = None
-        for ticket in tickets[: self._rails]:
+        for rail, ticket in enumerate(tickets[: self._rails]):
             try:
-                endpoint.attach(self._open_rail(self._dial, ticket))
+                endpoint.attach(rail, self._open_rail(self._dial, ticket))
             except OSError as e:
                 error = e
                 break

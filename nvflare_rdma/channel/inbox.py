@@ -1,0 +1,176 @@
+"""The memory of what a link receives: message buffers, the slots that sealed chunks land in, and the budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nvflare_rdma.channel import events, sealing
+from nvflare_rdma.errors import IntegrityError
+from nvflare_rdma.fabric.base import Endpoint, Region, RemoteSlice
+from nvflare_rdma.fabric.memory import MemoryBudget, Reservation, SlotPool
+
+
+@dataclass(slots=True)
+class _Arriving:
+    buffer: memoryview
+    reservation: Reservation
+    #: Registered whole when chunks land in place; sealed ones are exposed in slots of their own. None until the
+    #: first chunk is exposed, and again when the rails are lost.
+    region: Region | None = None
+    #: Chunks whose answer may still come. Their memory is in use until then, whatever becomes of the message.
+    open_chunks: int = 0
+    ended: bool = False
+
+    def release_if_over(self) -> None:
+        if self.ended and not self.open_chunks:
+            self.reservation.release()
+
+
+@dataclass(slots=True)
+class _Landing:
+    chunk: events.ExposeChunk
+    arriving: _Arriving
+    target: memoryview
+    region: Region
+    slot: memoryview | None
+    """Where the sealed chunk lands, before it is opened into ``target``."""
+
+
+class Inbox:
+    """All methods but `verify` are called under the link's lock; ``later`` runs a call when it is released."""
+
+    def __init__(
+        self,
+        budget: MemoryBudget,
+        pool: SlotPool,
+        name: str,
+        wait: float,
+        later: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._budget = budget
+        self._pool = pool
+        self._name = name
+        self._wait = wait
+        self._later = later
+        self._arriving: dict[int, _Arriving] = {}
+        self._landings: dict[int, _Landing] = {}
+        self._waiting: dict[int, Reservation] = {}
+        self._opener: sealing.Sealer | None = None
+        self._checked = False
+
+    def guard(self, opener: sealing.Sealer | None, checked: bool) -> None:
+        """How chunks that are exposed from now on are verified."""
+        self._opener, self._checked = opener, checked
+
+    # -- memory for a message ------------------------------------------------------------------------------
+
+    def reserve(self, transfer: int, length: int, granted: Callable[[], None], refused: Callable[[str], None]) -> None:
+        """Ask for a message's memory, when the lock is released; ``granted`` is followed by `take_up`."""
+        cost, holder = self._pool.cost(length), f"{self._name} ({length} bytes)"
+        deadline = time.monotonic() + self._wait
+        reservation = Reservation(self._budget, cost, holder, granted, refused, deadline)
+        self._waiting[transfer] = reservation
+        self._later(reservation.request)
+
+    def take_up(self, transfer: int) -> Reservation | None:
+        """What was granted; None if the message has failed meanwhile."""
+        return self._waiting.pop(transfer, None)
+
+    def start(self, transfer: int, length: int, reservation: Reservation, endpoint: Endpoint | None) -> None:
+        """Take the message's memory, such that ``endpoint`` can land in it.
+
+        Raises:
+            MemoryError: there is none, whatever the budget says.
+        """
+        buffer = self._memory(length, endpoint) if self._opener is None else self._pool.take(length)
+        self._arriving[transfer] = _Arriving(buffer, reservation)
+
+    def _memory(self, length: int, endpoint: Endpoint | None) -> memoryview:
+        buffer = endpoint.allocate(length) if endpoint is not None else None
+        return self._pool.take(length) if buffer is None else buffer
+
+    # -- chunks --------------------------------------------------------------------------------------------
+
+    def expose(self, chunk: events.ExposeChunk, endpoint: Endpoint) -> RemoteSlice:
+        """Expose memory for a chunk."""
+        arriving = self._arriving[chunk.transfer]
+        target = arriving.buffer[chunk.offset : chunk.offset + chunk.length]
+        if self._opener is not None:
+            slot = self._memory(chunk.length + sealing.TAG_BYTES, endpoint)
+            region = endpoint.register(slot)
+            remote = region.expose(chunk.notification, 0, len(slot), chunk.rail)
+            landing = _Landing(chunk, arriving, target, region, slot)
+        else:
+            if arriving.region is None:
+                arriving.region = endpoint.register(arriving.buffer)
+            remote = arriving.region.expose(chunk.notification, chunk.offset, chunk.length, chunk.rail)
+            landing = _Landing(chunk, arriving, target, arriving.region, None)
+        self._landings[chunk.notification] = landing
+        arriving.open_chunks += 1
+        return remote
+
+    def revoke(self, event: events.RevokeChunk) -> None:
+        landing = self._landings.get(event.notification)
+        if landing is None:
+            return
+        landing.region.revoke(event.notification)
+        if not event.answered:
+            self._landings.pop(event.notification)
+            self.closed(landing)
+
+    def landed(self, notification: int) -> _Landing | None:
+        """What was exposed under ``notification``; it is for `verify`, and then for `closed`."""
+        return self._landings.pop(notification, None)
+
+    def verify(self, landing: _Landing, length: int, digest: int) -> bool:
+        """Whether the chunk is what was sent; opens its seal. Takes as long as that does: not under the lock."""
+        if landing.slot is not None and self._opener is not None:
+            if length != len(landing.slot):
+                return True  # nothing was written, or the core says what is wrong
+            chunk = landing.chunk
+            try:
+                self._opener.open_into(chunk.transfer, chunk.offset, chunk.notification, landing.slot, landing.target)
+            except IntegrityError:
+                return False
+        elif self._checked and length == len(landing.target):
+            return sealing.checksum(landing.target) == digest
+        return True
+
+    def closed(self, landing: _Landing) -> None:
+        """Nothing will be written there any more."""
+        if landing.slot is not None:
+            landing.region.close()
+        landing.arriving.open_chunks -= 1
+        if landing.arriving.ended:
+            self._later(landing.arriving.release_if_over)
+
+    def rails_lost(self) -> None:
+        """Regions belong to an endpoint that is closed; the chunks in them are exposed anew."""
+        for arriving in self._arriving.values():
+            arriving.region = None
+
+    # -- ends ----------------------------------------------------------------------------------------------
+
+    def finish(self, transfer: int) -> memoryview | None:
+        """The message's buffer; its memory does not count any more, once nothing is written to it."""
+        reservation = self._waiting.pop(transfer, None)
+        if reservation is not None:
+            self._later(reservation.release)
+        arriving = self._arriving.pop(transfer, None)
+        if arriving is None:
+            return None
+        if arriving.region is not None:
+            arriving.region.close()
+        arriving.ended = True
+        self._later(arriving.release_if_over)
+        return arriving.buffer
+
+    def clear(self) -> None:
+        """The endpoint is closed, or about to be: nothing will be written any more."""
+        for landing in self._landings.values():
+            landing.arriving.open_chunks -= 1
+        self._landings.clear()
+        for transfer in [*self._arriving, *self._waiting]:
+            self.finish(transfer)

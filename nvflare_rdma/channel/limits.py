@@ -1,0 +1,30 @@
+"""What one side of a channel allows itself and its peer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_INLINE_BYTES = 64 * 1024
+MIN_CHUNK_BYTES = 64 * 1024
+MAX_CHUNK_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelLimits:
+    """Sizes are in bytes, times in seconds.
+
+    ``max_writes`` and ``peer_chunk_bytes`` bound what a peer may ask of this side as a sender: grants open at once,
+    and the smallest chunk that is not a message's last. A message that is being received must come at
+    ``min_bytes_per_second`` on average, or its memory would be lost to others for as long as the peer likes.
+    ``max_damaged``: chunks in a row that may fail their check before the connection is given up.
+    """
+
+    max_message_bytes: int
+    inline_bytes: int = MAX_INLINE_BYTES
+    max_incoming: int = 4096
+    max_writes: int = 1024
+    peer_chunk_bytes: int = MIN_CHUNK_BYTES
+    max_damaged: int = 16
+    handshake_timeout: float = 30.0
+    stall_timeout: float = 120.0
+    min_bytes_per_second: int = 16 * 1024

@@ -1,0 +1,108 @@
+"""What a link sends: the messages that wait for the peer, and the window that bounds them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+from nvflare_rdma.channel import events, sealing
+from nvflare_rdma.errors import SendTimeoutError, TransferError
+from nvflare_rdma.fabric.memory import SlotPool
+
+
+@dataclass(eq=False, slots=True)
+class Sending:
+    """A message that was handed to `Link.send`."""
+
+    room: threading.Condition
+    transfer: int
+    """0 for a message that went on the control stream at once."""
+    ended: bool = False
+    failure: str = ""
+
+    def wait(self, timeout: float) -> None:
+        """Until the peer has it all.
+
+        Raises:
+            TransferError: it will not have it. SendTimeoutError: not within ``timeout`` seconds.
+        """
+        with self.room:
+            if not self.room.wait_for(lambda: self.ended, timeout):
+                raise SendTimeoutError(f"transfer {self.transfer} was not over within {timeout:g} s")
+        if self.failure:
+            raise TransferError(f"transfer {self.transfer} failed: {self.failure}")
+
+
+class Outbox:
+    """Called under the link's lock, which is ``room``'s, but for `prepare`."""
+
+    def __init__(self, room: threading.Condition, window: int, pool: SlotPool, name: str) -> None:
+        self.in_flight = 0
+        self.queued = 0
+        """Bytes of inline messages that the writer has not sent yet."""
+        self._room = room
+        self._window = window
+        self._pool = pool
+        self._name = name
+        self._messages: dict[int, tuple[memoryview, Sending]] = {}
+        self._sealer: sealing.Sealer | None = None
+        self._checked = False
+
+    def guard(self, sealer: sealing.Sealer | None, checked: bool) -> None:
+        """How chunks that are written from now on are guarded."""
+        self._sealer, self._checked = sealer, checked
+
+    def wait_for_room(self, length: int, inline: bool, timeout: float) -> bool:
+        """Wait once, or not at all if ``length`` bytes fit; False when that woke up and has to look again.
+
+        Raises:
+            SendTimeoutError: there was no room within ``timeout`` seconds.
+        """
+        used = self.queued if inline else self.in_flight
+        if used == 0 or used + length <= self._window:
+            return True
+        if timeout <= 0 or not self._room.wait(timeout):
+            raise SendTimeoutError(
+                f"{self._name}: the peer did not make room for {length} bytes in time: {used} bytes wait for it "
+                "(streaming_send_timeout)"
+            )
+        return False
+
+    def add(self, transfer: int, message: memoryview) -> Sending:
+        sending = Sending(self._room, transfer)
+        self._messages[transfer] = (message, sending)
+        self.in_flight += len(message)
+        return sending
+
+    def finish(self, transfer: int, failure: str) -> None:
+        entry = self._messages.pop(transfer, None)
+        if entry is not None:
+            message, sending = entry
+            self.in_flight -= len(message)
+            sending.ended, sending.failure = True, failure
+            self._room.notify_all()
+
+    def clear(self, failure: str) -> None:
+        for transfer in list(self._messages):
+            self.finish(transfer, failure)
+        self._room.notify_all()
+
+    def drain(self, timeout: float) -> None:
+        """Wait until nothing is in flight, or for ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while self.in_flight and (remaining := deadline - time.monotonic()) > 0:
+            self._room.wait(remaining)
+
+    def prepare(self, chunk: events.WriteChunk) -> tuple[memoryview, int]:
+        """The bytes of a chunk, sealed if need be, and its digest. Not under the lock."""
+        with self._room:
+            entry = self._messages.get(chunk.transfer)
+        if entry is None:  # given up: the grant is answered with nothing
+            return memoryview(b""), 0
+        source = entry[0][chunk.offset : chunk.offset + chunk.length]
+        if self._sealer is not None:
+            slot = self._pool.take(chunk.length + sealing.TAG_BYTES)
+            self._sealer.seal_into(chunk.transfer, chunk.offset, chunk.notification, source, slot)
+            return slot, 0
+        return source, sealing.checksum(source) if self._checked else 0

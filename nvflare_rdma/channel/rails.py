@@ -1,0 +1,144 @@
+"""The rails that are open to a peer, with a sending thread for each, and the choice of the fabric behind them."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from nvflare_rdma.channel import events, wire
+from nvflare_rdma.errors import FabricUnavailable
+from nvflare_rdma.fabric.base import CompletionHandler, Endpoint
+from nvflare_rdma.fabric.selection import choose
+
+log = logging.getLogger(__name__)
+
+#: A fabric that has failed so often, and never lasted so long (seconds), is not chosen again on this connection.
+_MAX_FAILURES = 3
+_LASTED = 30.0
+
+
+class RailOwner(Protocol):
+    """The link: as `CompletionHandler`, and told by which set of rails, for they are replaced when they break."""
+
+    def prepare(self, chunk: events.WriteChunk) -> tuple[memoryview, int]:
+        """What to write for a chunk, and its digest. May take as long as sealing does."""
+
+    def landed(self, rails: RailSet, notification: int, length: int, digest: int) -> None: ...
+
+    def written(self, rails: RailSet, notification: int) -> None: ...
+
+    def rail_down(self, rails: RailSet, rail: int, error: Exception) -> None: ...
+
+    def failed(self, error: Exception) -> None: ...
+
+
+class RailSet(CompletionHandler):
+    """One endpoint and its sending threads. After `close` nothing of it is heard any more."""
+
+    def __init__(self, owner: RailOwner, name: str) -> None:
+        self.endpoint: Endpoint
+        #: Rails that broke before the link knew of any.
+        self.broken: dict[int, Exception] = {}
+        self._owner = owner
+        self._name = name
+        self._queues: list[queue.SimpleQueue[events.WriteChunk | None]] = []
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    def start(self, rails: int) -> None:
+        for rail in range(rails):
+            work: queue.SimpleQueue[events.WriteChunk | None] = queue.SimpleQueue()
+            thread = threading.Thread(
+                target=self._send, args=(rail, work), name=f"rdma-rail-{rail}-{self._name}", daemon=True
+            )
+            self._queues.append(work)
+            self._threads.append(thread)
+            thread.start()
+
+    def post(self, chunk: events.WriteChunk) -> None:
+        """Have a chunk written by the thread of its rail."""
+        self._queues[chunk.rail].put(chunk)
+
+    def _send(self, rail: int, work: queue.SimpleQueue[events.WriteChunk | None]) -> None:
+        while (chunk := work.get()) is not None and not self._closed:
+            try:
+                source, digest = self._owner.prepare(chunk)
+                self.endpoint.write(rail, source, chunk.remote, chunk.notification, digest)
+            except Exception as error:  # noqa: BLE001 - reported and translated by the link
+                if not self._closed:
+                    self._owner.failed(error)
+                return
+            del source, chunk  # keep no reference to the buffer while waiting for the next chunk
+
+    def close(self) -> None:
+        """Close the endpoint and end the threads. Not under a lock that they need."""
+        self._closed = True
+        for work in self._queues:
+            work.put(None)
+        self.endpoint.close()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=5.0)
+
+    # -- what the endpoint says ----------------------------------------------------------------------------
+
+    def landed(self, notification: int, length: int, digest: int) -> None:
+        if not self._closed:
+            self._owner.landed(self, notification, length, digest)
+
+    def written(self, notification: int) -> None:
+        if not self._closed:
+            self._owner.written(self, notification)
+
+    def rail_down(self, rail: int, error: Exception) -> None:
+        if not self._closed:
+            self._owner.rail_down(self, rail, error)
+
+    def failed(self, error: Exception) -> None:
+        if not self._closed:
+            self._owner.failed(error)
+
+
+class FabricChooser:
+    """Passive side: which fabric is next. One that keeps failing is passed over; at last there is the control
+    stream, which needs no rails, unless `rdma_fabrics` leaves tcp out."""
+
+    def __init__(self, order: Sequence[str], own: Mapping[str, str], host: str, clock: Callable[[], float]) -> None:
+        self._order = order
+        self._own = dict(own)
+        self._host = host
+        self._clock = clock
+        self._failures: dict[str, int] = {}
+        self._current = ""
+        self._since = 0.0
+
+    def next(self, peer: wire.Hello, failure: str) -> tuple[str, str]:
+        """Name of the fabric ("" for the control stream) and why better ones were passed over. ``failure``: what
+        happened to the one that was chosen before.
+
+        Raises:
+            FabricUnavailable: there is none that both sides allow.
+        """
+        now = self._clock()
+        if failure and self._current:
+            lasted = now - self._since > _LASTED
+            self._failures[self._current] = 1 if lasted else self._failures.get(self._current, 0) + 1
+            if self._failures[self._current] >= _MAX_FAILURES:
+                self._own[self._current] = f"failed {_MAX_FAILURES} times, at last: {failure}"
+        name, passed_over = choose(self._order, self._own, peer.fabrics, self._host == peer.host)
+        if not name and not (failure and "tcp" in self._order):
+            raise FabricUnavailable(
+                f"no fabric that both sides allow (rdma_fabrics={','.join(self._order)}): {passed_over}"
+            )
+        self._current, self._since = name, now
+        return name, passed_over
+
+
+def is_checked(needed: bool, own: str, peer: str) -> bool:
+    """Whether chunks carry a checksum: if a side wants it, else not if a side does not, else if it is ``needed``."""
+    if "on" in (own, peer):
+        return True
+    return needed and "off" not in (own, peer)
