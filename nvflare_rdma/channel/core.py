@@ -226,7 +226,8 @@ class Channel:
                     self._up(message.count, message.reason, now)
                 else:
                     assert self.peer is not None
-                    self._events.append(events.ChooseFabric(self.peer, message.reason or "no rail could be opened"))
+                    reason = message.reason or "no rail could be opened"
+                    self._events.append(events.ChooseFabric(self.peer, reason, opened=False))
             case wire.RailDown():
                 # Not before this side's fabric says that nothing can land over it any more is it down here.
                 if self.rail_state is RailState.UP and message.rail in self._rails:

@@ -13,10 +13,11 @@ from nvflare_rdma.fabric.base import RemoteSlice
 @dataclass(frozen=True, slots=True)
 class ChooseFabric:
     """Passive: pick a fabric that both sides can use and call `Channel.choose`. ``reason`` says what went wrong
-    with the last one; it is "" the first time."""
+    with the last one; it is "" the first time. ``opened``: the last one had rails, and they broke."""
 
     peer: Hello
     reason: str = ""
+    opened: bool = True
 
 
 @dataclass(frozen=True, slots=True)

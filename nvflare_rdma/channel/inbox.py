@@ -170,7 +170,7 @@ class Inbox:
     def clear(self) -> None:
         """The endpoint is closed, or about to be: nothing will be written any more."""
         for landing in self._landings.values():
-            landing.arriving.open_chunks -= 1
+            self.closed(landing)
         self._landings.clear()
         for transfer in [*self._arriving, *self._waiting]:
             self.finish(transfer)

@@ -117,6 +117,7 @@ class Link:
         self._unsent = 0  # batches in _output
         self._write_progress = time.monotonic()
         self._to_dial: events.OpenRails | None = None
+        self._passed_over = ""
         self._checked_at = time.monotonic()
         self._failure: str | None = None
         self._closing = False
@@ -434,9 +435,9 @@ class Link:
 
     def _handle_rails(self, event: events.Event) -> None:
         match event:
-            case events.ChooseFabric(peer, reason):
+            case events.ChooseFabric():
                 self._discard_rails()  # those of an attempt that failed
-                self._choose(peer, reason)
+                self._choose(event)
             case events.OpenRails():
                 # Dialling blocks: not under the lock nor, once messages flow, in the reader's way.
                 if self._core.state is Phase.OPEN:
@@ -474,10 +475,11 @@ class Link:
                     self._pump()
             self._run_after()
 
-    def _choose(self, peer: wire.Hello, reason: str) -> None:
+    def _choose(self, wanted: events.ChooseFabric) -> None:
+        peer = wanted.peer
         self._check_keys(peer)
-        name, passed_over = self._chooser.next(peer, reason)
-        log.info("%s: fabric %s%s", self.name, name or "none", f" ({passed_over})" if passed_over else "")
+        name, self._passed_over = self._chooser.next(peer, wanted.reason, wanted.opened)
+        log.info("%s: fabric %s%s", self.name, name or "none", f" ({self._passed_over})" if self._passed_over else "")
         fabric = self._fabrics[name] if name else None
         sealed = self._seals(fabric)
         needed = not self._stream.secure and (fabric is None or fabric.checked)
@@ -512,7 +514,7 @@ class Link:
             else:
                 rails.endpoint = ControlRail(self._send_on_control)
         except FabricError as error:
-            reason = str(error)
+            self._passed_over = reason = str(error)
             log.warning("%s: fabric %s can't be used: %s", self.name, name, error)
         with self._lock:
             if self._closing:
@@ -545,7 +547,8 @@ class Link:
         if count:
             log.info("%s: data goes over %s, %d rails", self.name, self.fabric, count)
         else:
-            log.warning("%s: no rail, data goes over the control stream, which is slower: %s", self.name, reason)
+            why = reason or self._passed_over
+            log.warning("%s: no rail, data goes over the control stream, which is slower: %s", self.name, why)
         for rail, error in rails.broken.items():
             self._after.append(functools.partial(self.rail_down, rails, rail, error))
 

@@ -115,9 +115,9 @@ class FabricChooser:
         self._current = ""
         self._since = 0.0
 
-    def next(self, peer: wire.Hello, failure: str) -> tuple[str, str]:
+    def next(self, peer: wire.Hello, failure: str, opened: bool) -> tuple[str, str]:
         """Name of the fabric ("" for the control stream) and why better ones were passed over. ``failure``: what
-        happened to the one that was chosen before.
+        happened to the one that was chosen before, which is no use again if it could not even be ``opened``.
 
         Raises:
             FabricUnavailable: there is none that both sides allow.
@@ -126,8 +126,8 @@ class FabricChooser:
         if failure and self._current:
             lasted = now - self._since > _LASTED
             self._failures[self._current] = 1 if lasted else self._failures.get(self._current, 0) + 1
-            if self._failures[self._current] >= _MAX_FAILURES:
-                self._own[self._current] = f"failed {_MAX_FAILURES} times, at last: {failure}"
+            if not opened or self._failures[self._current] >= _MAX_FAILURES:
+                self._own[self._current] = failure
         name, passed_over = choose(self._order, self._own, peer.fabrics, self._host == peer.host)
         if not name and not (failure and "tcp" in self._order):
             raise FabricUnavailable(

@@ -4,45 +4,71 @@ import gc
 
 import pytest
 
-from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
+from nvflare_rdma.fabric.memory import MemoryBudget, Reservation, SlotPool
+
+
+class Requests:
+    def __init__(self, limit: int) -> None:
+        self.budget = MemoryBudget(limit)
+        self.served: list[str] = []
+        self.refused: list[str] = []
+
+    def ask(self, name: str, nbytes: int, deadline: float = float("inf")) -> Reservation:
+        made = Reservation(self.budget, nbytes, name, lambda: self.served.append(name), self.refused.append, deadline)
+        made.request()
+        return made
 
 
 def test_requests_are_served_first_come_first_served():
-    budget, served = MemoryBudget(100), []
-    budget.request(60, lambda: served.append("a"))
-    budget.request(60, lambda: served.append("b"))
-    budget.request(10, lambda: served.append("c"))  # would fit, but b was first
-    assert served == ["a"]
-    budget.release(60)
-    assert served == ["a", "b", "c"]
-    assert (budget.in_use, budget.peak) == (70, 70)
+    it = Requests(100)
+    a = it.ask("a", 60)
+    it.ask("b", 60)
+    it.ask("c", 10)  # would fit, but b was first
+    assert it.served == ["a"]
+    a.release()
+    a.release()
+    assert it.served == ["a", "b", "c"]
+    assert (it.budget.in_use, it.budget.peak) == (70, 70)
 
 
 def test_a_request_beyond_the_budget_is_admitted_alone():
-    budget, served = MemoryBudget(100), []
-    budget.request(1, lambda: served.append("small"))
-    budget.request(1000, lambda: served.append("huge"))
-    budget.request(1, lambda: served.append("next"))
-    assert served == ["small"]
-    budget.release(1)
-    assert served == ["small", "huge"]
-    budget.release(1000)
-    assert served == ["small", "huge", "next"]
-    assert budget.peak == 100
+    it = Requests(100)
+    small, huge = it.ask("small", 1), it.ask("huge", 1000)
+    it.ask("next", 1)
+    assert it.served == ["small"]
+    small.release()
+    assert it.served == ["small", "huge"]
+    huge.release()
+    assert it.served == ["small", "huge", "next"]
+    assert it.budget.peak == 100
 
 
 def test_a_waiting_request_can_be_withdrawn_and_lets_the_next_one_through():
-    budget, served = MemoryBudget(100), []
-    budget.request(100, lambda: served.append("a"))
+    it = Requests(100)
+    a, big = it.ask("a", 90), it.ask("big", 100)
+    it.ask("small", 10)
+    big.release()
+    assert it.served == ["a", "small"]
+    a.release()
+    big.request()  # it was given up for good
+    assert (it.served, it.budget.in_use) == (["a", "small"], 10)
 
-    def big() -> None:
-        served.append("big")
 
-    budget.request(100, big)
-    assert budget.cancel(big)
-    assert not budget.cancel(big)
-    budget.release(100)
-    assert (served, budget.in_use) == (["a"], 0)
+def test_a_request_that_waits_too_long_is_told_who_has_the_memory():
+    it = Requests(100 << 20)
+    it.ask("site-1", 40 << 20)
+    it.ask("site-2", 30 << 20)
+    it.ask("site-2", 30 << 20)
+    it.ask("site-3", 5 << 20, deadline=10.0)
+    it.ask("site-4", 50 << 20, deadline=30.0)
+    it.budget.expire(10.0)
+    assert it.refused == []
+    it.budget.expire(10.1)
+    assert it.refused == [
+        "no 5.0 MiB came free in time of the memory budget of 100.0 MiB (rdma_memory_budget_bytes); "
+        "held by site-2: 60.0 MiB, site-1: 40.0 MiB"
+    ]
+    assert it.served == ["site-1", "site-2", "site-2"]
 
 
 def test_a_budget_needs_bytes():
@@ -64,14 +90,42 @@ def test_a_slot_comes_back_when_the_last_slice_of_it_is_gone():
     assert _address(pool.take(99_000)) == address
 
 
-def test_a_pool_keeps_no_more_than_it_may_and_nothing_larger_than_a_slot():
-    pool = SlotPool(slot_bytes=1 << 20, keep_bytes=3 << 20)
+def test_a_pool_keeps_no_more_than_it_may():
+    pool = SlotPool(keep_bytes=3 << 20)
     views = [pool.take(1 << 20) for _ in range(5)]
-    large = pool.take((1 << 20) + 1)
-    assert len(large) == pool.cost((1 << 20) + 1) == (1 << 20) + 1
-    del views, large
+    too_large = pool.take(3 << 20)
+    assert pool.cost(3 << 20) == 4 << 20  # whole huge pages
+    del views, too_large
     gc.collect()
     assert pool.idle_bytes == 3 << 20
+
+
+def test_what_was_of_use_least_recently_makes_room():
+    pool = SlotPool(keep_bytes=8 << 20)
+    old, older = pool.take(2 << 20), pool.take(1 << 20)
+    large = pool.take(6 << 20)
+    del old, older
+    gc.collect()
+    pool.take(1 << 20)  # used again, and given back at once
+    del large
+    gc.collect()
+    assert pool.idle_bytes == 7 << 20  # the slot of 2 MiB is gone
+
+
+def test_the_memory_of_a_large_message_is_used_again_for_the_next_of_its_shape():
+    pool = SlotPool(keep_bytes=64 << 20)
+    addresses = set()
+    for _ in range(5):
+        view = pool.take((32 << 20) + 5)
+        addresses.add(_address(view))
+        del view
+        gc.collect()
+    assert len(addresses) == 1
+
+
+def test_memory_that_the_kernel_does_not_have_is_a_memory_error():
+    with pytest.raises(MemoryError, match="can't map"):
+        SlotPool().take(1 << 60)
 
 
 def _address(view: memoryview) -> int:

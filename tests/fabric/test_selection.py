@@ -19,7 +19,7 @@ OK, NO_DEVICE = "", "no device"
     ],
 )
 def test_the_best_common_fabric_is_chosen_and_the_others_are_explained(own, peer, name, passed):
-    assert choose(("verbs", "tcp"), own, peer) == (name, passed)
+    assert choose(("verbs", "tcp"), own, peer, same_host=True) == (name, passed)
 
 
 def test_every_fabric_has_a_reason_or_is_usable():
@@ -36,3 +36,10 @@ def test_a_bad_list_of_fabrics_names_what_is_allowed(value):
 
 def test_names_are_trimmed_and_case_does_not_matter():
     assert parse_fabrics(" TCP , verbs ") == ("tcp", "verbs")
+
+
+def test_shared_memory_is_for_one_host():
+    both = {"shm": OK, "tcp": OK}
+    assert choose(("shm", "tcp"), both, both, same_host=True) == ("shm", "")
+    assert choose(("shm", "tcp"), both, both, same_host=False)[0] == "tcp"
+    assert "different host" in choose(("shm", "tcp"), both, both, same_host=False)[1]

@@ -8,9 +8,9 @@ import socket
 import pytest
 from tcp_pair import DEADLINE, Recorder, admitting
 
-from nvflare_rdma.errors import FabricError, ProtocolError
+from nvflare_rdma.errors import ConfigError, FabricError, ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice
-from nvflare_rdma.fabric.tcp import TcpFabric
+from nvflare_rdma.fabric.tcp import TcpFabric, congestion_controls, pack_header
 
 
 @contextlib.contextmanager
@@ -33,9 +33,9 @@ def test_a_write_lands_in_the_exposed_slice_and_nowhere_else(size):
     target = bytearray(b"\xaa" * (size + 20))
     with endpoints() as (near, near_events, far, far_events):
         assert near.rails == 2
-        remote = far.register(memoryview(target)).expose(7, 10, size)
-        near.write(memoryview(data), remote, 7)
-        assert far_events.landings.get(timeout=DEADLINE) == (7, size)
+        remote = far.register(memoryview(target)).expose(7, 10, size, 1)
+        near.write(1, memoryview(data), remote, 7, 99)
+        assert far_events.landings.get(timeout=DEADLINE) == (7, size, 99)
         assert near_events.writes.get(timeout=DEADLINE) == 7
     assert target == b"\xaa" * 10 + data + b"\xaa" * 10
 
@@ -47,8 +47,8 @@ def test_both_directions_and_many_writes_at_once():
             buffers[name] = bytearray(100 * 5000)
             region = peer.register(memoryview(buffers[name]))
             for i in range(100):
-                remote = region.expose(name * 1000 + i, i * 5000, 5000)
-                end.write(memoryview(bytes([i]) * 5000), remote, name * 1000 + i)
+                remote = region.expose(name * 1000 + i, i * 5000, 5000, i % 3)
+                end.write(i % 3, memoryview(bytes([i]) * 5000), remote, name * 1000 + i, 0)
         for events in (near_events, far_events):
             assert len({events.landings.get(timeout=DEADLINE) for _ in range(100)}) == 100
     for buffer in buffers.values():
@@ -62,50 +62,99 @@ def test_both_directions_and_many_writes_at_once():
         (RemoteSlice(2, 0, 10), 7),
         (RemoteSlice(1, 1, 10), 7),
         (RemoteSlice(1, 0, 11), 7),
+        (RemoteSlice(1, 0, 10), 5),
     ],
-    ids=["unknown slice", "other region", "other address", "too long"],
+    ids=["unknown slice", "other region", "other address", "too long", "over another rail"],
 )
 def test_a_write_outside_what_is_exposed_is_refused(remote, notification):
     target = bytearray(100)
     with endpoints() as (near, _, far, far_events):
-        assert far.register(memoryview(target)).expose(7, 0, 10) == RemoteSlice(1, 0, 10)
-        near.write(memoryview(b"x" * remote.length), remote, notification)
+        region = far.register(memoryview(target))
+        assert region.expose(7, 0, 10, 0) == RemoteSlice(1, 0, 10)
+        region.expose(5, 0, 10, 1)
+        near.write(0, memoryview(b"x" * remote.length), remote, notification, 0)
         assert isinstance(far_events.failures.get(timeout=DEADLINE), ProtocolError)
     assert target == bytes(100)
 
 
 def test_a_slice_takes_one_write():
     with endpoints(rails=1) as (near, _, far, far_events):
-        remote = far.register(memoryview(bytearray(10))).expose(7, 0, 10)
-        near.write(memoryview(b"0123456789"), remote, 7)
-        near.write(memoryview(b"xxxxxxxxxx"), remote, 7)
-        assert far_events.landings.get(timeout=DEADLINE) == (7, 10)
+        remote = far.register(memoryview(bytearray(10))).expose(7, 0, 10, 0)
+        near.write(0, memoryview(b"0123456789"), remote, 7, 0)
+        near.write(0, memoryview(b"xxxxxxxxxx"), remote, 7, 0)
+        assert far_events.landings.get(timeout=DEADLINE) == (7, 10, 0)
         assert "not exposed" in str(far_events.failures.get(timeout=DEADLINE))
 
 
-def test_a_revoked_slice_takes_none():
-    with endpoints() as (near, _, far, far_events):
-        region = far.register(memoryview(bytearray(10)))
-        remote = region.expose(7, 0, 10)
+@pytest.mark.parametrize("size", [0, 10, 200_000])
+def test_what_is_written_to_a_revoked_slice_is_discarded_and_reported(size):
+    target = bytearray(size)
+    with endpoints(rails=1) as (near, _, far, far_events):
+        region = far.register(memoryview(target))
+        remote = region.expose(7, 0, size, 0)
         region.revoke(7)
-        near.write(memoryview(b"0123456789"), remote, 7)
-        assert "not exposed" in str(far_events.failures.get(timeout=DEADLINE))
+        after = region.expose(8, 0, 0, 0)
+        near.write(0, memoryview(b"x" * size), remote, 7, 0)
+        near.write(0, memoryview(b""), after, 8, 0)
+        assert far_events.landings.get(timeout=DEADLINE) == (7, size, 0)
+        assert far_events.landings.get(timeout=DEADLINE) == (8, 0, 0)  # the rail is in step
+    assert target == bytes(size)
 
 
-def test_a_broken_rail_is_reported_to_both_sides():
-    with endpoints() as (near, near_events, _, far_events):
-        near._sockets[1].shutdown(socket.SHUT_RDWR)
-        assert "a tcp rail broke" in str(far_events.failures.get(timeout=DEADLINE))
-        assert "a tcp rail broke" in str(near_events.failures.get(timeout=DEADLINE))
-
-
-def test_a_closed_endpoint_refuses_writes():
+def test_a_write_that_is_too_long_for_its_slice_is_this_sides_mistake():
     with endpoints() as (near, _, far, _):
-        remote = far.register(memoryview(bytearray(10))).expose(7, 0, 10)
+        remote = far.register(memoryview(bytearray(10))).expose(7, 0, 10, 0)
+        with pytest.raises(ValueError, match="11 bytes does not fit a slice of 10"):
+            near.write(0, memoryview(bytes(11)), remote, 7, 0)
+
+
+def test_a_broken_rail_is_reported_to_both_sides_and_the_others_go_on():
+    with endpoints() as (near, near_events, far, far_events):
+        near._sockets[1].shutdown(socket.SHUT_RDWR)
+        for events in (near_events, far_events):
+            rail, error = events.down.get(timeout=DEADLINE)
+            assert rail == 1
+            assert "tcp rail 1 broke" in str(error)
+        region = far.register(memoryview(bytearray(10)))
+        near.write(1, memoryview(b"x"), region.expose(6, 0, 1, 1), 6, 0)
+        near.write(0, memoryview(b"x"), region.expose(7, 0, 1, 0), 7, 0)
+        assert far_events.landings.get(timeout=DEADLINE) == (7, 1, 0)
+        assert [near_events.writes.get(timeout=DEADLINE) for _ in range(2)] == [6, 7]
+        region.revoke(6)
+        assert not far.exposed
+
+
+def test_a_rail_that_this_side_drops_is_reported_too():
+    with endpoints() as (near, near_events, _, far_events):
+        near.drop(0)
+        near.drop(0)
+        assert near_events.down.get(timeout=DEADLINE)[0] == far_events.down.get(timeout=DEADLINE)[0] == 0
+
+
+def test_an_altered_header_breaks_the_rail_and_nothing_else():
+    with endpoints() as (near, near_events, far, far_events):
+        remote = far.register(memoryview(bytearray(10))).expose(7, 0, 10, 1)
+        header = bytearray(pack_header(remote, 10, 7, 0))
+        header[3] ^= 4
+        near._sockets[1].sendall(header + b"0123456789")
+        assert "a header was altered on the way" in str(far_events.down.get(timeout=DEADLINE)[1])
+        assert near_events.down.get(timeout=DEADLINE)[0] == 1
+        assert far_events.failures.empty()
+
+
+def test_a_closed_endpoint_writes_nothing():
+    with endpoints() as (near, near_events, far, _):
+        remote = far.register(memoryview(bytearray(10))).expose(7, 0, 10, 0)
         near.close()
         near.close()
-        with pytest.raises(FabricError, match="closed"):
-            near.write(memoryview(b"x"), remote, 7)
+        near.write(0, memoryview(b"x"), remote, 7, 0)
+        assert near_events.writes.get(timeout=DEADLINE) == 7
+
+
+def test_an_unknown_congestion_control_is_a_clear_error():
+    with pytest.raises(ConfigError, match=r"rdma_tcp_congestion='warp': .* Allowed: .*cubic"):
+        TcpFabric(1, congestion="warp")
+    assert "cubic" in congestion_controls()
 
 
 def test_tickets_work_once_and_only_if_given_out():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nvflare_rdma.channel.control import ControlStream
-from nvflare_rdma.channel.core import ChannelLimits
+from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link, LinkContext
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
@@ -22,15 +22,19 @@ class Recorder:
     """A CompletionHandler that queues what it is told."""
 
     def __init__(self) -> None:
-        self.landings: queue.Queue[tuple[int, int]] = queue.Queue()
+        self.landings: queue.Queue[tuple[int, int, int]] = queue.Queue()
         self.writes: queue.Queue[int] = queue.Queue()
+        self.down: queue.Queue[tuple[int, Exception]] = queue.Queue()
         self.failures: queue.Queue[Exception] = queue.Queue()
 
-    def landed(self, notification: int, length: int) -> None:
-        self.landings.put((notification, length))
+    def landed(self, notification: int, length: int, digest: int) -> None:
+        self.landings.put((notification, length, digest))
 
     def written(self, notification: int) -> None:
         self.writes.put(notification)
+
+    def rail_down(self, rail: int, error: Exception) -> None:
+        self.down.put((rail, error))
 
     def failed(self, error: Exception) -> None:
         self.failures.put(error)
@@ -64,15 +68,14 @@ def admitting(fabric: TcpFabric) -> Iterator[Callable[[], socket.socket]]:
             thread.join(DEADLINE)
 
 
-def context(limits: ChannelLimits | None = None, budget: int = 64 << 20, window: int = 32 << 20) -> LinkContext:
-    return LinkContext(
-        limits or ChannelLimits(max_message_bytes=1 << 30, chunk_bytes=256 * 1024),
-        MemoryBudget(budget),
-        SlotPool(),
-        ("verbs", "tcp"),
-        {"verbs": "no device in this test", "tcp": ""},
-        window,
-    )
+def context(limits: ChannelLimits | None = None, budget: int = 64 << 20, **fields) -> LinkContext:
+    settings = {
+        "order": ("verbs", "tcp"),
+        "unavailable": {"verbs": "no device in this test", "tcp": ""},
+        "chunk_bytes": 256 * 1024,
+        **fields,
+    }
+    return LinkContext(limits or ChannelLimits(max_message_bytes=1 << 30), MemoryBudget(budget), SlotPool(), **settings)
 
 
 class LinkPair:
