@@ -25,7 +25,8 @@ ALLOWED = {
 NO_FLARE_OR_TORCH = ("fabric", "channel")
 NO_FLARE = ("codecs",)
 IO_MODULES = {"socket", "threading", "select", "selectors", "ssl", "queue", "time", "asyncio", "subprocess"}
-IO_ALLOWED = {"link.py", "control.py"}
+#: What runs the protocol: the control stream, the rails' threads, and the memory and waiting around them.
+IO_ALLOWED = {"link.py", "control.py", "rails.py", "inbox.py", "outbox.py"}
 
 
 def imports(path: Path) -> set[str]:

@@ -137,8 +137,7 @@ class Link:
             with self._lock:
                 self._pump()
             while self._core.state is not Phase.OPEN:
-                self._step()
-                self._run_after()
+                self._step()  # what it leaves for afterwards waits for `run`: who receives may not be ready yet
                 if self._core.state is Phase.CLOSED:
                     raise FabricError(f"{self.name}: {self._failure or 'the peer closed the connection'}")
                 if self._to_dial is not None:
@@ -496,6 +495,7 @@ class Link:
     def _redial(self, offered: events.OpenRails) -> None:
         with self._guarded():
             self._dial(offered)
+        self._run_after()
 
     def _dial(self, offered: events.OpenRails) -> None:
         peer, name = self._core.peer, offered.fabric
@@ -525,7 +525,6 @@ class Link:
                     self._adopt(rails, name, peer, offered.sealed, offered.checked)
                 self._core.dialled(count, time.monotonic(), reason)
                 self._pump()
-        self._run_after()
 
     def _check_keys(self, peer: wire.Hello) -> None:
         if bool(peer.seal_key) != self._stream.secure:
