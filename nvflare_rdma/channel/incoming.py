@@ -50,6 +50,8 @@ class Incoming:
         emit: Callable[[wire.Message], None],
         happened: Callable[[events.Event], None],
     ) -> None:
+        self.granted_chunks = 0
+        self.lost_chunks = 0
         self._limits = limits
         self._controller = controller
         self._emit = emit
@@ -182,6 +184,7 @@ class Incoming:
             incoming.open_chunks += 1
             self._in_flight += length
             self._load[rail] += length
+            self.granted_chunks += 1
             controller.granted(length, now)
             self._happened(events.ExposeChunk(transfer, offset, length, notification, rail))
         if self._load:
@@ -221,6 +224,7 @@ class Incoming:
 
     def _lose(self, notification: int, now: float) -> None:
         exposure = self._close(notification)
+        self.lost_chunks += 1
         self._controller.lost(exposure.length, now)
         if (incoming := self._transfers.get(exposure.transfer)) is not None:
             incoming.again.append((exposure.offset, exposure.length))

@@ -1,0 +1,117 @@
+"""One suite for every fabric: a link to another process over it, in the clear and with TLS."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from certificates import Authority
+from link_peer import DEADLINE, link_peer
+from link_process import FABRICS, digest, pattern
+
+from nvflare_rdma.errors import TransferError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+SIZES = [0, 1, 64 * KIB - 1, 64 * KIB, 64 * KIB + 1, MIB, MIB + 601, 5_000_003]
+
+pytestmark = [
+    pytest.mark.parametrize("fabric", FABRICS),
+    pytest.mark.parametrize("secure", [False, True], ids=["clear", "secure"]),
+]
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    authority = Authority(tmp_path_factory.mktemp("pki"))
+    return {**authority.issue("server", "server"), **authority.issue("client", "client")}
+
+
+@pytest.fixture
+def connect(fabric, secure, certificates, tmp_path):
+    def made(**options):
+        tls = certificates if secure else None
+        return link_peer(tmp_path / "peer.log", fabric=fabric, tls=tls, **options)
+
+    return made
+
+
+def test_messages_of_all_sizes_in_both_directions(connect, fabric):
+    with connect() as peer:
+        assert peer.link.fabric == FABRICS[fabric][0]
+        for seed, size in enumerate(SIZES):
+            peer.there(size, seed)
+            peer.back(size, seed)
+        state = peer.ask()
+        assert (state["budget_in_use"], peer.context.budget.in_use) == (0, 0)
+        assert state["fabric"] == peer.link.fabric
+
+
+def test_a_gibibyte_in_both_directions_at_once(connect):
+    with connect(chunk_bytes=4 * MIB) as peer:
+        peer.tell("send", size=GIB, seed=7)
+        peer.link.send(pattern(GIB, 8), DEADLINE)
+        message = peer.messages.get(timeout=DEADLINE)
+        assert (len(message), digest(message)) == (GIB, digest(pattern(GIB, 7)))
+        assert peer.answer() == {"received": GIB, "digest": digest(pattern(GIB, 8))}
+
+
+def test_32_transfers_at_once_in_both_directions(connect):
+    sizes = [200_000 + 50_001 * i for i in range(32)]
+    with connect() as peer:
+        for seed, size in enumerate(sizes):
+            peer.tell("send", size=size, seed=seed)
+        threads = [
+            threading.Thread(target=peer.link.send, args=(pattern(size, seed), DEADLINE), daemon=True)
+            for seed, size in enumerate(sizes)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+        expected = {(size, digest(pattern(size, seed))) for seed, size in enumerate(sizes)}
+        answers = [peer.answer() for _ in sizes]
+        assert {(answer["received"], answer["digest"]) for answer in answers} == expected
+        messages = [peer.messages.get(timeout=DEADLINE) for _ in sizes]
+        assert {(len(message), digest(message)) for message in messages} == expected
+
+
+def test_either_side_can_give_up_what_it_sends(connect):
+    with connect(chunk_bytes=64 * KIB, depth=2) as peer:
+        mine = peer.link.send(pattern(512 * MIB), DEADLINE)
+        peer.link.withdraw(mine, "changed its mind")
+        with pytest.raises(TransferError, match="changed its mind"):
+            mine.wait(DEADLINE)
+        peer.tell("send and give up", size=512 * MIB, seed=0)
+        check_that_nothing_stays(peer)
+
+
+def test_either_side_can_give_up_what_it_receives(connect):
+    with connect(chunk_bytes=64 * KIB, depth=2) as peer:
+        peer.tell("refuse the next")
+        mine = peer.link.send(pattern(512 * MIB), DEADLINE)
+        with pytest.raises(TransferError, match="disk full"):
+            mine.wait(DEADLINE)
+        peer.tell("send", size=512 * MIB, seed=0)
+        while not (incoming := [t for t, (landed, _) in peer.link.incoming().items() if landed]):
+            threading.Event().wait(0.0005)
+        peer.link.refuse(incoming[0], "no longer wanted")
+        check_that_nothing_stays(peer)
+
+
+def check_that_nothing_stays(peer):
+    """The link serves on, and after a while both sides hold nothing."""
+    peer.there(300_000, 1)
+    peer.back(300_001, 2)
+    while (state := peer.ask())["budget_in_use"] or peer.context.budget.in_use or state["incoming"]:
+        threading.Event().wait(0.005)
+    assert peer.messages.empty()
+
+
+def test_a_message_larger_than_the_budget(connect):
+    with connect(budget=MIB, chunk_bytes=4 * MIB) as peer:
+        peer.there(64 * MIB + 1)
+        peer.back(64 * MIB + 1)
+        state = peer.ask()
+        assert state["budget_peak"] == peer.context.budget.peak == MIB
+        # No more was on its way at once than the budget: the chunks were cut to it.
+        assert state["granted_chunks"] >= 64
