@@ -1,0 +1,19 @@
+"""For what has no event to wait for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def eventually(condition: Callable[[], T], deadline: float = 60.0) -> T:
+    """The first true value of ``condition``; fails when there was none for ``deadline`` seconds."""
+    end = time.monotonic() + deadline
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not come true in time"
+        threading.Event().wait(0.0005)
+    return value
