@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NoReturn
 
 MIB = 1 << 20
 #: So that frees give nothing back to the kernel and every message meets warm pages.
@@ -99,10 +99,11 @@ class Peer:
         self.tell(command)
         return self.answer()
 
-    def _fail(self) -> Any:
-        self._process.wait(timeout=10)
+    def _fail(self) -> NoReturn:
+        code = self._process.wait(timeout=10)
         self._errors.seek(0)
-        raise SystemExit(f"{shlex.join(map(str, self._process.args))} ended: {self._errors.read()[-2000:]}")  # type: ignore[arg-type]
+        command = shlex.join(map(str, self._process.args))  # type: ignore[arg-type]
+        raise SystemExit(f"{command} ended with {code}: {self._errors.read()[-2000:]}")
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -115,10 +116,12 @@ class Peer:
         self._errors.close()
 
 
-def obey(commands: dict[str, Callable[[], dict[str, Any] | None]]) -> None:
-    """A peer's main loop: answer the parent's commands until it closes stdin."""
+def obey(commands: dict[str, Callable[..., dict[str, Any] | None]]) -> None:
+    """A peer's main loop: answer the parent's commands (a name and whole numbers) until it closes stdin."""
+    print("{}", flush=True)  # ready
     for line in sys.stdin:
-        print(json.dumps(commands[line.strip()]() or {}), flush=True)
+        name, *numbers = line.split()
+        print(json.dumps(commands[name](*map(int, numbers)) or {}), flush=True)
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
