@@ -90,7 +90,8 @@ def read_into(pid: int, address: int, target: memoryview) -> None:
 def sealed_memory(nbytes: int) -> int:
     """The descriptor of an anonymous file of ``nbytes`` whose size can't be changed.
 
-    Its memory is allocated here: running out of it is an error now, and no SIGBUS in a peer that writes later.
+    Pages come as they are touched, as with other memory; what can't be enough is refused here. (fallocate(2) would
+    take pages at once, and wake the out-of-memory killer where this gets an error.)
 
     Raises:
         MemoryError: there is not enough memory. OSError: no descriptor is left, or memfd_create is forbidden.
@@ -102,11 +103,11 @@ def sealed_memory(nbytes: int) -> int:
             raise
         fd = os.memfd_create("nvflare-rdma", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.posix_fallocate(fd, 0, nbytes)
+        os.ftruncate(fd, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SIZE_SEALS | fcntl.F_SEAL_SEAL)
     except OSError as error:
         os.close(fd)
-        if error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EFBIG):
+        if error.errno in (errno.ENOMEM, errno.EFBIG, errno.EINVAL):
             raise MemoryError(f"no {nbytes} bytes of shared memory are free: {error.strerror}") from error
         raise
     return fd

@@ -12,6 +12,7 @@ import hmac
 import logging
 import os
 import secrets
+import select
 import socket
 import struct
 import threading
@@ -31,6 +32,7 @@ from nvflare_rdma.fabric.process_memory import (
     read_into,
     sealed_memory,
 )
+from nvflare_rdma.fabric.shm_wire import Wake
 
 log = logging.getLogger(__name__)
 
@@ -153,8 +155,11 @@ def _try_memory(sock: socket.socket, receive: str, token: bytes, expected: bytes
     fd = -1
     try:
         if receive == "memfd":
-            fd = sealed_memory(_TOKEN_BYTES)
-            sample = map_shared(fd, _TOKEN_BYTES)
+            try:
+                fd = sealed_memory(_TOKEN_BYTES)
+                sample = map_shared(fd, _TOKEN_BYTES)
+            except (OSError, MemoryError) as error:
+                raise FabricError(f"this process can't share memory (memfd_create): {error}. Use tcp.") from error
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         sock.sendmsg([receive.encode()], rights)
     finally:
@@ -190,11 +195,13 @@ class Listener:
         self._ticket = secrets.token_bytes(TICKET_BYTES)
         self._lock = threading.Lock()
         self._closed = False
+        self._wake = Wake()
         self._guest: socket.socket | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._socket.bind(f"\0{self._name}")
             self._socket.listen(4)
+            self._socket.setblocking(False)
         except OSError as error:
             self._socket.close()
             raise FabricError(f"can't listen on an abstract Unix socket: {error}") from error
@@ -209,31 +216,34 @@ class Listener:
         """Stop waiting. Idempotent."""
         with self._lock:
             self._closed = True
-            for sock in (self._socket, self._guest):
-                if sock is not None:
-                    with contextlib.suppress(OSError):
-                        sock.shutdown(socket.SHUT_RDWR)
+            self._wake.set()
+            if self._guest is not None:
+                with contextlib.suppress(OSError):
+                    self._guest.shutdown(socket.SHUT_RDWR)
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=2 * STEP_TIMEOUT)
 
     def _run(self) -> None:
         try:
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            poll.register(self._wake, select.POLLIN)
             while not self._closed and (remaining := self._deadline - time.monotonic()) > 0:
-                self._socket.settimeout(remaining)
-                sock, _ = self._socket.accept()
+                if not poll.poll(remaining * 1000) or self._closed:
+                    return
                 with self._lock:
-                    self._guest = sock
-                    if self._closed:
-                        sock.close()
-                        return
-                if self._receive_guest(sock):
+                    try:
+                        self._guest, _ = self._socket.accept()
+                    except BlockingIOError:
+                        continue  # it has gone again
+                if self._receive_guest(self._guest):
                     return
         except OSError as error:
-            log.debug("no shm peer came: %s", error)
+            log.warning("the shm listener broke: %s", error)
         finally:
+            self._socket.close()
             with self._lock:
                 self._guest = None
-                self._socket.close()
 
     def _receive_guest(self, sock: socket.socket) -> bool:
         """Let a connection in; False: it was not the peer, go on waiting."""
