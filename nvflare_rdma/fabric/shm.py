@@ -63,7 +63,7 @@ class ShmEndpoint(Endpoint):
                     peer.sock.send(shm_setup.READY)
                 self._thread = threading.Thread(target=self._run, name=f"rdma-shm-rx-{peer.pid}", daemon=True)
                 if peer.receive == "memfd":
-                    self._exposures.slots = SlotOwner(self._share, self._unshare, self._wire.wake.set)
+                    self._exposures.slots = SlotOwner(self._wire.share, self._wire.forget, self._wire.wake.set)
                 self._peer, self._up = peer, True
                 self._thread.start()
             except (OSError, RuntimeError) as error:
@@ -71,12 +71,6 @@ class ShmEndpoint(Endpoint):
                 raise FabricError(f"can't open the shm rail: {error}") from error
             undo.pop_all()
         log.info("shm to process %d: receives by %s, sends by %s", peer.pid, peer.receive, peer.send)
-
-    def _share(self, key: int, nbytes: int, fd: int) -> None:
-        self._wire.post(Message(MAP, key=key, length=nbytes), fd)
-
-    def _unshare(self, key: int) -> None:
-        self._wire.post(Message(FORGET, key=key))
 
     @property
     def rails(self) -> int:

@@ -244,6 +244,7 @@ class Listener:
             self._socket.close()
             with self._lock:
                 self._guest = None
+            del self._arrived  # no reference cycle with the endpoint
 
     def _receive_guest(self, sock: socket.socket) -> bool:
         """Let a connection in; False: it was not the peer, go on waiting."""

@@ -42,6 +42,10 @@ class Message(NamedTuple):
     digest: int = 0
 
 
+def _nothing() -> None:
+    pass
+
+
 class Wake:
     """Ends another thread's poll. Takes no lock, so a finaliser may call it wherever it happens to run.
 
@@ -94,6 +98,12 @@ class Wire:
             self._send_backlog()
             if self._backlog:
                 self.wake.set()
+
+    def share(self, key: int, nbytes: int, fd: int) -> None:
+        self.post(Message(MAP, key=key, length=nbytes), fd)
+
+    def forget(self, key: int) -> None:
+        self.post(Message(FORGET, key=key))
 
     def receive(self) -> tuple[Message, int]:
         """The next message, with a descriptor or -1. One thread calls it.
@@ -169,3 +179,4 @@ class Wire:
                 if fd >= 0:
                     os.close(fd)
             self._backlog.clear()
+        self._woken = _nothing  # no reference cycle: what it holds is freed without a garbage collection

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import threading
 
 import pytest
 from shm_peer import Peer, RemotePeer, digest, pattern
@@ -94,12 +96,36 @@ def test_a_thousand_messages_leave_no_descriptors_or_mappings(paths, allocate):
                 near.free(1)
             return near.counts(), far.counts()
 
+        empty = near.counts(), far.counts()
         before = messages(50)
         after = messages(1000)
-        assert after[0][0] == before[0][0]
-        assert after[1][0] == before[1][0]
-        assert after[0][1] <= before[0][1]
-        assert after[1][1] <= before[1][1]
+        for side in (0, 1):
+            assert after[side][0] == before[side][0] == empty[side][0]
+            assert after[side][1] <= before[side][1]
+
+
+@BOTH_WAYS
+def test_connections_that_come_and_go_leave_no_descriptors_mappings_or_threads(near_paths, far_paths):
+    gc.collect()
+    gc.disable()
+    try:
+        with RemotePeer() as far:
+            counts = set()
+            for _ in range(20):
+                near = Peer()
+                far.connect(near.offer(*near_paths), *far_paths)
+                near.buffer(1, 100)
+                far.write(7, near.expose(1, 7, 0, 100), 1, 100)
+                near.landed()
+                near.free(1)
+                far.close()
+                near.down()
+                near.close()
+                counts.add((*near.counts(), threading.active_count()))
+                del near
+            assert len(counts) == 1
+    finally:
+        gc.enable()
 
 
 def test_slots_that_are_too_many_are_unmapped_on_both_sides():

@@ -142,6 +142,16 @@ def test_memory_that_can_no_longer_be_read_is_a_rail_that_is_down():
         assert events.landings.empty()
 
 
+def test_acknowledgements_wait_for_a_peer_that_does_not_read_and_then_all_go_out():
+    with liar("direct", "direct") as (sock, endpoint, events):
+        region = endpoint.register(memoryview(bytearray(10)))
+        for i in range(3000):
+            sock.send(message(WRITE, i, region.key, region.expose(i, 0, 10, 0).address))
+            assert events.landings.get(timeout=DEADLINE) == (i, 0, 0)
+        for i in range(3000):
+            assert sock.recv(64) == message(ACKNOWLEDGE, i)
+
+
 def test_revoking_waits_for_a_copy_that_is_under_way(monkeypatch):
     copying, go_on, revoked = threading.Event(), threading.Event(), threading.Event()
 

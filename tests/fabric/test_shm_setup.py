@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -96,7 +97,8 @@ def test_closing_the_endpoint_withdraws_its_offer():
     assert near.endpoint.rails == 0
 
 
-def test_closing_the_endpoint_ends_a_set_up_that_hangs():
+def test_closing_the_endpoint_ends_a_set_up_that_hangs(monkeypatch):
+    monkeypatch.setattr(shm_setup, "STEP_TIMEOUT", 10 * DEADLINE)
     near = Peer()
     offer = near.offer()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
@@ -104,9 +106,12 @@ def test_closing_the_endpoint_ends_a_set_up_that_hangs():
         silent.connect(f"\0{offer['name']}")
         silent.send(shm_setup.MAGIC + bytes.fromhex(offer["ticket"]))
         assert silent.recv(64) == b"admitted"
-        near.close()
+        closer = threading.Thread(target=near.close, daemon=True)
+        closer.start()
         while silent.recv(64):
             pass
+        closer.join(DEADLINE)
+        assert not closer.is_alive()
     assert not listening(offer["name"])
 
 
@@ -193,6 +198,14 @@ def test_without_memfds_the_reason_names_them(monkeypatch):
         monkeypatch.setattr(shm_setup, "sealed_memory", full)
         with pytest.raises(FabricError, match=r"memfd.*Too many open files"):
             near.connect(offer, "memfd")
+
+
+def test_a_process_with_other_contents_there_is_not_the_peer():
+    """A process number means another process in another namespace."""
+    token = bytearray(b"x" * 32)
+    address = process_memory.address_of(memoryview(token))
+    assert shm_setup._try_reading(os.getpid(), address, bytes(token))[0] == b"yes"
+    assert shm_setup._try_reading(os.getpid(), address, b"y" * 32)[0] == b"no"
 
 
 # -- Yama: a peer is declared the tracer ---------------------------------------------------------------------------
