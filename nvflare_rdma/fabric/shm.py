@@ -34,12 +34,17 @@ log = logging.getLogger(__name__)
 #: How long a write waits for the memory it goes to: the exposure may arrive before the descriptor does.
 SLOT_TIMEOUT = 10.0
 
+#: Small writes are acknowledged together while more of them wait: each message wakes a thread of the sender.
+ACKNOWLEDGE_WRITES = 16
+ACKNOWLEDGE_BYTES = 1024 * 1024
+
 
 class ShmEndpoint(Endpoint):
     def __init__(self, handler: CompletionHandler) -> None:
         self._handler = handler
         self._exposures = Exposures()
         self._unread: deque[tuple[int, memoryview]] = deque()  # direct writes that the peer has not acknowledged
+        self._read_writes = self._read_bytes = self._last_read = 0  # read from the peer, not yet acknowledged
         self._state = threading.Lock()
         self._wire: Wire  # as soon as there is a peer
         self._peer: shm_setup.Peer | None = None
@@ -58,9 +63,8 @@ class ShmEndpoint(Endpoint):
             if self._closed or self._peer is not None:
                 return
             try:
-                self._wire = Wire(peer.sock, self._settle)
-                if passive:
-                    peer.sock.send(shm_setup.READY)
+                # The receiving thread sends the greeting: when the peer gets it, everything here is in place.
+                self._wire = Wire(peer.sock, self._idle, shm_setup.READY if passive else b"")
                 self._thread = threading.Thread(target=self._run, name=f"rdma-shm-rx-{peer.pid}", daemon=True)
                 if peer.receive == "memfd":
                     self._exposures.slots = SlotOwner(self._wire.share, self._wire.forget, self._wire.wake.set)
@@ -95,7 +99,22 @@ class ShmEndpoint(Endpoint):
         self._exposures.land(message, self._read)
         self._handler.landed(message.notification, message.length, message.digest)
         if self.paths["receive"] == "direct":
-            self._wire.post(Message(ACKNOWLEDGE, message.notification))
+            self._read_writes += 1
+            self._read_bytes += message.length
+            self._last_read = message.notification
+            if self._read_writes >= ACKNOWLEDGE_WRITES or self._read_bytes >= ACKNOWLEDGE_BYTES:
+                self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        if self._read_writes:
+            self._wire.post(Message(ACKNOWLEDGE, self._last_read, length=self._read_writes))
+            self._read_writes = self._read_bytes = 0
+
+    def _idle(self) -> None:
+        """The receiving thread is about to wait."""
+        self._acknowledge()
+        if self._exposures.slots is not None:
+            self._exposures.slots.settle()
 
     def _read(self, address: int, target: memoryview) -> None:
         assert self._peer is not None
@@ -145,11 +164,11 @@ class ShmEndpoint(Endpoint):
         except OSError as error:
             self._stop(FabricError(f"can't send: {error}"))
 
-    def _acknowledged(self, notification: int) -> None:
-        if not self._unread or self._unread[0][0] != notification:
-            raise ProtocolError(f"the peer acknowledged write {notification} out of order")
-        self._unread.popleft()
-        self._handler.written(notification)
+    def _acknowledged(self, count: int, last: int) -> None:
+        if not 0 < count <= len(self._unread) or self._unread[count - 1][0] != last:
+            raise ProtocolError(f"the peer acknowledged {count} writes up to {last}, which is not what was written")
+        for _ in range(count):
+            self._handler.written(self._unread.popleft()[0])
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -160,7 +179,7 @@ class ShmEndpoint(Endpoint):
                 if message.op == WRITE:
                     self._land(message)
                 elif message.op == ACKNOWLEDGE:
-                    self._acknowledged(message.notification)
+                    self._acknowledged(message.length, message.notification)
                 elif message.op == MAP:
                     self._peer_slots.add(message.key, message.length, fd)
                 elif message.op == FORGET:
@@ -195,10 +214,6 @@ class ShmEndpoint(Endpoint):
                 return
             self._reason = self._reason or reason
         self._wire.shut_down()
-
-    def _settle(self) -> None:
-        if self._exposures.slots is not None:
-            self._exposures.slots.settle()
 
     def drop(self, rail: int) -> None:
         if rail != 0:

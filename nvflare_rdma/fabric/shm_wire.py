@@ -31,6 +31,7 @@ _ONE_FD = socket.CMSG_SPACE(array.array("i").itemsize)
 
 class Message(NamedTuple):
     """``WRITE`` uses all fields; ``source`` is where the bytes are in the sender (0 if they are in place already).
+    ``ACKNOWLEDGE`` says that ``length`` writes were read, the last of them being ``notification``.
     ``MAP`` (with a descriptor) and ``FORGET`` name a slot by ``key``; ``MAP`` gives its size as ``length``."""
 
     op: int
@@ -71,16 +72,17 @@ class Wake:
 
 
 class Wire:
-    """``woken`` is called in the receiving thread after `wake`."""
+    """``idle`` is called in the receiving thread whenever it has nothing more to receive, and after `wake`;
+    ``greeting`` is what it sends first."""
 
-    def __init__(self, sock: socket.socket, woken: Callable[[], None]) -> None:
+    def __init__(self, sock: socket.socket, idle: Callable[[], None], greeting: bytes = b"") -> None:
         sock.settimeout(None)
         self._sock = sock
-        self._woken = woken
+        self._idle = idle
         self.wake = Wake()
         self._sending = threading.Lock()
         self._backlog_lock = threading.Lock()
-        self._backlog: deque[tuple[bytes, int]] = deque()
+        self._backlog: deque[tuple[bytes, int]] = deque([(greeting, -1)] if greeting else [])
         self._poll = select.poll()
         self._poll.register(self.wake, select.POLLIN)
 
@@ -133,12 +135,12 @@ class Wire:
             return message, fds[0] if fds else -1
 
     def _wait(self) -> None:
+        self._idle()
         with self._backlog_lock:
             self._send_backlog()
             self._poll.register(self._sock, select.POLLIN | (select.POLLOUT if self._backlog else 0))
         if any(fd == self.wake.fileno() for fd, _ in self._poll.poll()):
             self.wake.clear()
-            self._woken()
 
     def _send_backlog(self) -> None:
         """Holds the backlog's lock."""
@@ -179,4 +181,4 @@ class Wire:
                 if fd >= 0:
                     os.close(fd)
             self._backlog.clear()
-        self._woken = _nothing  # no reference cycle: what it holds is freed without a garbage collection
+        self._idle = _nothing  # no reference cycle: what it holds is freed without a garbage collection
