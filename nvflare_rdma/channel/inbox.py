@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from nvflare_rdma.channel import events, sealing
-from nvflare_rdma.errors import IntegrityError
+from nvflare_rdma.errors import FabricError, IntegrityError
 from nvflare_rdma.fabric.base import Endpoint, Region, RemoteSlice
 from nvflare_rdma.fabric.memory import MemoryBudget, Reservation, SlotPool
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -88,7 +91,12 @@ class Inbox:
         self._arriving[transfer] = _Arriving(buffer, reservation)
 
     def _memory(self, length: int, endpoint: Endpoint | None) -> memoryview:
-        buffer = endpoint.allocate(length) if endpoint is not None else None
+        buffer = None
+        if endpoint is not None:
+            try:
+                buffer = endpoint.allocate(length)
+            except FabricError as error:
+                log.warning("%s: %s; other memory costs a copy more", self._name, error)
         return self._pool.take(length) if buffer is None else buffer
 
     # -- chunks --------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class FabricChooser:
             self._failures[self._current] = 1 if lasted else self._failures.get(self._current, 0) + 1
             if not opened or self._failures[self._current] >= _MAX_FAILURES:
                 self._own[self._current] = failure
-        name, passed_over = choose(self._order, self._own, peer.fabrics, self._host == peer.host)
+        name, passed_over = choose(self._order, self._own, peer.fabrics, self._host == peer.host != "")
         if not name and not (failure and "tcp" in self._order):
             raise FabricUnavailable(
                 f"no fabric that both sides allow (rdma_fabrics={','.join(self._order)}): {passed_over}"

@@ -39,8 +39,10 @@ from nvflare_rdma.errors import (
     TlsError,
     UnsupportedVersionError,
 )
+from nvflare_rdma.fabric.base import Fabric
 from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
-from nvflare_rdma.fabric.selection import probe
+from nvflare_rdma.fabric.selection import host_identity, probe
+from nvflare_rdma.fabric.shm import ShmFabric
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric
 from nvflare_rdma.flare_compat import require_flare
 from nvflare_rdma.settings import Settings, load_settings
@@ -72,6 +74,7 @@ def _make_context(settings: Settings) -> LinkContext:
         pool=SlotPool(),
         order=settings.rdma_fabrics,
         unavailable={name: state.reason for name, state in probe().items()},
+        host=host_identity(),
         controller=settings.rdma_controller,
         chunk_bytes=settings.rdma_chunk_bytes,
         integrity=settings.rdma_integrity,
@@ -304,7 +307,8 @@ class RdmaDriver(BaseDriver):
             certificate = stream.peer_certificate()
             properties[DriverParams.PEER_CN.value] = get_certificate_common_name(certificate) if certificate else "N/A"
         connection = RdmaConnection(connector, properties)
-        connection.link = Link(stream, role, {fabric.name: fabric}, context, connection.receive, connection.name)
+        fabrics: dict[str, Fabric] = {fabric.name: fabric, ShmFabric.name: ShmFabric()}
+        connection.link = Link(stream, role, fabrics, context, connection.receive, connection.name)
         try:
             connection.link.open()
         except ssl.SSLError as error:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
+import socket
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.fabric.base import Availability
@@ -45,13 +49,40 @@ def _probe_verbs() -> Availability:
 
 
 def _probe_shm() -> Availability:
-    return Availability(False, "this release has no shared-memory fabric yet")
+    if sys.platform != "linux":
+        return Availability(False, f"shared memory between processes needs Linux, not {sys.platform}")
+    # Not at the top: it needs numpy, which the command line's simple commands do without.
+    from nvflare_rdma.fabric.process_memory import unusable_reason
+
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.bind("")  # Linux picks a free abstract name (autobind, unix(7))
+    except OSError as error:
+        return Availability(False, f"abstract Unix sockets are forbidden in this process: {error} (seccomp, AppArmor)")
+    reason = unusable_reason()
+    return Availability(not reason, reason)
+
+
+def host_identity() -> str:
+    """Equal in two processes that can use shared memory together; "" if this can't be told (equal to nobody's).
+
+    The same boot of the same kernel, the same network namespace (abstract sockets live in one), the same PID
+    namespace (else the processes can't name each other) and the same user.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespaces = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("net", "pid")]
+    except OSError:
+        return ""
+    # Hashed: it goes to the peer, which need not know more than whether it is equal to its own.
+    return hashlib.sha256(f"nvflare-rdma {boot} {namespaces} {os.geteuid()}".encode()).hexdigest()[:32]
 
 
 def choose(order: Sequence[str], own: Mapping[str, str], peer: Mapping[str, str], same_host: bool) -> tuple[str, str]:
     """The first fabric in ``order`` that both sides can use, and why the better ones were passed over.
 
-    ``own`` and ``peer`` map names to the reason why not, "" for usable. The name is "" if there is none.
+    ``own`` and ``peer`` map names to the reason why not, "" for usable. ``same_host``: the two sides have the same
+    `host_identity`, and it is not "". The name is "" if there is none.
     """
     passed: list[str] = []
     for name in order:

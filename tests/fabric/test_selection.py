@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
+import sys
+
 import pytest
 
 from nvflare_rdma.errors import ConfigError
-from nvflare_rdma.fabric.selection import choose, parse_fabrics, probe
+from nvflare_rdma.fabric import process_memory
+from nvflare_rdma.fabric.base import Availability
+from nvflare_rdma.fabric.selection import choose, host_identity, parse_fabrics, probe
 
 OK, NO_DEVICE = "", "no device"
 
@@ -20,6 +27,37 @@ OK, NO_DEVICE = "", "no device"
 )
 def test_the_best_common_fabric_is_chosen_and_the_others_are_explained(own, peer, name, passed):
     assert choose(("verbs", "tcp"), own, peer, same_host=True) == (name, passed)
+
+
+def test_shared_memory_is_for_one_host():
+    table = {"shm": OK, "tcp": OK}
+    assert choose(("shm", "tcp"), table, table, True) == ("shm", "")
+    assert choose(("shm", "tcp"), table, table, False) == ("tcp", "shm: different host (or container network)")
+    assert choose(("shm", "tcp"), table, {"shm": "no memfd", "tcp": OK}, False) == ("tcp", "shm: peer: no memfd")
+
+
+def test_the_identity_of_a_host_is_the_same_in_another_process_of_the_user_only():
+    code = "from nvflare_rdma.fabric import selection; print(selection.host_identity())"
+    run = [sys.executable, "-c", code]
+    mine = host_identity()
+    assert len(mine) == 32
+    assert subprocess.run(run, capture_output=True, text=True, timeout=30, check=True).stdout.strip() == mine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 12345)
+        assert host_identity() not in ("", mine)
+
+
+def test_shared_memory_is_usable_here_or_says_what_is_forbidden(monkeypatch):
+    assert probe()["shm"] == Availability(True)
+
+    def forbidden(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(process_memory, "read_into", forbidden)
+    assert probe()["shm"].usable
+    monkeypatch.setattr(process_memory, "sealed_memory", forbidden)
+    assert "seccomp" in probe()["shm"].reason
+    assert not probe()["shm"].usable
 
 
 def test_every_fabric_has_a_reason_or_is_usable():

@@ -30,6 +30,7 @@ from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
 from nvflare_rdma.fabric.base import Fabric
 from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
+from nvflare_rdma.fabric.shm import ShmFabric
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
 
 Dial = Callable[[], socket.socket] | None
@@ -38,6 +39,8 @@ Dial = Callable[[], socket.socket] | None
 #: passive side.
 FABRICS: dict[str, tuple[str, Callable[[Dial, int], Fabric]]] = {
     "tcp": ("tcp", lambda dial, rails: TcpFabric(rails, dial)),
+    "shm-direct": ("shm", lambda dial, rails: ShmFabric(("direct",))),
+    "shm-memfd": ("shm", lambda dial, rails: ShmFabric(("memfd",))),
 }
 
 

@@ -1,0 +1,256 @@
+"""One-sided writes between two processes of one user on one host.
+
+A write is a 48-byte message on a Unix socket (the one rail), and one copy of the bytes. Who copies depends on how
+the receiving side can receive, which the two find out by trying when they meet (`shm_setup.agree`):
+
+``direct``  the message says where the bytes are in the sender, and the receiver copies them from there into the
+            exposed slice (process_vm_readv(2)). Any memory can receive, and only its owner ever writes it.
+``memfd``   the receiver's memory comes from `ShmEndpoint.allocate`, which the sender maps too, and the sender
+            copies before it sends the message. Memory from elsewhere costs a second copy, in the receiver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import struct
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nvflare_rdma.errors import FabricError, ProtocolError
+from nvflare_rdma.fabric import shm_setup
+from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Fabric, RemoteSlice
+from nvflare_rdma.fabric.process_memory import address_of, read_into
+from nvflare_rdma.fabric.shm_regions import Exposures, ShmRegion
+from nvflare_rdma.fabric.shm_slots import PeerSlots, SlotOwner
+from nvflare_rdma.fabric.shm_wire import ACKNOWLEDGE, FORGET, MAP, WRITE, Message, Wire
+
+log = logging.getLogger(__name__)
+
+#: How long a write waits for the memory it goes to: the exposure may arrive before the descriptor does.
+SLOT_TIMEOUT = 10.0
+
+#: Small writes are acknowledged together while more of them wait: each message wakes a thread of the sender.
+ACKNOWLEDGE_WRITES = 16
+ACKNOWLEDGE_BYTES = 1024 * 1024
+
+
+class ShmEndpoint(Endpoint):
+    def __init__(self, handler: CompletionHandler) -> None:
+        self._handler = handler
+        self._exposures = Exposures()
+        self._unread: deque[tuple[int, memoryview]] = deque()  # direct writes that the peer has not acknowledged
+        self._read_writes = self._read_bytes = self._last_read = 0  # read from the peer, not yet acknowledged
+        self._state = threading.Lock()
+        self._wire: Wire  # as soon as there is a peer
+        self._peer: shm_setup.Peer | None = None
+        self._up = False
+        self._closed = False
+        self._reason: Exception | None = None
+        self._peer_slots = PeerSlots()
+        self._thread: threading.Thread | None = None
+        self.listener: shm_setup.Listener | None = None
+
+    def attach(self, peer: shm_setup.Peer, passive: bool) -> None:
+        """Open the rail on a connection whose set-up is over. Raises FabricError: this process is out of means."""
+        with self._state, contextlib.ExitStack() as undo:
+            undo.callback(peer.sock.close)
+            undo.callback(peer.release)
+            if self._closed or self._peer is not None:
+                return
+            try:
+                # The receiving thread sends the greeting: when the peer gets it, everything here is in place.
+                self._wire = Wire(peer.sock, self._idle, shm_setup.READY if passive else b"")
+                self._thread = threading.Thread(target=self._run, name=f"rdma-shm-rx-{peer.pid}", daemon=True)
+                if peer.receive == "memfd":
+                    self._exposures.slots = SlotOwner(self._wire.share, self._wire.forget, self._wire.wake.set)
+                self._peer, self._up = peer, True
+                self._thread.start()
+            except (OSError, RuntimeError) as error:
+                self._peer, self._up, self._thread = None, False, None
+                raise FabricError(f"can't open the shm rail: {error}") from error
+            undo.pop_all()
+        log.info("shm to process %d: receives by %s, sends by %s", peer.pid, peer.receive, peer.send)
+
+    @property
+    def rails(self) -> int:
+        return int(self._peer is not None)
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        """``{"receive": ..., "send": ...}``, each "direct" or "memfd"; empty until the peer is here."""
+        return {} if self._peer is None else {"receive": self._peer.receive, "send": self._peer.send}
+
+    # -- receiving ---------------------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int) -> memoryview | None:
+        """See `Endpoint.allocate`. Raises MemoryError, or FabricError if the descriptors are used up."""
+        slots = self._exposures.slots
+        return slots.take(nbytes)[1] if slots is not None and self._up else None
+
+    def register(self, buffer: memoryview) -> ShmRegion:
+        return self._exposures.register(buffer)
+
+    def _land(self, message: Message) -> None:
+        self._exposures.land(message, self._read)
+        self._handler.landed(message.notification, message.length, message.digest)
+        if self.paths["receive"] == "direct":
+            self._read_writes += 1
+            self._read_bytes += message.length
+            self._last_read = message.notification
+            if self._read_writes >= ACKNOWLEDGE_WRITES or self._read_bytes >= ACKNOWLEDGE_BYTES:
+                self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        if self._read_writes:
+            self._wire.post(Message(ACKNOWLEDGE, self._last_read, length=self._read_writes))
+            self._read_writes = self._read_bytes = 0
+
+    def _idle(self) -> None:
+        """The receiving thread is about to wait."""
+        self._acknowledge()
+        if self._exposures.slots is not None:
+            self._exposures.slots.settle()
+
+    def _read(self, address: int, target: memoryview) -> None:
+        assert self._peer is not None
+        read_into(self._peer.pid, address, target)
+        # A sender that gives up closes the rail before it frees the source: then the copy may be garbage.
+        if self._wire.peer_has_left():
+            raise ConnectionError("the peer left while its memory was read")
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def write(self, rail: int, source: memoryview, remote: RemoteSlice, notification: int, digest: int) -> None:
+        if rail != 0:
+            raise ValueError(f"shm has one rail, 0, not {rail}")
+        if len(source) > remote.length:
+            raise ValueError(f"a write of {len(source)} bytes does not fit a slice of {remote.length}")
+        message = Message(WRITE, notification, remote.key, remote.address, len(source), 0, digest)
+        if self.paths.get("send") == "direct":
+            with self._state:
+                up = self._up
+                if up:
+                    self._unread.append((notification, source))  # from now on the receiving thread reports it
+            if up:
+                self._send(message._replace(source=address_of(source)) if len(source) else message)
+                return
+        elif self._up and self._place(source, remote):
+            self._send(message)
+        self._handler.written(notification)
+
+    def _place(self, source: memoryview, remote: RemoteSlice) -> bool:
+        if not len(source):
+            return True
+        try:
+            slot = self._peer_slots.get(remote.key, SLOT_TIMEOUT)
+            if not 0 <= remote.address <= slot.size - len(source):
+                raise ProtocolError(f"the peer exposed a slice at {remote.address} of a slot of {slot.size} bytes")
+        except (FabricError, ProtocolError) as error:
+            self._stop(error)
+            return False
+        np.copyto(slot[remote.address : remote.address + len(source)], np.frombuffer(source, np.uint8))
+        return True
+
+    def _send(self, message: Message) -> None:
+        try:
+            self._wire.send(message)
+        except struct.error:
+            self._stop(ProtocolError(f"the peer exposed a slice that can't be: {message}"))
+        except OSError as error:
+            self._stop(FabricError(f"can't send: {error}"))
+
+    def _acknowledged(self, count: int, last: int) -> None:
+        if not 0 < count <= len(self._unread) or self._unread[count - 1][0] != last:
+            raise ProtocolError(f"the peer acknowledged {count} writes up to {last}, which is not what was written")
+        for _ in range(count):
+            self._handler.written(self._unread.popleft()[0])
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while True:
+                message, fd = self._wire.receive()
+                if message.op == WRITE:
+                    self._land(message)
+                elif message.op == ACKNOWLEDGE:
+                    self._acknowledged(message.length, message.notification)
+                elif message.op == MAP:
+                    self._peer_slots.add(message.key, message.length, fd)
+                elif message.op == FORGET:
+                    self._peer_slots.forget(message.key)
+                else:
+                    raise ProtocolError(f"the peer sent an unknown shm message ({message.op})")
+        except Exception as error:  # noqa: BLE001 - all of them end the rail, and are reported
+            self._end(error)
+
+    def _end(self, error: Exception) -> None:
+        """The receiving thread's last act."""
+        assert self._peer is not None
+        with self._state:
+            self._up = False
+            error = self._reason or error
+        self._wire.close()
+        self._peer_slots.close()
+        self._exposures.close()
+        self._peer.release()
+        while self._unread:
+            self._handler.written(self._unread.popleft()[0])
+        if self._closed:
+            return
+        if isinstance(error, ProtocolError):
+            self._handler.failed(error)
+        else:
+            self._handler.rail_down(0, FabricError(f"the shm rail to process {self._peer.pid} broke: {error}"))
+
+    def _stop(self, reason: Exception) -> None:
+        with self._state:
+            if self._peer is None:
+                return
+            self._reason = self._reason or reason
+        self._wire.shut_down()
+
+    def drop(self, rail: int) -> None:
+        if rail != 0:
+            raise ValueError(f"shm has one rail, 0, not {rail}")
+        self._stop(FabricError("the peer gave it up"))
+
+    def close(self) -> None:
+        with self._state:
+            self._closed = True
+            thread = self._thread
+        if self.listener is not None:
+            self.listener.close()
+        self._stop(FabricError("closed"))
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout=5.0)
+        self._exposures.close()
+
+
+class ShmFabric(Fabric):
+    """``paths``: how this side may receive, best first; for tests, "direct" or "memfd" alone."""
+
+    name = "shm"
+    private = True
+
+    def __init__(self, paths: Sequence[str] = shm_setup.PATHS) -> None:
+        if not paths or set(paths) - set(shm_setup.PATHS):
+            raise ValueError(f"shm paths are {' and '.join(shm_setup.PATHS)}, not {paths!r}")
+        self._paths = tuple(paths)
+
+    def offer(self, handler: CompletionHandler) -> tuple[ShmEndpoint, Mapping[str, Any]]:
+        endpoint = ShmEndpoint(handler)
+        endpoint.listener = shm_setup.Listener(
+            self._paths, lambda peer: endpoint.attach(peer, passive=True), shm_setup.OFFER_LIFETIME
+        )
+        return endpoint, endpoint.listener.offer
+
+    def connect(self, offer: Mapping[str, Any], handler: CompletionHandler) -> ShmEndpoint:
+        endpoint = ShmEndpoint(handler)
+        endpoint.attach(shm_setup.dial(offer, self._paths), passive=False)
+        return endpoint
