@@ -348,7 +348,7 @@ def test_grants_are_bounded_in_number_size_and_repetition():
         offering().core.receive(grants((0, 999)), now=0.0)
     with pytest.raises(ProtocolError, match="more than 2 grants are open"):
         offering().core.receive(grants((0, 1000), (1000, 1000), (2000, 1000)), now=0.0)
-    with pytest.raises(ProtocolError, match="grant of 2000 bytes at 0 .* 1000 are granted"):
+    with pytest.raises(ProtocolError, match=r"grant of 2000 bytes at 0 .* 1000 are granted"):
         offering().core.receive(grants((0, 1000), (0, 2000)), now=0.0)
     active = offering()
     active.core.receive(grants((0, 100_000)), now=0.0)
@@ -370,7 +370,7 @@ def test_the_handshake_goes_one_step_at_a_time(extra):
     active.settle()
     passive.read_wire(1 << 20)
     data = b"".join(active.wire)
-    with pytest.raises(ProtocolError, match="not allowed in state (DIALLING|OPENING)"):
+    with pytest.raises(ProtocolError, match=r"not allowed in state (DIALLING|OPENING)"):
         active.core.receive(data + wire.encode(extra), now=0.0)
 
 

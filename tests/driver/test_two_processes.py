@@ -28,10 +28,11 @@ def assert_all_equal(result, sizes):
     assert result["echoes"] == [{"size": size, "equal": True} for size in sizes]
 
 
-def test_frames_of_all_sizes_arrive_equal(tmp_path):
-    result, log, _ = exchange(tmp_path, {}, {}, "rdma")
+@pytest.mark.parametrize(("fabrics", "says"), [("shm,tcp", "shm, 1 rails"), ("tcp", "tcp, 2 rails")])
+def test_frames_of_all_sizes_arrive_equal(tmp_path, fabrics, says):
+    result, log, _ = exchange(tmp_path, {}, {}, "rdma", NVFLARE_RDMA_FABRICS=fabrics)
     assert_all_equal(result, SIZES)
-    assert "data goes over tcp, 2 rails" in log
+    assert f"data goes over {says}" in log
 
 
 def test_a_message_larger_than_the_budget_arrives(tmp_path):
@@ -44,7 +45,7 @@ def test_mutual_tls_seals_the_data_and_reports_the_peers_name(tmp_path):
     authority = Authority(tmp_path / "pki")
     server = {"credentials": authority.issue("server", "server")}
     client = {"credentials": authority.issue("client", "site-1")}
-    result, log, server_log = exchange(tmp_path, server, client, "srdma")
+    result, log, server_log = exchange(tmp_path, server, client, "srdma", NVFLARE_RDMA_FABRICS="tcp")
     assert_all_equal(result, SIZES)
     assert result["peer_cn"] == "server"
     assert "SSL site-1" in server_log

@@ -74,10 +74,3 @@ def test_a_bad_list_of_fabrics_names_what_is_allowed(value):
 
 def test_names_are_trimmed_and_case_does_not_matter():
     assert parse_fabrics(" TCP , verbs ") == ("tcp", "verbs")
-
-
-def test_shared_memory_is_for_one_host():
-    both = {"shm": OK, "tcp": OK}
-    assert choose(("shm", "tcp"), both, both, same_host=True) == ("shm", "")
-    assert choose(("shm", "tcp"), both, both, same_host=False)[0] == "tcp"
-    assert "different host" in choose(("shm", "tcp"), both, both, same_host=False)[1]

@@ -62,7 +62,7 @@ def make_context(options: dict) -> LinkContext:
         MemoryBudget(options.get("budget", 64 << 20)),
         SlotPool(keep_bytes=options.get("keep_bytes", 64 << 20)),
         order=options.get("order", [name]),
-        unavailable={n: "" for n in options.get("order", [name])},
+        unavailable=dict.fromkeys(options.get("order", [name]), ""),
         host="this host",
         chunk_bytes=options.get("chunk_bytes", 1 << 20),
         depth=options.get("depth", 8),
@@ -150,10 +150,9 @@ class Served:
         self.link.send(json.dumps(fields).encode(), 20.0)
 
     def receive(self, message: bytes | memoryview) -> None:
-        if isinstance(message, bytes):
-            if message[:1] == b"{":
-                self.work.put(lambda: self.obey(json.loads(message)))
-                return
+        if isinstance(message, bytes) and message[:1] == b"{":
+            self.work.put(lambda: self.obey(json.loads(message)))
+            return
         self.answer(received=len(message), digest=digest(message))
 
     def obey(self, order: dict) -> None:
