@@ -29,7 +29,7 @@ def test_the_best_common_fabric_is_chosen_and_the_others_are_explained(own, peer
     assert choose(("verbs", "tcp"), own, peer, same_host=True) == (name, passed)
 
 
-def test_shared_memory_is_for_one_host():
+def test_the_reason_of_the_peer_comes_before_another_host():
     table = {"shm": OK, "tcp": OK}
     assert choose(("shm", "tcp"), table, table, True) == ("shm", "")
     assert choose(("shm", "tcp"), table, table, False) == ("tcp", "shm: different host (or container network)")

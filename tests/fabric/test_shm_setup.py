@@ -212,15 +212,17 @@ def test_a_process_with_other_contents_there_is_not_the_peer():
 
 
 class Yama:
-    """The kernel's side of PR_SET_PTRACER, in two parts: who is declared, and what reading does without."""
+    """A kernel that takes PR_SET_PTRACER, and who was declared."""
 
     def __init__(self, monkeypatch) -> None:
         self.declared: list[int] = []
+        self.really = process_memory._prctl
         monkeypatch.setattr(process_memory, "_prctl", self.prctl)
 
-    def prctl(self, option: int, pid: int, *_: int) -> int:
+    def prctl(self, option: int, pid: int, *rest: int) -> int:
         assert option == 0x59616D61
         self.declared.append(pid)
+        self.really(option, pid, *rest)  # this kernel may have Yama
         return 0
 
 
