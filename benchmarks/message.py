@@ -14,11 +14,12 @@ import json
 import os
 import platform
 import resource
-import socket
 import statistics
 import subprocess
 import sys
 import time
+
+from measuring import free_port
 
 from nvflare_rdma.cli import driver_path
 
@@ -54,12 +55,6 @@ def peer(role: str, url: str, nbytes: int) -> None:
         result = {"seconds": seconds, "equal": bool(reply.payload == data)}
     cell.stop()
     print(json.dumps(result | usage()))
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def echo(driver: str, nbytes: int) -> dict[str, float]:
