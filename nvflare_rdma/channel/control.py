@@ -78,18 +78,27 @@ class ControlStream:
         if data:
             self._sock.sendall(data)
 
-    def send(self, messages: Iterable[bytes]) -> None:
-        """Send all of it. One thread at a time."""
+    def protect(self, messages: Iterable[bytes]) -> bytes:
+        """What to send for ``messages``. In the order in which it is sent."""
         data = b"".join(messages)
         if self._tls is None:
-            self._sock.sendall(data)
-            return
+            return data
         with self._tls_lock:
             view = memoryview(data)
             while view:
                 view = view[self._tls.write(view) :]
-            sealed = self._outgoing.read()
-        self._sock.sendall(sealed)
+            return self._outgoing.read()
+
+    def send(self, data: bytes) -> None:
+        """Send all of it (see `protect`). One thread at a time, and not while `send_now` is called."""
+        self._sock.sendall(data)
+
+    def send_now(self, data: bytes) -> bytes:
+        """Send what the socket takes at once; the rest is for `send`."""
+        try:
+            return data[self._sock.send(data, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            return data
 
     def receive(self, timeout: float) -> bytes | None:
         """At least one byte; b"" when the peer has closed; None if nothing came in ``timeout`` seconds.

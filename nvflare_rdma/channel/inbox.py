@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nvflare_rdma.channel import events, sealing
+from nvflare_rdma.channel.controllers import Controller
 from nvflare_rdma.errors import FabricError, IntegrityError
 from nvflare_rdma.fabric.base import Endpoint, Region, RemoteSlice
 from nvflare_rdma.fabric.memory import MemoryBudget, Reservation, SlotPool
@@ -48,12 +49,14 @@ class Inbox:
         self,
         budget: MemoryBudget,
         pool: SlotPool,
+        controller: Controller,
         name: str,
         wait: float,
         later: Callable[[Callable[[], None]], None],
     ) -> None:
         self._budget = budget
         self._pool = pool
+        self._controller = controller
         self._name = name
         self._wait = wait
         self._later = later
@@ -71,11 +74,20 @@ class Inbox:
 
     def reserve(self, transfer: int, length: int, granted: Callable[[], None], refused: Callable[[str], None]) -> None:
         """Ask for a message's memory, when the lock is released; ``granted`` is followed by `take_up`."""
-        cost, holder = self._pool.cost(length), f"{self._name} ({length} bytes)"
+        cost, holder = self._cost(length), f"{self._name} ({length} bytes)"
         deadline = time.monotonic() + self._wait
         reservation = Reservation(self._budget, cost, holder, granted, refused, deadline)
         self._waiting[transfer] = reservation
         self._later(reservation.request)
+
+    def _cost(self, length: int) -> int:
+        """What receiving a message holds: its buffer, and the slots that its sealed chunks land in."""
+        cost = self._pool.cost(length)
+        if self._opener is not None:
+            chunk = min(self._controller.chunk_bytes, length)
+            slots = -(-min(self._controller.window_bytes, length) // chunk)
+            cost += slots * self._pool.cost(chunk + sealing.TAG_BYTES)
+        return cost
 
     def take_up(self, transfer: int) -> Reservation | None:
         """What was granted; None if the message has failed meanwhile."""

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 Delivery: TypeAlias = bytes | memoryview
 _LINGER = 5.0
 _TICK = 1.0
+_SEND_NOW_BYTES = 128 * 1024
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class Link:
         own = {n: context.unavailable.get(n, "not part of this process") for n in context.order}
         self._own = {n: reason or ("" if n in fabrics else "not part of this link") for n, reason in own.items()}
         self._chooser = FabricChooser(context.order, self._own, context.host, time.monotonic)
+        # What is on its way to a receiver never exceeds the memory that it may use.
+        controller = make_controller(context.controller, context.chunk_bytes, context.depth, context.budget.limit)
         self._core = Channel(
             role,
             limits,
@@ -104,16 +107,16 @@ class Link:
                 context.host,
                 context.integrity,
             ),
-            # What is on its way to a receiver never exceeds the memory that it may use.
-            make_controller(context.controller, context.chunk_bytes, context.depth, context.budget.limit),
+            controller,
             time.monotonic(),
             sealing.TAG_BYTES if self._key else 0,
         )
-        self._inbox = Inbox(context.budget, context.pool, name, context.memory_wait, self._after.append)
+        self._inbox = Inbox(context.budget, context.pool, controller, name, context.memory_wait, self._after.append)
         self._outbox = Outbox(self._room, context.window_bytes, context.pool, name)
         self._rails: RailSet | None = None
-        #: control messages, and how many of their bytes are inline messages; None ends the writer
-        self._output: queue.SimpleQueue[tuple[list[bytes], int] | None] = queue.SimpleQueue()
+        #: Control messages, or what of them is ready for the socket, and how many bytes are inline messages; None ends
+        #: the writer. It has only what could not be sent at once.
+        self._output: queue.SimpleQueue[tuple[list[bytes] | bytes, int] | None] = queue.SimpleQueue()
         self._unsent = 0  # batches in _output
         self._write_progress = time.monotonic()
         self._to_dial: events.OpenRails | None = None
@@ -377,12 +380,24 @@ class Link:
         while happened := self._core.next_events():
             for event in happened:
                 self._handle(event)
-        if output := self._core.data_to_send():
-            if not self._unsent:
-                self._write_progress = time.monotonic()
-            self._outbox.queued += inline_bytes
-            self._unsent += 1
-            self._output.put((output, inline_bytes))
+        output = self._core.data_to_send()
+        if not output:
+            return
+        if not self._unsent and sum(map(len, output)) <= _SEND_NOW_BYTES:
+            # A hand-over to the writer costs more than the few bytes of a grant do.
+            with self._broken_stream():
+                if not (rest := self._stream.send_now(self._stream.protect(output))):
+                    return
+                self._queue(rest, inline_bytes)
+        else:
+            self._queue(output, inline_bytes)
+
+    def _queue(self, output: list[bytes] | bytes, inline_bytes: int) -> None:
+        if not self._unsent:
+            self._write_progress = time.monotonic()
+        self._outbox.queued += inline_bytes
+        self._unsent += 1
+        self._output.put((output, inline_bytes))
 
     def _run_after(self) -> None:
         while True:
@@ -398,8 +413,11 @@ class Link:
     def _handle(self, event: events.Event) -> None:
         match event:
             case events.WriteChunk():
-                if self._rails is not None:
-                    self._rails.post(event)
+                if (rails := self._rails) is not None:
+                    if rails.endpoint.prompt and not self._outbox.guards:
+                        self._after.append(functools.partial(rails.write, event))
+                    else:
+                        rails.post(event)
             case events.ExposeChunk():
                 self._expose(event)
             case events.RevokeChunk():
@@ -554,15 +572,20 @@ class Link:
     # -- the writer ----------------------------------------------------------------------------------------
 
     def _write_loop(self) -> None:
-        try:
+        with self._broken_stream():
             while (item := self._output.get()) is not None:
-                messages, inline_bytes = item
-                self._stream.send(messages)
+                output, inline_bytes = item
+                self._stream.send(output if isinstance(output, bytes) else self._stream.protect(output))
                 with self._lock:
                     self._outbox.queued -= inline_bytes
                     self._unsent -= 1
                     self._write_progress = time.monotonic()
                     self._room.notify_all()
+
+    @contextlib.contextmanager
+    def _broken_stream(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             if not self._closing:
                 # The reader sees the same and ends the link; wake it in case it does not.

@@ -53,6 +53,11 @@ class Outbox:
         """How chunks that are written from now on are guarded."""
         self._sealer, self._checked = sealer, checked
 
+    @property
+    def guards(self) -> bool:
+        """Whether `prepare` has work to do."""
+        return self._checked or self._sealer is not None
+
     def wait_for_room(self, length: int, inline: bool, timeout: float) -> bool:
         """Wait once, or not at all if ``length`` bytes fit; False when that woke up and has to look again.
 

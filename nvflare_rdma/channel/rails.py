@@ -51,9 +51,7 @@ class RailSet(CompletionHandler):
     def start(self, rails: int) -> None:
         for rail in range(rails):
             work: queue.SimpleQueue[events.WriteChunk | None] = queue.SimpleQueue()
-            thread = threading.Thread(
-                target=self._send, args=(rail, work), name=f"rdma-rail-{rail}-{self._name}", daemon=True
-            )
+            thread = threading.Thread(target=self._send, args=(work,), name=f"rdma-rail-{rail}", daemon=True)
             self._queues.append(work)
             self._threads.append(thread)
             thread.start()
@@ -62,16 +60,18 @@ class RailSet(CompletionHandler):
         """Have a chunk written by the thread of its rail."""
         self._queues[chunk.rail].put(chunk)
 
-    def _send(self, rail: int, work: queue.SimpleQueue[events.WriteChunk | None]) -> None:
+    def write(self, chunk: events.WriteChunk) -> None:
+        """Write a chunk in this thread."""
+        try:
+            source, digest = self._owner.prepare(chunk)
+            self.endpoint.write(chunk.rail, source, chunk.remote, chunk.notification, digest)
+        except Exception as error:  # noqa: BLE001 - reported and translated by the link
+            if not self._closed:
+                self._owner.failed(error)
+
+    def _send(self, work: queue.SimpleQueue[events.WriteChunk | None]) -> None:
         while (chunk := work.get()) is not None and not self._closed:
-            try:
-                source, digest = self._owner.prepare(chunk)
-                self.endpoint.write(rail, source, chunk.remote, chunk.notification, digest)
-            except Exception as error:  # noqa: BLE001 - reported and translated by the link
-                if not self._closed:
-                    self._owner.failed(error)
-                return
-            del source, chunk  # keep no reference to the buffer while waiting for the next chunk
+            self.write(chunk)
 
     def close(self) -> None:
         """Close the endpoint and end the threads. Not under a lock that they need."""

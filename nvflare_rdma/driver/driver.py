@@ -31,6 +31,7 @@ from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link, LinkContext
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
+from nvflare_rdma.driver.blob_memory import use_huge_pages
 from nvflare_rdma.driver.connection import RdmaConnection
 from nvflare_rdma.errors import (
     ConfigError,
@@ -217,6 +218,7 @@ class RdmaDriver(BaseDriver):
         params = connector.params
         try:
             require_flare("The rdma driver")
+            use_huge_pages()
             if params.get(DriverParams.SCHEME.value) == SECURE_SCHEME:
                 # FLARE knows its own secure schemes only; this is how a connection says the same.
                 params[DriverParams.SECURE.value] = True

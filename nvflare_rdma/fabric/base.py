@@ -77,6 +77,11 @@ class Endpoint(ABC):
     def rails(self) -> int:
         """How many rails were opened."""
 
+    @property
+    def prompt(self) -> bool:
+        """Whether `write` only tells somebody else to move the bytes, so that a thread of its own is not worth it."""
+        return False
+
     def allocate(self, nbytes: int) -> memoryview | None:
         """Memory that the peer can write without a copy on this side; None if any memory is as good.
 

@@ -7,6 +7,7 @@ with every round, are kept and handed out again while their pages are warm; big 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import threading
 import weakref
@@ -140,7 +141,7 @@ def anonymous_pages(nbytes: int) -> npt.NDArray[np.uint8]:
         MemoryError: the kernel has not that much.
     """
     try:
-        pages = mmap.mmap(-1, nbytes)
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no huge pages
     except OSError as error:
         raise MemoryError(f"can't map {nbytes} bytes: {error}") from error
     if nbytes >= HUGE_PAGE_BYTES:
@@ -152,13 +153,14 @@ def anonymous_pages(nbytes: int) -> npt.NDArray[np.uint8]:
 class SlotPool:
     """Buffers that are recycled when the last view of them is gone.
 
-    Sizes are rounded up to a grain, so that messages of nearly the same length share slots. At most ``keep_bytes``
-    are kept idle; what was of use least recently goes first. ``allocate`` makes new slots.
+    Sizes are rounded up to a grain, so that messages of nearly the same length share slots. What is idle stays within
+    ``keep_bytes``; without that, idle and used together stay within what was in use at the busiest moment. What was
+    of use least recently goes first. ``allocate`` makes new slots.
     """
 
     def __init__(
         self,
-        keep_bytes: int = 64 * _MIB,
+        keep_bytes: int | None = 64 * _MIB,
         allocate: Callable[[int], npt.NDArray[np.uint8]] = anonymous_pages,
     ) -> None:
         self._keep_bytes = keep_bytes
@@ -166,7 +168,9 @@ class SlotPool:
         # Appending to a deque is atomic: `_release` may run inside any allocation of any thread.
         self._free: dict[int, deque[npt.NDArray[np.uint8]]] = {}
         self._last_use: dict[int, int] = {}
-        self._takes = 0
+        self._takes = itertools.count()
+        self._used: Counter[int] = Counter()  # slots of a size that are out; approximate, as no lock guards it
+        self._busiest = 0
 
     def take(self, nbytes: int) -> memoryview:
         """A writable buffer of ``nbytes``. Its slot comes back when no view or slice of it is referenced.
@@ -175,13 +179,14 @@ class SlotPool:
             MemoryError: there is not that much.
         """
         size = self.cost(nbytes)
-        self._takes += 1
-        self._last_use[size] = self._takes
+        self._last_use[size] = next(self._takes)
         free = self._free.setdefault(size, deque())
         try:
             slot = free.pop()
         except IndexError:
             slot = self._allocate(size)
+        self._used[size] += 1
+        self._busiest = max(self._busiest, self.used_bytes)
         # The memoryview and every slice of it keep `lease` alive; `lease` keeps `slot` alive through `.base`.
         lease = slot[:nbytes]
         weakref.finalize(lease, self._release, slot).atexit = False
@@ -196,10 +201,16 @@ class SlotPool:
     def idle_bytes(self) -> int:
         return sum(size * len(free) for size, free in list(self._free.items()))
 
+    @property
+    def used_bytes(self) -> int:
+        return sum(size * count for size, count in list(self._used.items()))
+
     def _release(self, slot: npt.NDArray[np.uint8]) -> None:
-        while self.idle_bytes + slot.size > self._keep_bytes:
+        self._used[slot.size] -= 1
+        keep = self._busiest - self.used_bytes if self._keep_bytes is None else self._keep_bytes
+        while self.idle_bytes + slot.size > keep:
             others = [size for size, free in list(self._free.items()) if free and size != slot.size]
-            if not others or slot.size > self._keep_bytes:
+            if not others or slot.size > keep:
                 return
             with contextlib.suppress(IndexError):
                 self._free[min(others, key=self._last_use.__getitem__)].popleft()

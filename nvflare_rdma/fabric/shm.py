@@ -85,6 +85,10 @@ class ShmEndpoint(Endpoint):
         """``{"receive": ..., "send": ...}``, each "direct" or "memfd"; empty until the peer is here."""
         return {} if self._peer is None else {"receive": self._peer.receive, "send": self._peer.send}
 
+    @property
+    def prompt(self) -> bool:
+        return self.paths.get("send") == "direct"
+
     # -- receiving ---------------------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> memoryview | None:

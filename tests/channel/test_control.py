@@ -72,7 +72,7 @@ def test_large_messages_both_ways_and_the_end(streams):
             while len(received) < len(data):
                 received.extend(receiver.receive(DEADLINE))
 
-        in_parallel(lambda sender=sender: sender.send([data[:100], data[100:]]), collect)
+        in_parallel(lambda sender=sender: sender.send(sender.protect([data[:100], data[100:]])), collect)
         assert received == data
     client.close()
     assert server.receive(DEADLINE) == b""
@@ -82,7 +82,7 @@ def test_receive_gives_up_after_its_timeout_without_closing(streams):
     client, server = streams
     in_parallel(lambda: client.handshake(DEADLINE), lambda: server.handshake(DEADLINE))
     assert server.receive(0.05) is None
-    client.send([b"late"])
+    client.send(client.protect([b"late"]))
     assert server.receive(DEADLINE) == b"late"
 
 

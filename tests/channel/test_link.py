@@ -216,7 +216,7 @@ def test_giving_up_a_message_ends_it_on_both_sides_and_harms_no_other():
 
 def test_a_peer_that_breaks_the_protocol_is_disconnected_and_told_why(caplog):
     with link_pair() as pair:
-        pair.active._stream.send([b"\x00\x00\x00\x01\xee"])
+        pair.active._stream.send(b"\x00\x00\x00\x01\xee")
         pair.join()
     assert "passive: disconnected, the peer broke the protocol: control message of unknown type 238" in caplog.text
     assert "active: the peer disconnected: control message of unknown type 238" in caplog.text

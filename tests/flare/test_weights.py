@@ -60,5 +60,5 @@ def test_weights_arrive_within_the_bound_in_both_directions(quantization_type, t
         assert ((model[name] - mean).abs() <= allowed).all(), name
         assert not torch.equal(model[name], mean), f"{name} was not quantized"
     log = next((tmp_path / "ws").rglob("server/log.txt")).read_text()
-    assert "data goes over tcp" in log
+    assert "data goes over shm" in log
     assert ("diverged: normfloat4 can't carry NaN or Inf" in log) == (codec.bits == 4)
