@@ -17,17 +17,22 @@ from typing import Any
 from measuring import MIB, Meter, obey, pattern
 
 from nvflare_rdma.channel.control import ControlStream
-from nvflare_rdma.channel.core import ChannelLimits
+from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link, LinkContext
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
 from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
+from nvflare_rdma.fabric.shm import ShmFabric
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
 
 HOST, NAME, TIMEOUT = "127.0.0.1", "bench", 120.0
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
-#: Fabric -> how to make one: (rails, dial or None on the listening side).
-FABRICS: dict[str, Callable[[int, Callable[[], socket.socket] | None], Any]] = {"tcp": TcpFabric}
+#: What is measured -> the fabric's name, and how to make one: (rails, dial or None on the listening side).
+FABRICS: dict[str, tuple[str, Callable[[int, Callable[[], socket.socket] | None], Any]]] = {
+    "tcp": ("tcp", TcpFabric),
+    "shm-direct": ("shm", lambda rails, dial: ShmFabric(("direct",))),
+    "shm-memfd": ("shm", lambda rails, dial: ShmFabric(("memfd",))),
+}
 
 
 def open_link(
@@ -40,25 +45,30 @@ def open_link(
     deliver: Callable[[Any], None],
 ) -> Link:
     """All that this file knows of how a link is made."""
-    limits = ChannelLimits(max_message_bytes=1 << 31, chunk_bytes=chunk)
-    context = LinkContext(limits, MemoryBudget(64 * MIB), SlotPool(), (fabric,), {fabric: ""})
+    limits = ChannelLimits(max_message_bytes=1 << 31)
+    name, make = FABRICS[fabric]
+    context = LinkContext(
+        *(limits, MemoryBudget(64 * MIB), SlotPool(keep_bytes=None), (name,), {name: ""}),
+        host="this",
+        chunk_bytes=chunk,
+    )
     if role == "send":
         dial = functools.partial(socket.create_connection, (HOST, port), TIMEOUT)
         sock = dial()
         if tls is None:
             sock.sendall(CONTROL_MAGIC)
-        made, side = FABRICS[fabric](rails, dial), Role.ACTIVE
+        made, side = make(rails, dial), Role.ACTIVE
     else:
         listener = socket.create_server((HOST, port))
         print("{}", flush=True)
         sock, _ = listener.accept()
         if tls is None:
             receive_exactly(sock, memoryview(bytearray(len(CONTROL_MAGIC))))
-        made, side = FABRICS[fabric](rails, None), Role.PASSIVE
+        made, side = make(rails, None), Role.PASSIVE
         threading.Thread(target=admit_rails, args=(listener, made), daemon=True).start()
     stream = ControlStream(sock, tls, server_side=role != "send")
     stream.handshake(TIMEOUT)
-    link = Link(stream, side, {fabric: made}, context, deliver, NAME)
+    link = Link(stream, side, {name: made}, context, deliver, NAME)
     link.open()
     threading.Thread(target=link.run, daemon=True).start()
     return link
@@ -129,7 +139,9 @@ class LoopSide:
 
     def __init__(self, role: str, options: dict[str, Any]) -> None:
         self._total, self._chunk = options["total"], options["chunk"]
-        self._memory = memoryview(bytearray(os.urandom(self._chunk)))
+        # As large as a link's message, so that it is no more at home in the caches.
+        self._memory = memoryview(pattern(options["message"]))
+        self._offsets = range(0, options["message"], self._chunk)
         self._libc = ctypes.CDLL(None, use_errno=True)
         if role == "receive":
             listener = socket.create_server((HOST, options["port"]))
@@ -142,13 +154,15 @@ class LoopSide:
 
     def send(self) -> dict[str, Any]:
         start = time.monotonic()
-        for _ in range(self._total // self._chunk):
-            self._sock.sendall(self._memory)
+        for _ in range(self._total // len(self._memory)):
+            for offset in self._offsets:
+                self._sock.sendall(self._memory[offset : offset + self._chunk])
         return {"at": start}
 
     def receive(self) -> dict[str, Any]:
-        for _ in range(self._total // self._chunk):
-            receive_exactly(self._sock, self._memory)
+        for _ in range(self._total // len(self._memory)):
+            for offset in self._offsets:
+                receive_exactly(self._sock, self._memory[offset : offset + self._chunk])
         return {"at": time.monotonic()}
 
     def expose(self) -> dict[str, Any]:
@@ -157,12 +171,14 @@ class LoopSide:
         return {"pid": os.getpid(), "address": ctypes.addressof(ctypes.c_char.from_buffer(self._memory))}
 
     def read(self, pid: int, address: int) -> dict[str, Any]:
-        own = (ctypes.c_size_t * 2)(ctypes.addressof(ctypes.c_char.from_buffer(self._memory)), self._chunk)
-        other = (ctypes.c_size_t * 2)(address, self._chunk)
+        into = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         call = self._libc.process_vm_readv
         call.restype = ctypes.c_ssize_t
         start = time.monotonic()
-        for _ in range(self._total // self._chunk):
+        for step in range(self._total // self._chunk):
+            offset = self._offsets[step % len(self._offsets)]
+            own = (ctypes.c_size_t * 2)(into + offset, self._chunk)
+            other = (ctypes.c_size_t * 2)(address + offset, self._chunk)
             got = call(pid, ctypes.byref(own), ctypes.c_ulong(1), ctypes.byref(other), ctypes.c_ulong(1), 0)
             if got != self._chunk:
                 return {"refused": os.strerror(ctypes.get_errno())}
