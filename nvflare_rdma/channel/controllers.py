@@ -1,0 +1,277 @@
+"""Controllers: how large the next granted chunk is, and how many bytes may be granted and not yet landed.
+
+One per connection, at the receiver, which alone sets the pace. Time comes in as an argument (seconds of any
+monotonic clock); nothing here looks at a clock, starts a thread or is random.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from nvflare_rdma.channel.climbing import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, ChunkClimber
+from nvflare_rdma.channel.estimators import DeliveryRate, LatencyFloor, MaxFilter
+
+# Grants open at once that a sender and its NIC can be expected to hold; beyond, chunks get larger instead.
+MAX_GRANTS = 256
+
+
+class Controller(ABC):
+    """Told of every chunk that is granted, lands or will not; asked for size and window before each grant."""
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def chunk_bytes(self) -> int:
+        """Length of the next chunk to grant; what is left of a message may be less."""
+
+    @property
+    @abstractmethod
+    def window_bytes(self) -> int:
+        """Bytes that may be granted and not landed at once, over all messages of the connection; at least a chunk."""
+
+    def granted(self, length: int, now: float) -> None:
+        """A chunk was granted at ``now``."""
+
+    def landed(self, length: int, granted_at: float, now: float) -> None:
+        """A chunk that was granted at ``granted_at`` (the same value as told then) has landed."""
+
+    def lost(self, length: int, now: float) -> None:
+        """A granted chunk will not land: its rail broke, or it arrived damaged."""
+
+    def idle(self, now: float) -> None:
+        """The window is not filled because the sender has nothing more to send."""
+
+
+class FixedController(Controller):
+    """The same chunk and ``depth`` of them in flight, whatever happens."""
+
+    name: ClassVar[str] = "fixed"
+
+    def __init__(self, chunk_bytes: int, depth: int, max_window_bytes: int) -> None:
+        self._chunk_bytes = min(chunk_bytes, max_window_bytes)
+        self._window_bytes = min(chunk_bytes * depth, max_window_bytes)
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self._chunk_bytes
+
+    @property
+    def window_bytes(self) -> int:
+        return self._window_bytes
+
+
+class AdaptiveController(Controller):
+    """Measures the link and fills it.
+
+    The window follows BBR (Cardwell et al., "BBR: Congestion-Based Congestion Control", ACM Queue 14(5), 2016): a
+    gain times the largest recent delivery rate times the least latency from grant to landing. A high gain at the
+    start ends when the rate no longer grows; now and then the window is made small for a moment to see the latency
+    without queue. Three things differ because grants, not packets, are paced: the latency is that of whole chunks,
+    by size; its spread within a round (chunks that had to be sent again) is added, since the link is idle while
+    they wait; and a latency that the window cannot explain brings that look at the queue-less latency forward,
+    which tells a slower link from a longer one. Chunks that never land, if more than 2 % of a round (BBRv2's
+    threshold), take the gain off the window.
+
+    The chunk size is found by hill climbing on goodput (see `ChunkClimber`). That there is a best one on lossy
+    links, and that fast links want several in flight, is FedRDMA's (arXiv 2403.00881).
+    """
+
+    name: ClassVar[str] = "adaptive"
+
+    START_GAIN = 8.0  # BBR's 2/ln 2 takes 5 round trips from 8 MiB to the BDP of 100 Gbit/s and 100 ms; this takes 2
+    GAIN = 1.5
+    GROWTH = 1.25  # a round that brings less than this over the best before did not find more bandwidth
+    FLAT_ROUNDS = 2
+    RATE_ROUNDS = 10
+    OVERTAKEN = 2.0
+    FIRST_TRY = 0.75
+    MAX_LOSS = 0.02
+    BACKOFF = 0.7
+    PROBE_SECONDS = 10.0
+    PROBE_ROUNDS = 50
+    PROBE_CHUNKS = 4
+    CHUNK_SECONDS = 0.05  # a chunk longer than this on the wire leaves too few completions to learn from
+
+    def __init__(self, chunk_bytes: int, depth: int, max_window_bytes: int) -> None:
+        self._max_window = max_window_bytes
+        self._largest = max(min(MAX_CHUNK_BYTES, max_window_bytes), 1)
+        self._smallest = min(MIN_CHUNK_BYTES, self._largest)
+        # Steps of two from the least size, so that sizes met again are known again.
+        chunk_bytes = min(max(chunk_bytes, self._smallest), self._largest)
+        self._climber = ChunkClimber(chunk_bytes)
+        self._window = self._start_window = min(max(chunk_bytes * depth, chunk_bytes), max_window_bytes)
+        self._rate = DeliveryRate()
+        self._bandwidth = MaxFilter(self.RATE_ROUNDS)
+        self._floor = LatencyFloor()
+        self._starting = True
+        self._best_rate = 0.0
+        self._flat_rounds = 0
+        self._loss_cap: float | None = None
+        self._probe: list[tuple[int, float]] | None = None
+        self._probe_from: float | None = None
+        self._probed_at: float | None = None
+        self._rounds_since_probe = 0
+        self._slow_rounds = 0
+        self._losses_in_a_row = 0
+        self._passed = self._on_time = 0
+        self._new_round()
+
+    def _new_round(self) -> None:
+        self._round_landed = self._round_lost = 0
+        self._round_least = float("inf")
+
+    @property
+    def chunk_bytes(self) -> int:
+        return min(self._climber.size, self._largest)
+
+    @property
+    def window_bytes(self) -> int:
+        return self._window
+
+    def granted(self, length: int, now: float) -> None:
+        self._rate.granted(length, now)
+
+    def idle(self, now: float) -> None:
+        self._rate.idle()
+
+    def landed(self, length: int, granted_at: float, now: float) -> None:
+        sample = self._rate.landed(length, granted_at, now)
+        latency = max(now - granted_at, 0.0)
+        self._losses_in_a_row = 0
+        if self._probed_at is None:
+            self._probed_at = now
+        if sample.rate is not None and (not sample.app_limited or sample.rate > self._bandwidth.value):
+            self._bandwidth.add(sample.rate)
+        self._floor.add(length, latency)
+        if length >= self.chunk_bytes // 2:
+            self._round_least = min(self._round_least, latency)
+        self._round_landed += length
+        if sample.round_ended:
+            self._end_round(sample.app_limited, now)
+        if self._probe is not None:
+            self._probing(length, granted_at, latency, now)
+        if self._starting or self._probe is not None or sample.app_limited:
+            self._climber.interrupt()
+        else:
+            least, most = self._chunk_limits()
+            self._climber.landed(length, granted_at, now, sample.round_ended, least, most, self._rate.in_flight)
+        self._resize()
+
+    def lost(self, length: int, now: float) -> None:
+        self._rate.lost(length)
+        self._round_lost += length
+        self._losses_in_a_row += 1
+        if self._losses_in_a_row > 1:
+            self._climber.halve(self._rate.in_flight, now)
+        self._resize()
+
+    # -- rounds --------------------------------------------------------------------------------------------
+
+    def _end_round(self, app_limited: bool, now: float) -> None:
+        lost = self._round_lost / (self._round_lost + self._round_landed)
+        if lost > self.MAX_LOSS:
+            self._loss_cap = self.BACKOFF * self._window
+        elif self._loss_cap is not None:
+            self._loss_cap = self._loss_cap * self.GROWTH if self._loss_cap < self._max_window else None
+        self._look_for_retries(now)
+        if not app_limited and self._probe is None:
+            if self._starting:
+                self._look_for_the_end_of_growth()
+            else:
+                self._look_for_a_change(now)
+            self._bandwidth.next_round()
+        self._new_round()
+
+    def _look_for_retries(self, now: float) -> None:
+        """Chunks that others overtake were probably sent twice: smaller ones have better chances."""
+        passed = self._rate.passed - self._passed
+        if passed >= 8 * self.chunk_bytes:
+            first_try = min(max((self._rate.on_time - self._on_time) / passed, 0.01), 1.0)
+            self._passed, self._on_time = self._rate.passed, self._rate.on_time
+            steps = 0
+            while first_try < self.FIRST_TRY and steps < 3:
+                first_try **= 0.5  # half the packets
+                steps += 1
+            if steps:
+                self._climber.suspect(steps, self._starting, *self._chunk_limits(), self._rate.in_flight, now)
+
+    def _look_for_the_end_of_growth(self) -> None:
+        if self._bandwidth.value > self.GROWTH * self._best_rate:
+            self._best_rate = self._bandwidth.value
+            self._flat_rounds = 0
+        else:
+            self._flat_rounds += 1
+            self._starting = self._flat_rounds < self.FLAT_ROUNDS
+
+    def _look_for_a_change(self, now: float) -> None:
+        self._rounds_since_probe += 1
+        floor = self._floor.get(self.chunk_bytes, self._bandwidth.value)
+        explained = max(2 * floor, 1.5 * (floor + self._window / max(self._bandwidth.value, 1.0)))
+        self._slow_rounds = self._slow_rounds + 1 if explained < self._round_least < float("inf") else 0
+        assert self._probed_at is not None
+        due = now - self._probed_at > self.PROBE_SECONDS and self._rounds_since_probe > self.PROBE_ROUNDS
+        if due or (self._slow_rounds >= 2 and self._rounds_since_probe > self.RATE_ROUNDS):
+            self._probe, self._probe_from = [], None
+
+    def _probing(self, length: int, granted_at: float, latency: float, now: float) -> None:
+        """Wait until the window is drained to half a BDP, then take the latencies of what is granted from there on."""
+        assert self._probe is not None
+        if self._probe_from is None:
+            if self._rate.in_flight <= self._probe_window():
+                self._probe_from = now
+        elif granted_at >= self._probe_from:
+            self._probe.append((length, latency))
+            if len(self._probe) >= self.PROBE_CHUNKS:
+                before = self._floor.get(length, self._bandwidth.value)
+                self._floor.clear()
+                for sample in self._probe:
+                    self._floor.add(*sample)
+                if self._slow_rounds >= 2 and self._floor.get(length, self._bandwidth.value) < 1.5 * before:
+                    # The latency was a queue: the link is slower than the filter remembers.
+                    self._bandwidth.forget(2)
+                self._probe = None
+                self._probed_at = now
+                self._rounds_since_probe = self._slow_rounds = 0
+    
+    # -- sizes ---------------------------------------------------------------------------------------------
+
+    def _probe_window(self) -> float:
+        return max(self.chunk_bytes, 0.5 * self._bandwidth.value * self._floor.get(self.chunk_bytes, self._bandwidth.value))
+
+    def _chunk_limits(self) -> tuple[int, int]:
+        most = self._smallest
+        while most * 2 <= min(self._largest, self._bandwidth.value * self.CHUNK_SECONDS):
+            most *= 2
+        least = self._smallest
+        while least < self._window / MAX_GRANTS and least * 2 <= self._largest:
+            least *= 2
+        return least, max(least, most)
+
+    def _resize(self) -> None:
+        chunk = self.chunk_bytes
+        floor = self._floor.get(chunk, self._bandwidth.value)
+        if self._probe is not None:
+            window = self._probe_window()
+        else:
+            window = (self.START_GAIN if self._starting else self.GAIN) * self._bandwidth.value * floor
+            if self._loss_cap is not None:
+                window = min(window, max(self._loss_cap, self._bandwidth.value * floor))
+            # Two more: one that waits for the wire while another is on it, and one whose grant is on its way.
+            window += 2 * chunk
+            window += min(self._rate.overtaken, self.OVERTAKEN * window)
+            if self._starting:
+                window = max(window, self._start_window)
+        self._window = int(min(max(window, chunk), self._max_window))
+
+
+CONTROLLERS: dict[str, type[FixedController] | type[AdaptiveController]] = {
+    controller.name: controller for controller in (FixedController, AdaptiveController)
+}
+
+
+def make_controller(name: str, chunk_bytes: int, depth: int, max_window_bytes: int) -> Controller:
+    """The controller called ``name`` (a key of `CONTROLLERS`; KeyError if it is none), which starts from ``chunk_bytes``
+    and ``depth`` of them and never has more than ``max_window_bytes`` in flight."""
+    return CONTROLLERS[name](chunk_bytes, depth, max_window_bytes)
