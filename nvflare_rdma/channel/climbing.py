@@ -71,14 +71,26 @@ class ChunkClimber:
             self._baseline = 0.0
             self._change(max(self.size // 2, MIN_CHUNK_BYTES), in_flight, now)
 
+    def try_larger(self) -> None:
+        """More chunks than can be in flight would be needed: larger ones may do."""
+        if self._trial_of is None and self._suspect_wait <= 0:
+            self._suspect_wait = self._suspect_patience = min(self._suspect_patience * 2, _MAX_PATIENCE)
+            self._step, self._wait = 1, 1
+
+    def keep_within(self, least: int, most: int, in_flight: int, now: float) -> bool:
+        """Take the nearest size of those allowed; whether that is another than before."""
+        if least <= self.size <= most:
+            return False
+        self._trial_of = None
+        self._baseline = 0.0
+        self._change(min(max(self.size, least), most), in_flight, now)
+        return True
+
     def landed(
         self, length: int, granted_at: float, now: float, round_ended: bool, least: int, most: int, in_flight: int
     ) -> None:
         """``least`` and ``most``: sizes within which to search."""
-        if not least <= self.size <= most:
-            self._trial_of = None
-            self._baseline = 0.0
-            self._change(min(max(self.size, least), most), in_flight, now)
+        if self.keep_within(least, most, in_flight, now):
             return
         if granted_at < self._changed_at:
             self._in_flight_before -= length

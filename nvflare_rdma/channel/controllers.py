@@ -101,6 +101,9 @@ class AdaptiveController(Controller):
         # Steps of two from the least size, so that sizes met again are known again.
         chunk_bytes = min(max(chunk_bytes, self._smallest), self._largest)
         self._climber = ChunkClimber(chunk_bytes)
+        self._start_chunk = chunk_bytes
+        self._first_try = 1.0
+        self._wanted: float = 0
         self._window = self._start_window = min(max(chunk_bytes * depth, chunk_bytes), max_window_bytes)
         self._rate = DeliveryRate()
         self._bandwidth = MaxFilter(self.RATE_ROUNDS)
@@ -152,10 +155,11 @@ class AdaptiveController(Controller):
             self._end_round(sample.app_limited, now)
         if self._probe is not None:
             self._probing(length, granted_at, latency, now)
+        least, most = self._chunk_limits()
         if self._starting or self._probe is not None or sample.app_limited:
             self._climber.interrupt()
+            self._climber.keep_within(least, most, self._rate.in_flight, now)
         else:
-            least, most = self._chunk_limits()
             self._climber.landed(length, granted_at, now, sample.round_ended, least, most, self._rate.in_flight)
         self._resize()
 
@@ -190,11 +194,14 @@ class AdaptiveController(Controller):
         if passed >= 8 * self.chunk_bytes:
             first_try = min(max((self._rate.on_time - self._on_time) / passed, 0.01), 1.0)
             self._passed, self._on_time = self._rate.passed, self._rate.on_time
+            self._first_try = first_try
             steps = 0
             while first_try < self.FIRST_TRY and steps < 3:
                 first_try **= 0.5  # half the packets
                 steps += 1
-            if steps:
+            if self._wanted > self._window and not self._starting:
+                self._climber.try_larger()
+            elif steps and self._wanted <= self._window:
                 self._climber.suspect(steps, self._starting, *self._chunk_limits(), self._rate.in_flight, now)
 
     def _look_for_the_end_of_growth(self) -> None:
@@ -204,6 +211,8 @@ class AdaptiveController(Controller):
         else:
             self._flat_rounds += 1
             self._starting = self._flat_rounds < self.FLAT_ROUNDS
+            if not self._starting:
+                self._probe, self._probe_from = [], None  # as BBR drains the queue that its start has built
 
     def _look_for_a_change(self, now: float) -> None:
         self._rounds_since_probe += 1
@@ -228,26 +237,30 @@ class AdaptiveController(Controller):
                 self._floor.clear()
                 for sample in self._probe:
                     self._floor.add(*sample)
-                if self._slow_rounds >= 2 and self._floor.get(length, self._bandwidth.value) < 1.5 * before:
+                floor = self._floor.get(length, self._bandwidth.value)
+                if self._slow_rounds >= 2 and floor < 1.5 * before:
                     # The latency was a queue: the link is slower than the filter remembers.
                     self._bandwidth.forget(2)
-                self._probe = None
+                self._slow_rounds = self._rounds_since_probe = 0
                 self._probed_at = now
-                self._rounds_since_probe = self._slow_rounds = 0
-    
+                # Much less than before: half a BDP was meant, but it may still have been a queue. Look again.
+                self._probe, self._probe_from = ([], None) if floor < 0.7 * before else (None, None)
+
     # -- sizes ---------------------------------------------------------------------------------------------
 
     def _probe_window(self) -> float:
         return max(self.chunk_bytes, 0.5 * self._bandwidth.value * self._floor.get(self.chunk_bytes, self._bandwidth.value))
 
     def _chunk_limits(self) -> tuple[int, int]:
+        """Sizes to search: enough chunks to learn from, and, unless many fail, no more than may be in flight."""
         most = self._smallest
         while most * 2 <= min(self._largest, self._bandwidth.value * self.CHUNK_SECONDS):
             most *= 2
         least = self._smallest
-        while least < self._window / MAX_GRANTS and least * 2 <= self._largest:
-            least *= 2
-        return least, max(least, most)
+        if self._first_try >= self.FIRST_TRY:
+            while least < self._wanted / MAX_GRANTS and least * 2 <= self._largest:
+                least *= 2
+        return least, max(least, most, self._start_chunk if self._starting else 0)
 
     def _resize(self) -> None:
         chunk = self.chunk_bytes
@@ -263,7 +276,8 @@ class AdaptiveController(Controller):
             window += min(self._rate.overtaken, self.OVERTAKEN * window)
             if self._starting:
                 window = max(window, self._start_window)
-        self._window = int(min(max(window, chunk), self._max_window))
+        self._wanted = min(max(window, chunk), self._max_window)
+        self._window = int(min(self._wanted, MAX_GRANTS * chunk))
 
 
 CONTROLLERS: dict[str, type[FixedController] | type[AdaptiveController]] = {

@@ -67,8 +67,8 @@ class Link:
 
     @property
     def long(self) -> float:
-        """Seconds of a transfer whose start hardly counts: 2 s, 200 RTT and the time of 256 MiB, whichever is most."""
-        return max(2.0, 200 * self.rtt, 256 * MIB / self.capacity)
+        """Seconds of a transfer whose start hardly counts: 2 s, 200 RTT and the time of 1 GiB, whichever is most."""
+        return max(2.0, 200 * self.rtt, GIB / self.capacity)
 
 
 @dataclass
