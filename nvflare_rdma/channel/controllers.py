@@ -87,6 +87,7 @@ class AdaptiveController(Controller):
     RATE_ROUNDS = 10
     OVERTAKEN = 2.0
     FIRST_TRY = 0.75
+    LOSSES = 4  # in a row: the chunks are too large to arrive
     MAX_LOSS = 0.02
     BACKOFF = 0.7
     PROBE_SECONDS = 10.0
@@ -118,12 +119,14 @@ class AdaptiveController(Controller):
         self._rounds_since_probe = 0
         self._slow_rounds = 0
         self._losses_in_a_row = 0
-        self._passed = self._on_time = 0
+        self._passed = self._on_time = self._judged_from = 0
+        self._chunk_judged = chunk_bytes
         self._new_round()
 
     def _new_round(self) -> None:
         self._round_landed = self._round_lost = 0
         self._round_least = float("inf")
+        self._round_rate = 0.0
 
     @property
     def chunk_bytes(self) -> int:
@@ -147,6 +150,7 @@ class AdaptiveController(Controller):
             self._probed_at = now
         if sample.rate is not None and (not sample.app_limited or sample.rate > self._bandwidth.value):
             self._bandwidth.add(sample.rate)
+            self._round_rate = max(self._round_rate, sample.rate)
         self._floor.add(length, latency)
         if length >= self.chunk_bytes // 2:
             self._round_least = min(self._round_least, latency)
@@ -166,8 +170,9 @@ class AdaptiveController(Controller):
     def lost(self, length: int, now: float) -> None:
         self._rate.lost(length)
         self._round_lost += length
-        self._losses_in_a_row += 1
-        if self._losses_in_a_row > 1:
+        # What is lost at another size than the present one says nothing new, unless nothing has ever arrived.
+        self._losses_in_a_row += length == self.chunk_bytes or not self._rate.delivered
+        if self._losses_in_a_row >= (self.LOSSES if self._rate.delivered else 2):
             self._climber.halve(self._rate.in_flight, now)
         self._resize()
 
@@ -190,6 +195,12 @@ class AdaptiveController(Controller):
 
     def _look_for_retries(self, now: float) -> None:
         """Chunks that others overtake were probably sent twice: smaller ones have better chances."""
+        if self._chunk_judged != self.chunk_bytes:
+            self._chunk_judged = self.chunk_bytes
+            self._first_try = 0.0
+            self._judged_from = self._rate.granted_bytes
+        if self._rate.passed < self._judged_from:
+            self._passed, self._on_time = self._rate.passed, self._rate.on_time
         passed = self._rate.passed - self._passed
         if passed >= 8 * self.chunk_bytes:
             first_try = min(max((self._rate.on_time - self._on_time) / passed, 0.01), 1.0)
@@ -199,9 +210,9 @@ class AdaptiveController(Controller):
             while first_try < self.FIRST_TRY and steps < 3:
                 first_try **= 0.5  # half the packets
                 steps += 1
-            if self._wanted > self._window and not self._starting:
+            if self._wanted > MAX_GRANTS * self.chunk_bytes:
                 self._climber.try_larger()
-            elif steps and self._wanted <= self._window:
+            elif steps:
                 self._climber.suspect(steps, self._starting, *self._chunk_limits(), self._rate.in_flight, now)
 
     def _look_for_the_end_of_growth(self) -> None:
@@ -217,8 +228,10 @@ class AdaptiveController(Controller):
     def _look_for_a_change(self, now: float) -> None:
         self._rounds_since_probe += 1
         floor = self._floor.get(self.chunk_bytes, self._bandwidth.value)
-        explained = max(2 * floor, 1.5 * (floor + self._window / max(self._bandwidth.value, 1.0)))
-        self._slow_rounds = self._slow_rounds + 1 if explained < self._round_least < float("inf") else 0
+        # A queue makes chunks late, but it keeps the link full. Late and slow: the link has changed, or the floor is
+        # not what it was.
+        slow = self._round_least > 1.25 * floor and self._round_rate < 0.85 * self._bandwidth.value
+        self._slow_rounds = self._slow_rounds + 1 if slow and self._round_least < float("inf") else 0
         assert self._probed_at is not None
         due = now - self._probed_at > self.PROBE_SECONDS and self._rounds_since_probe > self.PROBE_ROUNDS
         if due or (self._slow_rounds >= 2 and self._rounds_since_probe > self.RATE_ROUNDS):

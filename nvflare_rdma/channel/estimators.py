@@ -48,7 +48,7 @@ class DeliveryRate:
         self.passed = 0
         self.on_time = 0
         self._newest = 0.0
-        self._granted = 0
+        self.granted_bytes = 0
         self._delivered_at = 0.0
         self._first_granted_at = 0.0
         self._app_limited_until = 0
@@ -59,17 +59,17 @@ class DeliveryRate:
         if not self.in_flight:
             self._snapshots.clear()  # what was lost leaves its snapshot behind
             self._delivered_at = self._first_granted_at = self._newest = now
-            self.passed = self._granted
+            self.passed = self.granted_bytes
         self.in_flight += length
         snapshot = self._snapshots.get(now)
         if snapshot is None:
             limited = self.delivered < self._app_limited_until
-            snapshot = _Snapshot(self.delivered, self._delivered_at, self._first_granted_at, self._granted, limited)
+            snapshot = _Snapshot(self.delivered, self._delivered_at, self._first_granted_at, self.granted_bytes, limited)
             self._snapshots[now] = snapshot
             if len(self._snapshots) > _MAX_SNAPSHOTS:
                 del self._snapshots[next(iter(self._snapshots))]
         snapshot.chunks += 1
-        self._granted += length
+        self.granted_bytes += length
 
     def landed(self, length: int, granted_at: float, now: float) -> Sample:
         self.in_flight = max(self.in_flight - length, 0)
@@ -98,7 +98,7 @@ class DeliveryRate:
 
     @property
     def overtaken(self) -> int:
-        return max(self.in_flight - (self._granted - self.passed), 0)
+        return max(self.in_flight - (self.granted_bytes - self.passed), 0)
 
     def idle(self) -> None:
         """All that is granted from here until what is in flight has landed may be too little for the link."""
