@@ -5,12 +5,13 @@ from __future__ import annotations
 MIN_CHUNK_BYTES = 64 * 1024
 MAX_CHUNK_BYTES = 16 * 1024 * 1024
 
-_CHUNKS = 24  # landed chunks that an epoch needs, so that one more lost or late does not decide
+_CHUNKS = 32  # landed chunks that an epoch needs, so that one more lost or late does not decide
 _ROUNDS = 2
 _SETTLE_ROUNDS = 8
 _GAIN = 1.05  # by how much a size must be better to be taken
 _STEADY = 1.25  # two epochs differ by less: the rate is no longer on its way somewhere
 _MAX_PATIENCE = 64
+_RISKY_PATIENCE = 8
 
 
 class ChunkClimber:
@@ -64,8 +65,12 @@ class ChunkClimber:
             self._change(size, in_flight, now)
 
     def halve(self, in_flight: int, now: float) -> None:
-        """Chunks do not arrive at all: take half the size without a trial."""
-        if self.size > MIN_CHUNK_BYTES:
+        """Chunks do not arrive at all: end the trial that brought this, or take half the size without one."""
+        if self._trial_of is not None and self._trial_of < self.size:
+            size, self._trial_of = self._trial_of, None
+            self._turn()
+            self._change(size, in_flight, now)
+        elif self.size > MIN_CHUNK_BYTES:
             self._trial_of = None
             self._step, self._wait = 1, 2
             self._baseline = 0.0
@@ -87,9 +92,9 @@ class ChunkClimber:
         return True
 
     def landed(
-        self, length: int, granted_at: float, now: float, round_ended: bool, least: int, most: int, in_flight: int
+        self, length: int, granted_at: float, now: float, round_ended: bool, least: int, most: int, risky: bool, in_flight: int
     ) -> None:
-        """``least`` and ``most``: sizes within which to search."""
+        """``least`` and ``most``: sizes within which to search. ``risky``: larger chunks may well fail."""
         if self.keep_within(least, most, in_flight, now):
             return
         if granted_at < self._changed_at:
@@ -107,11 +112,11 @@ class ChunkClimber:
         if self._chunks >= _CHUNKS and self._rounds >= _ROUNDS and now > self._began:
             goodput = self._bytes / (now - self._began)
             self.interrupt()
-            size = self._next_size(goodput, least, most)
+            size = self._next_size(goodput, least, most, risky)
             if size != self.size:
                 self._change(size, in_flight, now)
 
-    def _next_size(self, goodput: float, least: int, most: int) -> int:
+    def _next_size(self, goodput: float, least: int, most: int, risky: bool) -> int:
         """The size for the next epoch, after one that brought ``goodput``."""
         self._suspect_wait -= 1
         if self._trial_of is not None:
@@ -130,6 +135,9 @@ class ChunkClimber:
                 return self.size
             self._wait -= 1
             if self._wait > 0:
+                return self.size
+            if risky and self._step > 0 and self._patience < _RISKY_PATIENCE:
+                self._patience = self._wait = _RISKY_PATIENCE
                 return self.size
         size = self.size * 2 if self._step > 0 else self.size // 2
         if least <= size <= most:

@@ -87,6 +87,7 @@ class AdaptiveController(Controller):
     RATE_ROUNDS = 10
     OVERTAKEN = 2.0
     FIRST_TRY = 0.75
+    SURE = 0.9
     LOSSES = 4  # in a row: the chunks are too large to arrive
     MAX_LOSS = 0.02
     BACKOFF = 0.7
@@ -164,7 +165,10 @@ class AdaptiveController(Controller):
             self._climber.interrupt()
             self._climber.keep_within(least, most, self._rate.in_flight, now)
         else:
-            self._climber.landed(length, granted_at, now, sample.round_ended, least, most, self._rate.in_flight)
+            risky = self._first_try < self.FIRST_TRY and self._window < MAX_GRANTS * self.chunk_bytes
+            self._climber.landed(
+                length, granted_at, now, sample.round_ended, least, most, risky, self._rate.in_flight
+            )
         self._resize()
 
     def lost(self, length: int, now: float) -> None:
@@ -270,8 +274,9 @@ class AdaptiveController(Controller):
         while most * 2 <= min(self._largest, self._bandwidth.value * self.CHUNK_SECONDS):
             most *= 2
         least = self._smallest
-        if self._first_try >= self.FIRST_TRY:
-            while least < self._wanted / MAX_GRANTS and least * 2 <= self._largest:
+        needed = self._wanted / self.GAIN / MAX_GRANTS
+        if self._first_try >= self.SURE:
+            while least < min(needed, 2 * self.chunk_bytes) and least * 2 <= self._largest:
                 least *= 2
         return least, max(least, most, self._start_chunk if self._starting else 0)
 
