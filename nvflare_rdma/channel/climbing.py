@@ -11,7 +11,8 @@ _SETTLE_ROUNDS = 8
 _GAIN = 1.05  # by how much a size must be better to be taken
 _STEADY = 1.25  # two epochs differ by less: the rate is no longer on its way somewhere
 _MAX_PATIENCE = 64
-_RISKY_PATIENCE = 8
+_SUSPECT_PATIENCE = 4
+_RISKY_PATIENCE = 4
 
 
 class ChunkClimber:
@@ -29,10 +30,10 @@ class ChunkClimber:
         self._changed_at = float("-inf")
         self._step = -1
         self._trial_of: int | None = None
-        self._baseline = 0.0
+        self.baseline = 0.0
         self._failed = 0
         self._patience = self._wait = 1
-        self._suspect_patience = 1
+        self._suspect_patience = _SUSPECT_PATIENCE
         self._suspect_wait = 0
         self._settling = 0
         self.interrupt()
@@ -56,9 +57,9 @@ class ChunkClimber:
             return
         if at_once:
             self._change(size, in_flight, now)
-            self._baseline = 0.0
+            self.baseline = 0.0
             self._step = 1
-        elif self._baseline and self._suspect_wait <= 0:
+        elif self.baseline and self._suspect_wait <= 0:
             self._trial_of = self.size
             self._suspect_wait = self._suspect_patience = min(self._suspect_patience * 2, _MAX_PATIENCE)
             self._step = -1
@@ -73,7 +74,7 @@ class ChunkClimber:
         elif self.size > MIN_CHUNK_BYTES:
             self._trial_of = None
             self._step, self._wait = 1, 2
-            self._baseline = 0.0
+            self.baseline = 0.0
             self._change(max(self.size // 2, MIN_CHUNK_BYTES), in_flight, now)
 
     def try_larger(self) -> None:
@@ -87,14 +88,15 @@ class ChunkClimber:
         if least <= self.size <= most:
             return False
         self._trial_of = None
-        self._baseline = 0.0
+        self.baseline = 0.0
         self._change(min(max(self.size, least), most), in_flight, now)
         return True
 
     def landed(
-        self, length: int, granted_at: float, now: float, round_ended: bool, least: int, most: int, risky: bool, in_flight: int
+        self, length: int, granted_at: float, now: float, round_ended: bool, least: int, most: int, useful: float, risky: bool, in_flight: int
     ) -> None:
-        """``least`` and ``most``: sizes within which to search. ``risky``: larger chunks may well fail."""
+        """``least`` and ``most``: sizes within which to search; ``useful``: smaller ones can't do as well as this one
+        (their number is bounded). ``risky``: larger chunks may well fail."""
         if self.keep_within(least, most, in_flight, now):
             return
         if granted_at < self._changed_at:
@@ -112,25 +114,25 @@ class ChunkClimber:
         if self._chunks >= _CHUNKS and self._rounds >= _ROUNDS and now > self._began:
             goodput = self._bytes / (now - self._began)
             self.interrupt()
-            size = self._next_size(goodput, least, most, risky)
+            size = self._next_size(goodput, least, most, useful, risky)
             if size != self.size:
                 self._change(size, in_flight, now)
 
-    def _next_size(self, goodput: float, least: int, most: int, risky: bool) -> int:
+    def _next_size(self, goodput: float, least: int, most: int, useful: float, risky: bool) -> int:
         """The size for the next epoch, after one that brought ``goodput``."""
         self._suspect_wait -= 1
         if self._trial_of is not None:
             before, self._trial_of = self._trial_of, None
-            if goodput <= _GAIN * self._baseline:
+            if goodput <= _GAIN * self.baseline:
                 self._turn()
                 return before
             self._failed = 0
             self._patience = self._wait = 1
-            self._suspect_patience = 1
-            self._baseline = goodput
+            self._suspect_patience = _SUSPECT_PATIENCE
+            self.baseline = goodput
         else:
-            steady = self._baseline / _STEADY < goodput < self._baseline * _STEADY
-            self._baseline = goodput
+            steady = self.baseline / _STEADY < goodput < self.baseline * _STEADY
+            self.baseline = goodput
             if not steady:
                 return self.size
             self._wait -= 1
@@ -140,7 +142,7 @@ class ChunkClimber:
                 self._patience = self._wait = _RISKY_PATIENCE
                 return self.size
         size = self.size * 2 if self._step > 0 else self.size // 2
-        if least <= size <= most:
+        if (least if self._step > 0 else max(least, useful)) <= size <= most:
             self._trial_of = self.size
             return size
         self._turn()

@@ -88,12 +88,14 @@ class AdaptiveController(Controller):
     OVERTAKEN = 2.0
     FIRST_TRY = 0.75
     SURE = 0.9
+    SOME_TRIES = 0.6  # with twice the bytes in flight, chances of 0.6 squared are still better than 0.6
     LOSSES = 4  # in a row: the chunks are too large to arrive
     MAX_LOSS = 0.02
     BACKOFF = 0.7
     PROBE_SECONDS = 10.0
     PROBE_ROUNDS = 50
     PROBE_CHUNKS = 4
+    MAX_PROBE_PATIENCE = 640
     CHUNK_SECONDS = 0.05  # a chunk longer than this on the wire leaves too few completions to learn from
 
     def __init__(self, chunk_bytes: int, depth: int, max_window_bytes: int) -> None:
@@ -119,6 +121,7 @@ class AdaptiveController(Controller):
         self._probed_at: float | None = None
         self._rounds_since_probe = 0
         self._slow_rounds = 0
+        self._probe_patience = self.RATE_ROUNDS
         self._losses_in_a_row = 0
         self._passed = self._on_time = self._judged_from = 0
         self._chunk_judged = chunk_bytes
@@ -165,9 +168,11 @@ class AdaptiveController(Controller):
             self._climber.interrupt()
             self._climber.keep_within(least, most, self._rate.in_flight, now)
         else:
-            risky = self._first_try < self.FIRST_TRY and self._window < MAX_GRANTS * self.chunk_bytes
+            useful = self._useful_chunk()
+            many = self._wanted > MAX_GRANTS * self.chunk_bytes
+            risky = self._first_try < (self.SOME_TRIES if many else self.FIRST_TRY)
             self._climber.landed(
-                length, granted_at, now, sample.round_ended, least, most, risky, self._rate.in_flight
+                length, granted_at, now, sample.round_ended, least, most, useful, risky, self._rate.in_flight
             )
         self._resize()
 
@@ -217,7 +222,9 @@ class AdaptiveController(Controller):
             if self._wanted > MAX_GRANTS * self.chunk_bytes:
                 self._climber.try_larger()
             elif steps:
-                self._climber.suspect(steps, self._starting, *self._chunk_limits(), self._rate.in_flight, now)
+                least, most = self._chunk_limits()
+                least = max(least, self._useful_chunk())
+                self._climber.suspect(steps, self._starting, least, most, self._rate.in_flight, now)
 
     def _look_for_the_end_of_growth(self) -> None:
         if self._bandwidth.value > self.GROWTH * self._best_rate:
@@ -238,7 +245,7 @@ class AdaptiveController(Controller):
         self._slow_rounds = self._slow_rounds + 1 if slow and self._round_least < float("inf") else 0
         assert self._probed_at is not None
         due = now - self._probed_at > self.PROBE_SECONDS and self._rounds_since_probe > self.PROBE_ROUNDS
-        if due or (self._slow_rounds >= 2 and self._rounds_since_probe > self.RATE_ROUNDS):
+        if due or (self._slow_rounds >= 2 and self._rounds_since_probe > self._probe_patience):
             self._probe, self._probe_from = [], None
 
     def _probing(self, length: int, granted_at: float, latency: float, now: float) -> None:
@@ -255,9 +262,12 @@ class AdaptiveController(Controller):
                 for sample in self._probe:
                     self._floor.add(*sample)
                 floor = self._floor.get(length, self._bandwidth.value)
-                if self._slow_rounds >= 2 and floor < 1.5 * before:
-                    # The latency was a queue: the link is slower than the filter remembers.
+                if self._slow_rounds >= 2 and floor < 1.25 * before:
+                    # The latency was a queue: the link is slower than the filter remembers. Or it was chance.
                     self._bandwidth.forget(2)
+                    self._probe_patience = min(2 * self._probe_patience, self.MAX_PROBE_PATIENCE)
+                else:
+                    self._probe_patience = self.RATE_ROUNDS
                 self._slow_rounds = self._rounds_since_probe = 0
                 self._probed_at = now
                 # Much less than before: half a BDP was meant, but it may still have been a queue. Look again.
@@ -279,6 +289,14 @@ class AdaptiveController(Controller):
             while least < min(needed, 2 * self.chunk_bytes) and least * 2 <= self._largest:
                 least *= 2
         return least, max(least, most, self._start_chunk if self._starting else 0)
+
+    def _useful_chunk(self) -> int:
+        """`MAX_GRANTS` of anything smaller would be less than what is in flight at the present goodput."""
+        least = self._climber.baseline * self._floor.get(self.chunk_bytes, self._bandwidth.value) / MAX_GRANTS
+        size = self._smallest
+        while size < least:
+            size *= 2
+        return size
 
     def _resize(self) -> None:
         chunk = self.chunk_bytes

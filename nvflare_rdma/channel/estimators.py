@@ -140,17 +140,22 @@ class LatencyFloor:
     def get(self, length: int, bandwidth: float) -> float:
         """The floor for ``length``, 0 if nothing is known.
 
-        Every size that was seen bounds it: sizes differ by their time on the wire, and a smaller chunk's latency is
-        at least its part of a larger one's.
+        What other sizes say tells when a size was seen with a queue only: sizes differ by their time on the wire, and
+        a smaller chunk's latency is at least its part of a larger one's. But a large chunk that must always be
+        sent again in part may really take another round trip.
         """
         size = 1 << (length - 1).bit_length()
-        return min(
+        others = min(
             (
                 max(latency + (size - seen) / max(bandwidth, 1.0), latency * min(size / seen, 1.0))
                 for seen, latency in self._least.items()
+                if seen != size
             ),
-            default=0.0,
+            default=None,
         )
+        if size not in self._least:
+            return others or 0.0
+        return min(self._least[size], 2 * others) if others is not None else self._least[size]
 
     def clear(self) -> None:
         self._least.clear()
