@@ -89,6 +89,7 @@ class AdaptiveController(Controller):
     FIRST_TRY = 0.75
     SURE = 0.9
     SOME_TRIES = 0.6  # with twice the bytes in flight, chances of 0.6 squared are still better than 0.6
+    SCOUTS = 2
     LOSSES = 4  # in a row: the chunks are too large to arrive
     MAX_LOSS = 0.02
     BACKOFF = 0.7
@@ -125,6 +126,10 @@ class AdaptiveController(Controller):
         self._losses_in_a_row = 0
         self._passed = self._on_time = self._judged_from = 0
         self._chunk_judged = chunk_bytes
+        # Should nothing of the start size get through, these tell after two round trips; the sender's NIC may take
+        # eight to give up.
+        self._scouting = depth > self.SCOUTS and chunk_bytes > self._smallest
+        self._scouts = self.SCOUTS if self._scouting else 0
         self._new_round()
 
     def _new_round(self) -> None:
@@ -134,7 +139,7 @@ class AdaptiveController(Controller):
 
     @property
     def chunk_bytes(self) -> int:
-        return min(self._climber.size, self._largest)
+        return self._smallest if self._scouts else min(self._climber.size, self._largest)
 
     @property
     def window_bytes(self) -> int:
@@ -142,6 +147,7 @@ class AdaptiveController(Controller):
 
     def granted(self, length: int, now: float) -> None:
         self._rate.granted(length, now)
+        self._scouts = max(self._scouts - 1, 0)
 
     def idle(self, now: float) -> None:
         self._rate.idle()
@@ -150,6 +156,10 @@ class AdaptiveController(Controller):
         sample = self._rate.landed(length, granted_at, now)
         latency = max(now - granted_at, 0.0)
         self._losses_in_a_row = 0
+        if self._scouting:
+            # Until one of the start size is in, each that lands is followed by another.
+            self._scouting = length <= self._smallest
+            self._scouts += self._scouting
         if self._probed_at is None:
             self._probed_at = now
         if sample.rate is not None and (not sample.app_limited or sample.rate > self._bandwidth.value):
@@ -180,8 +190,9 @@ class AdaptiveController(Controller):
         self._rate.lost(length)
         self._round_lost += length
         # What is lost at another size than the present one says nothing new, unless nothing has ever arrived.
-        self._losses_in_a_row += length == self.chunk_bytes or not self._rate.delivered
-        if self._losses_in_a_row >= (self.LOSSES if self._rate.delivered else 2):
+        counts = length == self.chunk_bytes or not self._rate.delivered
+        self._losses_in_a_row += counts
+        if counts and self._losses_in_a_row >= (self.LOSSES if self._rate.delivered else 2):
             self._climber.halve(self._rate.in_flight, now)
         self._resize()
 
@@ -211,14 +222,15 @@ class AdaptiveController(Controller):
         if self._rate.passed < self._judged_from:
             self._passed, self._on_time = self._rate.passed, self._rate.on_time
         passed = self._rate.passed - self._passed
-        if passed >= 8 * self.chunk_bytes:
+        if passed >= 6 * self.chunk_bytes:
             first_try = min(max((self._rate.on_time - self._on_time) / passed, 0.01), 1.0)
             self._passed, self._on_time = self._rate.passed, self._rate.on_time
             self._first_try = first_try
             steps = 0
-            while first_try < self.FIRST_TRY and steps < 3:
+            while first_try < self.FIRST_TRY and steps < 4:
                 first_try **= 0.5  # half the packets
                 steps += 1
+            self._scouting &= not steps
             if self._wanted > MAX_GRANTS * self.chunk_bytes:
                 self._climber.try_larger()
             elif steps:
