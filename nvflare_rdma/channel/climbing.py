@@ -93,7 +93,16 @@ class ChunkClimber:
         return True
 
     def landed(
-        self, length: int, granted_at: float, now: float, round_ended: bool, least: int, most: int, useful: float, risky: bool, in_flight: int
+        self,
+        length: int,
+        granted_at: float,
+        now: float,
+        round_ended: bool,
+        least: int,
+        most: int,
+        useful: float,
+        risky: bool,
+        in_flight: int,
     ) -> None:
         """``least`` and ``most``: sizes within which to search; ``useful``: smaller ones can't do as well as this one
         (their number is bounded). ``risky``: larger chunks may well fail."""

@@ -64,7 +64,9 @@ class DeliveryRate:
         snapshot = self._snapshots.get(now)
         if snapshot is None:
             limited = self.delivered < self._app_limited_until
-            snapshot = _Snapshot(self.delivered, self._delivered_at, self._first_granted_at, self.granted_bytes, limited)
+            snapshot = _Snapshot(
+                self.delivered, self._delivered_at, self._first_granted_at, self.granted_bytes, limited
+            )
             self._snapshots[now] = snapshot
             if len(self._snapshots) > _MAX_SNAPSHOTS:
                 del self._snapshots[next(iter(self._snapshots))]
