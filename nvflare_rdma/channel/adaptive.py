@@ -166,14 +166,14 @@ class AdaptiveController(Controller):
 
     def _look_for_retries(self, now: float) -> None:
         """Chunks that others overtake were probably sent twice: smaller ones have better chances."""
-        if self._chunk_judged != self.chunk_bytes:
-            self._chunk_judged = self.chunk_bytes
+        if self._chunk_judged != self._climber.size:
+            self._chunk_judged = self._climber.size
             self._first_try = 0.0
             self._judged_from = self._rate.granted_bytes
         if self._rate.passed < self._judged_from:
             self._passed, self._on_time = self._rate.passed, self._rate.on_time
         passed = self._rate.passed - self._passed
-        if passed >= 6 * self.chunk_bytes:
+        if passed >= 6 * self._climber.size:
             first_try = min(max((self._rate.on_time - self._on_time) / passed, 0.01), 1.0)
             self._passed, self._on_time = self._rate.passed, self._rate.on_time
             self._first_try = first_try
@@ -250,15 +250,15 @@ class AdaptiveController(Controller):
         while most * 2 <= min(self._largest, self._bandwidth.value * self.CHUNK_SECONDS):
             most *= 2
         least = self._smallest
-        needed = self._wanted / self.GAIN / MAX_GRANTS
-        if self._first_try >= self.SURE:
-            while least < min(needed, 2 * self.chunk_bytes) and least * 2 <= self._largest:
+        needed = self.GROWTH * self._bandwidth.value * self._least_latency() / MAX_GRANTS
+        if self._first_try >= self.SURE and self._chunk_judged == self._climber.size:
+            while least < min(needed, 2 * self._climber.size) and least * 2 <= self._largest:
                 least *= 2
         return least, max(least, most, self._start_chunk if self._starting else 0)
 
     def _useful_chunk(self) -> int:
         """`MAX_GRANTS` of anything smaller would be less than what is in flight at the present goodput."""
-        least = self._climber.baseline * self._least_latency() / MAX_GRANTS
+        least = self.GAIN * self._climber.baseline * self._least_latency() / MAX_GRANTS
         size = self._smallest
         while size < least:
             size *= 2

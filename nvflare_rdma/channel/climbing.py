@@ -79,8 +79,7 @@ class ChunkClimber:
 
     def try_larger(self) -> None:
         """More chunks than can be in flight would be needed: larger ones may do."""
-        if self._trial_of is None and self._suspect_wait <= 0:
-            self._suspect_wait = self._suspect_patience = min(self._suspect_patience * 2, _MAX_PATIENCE)
+        if self._trial_of is None and self._patience == 1:
             self._step, self._wait = 1, 1
 
     def keep_within(self, least: int, most: int, in_flight: int, now: float) -> bool:
