@@ -22,7 +22,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from nvflare_rdma.channel.controllers import Controller, make_controller
+from nvflare_rdma.channel.controllers import Controller
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 TCP, RESUME, RESTART = "tcp", "resume", "restart"
@@ -255,51 +255,3 @@ def simulate(
             if trace:
                 lines.append((now, controller.chunk_bytes, controller.window_bytes, landed))
     return Result(landed, now, lines, lost)
-
-
-def restart_goodput(link: Link, chunk_bytes: int) -> float:
-    """Mean goodput of `RESTART` with enough chunks in flight: the link over the bytes it takes to land a chunk.
-
-    A try fails with 1 - (1-p)^n; it costs what was sent until one RTT after the loss, but not more than the chunk.
-    """
-    p, n = link.loss, chunk_bytes / MTU
-    if not p:
-        return link.bandwidth
-    good = (1 - p) ** n
-    # E[min(n, k + bdp)] over the position k of the loss, given that there is one.
-    after = min(link.bdp / MTU, n)
-    reach = n - after
-    tail = (1 - p) ** reach
-    wasted = (1 - tail) / p - reach * tail + after * (1 - tail) + n * (tail - good)
-    return link.bandwidth * n * good / (n * good + wasted)
-
-
-def ceiling(link: Link, chunk_bytes: int, depth: int) -> float:
-    """No fixed setting can do better than this."""
-    most = min(link.capacity, chunk_bytes * depth / link.rtt)
-    if link.model == RESTART:
-        most = min(most, 1.1 * restart_goodput(link, chunk_bytes))
-    busy = link.overhead if depth > 1 else link.overhead + link.rtt + chunk_bytes / link.bandwidth
-    return min(most, chunk_bytes / busy)
-
-
-CHUNKS = tuple(64 * KIB << i for i in range(9))
-DEPTHS = tuple(1 << i for i in range(9))
-
-
-def best_fixed(
-    link: Link, chunks: Sequence[int] = CHUNKS, depths: Sequence[int] = DEPTHS, **length: float
-) -> tuple[float, int, int]:
-    """(goodput, chunk, depth) of the best fixed setting, over ``length`` (`simulate`'s seconds or nbytes).
-
-    Settings whose ceiling is below what was found need no simulation.
-    """
-    best = (0.0, 0, 0)
-    settings = sorted(((ceiling(link, c, d), -d, c) for c in chunks for d in depths), reverse=True)
-    for most, negative_depth, chunk in settings:
-        if most <= best[0] or best[0] > 0.99 * settings[0][0]:
-            break
-        controller = make_controller("fixed", chunk, -negative_depth, 1 << 62)
-        found = simulate(controller, link, **length).goodput
-        best = max(best, (found, chunk, -negative_depth))
-    return best
