@@ -40,6 +40,7 @@ class AdaptiveController(Controller):
     FIRST_TRY = 0.75  # smaller chunks are tried when fewer than this share arrive at the first try,
     SURE = 0.9  # larger ones taken when more do; a tie of twice the bytes in flight and chances squared is at
     SOME_TRIES = 0.5
+    FEW_TRIES = 0.05  # so few call for more than a careful step
     SCOUTS = 2  # smallest chunks at the start
     LOSSES = 4  # in a row: the chunks are too large to arrive
     MAX_LOSS = 0.02
@@ -177,8 +178,8 @@ class AdaptiveController(Controller):
             first_try = min(max((self._rate.on_time - self._on_time) / passed, 0.01), 1.0)
             self._passed, self._on_time = self._rate.passed, self._rate.on_time
             self._first_try = first_try
-            steps = 0
-            while first_try < self.FIRST_TRY and steps < 4:
+            steps, most_steps = 0, 4 if first_try < self.FEW_TRIES else 2
+            while first_try < self.FIRST_TRY and steps < most_steps:
                 first_try **= 0.5  # half the packets
                 steps += 1
             self._scouting &= not steps
@@ -273,6 +274,7 @@ class AdaptiveController(Controller):
             window = (self.START_GAIN if self._starting else self.GAIN) * self._bandwidth.value * floor
             if self._loss_cap is not None:
                 window = min(window, max(self._loss_cap, self._bandwidth.value * floor))
+            window *= self._climber.ambition
             # Two more: one that waits for the wire while another is on it, and one whose grant is on its way.
             window += 2 * chunk
             window += min(self._rate.overtaken, self.OVERTAKEN * window)
