@@ -274,7 +274,6 @@ class AdaptiveController(Controller):
             window = (self.START_GAIN if self._starting else self.GAIN) * self._bandwidth.value * floor
             if self._loss_cap is not None:
                 window = min(window, max(self._loss_cap, self._bandwidth.value * floor))
-            window *= self._climber.ambition
             # Two more: one that waits for the wire while another is on it, and one whose grant is on its way.
             window += 2 * chunk
             window += min(self._rate.overtaken, self.OVERTAKEN * window)

@@ -38,12 +38,6 @@ class ChunkClimber:
         self._settling = 0
         self.interrupt()
 
-    @property
-    def ambition(self) -> float:
-        """By how much more than now may land, if the size on trial is a success: without that much in flight it
-        could not show."""
-        return self.size / self._trial_of if self._trial_of is not None and self._trial_of < self.size else 1.0
-
     def interrupt(self) -> None:
         """What is being measured says nothing of the link (too little to send, or a probe): begin the epoch anew."""
         self._began: float | None = None
