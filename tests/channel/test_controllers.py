@@ -14,6 +14,7 @@ from link_search import best_fixed, mean_goodput, restart_goodput
 from links import GIB, KIB, MIB, MODELS, RESTART, RESUME, TCP, Link, simulate
 
 from nvflare_rdma.channel.controllers import CONTROLLERS, MAX_GRANTS, Controller, make_controller
+from nvflare_rdma.channel.estimators import LatencyFloor
 
 GBIT = 1e9 / 8
 CHUNKS, DEPTHS = tuple(64 * KIB << i for i in range(0, 9, 2)), (1, 8, 64, 256)
@@ -36,6 +37,14 @@ def test_one_chunk_takes_a_round_trip_its_overhead_and_its_time_on_the_wire():
     link = Link(1e6, 0.1, overhead=0.01)
     run = simulate(make_controller("fixed", 100_000, 1, GIB), link, nbytes=100_000)
     assert run.seconds == pytest.approx(0.1 + 0.01 + 0.1)
+
+
+@pytest.mark.parametrize("model", [TCP, RESUME])
+def test_a_chunk_that_loses_packets_comes_a_round_trip_later(model):
+    link = Link(GBIT, 0.1, 1e-2, model)  # some ten of a chunk's thousand packets are lost
+    clean = simulate(make_controller("fixed", MIB, 1, GIB), Link(GBIT, 0.1, model=model), nbytes=MIB)
+    lossy = simulate(make_controller("fixed", MIB, 1, GIB), link, nbytes=MIB)
+    assert lossy.seconds > clean.seconds + 0.09
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -82,7 +91,7 @@ def test_without_loss_adaptive_fills_the_link(gbit, rtt, model):
     seconds = max(60 * rtt, min(link.long, 4000 * MIB / link.bandwidth), 0.1)
     run = simulate(adaptive(), link, seconds=seconds, trace=True)
     assert run.between(seconds / 2, seconds) > 0.85 * link.bandwidth
-    assert run.trace[-1][2] < 4 * link.bdp + 16 * MIB  # not by filling memory
+    assert run.trace[-1][2] < 4 * link.bdp + 8 * run.trace[-1][1]  # not by filling memory
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -90,10 +99,12 @@ def test_without_loss_adaptive_fills_the_link(gbit, rtt, model):
 @pytest.mark.parametrize(("gbit", "rtt"), [(0.1, 10e-3), (1, 0.05e-3), (1, 10e-3), (10, 50e-3)])
 def test_with_loss_adaptive_is_close_to_the_best_fixed_setting(gbit, rtt, loss, model):
     link = Link(gbit * GBIT, rtt, loss, model)
-    best = best_fixed(link, CHUNKS, DEPTHS, seconds=link.long)[0]
+    _, chunk, depth = best_fixed(link, CHUNKS, DEPTHS, seconds=link.long)
+    best = simulate(make_controller("fixed", chunk, depth, 1 << 62), link, seconds=link.long, trace=True)
     run = simulate(adaptive(), link, seconds=link.long, trace=True)
-    assert run.between(link.long / 2, link.long) > 0.85 * best
-    assert run.goodput > 0.7 * best
+    half = (link.long / 2, link.long)
+    assert run.between(*half) > 0.85 * best.between(*half)
+    assert run.goodput > 0.7 * best.goodput
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -108,6 +119,22 @@ def test_a_short_transfer_is_not_ruined_by_the_search(gbit, rtt, loss, model):
 @pytest.mark.parametrize("start", [(64 * KIB, 1), (64 * KIB, 64), (16 * MIB, 1), (16 * MIB, 64), (1_000_000, 3)])
 def test_wherever_it_starts_it_gets_there(start):
     assert share(Link(10 * GBIT, 10e-3, model=RESUME), 4, adaptive(*start)) > 0.85
+
+
+def test_the_chunk_grows_where_each_grant_costs_time():
+    """64 KiB at 50 us each are a tenth of the link."""
+    assert share(Link(100 * GBIT, 0.5e-3), 2, adaptive(64 * KIB, 64)) > 0.85
+
+
+def test_the_latency_floor_knows_that_large_chunks_take_longer():
+    floor = LatencyFloor()
+    assert floor.get(MIB, 1e8) == 0
+    floor.add(MIB, 0.030)  # 20 ms, and 10 ms on the wire
+    assert floor.get(MIB, 1e8) == 0.030
+    assert floor.get(5 * MIB, 1e8) == pytest.approx(0.030 + 7 * MIB / 1e8)  # sizes are powers of two
+    assert floor.get(64 * KIB, 1e8) == pytest.approx(0.030 - 15 / 16 * MIB / 1e8)
+    floor.add(64 * KIB, 0.2)  # it had to queue
+    assert floor.get(64 * KIB, 1e8) < 0.05
 
 
 # -- what changes and what disturbs ---------------------------------------------------------------------------
