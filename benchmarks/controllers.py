@@ -28,6 +28,7 @@ BANDWIDTHS = (10e6, 100e6, 1e9, 10e9, 100e9)
 RTTS = (0.05e-3, 1e-3, 10e-3, 50e-3, 200e-3)
 LOSSES = (0.0, 1e-4, 1e-3, 1e-2)
 SHORT, SHORT_SEEDS = 64 * MIB, 3
+SEEDS = (1, 2, 3, 4)  # of the long transfer; without loss all are the same
 MODEL_NAMES = {TCP: "TCP", "resume": "NIC that resumes", RESTART: "NIC that restarts"}
 
 
@@ -39,12 +40,13 @@ def adaptive() -> Controller:
 class Cell:
     """Goodputs in bytes/s; ``steady`` is the second half of the long transfer; chunk and window are its medians.
 
-    Shares in the second half are of the best setting's second half."""
+    ``halves`` and ``wholes``: shares of the best setting's second half and whole, for each seed."""
 
     link: Link
     best: tuple[float, int, int]
-    best_steady: float
     best_short: float
+    halves: tuple[float, ...]
+    wholes: tuple[float, ...]
     whole: float
     steady: float
     short: float
@@ -53,19 +55,26 @@ class Cell:
 
     @property
     def of_best(self) -> float:
-        return self.steady / self.best_steady
+        return self.halves[0]
 
 
 def measure(link: Link) -> Cell:
     run = simulate(adaptive(), link, seconds=link.long, trace=True)
     best = best_fixed(link, seconds=link.long)
-    best_run = simulate(make_controller("fixed", *best[1:], 1 << 62), link, seconds=link.long, trace=True)
+    halves, wholes = [], []
+    for seed in SEEDS if link.loss else SEEDS[:1]:
+        fixed = make_controller("fixed", *best[1:], 1 << 62)
+        runs = [simulate(c, link, seconds=link.long, trace=True, seed=seed) for c in (adaptive(), fixed)]
+        ours, theirs = (r.between(link.long / 2, link.long) for r in runs)
+        halves.append(ours / theirs)
+        wholes.append(runs[0].goodput / runs[1].goodput)
     half = [line for line in run.trace if line[0] > link.long / 2]
     return Cell(
         link,
         best,
-        best_run.between(link.long / 2, link.long),
         best_fixed(link, seeds=SHORT_SEEDS, nbytes=SHORT)[0],
+        tuple(halves),
+        tuple(wholes),
         run.goodput,
         run.between(link.long / 2, link.long),
         mean_goodput(adaptive, link, SHORT_SEEDS, nbytes=SHORT),
@@ -94,11 +103,14 @@ def name(link: Link) -> str:
 
 
 def summary(cells: list[Cell]) -> list[str]:
-    lines = [f"{len(cells)} links. Share of the best fixed setting that adaptive reached:", ""]
+    lines = [
+        f"{len(cells)} links. Share of the best fixed setting that adaptive reached, of {len(SEEDS)} seeds the worst:",
+        "",
+    ]
     lines += ["| | least | median | cells below 85 % | cells below 50 % |", "|---|---|---|---|---|"]
     for title, of in (
-        ("long transfer, second half", [c.of_best for c in cells]),
-        ("long transfer, all of it", [c.whole / c.best[0] for c in cells]),
+        ("long transfer, second half", [min(c.halves) for c in cells]),
+        ("long transfer, all of it", [min(c.wholes) for c in cells]),
         ("64 MiB, mean of three", [c.short / c.best_short for c in cells]),
     ):
         low = [sum(share < limit for share in of) for limit in (0.85, 0.5)]
@@ -106,13 +118,13 @@ def summary(cells: list[Cell]) -> list[str]:
     clean = [c.steady / c.link.bandwidth for c in cells if not c.link.loss]
     lines += ["", f"Without loss: at least {min(clean):.0%} of the link in the second half."]
     for title, low_cells in (
-        ("below 85 % in the second half", [c for c in cells if c.of_best < 0.85]),
-        ("below 85 % over all of the long transfer", [c for c in cells if c.whole / c.best[0] < 0.85]),
+        ("below 85 % in the second half", [c for c in cells if min(c.halves) < 0.85]),
+        ("below 85 % over all of the long transfer", [c for c in cells if min(c.wholes) < 0.85]),
         ("64 MiB below 50 %", [c for c in cells if c.short / c.best_short < 0.5]),
     ):
         lines += ["", f"Cells {title}: {len(low_cells) or 'none'}.", ""]
         lines += [
-            f"- {name(c.link)}: {c.of_best:.0%} second half, {c.whole / c.best[0]:.0%} all, "
+            f"- {name(c.link)}: {min(c.halves):.0%} second half, {min(c.wholes):.0%} all, "
             f"{c.short / c.best_short:.0%} of 64 MiB"
             for c in low_cells
         ]

@@ -8,6 +8,7 @@ MAX_CHUNK_BYTES = 16 * 1024 * 1024
 _CHUNKS = 32  # landed chunks that an epoch needs, so that one more lost or late does not decide
 _ROUNDS = 2
 _SETTLE_ROUNDS = 8
+_RAMP_ROUNDS = 3  # at a new size, until those of its chunks that are sent again land as steadily as the others
 _GAIN = 1.05  # by how much a size must be better to be taken
 _STEADY = 1.25  # two epochs differ by less: the rate is no longer on its way somewhere
 _MAX_PATIENCE = 64
@@ -113,7 +114,8 @@ class ChunkClimber:
         if self._began is None:
             # Chunks of the size before, some still being sent again, would say little of this size.
             self._settling -= round_ended
-            if self._in_flight_before <= in_flight // 8 or self._settling <= 0:
+            ramped = self._settling <= _SETTLE_ROUNDS - _RAMP_ROUNDS
+            if (ramped and self._in_flight_before <= in_flight // 8) or self._settling <= 0:
                 self._began = now
             return
         self._bytes += length

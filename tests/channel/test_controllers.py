@@ -121,6 +121,13 @@ def test_wherever_it_starts_it_gets_there(start):
     assert share(Link(10 * GBIT, 10e-3, model=RESUME), 4, adaptive(*start)) > 0.85
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_a_start_that_was_much_too_small_is_left_again(seed):
+    """The first losses lead to 64 KiB, of which 256 can't fill this link; larger ones must show their worth."""
+    link = Link(GBIT, 200e-3, 1e-2, RESUME)
+    assert share(link, 40, seed=seed) > 0.8
+
+
 def test_the_chunk_grows_where_each_grant_costs_time():
     """64 KiB at 50 us each are a tenth of the link."""
     assert share(Link(100 * GBIT, 0.5e-3), 2, adaptive(64 * KIB, 64)) > 0.85
