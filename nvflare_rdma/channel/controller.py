@@ -1,0 +1,76 @@
+"""What a controller is: how large the next granted chunk is, and how many bytes may be granted and not yet landed.
+
+One per connection, at the receiver, which alone sets the pace. Time comes in as an argument (seconds of any
+monotonic clock); a controller looks at no clock, starts no thread and is not random.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+
+class Controller(ABC):
+    """Told of every chunk that is granted, lands or will not; asked for size and window before each grant."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def __init__(self, chunk_bytes: int, depth: int, max_window_bytes: int) -> None:
+        """Start with ``depth`` chunks of ``chunk_bytes``; never have more than ``max_window_bytes`` in flight."""
+
+    @property
+    @abstractmethod
+    def chunk_bytes(self) -> int:
+        """Length of the next chunk to grant; what is left of a message may be less."""
+
+    @property
+    @abstractmethod
+    def window_bytes(self) -> int:
+        """Bytes that may be granted and not landed at once, over all messages of the connection; at least a chunk."""
+
+    @abstractmethod
+    def granted(self, length: int, now: float) -> None:
+        """A chunk was granted at ``now``."""
+
+    @abstractmethod
+    def landed(self, length: int, granted_at: float, now: float) -> None:
+        """A chunk that was granted at ``granted_at`` (the same value as told then) has landed."""
+
+    @abstractmethod
+    def lost(self, length: int, now: float) -> None:
+        """A granted chunk will not land: its rail broke, or it arrived damaged."""
+
+    @abstractmethod
+    def idle(self, now: float) -> None:
+        """The window is not filled because the sender has nothing more to send."""
+
+
+class FixedController(Controller):
+    """The same chunk and ``depth`` of them in flight, whatever happens."""
+
+    name: ClassVar[str] = "fixed"
+
+    def __init__(self, chunk_bytes: int, depth: int, max_window_bytes: int) -> None:
+        self._chunk_bytes = min(chunk_bytes, max_window_bytes)
+        self._window_bytes = min(chunk_bytes * depth, max_window_bytes)
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self._chunk_bytes
+
+    @property
+    def window_bytes(self) -> int:
+        return self._window_bytes
+
+    def granted(self, length: int, now: float) -> None:
+        pass
+
+    def landed(self, length: int, granted_at: float, now: float) -> None:
+        pass
+
+    def lost(self, length: int, now: float) -> None:
+        pass
+
+    def idle(self, now: float) -> None:
+        pass

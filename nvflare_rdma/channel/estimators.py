@@ -1,0 +1,163 @@
+"""What an adaptive controller knows of its link, from grants and completions alone. Seconds and bytes; no clock."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+_MAX_SNAPSHOTS = 16 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """``rate``: bytes/s at which data landed while a chunk was in flight, None if that can't be said.
+
+    ``app_limited``: the sender had too little to send, so that the rate says little of the link.
+    """
+
+    rate: float | None
+    app_limited: bool
+    round_ended: bool
+
+
+@dataclass(slots=True)
+class _Snapshot:
+    delivered: int
+    delivered_at: float
+    first_granted_at: float
+    granted: int
+    app_limited: bool
+    chunks: int = 0
+
+
+class DeliveryRate:
+    """Delivery-rate samples and rounds (draft-cheng-iccrg-delivery-rate-estimation), with chunks as packets.
+
+    The interval of a sample is the longer of the times that granting and landing took, so that completions
+    reported late and all at once do not look like a fast link. A round ends when a chunk lands that was granted
+    after the last round's end.
+
+    `overtaken`: bytes in flight that were granted before something that has landed. They wait to be sent again, and
+    the link is free for others meanwhile; as in TCP's estimate of its pipe (RFC 6675), they don't fill it.
+    ``passed`` and ``on_time``: of all bytes granted before the newest that has landed, those that did not wait.
+    """
+
+    def __init__(self) -> None:
+        self.delivered = 0
+        self.in_flight = 0
+        self.passed = 0
+        self.on_time = 0
+        self._newest = 0.0
+        self.granted_bytes = 0
+        self._delivered_at = 0.0
+        self._first_granted_at = 0.0
+        self._app_limited_until = 0
+        self._round_until = 0
+        self._snapshots: dict[float, _Snapshot] = {}
+
+    def granted(self, length: int, now: float) -> None:
+        if not self.in_flight:
+            self._snapshots.clear()  # what was lost leaves its snapshot behind
+            self._delivered_at = self._first_granted_at = self._newest = now
+            self.passed = self.granted_bytes
+        self.in_flight += length
+        snapshot = self._snapshots.get(now)
+        if snapshot is None:
+            limited = self.delivered < self._app_limited_until
+            snapshot = _Snapshot(
+                self.delivered, self._delivered_at, self._first_granted_at, self.granted_bytes, limited
+            )
+            self._snapshots[now] = snapshot
+            if len(self._snapshots) > _MAX_SNAPSHOTS:
+                del self._snapshots[next(iter(self._snapshots))]
+        snapshot.chunks += 1
+        self.granted_bytes += length
+
+    def landed(self, length: int, granted_at: float, now: float) -> Sample:
+        self.in_flight = max(self.in_flight - length, 0)
+        self.delivered += length
+        self._delivered_at = now
+        snapshot = self._snapshots.get(granted_at)
+        if snapshot is None:
+            return Sample(None, True, False)
+        snapshot.chunks -= 1
+        if not snapshot.chunks:
+            del self._snapshots[granted_at]
+        self._first_granted_at = max(self._first_granted_at, granted_at)
+        if granted_at >= self._newest:
+            self._newest = granted_at
+            self.passed = snapshot.granted
+            self.on_time += length
+        round_ended = snapshot.delivered >= self._round_until
+        if round_ended:
+            self._round_until = self.delivered
+        interval = max(now - snapshot.delivered_at, granted_at - snapshot.first_granted_at)
+        rate = (self.delivered - snapshot.delivered) / interval if interval > 0 else None
+        return Sample(rate, snapshot.app_limited, round_ended)
+
+    def lost(self, length: int) -> None:
+        self.in_flight = max(self.in_flight - length, 0)
+
+    @property
+    def overtaken(self) -> int:
+        return max(self.in_flight - (self.granted_bytes - self.passed), 0)
+
+    def idle(self) -> None:
+        """All that is granted from here until what is in flight has landed may be too little for the link."""
+        self._app_limited_until = self.delivered + max(self.in_flight, 1)
+
+
+class MaxFilter:
+    """The largest value of the current and the last ``rounds`` rounds."""
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds: deque[float] = deque([0.0], maxlen=rounds)
+        self.value = 0.0
+
+    def add(self, value: float) -> None:
+        self._rounds[-1] = max(self._rounds[-1], value)
+        self.value = max(self.value, value)
+
+    def next_round(self) -> None:
+        self._rounds.append(0.0)
+        self.value = max(self._rounds)
+
+    def forget(self, recent: int) -> None:
+        """Keep the last ``recent`` rounds only."""
+        for _ in range(len(self._rounds) - recent):
+            self._rounds.popleft()
+        self.value = max(self._rounds)
+
+
+class LatencyFloor:
+    """The least time from grant to landing, by size of the chunk (to a power of two): a large one takes longer."""
+
+    def __init__(self) -> None:
+        self._least: dict[int, float] = {}
+
+    def add(self, length: int, latency: float) -> None:
+        size = 1 << (length - 1).bit_length()
+        self._least[size] = min(self._least.get(size, latency), latency)
+
+    def get(self, length: int, bandwidth: float) -> float:
+        """The floor for ``length``, 0 if nothing is known.
+
+        What other sizes say tells when a size was seen with a queue only: sizes differ by their time on the wire, and
+        a smaller chunk's latency is at least its part of a larger one's. But a large chunk that must always be
+        sent again in part may really take another round trip.
+        """
+        size = 1 << (length - 1).bit_length()
+        others = min(
+            (
+                max(latency + (size - seen) / max(bandwidth, 1.0), latency * min(size / seen, 1.0))
+                for seen, latency in self._least.items()
+                if seen != size
+            ),
+            default=None,
+        )
+        if size not in self._least:
+            return others or 0.0
+        return min(self._least[size], 2 * others) if others is not None else self._least[size]
+
+    def clear(self) -> None:
+        self._least.clear()
