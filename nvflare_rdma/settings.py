@@ -26,7 +26,7 @@ class Settings:
     """``rdma_fabrics``: allowed fabrics, best first. ``rdma_chunk_bytes``: size of one granted chunk.
     ``rdma_rails``: parallel TCP connections per peer. ``rdma_memory_budget_bytes``: what all incoming messages
     of the process may hold until they are handed over. ``rdma_controller``: who decides how much is granted,
-    ``adaptive`` (follows the link) or ``fixed`` (8 chunks). ``rdma_integrity``: checksum of each chunk, ``auto`` (over
+    ``adaptive`` (follows the link) or ``fixed`` (4 chunks). ``rdma_integrity``: checksum of each chunk, ``auto`` (over
     tcp), ``on`` or ``off``; sealed chunks need none. ``rdma_tcp_congestion``: the kernel's congestion control for
     rails (``bbr``, ``cubic``, ...), "" for the system's."""
 
@@ -34,7 +34,7 @@ class Settings:
     rdma_chunk_bytes: int = MIB
     rdma_rails: int = 2
     rdma_memory_budget_bytes: int = 64 * MIB
-    rdma_controller: str = "fixed"
+    rdma_controller: str = "adaptive"
     rdma_integrity: str = "auto"
     rdma_tcp_congestion: str = ""
 

@@ -52,6 +52,7 @@ class Incoming:
     ) -> None:
         self.granted_chunks = 0
         self.lost_chunks = 0
+        self.most_granted = 0  # bytes that were granted and had not landed
         self._limits = limits
         self._controller = controller
         self._emit = emit
@@ -183,6 +184,7 @@ class Incoming:
             self._exposures[notification] = _Exposure(transfer, offset, length, rail, now)
             incoming.open_chunks += 1
             self._in_flight += length
+            self.most_granted = max(self.most_granted, self._in_flight)
             self._load[rail] += length
             self.granted_chunks += 1
             controller.granted(length, now)

@@ -58,10 +58,10 @@ class LinkContext:
     """Equal for two processes that can use shared memory."""
     controller: str = "fixed"
     chunk_bytes: int = 1024 * 1024
-    depth: int = 8
+    depth: int = 4
     integrity: str = "auto"
-    window_bytes: int = 32 * 1024 * 1024
-    """Outgoing bytes that may wait for the peer before `Link.send` blocks; one message may always."""
+    window_bytes: int = 4 * 1024 * 1024
+    """Outgoing bytes that may wait to be granted before `Link.send` blocks; one message may always."""
     memory_wait: float = 60.0
     """Seconds that an offered message waits for memory before it is refused."""
 
@@ -413,6 +413,7 @@ class Link:
     def _handle(self, event: events.Event) -> None:
         match event:
             case events.WriteChunk():
+                self._outbox.granted(event.transfer, event.length)
                 if (rails := self._rails) is not None:
                     if rails.endpoint.prompt and not self._outbox.guards:
                         self._after.append(functools.partial(rails.write, event))

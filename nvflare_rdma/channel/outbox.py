@@ -18,6 +18,8 @@ class Sending:
     room: threading.Condition
     transfer: int
     """0 for a message that went on the control stream at once."""
+    waiting: int = 0
+    """Bytes that the peer has not granted yet."""
     ended: bool = False
     failure: str = ""
 
@@ -38,7 +40,8 @@ class Outbox:
     """Called under the link's lock, which is ``room``'s, but for `prepare`."""
 
     def __init__(self, room: threading.Condition, window: int, pool: SlotPool, name: str) -> None:
-        self.in_flight = 0
+        self.waiting = 0
+        """Bytes that the peer has not granted yet: what is granted is bounded by the peer's controller."""
         self.queued = 0
         """Bytes of inline messages that the writer has not sent yet."""
         self._room = room
@@ -64,7 +67,7 @@ class Outbox:
         Raises:
             SendTimeoutError: there was no room within ``timeout`` seconds.
         """
-        used = self.queued if inline else self.in_flight
+        used = self.queued if inline else self.waiting
         if used == 0 or used + length <= self._window:
             return True
         if timeout <= 0 or not self._room.wait(timeout):
@@ -75,18 +78,27 @@ class Outbox:
         return False
 
     def add(self, transfer: int, message: memoryview) -> Sending:
-        sending = Sending(self._room, transfer)
+        sending = Sending(self._room, transfer, len(message))
         self._messages[transfer] = (message, sending)
-        self.in_flight += len(message)
+        self.waiting += len(message)
         return sending
+
+    def granted(self, transfer: int, length: int) -> None:
+        """Chunks that are asked for again count once."""
+        if (entry := self._messages.get(transfer)) is not None:
+            self._no_longer_waits(entry[1], min(length, entry[1].waiting))
+
+    def _no_longer_waits(self, sending: Sending, nbytes: int) -> None:
+        sending.waiting -= nbytes
+        self.waiting -= nbytes
+        self._room.notify_all()
 
     def finish(self, transfer: int, failure: str) -> None:
         entry = self._messages.pop(transfer, None)
         if entry is not None:
-            message, sending = entry
-            self.in_flight -= len(message)
+            _, sending = entry
             sending.ended, sending.failure = True, failure
-            self._room.notify_all()
+            self._no_longer_waits(sending, sending.waiting)
 
     def clear(self, failure: str) -> None:
         for transfer in list(self._messages):
@@ -96,7 +108,7 @@ class Outbox:
     def drain(self, timeout: float) -> None:
         """Wait until nothing is in flight, or for ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
-        while self.in_flight and (remaining := deadline - time.monotonic()) > 0:
+        while self._messages and (remaining := deadline - time.monotonic()) > 0:
             self._room.wait(remaining)
 
     def prepare(self, chunk: events.WriteChunk) -> tuple[memoryview, int]:

@@ -13,6 +13,7 @@ import weakref
 import pytest
 from certificates import Authority
 from tcp_pair import DEADLINE, context, in_parallel, link_pair
+from waiting import eventually
 
 from nvflare_rdma.errors import RdmaError, SendTimeoutError, TransferError
 
@@ -204,8 +205,7 @@ def test_giving_up_a_message_ends_it_on_both_sides_and_harms_no_other():
         assert bytes(pair.receive(pair.passive)) == pattern(300_000)
         assert pair.passive.incoming() == {}
         third = pair.active.send(bytes(64 << 20), timeout=DEADLINE)
-        while not (incoming := pair.passive.incoming()):
-            threading.Event().wait(0.001)
+        incoming = eventually(pair.passive.incoming)
         pair.passive.refuse(next(iter(incoming)), "disk full")
         with pytest.raises(TransferError, match="disk full"):
             third.wait(DEADLINE)

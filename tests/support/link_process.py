@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from waiting import eventually
 
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.limits import ChannelLimits
@@ -64,6 +65,7 @@ def make_context(options: dict) -> LinkContext:
         order=options.get("order", [name]),
         unavailable=dict.fromkeys(options.get("order", [name]), ""),
         host="this host",
+        controller=options.get("controller", "fixed"),
         chunk_bytes=options.get("chunk_bytes", 1 << 20),
         depth=options.get("depth", 8),
         integrity=options.get("integrity", "auto"),
@@ -163,8 +165,7 @@ class Served:
                 sending = self.link.send(pattern(order["size"], order["seed"]), 20.0)
                 self.link.withdraw(sending, "changed its mind")
             case "refuse the next":
-                while not (incoming := [t for t, (landed, _) in self.link.incoming().items() if landed]):
-                    threading.Event().wait(0.0005)
+                incoming = eventually(lambda: [t for t, (landed, _) in self.link.incoming().items() if landed])
                 self.link.refuse(incoming[0], "disk full")
             case "tell":
                 incoming = self.link._core._incoming
@@ -176,6 +177,7 @@ class Served:
                     fabric=self.link.fabric,
                     granted_chunks=incoming.granted_chunks,
                     lost_chunks=incoming.lost_chunks,
+                    most_granted=incoming.most_granted,
                 )
 
 
