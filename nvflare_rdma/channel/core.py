@@ -201,6 +201,10 @@ class Channel:
         self._agree(fabric or "control", sealed)
         self._emit(wire.Open(fabric, offer, sealed, checked))
 
+    def steer(self, controller: Controller) -> None:
+        """Before `choose` or `dialled`: what decides how much is granted over the rails that come."""
+        self._incoming.steer(controller)
+
     def _agree(self, fabric: str, sealed: bool) -> None:
         self._fabric = fabric
         self._overhead = self._seal_overhead if sealed else 0

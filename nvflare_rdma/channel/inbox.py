@@ -70,6 +70,10 @@ class Inbox:
         """How chunks that are exposed from now on are verified."""
         self._opener, self._checked = opener, checked
 
+    def steer(self, controller: Controller) -> None:
+        """See `Channel.steer`."""
+        self._controller = controller
+
     # -- memory for a message ------------------------------------------------------------------------------
 
     def reserve(self, transfer: int, length: int, granted: Callable[[], None], refused: Callable[[str], None]) -> None:

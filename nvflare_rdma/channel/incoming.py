@@ -72,6 +72,10 @@ class Incoming:
 
     # -- rails ---------------------------------------------------------------------------------------------
 
+    def steer(self, controller: Controller) -> None:
+        """Another controller, for another fabric; nothing is granted now."""
+        self._controller = controller
+
     def open(self, rails: Iterable[int], overhead: int, max_chunk: int, max_open: int, now: float) -> None:
         """Rails are up: grant over them. ``overhead``: bytes that sealing adds to a chunk; ``max_chunk``: the longest
         chunk they carry; ``max_open``: grants that the peer works on at once."""
@@ -201,8 +205,8 @@ class Incoming:
             return incoming.again[0]
         left = incoming.length - incoming.planned
         length = min(self._controller.chunk_bytes, self._max_chunk)
-        # What would be left for a chunk of its own is not worth one: a frame of 1 MiB has some header with it.
-        if left - length < self._limits.peer_chunk_bytes and left <= self._max_chunk:
+        # The end of a message is not worth a chunk of its own: a frame of 1 MiB, for one, has some header with it.
+        if left <= min(2 * length, self._max_chunk, self._controller.window_bytes):
             length = left
         return (incoming.planned, min(length, left)) if left else None
 

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 from nvflare_rdma.channel import events, sealing, wire
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.control_rail import ControlRail
-from nvflare_rdma.channel.controllers import make_controller
+from nvflare_rdma.channel.controllers import Controller, make_controller
 from nvflare_rdma.channel.core import Channel
 from nvflare_rdma.channel.inbox import Inbox
 from nvflare_rdma.channel.limits import ChannelLimits
@@ -93,8 +93,8 @@ class Link:
         own = {n: context.unavailable.get(n, "not part of this process") for n in context.order}
         self._own = {n: reason or ("" if n in fabrics else "not part of this link") for n, reason in own.items()}
         self._chooser = FabricChooser(context.order, self._own, context.host, time.monotonic)
-        # What is on its way to a receiver never exceeds the memory that it may use.
-        controller = make_controller(context.controller, context.chunk_bytes, context.depth, context.budget.limit)
+        self._controllers: dict[str, Controller] = {}
+        controller = self._controller("", None)
         self._core = Channel(
             role,
             limits,
@@ -508,7 +508,7 @@ class Link:
             rails.endpoint, offer = fabric.offer(rails)
         else:
             rails.endpoint = ControlRail(self._send_on_control)
-        self._adopt(rails, name, peer, sealed, checked)
+        self._adopt(rails, name, fabric, peer, sealed, checked)
         self._core.choose(name, offer, sealed, checked)
 
     def _redial(self, offered: events.OpenRails) -> None:
@@ -541,7 +541,7 @@ class Link:
                     self._after.append(rails.close)
             else:
                 if count or fabric is None:
-                    self._adopt(rails, name, peer, offered.sealed, offered.checked)
+                    self._adopt(rails, name, fabric, peer, offered.sealed, offered.checked)
                 self._core.dialled(count, time.monotonic(), reason)
                 self._pump()
 
@@ -553,8 +553,23 @@ class Link:
         """Whether chunks are sealed. On the control stream TLS does it; private memory needs no seal."""
         return self._stream.secure and fabric is not None and not fabric.private
 
-    def _adopt(self, rails: RailSet, name: str, peer: wire.Hello, sealed: bool, checked: bool) -> None:
+    def _controller(self, name: str, fabric: Fabric | None) -> Controller:
+        """Each fabric's own. There is nothing to adapt to in private memory, nor on the control stream."""
+        if name not in self._controllers:
+            context = self._context
+            kind = context.controller if fabric is not None and not fabric.private else "fixed"
+            # What is on its way to a receiver never exceeds the memory that it may use.
+            limit = context.budget.limit
+            self._controllers[name] = make_controller(kind, context.chunk_bytes, context.depth, limit)
+        return self._controllers[name]
+
+    def _adopt(
+        self, rails: RailSet, name: str, fabric: Fabric | None, peer: wire.Hello, sealed: bool, checked: bool
+    ) -> None:
         self._rails, self.fabric = rails, name or "control"
+        controller = self._controller(name, fabric)
+        self._core.steer(controller)
+        self._inbox.steer(controller)
         self._outbox.guard(sealing.Sealer(self._key) if sealed else None, checked)
         self._inbox.guard(sealing.Sealer(peer.seal_key) if sealed else None, checked)
 
