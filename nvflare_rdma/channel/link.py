@@ -280,9 +280,13 @@ class Link:
             self._pump()
         self._run_after()
 
-    def prepare(self, chunk: events.WriteChunk) -> tuple[memoryview, int]:
-        """See `Outbox.prepare`."""
-        return self._outbox.prepare(chunk)
+    def prepare(self, rails: RailSet, chunk: events.WriteChunk) -> tuple[memoryview, int]:
+        """See `RailOwner.prepare`."""
+        with self._lock:
+            if rails is not self._rails:  # the grant is void, and the next rails may be guarded in another way
+                return memoryview(b""), 0
+            prepare = self._outbox.find(chunk)
+        return prepare()
 
     def written(self, rails: RailSet, notification: int) -> None:
         """A rail reports that a local write has ended."""
