@@ -42,6 +42,8 @@ Delivery: TypeAlias = bytes | memoryview
 _LINGER = 5.0
 _TICK = 1.0
 _SEND_NOW_BYTES = 128 * 1024
+#: Batches that wait for the control stream when the next chunk is put behind them.
+_DATA_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,9 @@ class Link:
                 self._pump()
 
     def _send_on_control(self, notification: int, digest: int, payload: memoryview) -> None:
-        with self._lock:
+        with self._room:
+            # Each is a copy: no more of them than keep the writer busy.
+            self._room.wait_for(lambda: self._unsent < _DATA_AHEAD or self._closing)
             self._core.send_data(notification, digest, payload)
             self._core.written(notification, time.monotonic())
             self._pump()
