@@ -150,6 +150,7 @@ class Link:
                     self._dial(offered)
         except Exception as error:
             self._shut_down(str(error))
+            self._run_after()  # another thread may have shut it down, and closes no rails that were dialled since
             raise
 
     def run(self) -> None:

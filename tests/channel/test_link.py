@@ -13,12 +13,16 @@ import weakref
 
 import pytest
 from certificates import Authority
-from tcp_pair import DEADLINE, context, in_parallel, link_pair
+from tcp_pair import DEADLINE, Recorder, admitting, context, in_parallel, link_pair
 
 from nvflare_rdma.channel import events, wire
-from nvflare_rdma.errors import RdmaError, SendTimeoutError, TransferError
+from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.channel.link import Link
+from nvflare_rdma.channel.state import Role
+from nvflare_rdma.errors import ProtocolError, RdmaError, SendTimeoutError, TransferError
 from nvflare_rdma.fabric.base import RemoteSlice
 from nvflare_rdma.fabric.memory import Reservation
+from nvflare_rdma.fabric.tcp import TcpFabric
 
 SIZES = [0, 1, 65_536, 65_537, 256 * 1024 + 1, 5_000_003]
 
@@ -254,3 +258,34 @@ def test_a_chunk_of_rails_that_are_replaced_is_not_sent_as_the_new_ones_would(tl
         writer.join(DEADLINE)
         assert written in ([], [b""]), "a chunk went out in clear"
         everything.release()
+
+
+@pytest.mark.parametrize("ended_by", ["close", "a fabric"])
+def test_a_link_that_ends_while_it_dials_closes_the_rails_that_it_opens(ended_by):
+    """A peer can have it so: by a bad header on its first rail while the second is dialled."""
+    listening = TcpFabric(2)
+    with admitting(listening) as dial:
+        events_there = Recorder()
+        endpoint, offer = listening.offer(events_there)
+        near, far = socket.socketpair()
+
+        def dial_and_end() -> socket.socket:
+            if dialled:
+                if ended_by == "close":
+                    link.close(0.0)
+                else:
+                    link.failed(ProtocolError("the peer wrote where nothing is exposed"))
+            dialled.append(dial())
+            return dialled[-1]
+
+        dialled: list[socket.socket] = []
+        link = Link(ControlStream(near), Role.ACTIVE, {"tcp": TcpFabric(2, dial_and_end)}, context(), print, "link")
+        hello = wire.Hello({"tcp": ""}, 1 << 30, 64 * 1024, 64)
+        far.sendall(wire.encode(hello) + wire.encode(wire.Open("tcp", offer)))
+        with far, pytest.raises((RdmaError, OSError)):
+            link.open()
+        assert len(dialled) == 2
+        for _ in dialled:
+            events_there.down.get(timeout=DEADLINE)
+        assert not [thread for thread in threading.enumerate() if thread.name in ("rdma-rail-0", "rdma-rail-1")]
+        endpoint.close()
