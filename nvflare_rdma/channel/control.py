@@ -102,6 +102,7 @@ class ControlStream:
 
     def receive(self, timeout: float) -> bytes | None:
         """At least one byte; b"" when the peer has closed; None if nothing came in ``timeout`` seconds.
+        Raises OSError if it is broken, or was closed here.
 
         One thread at a time. Unlike a socket's timeout, this one leaves `send` alone.
         """
@@ -112,6 +113,8 @@ class ControlStream:
                     plain, ended = self._decrypt(self._tls)
                 if plain or ended:
                     return plain
+            if self._sock.fileno() < 0:  # its number may be another socket's by now
+                raise ConnectionError("the control stream was closed on this side")
             if not self._readable.poll(timeout * 1000):
                 return None
             data = self._sock.recv(_RECEIVE_BYTES)

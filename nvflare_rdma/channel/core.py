@@ -19,7 +19,7 @@ from nvflare_rdma.channel import events, wire
 from nvflare_rdma.channel.controllers import Controller
 from nvflare_rdma.channel.events import Event
 from nvflare_rdma.channel.incoming import Incoming
-from nvflare_rdma.channel.limits import MAX_CHUNK_BYTES, MAX_INLINE_BYTES, ChannelLimits
+from nvflare_rdma.channel.limits import MAX_CHUNK_BYTES, MAX_INLINE_BYTES, MAX_RAILS, ChannelLimits
 from nvflare_rdma.channel.outgoing import Outgoing
 from nvflare_rdma.channel.state import PHASE, RAILS, Input, Phase, RailState, Role, illegal
 from nvflare_rdma.errors import LocalProtocolError, ProtocolError, TransferError
@@ -64,9 +64,11 @@ class Channel:
         self._overhead = 0
         self._rails: set[int] = set()
         self._opened_rails = 0
+        self._max_chunk = 0
         self._up_at = now
         self._attempts = 0
         self._retry_at: float | None = None
+        self._lost_at: float | None = None
         self._lost_reason = ""
         self._parser = wire.Parser(limits.inline_bytes, wire.MAX_DATA_BYTES + overhead)
         self._events: list[Event] = []
@@ -154,7 +156,7 @@ class Channel:
                 self._incoming.offered(message, now)
             case wire.Grant():
                 if self.rail_state is RailState.UP:
-                    self._outgoing.granted(message, self._opened_rails, self._overhead, now)
+                    self._outgoing.granted(message, self._opened_rails, self._overhead, self._max_chunk, now)
                 else:  # the peer gave it before it knew that the rails are replaced
                     self._outgoing.granted_in_vain(message)
             case wire.Data():
@@ -174,6 +176,9 @@ class Channel:
         """
         if self.state not in (Phase.OPEN, Phase.CLOSED) and now - self._born > self._limits.handshake_timeout:
             raise TransferError(f"the peer did not finish the handshake in {self._limits.handshake_timeout:g} s")
+        timeout = self._limits.handshake_timeout
+        if self._lost_at is not None and now - self._lost_at > timeout:
+            raise TransferError(f"no rail came up again in {timeout:g} s: {self._lost_reason}")
         self._outgoing.check(now)
         self._incoming.check(now)
         if self._retry_at is not None and now >= self._retry_at and self.state is Phase.OPEN:
@@ -224,6 +229,11 @@ class Channel:
                 self._agree(message.fabric or "control", message.sealed)
                 self._events.append(events.OpenRails(message.fabric, message.offer, message.sealed, message.checked))
             case wire.Rails():
+                most = 0 if self._fabric == "control" else MAX_RAILS
+                if message.count > most:
+                    raise ProtocolError(
+                        f"the peer says that it opened {message.count} rails, at most {most} are allowed"
+                    )
                 up = message.count > 0 or self._fabric == "control"
                 self._move_rails(Input.RAILS if up else Input.NO_RAILS)
                 if up:
@@ -249,12 +259,12 @@ class Channel:
         if self.state is Phase.OPENING:
             self._move(Input.READY)
         on_control = self._fabric == "control"
-        self._up_at = now
+        self._up_at, self._lost_at = now, None
         self._opened_rails = 1 if on_control else rails
         self._rails = set(range(self._opened_rails))
         self._events.append(events.Opened(rails, reason))
-        max_chunk = wire.MAX_DATA_BYTES if on_control else MAX_CHUNK_BYTES
-        self._incoming.open(self._rails, self._overhead, max_chunk, self.peer.max_writes, now)
+        self._max_chunk = wire.MAX_DATA_BYTES if on_control else MAX_CHUNK_BYTES
+        self._incoming.open(self._rails, self._overhead, self._max_chunk, self.peer.max_writes, now)
 
     def rail_down(self, rail: int, reason: str, now: float) -> None:
         """The fabric says that a rail broke, and everything that landed over it was reported."""
@@ -277,7 +287,7 @@ class Channel:
         return self._attempts
 
     def _lose_rails(self, reason: str, now: float) -> None:
-        self._lost_reason = reason
+        self._lost_at, self._lost_reason = now, reason
         self._rails.clear()
         self._incoming.void(now)
         self._outgoing.void()

@@ -6,6 +6,7 @@ anew. That set is all there is to resuming a transfer.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -248,7 +249,8 @@ class Incoming:
                     f"at less than {limits.min_bytes_per_second} bytes/s"
                 )
             # One that waits for its turn, or for memory, is not stalled by the peer.
-            if incoming.open_chunks and now - incoming.progress_at > limits.stall_timeout:
+            waits = incoming.open_chunks or (incoming.planned == incoming.length and not incoming.again)
+            if waits and now - incoming.progress_at > limits.stall_timeout:
                 raise TransferError(
                     f"receiving transfer {number} made no progress for {limits.stall_timeout:g} s: "
                     f"{incoming.landed} of {incoming.length} bytes came"
@@ -277,6 +279,8 @@ class Incoming:
             self._happened(events.MessageReceived(transfer))
         elif new is Receive.FAILED:
             del self._transfers[transfer]
+            with contextlib.suppress(ValueError):
+                self._hungry.remove(transfer)
             for notification, exposure in self._exposures.items():
                 if exposure.transfer == transfer:
                     self._happened(events.RevokeChunk(notification, answered=True))

@@ -42,6 +42,8 @@ Delivery: TypeAlias = bytes | memoryview
 _LINGER = 5.0
 _TICK = 1.0
 _SEND_NOW_BYTES = 128 * 1024
+#: Batches that wait for the control stream when the next chunk is put behind them.
+_DATA_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class Link:
                     self._dial(offered)
         except Exception as error:
             self._shut_down(str(error))
+            self._run_after()  # another thread may have shut it down, and closes no rails that were dialled since
             raise
 
     def run(self) -> None:
@@ -280,9 +283,13 @@ class Link:
             self._pump()
         self._run_after()
 
-    def prepare(self, chunk: events.WriteChunk) -> tuple[memoryview, int]:
-        """See `Outbox.prepare`."""
-        return self._outbox.prepare(chunk)
+    def prepare(self, rails: RailSet, chunk: events.WriteChunk) -> tuple[memoryview, int]:
+        """See `RailOwner.prepare`."""
+        with self._lock:
+            if rails is not self._rails:  # the grant is void, and the next rails may be guarded in another way
+                return memoryview(b""), 0
+            prepare = self._outbox.find(chunk)
+        return prepare()
 
     def written(self, rails: RailSet, notification: int) -> None:
         """A rail reports that a local write has ended."""
@@ -292,7 +299,9 @@ class Link:
                 self._pump()
 
     def _send_on_control(self, notification: int, digest: int, payload: memoryview) -> None:
-        with self._lock:
+        with self._room:
+            # Each is a copy: no more of them than keep the writer busy.
+            self._room.wait_for(lambda: self._unsent < _DATA_AHEAD or self._closing)
             self._core.send_data(notification, digest, payload)
             self._core.written(notification, time.monotonic())
             self._pump()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nvflare_rdma.channel import events, sealing
@@ -37,7 +39,7 @@ class Sending:
 
 
 class Outbox:
-    """Called under the link's lock, which is ``room``'s, but for `prepare`."""
+    """Called under the link's lock, which is ``room``'s."""
 
     def __init__(self, room: threading.Condition, window: int, pool: SlotPool, name: str) -> None:
         self.waiting = 0
@@ -58,7 +60,7 @@ class Outbox:
 
     @property
     def guards(self) -> bool:
-        """Whether `prepare` has work to do."""
+        """Whether making a chunk ready is work."""
         return self._checked or self._sealer is not None
 
     def wait_for_room(self, length: int, inline: bool, timeout: float) -> bool:
@@ -111,15 +113,20 @@ class Outbox:
         while self._messages and (remaining := deadline - time.monotonic()) > 0:
             self._room.wait(remaining)
 
-    def prepare(self, chunk: events.WriteChunk) -> tuple[memoryview, int]:
-        """The bytes of a chunk, sealed if need be, and its digest. Not under the lock."""
-        with self._room:
-            entry = self._messages.get(chunk.transfer)
+    def find(self, chunk: events.WriteChunk) -> Callable[[], tuple[memoryview, int]]:
+        """What makes the bytes of a chunk ready, guarded as chunks are now, and its digest. It takes as long as
+        sealing does: not to be called under the lock."""
+        entry = self._messages.get(chunk.transfer)
         if entry is None:  # given up: the grant is answered with nothing
-            return memoryview(b""), 0
+            return lambda: (memoryview(b""), 0)
         source = entry[0][chunk.offset : chunk.offset + chunk.length]
-        if self._sealer is not None:
+        return functools.partial(self._prepare, chunk, source, self._sealer, self._checked)
+
+    def _prepare(
+        self, chunk: events.WriteChunk, source: memoryview, sealer: sealing.Sealer | None, checked: bool
+    ) -> tuple[memoryview, int]:
+        if sealer is not None:
             slot = self._pool.take(chunk.length + sealing.TAG_BYTES)
-            self._sealer.seal_into(chunk.transfer, chunk.offset, chunk.notification, source, slot)
+            sealer.seal_into(chunk.transfer, chunk.offset, chunk.notification, source, slot)
             return slot, 0
-        return source, sealing.checksum(source) if self._checked else 0
+        return source, sealing.checksum(source) if checked else 0

@@ -73,10 +73,13 @@ class Outgoing:
 
     # -- what the peer says --------------------------------------------------------------------------------
 
-    def granted(self, grant: wire.Grant, rails: int, overhead: int, now: float) -> None:
-        """``rails``: how many were opened; ``overhead``: bytes that sealing adds to a chunk."""
+    def granted(self, grant: wire.Grant, rails: int, overhead: int, max_chunk: int, now: float) -> None:
+        """``rails``: how many were opened; ``overhead``: bytes that sealing adds to a chunk; ``max_chunk``: the longest
+        chunk they carry."""
         if grant.rail >= rails:
             raise ProtocolError(f"a grant names rail {grant.rail}, {rails} were opened")
+        if grant.length > max_chunk:
+            raise ProtocolError(f"a grant of {grant.length} bytes, {max_chunk} are the most")
         if grant.remote.length != grant.length + overhead:
             raise ProtocolError(f"a grant of {grant.length} bytes points to a slice of {grant.remote.length}")
         if len(self._writes) >= self._limits.max_writes:

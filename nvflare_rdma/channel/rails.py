@@ -23,7 +23,7 @@ _LASTED = 30.0
 class RailOwner(Protocol):
     """The link: as `CompletionHandler`, and told by which set of rails, for they are replaced when they break."""
 
-    def prepare(self, chunk: events.WriteChunk) -> tuple[memoryview, int]:
+    def prepare(self, rails: RailSet, chunk: events.WriteChunk) -> tuple[memoryview, int]:
         """What to write for a chunk, and its digest. May take as long as sealing does."""
 
     def landed(self, rails: RailSet, notification: int, length: int, digest: int) -> None: ...
@@ -63,7 +63,7 @@ class RailSet(CompletionHandler):
     def write(self, chunk: events.WriteChunk) -> None:
         """Write a chunk in this thread."""
         try:
-            source, digest = self._owner.prepare(chunk)
+            source, digest = self._owner.prepare(self, chunk)
             self.endpoint.write(chunk.rail, source, chunk.remote, chunk.notification, digest)
         except Exception as error:  # noqa: BLE001 - reported and translated by the link
             if not self._closed:

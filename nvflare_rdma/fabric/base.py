@@ -79,7 +79,8 @@ class Endpoint(ABC):
 
     @property
     def prompt(self) -> bool:
-        """Whether `write` only tells somebody else to move the bytes, so that a thread of its own is not worth it."""
+        """Whether `write` only tells somebody else to move the bytes, so that a thread of its own is not worth it.
+        Then it never blocks, and any thread may call it."""
         return False
 
     def allocate(self, nbytes: int) -> memoryview | None:

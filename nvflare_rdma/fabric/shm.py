@@ -136,16 +136,25 @@ class ShmEndpoint(Endpoint):
             raise ValueError(f"a write of {len(source)} bytes does not fit a slice of {remote.length}")
         message = Message(WRITE, notification, remote.key, remote.address, len(source), 0, digest)
         if self.paths.get("send") == "direct":
-            with self._state:
-                up = self._up
-                if up:
-                    self._unread.append((notification, source))  # from now on the receiving thread reports it
-            if up:
-                self._send(message._replace(source=address_of(source)) if len(source) else message)
+            if len(source):
+                message = message._replace(source=address_of(source))
+            if self._tell(message, source):
                 return
         elif self._up and self._place(source, remote):
             self._send(message)
         self._handler.written(notification)
+
+    def _tell(self, message: Message, source: memoryview) -> bool:
+        """Have the peer copy ``source``; False if the rail is down. Any thread calls it, so it never waits."""
+        try:
+            with self._state:  # the peer acknowledges in the order in which it was told
+                if self._up:
+                    self._unread.append((message.notification, source))  # the receiving thread reports it
+                    self._wire.post(message)
+                return self._up
+        except struct.error:
+            self._stop(ProtocolError(f"the peer exposed a slice that can't be: {message}"))
+            return True
 
     def _place(self, source: memoryview, remote: RemoteSlice) -> bool:
         if not len(source):

@@ -6,7 +6,7 @@ descriptor (SCM_RIGHTS) belongs to one message.
 No deadlock through full sockets: the receiving thread never waits to send. What it and `Wire.post` can't send at
 once waits in a backlog, and the receiving thread goes on receiving until the socket takes it. So the peer's
 sends end, hence its receiving thread is never far from receiving, and so on. The backlog is bounded by what the
-two sides may do: one acknowledgement per exposure, two messages per slot.
+two sides may do: one acknowledgement per exposure, two messages per slot, and one per direct write.
 """
 
 from __future__ import annotations

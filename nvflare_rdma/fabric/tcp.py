@@ -172,13 +172,13 @@ class TcpEndpoint(Endpoint):
             if self._closed:
                 return
             self._closed = True
-            sockets, threads = list(self._sockets.values()), list(self._threads)
-        for rail in range(len(sockets)):
+            sockets, threads = dict(self._sockets), list(self._threads)
+        for rail in sockets:  # the peer may have opened any of them
             self.drop(rail)
         for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=5.0)
-        for sock in sockets:
+        for sock in sockets.values():
             sock.close()
         self.exposed.clear()
 

@@ -112,3 +112,16 @@ def test_a_handshake_with_a_silent_peer_times_out(contexts):
     near, far = socket.socketpair()
     with far, pytest.raises(TimeoutError):
         ControlStream(near, contexts[0]).handshake(0.2)
+
+
+def test_a_stream_that_was_closed_here_is_not_waited_for():
+    """Its descriptor may be another socket's by now."""
+    near, far = socket.socketpair()
+    stream, number = ControlStream(near), near.fileno()
+    stream.close()
+    others = [socket.socketpair() for _ in range(4)]
+    assert number in [sock.fileno() for pair in others for sock in pair]
+    with pytest.raises(OSError, match="closed"):
+        stream.receive(0.1)
+    for sock in (far, *(sock for pair in others for sock in pair)):
+        sock.close()

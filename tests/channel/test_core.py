@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvflare_rdma.channel import wire
-from nvflare_rdma.channel.limits import ChannelLimits
+from nvflare_rdma.channel.limits import MAX_CHUNK_BYTES, ChannelLimits
 from nvflare_rdma.channel.state import Phase, RailState
 from nvflare_rdma.errors import LocalProtocolError, ProtocolError, TransferError
 from nvflare_rdma.fabric.base import RemoteSlice
@@ -422,3 +422,67 @@ def test_random_bytes_never_do_worse_than_a_protocol_error(data):
     except ProtocolError:
         return
     passive.settle()
+
+
+def test_rails_beyond_the_limit_are_a_protocol_error():
+    """Each costs a thread; 2^32 - 1 of them were believed."""
+    active, passive = make_pair()
+    active.settle()
+    passive.read_wire(1 << 20)
+    with pytest.raises(ProtocolError, match="the peer says that it opened 65 rails, at most 64 are allowed"):
+        passive.core.receive(wire.encode(wire.Rails(65)), now=0.0)
+
+
+def test_rails_where_there_is_only_the_control_stream_are_a_protocol_error():
+    active, passive = make_pair(rails=0)
+    active.settle()
+    passive.read_wire(1 << 20)
+    with pytest.raises(ProtocolError, match="opened 1 rails, at most 0 are allowed"):
+        passive.core.receive(wire.encode(wire.Rails(1)), now=0.0)
+
+
+@pytest.mark.parametrize("rails", [1, 0], ids=["rails", "control stream"])
+def test_a_grant_larger_than_a_chunk_may_be_is_a_protocol_error(rails):
+    """In secure mode a slot of its size would be taken."""
+    active, _ = open_pair(ChannelLimits(max_message_bytes=1 << 30), rails)
+    active.core.submit(1 << 30, now=0.0)
+    length = (MAX_CHUNK_BYTES if rails else wire.MAX_DATA_BYTES) + 1
+    with pytest.raises(ProtocolError, match=f"a grant of {length} bytes, {length - 1} are the most"):
+        active.core.receive(wire.encode(wire.Grant(1, 0, length, RemoteSlice(1, 0, length), 1, 0)), now=0.0)
+
+
+def test_rails_that_do_not_come_back_end_the_connection():
+    active, passive = open_pair(rails=1)
+    active.break_rail(0)
+    active.tick(0.0)
+    passive.read_wire(1 << 20)  # asks for new rails and offers some, but nobody dials
+    for side in (active, passive):
+        side.tick(LIMITS.handshake_timeout)
+        with pytest.raises(TransferError, match="no rail came up again in 30 s: broken by the test"):
+            side.tick(1.0)
+
+
+def test_offers_that_are_withdrawn_leave_nothing_behind():
+    _, passive = open_pair()
+    passive.core.receive(wire.encode(wire.Offer(1, 100_000)), now=0.0)
+    passive.settle()
+    passive.take_memory()  # fills the window
+    for number in range(2, 100):
+        passive.core.receive(wire.encode(wire.Offer(number, 1000)), now=0.0)
+        passive.settle()
+        passive.take_memory()
+        passive.core.receive(wire.encode(wire.Withdraw(number, "")), now=0.0)
+        passive.settle()
+    assert list(passive.core._incoming._hungry) == [1]
+
+
+def test_a_sender_that_answers_grants_with_nothing_can_not_hold_memory_for_long():
+    active, passive = open_pair()
+    active.send(message(100_000))
+    passive.read_wire(1 << 20)
+    passive.take_memory()
+    while passive.exposed:
+        passive.core.landed(passive.exposed.popitem()[0], 0, now=0.0)
+        passive.settle()
+    with pytest.raises(TransferError, match="made no progress for 120 s: 0 of 100000 bytes came"):
+        passive.core.check(now=LIMITS.stall_timeout + 1)

@@ -8,14 +8,22 @@ import logging
 import socket
 import ssl
 import threading
+import time
 import weakref
 
 import pytest
 from certificates import Authority
-from tcp_pair import DEADLINE, context, in_parallel, link_pair
+from tcp_pair import DEADLINE, Recorder, admitting, context, in_parallel, link_pair
 from waiting import eventually
 
-from nvflare_rdma.errors import RdmaError, SendTimeoutError, TransferError
+from nvflare_rdma.channel import events, wire
+from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.channel.link import Link
+from nvflare_rdma.channel.state import Role
+from nvflare_rdma.errors import ProtocolError, RdmaError, SendTimeoutError, TransferError
+from nvflare_rdma.fabric.base import RemoteSlice
+from nvflare_rdma.fabric.memory import Reservation
+from nvflare_rdma.fabric.tcp import TcpFabric
 
 SIZES = [0, 1, 65_536, 65_537, 256 * 1024 + 1, 5_000_003]
 
@@ -226,3 +234,58 @@ def test_no_common_fabric_is_an_error_on_both_sides_that_names_the_setting():
     only_verbs = context(order=("verbs",))
     with pytest.raises(RdmaError, match="rdma_fabrics=verbs"), link_pair(only_verbs, only_verbs):
         pass
+
+
+def test_a_chunk_of_rails_that_are_replaced_is_not_sent_as_the_new_ones_would(tls):
+    """Rails over the control stream need no seal; the tcp rail that is about to be closed does."""
+    holding = context(budget=1 << 20)
+    with link_pair(active_context=holding, tls=tls) as pair:
+        everything = Reservation(holding.budget, 1 << 20, "somebody else", lambda: None, pytest.fail)
+        everything.request()  # so that nothing is granted
+        link, secret = pair.passive, pattern(100_000)
+        link.send(secret, timeout=DEADLINE)
+        rails, written = link._rails, []
+        rails.endpoint.write = lambda rail, source, *_: written.append(bytes(source))
+        link._chooser._failures["tcp"] = 2
+        chunk = events.WriteChunk(1, 0, 65_536, RemoteSlice(1, 0, 65_552), 1, 0)
+        with link._lock:
+            writer = threading.Thread(target=rails.write, args=(chunk,), daemon=True)
+            writer.start()  # and waits for the lock
+            threading.Event().wait(0.05)
+            link._core.receive(wire.encode(wire.Reopen("test")), time.monotonic())
+            link._pump()
+            assert link.fabric == "control"
+        writer.join(DEADLINE)
+        assert written in ([], [b""]), "a chunk went out in clear"
+        everything.release()
+
+
+@pytest.mark.parametrize("ended_by", ["close", "a fabric"])
+def test_a_link_that_ends_while_it_dials_closes_the_rails_that_it_opens(ended_by):
+    """A peer can have it so: by a bad header on its first rail while the second is dialled."""
+    listening = TcpFabric(2)
+    with admitting(listening) as dial:
+        events_there = Recorder()
+        endpoint, offer = listening.offer(events_there)
+        near, far = socket.socketpair()
+
+        def dial_and_end() -> socket.socket:
+            if dialled:
+                if ended_by == "close":
+                    link.close(0.0)
+                else:
+                    link.failed(ProtocolError("the peer wrote where nothing is exposed"))
+            dialled.append(dial())
+            return dialled[-1]
+
+        dialled: list[socket.socket] = []
+        link = Link(ControlStream(near), Role.ACTIVE, {"tcp": TcpFabric(2, dial_and_end)}, context(), print, "link")
+        hello = wire.Hello({"tcp": ""}, 1 << 30, 64 * 1024, 64)
+        far.sendall(wire.encode(hello) + wire.encode(wire.Open("tcp", offer)))
+        with far, pytest.raises((RdmaError, OSError)):
+            link.open()
+        assert len(dialled) == 2
+        for _ in dialled:
+            events_there.down.get(timeout=DEADLINE)
+        assert not [thread for thread in threading.enumerate() if thread.name in ("rdma-rail-0", "rdma-rail-1")]
+        endpoint.close()

@@ -302,3 +302,16 @@ def test_the_active_side_does_not_dial_twice():
         link.open()
     assert not dialled
     assert not link._writer.is_alive()
+
+
+def test_grants_of_a_peer_that_reads_nothing_do_not_pile_up_chunks():
+    """Without rails chunks are copied to the control stream: no faster than it takes them."""
+    with peer() as it:
+        it.greet()
+        it.link.send(bytes(32 << 20), timeout=DEADLINE)
+        it.say(*(wire.Grant(1, i << 20, 1 << 20, RemoteSlice(1, 0, 1 << 20), i, 0) for i in range(32)))
+        it.say(wire.Inline(b"x"))
+        assert it.inbox.get(timeout=DEADLINE) == b"x"  # so the grants have been read
+        it.thread.join(0.3)
+        assert it.link._unsent <= 2
+        it.end()

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import struct
+import sys
 import threading
 from pathlib import Path
 
@@ -101,12 +102,12 @@ def test_writes_that_a_stopped_peer_has_not_read_end_when_it_is_killed():
 
 
 def test_a_write_that_waits_in_a_full_socket_ends_with_the_endpoint():
-    with liar("direct", "direct") as (_, endpoint, events):
+    with liar("direct", "memfd") as (_, endpoint, events):
         done = threading.Event()
 
         def fill():
             for i in range(5000):
-                endpoint.write(0, memoryview(b"x"), RemoteSlice(1, i, 1), i, 0)
+                endpoint.write(0, memoryview(b""), RemoteSlice(1, i, 1), i, 0)
             done.set()
 
         writer = threading.Thread(target=fill, daemon=True)
@@ -116,6 +117,50 @@ def test_a_write_that_waits_in_a_full_socket_ends_with_the_endpoint():
         writer.join(DEADLINE)
         assert not writer.is_alive()
         assert sorted(events.writes.get(timeout=DEADLINE) for _ in range(5000)) == list(range(5000))
+
+
+def test_a_prompt_write_never_waits_for_a_peer_that_reads_nothing():
+    """It is made in the thread that has the deadlines, or in one that the peer's writes wait for."""
+    with liar("direct", "direct") as (sock, endpoint, events):
+        assert endpoint.prompt
+
+        def fill():
+            for i in range(5000):
+                endpoint.write(0, memoryview(b"x"), RemoteSlice(1, i, 1), i, 0)
+
+        writer = threading.Thread(target=fill, daemon=True)
+        writer.start()
+        writer.join(DEADLINE / 4)
+        assert not writer.is_alive(), "it waits for the peer"
+        for i in range(5000):
+            assert struct.unpack("=IIQQQQQ", sock.recv(64))[:2] == (WRITE, i)
+        endpoint.drop(0)
+        assert [events.writes.get(timeout=DEADLINE) for _ in range(5000)] == list(range(5000))
+
+
+def test_prompt_writes_of_several_threads_are_acknowledged_in_the_order_of_their_messages():
+    """Grants are read by one thread, but any that comes by carries them out."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with liar("direct", "direct") as (sock, endpoint, events):
+
+            def write(numbers):
+                for i in numbers:
+                    endpoint.write(0, memoryview(b""), RemoteSlice(1, i, 1), i, 0)
+
+            writers = [threading.Thread(target=write, args=(range(n * 500, n * 500 + 500),)) for n in range(4)]
+            for writer in writers:
+                writer.start()
+            for _ in range(2000):
+                notification = struct.unpack("=IIQQQQQ", sock.recv(64))[1]
+                sock.send(message(ACKNOWLEDGE, notification, length=1))
+            for writer in writers:
+                writer.join(DEADLINE)
+            assert sorted(events.writes.get(timeout=DEADLINE) for _ in range(2000)) == list(range(2000))
+            assert events.failures.empty()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_chunk_of_a_sender_that_has_left_is_not_taken_for_good(monkeypatch):

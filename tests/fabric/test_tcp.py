@@ -10,7 +10,7 @@ from tcp_pair import DEADLINE, Recorder, admitting
 
 from nvflare_rdma.errors import ConfigError, FabricError, ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice
-from nvflare_rdma.fabric.tcp import TcpFabric, congestion_controls, pack_header
+from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TcpFabric, congestion_controls, pack_header
 
 
 @contextlib.contextmanager
@@ -176,3 +176,15 @@ def test_tickets_work_once_and_only_if_given_out():
 def test_a_malformed_offer_is_a_protocol_error(offer):
     with pytest.raises(ProtocolError, match="no list of rail tickets"):
         TcpFabric(1, lambda: pytest.fail("dialled")).connect(offer, Recorder())
+
+
+def test_an_endpoint_whose_first_rail_was_never_opened_closes_the_others():
+    listening = TcpFabric(2)
+    with admitting(listening) as dial:
+        endpoint, offer = listening.offer(Recorder())
+        with dial() as sock:
+            sock.sendall(RAIL_MAGIC + offer["tickets"][1])
+            assert sock.recv(1) == b"\x01"
+            endpoint.close()
+            assert sock.recv(1) == b""
+        assert not any(thread.is_alive() for thread in endpoint._threads)
