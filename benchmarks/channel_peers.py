@@ -16,9 +16,10 @@ from typing import Any
 
 from measuring import MIB, Meter, obey, pattern
 
+from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.limits import ChannelLimits
-from nvflare_rdma.channel.link import Link, LinkContext
+from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
 from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool

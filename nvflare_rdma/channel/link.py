@@ -18,23 +18,21 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeAlias
 
 from nvflare_rdma.channel import events, sealing, wire
+from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.control_rail import ControlRail
-from nvflare_rdma.channel.controllers import Controller, make_controller
 from nvflare_rdma.channel.core import Channel
 from nvflare_rdma.channel.inbox import Inbox
-from nvflare_rdma.channel.limits import ChannelLimits
+from nvflare_rdma.channel.opening import Opening, RailOpener
 from nvflare_rdma.channel.outbox import Outbox, Sending
-from nvflare_rdma.channel.rails import FabricChooser, RailSet, is_checked
+from nvflare_rdma.channel.rails import RailSet
 from nvflare_rdma.channel.state import Phase, Role
 from nvflare_rdma.errors import FabricError, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.fabric.base import Fabric
-from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
 
 log = logging.getLogger(__name__)
 
@@ -44,28 +42,6 @@ _TICK = 1.0
 _SEND_NOW_BYTES = 128 * 1024
 #: Batches that wait for the control stream when the next chunk is put behind them.
 _DATA_AHEAD = 2
-
-
-@dataclass(frozen=True)
-class LinkContext:
-    """What all links of a process share, and what they may do."""
-
-    limits: ChannelLimits
-    budget: MemoryBudget
-    pool: SlotPool
-    order: Sequence[str]
-    unavailable: Mapping[str, str]
-    """Fabric name -> reason why this process can't use it, "" if it can."""
-    host: str = ""
-    """Equal for two processes that can use shared memory."""
-    controller: str = "fixed"
-    chunk_bytes: int = 1024 * 1024
-    depth: int = 4
-    integrity: str = "auto"
-    window_bytes: int = 4 * 1024 * 1024
-    """Outgoing bytes that may wait to be granted before `Link.send` blocks; one message may always."""
-    memory_wait: float = 60.0
-    """Seconds that an offered message waits for memory before it is refused."""
 
 
 class Link:
@@ -84,7 +60,6 @@ class Link:
         self.name = name
         self.fabric = ""
         self._stream = stream
-        self._fabrics = fabrics
         self._context = context
         self._deliver = deliver
         self._lock = threading.Lock()
@@ -94,9 +69,8 @@ class Link:
         limits = context.limits
         own = {n: context.unavailable.get(n, "not part of this process") for n in context.order}
         self._own = {n: reason or ("" if n in fabrics else "not part of this link") for n, reason in own.items()}
-        self._chooser = FabricChooser(context.order, self._own, context.host, time.monotonic)
-        self._controllers: dict[str, Controller] = {}
-        controller = self._controller("", None)
+        self._opener = RailOpener(self, name, context, fabrics, self._own, stream.secure, self._send_on_control)
+        controller = self._opener.controller("")
         self._core = Channel(
             role,
             limits,
@@ -122,7 +96,6 @@ class Link:
         self._unsent = 0  # batches in _output
         self._write_progress = time.monotonic()
         self._to_dial: events.OpenRails | None = None
-        self._passed_over = ""
         self._checked_at = time.monotonic()
         self._failure: str | None = None
         self._closing = False
@@ -503,22 +476,9 @@ class Link:
             self._run_after()
 
     def _choose(self, wanted: events.ChooseFabric) -> None:
-        peer = wanted.peer
-        self._check_keys(peer)
-        name, self._passed_over = self._chooser.next(peer, wanted.reason, wanted.opened)
-        log.info("%s: fabric %s%s", self.name, name or "none", f" ({self._passed_over})" if self._passed_over else "")
-        fabric = self._fabrics[name] if name else None
-        sealed = self._seals(fabric)
-        needed = not self._stream.secure and (fabric is None or fabric.checked)
-        checked = not sealed and is_checked(needed, self._context.integrity, peer.integrity)
-        rails = RailSet(self, self.name)
-        offer: Mapping[str, Any] = {}
-        if fabric is not None:
-            rails.endpoint, offer = fabric.offer(rails)
-        else:
-            rails.endpoint = ControlRail(self._send_on_control)
-        self._adopt(rails, name, fabric, peer, sealed, checked)
-        self._core.choose(name, offer, sealed, checked)
+        opening = self._opener.choose(wanted)
+        self._adopt(opening, wanted.peer)
+        self._core.choose(opening.name, opening.offer, opening.sealed, opening.checked)
 
     def _redial(self, offered: events.OpenRails) -> None:
         with self._guarded():
@@ -526,61 +486,24 @@ class Link:
         self._run_after()
 
     def _dial(self, offered: events.OpenRails) -> None:
-        peer, name = self._core.peer, offered.fabric
-        assert peer is not None
-        self._check_keys(peer)
-        if name and self._own.get(name, "unknown"):
-            raise ProtocolError(f"the peer chose the fabric {name!r}, which this side did not offer")
-        fabric = self._fabrics[name] if name else None
-        if offered.sealed != self._seals(fabric):
-            raise ProtocolError(f"the peer {'seals' if offered.sealed else 'does not seal'} its chunks over {name!r}")
-        rails, count, reason = RailSet(self, self.name), 0, ""
-        try:
-            if fabric is not None:
-                rails.endpoint = fabric.connect(offered.offer, rails)
-                count = rails.endpoint.rails
-            else:
-                rails.endpoint = ControlRail(self._send_on_control)
-        except FabricError as error:
-            self._passed_over = reason = str(error)
-            log.warning("%s: fabric %s can't be used: %s", self.name, name, error)
+        assert self._core.peer is not None
+        opening = self._opener.dial(self._core.peer, offered)
         with self._lock:
             if self._closing:
-                if count:
-                    self._after.append(rails.close)
+                if opening.usable:
+                    self._after.append(opening.rails.close)
             else:
-                if count or fabric is None:
-                    self._adopt(rails, name, fabric, peer, offered.sealed, offered.checked)
-                self._core.dialled(count, time.monotonic(), reason)
+                if opening.usable:
+                    self._adopt(opening, self._core.peer)
+                self._core.dialled(opening.count, time.monotonic(), opening.reason)
                 self._pump()
 
-    def _check_keys(self, peer: wire.Hello) -> None:
-        if bool(peer.seal_key) != self._stream.secure:
-            raise ProtocolError("one side seals its chunks and the other does not")
-
-    def _seals(self, fabric: Fabric | None) -> bool:
-        """Whether chunks are sealed. On the control stream TLS does it; private memory needs no seal."""
-        return self._stream.secure and fabric is not None and not fabric.private
-
-    def _controller(self, name: str, fabric: Fabric | None) -> Controller:
-        """Each fabric's own. There is nothing to adapt to in private memory, nor on the control stream."""
-        if name not in self._controllers:
-            context = self._context
-            kind = context.controller if fabric is not None and not fabric.private else "fixed"
-            # What is on its way to a receiver never exceeds the memory that it may use.
-            limit = context.budget.limit
-            self._controllers[name] = make_controller(kind, context.chunk_bytes, context.depth, limit)
-        return self._controllers[name]
-
-    def _adopt(
-        self, rails: RailSet, name: str, fabric: Fabric | None, peer: wire.Hello, sealed: bool, checked: bool
-    ) -> None:
-        self._rails, self.fabric = rails, name or "control"
-        controller = self._controller(name, fabric)
-        self._core.steer(controller)
-        self._inbox.steer(controller)
-        self._outbox.guard(sealing.Sealer(self._key) if sealed else None, checked)
-        self._inbox.guard(sealing.Sealer(peer.seal_key) if sealed else None, checked)
+    def _adopt(self, opening: Opening, peer: wire.Hello) -> None:
+        self._rails, self.fabric = opening.rails, opening.name or "control"
+        self._core.steer(opening.controller)
+        self._inbox.steer(opening.controller)
+        self._outbox.guard(sealing.Sealer(self._key) if opening.sealed else None, opening.checked)
+        self._inbox.guard(sealing.Sealer(peer.seal_key) if opening.sealed else None, opening.checked)
 
     def _opened(self, count: int, reason: str) -> None:
         rails = self._rails
@@ -589,7 +512,7 @@ class Link:
         if count:
             log.info("%s: data goes over %s, %d rails", self.name, self.fabric, count)
         else:
-            why = reason or self._passed_over
+            why = reason or self._opener.passed_over
             log.warning("%s: no rail, data goes over the control stream, which is slower: %s", self.name, why)
         for rail, error in rails.broken.items():
             self._after.append(functools.partial(self.rail_down, rails, rail, error))

@@ -135,10 +135,3 @@ class FabricChooser:
             )
         self._current, self._since = name, now
         return name, passed_over
-
-
-def is_checked(needed: bool, own: str, peer: str) -> bool:
-    """Whether chunks carry a checksum: if a side wants it, else not if a side does not, else if it is ``needed``."""
-    if "on" in (own, peer):
-        return True
-    return needed and "off" not in (own, peer)

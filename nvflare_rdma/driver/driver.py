@@ -26,9 +26,10 @@ from nvflare.fuel.f3.drivers.driver_params import DriverCap, DriverParams
 from nvflare.fuel.f3.drivers.net_utils import MAX_FRAME_SIZE, get_ssl_context, get_tcp_urls
 from nvflare.fuel.hci.security import get_certificate_common_name
 
+from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.limits import ChannelLimits
-from nvflare_rdma.channel.link import Link, LinkContext
+from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
 from nvflare_rdma.driver.blob_memory import use_huge_pages

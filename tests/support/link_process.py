@@ -24,9 +24,10 @@ import numpy as np
 import xxhash
 from waiting import eventually
 
+from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.limits import ChannelLimits
-from nvflare_rdma.channel.link import Link, LinkContext
+from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
 from nvflare_rdma.fabric.base import Fabric

@@ -1,0 +1,31 @@
+"""What the links of a process have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nvflare_rdma.channel.limits import ChannelLimits
+from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
+
+
+@dataclass(frozen=True)
+class LinkContext:
+    """What all links of a process share, and what they may do."""
+
+    limits: ChannelLimits
+    budget: MemoryBudget
+    pool: SlotPool
+    order: Sequence[str]
+    unavailable: Mapping[str, str]
+    """Fabric name -> reason why this process can't use it, "" if it can."""
+    host: str = ""
+    """Equal for two processes that can use shared memory."""
+    controller: str = "fixed"
+    chunk_bytes: int = 1024 * 1024
+    depth: int = 4
+    integrity: str = "auto"
+    window_bytes: int = 4 * 1024 * 1024
+    """Outgoing bytes that may wait to be granted before `Link.send` blocks; one message may always."""
+    memory_wait: float = 60.0
+    """Seconds that an offered message waits for memory before it is refused."""

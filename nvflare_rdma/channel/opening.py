@@ -1,0 +1,137 @@
+"""How a link comes to rails: the passive side picks a fabric, the active side dials, and both know what is agreed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nvflare_rdma.channel import events, wire
+from nvflare_rdma.channel.context import LinkContext
+from nvflare_rdma.channel.control_rail import ControlRail
+from nvflare_rdma.channel.controllers import Controller, make_controller
+from nvflare_rdma.channel.rails import FabricChooser, RailOwner, RailSet
+from nvflare_rdma.errors import FabricError, ProtocolError
+from nvflare_rdma.fabric.base import Fabric
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Opening:
+    """What is offered, or was dialled. ``name`` is "" for the control stream, ``count`` the rails that are open."""
+
+    rails: RailSet
+    name: str
+    controller: Controller
+    sealed: bool
+    checked: bool
+    offer: Mapping[str, Any] = field(default_factory=dict)
+    count: int = 0
+    reason: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return self.count > 0 or not self.name
+
+
+class RailOpener:
+    """``owner`` is who the rails report to, ``own`` what this side can use, ``secure`` whether the control stream is
+    TLS, and ``send_on_control`` how a chunk goes there (see `ControlRail`)."""
+
+    def __init__(
+        self,
+        owner: RailOwner,
+        name: str,
+        context: LinkContext,
+        fabrics: Mapping[str, Fabric],
+        own: Mapping[str, str],
+        secure: bool,
+        send_on_control: Callable[[int, int, memoryview], None],
+    ) -> None:
+        self.passed_over = ""
+        """Why there is nothing better than what was chosen last."""
+        self._owner = owner
+        self._name = name
+        self._context = context
+        self._fabrics = fabrics
+        self._own = own
+        self._secure = secure
+        self._send_on_control = send_on_control
+        self._chooser = FabricChooser(context.order, own, context.host, time.monotonic)
+        self._controllers: dict[str, Controller] = {}
+
+    def choose(self, wanted: events.ChooseFabric) -> Opening:
+        """Passive side.
+
+        Raises:
+            FabricUnavailable: there is no fabric that both sides allow. ProtocolError: only one side seals.
+        """
+        peer = wanted.peer
+        self._check_keys(peer)
+        name, self.passed_over = self._chooser.next(peer, wanted.reason, wanted.opened)
+        log.info("%s: fabric %s%s", self._name, name or "none", f" ({self.passed_over})" if self.passed_over else "")
+        fabric = self._fabrics[name] if name else None
+        sealed = self._seals(fabric)
+        needed = not self._secure and (fabric is None or fabric.checked)
+        checked = not sealed and _is_checked(needed, self._context.integrity, peer.integrity)
+        rails = RailSet(self._owner, self._name)
+        offer: Mapping[str, Any] = {}
+        if fabric is not None:
+            rails.endpoint, offer = fabric.offer(rails)
+        else:
+            rails.endpoint = ControlRail(self._send_on_control)
+        return Opening(rails, name, self.controller(name), sealed, checked, offer)
+
+    def dial(self, peer: wire.Hello, offered: events.OpenRails) -> Opening:
+        """Active side. Blocks. Rails that can't be opened are no error: the passive side chooses something else.
+
+        Raises:
+            ProtocolError: what the peer chose is not what the two sides can agree on.
+        """
+        name = offered.fabric
+        self._check_keys(peer)
+        if name and self._own.get(name, "unknown"):
+            raise ProtocolError(f"the peer chose the fabric {name!r}, which this side did not offer")
+        fabric = self._fabrics[name] if name else None
+        if offered.sealed != self._seals(fabric):
+            raise ProtocolError(f"the peer {'seals' if offered.sealed else 'does not seal'} its chunks over {name!r}")
+        rails = RailSet(self._owner, self._name)
+        opening = Opening(rails, name, self.controller(name), offered.sealed, offered.checked)
+        if fabric is None:
+            rails.endpoint = ControlRail(self._send_on_control)
+            return opening
+        try:
+            rails.endpoint = fabric.connect(offered.offer, rails)
+            opening.count = rails.endpoint.rails
+        except FabricError as error:
+            self.passed_over = opening.reason = str(error)
+            log.warning("%s: fabric %s can't be used: %s", self._name, name, error)
+        return opening
+
+    def controller(self, name: str) -> Controller:
+        """Each fabric's own. There is nothing to adapt to in private memory, nor on the control stream."""
+        if name not in self._controllers:
+            context = self._context
+            kind = context.controller if name and not self._fabrics[name].private else "fixed"
+            # What is on its way to a receiver never exceeds the memory that it may use.
+            limit = context.budget.limit
+            self._controllers[name] = make_controller(kind, context.chunk_bytes, context.depth, limit)
+        return self._controllers[name]
+
+    def _check_keys(self, peer: wire.Hello) -> None:
+        if bool(peer.seal_key) != self._secure:
+            raise ProtocolError("one side seals its chunks and the other does not")
+
+    def _seals(self, fabric: Fabric | None) -> bool:
+        """Whether chunks are sealed. On the control stream TLS does it; private memory needs no seal."""
+        return self._secure and fabric is not None and not fabric.private
+
+
+def _is_checked(needed: bool, own: str, peer: str) -> bool:
+    """Whether chunks carry a checksum: if a side wants it, else not if a side does not, else if it is ``needed``."""
+    if "on" in (own, peer):
+        return True
+    return needed and "off" not in (own, peer)
