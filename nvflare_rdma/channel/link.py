@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from nvflare_rdma.channel import events, sealing, wire
 from nvflare_rdma.channel.control import ControlStream
@@ -39,10 +39,9 @@ from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
 log = logging.getLogger(__name__)
 
 Delivery: TypeAlias = bytes | memoryview
-_LINGER = 5.0
-_TICK = 1.0
+_LINGER, _TICK = 5.0, 1.0
 _SEND_NOW_BYTES = 128 * 1024
-#: Batches that wait for the control stream when the next chunk is put behind them.
+#: Batches that wait for the control stream while a chunk is put behind them: each such chunk is a copy.
 _DATA_AHEAD = 2
 
 
@@ -300,7 +299,6 @@ class Link:
 
     def _send_on_control(self, notification: int, digest: int, payload: memoryview) -> None:
         with self._room:
-            # Each is a copy: no more of them than keep the writer busy.
             self._room.wait_for(lambda: self._unsent < _DATA_AHEAD or self._closing)
             self._core.send_data(notification, digest, payload)
             self._core.written(notification, time.monotonic())
@@ -504,18 +502,15 @@ class Link:
     def _choose(self, wanted: events.ChooseFabric) -> None:
         peer = wanted.peer
         self._check_keys(peer)
-        name, self._passed_over = self._chooser.next(peer, wanted.reason, wanted.opened)
-        log.info("%s: fabric %s%s", self.name, name or "none", f" ({self._passed_over})" if self._passed_over else "")
+        rails = RailSet(self, self.name)
+        name, self._passed_over, offer = self._chooser.offer(self._fabrics, rails, peer, wanted.reason, wanted.opened)
         fabric = self._fabrics[name] if name else None
+        if fabric is None:
+            rails.endpoint = ControlRail(self._send_on_control)
+        log.info("%s: fabric %s%s", self.name, name or "none", f" ({self._passed_over})" if self._passed_over else "")
         sealed = self._seals(fabric)
         needed = not self._stream.secure and (fabric is None or fabric.checked)
         checked = not sealed and is_checked(needed, self._context.integrity, peer.integrity)
-        rails = RailSet(self, self.name)
-        offer: Mapping[str, Any] = {}
-        if fabric is not None:
-            rails.endpoint, offer = fabric.offer(rails)
-        else:
-            rails.endpoint = ControlRail(self._send_on_control)
         self._adopt(rails, name, peer, sealed, checked)
         self._core.choose(name, offer, sealed, checked)
 
@@ -528,7 +523,9 @@ class Link:
         peer, name = self._core.peer, offered.fabric
         assert peer is not None
         self._check_keys(peer)
-        if name and self._own.get(name, "unknown"):
+        if not name:
+            self._chooser.require_tcp()
+        elif self._own.get(name, "unknown"):
             raise ProtocolError(f"the peer chose the fabric {name!r}, which this side did not offer")
         fabric = self._fabrics[name] if name else None
         if offered.sealed != self._seals(fabric):

@@ -19,7 +19,14 @@ from nvflare_rdma.channel import events, wire
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
-from nvflare_rdma.errors import ProtocolError, RdmaError, SendTimeoutError, TransferError
+from nvflare_rdma.errors import (
+    FabricError,
+    FabricUnavailable,
+    ProtocolError,
+    RdmaError,
+    SendTimeoutError,
+    TransferError,
+)
 from nvflare_rdma.fabric.base import RemoteSlice
 from nvflare_rdma.fabric.memory import Reservation
 from nvflare_rdma.fabric.tcp import TcpFabric
@@ -289,3 +296,45 @@ def test_a_link_that_ends_while_it_dials_closes_the_rails_that_it_opens(ended_by
             events_there.down.get(timeout=DEADLINE)
         assert not [thread for thread in threading.enumerate() if thread.name in ("rdma-rail-0", "rdma-rail-1")]
         endpoint.close()
+
+
+def open_in_vain(link: Link) -> None:
+    with pytest.raises(RdmaError):
+        link.open()
+
+
+def test_a_fabric_that_can_not_even_be_offered_is_passed_over(caplog):
+    class OutOfDescriptors(TcpFabric):
+        name = "shm"
+
+        def offer(self, handler):
+            raise FabricError("can't listen: too many open files")
+
+    near, far = socket.socketpair()
+    both = context(order=("shm", "tcp"), unavailable={"shm": "", "tcp": ""}, host="here")
+    fabrics = {"shm": OutOfDescriptors(1), "tcp": TcpFabric(1)}
+    link = Link(ControlStream(near), Role.PASSIVE, fabrics, both, print, "link")
+    far.sendall(wire.encode(wire.Hello({"shm": "", "tcp": ""}, 1 << 30, 64 * 1024, 64, host="here")))
+    far.settimeout(DEADLINE)
+    opening = threading.Thread(target=open_in_vain, args=(link,), daemon=True)
+    opening.start()
+    parser, heard = wire.Parser(1, 1), []
+    while not heard or not isinstance(heard[-1], wire.Open):
+        data = far.recv(65536)
+        assert data, link._failure
+        heard += parser.feed(data)
+    assert heard[-1].fabric == "tcp"
+    assert "shm: can't listen: too many open files" in link._passed_over
+    far.close()
+    opening.join(DEADLINE)
+
+
+def test_the_control_stream_is_no_way_out_where_the_setting_leaves_tcp_out():
+    """Also if the peer's setting does not: `rdma_fabrics=verbs` means verbs or an error."""
+    near, far = socket.socketpair()
+    only_verbs = context(order=("verbs",), unavailable={"verbs": ""})
+    link = Link(ControlStream(near), Role.ACTIVE, {"verbs": TcpFabric(1)}, only_verbs, print, "link")
+    far.sendall(wire.encode(wire.Hello({"verbs": "", "tcp": ""}, 1 << 30, 64 * 1024, 64)))
+    far.sendall(wire.encode(wire.Open("", {})))
+    with far, pytest.raises(FabricUnavailable, match="rdma_fabrics=verbs"):
+        link.open()
