@@ -50,6 +50,7 @@ class Inbox:
         budget: MemoryBudget,
         pool: SlotPool,
         controller: Controller,
+        secure: bool,
         name: str,
         wait: float,
         later: Callable[[Callable[[], None]], None],
@@ -57,6 +58,7 @@ class Inbox:
         self._budget = budget
         self._pool = pool
         self._controller = controller
+        self._secure = secure
         self._name = name
         self._wait = wait
         self._later = later
@@ -85,9 +87,10 @@ class Inbox:
         self._later(reservation.request)
 
     def _cost(self, length: int) -> int:
-        """What receiving a message holds: its buffer, and the slots that its sealed chunks land in."""
+        """What receiving a message holds: its buffer, and the slots that its sealed chunks land in. They may be sealed
+        only later, over other rails."""
         cost = self._pool.cost(length)
-        if self._opener is not None:
+        if self._secure:
             chunk = min(self._controller.chunk_bytes, length)
             slots = -(-min(self._controller.window_bytes, length) // chunk)
             cost += slots * self._pool.cost(chunk + sealing.TAG_BYTES)
@@ -111,7 +114,7 @@ class Inbox:
         if endpoint is not None:
             try:
                 buffer = endpoint.allocate(length)
-            except FabricError as error:
+            except (FabricError, MemoryError) as error:
                 log.warning("%s: %s; other memory costs a copy more", self._name, error)
         return self._pool.take(length) if buffer is None else buffer
 

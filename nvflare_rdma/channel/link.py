@@ -18,6 +18,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 Delivery: TypeAlias = bytes | memoryview
 _LINGER = 5.0
 _TICK = 1.0
+_DELIVERY_POLL = 0.1
 _SEND_NOW_BYTES = 128 * 1024
 #: Batches that wait for the control stream when the next chunk is put behind them.
 _DATA_AHEAD = 2
@@ -65,6 +67,8 @@ class Link:
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._after: list[Callable[[], None]] = []
+        self._deliveries: deque[Delivery] = deque()
+        self._delivering = threading.RLock()
         self._key = sealing.new_key() if stream.secure else b""
         limits = context.limits
         own = {n: context.unavailable.get(n, "not part of this process") for n in context.order}
@@ -87,7 +91,7 @@ class Link:
             time.monotonic(),
             sealing.TAG_BYTES if self._key else 0,
         )
-        self._inbox = Inbox(context.budget, context.pool, controller, name, context.memory_wait, self._after.append)
+        self._inbox = Inbox(context.budget, context.pool, controller, stream.secure, name, context.memory_wait, self._after.append)
         self._outbox = Outbox(self._room, context.window_bytes, context.pool, name)
         self._rails: RailSet | None = None
         #: Control messages, or what of them is ready for the socket, and how many bytes are inline messages; None ends
@@ -243,7 +247,7 @@ class Link:
             if inline:
                 self._core.send_inline(view)
                 self._pump(inline_bytes=len(view))
-                return Sending(self._room, 0, ended=True)
+                return Sending(self._room, 0, over=True)
             transfer = self._core.submit(len(view), time.monotonic())
             sending = self._outbox.add(transfer, view)
             self._pump()
@@ -261,21 +265,28 @@ class Link:
         with self._lock:
             if rails is not self._rails:  # the grant is void, and the next rails may be guarded in another way
                 return memoryview(b""), 0
-            prepare = self._outbox.find(chunk)
+            prepare = self._outbox.find(rails, chunk)
         return prepare()
 
     def written(self, rails: RailSet, notification: int) -> None:
         """A rail reports that a local write has ended."""
         with self._guarded(), self._lock:
+            self._outbox.read_ended(rails, notification)
             if rails is self._rails:
                 self._core.written(notification, time.monotonic())
                 self._pump()
+
+    def closed(self, rails: RailSet) -> None:
+        """Rails are closed for good."""
+        with self._lock:
+            self._outbox.rails_closed(rails)
 
     def _send_on_control(self, notification: int, digest: int, payload: memoryview) -> None:
         with self._room:
             # Each is a copy: no more of them than keep the writer busy.
             self._room.wait_for(lambda: self._unsent < _DATA_AHEAD or self._closing)
             self._core.send_data(notification, digest, payload)
+            self._outbox.read_ended(self._rails, notification)
             self._core.written(notification, time.monotonic())
             self._pump()
 
@@ -382,15 +393,31 @@ class Link:
         self._output.put((output, inline_bytes))
 
     def _run_after(self) -> None:
+        """Do what was left for when the lock is released. Any thread may find what another has left."""
         while True:
             with self._lock:
                 todo = self._after[:]
                 self._after.clear()
             if not todo:
-                return
+                break
             for call in todo:
                 with self._guarded():
                     call()
+        while self._deliveries:
+            # One at a time, so that messages keep their order; a receiver that blocks holds up every thread that
+            # brings it more. Reentrant: it may close the link.
+            if not self._delivering.acquire(timeout=_DELIVERY_POLL):
+                if self._closing:
+                    return
+                continue
+            try:
+                with self._lock:
+                    message = self._deliveries.popleft() if self._deliveries else None
+                if message is not None:
+                    with self._guarded():
+                        self._deliver(message)
+            finally:
+                self._delivering.release()
 
     def _handle(self, event: events.Event) -> None:
         match event:
@@ -406,14 +433,14 @@ class Link:
             case events.RevokeChunk():
                 self._inbox.revoke(event)
             case events.InlineReceived(payload):
-                self._after.append(lambda: self._deliver(payload))
+                self._deliveries.append(payload)
             case events.DataArrived():
                 self._data_arrived(event)
             case events.MessageOffered(transfer, length):
                 self._offered(transfer, length)
             case events.MessageReceived(transfer):
                 if (buffer := self._inbox.finish(transfer)) is not None:
-                    self._after.append(lambda: self._deliver(buffer))
+                    self._deliveries.append(buffer)
             case events.ReceiveFailed(transfer, reason):
                 log.debug("%s: message %d was not received: %s", self.name, transfer, reason)
                 self._inbox.finish(transfer)

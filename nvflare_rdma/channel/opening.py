@@ -71,18 +71,15 @@ class RailOpener:
         """
         peer = wanted.peer
         self._check_keys(peer)
-        name, self.passed_over = self._chooser.next(peer, wanted.reason, wanted.opened)
+        rails = RailSet(self._owner, self._name)
+        name, self.passed_over, offer = self._chooser.offer(self._fabrics, rails, peer, wanted.reason, wanted.opened)
         log.info("%s: fabric %s%s", self._name, name or "none", f" ({self.passed_over})" if self.passed_over else "")
         fabric = self._fabrics[name] if name else None
+        if fabric is None:
+            rails.endpoint = ControlRail(self._send_on_control)
         sealed = self._seals(fabric)
         needed = not self._secure and (fabric is None or fabric.checked)
         checked = not sealed and _is_checked(needed, self._context.integrity, peer.integrity)
-        rails = RailSet(self._owner, self._name)
-        offer: Mapping[str, Any] = {}
-        if fabric is not None:
-            rails.endpoint, offer = fabric.offer(rails)
-        else:
-            rails.endpoint = ControlRail(self._send_on_control)
         return Opening(rails, name, self.controller(name), sealed, checked, offer)
 
     def dial(self, peer: wire.Hello, offered: events.OpenRails) -> Opening:
@@ -93,11 +90,17 @@ class RailOpener:
         """
         name = offered.fabric
         self._check_keys(peer)
-        if name and self._own.get(name, "unknown"):
+        if not name:
+            self._chooser.require_tcp()
+        elif self._own.get(name, "unknown"):
             raise ProtocolError(f"the peer chose the fabric {name!r}, which this side did not offer")
+        if name == "shm" and not self._context.host == peer.host != "":
+            raise ProtocolError("the peer chose shared memory, but it is on another host")
         fabric = self._fabrics[name] if name else None
         if offered.sealed != self._seals(fabric):
             raise ProtocolError(f"the peer {'seals' if offered.sealed else 'does not seal'} its chunks over {name!r}")
+        if self._context.integrity == "on" and not (offered.checked or offered.sealed or self._secure):
+            raise ProtocolError("the peer does not check its chunks, though rdma_integrity=on here")
         rails = RailSet(self._owner, self._name)
         opening = Opening(rails, name, self.controller(name), offered.sealed, offered.checked)
         if fabric is None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nvflare_rdma.channel import events, sealing
+from nvflare_rdma.channel.rails import RailSet
 from nvflare_rdma.errors import SendTimeoutError, TransferError
 from nvflare_rdma.fabric.memory import SlotPool
 
@@ -22,8 +23,14 @@ class Sending:
     """0 for a message that went on the control stream at once."""
     waiting: int = 0
     """Bytes that the peer has not granted yet."""
-    ended: bool = False
+    reads: int = 0
+    """Writes that may still read the message: until there is none it is not the caller's again."""
+    over: bool = False
     failure: str = ""
+
+    @property
+    def ended(self) -> bool:
+        return self.over and not self.reads
 
     def wait(self, timeout: float) -> None:
         """Until the peer has it all.
@@ -51,6 +58,7 @@ class Outbox:
         self._pool = pool
         self._name = name
         self._messages: dict[int, tuple[memoryview, Sending]] = {}
+        self._reads: dict[tuple[RailSet | None, int], Sending] = {}
         self._sealer: sealing.Sealer | None = None
         self._checked = False
 
@@ -99,7 +107,7 @@ class Outbox:
         entry = self._messages.pop(transfer, None)
         if entry is not None:
             _, sending = entry
-            sending.ended, sending.failure = True, failure
+            sending.over, sending.failure = True, failure
             self._no_longer_waits(sending, sending.waiting)
 
     def clear(self, failure: str) -> None:
@@ -113,12 +121,26 @@ class Outbox:
         while self._messages and (remaining := deadline - time.monotonic()) > 0:
             self._room.wait(remaining)
 
-    def find(self, chunk: events.WriteChunk) -> Callable[[], tuple[memoryview, int]]:
+    def read_ended(self, rails: RailSet | None, notification: int) -> None:
+        """A write over ``rails`` does not need its source any more."""
+        sending = self._reads.pop((rails, notification), None)
+        if sending is not None:
+            sending.reads -= 1
+            self._room.notify_all()
+
+    def rails_closed(self, rails: RailSet) -> None:
+        """Nothing reads for them any more."""
+        for key in [key for key in self._reads if key[0] is rails]:
+            self.read_ended(*key)
+
+    def find(self, rails: RailSet, chunk: events.WriteChunk) -> Callable[[], tuple[memoryview, int]]:
         """What makes the bytes of a chunk ready, guarded as chunks are now, and its digest. It takes as long as
-        sealing does: not to be called under the lock."""
+        sealing does: not to be called under the lock. `read_ended` is to follow."""
         entry = self._messages.get(chunk.transfer)
         if entry is None:  # given up: the grant is answered with nothing
             return lambda: (memoryview(b""), 0)
+        entry[1].reads += 1
+        self._reads[rails, chunk.notification] = entry[1]
         source = entry[0][chunk.offset : chunk.offset + chunk.length]
         return functools.partial(self._prepare, chunk, source, self._sealer, self._checked)
 

@@ -39,6 +39,7 @@ class Outgoing:
         self._transfers: dict[int, _Transfer] = {}
         self._writes: dict[int, int] = {}  # notification of the peer -> transfer
         self._next = 1
+        self._last_notification = 0
 
     def submit(self, length: int, limit: int, now: float) -> int:
         if length > limit:
@@ -84,8 +85,10 @@ class Outgoing:
             raise ProtocolError(f"a grant of {grant.length} bytes points to a slice of {grant.remote.length}")
         if len(self._writes) >= self._limits.max_writes:
             raise ProtocolError(f"more than {self._limits.max_writes} grants are open")
-        if grant.notification in self._writes:
-            raise ProtocolError(f"notification {grant.notification} is granted twice")
+        # Rising numbers (modulo 2^32, RFC 1982) can't come twice in a transfer: a seal's nonce is made of them.
+        if not 0 < (grant.notification - self._last_notification) & 0xFFFFFFFF < 1 << 31:
+            raise ProtocolError(f"notification {grant.notification} is granted after {self._last_notification}")
+        self._last_notification = grant.notification
         out = self._find(grant.transfer)
         if out is not None:
             self._check_range(grant, out)

@@ -6,11 +6,11 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from nvflare_rdma.channel import events, wire
-from nvflare_rdma.errors import FabricUnavailable
-from nvflare_rdma.fabric.base import CompletionHandler, Endpoint
+from nvflare_rdma.errors import FabricError, FabricUnavailable
+from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Fabric
 from nvflare_rdma.fabric.selection import choose
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,9 @@ class RailOwner(Protocol):
     def written(self, rails: RailSet, notification: int) -> None: ...
 
     def rail_down(self, rails: RailSet, rail: int, error: Exception) -> None: ...
+
+    def closed(self, rails: RailSet) -> None:
+        """Nothing is written, or landed, over these rails any more."""
 
     def failed(self, error: Exception) -> None: ...
 
@@ -82,6 +85,7 @@ class RailSet(CompletionHandler):
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=5.0)
+        self._owner.closed(self)
 
     # -- what the endpoint says ----------------------------------------------------------------------------
 
@@ -114,6 +118,28 @@ class FabricChooser:
         self._failures: dict[str, int] = {}
         self._current = ""
         self._since = 0.0
+
+    def require_tcp(self) -> None:
+        """Active side: the peer wants to do without rails. Raises FabricUnavailable where that is not allowed."""
+        if "tcp" not in self._order:
+            raise FabricUnavailable(
+                f"the peer found no fabric that works (its log says why), and rdma_fabrics={','.join(self._order)} "
+                "does not allow the control stream here: add tcp"
+            )
+
+    def offer(
+        self, fabrics: Mapping[str, Fabric], rails: RailSet, peer: wire.Hello, failure: str, opened: bool
+    ) -> tuple[str, str, Mapping[str, Any]]:
+        """`next`, until one can be offered: its endpoint is in ``rails`` then, and its offer is the last result."""
+        while True:
+            name, passed_over = self.next(peer, failure, opened)
+            if not name:
+                return name, passed_over, {}
+            try:
+                rails.endpoint, offer = fabrics[name].offer(rails)
+                return name, passed_over, offer
+            except FabricError as error:
+                failure, opened = str(error), False
 
     def next(self, peer: wire.Hello, failure: str, opened: bool) -> tuple[str, str]:
         """Name of the fabric ("" for the control stream) and why better ones were passed over. ``failure``: what

@@ -335,8 +335,8 @@ def test_offers_beyond_the_limit_of_concurrent_ones_are_a_protocol_error():
 def test_grants_are_bounded_in_number_size_and_repetition():
     """Each open grant costs the sender a write, and in secure mode a slot."""
 
-    def grants(*ranges):
-        made = [wire.Grant(1, o, n, RemoteSlice(1, o, n), i, 0) for i, (o, n) in enumerate(ranges)]
+    def grants(*ranges, first=1):
+        made = [wire.Grant(1, o, n, RemoteSlice(1, o, n), i, 0) for i, (o, n) in enumerate(ranges, first)]
         return b"".join(map(wire.encode, made))
 
     def offering():
@@ -354,11 +354,11 @@ def test_grants_are_bounded_in_number_size_and_repetition():
     active.core.receive(grants((0, 100_000)), now=0.0)
 
     def ask_again() -> None:
-        for _ in range(10_000):
+        for i in range(1, 10_000):
             active.settle()
             active.writes.clear()
-            active.core.written(0, now=0.0)
-            active.core.receive(grants((0, 1000)), now=0.0)
+            active.core.written(i, now=0.0)
+            active.core.receive(grants((0, 1000), first=i + 1), now=0.0)
 
     with pytest.raises(ProtocolError, match="asked for more than 16 times over"):
         ask_again()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import queue
 import socket
 import ssl
 import threading
@@ -20,7 +21,14 @@ from nvflare_rdma.channel import events, wire
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
-from nvflare_rdma.errors import ProtocolError, RdmaError, SendTimeoutError, TransferError
+from nvflare_rdma.errors import (
+    FabricError,
+    FabricUnavailable,
+    ProtocolError,
+    RdmaError,
+    SendTimeoutError,
+    TransferError,
+)
 from nvflare_rdma.fabric.base import RemoteSlice
 from nvflare_rdma.fabric.memory import Reservation
 from nvflare_rdma.fabric.tcp import TcpFabric
@@ -289,3 +297,134 @@ def test_a_link_that_ends_while_it_dials_closes_the_rails_that_it_opens(ended_by
             events_there.down.get(timeout=DEADLINE)
         assert not [thread for thread in threading.enumerate() if thread.name in ("rdma-rail-0", "rdma-rail-1")]
         endpoint.close()
+
+
+def open_in_vain(link: Link) -> None:
+    with pytest.raises(RdmaError):
+        link.open()
+
+
+def test_a_fabric_that_can_not_even_be_offered_is_passed_over(caplog):
+    class OutOfDescriptors(TcpFabric):
+        name = "shm"
+
+        def offer(self, handler):
+            raise FabricError("can't listen: too many open files")
+
+    near, far = socket.socketpair()
+    both = context(order=("shm", "tcp"), unavailable={"shm": "", "tcp": ""}, host="here")
+    fabrics = {"shm": OutOfDescriptors(1), "tcp": TcpFabric(1)}
+    link = Link(ControlStream(near), Role.PASSIVE, fabrics, both, print, "link")
+    far.sendall(wire.encode(wire.Hello({"shm": "", "tcp": ""}, 1 << 30, 64 * 1024, 64, host="here")))
+    far.settimeout(DEADLINE)
+    opening = threading.Thread(target=open_in_vain, args=(link,), daemon=True)
+    opening.start()
+    parser, heard = wire.Parser(1, 1), []
+    while not heard or not isinstance(heard[-1], wire.Open):
+        data = far.recv(65536)
+        assert data, link._failure
+        heard += parser.feed(data)
+    assert heard[-1].fabric == "tcp"
+    assert "shm: can't listen: too many open files" in link._opener.passed_over
+    far.close()
+    opening.join(DEADLINE)
+
+
+def test_the_control_stream_is_no_way_out_where_the_setting_leaves_tcp_out():
+    """Also if the peer's setting does not: `rdma_fabrics=verbs` means verbs or an error."""
+    near, far = socket.socketpair()
+    only_verbs = context(order=("verbs",), unavailable={"verbs": ""})
+    link = Link(ControlStream(near), Role.ACTIVE, {"verbs": TcpFabric(1)}, only_verbs, print, "link")
+    far.sendall(wire.encode(wire.Hello({"verbs": "", "tcp": ""}, 1 << 30, 64 * 1024, 64)))
+    far.sendall(wire.encode(wire.Open("", {})))
+    with far, pytest.raises(FabricUnavailable, match="rdma_fabrics=verbs"):
+        link.open()
+
+
+def test_a_message_that_is_given_up_while_it_is_written_arrives_as_it_was_or_not_at_all():
+    off = [context(integrity="off") for _ in range(2)]
+    with link_pair(*off) as pair:
+        reading, go_on, blocked, busy = (threading.Event() for _ in range(4))
+        write = pair.active._rails.endpoint.write
+
+        def late(*arguments):
+            reading.set()
+            go_on.wait(DEADLINE)
+            write(*arguments)
+
+        def deliver(message):
+            if bytes(message) == b"busy":
+                blocked.set()
+                busy.wait(DEADLINE)  # so that the passive side reads no WITHDRAW
+            else:
+                pair.inbox[pair.passive].put(bytes(message))
+
+        pair.passive._deliver = deliver
+        pair.active._rails.endpoint.write = late
+        source = bytearray(b"a" * 100_000)
+        sending = pair.active.send(source, timeout=DEADLINE)
+        assert reading.wait(DEADLINE)
+        pair.active.send(b"busy", timeout=DEADLINE)
+        assert blocked.wait(DEADLINE)
+        pair.active.withdraw(sending, "changed its mind")
+        try:
+            with pytest.raises(TransferError):
+                sending.wait(0.5)
+            source[:] = b"b" * 100_000  # `wait` has returned: it is the sender's again
+        finally:
+            go_on.set()
+        try:
+            assert pair.inbox[pair.passive].get(timeout=1.0) == b"a" * 100_000
+        except queue.Empty:
+            pass
+        finally:
+            busy.set()
+
+
+def test_a_message_is_not_sent_before_the_writes_over_old_rails_have_ended():
+    with link_pair() as pair:
+        reading, go_on = threading.Event(), threading.Event()
+        write = pair.active._rails.endpoint.write
+        old = pair.active._rails.endpoint
+
+        def late(*arguments):
+            if not reading.is_set():
+                reading.set()
+                go_on.wait(DEADLINE)
+            write(*arguments)
+
+        old.write = late
+        sending = pair.active.send(pattern(600_000), timeout=DEADLINE)
+        assert reading.wait(DEADLINE)
+        for rail in range(2):
+            old._sockets[rail].shutdown(socket.SHUT_RDWR)
+        try:
+            with pytest.raises(SendTimeoutError):  # a write still reads the source
+                sending.wait(2.0)
+        finally:
+            go_on.set()
+        sending.wait(DEADLINE)
+
+
+def test_inline_messages_are_delivered_in_order():
+    with link_pair() as pair:
+        received, first = [], threading.Event()
+
+        def deliver(message):
+            if bytes(message) == b"1":
+                first.wait(1.0)  # the thread that took it is slow
+            received.append(bytes(message))
+
+        link = pair.passive
+        link._deliver = deliver
+        with link._lock:
+            link._handle(events.InlineReceived(b"1"))  # by the reader, which has not come to it yet
+        thief = threading.Thread(target=link._run_after, daemon=True)  # a rail's thread, after a landing
+        thief.start()
+        threading.Event().wait(0.1)
+        pair.active.send(b"2", timeout=DEADLINE)
+        pair.active.send(b"3", timeout=DEADLINE)
+        threading.Event().wait(0.2)
+        first.set()
+        thief.join(DEADLINE)
+        assert received == [b"1", b"2", b"3"]

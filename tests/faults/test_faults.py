@@ -107,7 +107,8 @@ def test_rails_that_can_not_be_dialled_again_leave_the_control_stream(connect):
             cut(peer, rail)
         assert digest(peer.messages.get(timeout=DEADLINE)) == digest(pattern(size))
         assert peer.link.fabric == "control"
-        assert peer.link._core._incoming.granted_chunks == chunks(size) + peer.link._core._incoming.lost_chunks
+        incoming = peer.link._core._incoming
+        assert incoming.granted_chunks - incoming.lost_chunks <= size // MIB
 
 
 # -- processes ---------------------------------------------------------------------------------------------
