@@ -176,7 +176,7 @@ class Channel:
         """
         if self.state not in (Phase.OPEN, Phase.CLOSED) and now - self._born > self._limits.handshake_timeout:
             raise TransferError(f"the peer did not finish the handshake in {self._limits.handshake_timeout:g} s")
-        timeout = self._limits.handshake_timeout
+        timeout = self._limits.stall_timeout
         if self._lost_at is not None and now - self._lost_at > timeout:
             raise TransferError(f"no rail came up again in {timeout:g} s: {self._lost_reason}")
         self._outgoing.check(now)
