@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nvflare_rdma.channel import events, sealing
+from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.controllers import Controller
 from nvflare_rdma.errors import FabricError, IntegrityError
 from nvflare_rdma.fabric.base import Endpoint, Region, RemoteSlice
-from nvflare_rdma.fabric.memory import MemoryBudget, Reservation, SlotPool
+from nvflare_rdma.fabric.memory import Reservation
 
 log = logging.getLogger(__name__)
 
@@ -47,20 +48,18 @@ class Inbox:
 
     def __init__(
         self,
-        budget: MemoryBudget,
-        pool: SlotPool,
+        context: LinkContext,
         controller: Controller,
         secure: bool,
         name: str,
-        wait: float,
         later: Callable[[Callable[[], None]], None],
     ) -> None:
-        self._budget = budget
-        self._pool = pool
+        self._budget = context.budget
+        self._pool = context.pool
+        self._wait = context.memory_wait
         self._controller = controller
         self._secure = secure
         self._name = name
-        self._wait = wait
         self._later = later
         self._arriving: dict[int, _Arriving] = {}
         self._landings: dict[int, _Landing] = {}

@@ -91,7 +91,7 @@ class Link:
             time.monotonic(),
             sealing.TAG_BYTES if self._key else 0,
         )
-        self._inbox = Inbox(context.budget, context.pool, controller, stream.secure, name, context.memory_wait, self._after.append)
+        self._inbox = Inbox(context, controller, stream.secure, name, self._after.append)
         self._outbox = Outbox(self._room, context.window_bytes, context.pool, name)
         self._rails: RailSet | None = None
         #: Control messages, or what of them is ready for the socket, and how many bytes are inline messages; None ends

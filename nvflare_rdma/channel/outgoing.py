@@ -39,7 +39,7 @@ class Outgoing:
         self._transfers: dict[int, _Transfer] = {}
         self._writes: dict[int, int] = {}  # notification of the peer -> transfer
         self._next = 1
-        self._last_notification = 0
+        self._last_notification = -1
 
     def submit(self, length: int, limit: int, now: float) -> int:
         if length > limit:

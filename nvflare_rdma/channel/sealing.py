@@ -2,8 +2,9 @@
 
 Seals are AES-256-GCM (NIST SP 800-38D). Each side seals what it sends with a key of its own, given to the peer over
 the TLS control stream when the connection opens. A nonce is ``transfer (u64) | notification (u32)``: transfers are
-numbered by a counter, and every grant has a higher notification than the last, so no nonce repeats under one key, also when a chunk is sent again. Transfer, offset and length are the associated data, so a chunk can't be passed
-off as another one.
+numbered by a counter, and every grant has a higher notification than the last, so no nonce repeats under one key, also
+when a chunk is sent again. Transfer, offset and length are the associated data, so a chunk can't be passed off as
+another one.
 
 The checksum is XXH3 (64 bits): it finds flipped bits, not attackers.
 """

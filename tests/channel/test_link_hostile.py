@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tcp_pair import DEADLINE, context
+from waiting import eventually
 
 from nvflare_rdma.channel import wire
 from nvflare_rdma.channel.control import ControlStream
@@ -244,6 +245,7 @@ def test_small_offers_are_charged_what_they_hold():
         it.greet()
         it.say(*(wire.Offer(i, 70_000) for i in range(1, 100)), wire.Inline(b"x"))
         it.inbox.get(timeout=DEADLINE)
+        eventually(lambda: len(it.context.budget._waiting) == 91)
         assert len(it.link._inbox._arriving) == 8
 
 
