@@ -1,8 +1,8 @@
 """Runs a `Channel` on a control stream and the rails of a fabric: with `rails.py` the one place with threads.
 
-    FLARE's thread   Link.send         -> core -> writer queue
+    FLARE's thread   Link.send         -> core -> control stream
     reader thread    Link.run          control stream -> core -> events; the deadlines
-    writer thread                      writer queue -> control stream
+    writer thread                      what the control stream did not take at once
     rail threads     Link.prepare      seal or checksum a granted chunk, then Endpoint.write
     fabric threads   landed, written   verify what landed, then -> core
 
