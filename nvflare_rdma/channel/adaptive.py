@@ -97,15 +97,15 @@ class AdaptiveController(Controller):
     def window_bytes(self) -> int:
         return self._window
 
-    def granted(self, length: int, now: float) -> None:
-        self._rate.granted(length, now)
+    def granted(self, length: int, now: float, rail: int = 0) -> None:
+        self._rate.granted(length, now, rail)
         self._scouts = max(self._scouts - 1, 0)
 
     def idle(self, now: float) -> None:
         self._rate.idle()
 
-    def landed(self, length: int, granted_at: float, now: float) -> None:
-        sample = self._rate.landed(length, granted_at, now)
+    def landed(self, length: int, granted_at: float, now: float, rail: int = 0) -> None:
+        sample = self._rate.landed(length, granted_at, now, rail)
         latency = max(now - granted_at, 0.0)
         self._losses_in_a_row = 0
         if self._scouting:
@@ -138,8 +138,8 @@ class AdaptiveController(Controller):
             )
         self._resize()
 
-    def lost(self, length: int, now: float) -> None:
-        self._rate.lost(length)
+    def lost(self, length: int, now: float, rail: int = 0) -> None:
+        self._rate.lost(length, rail)
         self._round_lost += length
         # What is lost at another size than the present one says nothing new, unless nothing has ever arrived.
         counts = length == self.chunk_bytes or not self._rate.delivered
