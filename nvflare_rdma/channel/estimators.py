@@ -124,6 +124,11 @@ class DeliveryRate:
     def overtaken(self) -> int:
         return sum(max(rail.in_flight - (rail.granted - rail.passed), 0) for rail in self._rails.values())
 
+    @property
+    def in_order(self) -> bool:
+        """Nothing was ever lost, and nothing came later than what was granted after it over the same rail."""
+        return self.on_time >= self.passed
+
     def idle(self) -> None:
         """All that is granted from here until what is in flight has landed may be too little for the link."""
         self._app_limited_until = self.delivered + max(self.in_flight, 1)

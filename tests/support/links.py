@@ -185,14 +185,14 @@ def simulate(
     nbytes: float = math.inf,
     messages: Sequence[tuple[float, int]] | None = None,
     changes: Sequence[tuple[float, dict[str, float]]] = (),
-    late: Callable[[float], float] = lambda at: at,
+    late: Callable[[float, int], float] = lambda at, rail: at,
     seed: int = 1,
     trace: bool = False,
 ) -> Result:
     """Run until ``seconds`` have passed or ``nbytes`` have landed.
 
     ``messages``: (time offered, length) of each, else one message without end (or of ``nbytes``). ``changes``: (time,
-    new values of the link). ``late``: when the receiver hears of what landed at a time.
+    new values of the link). ``late``: when the receiver hears of what landed at a time, on a rail.
     """
     wire = _Wire(link, random.Random(seed))
     # time, order, kind, length, granted at, rail, attempt
@@ -241,11 +241,12 @@ def simulate(
             what, at = wire.send(length, now, rail)
             order += 1
             if what == "land":
-                heapq.heappush(events, (late(at), order, _REPORT, length, granted_at, rail, 0))
+                heapq.heappush(events, (late(at, rail), order, _REPORT, length, granted_at, rail, 0))
             elif attempt < RETRIES:
                 heapq.heappush(events, (at, order, _SEND, length, granted_at, rail, attempt + 1))
             else:
-                heapq.heappush(events, (late(at + wire.link.rtt / 2), order, _REPORT, length, granted_at, rail, -1))
+                at = late(at + wire.link.rtt / 2, rail)
+                heapq.heappush(events, (at, order, _REPORT, length, granted_at, rail, -1))
         elif attempt < 0:
             in_flight -= length
             load[rail] -= length
