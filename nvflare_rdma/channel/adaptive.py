@@ -17,11 +17,12 @@ class AdaptiveController(Controller):
 
     The window follows BBR (Cardwell et al., "BBR: Congestion-Based Congestion Control", ACM Queue 14(5), 2016): a
     gain times the largest recent delivery rate times the least latency from grant to landing. A high gain at the
-    start ends when the rate no longer grows; now and then the window is made small for a moment to see the latency
-    without queue (a probe). What differs, because chunks are paced and not packets: the latency is that of a whole
-    chunk, by size; chunks that others have overtaken are waiting to be sent again, so they come on top of the
-    window; and rounds both late and slow bring the probe forward, which tells a slower link from a longer one. If
-    more than 2 % of a round (BBRv2's threshold) never lands, the gain is taken off the window.
+    start ends when the rate no longer grows, and rests while the sender has too little to send; now and then the
+    window is made small for a moment to see the latency without queue (a probe). What differs, because chunks are
+    paced and not packets: the latency is that of a whole chunk, by size; chunks that others have overtaken on their
+    rail are waiting to be sent again, so they come on top of the window; and rounds both late and slow bring the
+    probe forward, which tells a slower link from a longer one. If more than 2 % of a round (BBRv2's threshold) never
+    lands, the gain is taken off the window.
 
     The chunk size is found by hill climbing on goodput (see `ChunkClimber`). That there is a best one on lossy
     links, and that fast links want several in flight, is FedRDMA's finding (arXiv 2403.00881). The share of chunks
@@ -34,7 +35,9 @@ class AdaptiveController(Controller):
     START_GAIN = 8.0
     GAIN = 1.5
     GROWTH = 1.25  # a round that brings less than this over the best before did not find more bandwidth
-    FLAT_ROUNDS = 2  # of those end the start
+    FLAT_ROUNDS = 2  # of those end the start,
+    LIMITED_ROUNDS = 2  # or, if the sender had too little to send, make it rest
+    HEADROOM = 2  # times what was ever in flight: no sender with too little to send needs a larger window
     RATE_ROUNDS = 10  # that the bandwidth is the largest of, as in BBR
     OVERTAKEN = 2.0  # windows of overtaken chunks that are let come on top
     FIRST_TRY = 0.75  # smaller chunks are tried when fewer than this share arrive at the first try,
@@ -67,7 +70,9 @@ class AdaptiveController(Controller):
         self._floor = LatencyFloor()
         self._starting = True
         self._best_rate = 0.0
-        self._flat_rounds = 0
+        self._flat_rounds = self._limited_rounds = 0
+        self._most_in_flight = 0
+        self._app_limited = True
         self._loss_cap: float | None = None
         self._probe: list[tuple[int, float]] | None = None
         self._probe_from: float | None = None
@@ -97,15 +102,17 @@ class AdaptiveController(Controller):
     def window_bytes(self) -> int:
         return self._window
 
-    def granted(self, length: int, now: float) -> None:
-        self._rate.granted(length, now)
+    def granted(self, length: int, now: float, rail: int = 0) -> None:
+        self._rate.granted(length, now, rail)
+        self._most_in_flight = max(self._most_in_flight, self._rate.in_flight)
         self._scouts = max(self._scouts - 1, 0)
 
     def idle(self, now: float) -> None:
         self._rate.idle()
 
-    def landed(self, length: int, granted_at: float, now: float) -> None:
-        sample = self._rate.landed(length, granted_at, now)
+    def landed(self, length: int, granted_at: float, now: float, rail: int = 0) -> None:
+        sample = self._rate.landed(length, granted_at, now, rail)
+        self._app_limited = sample.app_limited
         latency = max(now - granted_at, 0.0)
         self._losses_in_a_row = 0
         if self._scouting:
@@ -133,13 +140,14 @@ class AdaptiveController(Controller):
             useful = self._useful_chunk()
             many = self._wanted > MAX_GRANTS * self.chunk_bytes
             risky = self._first_try < (self.SOME_TRIES if many else self.FIRST_TRY)
+            usual = self._start_chunk if self._rate.in_order else 0
             self._climber.landed(
-                length, granted_at, now, sample.round_ended, least, most, useful, risky, self._rate.in_flight
+                length, granted_at, now, sample.round_ended, least, most, useful, usual, risky, self._rate.in_flight
             )
         self._resize()
 
-    def lost(self, length: int, now: float) -> None:
-        self._rate.lost(length)
+    def lost(self, length: int, now: float, rail: int = 0) -> None:
+        self._rate.lost(length, rail)
         self._round_lost += length
         # What is lost at another size than the present one says nothing new, unless nothing has ever arrived.
         counts = length == self.chunk_bytes or not self._rate.delivered
@@ -157,12 +165,13 @@ class AdaptiveController(Controller):
         elif self._loss_cap is not None:
             self._loss_cap = self._loss_cap * self.GROWTH if self._loss_cap < self._max_window else None
         self._look_for_retries(now)
-        if not app_limited and self._probe is None:
+        if self._probe is None:
             if self._starting:
-                self._look_for_the_end_of_growth()
-            else:
+                self._look_for_the_end_of_growth(app_limited)
+            elif not app_limited:
                 self._look_for_a_change(now)
-            self._bandwidth.next_round()
+            if not app_limited:
+                self._bandwidth.next_round()
         self._new_round()
 
     def _look_for_retries(self, now: float) -> None:
@@ -190,10 +199,12 @@ class AdaptiveController(Controller):
                 least = max(least, self._useful_chunk())
                 self._climber.suspect(steps, self._starting, least, most, self._rate.in_flight, now)
 
-    def _look_for_the_end_of_growth(self) -> None:
+    def _look_for_the_end_of_growth(self, app_limited: bool) -> None:
         if self._bandwidth.value > self.GROWTH * self._best_rate:
             self._best_rate = self._bandwidth.value
-            self._flat_rounds = 0
+            self._flat_rounds = self._limited_rounds = 0
+        elif app_limited:
+            self._limited_rounds += 1
         else:
             self._flat_rounds += 1
             self._starting = self._flat_rounds < self.FLAT_ROUNDS
@@ -271,7 +282,10 @@ class AdaptiveController(Controller):
         if self._probe is not None:
             window = self._probe_window() + self._rate.overtaken
         else:
-            window = (self.START_GAIN if self._starting else self.GAIN) * self._bandwidth.value * floor
+            growing = self._starting and self._limited_rounds < self.LIMITED_ROUNDS
+            window = (self.START_GAIN if growing else self.GAIN) * self._bandwidth.value * floor
+            if self._app_limited:
+                window = min(window, self.HEADROOM * self._most_in_flight)
             if self._loss_cap is not None:
                 window = min(window, max(self._loss_cap, self._bandwidth.value * floor))
             # Two more: one that waits for the wire while another is on it, and one whose grant is on its way.

@@ -10,6 +10,8 @@ _ROUNDS = 2
 _SETTLE_ROUNDS = 8
 _RAMP_ROUNDS = 3  # at a new size, until those of its chunks that are sent again land as steadily as the others
 _GAIN = 1.05  # by how much a size must be better to be taken
+_CLEAR_GAIN = 1.25  # the same for chunks smaller than usual,
+_RARE_PATIENCE = 16  # which are tried only when the waits have become as long as this
 _STEADY = 1.25  # two epochs differ by less: the rate is no longer on its way somewhere
 _MAX_PATIENCE = 64
 _SUSPECT_PATIENCE = 4
@@ -101,11 +103,13 @@ class ChunkClimber:
         least: int,
         most: int,
         useful: float,
+        usual: int,
         risky: bool,
         in_flight: int,
     ) -> None:
         """``least`` and ``most``: sizes within which to search; ``useful``: smaller ones can't do as well as this one
-        (their number is bounded). ``risky``: larger chunks may well fail."""
+        (their number is bounded); ``usual``: there is no sign that smaller ones are better, and they cost more
+        requests. ``risky``: larger chunks may well fail."""
         if self.keep_within(least, most, in_flight, now):
             return
         if granted_at < self._changed_at:
@@ -124,16 +128,16 @@ class ChunkClimber:
         if self._chunks >= _CHUNKS and self._rounds >= _ROUNDS and now > self._began:
             goodput = self._bytes / (now - self._began)
             self.interrupt()
-            size = self._next_size(goodput, least, most, useful, risky)
+            size = self._next_size(goodput, least, most, useful, usual, risky)
             if size != self.size:
                 self._change(size, in_flight, now)
 
-    def _next_size(self, goodput: float, least: int, most: int, useful: float, risky: bool) -> int:
+    def _next_size(self, goodput: float, least: int, most: int, useful: float, usual: int, risky: bool) -> int:
         """The size for the next epoch, after one that brought ``goodput``."""
         self._suspect_wait -= 1
         if self._trial_of is not None:
             before, self._trial_of = self._trial_of, None
-            if goodput <= _GAIN * self.baseline:
+            if goodput <= (_CLEAR_GAIN if self.size < min(before, usual) else _GAIN) * self.baseline:
                 self._turn()
                 return before
             self._failed = 0
@@ -152,7 +156,8 @@ class ChunkClimber:
                 self._patience = self._wait = _RISKY_PATIENCE
                 return self.size
         size = self.size * 2 if self._step > 0 else self.size // 2
-        if (least if self._step > 0 else max(least, useful)) <= size <= most:
+        rare = size < min(self.size, usual) and self._patience < _RARE_PATIENCE
+        if not rare and (least if self._step > 0 else max(least, useful)) <= size <= most:
             self._trial_of = self.size
             return size
         self._turn()

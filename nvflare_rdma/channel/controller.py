@@ -30,15 +30,15 @@ class Controller(ABC):
         """Bytes that may be granted and not landed at once, over all messages of the connection; at least a chunk."""
 
     @abstractmethod
-    def granted(self, length: int, now: float) -> None:
-        """A chunk was granted at ``now``."""
+    def granted(self, length: int, now: float, rail: int = 0) -> None:
+        """A chunk was granted at ``now``, over a rail: what goes over one is expected to land in order."""
 
     @abstractmethod
-    def landed(self, length: int, granted_at: float, now: float) -> None:
+    def landed(self, length: int, granted_at: float, now: float, rail: int = 0) -> None:
         """A chunk that was granted at ``granted_at`` (the same value as told then) has landed."""
 
     @abstractmethod
-    def lost(self, length: int, now: float) -> None:
+    def lost(self, length: int, now: float, rail: int = 0) -> None:
         """A granted chunk will not land: its rail broke, or it arrived damaged."""
 
     @abstractmethod
@@ -63,13 +63,13 @@ class FixedController(Controller):
     def window_bytes(self) -> int:
         return self._window_bytes
 
-    def granted(self, length: int, now: float) -> None:
+    def granted(self, length: int, now: float, rail: int = 0) -> None:
         pass
 
-    def landed(self, length: int, granted_at: float, now: float) -> None:
+    def landed(self, length: int, granted_at: float, now: float, rail: int = 0) -> None:
         pass
 
-    def lost(self, length: int, now: float) -> None:
+    def lost(self, length: int, now: float, rail: int = 0) -> None:
         pass
 
     def idle(self, now: float) -> None:

@@ -30,6 +30,15 @@ class _Snapshot:
     chunks: int = 0
 
 
+@dataclass(slots=True)
+class _Rail:
+    granted: int = 0
+    in_flight: int = 0
+    newest: float = 0.0  # when the newest was granted that has landed
+    newest_landed: int = 0  # bytes granted then that have landed
+    passed: int = 0  # bytes granted before
+
+
 class DeliveryRate:
     """Delivery-rate samples and rounds (draft-cheng-iccrg-delivery-rate-estimation), with chunks as packets.
 
@@ -37,9 +46,10 @@ class DeliveryRate:
     reported late and all at once do not look like a fast link. A round ends when a chunk lands that was granted
     after the last round's end.
 
-    `overtaken`: bytes in flight that were granted before something that has landed. They wait to be sent again, and
-    the link is free for others meanwhile; as in TCP's estimate of its pipe (RFC 6675), they don't fill it.
-    ``passed`` and ``on_time``: of all bytes granted before the newest that has landed, those that did not wait.
+    `overtaken`: bytes in flight that were granted before something that has landed over the same rail. They wait to be
+    sent again, and the link is free for others meanwhile; as in TCP's estimate of its pipe (RFC 6675), they don't fill
+    it. ``passed`` and ``on_time``: of all bytes granted before the newest that has landed over their rail, those that
+    did not wait. Rails overtake one another without any loss: nothing follows from that.
     """
 
     def __init__(self) -> None:
@@ -47,47 +57,57 @@ class DeliveryRate:
         self.in_flight = 0
         self.passed = 0
         self.on_time = 0
-        self._newest = 0.0
         self.granted_bytes = 0
         self._delivered_at = 0.0
         self._first_granted_at = 0.0
         self._app_limited_until = 0
         self._round_until = 0
-        self._snapshots: dict[float, _Snapshot] = {}
+        self._rails: dict[int, _Rail] = {}
+        self._snapshots: dict[tuple[int, float], _Snapshot] = {}  # by rail and time of granting
 
-    def granted(self, length: int, now: float) -> None:
+    def granted(self, length: int, now: float, rail: int = 0) -> None:
         if not self.in_flight:
             self._snapshots.clear()  # what was lost leaves its snapshot behind
-            self._delivered_at = self._first_granted_at = self._newest = now
-            self.passed = self.granted_bytes
+            self._delivered_at = self._first_granted_at = now
+        order = self._rails.get(rail)
+        if order is None:
+            order = self._rails[rail] = _Rail()
+        if not order.in_flight:
+            self._pass(order, order.granted, now)
         self.in_flight += length
-        snapshot = self._snapshots.get(now)
+        snapshot = self._snapshots.get((rail, now))
         if snapshot is None:
             limited = self.delivered < self._app_limited_until
-            snapshot = _Snapshot(
-                self.delivered, self._delivered_at, self._first_granted_at, self.granted_bytes, limited
-            )
-            self._snapshots[now] = snapshot
+            snapshot = _Snapshot(self.delivered, self._delivered_at, self._first_granted_at, order.granted, limited)
+            self._snapshots[rail, now] = snapshot
             if len(self._snapshots) > _MAX_SNAPSHOTS:
                 del self._snapshots[next(iter(self._snapshots))]
         snapshot.chunks += 1
         self.granted_bytes += length
+        order.granted += length
+        order.in_flight += length
 
-    def landed(self, length: int, granted_at: float, now: float) -> Sample:
-        self.in_flight = max(self.in_flight - length, 0)
+    def _pass(self, order: _Rail, until: int, now: float) -> None:
+        """Something granted over the rail at ``now``, after ``until`` bytes, is the newest."""
+        self.on_time += order.newest_landed
+        self.passed += until - order.passed
+        order.newest, order.newest_landed, order.passed = now, 0, until
+
+    def landed(self, length: int, granted_at: float, now: float, rail: int = 0) -> Sample:
+        self.lost(length, rail)
         self.delivered += length
         self._delivered_at = now
-        snapshot = self._snapshots.get(granted_at)
-        if snapshot is None:
+        snapshot, order = self._snapshots.get((rail, granted_at)), self._rails.get(rail)
+        if snapshot is None or order is None:
             return Sample(None, True, False)
         snapshot.chunks -= 1
         if not snapshot.chunks:
-            del self._snapshots[granted_at]
+            del self._snapshots[rail, granted_at]
         self._first_granted_at = max(self._first_granted_at, granted_at)
-        if granted_at >= self._newest:
-            self._newest = granted_at
-            self.passed = snapshot.granted
-            self.on_time += length
+        if granted_at > order.newest:
+            self._pass(order, snapshot.granted, granted_at)
+        if granted_at == order.newest:
+            order.newest_landed += length
         round_ended = snapshot.delivered >= self._round_until
         if round_ended:
             self._round_until = self.delivered
@@ -95,12 +115,19 @@ class DeliveryRate:
         rate = (self.delivered - snapshot.delivered) / interval if interval > 0 else None
         return Sample(rate, snapshot.app_limited, round_ended)
 
-    def lost(self, length: int) -> None:
+    def lost(self, length: int, rail: int = 0) -> None:
         self.in_flight = max(self.in_flight - length, 0)
+        if order := self._rails.get(rail):
+            order.in_flight = max(order.in_flight - length, 0)
 
     @property
     def overtaken(self) -> int:
-        return max(self.in_flight - (self.granted_bytes - self.passed), 0)
+        return sum(max(rail.in_flight - (rail.granted - rail.passed), 0) for rail in self._rails.values())
+
+    @property
+    def in_order(self) -> bool:
+        """Nothing was ever lost, and nothing came later than what was granted after it over the same rail."""
+        return self.on_time >= self.passed
 
     def idle(self) -> None:
         """All that is granted from here until what is in flight has landed may be too little for the link."""

@@ -150,7 +150,7 @@ class Incoming:
                 raise ProtocolError(
                     f"the peer wrote {length} bytes where {exposure.length + self._overhead} were granted"
                 )
-            self._controller.landed(exposure.length, exposure.granted_at, now)
+            self._controller.landed(exposure.length, exposure.granted_at, now, exposure.rail)
             self._damaged_in_a_row = 0
             incoming.landed += exposure.length
             incoming.progress_at = now
@@ -192,7 +192,7 @@ class Incoming:
             self.most_granted = max(self.most_granted, self._in_flight)
             self._load[rail] += length
             self.granted_chunks += 1
-            controller.granted(length, now)
+            controller.granted(length, now, rail)
             self._happened(events.ExposeChunk(transfer, offset, length, notification, rail))
         if self._load:
             controller.idle(now)
@@ -232,7 +232,7 @@ class Incoming:
     def _lose(self, notification: int, now: float) -> None:
         exposure = self._close(notification)
         self.lost_chunks += 1
-        self._controller.lost(exposure.length, now)
+        self._controller.lost(exposure.length, now, exposure.rail)
         if (incoming := self._transfers.get(exposure.transfer)) is not None:
             incoming.again.append((exposure.offset, exposure.length))
             if exposure.transfer not in self._hungry:

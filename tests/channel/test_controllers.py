@@ -6,6 +6,7 @@ No test looks at a real clock: all times are the simulation's. benchmarks/contro
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from link_search import best_fixed, mean_goodput, restart_goodput
 from links import GIB, KIB, MIB, MODELS, RESTART, RESUME, TCP, Link, simulate
 
 from nvflare_rdma.channel.controllers import CONTROLLERS, MAX_GRANTS, Controller, make_controller
-from nvflare_rdma.channel.estimators import LatencyFloor
+from nvflare_rdma.channel.estimators import DeliveryRate, LatencyFloor
 
 GBIT = 1e9 / 8
 CHUNKS, DEPTHS = tuple(64 * KIB << i for i in range(0, 9, 2)), (1, 8, 64, 256)
@@ -144,6 +145,30 @@ def test_the_latency_floor_knows_that_large_chunks_take_longer():
     assert floor.get(64 * KIB, 1e8) < 0.05
 
 
+def test_order_is_judged_within_a_rail():
+    rate = DeliveryRate()
+    for now, rail in ((1.0, 0), (2.0, 0), (3.0, 1), (4.0, 1), (5.0, 0)):
+        rate.granted(100, now, rail)
+    rate.landed(100, 3.0, 6.0, 1)
+    rate.landed(100, 4.0, 6.0, 1)
+    assert (rate.overtaken, rate.in_order) == (0, True)
+    rate.landed(100, 5.0, 6.0, 0)
+    assert rate.overtaken > 0
+    assert not rate.in_order
+
+
+def test_chunks_that_were_granted_together_are_on_time_in_any_order():
+    rate = DeliveryRate()
+    for now in range(1, 9):
+        for length in (100, 200, 300):
+            rate.granted(length, float(now))
+    for now in range(1, 9):
+        for length in (300, 100, 200):
+            rate.landed(length, float(now), 10.0 + now)
+            assert rate.in_order
+            assert rate.passed == rate.on_time == (now - 1) * 600
+
+
 # -- what changes and what disturbs ---------------------------------------------------------------------------
 
 
@@ -176,9 +201,37 @@ def test_a_burst_of_loss_is_forgotten(model):
 def test_completions_reported_late_and_in_batches_do_not_mislead(rtt):
     """The receiver looks at completions every 5 ms only."""
     link = Link(GBIT, rtt)
-    run = simulate(adaptive(), link, seconds=10, trace=True, late=lambda at: math.ceil(at / 5e-3) * 5e-3)
+    run = simulate(adaptive(), link, seconds=10, trace=True, late=lambda at, rail: math.ceil(at / 5e-3) * 5e-3)
     assert run.between(5, 10) > 0.85 * link.bandwidth
     assert run.trace[-1][2] < 4 * link.bandwidth * (rtt + 10e-3) + 16 * MIB
+
+
+@pytest.mark.parametrize("rtt", [0.05e-3, 20e-3])
+def test_rails_that_overtake_one_another_do_not_shrink_the_chunk(rtt):
+    """Each delivers in order, but one is heard of later than the other."""
+    chance = random.Random(1)
+    heard = [0.0, 0.0]
+
+    def late(at: float, rail: int) -> float:
+        heard[rail] = max(heard[rail], at + chance.random() * (1e-3, 20e-3)[rail])
+        return heard[rail]
+
+    link = Link(10 * GBIT, rtt, model=TCP)
+    run = simulate(adaptive(), link, seconds=4, trace=True, late=late)
+    assert min(chunk for at, chunk, _, _ in run.trace if at > 4 * rtt + 40e-3) >= MIB
+    assert run.between(2, 4) > 0.85 * link.bandwidth
+
+
+def test_a_window_that_the_sender_does_not_use_does_not_grow():
+    """1 MiB each 0.5 ms is a sixth of the link. The gain of the start, and no bound, would have more than eight times
+    what that uses; the first messages wait for the window, and what comes then is some more."""
+    controller, link = adaptive(), Link(100 * GBIT, 10e-3)
+    used = MIB / 0.5e-3 * (link.rtt + 0.2e-3)
+    run = simulate(controller, link, messages=[(i * 0.5e-3, MIB) for i in range(400)], trace=True)
+    assert run.seconds < 400 * 0.5e-3 + 2 * link.rtt
+    assert max(window for _, _, window, _ in run.trace) < 4 * used
+    assert controller.window_bytes < 3 * used
+    assert share(link, 2, controller) > 0.85  # and grows when it is
 
 
 def test_messages_with_gaps_do_not_shrink_the_window():

@@ -125,11 +125,11 @@ class _Wire:
         self._free_at = max(self._free_at, now) + nbytes / self.link.bandwidth
         return self._free_at
 
-    def send(self, length: int, now: float) -> tuple[str, float]:
-        """("land", when), ("again", when the sender starts over) ."""
+    def send(self, length: int, now: float, rail: int) -> tuple[str, float]:
+        """("land", when), ("again", when the sender starts over). ``rail`` is TCP's."""
         link = self.link
         if link.model == TCP:
-            return "land", self._send_tcp(length, now)
+            return "land", self._send_tcp(length, now, self._rails[rail])
         if link.model == RESUME:
             lost = self._lost_packets(length / MTU) if link.loss else 0
             at = self._serve(length + lost * MTU, now) + link.rtt / 2
@@ -145,9 +145,8 @@ class _Wire:
                 return "again", max(at, at - max(0.0, length - until) / link.bandwidth + link.rtt)
         return "land", self._serve(length, now) + link.rtt / 2
 
-    def _send_tcp(self, length: int, now: float) -> float:
+    def _send_tcp(self, length: int, now: float, rail: _Rail) -> float:
         link = self.link
-        rail = min(self._rails, key=lambda r: r.free_at)
         start = max(now, rail.free_at)
         limited = rail.free_at >= now
         full = (link.bdp + link.queue) / link.rails
@@ -186,22 +185,24 @@ def simulate(
     nbytes: float = math.inf,
     messages: Sequence[tuple[float, int]] | None = None,
     changes: Sequence[tuple[float, dict[str, float]]] = (),
-    late: Callable[[float], float] = lambda at: at,
+    late: Callable[[float, int], float] = lambda at, rail: at,
     seed: int = 1,
     trace: bool = False,
 ) -> Result:
     """Run until ``seconds`` have passed or ``nbytes`` have landed.
 
     ``messages``: (time offered, length) of each, else one message without end (or of ``nbytes``). ``changes``: (time,
-    new values of the link). ``late``: when the receiver hears of what landed at a time.
+    new values of the link). ``late``: when the receiver hears of what landed at a time, on a rail.
     """
     wire = _Wire(link, random.Random(seed))
-    events: list[tuple[float, int, int, int, float, int]] = []  # time, order, kind, length, granted at, attempt
+    # time, order, kind, length, granted at, rail, attempt
+    events: list[tuple[float, int, int, int, float, int, int]] = []
+    load = [0] * (link.rails if link.model == TCP else 1)  # bytes granted and not landed, by rail
     queue: list[float] = [] if messages is not None else [nbytes]
     order = 0
     for at, length in messages or ():
         order += 1
-        events.append((at, order, _OFFER, length, at, 0))
+        events.append((at, order, _OFFER, length, at, 0, 0))
     heapq.heapify(events)
     total = sum(length for _, length in messages) if messages is not None else nbytes
     pending = sorted(changes, key=lambda change: change[0], reverse=True)
@@ -214,19 +215,21 @@ def simulate(
             length = int(min(controller.chunk_bytes, queue[0]))
             if in_flight and in_flight + length > controller.window_bytes:
                 break
-            controller.granted(length, now)
+            rail = load.index(min(load))
+            controller.granted(length, now, rail)
+            load[rail] += length
             in_flight += length
             queue[0] -= length
             if not queue[0]:
                 del queue[0]
             cpu_free = max(cpu_free, now + wire.link.rtt / 2) + wire.link.overhead
             order += 1
-            heapq.heappush(events, (cpu_free, order, _SEND, length, now, 0))
+            heapq.heappush(events, (cpu_free, order, _SEND, length, now, rail, 0))
         else:
             controller.idle(now)
         if not events or landed >= total:
             break
-        now, _, kind, length, granted_at, attempt = heapq.heappop(events)
+        now, _, kind, length, granted_at, rail, attempt = heapq.heappop(events)
         if now > seconds:
             now = seconds
             break
@@ -235,23 +238,26 @@ def simulate(
         if kind == _OFFER:
             queue.append(length)
         elif kind == _SEND:
-            what, at = wire.send(length, now)
+            what, at = wire.send(length, now, rail)
             order += 1
             if what == "land":
-                heapq.heappush(events, (late(at), order, _REPORT, length, granted_at, 0))
+                heapq.heappush(events, (late(at, rail), order, _REPORT, length, granted_at, rail, 0))
             elif attempt < RETRIES:
-                heapq.heappush(events, (at, order, _SEND, length, granted_at, attempt + 1))
+                heapq.heappush(events, (at, order, _SEND, length, granted_at, rail, attempt + 1))
             else:
-                heapq.heappush(events, (late(at + wire.link.rtt / 2), order, _REPORT, length, granted_at, -1))
+                at = late(at + wire.link.rtt / 2, rail)
+                heapq.heappush(events, (at, order, _REPORT, length, granted_at, rail, -1))
         elif attempt < 0:
             in_flight -= length
+            load[rail] -= length
             lost += 1
             queue.insert(0, length)
-            controller.lost(length, now)
+            controller.lost(length, now, rail)
         else:
             in_flight -= length
             landed += length
-            controller.landed(length, granted_at, now)
+            load[rail] -= length
+            controller.landed(length, granted_at, now, rail)
             if trace:
                 lines.append((now, controller.chunk_bytes, controller.window_bytes, landed))
     return Result(landed, now, lines, lost)
