@@ -41,6 +41,7 @@ class _Landing:
     region: Region
     slot: memoryview | None
     """Where the sealed chunk lands, before it is opened into ``target``."""
+    revoked: bool = False
 
 
 class Inbox:
@@ -142,6 +143,7 @@ class Inbox:
         if landing is None:
             return
         landing.region.revoke(event.notification)
+        landing.revoked = True
         if not event.answered:
             self._landings.pop(event.notification)
             self.closed(landing)
@@ -152,6 +154,8 @@ class Inbox:
 
     def verify(self, landing: _Landing, length: int, digest: int) -> bool:
         """Whether the chunk is what was sent; opens its seal. Takes as long as that does: not under the lock."""
+        if landing.revoked:
+            return True  # what came was discarded
         if landing.slot is not None and self._opener is not None:
             if length != len(landing.slot):
                 return True  # nothing was written, or the core says what is wrong

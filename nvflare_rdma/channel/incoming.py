@@ -159,7 +159,9 @@ class Incoming:
         self.plan(now)
 
     def damaged(self, notification: int, now: float) -> None:
-        self._damaged_in_a_row += 1
+        exposure = self._exposures.get(notification)
+        if exposure is not None and exposure.transfer in self._transfers:  # what is not wanted any more is no damage
+            self._damaged_in_a_row += 1
         if self._damaged_in_a_row > self._limits.max_damaged:
             raise TransferError(f"{self._damaged_in_a_row} chunks in a row arrived damaged")
         self._lose(notification, now)

@@ -209,6 +209,21 @@ def test_without_the_checksum_an_altered_chunk_is_not_noticed():
         assert pair.receive(pair.passive)[:2] == b"x\0"
 
 
+@pytest.mark.parametrize("guarded_by", ["seal", "checksum"])
+def test_what_is_on_its_way_when_a_message_is_refused_is_no_damage(guarded_by, tls, caplog):
+    receiving = context(chunk_bytes=64 * 1024, depth=64)
+    with link_pair(context(window_bytes=1 << 30), receiving, tls if guarded_by == "seal" else None) as pair:
+        for _ in range(5):
+            sending = pair.active.send(bytes(256 << 20), timeout=DEADLINE)
+            incoming = eventually(lambda: [t for t, (landed, _) in pair.passive.incoming().items() if landed])
+            pair.passive.refuse(incoming[0], "disk full")
+            with pytest.raises(TransferError, match="disk full"):
+                sending.wait(DEADLINE)
+        pair.active.send(pattern(300_000), timeout=DEADLINE).wait(DEADLINE)
+        assert bytes(pair.receive(pair.passive)) == pattern(300_000)
+    assert "damaged" not in caplog.text
+
+
 def test_giving_up_a_message_ends_it_on_both_sides_and_harms_no_other():
     receiving = context(chunk_bytes=64 * 1024, depth=1)
     with link_pair(context(window_bytes=1 << 30), receiving) as pair:
