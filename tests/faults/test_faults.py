@@ -264,7 +264,7 @@ def test_a_thousand_transfers_leave_nothing_behind(connect, fabric):
             assert now["rss"] <= was["rss"] + 32 * MIB  # 900 transfers of 0.3 MB both ways: 540 MB
 
 
-def test_fifty_connections_leave_nothing_behind(connect):
+def test_connections_leave_nothing_behind(connect):
     def once():
         with connect() as peer:
             peer.there(MIB)
