@@ -111,6 +111,29 @@ def test_rails_that_can_not_be_dialled_again_leave_the_control_stream(connect):
         assert incoming.granted_chunks - incoming.lost_chunks <= size // MIB
 
 
+@pytest.mark.parametrize("secure", [False, True], ids=["clear", "secure"])
+@pytest.mark.parametrize("fabric", ["shm-direct", "shm-memfd"])
+def test_a_transfer_goes_on_over_another_fabric(connect, tmp_path, fabric, secure):
+    """Shared memory that keeps breaking is given up for tcp, where chunks are sealed if TLS is asked for."""
+    size = 1024 * MIB
+    authority = Authority(tmp_path)
+    tls = {**authority.issue("server", "server"), **authority.issue("client", "client")} if secure else None
+    with connect(fabric=fabric, order=["shm", "tcp"], tls=tls, depth=2) as peer:
+        assert peer.link.fabric == "shm"
+        peer.tell("send", size=size, seed=0)
+        for i in range(3):
+            eventually(lambda i=i: landed(peer) > (i + 1) * 20 * MIB)
+            rails = peer.link._rails
+            rails.endpoint.drop(0)
+            eventually(lambda rails=rails: peer.link._rails not in (None, rails))
+        assert digest(peer.messages.get(timeout=DEADLINE)) == digest(pattern(size))
+        assert peer.link.fabric == "tcp"
+        incoming = peer.link._core._incoming
+        assert incoming.granted_chunks == chunks(size) + incoming.lost_chunks
+        peer.there(5 * MIB)
+        assert peer.ask()["fabric"] == "tcp"
+
+
 # -- processes ---------------------------------------------------------------------------------------------
 
 
