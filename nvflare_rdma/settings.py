@@ -14,6 +14,7 @@ from typing import Any
 from nvflare_rdma.channel.controllers import CONTROLLERS
 from nvflare_rdma.channel.wire import INTEGRITY
 from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.fabric.base import MAX_RAILS
 from nvflare_rdma.fabric.selection import FABRICS, parse_fabrics
 
 PREFIX = "rdma_"
@@ -41,7 +42,7 @@ class Settings:
 
 _RANGES = {
     "rdma_chunk_bytes": (64 * KIB, 64 * MIB),
-    "rdma_rails": (1, 64),
+    "rdma_rails": (1, MAX_RAILS),
     "rdma_memory_budget_bytes": (MIB, 1 << 50),
 }
 _CHOICES = {"rdma_controller": tuple(CONTROLLERS), "rdma_integrity": INTEGRITY}

@@ -19,11 +19,11 @@ from nvflare_rdma.channel import events, wire
 from nvflare_rdma.channel.controllers import Controller
 from nvflare_rdma.channel.events import Event
 from nvflare_rdma.channel.incoming import Incoming
-from nvflare_rdma.channel.limits import MAX_CHUNK_BYTES, MAX_INLINE_BYTES, MAX_RAILS, ChannelLimits
+from nvflare_rdma.channel.limits import MAX_CHUNK_BYTES, MAX_INLINE_BYTES, ChannelLimits
 from nvflare_rdma.channel.outgoing import Outgoing
 from nvflare_rdma.channel.state import PHASE, RAILS, Input, Phase, RailState, Role, illegal
 from nvflare_rdma.errors import LocalProtocolError, ProtocolError, TransferError
-from nvflare_rdma.fabric.base import RemoteSlice
+from nvflare_rdma.fabric.base import MAX_RAILS, RemoteSlice
 
 #: Seconds before new rails are asked for: at once, then longer and longer, until rails have lasted a while.
 _BACKOFF = (0.0, 0.1, 0.3, 1.0, 3.0)

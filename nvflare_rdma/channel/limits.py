@@ -7,8 +7,6 @@ from dataclasses import dataclass
 MAX_INLINE_BYTES = 64 * 1024
 MIN_CHUNK_BYTES = 64 * 1024
 MAX_CHUNK_BYTES = 64 * 1024 * 1024
-#: Each costs this side a thread.
-MAX_RAILS = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,14 +72,14 @@ class Link:
         self._key = sealing.new_key() if stream.secure else b""
         limits = context.limits
         own = {n: context.unavailable.get(n, "not part of this process") for n in context.order}
-        self._own = {n: reason or ("" if n in fabrics else "not part of this link") for n, reason in own.items()}
-        self._opener = RailOpener(self, name, context, fabrics, self._own, stream.secure, self._send_on_control)
+        own = {n: reason or ("" if n in fabrics else "not part of this link") for n, reason in own.items()}
+        self._opener = RailOpener(self, name, context, fabrics, own, stream.secure, self._send_on_control)
         controller = self._opener.controller("")
         self._core = Channel(
             role,
             limits,
             wire.Hello(
-                self._own,
+                own,
                 limits.max_message_bytes,
                 limits.inline_bytes,
                 limits.max_writes,

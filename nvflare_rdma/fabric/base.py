@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+#: To one peer, over any fabric: each costs this side a thread.
+MAX_RAILS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class RemoteSlice:

@@ -150,6 +150,12 @@ def anonymous_pages(nbytes: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(pages, dtype=np.uint8)
 
 
+def slot_bytes(nbytes: int) -> int:
+    """What a slot for ``nbytes`` really holds: nearly equal sizes share slots, and large ones are whole huge pages."""
+    grain = _GRAIN if nbytes <= HUGE_PAGE_BYTES else HUGE_PAGE_BYTES
+    return max(-(-nbytes // grain), 1) * grain
+
+
 class SlotPool:
     """Buffers that are recycled when the last view of them is gone.
 
@@ -194,8 +200,7 @@ class SlotPool:
 
     def cost(self, nbytes: int) -> int:
         """What `take` of ``nbytes`` really holds."""
-        grain = _GRAIN if nbytes <= HUGE_PAGE_BYTES else HUGE_PAGE_BYTES
-        return max(-(-nbytes // grain), 1) * grain
+        return slot_bytes(nbytes)
 
     @property
     def idle_bytes(self) -> int:

@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from nvflare_rdma.errors import FabricError
+from nvflare_rdma.fabric.memory import HUGE_PAGE_BYTES
 
 _MFD_NOEXEC_SEAL = 0x0008  # Linux 6.3; it implies MFD_ALLOW_SEALING
 _PR_SET_PTRACER = 0x59616D61
 _MAP_FAILED = ctypes.c_void_p(-1).value
-_HUGE_PAGE = 2 * 1024 * 1024
 #: With these nobody can truncate the file, so touching a mapping of it never raises SIGBUS.
 SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
@@ -140,7 +140,7 @@ def map_shared(fd: int, nbytes: int) -> npt.NDArray[np.uint8]:
         raise MemoryError(f"can't map {nbytes} bytes of shared memory: {_errno_error('mmap').strerror}")
     memory = (ctypes.c_ubyte * nbytes).from_address(address)
     weakref.finalize(memory, _munmap, address, nbytes).atexit = False
-    if nbytes >= _HUGE_PAGE:
+    if nbytes >= HUGE_PAGE_BYTES:
         _madvise(address, nbytes, mmap.MADV_HUGEPAGE)  # a wish: kernels without it refuse
     return np.frombuffer(memoryview(memory), np.uint8)
 

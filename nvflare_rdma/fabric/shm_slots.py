@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from nvflare_rdma.errors import FabricError, ProtocolError
+from nvflare_rdma.fabric.memory import slot_bytes
 from nvflare_rdma.fabric.process_memory import address_of, check_sealed, map_shared, sealed_memory
 
 #: Mappings per peer; a process may have 65,530 of all kinds (vm.max_map_count).
 MAX_SLOTS = 8192
 KEEP_BYTES = 64 * 1024 * 1024
-_GRAIN, _BIG_GRAIN = 64 * 1024, 2 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +66,7 @@ class SlotOwner:
         Raises:
             MemoryError: no memory, or too many slots. FabricError: no descriptor is left.
         """
-        size = self.cost(nbytes)
+        size = slot_bytes(nbytes)
         with self._lock:
             self._collect()
             slot = next((s for s in reversed(self._idle) if s.memory.size == size), None)
@@ -78,12 +78,6 @@ class SlotOwner:
         lease = slot.memory[:nbytes]
         weakref.finalize(lease, self._give_back, slot).atexit = False
         return slot, lease.data
-
-    @staticmethod
-    def cost(nbytes: int) -> int:
-        """What `take` of ``nbytes`` really holds: nearly equal sizes share slots."""
-        grain = _GRAIN if nbytes <= _BIG_GRAIN else _BIG_GRAIN
-        return max(-(-nbytes // grain), 1) * grain
 
     def find(self, buffer: memoryview) -> tuple[Slot, int] | None:
         """The slot that holds all of ``buffer`` and the buffer's offset in it, however the view was derived."""

@@ -20,13 +20,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nvflare_rdma.errors import ConfigError, FabricError, ProtocolError
-from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Fabric, Region, RemoteSlice
+from nvflare_rdma.fabric.base import MAX_RAILS, CompletionHandler, Endpoint, Fabric, Region, RemoteSlice
 
 RAIL_MAGIC = b"NVFRAIL2"
 TICKET_BYTES = 32
 PREAMBLE_BYTES = len(RAIL_MAGIC) + TICKET_BYTES
 TICKET_LIFETIME = 30.0
-MAX_RAILS = 64
 _ADMITTED, _REFUSED = b"\x01", b"\x00"
 #: Unacknowledged for so long (seconds), the path is dead: the kernel alone would take a quarter of an hour to say so.
 _DEAD_AFTER = 60

@@ -14,7 +14,8 @@ import weakref
 
 import pytest
 from certificates import Authority
-from tcp_pair import DEADLINE, Recorder, admitting, context, in_parallel, link_pair
+from recorder import Recorder
+from tcp_pair import DEADLINE, admitting, context, in_parallel, link_pair
 from waiting import eventually
 
 from nvflare_rdma.channel import events, wire

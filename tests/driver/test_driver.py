@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-import time
 from contextlib import contextmanager
 
-import pytest
 from nvflare.fuel.f3.comm_error import CommError
 from nvflare.fuel.f3.connection import ConnState, FrameReceiver
 from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo, Mode
 from nvflare.fuel.f3.drivers.driver import ConnMonitor
 from nvflare.fuel.f3.drivers.net_utils import parse_url
 from processes import free_port
+from waiting import eventually
 
 from nvflare_rdma.driver import RdmaDriver
 
@@ -83,14 +82,14 @@ def running(url: str, mode: Mode, **params):
 
 
 def wait_for_port(port: int) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while time.monotonic() < deadline:
+    def listens() -> bool:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
         except OSError:
-            time.sleep(0.02)  # a listener has no event that another process, or FLARE, could wait for
-    pytest.fail("nothing listens")
+            return False
+        return True
+
+    eventually(listens, DEADLINE)
 
 
 def test_a_frame_arrives_and_states_are_reported_once():

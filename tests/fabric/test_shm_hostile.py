@@ -14,7 +14,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from shm_peer import DEADLINE, Peer, Recorder, RemotePeer, digest, mappings, pattern
+from recorder import Recorder
+from shm_peer import DEADLINE, Peer, RemotePeer, digest, mappings, pattern
 
 from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.fabric import shm, shm_regions, shm_setup, shm_slots
@@ -175,7 +176,7 @@ def test_a_chunk_of_a_sender_that_has_left_is_not_taken_for_good(monkeypatch):
 
         monkeypatch.setattr(shm, "read_into", read_into)
         sock.send(message(WRITE, 7, remote.key, remote.address, 10, id(source)))
-        assert "left while its memory was read" in str(events.downs.get(timeout=DEADLINE)[1])
+        assert "left while its memory was read" in str(events.down.get(timeout=DEADLINE)[1])
         assert events.landings.empty()
 
 
@@ -183,7 +184,7 @@ def test_memory_that_can_no_longer_be_read_is_a_rail_that_is_down():
     with liar("direct", "direct") as (sock, endpoint, events):
         remote = endpoint.register(memoryview(bytearray(10))).expose(7, 0, 10, 0)
         sock.send(message(WRITE, 7, remote.key, remote.address, 10, source=4096))
-        assert "process_vm_readv: Bad address" in str(events.downs.get(timeout=DEADLINE)[1])
+        assert "process_vm_readv: Bad address" in str(events.down.get(timeout=DEADLINE)[1])
         assert events.landings.empty()
 
 
@@ -258,7 +259,7 @@ def test_a_broken_message_ends_the_endpoint(data):
         sock.send(data)
         assert isinstance(events.failures.get(timeout=DEADLINE), ProtocolError)
         assert sock.recv(64) == b""
-        assert events.downs.empty()
+        assert events.down.empty()
 
 
 @pytest.mark.parametrize("count", [1, 2, 30])
@@ -340,7 +341,7 @@ def test_a_write_waits_for_memory_that_comes_late_and_gives_up_at_last(monkeypat
     monkeypatch.setattr(shm, "SLOT_TIMEOUT", 0.2)
     with liar("direct", "memfd") as (sock, endpoint, events):
         endpoint.write(0, memoryview(b"x"), RemoteSlice(1, 0, 1), 7, 0)
-        assert "did not share it within 0.2 s" in str(events.downs.get(timeout=DEADLINE)[1])
+        assert "did not share it within 0.2 s" in str(events.down.get(timeout=DEADLINE)[1])
         assert events.writes.get(timeout=DEADLINE) == 7
     monkeypatch.setattr(shm, "SLOT_TIMEOUT", DEADLINE)
     with liar("direct", "memfd") as (sock, endpoint, events):

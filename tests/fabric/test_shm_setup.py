@@ -7,11 +7,12 @@ import errno
 import os
 import socket
 import threading
-import time
 from pathlib import Path
 
 import pytest
-from shm_peer import DEADLINE, Peer, Recorder, RemotePeer, digest, pattern
+from recorder import Recorder
+from shm_peer import DEADLINE, Peer, RemotePeer, digest, pattern
+from waiting import eventually
 
 from nvflare_rdma.errors import FabricError, ProtocolError
 from nvflare_rdma.fabric import process_memory, shm_setup
@@ -25,13 +26,6 @@ def listening(name: str) -> bool:
     """Whether a socket accepts connections (flag 0x10000) under this abstract name."""
     lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
     return any(line[-1] == f"@{name}" and int(line[3], 16) & 0x10000 for line in lines[1:])
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -60,7 +54,7 @@ def test_an_offer_is_used_once_and_leaves_nothing_behind():
         assert listening(offer["name"])
         far.connect(offer)
         transfers(near, far)
-        wait_until(lambda: not listening(offer["name"]))
+        eventually(lambda: not listening(offer["name"]))
         with RemotePeer() as other, pytest.raises(RuntimeError, match="FabricError: nobody listens"):
             other.connect(offer)
         transfers(near, far)
@@ -83,7 +77,7 @@ def test_an_offer_expires(monkeypatch):
     monkeypatch.setattr(shm_setup, "OFFER_LIFETIME", 0.05)
     with peers() as (near, far):
         offer = near.offer()
-        wait_until(lambda: not listening(offer["name"]))
+        eventually(lambda: not listening(offer["name"]))
         with pytest.raises(RuntimeError, match=r"FabricError: nobody listens.*expired"):
             far.connect(offer)
         assert near.endpoint.rails == 0

@@ -6,7 +6,8 @@ import contextlib
 import socket
 
 import pytest
-from tcp_pair import DEADLINE, Recorder, admitting
+from recorder import Recorder
+from tcp_pair import DEADLINE, admitting
 
 from nvflare_rdma.errors import ConfigError, FabricError, ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice

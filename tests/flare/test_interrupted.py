@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
 from processes import ROOT, environment
+from waiting import eventually
 
 JOB = ROOT / "jobs" / "stdlib_lm" / "job.py"
 ENDLESS = ["--quantize", "none", "--sites", "2", "--width", "64", "--layers", "1", "--steps", "1000000"]
@@ -32,11 +32,12 @@ def test_nothing_runs_on_after_the_job_was_killed(tmp_path):
     with open(tmp_path / "job.log", "wb") as log:
         job = subprocess.Popen(command, env=environment(), cwd=tmp_path, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 90
-        while len([p for p in of_this_run(str(tmp_path)) if "simulator_worker" in " ".join(p.cmdline())]) < 2:
+
+        def sites_run() -> bool:
             assert job.poll() is None, (tmp_path / "job.log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)  # other processes' start: nothing to wait for
+            return len([p for p in of_this_run(str(tmp_path)) if "simulator_worker" in " ".join(p.cmdline())]) >= 2
+
+        eventually(sites_run, 90)
         job.kill()
         job.wait(timeout=10)
         left = of_this_run(str(tmp_path))

@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import json
 import os
-import queue
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.random import default_rng  # now: it can't be imported by a user who may not read the package
+from recorder import Recorder
 
 from nvflare_rdma.fabric import process_memory, shm_setup
 from nvflare_rdma.fabric.base import RemoteSlice
@@ -42,28 +42,6 @@ def descriptors() -> int:
 
 def mappings() -> int:
     return sum("memfd:nvflare-rdma" in line for line in Path("/proc/self/maps").read_text().splitlines())
-
-
-class Recorder:
-    """A CompletionHandler that queues what it is told."""
-
-    def __init__(self) -> None:
-        self.landings: queue.Queue[tuple[int, int, int]] = queue.Queue()
-        self.writes: queue.Queue[int] = queue.Queue()
-        self.downs: queue.Queue[tuple[int, Exception]] = queue.Queue()
-        self.failures: queue.Queue[Exception] = queue.Queue()
-
-    def landed(self, notification: int, length: int, digest: int) -> None:
-        self.landings.put((notification, length, digest))
-
-    def written(self, notification: int) -> None:
-        self.writes.put(notification)
-
-    def rail_down(self, rail: int, error: Exception) -> None:
-        self.downs.put((rail, error))
-
-    def failed(self, error: Exception) -> None:
-        self.failures.put(error)
 
 
 class Peer:
@@ -116,7 +94,7 @@ class Peer:
         return self.events.writes.get(timeout=DEADLINE)
 
     def down(self) -> str:
-        rail, error = self.events.downs.get(timeout=DEADLINE)
+        rail, error = self.events.down.get(timeout=DEADLINE)
         assert rail == 0
         return f"{type(error).__name__}: {error}"
 
@@ -127,7 +105,7 @@ class Peer:
     def unread(self) -> list[int]:
         """How many landings, writes, rail_downs and failures nobody has asked for."""
         e = self.events
-        return [q.qsize() for q in (e.landings, e.writes, e.downs, e.failures)]
+        return [q.qsize() for q in (e.landings, e.writes, e.down, e.failures)]
 
     def digest(self, name: int, start: int = 0, stop: int | None = None) -> str:
         return digest(self.buffers[name][start:stop])

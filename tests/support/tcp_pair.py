@@ -19,28 +19,6 @@ from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive
 DEADLINE = 20.0
 
 
-class Recorder:
-    """A CompletionHandler that queues what it is told."""
-
-    def __init__(self) -> None:
-        self.landings: queue.Queue[tuple[int, int, int]] = queue.Queue()
-        self.writes: queue.Queue[int] = queue.Queue()
-        self.down: queue.Queue[tuple[int, Exception]] = queue.Queue()
-        self.failures: queue.Queue[Exception] = queue.Queue()
-
-    def landed(self, notification: int, length: int, digest: int) -> None:
-        self.landings.put((notification, length, digest))
-
-    def written(self, notification: int) -> None:
-        self.writes.put(notification)
-
-    def rail_down(self, rail: int, error: Exception) -> None:
-        self.down.put((rail, error))
-
-    def failed(self, error: Exception) -> None:
-        self.failures.put(error)
-
-
 @contextmanager
 def admitting(fabric: TcpFabric) -> Iterator[Callable[[], socket.socket]]:
     """Serve rails for ``fabric``; yields how to dial."""
