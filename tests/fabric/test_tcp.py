@@ -152,6 +152,19 @@ def test_a_closed_endpoint_writes_nothing():
         assert near_events.writes.get(timeout=DEADLINE) == 7
 
 
+def test_both_ends_of_a_rail_use_the_congestion_control_that_was_asked_for():
+    name = next(name for name in congestion_controls() if name != "cubic")
+    listening = TcpFabric(1, congestion=name)
+    with admitting(listening) as dial:
+        far, offer = listening.offer(Recorder())
+        near = TcpFabric(1, dial, name).connect(offer, Recorder())
+        for end in (near, far):
+            used = end._sockets[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+            assert used.rstrip(b"\0").decode() == name
+        near.close()
+        far.close()
+
+
 def test_an_unknown_congestion_control_is_a_clear_error():
     with pytest.raises(ConfigError, match=r"rdma_tcp_congestion='warp': .* Allowed: .*cubic"):
         TcpFabric(1, congestion="warp")
