@@ -1,4 +1,5 @@
-"""One FLARE cell in a process of its own, for the driver tests: ``serve`` echoes, ``ask`` sends and compares.
+"""One FLARE cell in a process of its own, for the driver tests: ``serve`` echoes, ``ask`` sends and compares,
+``ask_twice`` lives through a server that is replaced.
 
     python echo_peer.py serve URL '{"credentials": {...}}'
     python echo_peer.py ask URL '{"sizes": [...], "credentials": {...}}'
@@ -61,6 +62,26 @@ def ask(url: str, options: dict) -> None:
     print(json.dumps(result))
 
 
+def ask_twice(url: str, options: dict) -> None:
+    """Ask, say so, wait for a line on stdin (the server has been replaced meanwhile), and ask until it answers."""
+    cell = make_cell("site-1", url, options)
+    cell.start()
+
+    def answered(seconds: float) -> bool:
+        deadline, data = time.monotonic() + seconds, pattern(300_000)
+        while time.monotonic() < deadline:
+            reply = cell.send_request("test", "echo", "server", new_cell_message({}, data), timeout=2)
+            if reply.headers.get(MessageHeaderKey.RETURN_CODE) == ReturnCode.OK:
+                return bool(reply.payload == data)
+            time.sleep(0.05)  # FLARE has no event for this
+        return False
+
+    for seconds in (CONNECT_DEADLINE, 60.0):
+        print(json.dumps(answered(seconds)), flush=True)
+        sys.stdin.readline()
+    cell.stop()
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    {"serve": serve, "ask": ask}[sys.argv[1]](sys.argv[2], json.loads(sys.argv[3]))
+    {"serve": serve, "ask": ask, "ask_twice": ask_twice}[sys.argv[1]](sys.argv[2], json.loads(sys.argv[3]))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from certificates import Authority
-from processes import background, free_port, run
+from processes import background, environment, free_port, run
 
 PEER = Path(__file__).with_name("echo_peer.py")
 SIZES = [0, 1, 64 * 1024, 64 * 1024 + 1, 1024 * 1024 + 300, 9 * 1024 * 1024 + 7]
@@ -33,6 +35,28 @@ def test_frames_of_all_sizes_arrive_equal(tmp_path, fabrics, says):
     result, log, _ = exchange(tmp_path, {}, {}, "rdma", NVFLARE_RDMA_FABRICS=fabrics)
     assert_all_equal(result, SIZES)
     assert f"data goes over {says}" in log
+
+
+@pytest.mark.parametrize("fabrics", ["shm,tcp", "tcp"])
+def test_flare_connects_again_when_the_server_was_killed_and_is_back(tmp_path, fabrics):
+    url, env = f"rdma://127.0.0.1:{free_port()}", environment(NVFLARE_RDMA_FABRICS=fabrics)
+    command = [sys.executable, str(PEER), "ask_twice", url, "{}"]
+    with open(tmp_path / "client.log", "wb") as log:
+        client = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+    assert client.stdin is not None
+    assert client.stdout is not None
+    try:
+        with background(PEER, "serve", url, "{}", log=tmp_path / "1.log", NVFLARE_RDMA_FABRICS=fabrics) as server:
+            assert client.stdout.readline() == b"true\n"
+            server.kill()
+            server.wait(10)
+        with background(PEER, "serve", url, "{}", log=tmp_path / "2.log", NVFLARE_RDMA_FABRICS=fabrics):
+            client.stdin.write(b"\n")
+            client.stdin.flush()
+            assert client.stdout.readline() == b"true\n", (tmp_path / "client.log").read_text()
+    finally:
+        client.kill()
+        client.communicate(timeout=10)
 
 
 def test_a_message_larger_than_the_budget_arrives(tmp_path):
