@@ -1,4 +1,4 @@
-# make demo | test | lint | format | docs | clean      (Debian 12 / Ubuntu 24.04, Python >= 3.11)
+# make demo | test | test-verbs | lint | format | docs | clean      (Debian 12 / Ubuntu 24.04, Python >= 3.11)
 PYTHON ?= python3
 VENV   ?= .venv
 # Extra pip options, for example a private index or a CPU-only PyTorch index.
@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2
 
-.PHONY: demo test lint format docs clean setup
+.PHONY: demo test test-verbs lint format docs clean setup
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -28,6 +28,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The tests that need RDMA devices: on this machine's own, or else in a QEMU guest with software devices.
+test-verbs: $(STAMP)
+	$(BIN)/python tests/guest/run_tests.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

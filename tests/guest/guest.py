@@ -33,8 +33,9 @@ import kernel
 ROOT = Path(__file__).resolve().parents[2]
 VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
 DIED, TIME_IS_UP, NOT_UP = 123, 124, 125
-# Booting takes some 5 s on an idle machine.
+# Booting takes some 7 s on an idle machine.
 BOOT_DEADLINE = 120.0
+OUT_IN_GUEST = "/run/out"
 
 
 class GuestError(Exception):
@@ -60,7 +61,7 @@ def run(command: Sequence[str], out: Path, timeout: float = 600.0, memory: int =
             # Only a boot is tried again: a command that has started may not be run twice.
             if error.status != NOT_UP or last_try or time.monotonic() > deadline:
                 raise
-            print(f"guest: {error}; one more try", file=sys.stderr)
+            print(f"guest: {error}\nguest: one more try", file=sys.stderr)
     raise AssertionError("unreachable")
 
 
@@ -87,25 +88,30 @@ class _Guest:
                     up = True
                     print(f"guest: up after {now - begin:.1f} s", file=sys.stderr)
                 if now > (deadline if up else boot_deadline):
-                    raise self._error(TIME_IS_UP if up else NOT_UP, "time is up: ended", now - begin)
+                    took = f"{now - begin:.0f} s after the guest's start"
+                    if up:
+                        raise self._error(TIME_IS_UP, f"time is up: the command still ran {took} (see --timeout)")
+                    raise self._error(NOT_UP, f"the guest was not up {took}")
+            self._show("\n" if self._tail and not self._tail[-1].endswith("\n") else "")
             qemu.wait()
-            took = time.monotonic() - begin
+            took = f"after {time.monotonic() - begin:.1f} s"
             if not started.exists():
-                raise self._error(NOT_UP, "the guest did not come up", took)
+                raise self._error(NOT_UP, f"the guest ended {took} without coming up")
             if not status.exists() or not (text := status.read_text().strip()):
-                raise self._error(DIED, "the guest died before the command ended", took)
-            print(f"guest: the command ended with {text} after {took:.1f} s", file=sys.stderr)
+                raise self._error(DIED, f"the guest died {took}, before the command ended")
+            print(f"guest: the command ended with {text} {took}", file=sys.stderr)
             return int(text)
 
     def _show(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        self._tail.append(text)
+        if text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            self._tail.append(text)
 
-    def _error(self, status: int, reason: str, took: float) -> GuestError:
+    def _error(self, status: int, reason: str) -> GuestError:
         tail = "".join(self._tail).strip().splitlines()[-20:]
         console = "".join(f"\n    {line}" for line in tail)
-        return GuestError(status, f"{reason} after {took:.1f} s. The console's last lines:{console or ' (none)'}")
+        return GuestError(status, f"{reason}. The console's last lines:{console or ' (none)'}")
 
     def _qemu(self, stack: ExitStack, work: Path) -> list[str | Path]:
         (work / "initramfs").write_bytes(self._archive)
@@ -135,7 +141,10 @@ class _Guest:
             listener.listen(1)
             number = listener.fileno()
             serve = [VIRTIOFSD, f"--fd={number}", "-o", "source=/,sandbox=chroot,cache=always,log_level=warn"]
-            stack.enter_context(_process([*serve, "--thread-pool-size=2"], pass_fds=(number,)))
+            # It has nothing to say but that the guest has gone.
+            stack.enter_context(
+                _process([*serve, "--thread-pool-size=2"], stderr=subprocess.DEVNULL, pass_fds=(number,))
+            )
         # The file system's server works in the guest's memory.
         options += [
             *("-object", f"memory-backend-memfd,id=memory,size={memory},share=on", "-numa", "node,memdev=memory"),
@@ -150,10 +159,12 @@ def _script(command: Sequence[str]) -> str:
     environment = {
         "HOME": "/root",
         "LANG": "C.UTF-8",
-        "OUT": "/run/out",
+        "OUT": OUT_IN_GUEST,
         "PATH": f"{venv}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "PYTHONPATH": str(ROOT),
         "PYTHONDONTWRITEBYTECODE": "1",
+        # In memory, and apart from the folders that the host's tests left in /tmp and pytest would tidy up.
+        "PYTEST_DEBUG_TEMPROOT": "/run",
         "NVFLARE_RDMA_TEST_DEVICES": "rxa,rxb",
     }
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
@@ -172,11 +183,18 @@ def _shared_folder(tag: str, path: Path, extra: str = "") -> tuple[str, str]:
 
 @contextmanager
 def _process(
-    command: Sequence[str | Path], pass_fds: tuple[int, ...] = (), stdout: int | None = None
+    command: Sequence[str | Path],
+    stdout: int | None = None,
+    stderr: int | None = None,
+    pass_fds: tuple[int, ...] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process that ends when the block or this process ends, however it ends."""
     process = subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", "--", *command], stdin=subprocess.DEVNULL, stdout=stdout, pass_fds=pass_fds
+        ["setpriv", "--pdeathsig", "KILL", "--", *command],
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        pass_fds=pass_fds,
     )
     try:
         yield process

@@ -1,6 +1,6 @@
 """What the host needs before a guest can start: distribution packages, and pyverbs in this Python's environment.
 
-``python tests/guest/host.py`` installs what is missing, or says what to do where it may not.
+As root, what is missing is installed; others are told what to install.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-PACKAGES = (
-    "python3-pyverbs",
-    "ibverbs-providers",
+VERBS_PACKAGES = ("python3-pyverbs", "ibverbs-providers")
+GUEST_PACKAGES = (
     "qemu-system-x86",
     "qemu-system-common",
     "busybox-static",
     "iproute2",
-    "gcc",  # this one and the next three build the one kernel module that Debian leaves out
+    "gcc",  # this and the next three build the one kernel module that Debian leaves out
     "make",
     "binutils",
     "xz-utils",
@@ -109,11 +108,3 @@ def link_pyverbs(system: Path = SYSTEM_PACKAGES) -> None:
     if sys.prefix == sys.base_prefix:
         raise HostError(f"{sys.executable} is in no virtual environment: use the one that 'make' makes")
     (Path(sysconfig.get_paths()["purelib"]) / "pyverbs").symlink_to(package)
-
-
-if __name__ == "__main__":
-    try:
-        ensure(PACKAGES)
-        link_pyverbs()
-    except HostError as error:
-        sys.exit(f"host: {error}")
