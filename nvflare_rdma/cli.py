@@ -27,6 +27,7 @@ def _print_driver_path() -> int:
 
 def _doctor() -> int:
     from nvflare_rdma.fabric.selection import probe
+    from nvflare_rdma.fabric.verbs_devices import VerbsOptions
 
     print(f"nvflare-rdma {__version__}, Python {platform.python_version()}, {platform.system()} {platform.release()}")
     for package in ("nvflare", "torch", "bitsandbytes"):
@@ -35,7 +36,7 @@ def _doctor() -> int:
         except PackageNotFoundError:
             print(f"{package:<13} not installed")
     print(f"\n{'fabric':<8} {'usable':<7} reason")
-    for name, state in probe().items():
+    for name, state in probe(VerbsOptions(), 64 << 20).items():
         print(f"{name:<8} {'yes' if state.usable else 'no':<7} {state.reason}")
     return 0
 

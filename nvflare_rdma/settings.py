@@ -16,6 +16,7 @@ from nvflare_rdma.channel.wire import INTEGRITY
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.fabric.base import MAX_RAILS
 from nvflare_rdma.fabric.selection import FABRICS, parse_fabrics
+from nvflare_rdma.fabric.verbs_devices import VerbsOptions
 
 PREFIX = "rdma_"
 _ENV_PREFIX = "NVFLARE_RDMA_"
@@ -29,7 +30,9 @@ class Settings:
     of the process may hold until they are handed over. ``rdma_controller``: who decides how much is granted,
     ``adaptive`` (follows the link) or ``fixed`` (4 chunks). ``rdma_integrity``: checksum of each chunk, ``auto`` (over
     tcp), ``on`` or ``off``; sealed chunks need none. ``rdma_tcp_congestion``: the kernel's congestion control for
-    rails (``bbr``, ``cubic``, ...), "" for the system's."""
+    rails (``bbr``, ``cubic``, ...), "" for the system's. ``rdma_device``: RDMA devices to use (``mlx5_0`` or
+    ``mlx5_0:1``), () to have one chosen; ``rdma_gid_index``: entry of their GID table, None to have one chosen;
+    ``rdma_ack_timeout`` and ``rdma_retry_count``: see `VerbsOptions`."""
 
     rdma_fabrics: tuple[str, ...] = FABRICS
     rdma_chunk_bytes: int = MIB
@@ -38,12 +41,31 @@ class Settings:
     rdma_controller: str = "adaptive"
     rdma_integrity: str = "auto"
     rdma_tcp_congestion: str = ""
+    rdma_device: tuple[str, ...] = ()
+    rdma_gid_index: int | None = None
+    rdma_ack_timeout: int = 16
+    rdma_retry_count: int = 6
+
+    @property
+    def verbs(self) -> VerbsOptions:
+        """What the verbs fabric is told. A device that the kernel emulates is slower than tcp: it has to be asked for,
+        by its name or by leaving no other fabric."""
+        return VerbsOptions(
+            self.rdma_device,
+            self.rdma_gid_index,
+            bool(self.rdma_device) or self.rdma_fabrics == ("verbs",),
+            self.rdma_ack_timeout,
+            self.rdma_retry_count,
+        )
 
 
 _RANGES = {
     "rdma_chunk_bytes": (64 * KIB, 64 * MIB),
     "rdma_rails": (1, MAX_RAILS),
     "rdma_memory_budget_bytes": (MIB, 1 << 50),
+    "rdma_gid_index": (0, 65535),
+    "rdma_ack_timeout": (1, 31),
+    "rdma_retry_count": (0, 7),
 }
 _CHOICES = {"rdma_controller": tuple(CONTROLLERS), "rdma_integrity": INTEGRITY}
 _NAMES = tuple(f.name for f in fields(Settings))
@@ -63,6 +85,8 @@ def parse_settings(values: Mapping[str, Any]) -> Settings:
             parsed[name] = parse_fabrics(str(value))
         elif name in _CHOICES:
             parsed[name] = _choice(name, value)
+        elif name == "rdma_device":
+            parsed[name] = tuple(part.strip() for part in str(value).split(",") if part.strip())
         elif name == "rdma_tcp_congestion":
             parsed[name] = str(value).strip()  # the kernel says what there is: see TcpFabric
         else:

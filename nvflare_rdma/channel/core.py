@@ -214,13 +214,13 @@ class Channel:
         self._fabric = fabric
         self._overhead = self._seal_overhead if sealed else 0
 
-    def dialled(self, rails: int, now: float, reason: str = "") -> None:
-        """Active: the answer to `OpenRails`."""
-        self._emit(wire.Rails(rails, reason))
+    def dialled(self, rails: int, now: float, reason: str = "", answer: Mapping[str, Any] | None = None) -> None:
+        """Active: the answer to `OpenRails`; ``answer`` is the endpoint's."""
+        self._emit(wire.Rails(rails, reason, answer or {}))
         up = rails > 0 or self._fabric == "control"
         self._move_rails(Input.DIALLED if up else Input.DIALLED_NONE)
         if up:
-            self._up(rails, reason, now)
+            self._up(rails, reason, {}, now)
 
     def _rail_message(self, message: wire.Message, now: float) -> None:
         match message:
@@ -237,7 +237,7 @@ class Channel:
                 up = message.count > 0 or self._fabric == "control"
                 self._move_rails(Input.RAILS if up else Input.NO_RAILS)
                 if up:
-                    self._up(message.count, message.reason, now)
+                    self._up(message.count, message.reason, message.answer, now)
                 else:
                     assert self.peer is not None
                     reason = message.reason or "no rail could be opened"
@@ -254,7 +254,7 @@ class Channel:
                 assert self.peer is not None
                 self._events.append(events.ChooseFabric(self.peer, message.reason or "its rails broke"))
 
-    def _up(self, rails: int, reason: str, now: float) -> None:
+    def _up(self, rails: int, reason: str, answer: Mapping[str, Any], now: float) -> None:
         assert self.peer is not None
         if self.state is Phase.OPENING:
             self._move(Input.READY)
@@ -262,7 +262,7 @@ class Channel:
         self._up_at, self._lost_at = now, None
         self._opened_rails = 1 if on_control else rails
         self._rails = set(range(self._opened_rails))
-        self._events.append(events.Opened(rails, reason))
+        self._events.append(events.Opened(rails, reason, answer))
         self._max_chunk = wire.MAX_DATA_BYTES if on_control else MAX_CHUNK_BYTES
         self._incoming.open(self._rails, self._overhead, self._max_chunk, self.peer.max_writes, now)
 

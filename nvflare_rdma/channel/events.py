@@ -33,10 +33,11 @@ class OpenRails:
 @dataclass(frozen=True, slots=True)
 class Opened:
     """Data can move now, for the first time or again. ``rails`` is 0 when everything has to use the control
-    stream, and why."""
+    stream, and why. ``answer``, on the passive side: for `Endpoint.accept`."""
 
     rails: int
     reason: str
+    answer: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

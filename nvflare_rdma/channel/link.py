@@ -472,8 +472,8 @@ class Link:
                     self._after.append(thread.start)
                 else:
                     self._to_dial = event
-            case events.Opened(count, reason):
-                self._opened(count, reason)
+            case events.Opened():
+                self._opened(event)
             case events.RailsLost(reason):
                 log.warning("%s: no rail is left over %s (%s); opening new ones", self.name, self.fabric, reason)
                 self._inbox.rails_lost()
@@ -522,7 +522,7 @@ class Link:
             else:
                 if opening.usable:
                     self._adopt(opening, self._core.peer)
-                self._core.dialled(opening.count, time.monotonic(), opening.reason)
+                self._core.dialled(opening.count, time.monotonic(), opening.reason, opening.answer)
                 self._pump()
 
     def _adopt(self, opening: Opening, peer: wire.Hello) -> None:
@@ -532,15 +532,23 @@ class Link:
         self._outbox.guard(sealing.Sealer(self._key) if opening.sealed else None, opening.checked)
         self._inbox.guard(sealing.Sealer(peer.seal_key) if opening.sealed else None, opening.checked)
 
-    def _opened(self, count: int, reason: str) -> None:
+    def _opened(self, event: events.Opened) -> None:
         rails = self._rails
         assert rails is not None
-        rails.start(max(count, 1))
-        if count:
-            log.info("%s: data goes over %s, %d rails", self.name, self.fabric, count)
+        rails.start(max(event.rails, 1))
+        if event.rails:
+            log.info("%s: data goes over %s, %d rails", self.name, self.fabric, event.rails)
         else:
-            why = reason or self._opener.passed_over
+            why = event.reason or self._opener.passed_over
             log.warning("%s: no rail, data goes over the control stream, which is slower: %s", self.name, why)
+        if event.answer:
+            reason = "not opened here"
+            try:
+                rails.endpoint.accept(event.answer)
+            except FabricError as failure:
+                reason = str(failure)
+            for rail in range(rails.endpoint.rails, event.rails):
+                rails.broken[rail] = FabricError(f"{self.fabric} rail {rail}: {reason}")
         for rail, error in rails.broken.items():
             self._after.append(functools.partial(self.rail_down, rails, rail, error))
 

@@ -31,6 +31,7 @@ class Opening:
     offer: Mapping[str, Any] = field(default_factory=dict)
     count: int = 0
     reason: str = ""
+    answer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def usable(self) -> bool:
@@ -108,7 +109,7 @@ class RailOpener:
             return opening
         try:
             rails.endpoint = fabric.connect(offered.offer, rails)
-            opening.count = rails.endpoint.rails
+            opening.count, opening.answer = rails.endpoint.rails, rails.endpoint.answer
         except FabricError as error:
             self.passed_over = opening.reason = str(error)
             log.warning("%s: fabric %s can't be used: %s", self._name, name, error)

@@ -1,8 +1,8 @@
 """The control stream's messages and how they are framed.
 
 A message is ``length (u32) | type (u8) | body``, network byte order; ``length`` counts type and body. Bodies
-are fixed structs, but for the two that are exchanged once per connection (HELLO, OPEN), which are msgpack
-maps so that later versions can add keys. Every length is checked against the limits that this side chose
+are fixed structs, but for those that agree on rails (HELLO, OPEN, RAILS), which are msgpack maps so that later
+versions can add keys. Every length is checked against the limits that this side chose
 before anything is stored.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import msgpack
@@ -19,7 +19,7 @@ from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice
 
 CONTROL_MAGIC = b"NVFCTRL1"
-VERSION = 2
+VERSION = 3
 MAX_HELLO_BYTES = 16 * 1024
 MAX_REASON_BYTES = 1024
 #: The longest chunk that travels on the control stream; what is on its way there delays everything behind it.
@@ -65,10 +65,12 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Rails:
-    """Active to passive: how many rails it opened, and if none, why."""
+    """Active to passive: how many rails it opened, and if none, why. ``answer``: what the passive side's fabric has to
+    know of them."""
 
     count: int
     reason: str = ""
+    answer: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +213,8 @@ def encode(message: Message) -> bytes:
                 }
             )
         case Rails():
-            body = _U32.pack(message.count) + _reason(message.reason)
+            reason = _reason(message.reason).decode(errors="ignore")
+            body = msgpack.packb({"count": message.count, "reason": reason, "answer": dict(message.answer)})
         case RailDown():
             body = _U32.pack(message.rail) + _reason(message.reason)
         case Reopen():
@@ -291,8 +294,6 @@ def _decode(cls: type, body: bytes) -> Message:
         return Refuse(_TRANSFER.unpack_from(body)[0], _text(body[_TRANSFER.size :]))
     if cls is Withdraw:
         return Withdraw(_TRANSFER.unpack_from(body)[0], _text(body[_TRANSFER.size :]))
-    if cls is Rails:
-        return Rails(_U32.unpack_from(body)[0], _text(body[_U32.size :]))
     if cls is RailDown:
         return RailDown(_U32.unpack_from(body)[0], _text(body[_U32.size :]))
     if cls is Reopen:
@@ -304,6 +305,11 @@ def _decode(cls: type, body: bytes) -> Message:
         raise ProtocolError("the body should be a map")
     if cls is Hello:
         return _decode_hello(fields)
+    if cls is Rails:
+        count, reason = _field(fields, "count", int), _field(fields, "reason", str)
+        if count < 0:
+            raise ProtocolError(f"the peer opened {count} rails")
+        return Rails(count, _text(reason.encode(errors="replace")), _field(fields, "answer", dict))
     return Open(
         _field(fields, "fabric", str),
         _field(fields, "offer", dict),
@@ -319,6 +325,7 @@ class Parser:
         self._limits = {
             Hello: MAX_HELLO_BYTES,
             Open: MAX_HELLO_BYTES,
+            Rails: MAX_HELLO_BYTES,
             Inline: max_inline_bytes,
             Data: max_data_bytes + _DATA.size,
         }

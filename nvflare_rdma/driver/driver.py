@@ -46,6 +46,7 @@ from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
 from nvflare_rdma.fabric.selection import host_identity, probe
 from nvflare_rdma.fabric.shm import ShmFabric
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric
+from nvflare_rdma.fabric.verbs_memory import RegistrationCache
 from nvflare_rdma.flare_compat import require_flare
 from nvflare_rdma.settings import Settings, load_settings
 
@@ -57,15 +58,16 @@ MAX_GUESTS = 256  # connections that have not shown yet what they are
 _TLS_HANDSHAKE_RECORD = b"\x16"
 
 
-_contexts: dict[Settings, LinkContext] = {}
+_contexts: dict[Settings, tuple[LinkContext, RegistrationCache]] = {}
 _contexts_lock = threading.Lock()
 
 
-def _process_context(settings: Settings) -> LinkContext:
+def _process_context(settings: Settings) -> tuple[LinkContext, RegistrationCache]:
     """The budget, pool and limits that all drivers of a process share: one, also if two start at once."""
     with _contexts_lock:
         if settings not in _contexts:
-            _contexts[settings] = _make_context(settings)
+            registrations = RegistrationCache(settings.rdma_memory_budget_bytes)
+            _contexts[settings] = _make_context(settings), registrations
         return _contexts[settings]
 
 
@@ -75,7 +77,9 @@ def _make_context(settings: Settings) -> LinkContext:
         budget=MemoryBudget(settings.rdma_memory_budget_bytes),
         pool=SlotPool(),
         order=settings.rdma_fabrics,
-        unavailable={name: state.reason for name, state in probe().items()},
+        unavailable={
+            name: state.reason for name, state in probe(settings.verbs, settings.rdma_memory_budget_bytes).items()
+        },
         host=host_identity(),
         controller=settings.rdma_controller,
         chunk_bytes=settings.rdma_chunk_bytes,
@@ -92,6 +96,18 @@ class _Prepared:
     tls: ssl.SSLContext | None
     settings: Settings
     context: LinkContext
+    registrations: RegistrationCache
+
+    def fabrics(self, tcp: TcpFabric, sock: socket.socket) -> dict[str, Fabric]:
+        """What a link whose control stream is on ``sock`` can use."""
+        found: dict[str, Fabric] = {tcp.name: tcp, ShmFabric.name: ShmFabric()}
+        if self.context.unavailable["verbs"] == "":
+            # Not at the top: it needs pyverbs.
+            from nvflare_rdma.fabric.verbs import VerbsFabric, address_on
+
+            near = address_on(sock.getsockname()[0])
+            found["verbs"] = VerbsFabric(self.settings.rdma_rails, self.settings.verbs, self.registrations, near)
+        return found
 
 
 def _parse_port(params: dict[str, Any]) -> int:
@@ -182,7 +198,7 @@ class RdmaDriver(BaseDriver):
                     sock.sendall(CONTROL_MAGIC)
                 stream = self._greet(sock, prepared.tls, server_side=False)
                 fabric = TcpFabric(prepared.settings.rdma_rails, dial, prepared.settings.rdma_tcp_congestion)
-                connection = self._make_connection(sock, stream, Role.ACTIVE, connector, fabric, prepared.context)
+                connection = self._make_connection(sock, stream, Role.ACTIVE, connector, fabric, prepared)
             self._run(connection)
         except (OSError, RdmaError) as error:
             sock.close()
@@ -229,7 +245,7 @@ class RdmaDriver(BaseDriver):
                 _parse_port(params),
                 get_ssl_context(params, ssl_server),
                 settings,
-                _process_context(settings),
+                *_process_context(settings),
             )
         except (ConfigError, UnsupportedVersionError, CommError) as error:
             connector.stopped.set()
@@ -250,7 +266,7 @@ class RdmaDriver(BaseDriver):
                     self._guests.release()
                 if stream is None:
                     return
-                connection = self._make_connection(sock, stream, Role.PASSIVE, connector, fabric, prepared.context)
+                connection = self._make_connection(sock, stream, Role.PASSIVE, connector, fabric, prepared)
             self._run(connection)
         except (OSError, RdmaError) as error:
             sock.close()
@@ -299,7 +315,7 @@ class RdmaDriver(BaseDriver):
         role: Role,
         connector: ConnectorInfo,
         fabric: TcpFabric,
-        context: LinkContext,
+        prepared: _Prepared,
     ) -> RdmaConnection:
         """A connection whose link is open."""
         properties = {
@@ -310,8 +326,8 @@ class RdmaDriver(BaseDriver):
             certificate = stream.peer_certificate()
             properties[DriverParams.PEER_CN.value] = get_certificate_common_name(certificate) if certificate else "N/A"
         connection = RdmaConnection(connector, properties)
-        fabrics: dict[str, Fabric] = {fabric.name: fabric, ShmFabric.name: ShmFabric()}
-        connection.link = Link(stream, role, fabrics, context, connection.receive, connection.name)
+        fabrics = prepared.fabrics(fabric, sock)
+        connection.link = Link(stream, role, fabrics, prepared.context, connection.receive, connection.name)
         try:
             connection.link.open()
         except ssl.SSLError as error:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from nvflare_rdma.errors import ProtocolError
+
 #: To one peer, over any fabric: each costs this side a thread.
 MAX_RAILS = 64
 
@@ -32,10 +34,12 @@ class RemoteSlice:
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    """Whether a fabric can be used by this process. ``reason`` says why not, and what would change that."""
+    """Whether a fabric can be used by this process. ``reason`` says why not, and what would change that; ``detail``,
+    if it can, what it would use."""
 
     usable: bool
     reason: str = ""
+    detail: str = ""
 
 
 class CompletionHandler(Protocol):
@@ -65,7 +69,8 @@ class Region(ABC):
 
     @abstractmethod
     def revoke(self, notification: int) -> None:
-        """Take back what `expose` gave. A write that arrives later is discarded, and still reported as landed."""
+        """Take back what `expose` gave. A write that arrives later is still reported as landed; the slice may be
+        written until then, and is of no use to anybody."""
 
     @abstractmethod
     def close(self) -> None:
@@ -79,6 +84,19 @@ class Endpoint(ABC):
     @abstractmethod
     def rails(self) -> int:
         """How many rails were opened."""
+
+    @property
+    def answer(self) -> Mapping[str, Any]:
+        """Active side: what the peer's endpoint needs before it can use the rails (msgpack types)."""
+        return {}
+
+    def accept(self, answer: Mapping[str, Any]) -> None:
+        """Passive side: take the peer's `answer`, if it gave one. It does so before anything moves.
+
+        Raises:
+            FabricError: no rail can be used. ProtocolError: ``answer`` is malformed.
+        """
+        raise ProtocolError("the peer answered an offer that asks for nothing")
 
     @property
     def prompt(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import os
 import socket
@@ -10,8 +11,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.errors import ConfigError, FabricUnavailable
 from nvflare_rdma.fabric.base import Availability
+from nvflare_rdma.fabric.verbs_devices import VerbsOptions, choose_gid, choose_ports, list_ports
 
 #: Best first. Each is tried in this order unless the `rdma_fabrics` setting gives another.
 FABRICS = ("verbs", "shm", "tcp")
@@ -33,19 +35,56 @@ def parse_fabrics(value: str) -> tuple[str, ...]:
     return names
 
 
-def probe() -> dict[str, Availability]:
-    """What each fabric can do on this machine, best first, with the reason for what it can't."""
-    return {"verbs": _probe_verbs(), "shm": _probe_shm(), "tcp": Availability(True)}
+def probe(verbs: VerbsOptions, budget: int) -> dict[str, Availability]:
+    """What each fabric can do on this machine, best first, with the reason for what it can't.
+
+    ``budget``: bytes that incoming messages may hold.
+    """
+    return {"verbs": _probe_verbs(verbs, budget), "shm": _probe_shm(), "tcp": Availability(True)}
 
 
-def _probe_verbs() -> Availability:
-    if importlib.util.find_spec("pyverbs") is None:
-        return Availability(
-            False, "pyverbs is not installed for this Python (apt install python3-pyverbs; not from PyPI)"
+def _probe_verbs(options: VerbsOptions, budget: int) -> Availability:
+    try:
+        ports = choose_ports(list_ports(), options)
+        names = [f"{port}, {choose_gid(port, options)[0]}" for port in ports]
+    except FabricUnavailable as error:
+        return Availability(False, str(error))
+    # Not at the top: it needs numpy, as below.
+    from nvflare_rdma.fabric.verbs_memory import memlock_reason
+
+    reason = pyverbs_reason() or device_files_reason() or memlock_reason(budget)
+    return Availability(not reason, reason, "" if reason else "; ".join(names))
+
+
+def pyverbs_reason() -> str:
+    """Why pyverbs can't be used by this Python; "" if it can."""
+    try:
+        importlib.import_module("pyverbs.device")
+    except ImportError as error:
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        if importlib.util.find_spec("pyverbs") is None:
+            return (
+                "pyverbs is not installed for this Python: apt install python3-pyverbs (it is not on PyPI), and make "
+                "the virtual environment with --system-site-packages"
+            )
+        return (
+            f"pyverbs can't be loaded by Python {version}: {error}. The distribution's package is for the "
+            "distribution's own Python: use that"
         )
-    if not os.path.isdir("/dev/infiniband"):
-        return Availability(False, "no RDMA device: /dev/infiniband does not exist")
-    return Availability(False, "an RDMA device is present, but this release has no verbs fabric yet")
+    return ""
+
+
+def device_files_reason() -> str:
+    """Why this process can't open an RDMA device; "" if it can."""
+    files = sorted(Path("/dev/infiniband").glob("uverbs*"))
+    if not files:
+        return (
+            "there is no /dev/infiniband/uverbs*: `modprobe ib_uverbs`, or give the container the devices "
+            "(docker: --device /dev/infiniband)"
+        )
+    if not any(os.access(file, os.R_OK | os.W_OK) for file in files):
+        return f"no permission for {files[0]}: is this user in the group rdma?"
+    return ""
 
 
 def _probe_shm() -> Availability:

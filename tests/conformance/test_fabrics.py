@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+import rdma_devices
 from certificates import Authority
 from link_peer import DEADLINE, link_peer
 from link_process import FABRICS, digest, pattern
@@ -29,6 +30,9 @@ def certificates(tmp_path_factory):
 
 @pytest.fixture
 def connect(fabric, secure, certificates, tmp_path):
+    if fabric == "verbs":
+        rdma_devices.pair()  # skips where there are none
+
     def made(**options):
         tls = certificates if secure else None
         return link_peer(tmp_path / "peer.log", fabric=fabric, tls=tls, **{"controller": "adaptive", **options})

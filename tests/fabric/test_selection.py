@@ -11,6 +11,7 @@ from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.fabric import process_memory
 from nvflare_rdma.fabric.base import Availability
 from nvflare_rdma.fabric.selection import choose, host_identity, parse_fabrics, probe
+from nvflare_rdma.fabric.verbs_devices import VerbsOptions
 
 OK, NO_DEVICE = "", "no device"
 
@@ -48,20 +49,20 @@ def test_the_identity_of_a_host_is_the_same_in_another_process_of_the_user_only(
 
 
 def test_shared_memory_is_usable_here_or_says_what_is_forbidden(monkeypatch):
-    assert probe()["shm"] == Availability(True)
+    assert probe(VerbsOptions(), 64 << 20)["shm"] == Availability(True)
 
     def forbidden(*_):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(process_memory, "read_into", forbidden)
-    assert probe()["shm"].usable
+    assert probe(VerbsOptions(), 64 << 20)["shm"].usable
     monkeypatch.setattr(process_memory, "sealed_memory", forbidden)
-    assert "seccomp" in probe()["shm"].reason
-    assert not probe()["shm"].usable
+    assert "seccomp" in probe(VerbsOptions(), 64 << 20)["shm"].reason
+    assert not probe(VerbsOptions(), 64 << 20)["shm"].usable
 
 
 def test_every_fabric_has_a_reason_or_is_usable():
-    table = probe()
+    table = probe(VerbsOptions(), 64 << 20)
     assert table["tcp"].usable
     assert all(state.usable or state.reason for state in table.values())
 

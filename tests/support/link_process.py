@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import rdma_devices
 import xxhash
 from waiting import eventually
 
@@ -34,6 +35,8 @@ from nvflare_rdma.fabric.base import Fabric
 from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
 from nvflare_rdma.fabric.shm import ShmFabric
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
+from nvflare_rdma.fabric.verbs_devices import VerbsOptions
+from nvflare_rdma.fabric.verbs_memory import RegistrationCache
 
 Dial = Callable[[], socket.socket] | None
 
@@ -43,7 +46,15 @@ FABRICS: dict[str, tuple[str, Callable[[Dial, int], Fabric]]] = {
     "tcp": ("tcp", lambda dial, rails: TcpFabric(rails, dial)),
     "shm-direct": ("shm", lambda dial, rails: ShmFabric(("direct",))),
     "shm-memfd": ("shm", lambda dial, rails: ShmFabric(("memfd",))),
+    "verbs": ("verbs", lambda dial, rails: make_verbs(rdma_devices.pair()[dial is not None], rails)),
 }
+
+
+def make_verbs(device: str, rails: int) -> Fabric:
+    from nvflare_rdma.fabric.verbs import VerbsFabric  # needs pyverbs
+
+    options = VerbsOptions((device,), ack_timeout=14, retries=6)
+    return VerbsFabric(rails, options, RegistrationCache(64 << 20))
 
 
 def pattern(size: int, seed: int = 0) -> memoryview:
