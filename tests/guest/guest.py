@@ -127,7 +127,7 @@ class _Guest:
         if not (binary := shutil.which("qemu-system-x86_64")):
             raise host.HostError("qemu-system-x86_64 is missing: apt-get install qemu-system-x86")
         # One CPU: with two emulated ones now and then a boot hangs.
-        options = [
+        options: list[str | Path] = [
             *("-accel", "tcg", "-smp", "1", "-cpu", "max", "-m", memory),
             *("-machine", "q35,usb=off,smbus=off,sata=off,vmport=off,i8042=off"),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
@@ -146,7 +146,12 @@ class _Guest:
             listener.bind(str(path))
             listener.listen(1)
             number = listener.fileno()
-            serve = [VIRTIOFSD, f"--fd={number}", "-o", "source=/,sandbox=chroot,cache=always,log_level=warn"]
+            serve: list[str | Path] = [
+                VIRTIOFSD,
+                f"--fd={number}",
+                "-o",
+                "source=/,sandbox=chroot,cache=always,log_level=warn",
+            ]
             # It has nothing to say but that the guest has gone.
             stack.enter_context(
                 _process([*serve, "--thread-pool-size=2"], stderr=subprocess.DEVNULL, pass_fds=(number,))
@@ -171,6 +176,8 @@ def _script(command: Sequence[str]) -> str:
         "PYTHONDONTWRITEBYTECODE": "1",
         # In memory, and apart from the folders that the host's tests left in /tmp and pytest would tidy up.
         "PYTEST_DEBUG_TEMPROOT": "/run",
+        # Plugins that take seconds to import on an emulated CPU; @given works without its one.
+        "PYTEST_ADDOPTS": "-p no:cacheprovider -p no:hypothesispytest -p no:xdist",
         "NVFLARE_RDMA_TEST_DEVICES": "rxa,rxb",
     }
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
