@@ -12,7 +12,9 @@ import atexit
 import functools
 import ipaddress
 import logging
+import secrets
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +22,15 @@ from typing import Any
 
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Fabric, Region, RemoteSlice
+from nvflare_rdma.fabric.interfaces import IPAddress
 from nvflare_rdma.fabric.memory import SlotPool
 from nvflare_rdma.fabric.process_memory import address_of
 from nvflare_rdma.fabric.verbs_api import Access, MemoryRegion, Port, QueuePair
-from nvflare_rdma.fabric.verbs_devices import IPAddress, VerbsOptions, choose_gid, choose_ports, list_ports
+from nvflare_rdma.fabric.verbs_cm import CONNECT_TIMEOUT, Listener, connect_by_cm
+from nvflare_rdma.fabric.verbs_devices import IWARP, VerbsOptions, choose_gid, choose_ports, list_ports
 from nvflare_rdma.fabric.verbs_memory import Lease, RegistrationCache
 from nvflare_rdma.fabric.verbs_rail import VerbsRail
-from nvflare_rdma.fabric.verbs_setup import RemotePort, RemoteRail, describe, parse
+from nvflare_rdma.fabric.verbs_setup import TICKET_BYTES, RemotePort, RemoteRail, describe, parse
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +75,9 @@ class VerbsEndpoint(Endpoint):
         self._state = threading.Lock()
         self._closed = False
         self._rails: list[VerbsRail] = []
+        #: What iWARP rails are connected with: see `verbs_cm`.
+        self._tickets: dict[int, bytes] = {}
+        self._listener: Listener | None = None
         self._started: set[int] = set()
         self._over: set[int] = set()
         #: notification -> what the peer may write, once, and over which rail
@@ -95,13 +102,26 @@ class VerbsEndpoint(Endpoint):
     def answer(self) -> Mapping[str, Any]:
         return self._answer
 
+    def listen(self) -> None:
+        """Passive side: wait for the rails that the peer has to connect. Raises FabricError."""
+        coming = [rail for rail in self._rails if rail.port.info.transport == IWARP]
+        self._tickets = {rail.number: secrets.token_bytes(TICKET_BYTES) for rail in coming}
+        if coming:
+            self._listener = Listener({self._tickets[rail.number]: (rail.port, rail.queue_pair) for rail in coming})
+
     def describe(self, count: int | None = None) -> Mapping[str, Any]:
         """This side's first ``count`` rails, for the peer."""
+        services = self._listener.services if self._listener is not None else {}
         ports = [
-            RemotePort(port.info.transport, port.gid, port.lid, port.mtu, port.max_message) for port in self._ports
+            RemotePort(p.info.transport, p.gid, p.lid, p.mtu, p.max_message, services.get(p, 0)) for p in self._ports
         ]
         rails = [
-            (self._ports.index(rail.port), rail.queue_pair.number, rail.queue_pair.first_packet)
+            (
+                self._ports.index(rail.port),
+                rail.queue_pair.number,
+                rail.queue_pair.first_packet,
+                self._tickets.get(rail.number, b""),
+            )
             for rail in self._rails[:count]
         ]
         return describe(ports, rails)
@@ -109,11 +129,19 @@ class VerbsEndpoint(Endpoint):
     def connect(self, peer: Sequence[RemoteRail], passive: bool) -> None:
         """Raises FabricError: no rail can be connected."""
         error: FabricError | None = None
+        deadline = time.monotonic() + CONNECT_TIMEOUT
         for rail, remote in zip(self._rails, peer, strict=False):
             try:
                 self._check(rail.port, remote.port)
                 most = min(rail.port.max_message, remote.port.max_message)
-                rail.start(functools.partial(self._connect, remote), most, greet=passive)
+                if rail.port.info.transport != IWARP:
+                    rail.start(functools.partial(self._connect, remote), most, greet=passive)
+                elif passive:
+                    rail.start(functools.partial(self._came, remote), most, greet=False, wait=True)
+                else:
+                    self._tickets[rail.number] = remote.ticket
+                    come = functools.partial(connect_by_cm, rail.port, remote, deadline)
+                    rail.start(come, most, greet=True)
                 self._started.add(rail.number)
             except FabricError as failure:
                 error = failure
@@ -127,7 +155,15 @@ class VerbsEndpoint(Endpoint):
 
     def accept(self, answer: Mapping[str, Any]) -> None:
         """See `Endpoint.accept`."""
-        self.connect(parse(answer), passive=True)
+        peer = parse(answer)
+        for rail, remote in zip(self._rails, peer, strict=False):
+            if remote.ticket and remote.ticket != self._tickets.get(rail.number):
+                raise ProtocolError(f"the peer says that {rail} came with a ticket, which it was not given")
+        try:
+            self.connect(peer, passive=True)
+        finally:
+            if self._listener is not None:
+                self._listener.stop()  # nothing more is to come
 
     @staticmethod
     def _check(port: Port, remote: RemotePort) -> None:
@@ -135,6 +171,10 @@ class VerbsEndpoint(Endpoint):
             raise FabricError(
                 f"{port.info} uses {port.gid.family}, the peer's port {remote.gid.family}: they can't reach each other"
             )
+
+    def _came(self, remote: RemoteRail, queue_pair: QueuePair) -> None:
+        if self._listener is None or not self._listener.has_taken(remote.ticket):
+            raise FabricError("the peer says that it is connected, but it has not come, or not in time")
 
     def _connect(self, remote: RemoteRail, queue_pair: QueuePair) -> None:
         port = remote.port
@@ -147,6 +187,8 @@ class VerbsEndpoint(Endpoint):
     def close(self) -> None:
         with self._state:
             self._closed = True
+        if self._listener is not None:
+            self._listener.stop()
         for rail in self._rails:
             rail.stop(FabricError("closed"))
         for rail in self._rails:
@@ -160,6 +202,9 @@ class VerbsEndpoint(Endpoint):
                 return  # the last rail's thread does it
             ports, self._ports = self._ports, []
             exposed, self._exposed = self._exposed, {}
+            listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
         for exposure in exposed.values():
             exposure.region.close()
         for port in ports:
@@ -280,6 +325,11 @@ class VerbsFabric(Fabric):
 
     def offer(self, handler: CompletionHandler) -> tuple[VerbsEndpoint, Mapping[str, Any]]:
         endpoint = self._open(handler, self._count, "")
+        try:
+            endpoint.listen()
+        except FabricError:
+            endpoint.close()
+            raise
         return endpoint, endpoint.describe()
 
     def connect(self, offer: Mapping[str, Any], handler: CompletionHandler) -> VerbsEndpoint:
@@ -287,7 +337,7 @@ class VerbsFabric(Fabric):
         endpoint = self._open(handler, min(self._count, len(peer)), peer[0].port.gid.family)
         try:
             endpoint.connect(peer, passive=False)
-        except FabricError:
+        except (FabricError, ProtocolError):
             endpoint.close()
             raise
         return endpoint

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from nvflare_rdma.errors import FabricError
 from nvflare_rdma.fabric.verbs_devices import INFINIBAND, IWARP, Gid, PortInfo, VerbsOptions
@@ -51,7 +51,10 @@ _HINTS = {
     "REM_OP_ERR": "the peer's device failed",
     "LOC_PROT_ERR": "the memory to send is not registered",
     "LOC_LEN_ERR": "a message is longer than the receive or the device allows",
-    "WR_FLUSH_ERR": "the queue pair is in the error state, after an error of either side",
+    "LOC_QP_OP_ERR": "the device gave the request up (on iWARP also when the peer closed the connection, or was refused "
+    "a write)",
+    "WR_FLUSH_ERR": "the queue pair is in the error state, after an error of either side (on iWARP also when the peer "
+    "closed the connection, or refused a write)",
     "FATAL_ERR": "the device or its driver failed: see dmesg",
 }
 _ERRNO_HINTS = {
@@ -69,13 +72,14 @@ _STATUS = {
     if name.startswith("IBV_WC_") and name.endswith(("_ERR", "_SUCCESS"))
 }
 #: A port that goes down may come up again before the queue pairs have given up: that is none.
-FATAL_EVENTS = frozenset({"DEVICE_FATAL", "QP_FATAL", "CQ_ERR"})
+_FATAL_EVENTS = frozenset({"DEVICE_FATAL", "QP_FATAL", "CQ_ERR"})
 _EVENTS = {value: name.removeprefix("IBV_EVENT_") for name, value in vars(e).items() if name.startswith("IBV_EVENT_")}
 _RECEIVE = 1 << 63
 
 
 @contextlib.contextmanager
-def _translated(device: str, what: str) -> Iterator[None]:
+def translated(device: str, what: str) -> Iterator[None]:
+    """Raise FabricError for what pyverbs raises while ``device`` does ``what``."""
     try:
         yield
     except PyverbsError as error:
@@ -84,26 +88,28 @@ def _translated(device: str, what: str) -> Iterator[None]:
         raise FabricError(f"{device}: {what} failed: {error}{f' ({hint})' if hint else ''}") from error
 
 
-_descriptors = threading.Lock()
+#: Held by whoever may open an event descriptor: pyverbs, or librdmacm by itself.
+descriptors = threading.RLock()
 
 
-def _event_descriptors() -> set[int]:
+def _event_descriptors(kind: str) -> set[int]:
     found = set()
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            if "infinibandevent" in os.readlink(f"/proc/self/fd/{name}"):
+            if kind in os.readlink(f"/proc/self/fd/{name}"):
                 found.add(int(name))
     return found
 
 
-def _with_descriptor(make: Callable[[], _Made], attribute: str) -> tuple[_Made, int]:
-    """What ``make`` makes, and the event descriptor that came with it, which old versions of pyverbs don't tell."""
-    with _descriptors:
-        before = _event_descriptors()
+def with_descriptor(make: Callable[[], _Made], attribute: str, kind: str = "infinibandevent") -> tuple[_Made, int]:
+    """What ``make`` makes, and the event descriptor that came with it, which old versions of pyverbs don't tell.
+    ``kind`` is what the kernel calls it."""
+    with descriptors:
+        before = _event_descriptors(kind)
         made = make()
         fd = getattr(made, attribute, None)
         if fd is None:
-            (fd,) = _event_descriptors() - before
+            (fd,) = _event_descriptors(kind) - before
     os.set_blocking(fd, False)
     return made, fd
 
@@ -125,7 +131,7 @@ class MemoryRegion:
         self.rkey: int = region.rkey
 
     def close(self) -> None:
-        _close_all(self._open)
+        close_all(self._open)
 
 
 class Port:
@@ -136,11 +142,11 @@ class Port:
         self.gid = gid
         self._open: list[Any] = []
         try:
-            with _translated(info.device, "opening the device"):
-                self.context, self.events_fd = _with_descriptor(lambda: Context(name=info.device), "async_fd")
+            with translated(info.device, "opening the device"):
+                self.context, self.events_fd = with_descriptor(lambda: Context(name=info.device), "async_fd")
                 self._open.append(self.context)
                 port, device = self.context.query_port(info.number), self.context.query_device()
-            with _translated(info.device, "allocating a protection domain"):
+            with translated(info.device, "allocating a protection domain"):
                 self.pd = PD(self.context)
                 self._open.append(self.pd)
         except FabricError:
@@ -155,11 +161,11 @@ class Port:
 
     def register(self, address: int, nbytes: int, access: Access) -> MemoryRegion:
         """Pin memory and make it known to the device. Keeps no reference to it."""
-        with _translated(self.info.device, f"registering {nbytes} bytes"):
+        with translated(self.info.device, f"registering {nbytes} bytes"):
             return MemoryRegion(MR(self.pd, nbytes, access.value, address=address))
 
     def events(self) -> list[str]:
-        """What has happened to the device or its queue pairs (ibv_get_async_event(3)); see `FATAL_EVENTS`."""
+        """What has happened to the device or its queue pairs (ibv_get_async_event(3)); see `is_fatal`."""
         names = []
         with contextlib.suppress(PyverbsError):  # EAGAIN: no more
             while True:
@@ -167,6 +173,11 @@ class Port:
                 names.append(_EVENTS.get(event.event_type, str(event.event_type)))
                 event.ack()
         return names
+
+    def is_fatal(self, event: str) -> bool:
+        """Whether it makes the whole port useless. An iWARP device calls it fatal for a queue pair when its peer ends
+        the connection (TERMINATE): that queue pair's flushed work tells."""
+        return event in _FATAL_EVENTS and not (self.info.transport == IWARP and event == "QP_FATAL")
 
     @property
     def gone(self) -> bool:
@@ -176,10 +187,14 @@ class Port:
 
     def close(self) -> None:
         """Also when the device is gone. Everything that was made of it has to be closed before."""
-        _close_all(self._open)
+        close_all(self._open)
 
 
-def _close_all(opened: list[Any]) -> None:
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+def close_all(opened: list[Any]) -> None:
     """Close the last that was opened first; what can't be closed any more belongs to a device that is gone."""
     while opened:
         with contextlib.suppress(PyverbsError):
@@ -222,6 +237,7 @@ class QueuePair:
         """``sends``, ``receives``: work requests that may be posted at once; ``inline``: bytes wanted inline."""
         self._port = port
         self._open: list[Any] = []
+        self._kept: list[Closable] = []
         self._unacknowledged = 0
         device = port.info.device
         capacity = QPCap(
@@ -232,13 +248,13 @@ class QueuePair:
             max_inline_data=inline,
         )
         try:
-            with _translated(device, f"creating a completion queue for {sends + receives} completions"):
-                self._channel, self.fd = _with_descriptor(lambda: CompChannel(port.context), "fd")
+            with translated(device, f"creating a completion queue for {sends + receives} completions"):
+                self._channel, self.fd = with_descriptor(lambda: CompChannel(port.context), "fd")
                 self._open.append(self._channel)
                 self._cq = CQ(port.context, sends + receives, None, self._channel, 0)
                 self._open.append(self._cq)
                 self._cq.req_notify()
-            with _translated(device, f"creating a queue pair for {sends} sends and {receives} receives"):
+            with translated(device, f"creating a queue pair for {sends} sends and {receives} receives"):
                 attributes = QPInitAttr(qp_type=e.IBV_QPT_RC, scq=self._cq, rcq=self._cq, cap=capacity, sq_sig_all=0)
                 self._qp = QP(port.pd, attributes)
                 self._open.append(self._qp)
@@ -254,7 +270,7 @@ class QueuePair:
         """To the state INIT: receives can be posted."""
         attributes = QPAttr(port_num=self._port.info.number)
         attributes.qp_access_flags = e.IBV_ACCESS_REMOTE_WRITE
-        with _translated(self._port.info.device, "preparing a queue pair"):
+        with translated(self._port.info.device, "preparing a queue pair"):
             self._qp.to_init(attributes)
 
     def connect(self, gid: Gid, lid: int, mtu: int, number: int, first_packet: int, options: VerbsOptions) -> None:
@@ -277,7 +293,7 @@ class QueuePair:
         attributes.sq_psn = self.first_packet
         attributes.timeout, attributes.retry_cnt = options.ack_timeout, options.retries
         attributes.rnr_retry = 7  # without end: a receive is posted before anything is granted
-        with _translated(port.info.device, f"connecting a queue pair to {gid.address}"):
+        with translated(port.info.device, f"connecting a queue pair to {gid.address}"):
             self._qp.to_rtr(attributes)
             self._qp.to_rts(attributes)
 
@@ -286,7 +302,7 @@ class QueuePair:
         sge = SGE(segment.address, segment.length, segment.lkey)
         request = RecvWR(wr_id=_RECEIVE | number, num_sge=1, sg=[sge])
         try:
-            with _translated(self._port.info.device, "posting a receive"):
+            with translated(self._port.info.device, "posting a receive"):
                 self._qp.post_recv(request)
         finally:
             request.close()  # its finaliser leaks
@@ -312,7 +328,7 @@ class QueuePair:
                 if requests:
                     request.next_wr = requests[-1]
                 requests.append(request)
-            with _translated(self._port.info.device, "posting a write"):
+            with translated(self._port.info.device, "posting a write"):
                 self._qp.post_send(requests[-1])
         finally:
             for request in requests:
@@ -320,7 +336,7 @@ class QueuePair:
 
     def completions(self) -> list[Completion]:
         """Those that are there; call it when ``fd`` is readable, until there are none."""
-        with _translated(self._port.info.device, "polling for completions"):
+        with translated(self._port.info.device, "polling for completions"):
             count, found = self._cq.poll(32)
         return [_completion(wc) for wc in found[:count]] if count > 0 else []
 
@@ -332,8 +348,12 @@ class QueuePair:
             if self._unacknowledged >= 64:
                 self._cq.ack_events(self._unacknowledged)
                 self._unacknowledged = 0
-        with _translated(self._port.info.device, "asking for completion events"):
+        with translated(self._port.info.device, "asking for completion events"):
             self._cq.req_notify()
+
+    def keep(self, opened: Closable) -> None:
+        """Close ``opened`` with the queue pair, after it and what is kept later."""
+        self._kept.append(opened)
 
     def fail(self) -> None:
         """To the error state: what is posted is flushed, and nothing of the peer is taken any more."""
@@ -346,7 +366,8 @@ class QueuePair:
             with contextlib.suppress(PyverbsError):
                 self._cq.ack_events(self._unacknowledged)
             self._unacknowledged = 0
-        _close_all(self._open)
+        close_all(self._open)
+        close_all(self._kept)
 
 
 def _completion(wc: Any) -> Completion:
@@ -362,4 +383,10 @@ def _completion(wc: Any) -> Completion:
 
 def writes_carry_immediates(port: PortInfo) -> bool:
     """iWARP has no RDMA WRITE WITH IMM (RFC 5040): there a message follows the write."""
+    return port.transport != IWARP
+
+
+def messages_wait(port: PortInfo) -> bool:
+    """Where a message finds no receive, an InfiniBand or RoCE device has it sent again (RNR NAK); an iWARP device ends
+    the connection (RFC 5041, 7.1)."""
     return port.transport != IWARP

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvflare_rdma.errors import FabricUnavailable
+from nvflare_rdma.fabric.interfaces import IPAddress, addresses_of
 
 SYSFS = Path("/sys/class/infiniband")
 INFINIBAND, ROCE, IWARP = "InfiniBand", "RoCE", "iWARP"
 _ROCE_V2 = "RoCE v2"
-IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 @dataclass(frozen=True, slots=True)
 class Gid:
-    """An entry of a port's GID table. ``kind``: "IB", "RoCE v1" or "RoCE v2"; ``netdev``: the interface it is for."""
+    """An entry of a port's GID table. ``kind``: "IB", "RoCE v1" or "RoCE v2"; ``netdev``: the interface it is for.
+    "iWARP": an address of the port's interface, numbered in the kernel's order."""
 
     index: int
     value: ipaddress.IPv6Address
@@ -94,6 +95,8 @@ def _read_port(device: Path, port: Path) -> PortInfo:
     software = "/virtual/" in str(device.resolve()) or (device / "parent").exists()
     state = _read(port / "state").partition(": ")[2] or "unknown"
     gids = tuple(_read_gids(port, transport))
+    if transport == IWARP:
+        gids = tuple(_read_addresses(device, gids))
     return PortInfo(device.name, int(port.name), transport, software, state, _read(port / "rate"), gids)
 
 
@@ -116,6 +119,15 @@ def _read_gids(port: Path, transport: str) -> list[Gid]:
             kind = "IB"
         gids.append(Gid(int(entry.name), value, kind, _read(port / "gid_attrs" / "ndevs" / entry.name)))
     return gids
+
+
+def _read_addresses(device: Path, gids: Sequence[Gid]) -> list[Gid]:
+    """An iWARP port's own GID is a MAC address: it is reached by the addresses of its interface. An address of one
+    link only does not do: it needs the name of the interface, which the peer can't know."""
+    netdevs = {gid.netdev: 0 for gid in gids if gid.netdev} or [path.name for path in device.glob("device/net/*")]
+    found = [(address, netdev) for netdev in netdevs for address in addresses_of(netdev) if not address.is_link_local]
+    values = (ipaddress.IPv6Address(f"::ffff:{a}") if a.version == 4 else a for a, _ in found)
+    return [Gid(n, value, IWARP, found[n][1]) for n, value in enumerate(values)]
 
 
 def _read(path: Path) -> str:
@@ -211,6 +223,8 @@ _RANK = {
             "the address of the control stream",
             "RoCE v2, routable IPv4",
             "RoCE v2, routable IPv6",
+            "iWARP, IPv4",
+            "iWARP, IPv6",
             "InfiniBand",
             "RoCE v2, this link only",
             "RoCE v1, not routable",
@@ -222,10 +236,12 @@ _RANK = {
 def _why(gid: Gid, near: IPAddress | None) -> str:
     if gid.kind == "IB":
         return "InfiniBand"
-    if gid.kind != _ROCE_V2:
+    if gid.kind == "RoCE v1":
         return "RoCE v1, not routable"
     if gid.address == near:
         return "the address of the control stream"
+    if gid.kind != _ROCE_V2:
+        return f"iWARP, IPv{gid.address.version}"
     if gid.address.is_link_local:
         return "RoCE v2, this link only"
     return f"RoCE v2, routable IPv{gid.address.version}"

@@ -10,8 +10,10 @@ import logging
 _root = logging.getLogger()
 _handlers, _level = _root.handlers[:], _root.level
 try:
+    import pyverbs.cm_enums as ce
     import pyverbs.enums as e
     from pyverbs.addr import GID, AHAttr, GlobalRoute
+    from pyverbs.cmid import CMID, AddrInfo, CMEvent, CMEventChannel, ConnParam
     from pyverbs.cq import CQ, CompChannel
     from pyverbs.device import Context
     from pyverbs.mr import MR
@@ -24,6 +26,7 @@ finally:
     _root.setLevel(_level)
 
 __all__ = [
+    "CMID",
     "CQ",
     "GID",
     "MR",
@@ -31,7 +34,11 @@ __all__ = [
     "QP",
     "SGE",
     "AHAttr",
+    "AddrInfo",
+    "CMEvent",
+    "CMEventChannel",
     "CompChannel",
+    "ConnParam",
     "Context",
     "GlobalRoute",
     "PyverbsError",
@@ -40,5 +47,6 @@ __all__ = [
     "QPInitAttr",
     "RecvWR",
     "SendWR",
+    "ce",
     "e",
 ]

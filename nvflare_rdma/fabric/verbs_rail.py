@@ -27,13 +27,13 @@ import numpy as np
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice
 from nvflare_rdma.fabric.verbs_api import (
-    FATAL_EVENTS,
     Access,
     Completion,
     MemoryRegion,
     Port,
     QueuePair,
     Work,
+    messages_wait,
     writes_carry_immediates,
 )
 from nvflare_rdma.fabric.verbs_memory import Lease, Segment
@@ -43,9 +43,12 @@ log = logging.getLogger(__name__)
 SEND_DEPTH = 128
 #: More exposures than that on one rail wait for receives, and the device has the peer's writes wait for those.
 RECEIVE_DEPTH = 512
+#: Of a device that has none wait: more than the channel grants (its limit of a peer's open grants), and the greeting.
+RECEIVE_DEPTH_NO_WAITING = 1100
 _DEVICE_CHECK = 1  # seconds
 _NOTICE = struct.Struct("!IIQ")  # notification, length, digest
-#: From the passive side, as soon as it can: its acknowledgement shows that both ways are open.
+#: The first message over a rail. From the passive side its acknowledgement shows that both ways are open. From the
+#: active side it opens an iWARP connection, whose initiator has to speak first (MPA, RFC 5044, 7.1).
 _GREETING = b"NVRAIL"
 
 
@@ -108,9 +111,11 @@ class VerbsRail:
         self._owner = owner
         self._watches_device = watches_device
         self._sends = min(SEND_DEPTH, port.max_work)
-        receives = min(RECEIVE_DEPTH, port.max_work, port.max_completions - self._sends)
+        depth = RECEIVE_DEPTH if messages_wait(port.info) else RECEIVE_DEPTH_NO_WAITING
+        receives = min(depth, port.max_work, port.max_completions - self._sends)
         self._state = threading.Condition()
         self._up = False
+        self._silent = False  # until the peer has greeted
         self._reason: Exception | None = None
         self._room = self._sends  # send requests that can be posted
         self._last = 0
@@ -140,9 +145,11 @@ class VerbsRail:
 
     # -- life ----------------------------------------------------------------------------------------------
 
-    def start(self, connect: Callable[[QueuePair], None], max_message: int, greet: bool) -> None:
-        """Connect and begin to listen. Raises FabricError, and is closed then."""
+    def start(self, connect: Callable[[QueuePair], None], max_message: int, greet: bool, wait: bool = False) -> None:
+        """Connect and begin to listen. ``greet``: be the first to send; ``wait``: write nothing before the peer has.
+        Raises FabricError, and is closed then."""
         self._max_message = max_message
+        self._silent = wait
         try:
             connect(self.queue_pair)
             with self._state:
@@ -207,7 +214,7 @@ class VerbsRail:
         events = self.port.events()
         if events:
             log.info("%s: %s", self.port.info.device, ", ".join(events))
-        if fatal := FATAL_EVENTS.intersection(events):
+        if fatal := [event for event in events if self.port.is_fatal(event)]:
             raise FabricUnavailable(f"{self} broke: the device reports {', '.join(fatal)}")
         if self.port.gone:
             raise FabricUnavailable(f"{self} broke: the device was removed")
@@ -269,6 +276,11 @@ class VerbsRail:
                 raise ProtocolError(f"the peer sent a message of {len(message)} bytes over {self}, which is no notice")
         with self._state:
             self._places.append(completion.number)
+            if notification is None:
+                self._silent = False
+                self._state.notify_all()
+                # The end of an iWARP connection is noticed by what it flushes: one more receive than is granted.
+                self._owed += 1
             self._post_receives()
         if notification is not None:
             self._owner.take(self.number, notification)
@@ -323,7 +335,7 @@ class VerbsRail:
         if requests > self._sends:
             raise FabricError(f"{self}: a write needs {requests} requests, the device takes {self._sends}")
         with self._state:
-            self._state.wait_for(lambda: not self._up or self._room >= requests)
+            self._state.wait_for(lambda: not self._up or (self._room >= requests and not self._silent))
             if not self._up:
                 return False
             self._last += 1

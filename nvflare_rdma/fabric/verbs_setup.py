@@ -2,10 +2,12 @@
 
 The passive side's offer and the active side's answer have the same form (msgpack types):
 
-    {"ports": [{"transport", "kind", "gid", "lid", "mtu", "max_message"}, ...],
-     "rails": [{"port", "number", "packet"}, ...]}
+    {"ports": [{"transport", "kind", "gid", "lid", "mtu", "max_message", "service"}, ...],
+     "rails": [{"port", "number", "packet", "ticket"}, ...]}
 
-``port`` counts in ``ports``; rail i of one side is connected to rail i of the other.
+``port`` counts in ``ports``; rail i of one side is connected to rail i of the other. InfiniBand and RoCE need the
+queue pairs' ``number`` and ``packet``. On iWARP rdma_cm connects them: the offer says on which TCP port (``service``)
+it listens and gives each rail a ``ticket`` to come with, and the answer repeats the tickets of the rails that came.
 """
 
 from __future__ import annotations
@@ -21,30 +23,35 @@ from nvflare_rdma.fabric.verbs_devices import INFINIBAND, IWARP, ROCE, Gid
 
 _KINDS = {INFINIBAND: ("IB",), ROCE: ("RoCE v1", "RoCE v2"), IWARP: ("iWARP",)}
 MIN_MESSAGE = 64 * 1024
+TICKET_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class RemotePort:
-    """``mtu``: as ibv_mtu numbers them, 1 (256 bytes) to 5 (4096). ``max_message``: bytes of one request."""
+    """``mtu``: as ibv_mtu numbers them, 1 (256 bytes) to 5 (4096). ``max_message``: bytes of one request. ``service``:
+    of an iWARP port that listens, else 0."""
 
     transport: str
     gid: Gid
     lid: int
     mtu: int
     max_message: int
+    service: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteRail:
-    """``number`` of the queue pair, and of the first ``packet`` that it sends (PSN)."""
+    """``number`` of the queue pair, and of the first ``packet`` that it sends (PSN); ``ticket``: on iWARP, else
+    empty."""
 
     port: RemotePort
     number: int
     packet: int
+    ticket: bytes = b""
 
 
-def describe(ports: Sequence[RemotePort], rails: Sequence[tuple[int, int, int]]) -> Mapping[str, Any]:
-    """``rails``: index of the port, number, packet."""
+def describe(ports: Sequence[RemotePort], rails: Sequence[tuple[int, int, int, bytes]]) -> Mapping[str, Any]:
+    """``rails``: index of the port, number, packet, ticket."""
     return {
         "ports": [
             {
@@ -54,10 +61,14 @@ def describe(ports: Sequence[RemotePort], rails: Sequence[tuple[int, int, int]])
                 "lid": port.lid,
                 "mtu": port.mtu,
                 "max_message": port.max_message,
+                "service": port.service,
             }
             for port in ports
         ],
-        "rails": [{"port": port, "number": number, "packet": packet} for port, number, packet in rails],
+        "rails": [
+            {"port": port, "number": number, "packet": packet, "ticket": ticket}
+            for port, number, packet, ticket in rails
+        ],
     }
 
 
@@ -65,14 +76,7 @@ def parse(description: Mapping[str, Any]) -> list[RemoteRail]:
     """Raises ProtocolError: it is malformed."""
     try:
         ports = [_parse_port(port) for port in _list(description, "ports")]
-        rails = [
-            RemoteRail(
-                ports[_integer(rail, "port", 0, len(ports) - 1)],
-                _integer(rail, "number", 0, (1 << 24) - 1),
-                _integer(rail, "packet", 0, (1 << 24) - 1),
-            )
-            for rail in _list(description, "rails")
-        ]
+        rails = [_parse_rail(rail, ports) for rail in _list(description, "rails")]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ProtocolError(f"the peer describes its verbs rails in a way that can't be: {error!r}") from error
     return rails
@@ -91,6 +95,16 @@ def _parse_port(port: Mapping[str, Any]) -> RemotePort:
         _integer(port, "lid", 0, 0xFFFF),
         _integer(port, "mtu", 1, 5),
         _integer(port, "max_message", MIN_MESSAGE, 1 << 31),
+        _integer(port, "service", 0, 0xFFFF if transport == IWARP else 0),
+    )
+
+
+def _parse_rail(rail: Mapping[str, Any], ports: Sequence[RemotePort]) -> RemoteRail:
+    port, ticket = ports[_integer(rail, "port", 0, len(ports) - 1)], rail["ticket"]
+    if not isinstance(ticket, bytes) or len(ticket) != (TICKET_BYTES if port.transport == IWARP else 0):
+        raise ValueError(f"no ticket for {port.transport}")
+    return RemoteRail(
+        port, _integer(rail, "number", 0, (1 << 24) - 1), _integer(rail, "packet", 0, (1 << 24) - 1), ticket
     )
 
 

@@ -30,8 +30,9 @@ def certificates(tmp_path_factory):
 
 @pytest.fixture
 def connect(fabric, secure, certificates, tmp_path):
-    if fabric == "verbs":
-        rdma_devices.pair()  # skips where there are none
+    if fabric.startswith("verbs"):
+        find = rdma_devices.iwarp_pair if fabric == "verbs-iwarp" else rdma_devices.pair
+        find()  # skips where there are none
 
     def made(**options):
         tls = certificates if secure else None

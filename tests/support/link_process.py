@@ -47,6 +47,7 @@ FABRICS: dict[str, tuple[str, Callable[[Dial, int], Fabric]]] = {
     "shm-direct": ("shm", lambda dial, rails: ShmFabric(("direct",))),
     "shm-memfd": ("shm", lambda dial, rails: ShmFabric(("memfd",))),
     "verbs": ("verbs", lambda dial, rails: make_verbs(rdma_devices.pair()[dial is not None], rails)),
+    "verbs-iwarp": ("verbs", lambda dial, rails: make_verbs(rdma_devices.iwarp_pair()[dial is not None], rails)),
 }
 
 
