@@ -16,6 +16,7 @@ _NEW_ADDRESS, _GET_ADDRESS = 20, 22
 _REQUEST_DUMP = 0x301
 _DONE, _ERROR = 3, 2
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_PATIENCE = 5.0  # seconds; the kernel answers at once
 
 
 def addresses_of(interface: str) -> list[IPAddress]:
@@ -25,6 +26,7 @@ def addresses_of(interface: str) -> list[IPAddress]:
     try:
         index = socket.if_nametoindex(interface)
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
+            kernel.settimeout(_PATIENCE)
             kernel.sendall(request + _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
             while True:
                 for kind, body in _split(kernel.recv(1 << 16), _MESSAGE):

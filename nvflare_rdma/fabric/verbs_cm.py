@@ -23,8 +23,9 @@ from typing import Any
 
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric.interfaces import IPAddress
-from nvflare_rdma.fabric.verbs_api import Port, QueuePair, close_all, descriptors, translated, with_descriptor
+from nvflare_rdma.fabric.verbs_api import Port, close_all, descriptors, translated, with_descriptor
 from nvflare_rdma.fabric.verbs_import import CMID, AddrInfo, CMEvent, CMEventChannel, ConnParam, PyverbsError, ce
+from nvflare_rdma.fabric.verbs_queue_pair import QueuePair
 from nvflare_rdma.fabric.verbs_setup import RemoteRail
 
 log = logging.getLogger(__name__)
@@ -187,16 +188,17 @@ class Listener:
         ports = list(dict.fromkeys(port for port, _ in offered.values()))
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            self._events = _Events(ports[0].info.device)
+            self._device = ports[0].info.device
+            self._events = _Events(self._device)
             self._open.append(self._events)
             for port in ports:
                 self.services[port] = self._listen(port, 2 * len(offered) + 8)
             self._thread = threading.Thread(target=self._run, name="rdma-verbs-cm", daemon=True)
             self._thread.start()
-        except (FabricError, RuntimeError):
+        except (FabricError, RuntimeError) as error:
             self._thread = None
             self.close()
-            raise
+            raise FabricUnavailable(f"iWARP rails can't be listened for: {error}") from error
 
     def _listen(self, port: Port, backlog: int) -> int:
         address, device = port.gid.address, port.info.device
@@ -264,8 +266,9 @@ class Listener:
             if event.event_type != ce.RDMA_CM_EVENT_CONNECT_REQUEST:
                 # Of a connection, but pyverbs does not say of which. Its queue pair knows.
                 return True
-            ticket = event.private_data
-            request = _Identifier(CMID(creator=event, listen_id=self._listening[0].cmid))
+            with translated(self._device, "taking a connection request"):
+                ticket = event.private_data
+                request = _Identifier(CMID(creator=event, listen_id=self._listening[0].cmid))
         if not self._accept(request, ticket):
             request.close()
         return True

@@ -15,28 +15,18 @@ import contextlib
 import logging
 import os
 import select
-import struct
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice
-from nvflare_rdma.fabric.verbs_api import (
-    Access,
-    Completion,
-    MemoryRegion,
-    Port,
-    QueuePair,
-    Work,
-    messages_wait,
-    writes_carry_immediates,
-)
-from nvflare_rdma.fabric.verbs_memory import Lease, Segment
+from nvflare_rdma.fabric.verbs_api import Access, MemoryRegion, Port
+from nvflare_rdma.fabric.verbs_memory import Lease
+from nvflare_rdma.fabric.verbs_messages import GREETING, MESSAGE_BYTES, MessageRing, Notice, read, writes_of
+from nvflare_rdma.fabric.verbs_queue_pair import Completion, QueuePair, Work, messages_wait, writes_carry_immediates
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +36,6 @@ RECEIVE_DEPTH = 512
 #: Of a device that has none wait: more than the channel grants (its limit of a peer's open grants), and the greeting.
 RECEIVE_DEPTH_NO_WAITING = 1100
 _DEVICE_CHECK = 1  # seconds
-_NOTICE = struct.Struct("!IIQ")  # notification, length, digest
-#: The first message over a rail. From the passive side its acknowledgement shows that both ways are open. From the
-#: active side it opens an iWARP connection, whose initiator has to speak first (MPA, RFC 5044, 7.1).
-_GREETING = b"NVRAIL"
 
 
 class RailOwner(Protocol):
@@ -83,25 +69,6 @@ class _Write:
     lease: Lease | None = None
 
 
-class _Ring:
-    """Registered places for notices."""
-
-    def __init__(self, port: Port, count: int, access: Access) -> None:
-        self._memory = np.zeros((count, _NOTICE.size), np.uint8)
-        self._address = int(self._memory.__array_interface__["data"][0])
-        self.region = port.register(self._address, self._memory.nbytes, access)
-
-    def put(self, place: int, data: bytes) -> Segment:
-        self._memory[place, : len(data)] = np.frombuffer(data, np.uint8)
-        return self.segment(place, len(data))
-
-    def segment(self, place: int, length: int = _NOTICE.size) -> Segment:
-        return Segment(self._address + place * _NOTICE.size, length, self.region.lkey)
-
-    def get(self, place: int, length: int) -> bytes:
-        return self._memory[place, :length].tobytes()
-
-
 class VerbsRail:
     """``watches_device``: this rail's thread takes the events of the port's device."""
 
@@ -127,18 +94,18 @@ class VerbsRail:
         self._opened: list[QueuePair | MemoryRegion] = []
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            self.queue_pair = QueuePair(port, self._sends, receives, _NOTICE.size)
+            self.queue_pair = QueuePair(port, self._sends, receives, MESSAGE_BYTES)
             self._opened.append(self.queue_pair)
-            self._notices = _Ring(port, self._sends, Access.SOURCE)
+            self._notices = MessageRing(port, self._sends, Access.SOURCE)
             self._opened.append(self._notices.region)
-            self._received = _Ring(port, receives, Access.RECEIVE)
+            self._received = MessageRing(port, receives, Access.RECEIVE)
             self._opened.append(self._received.region)
             self.queue_pair.prepare()
             self.expect()  # the greeting
         except FabricError:
             self._free()
             raise
-        self._inline = self.queue_pair.inline_bytes >= _NOTICE.size
+        self._inline = self.queue_pair.inline_bytes >= MESSAGE_BYTES
 
     def __str__(self) -> str:
         return f"verbs rail {self.number} ({self.port.info.device}, queue pair {self.queue_pair.number})"
@@ -164,7 +131,7 @@ class VerbsRail:
             self._free()
             raise FabricError(f"{self} can't be opened: {error}") from error
         if greet:
-            self._post(1, lambda place: [Work([self._notices.put(place, _GREETING)], None)], _Write(None, 1))
+            self._post(1, lambda place: [Work([self._notices.put(place, GREETING)], None)], _Write(None, 1))
 
     def stop(self, reason: Exception) -> None:
         """Have the thread end the rail; `RailOwner.rail_over` follows if it was started. Idempotent."""
@@ -231,7 +198,8 @@ class VerbsRail:
 
     def _broken(self, completion: Completion) -> FabricError:
         write = self._writes.get(completion.number)
-        if not completion.received and write is not None and write.notification is None:
+        greeting = not completion.received and write is not None and write.notification is None
+        if greeting and messages_wait(self.port.info):  # over iWARP the peer was reached before anything was sent
             return FabricUnavailable(f"{self}: the peer can't be reached: {completion.error}")
         return FabricError(f"{self} broke: {completion.error}")
 
@@ -269,11 +237,12 @@ class VerbsRail:
     def _take(self, completion: Completion) -> None:
         notification, length, digest = completion.immediate, completion.length, 0
         if notification is None:
-            message = self._received.get(completion.number, completion.length)
-            if len(message) == _NOTICE.size:
-                notification, length, digest = _NOTICE.unpack(message)
-            elif message != _GREETING:
-                raise ProtocolError(f"the peer sent a message of {len(message)} bytes over {self}, which is no notice")
+            try:
+                notice = read(self._received.get(completion.number, completion.length))
+            except ValueError as error:
+                raise ProtocolError(f"the peer's message over {self} can't be: {error}") from error
+            if notice is not None:
+                notification, length, digest = notice.notification, notice.length, notice.digest
         with self._state:
             self._places.append(completion.number)
             if notification is None:
@@ -294,12 +263,13 @@ class VerbsRail:
         try:
             if self._up and len(source):
                 write.lease = self._owner.lease(self.port, source, lambda: not self._up)
-            writes = self._writes_of(write.lease, remote)
+            segments = write.lease.segments if write.lease is not None else []
+            writes = writes_of(segments, remote, self._max_message, self.queue_pair.max_segments)
             if len(writes) == 1 and not digest and writes_carry_immediates(self.port.info):
                 with_immediate = [Work(writes[0].segments, writes[0].remote, notification)]
                 posted = self._post(1, lambda place: with_immediate, write)
             else:
-                notice = _NOTICE.pack(notification, len(source), digest)
+                notice = Notice(notification, len(source), digest).pack()
                 write.requests = len(writes) + 1
                 posted = self._post(
                     write.requests,
@@ -311,24 +281,6 @@ class VerbsRail:
             posted = False
         if not posted:
             self._over(write)
-
-    def _writes_of(self, lease: Lease | None, remote: RemoteSlice) -> list[Work]:
-        """As many requests as the device needs: its messages, and the segments of one, have a limit."""
-        works: list[Work] = []
-        segments: list[Segment] = []
-        address, length = remote.address, 0
-        for segment in lease.segments if lease is not None else []:
-            at, left = segment.address, segment.length
-            while left:
-                if length == self._max_message or len(segments) == self.queue_pair.max_segments:
-                    works.append(Work(segments, (address, remote.key)))
-                    segments, address, length = [], address + length, 0
-                part = min(left, self._max_message - length)
-                segments.append(Segment(at, part, segment.lkey))
-                at, left, length = at + part, left - part, length + part
-        if segments:
-            works.append(Work(segments, (address, remote.key)))
-        return works
 
     def _post(self, requests: int, works: Callable[[int], list[Work]], write: _Write) -> bool:
         """Post ``works``, given a place for the notice, when there is room. False if the rail is down."""

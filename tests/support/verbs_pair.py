@@ -11,8 +11,9 @@ import numpy as np
 from recorder import Recorder
 
 from nvflare_rdma.fabric.process_memory import address_of
-from nvflare_rdma.fabric.verbs import VerbsEndpoint, VerbsFabric
+from nvflare_rdma.fabric.verbs import VerbsFabric
 from nvflare_rdma.fabric.verbs_devices import VerbsOptions
+from nvflare_rdma.fabric.verbs_endpoint import VerbsEndpoint
 from nvflare_rdma.fabric.verbs_memory import RegistrationCache
 
 DEADLINE = 30.0
