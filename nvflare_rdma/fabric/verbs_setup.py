@@ -77,8 +77,9 @@ def parse(description: Mapping[str, Any]) -> list[RemoteRail]:
     try:
         ports = [_parse_port(port) for port in _list(description, "ports")]
         rails = [_parse_rail(rail, ports) for rail in _list(description, "rails")]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ProtocolError(f"the peer describes its verbs rails in a way that can't be: {error!r}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        # Shortened: it may quote what the peer has sent.
+        raise ProtocolError(f"the peer describes its verbs rails in a way that can't be: {error!r:.200}") from error
     return rails
 
 

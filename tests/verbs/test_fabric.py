@@ -20,8 +20,8 @@ from verbs_pair import DEADLINE, buffer, fabric, numbered, verbs_pair
 
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice
-from nvflare_rdma.fabric.verbs_endpoint import IN_PLACE_BYTES
 from nvflare_rdma.fabric.verbs_devices import IWARP
+from nvflare_rdma.fabric.verbs_endpoint import IN_PLACE_BYTES
 from nvflare_rdma.fabric.verbs_memory import EXTENT_BYTES
 
 MIB = 1 << 20
