@@ -131,7 +131,10 @@ class VerbsRail:
             self._free()
             raise FabricError(f"{self} can't be opened: {error}") from error
         if greet:
-            self._post(1, lambda place: [Work([self._notices.put(place, GREETING)], None)], _Write(None, 1))
+            self._greet()
+
+    def _greet(self) -> None:
+        self._post(1, lambda place: [Work([self._notices.put(place, GREETING)], None)], _Write(None, 1))
 
     def stop(self, reason: Exception) -> None:
         """Have the thread end the rail; `RailOwner.rail_over` follows if it was started. Idempotent."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,4 +70,14 @@ def numbered(size: int) -> memoryview:
     return (np.arange(size) % 251).astype(np.uint8).data
 
 
-__all__ = ["DEADLINE", "VerbsPair", "address_of", "buffer", "fabric", "numbered", "verbs_pair"]
+def held() -> dict[str, int]:
+    """What the kernel holds for RDMA, and descriptors of this process."""
+    lines = subprocess.run(["rdma", "resource"], capture_output=True, text=True, timeout=20, check=True).stdout
+    counts = {"descriptors": len(os.listdir("/proc/self/fd"))}
+    for line in lines.splitlines():
+        words = line.split()
+        counts |= {f"{words[1]} {what}": int(count) for what, count in zip(words[2::2], words[3::2], strict=False)}
+    return counts
+
+
+__all__ = ["DEADLINE", "VerbsPair", "address_of", "buffer", "fabric", "held", "numbered", "verbs_pair"]

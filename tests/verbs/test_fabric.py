@@ -16,7 +16,7 @@ pytest.importorskip("pyverbs.device", reason="pyverbs is not installed for this 
 import rdma_devices
 from processes import ROOT
 from recorder import Recorder
-from verbs_pair import DEADLINE, buffer, fabric, numbered, verbs_pair
+from verbs_pair import DEADLINE, buffer, fabric, held, numbered, verbs_pair
 
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice
@@ -249,16 +249,6 @@ def test_what_can_not_reach_each_other_says_so(devices):
 
 
 # -- memory and ends ---------------------------------------------------------------------------------------
-
-
-def held() -> dict[str, int]:
-    """What the kernel holds for RDMA, and descriptors of this process."""
-    lines = subprocess.run(["rdma", "resource"], capture_output=True, text=True, timeout=20, check=True).stdout
-    counts = {"descriptors": len(os.listdir("/proc/self/fd"))}
-    for line in lines.splitlines():
-        words = line.split()
-        counts |= {f"{words[1]} {what}": int(count) for what, count in zip(words[2::2], words[3::2], strict=False)}
-    return counts
 
 
 def test_nothing_is_left_of_endpoints_that_were_closed(devices):

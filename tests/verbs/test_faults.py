@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("pyverbs.device", reason="pyverbs is not installed for this Python")
 
+import rdma_devices
 from link_peer import DEADLINE, link_peer
 from link_process import digest, pattern
 from processes import ROOT
@@ -24,9 +25,21 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZE = 128 * MIB
 
 
+#: For faults that iWARP devices report in another way.
+over_both = pytest.mark.parametrize("fabric", ["verbs", "verbs-iwarp"])
+
+
 @pytest.fixture
-def connect(tmp_path, devices):
-    return lambda **options: link_peer(tmp_path / "peer.log", **{"fabric": "verbs", "depth": 4, **options})
+def fabric():
+    """What `link_process.FABRICS` calls it; see `over_both`."""
+    return "verbs"
+
+
+@pytest.fixture
+def connect(tmp_path, fabric):
+    find = rdma_devices.iwarp_pair if fabric == "verbs-iwarp" else rdma_devices.pair
+    find()  # skips where there are none
+    return lambda **options: link_peer(tmp_path / "peer.log", **{"fabric": fabric, "depth": 4, **options})
 
 
 @pytest.fixture
@@ -66,6 +79,7 @@ def check(true):
     assert true
 
 
+@over_both
 @pytest.mark.parametrize("direction", ["there", "back"])
 def test_a_queue_pair_in_the_error_state_is_rebuilt_and_the_transfer_resumes(connect, direction):
     with connect() as peer:
@@ -94,7 +108,11 @@ def test_a_link_that_is_down_for_two_seconds(connect, direction, wires):
         peer.back(2 * MIB)
 
 
-@pytest.mark.parametrize("device", ["rxa", "rxb"], ids=["passive", "active"])
+@pytest.mark.parametrize(
+    ("fabric", "device"),
+    [("verbs", "rxa"), ("verbs", "rxb"), ("verbs-iwarp", "swa"), ("verbs-iwarp", "swb")],
+    ids=["passive", "active", "passive-iWARP", "active-iWARP"],
+)
 @pytest.mark.parametrize("direction", ["there", "back"])
 def test_a_device_that_is_removed_leaves_tcp(connect, direction, device, wires):
     with connect(order=["verbs", "tcp"]) as peer:
@@ -110,6 +128,7 @@ def test_a_device_that_is_removed_leaves_tcp(connect, direction, device, wires):
         assert "no such device" in log or "no rail" in log, log
 
 
+@over_both
 @pytest.mark.parametrize("victim", ["receiver", "sender"])
 def test_a_peer_that_is_killed(connect, victim):
     with connect() as peer:
