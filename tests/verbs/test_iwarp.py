@@ -20,6 +20,7 @@ from waiting import eventually
 
 from nvflare_rdma.errors import FabricError, ProtocolError
 from nvflare_rdma.fabric import verbs_cm, verbs_endpoint
+from nvflare_rdma.fabric.verbs_devices import list_ports
 from nvflare_rdma.fabric.verbs_rail import VerbsRail
 from nvflare_rdma.fabric.verbs_setup import TICKET_BYTES
 
@@ -40,6 +41,11 @@ class Offered:
     def address(self):
         port = self.offer["ports"][0]
         return ".".join(map(str, port["gid"][12:])), port["service"]
+
+    @property
+    def near(self):
+        """The active side's."""
+        return next(str(port.gids[0].address) for port in list_ports() if port.device == self.device)
 
     def dial(self, offer=None):
         return fabric(self.device, self.rails).connect(offer or self.offer, self.said)
@@ -118,7 +124,7 @@ def test_after_their_time_tickets_are_void(offered, monkeypatch):
     monkeypatch.setattr(verbs_cm, "TICKET_LIFETIME", 0.3)
     passive = offered()
     eventually(lambda: not passive.passive._listener._thread.is_alive(), DEADLINE)
-    with pytest.raises(FabricError, match=r"10\.8\.1\.1 port \d+ does not answer: .*refused"):
+    with pytest.raises(FabricError, match=r"\d port \d+ does not answer: .*refused"):
         passive.dial()
 
 
@@ -153,7 +159,7 @@ STRANGERS = {
 @pytest.mark.parametrize("said", STRANGERS.values(), ids=STRANGERS)
 def test_a_stranger_gets_nowhere_and_stops_nobody(offered, said):
     passive = offered()
-    with socket.create_connection(passive.address, DEADLINE, ("10.8.1.2", 0)) as stranger:
+    with socket.create_connection(passive.address, DEADLINE, (passive.near, 0)) as stranger:
         stranger.sendall(said)
         if said.startswith(REQUEST) and len(said) == MPA.size + MPA.unpack_from(said)[3] <= 256 + MPA.size:
             reply = stranger.recv(MPA.size)
@@ -205,7 +211,7 @@ def test_an_address_that_does_not_answer_stops_no_other_thread(offered, network,
     try:
         watcher.start()
         before = time.monotonic()
-        with pytest.raises(FabricError, match=r"10\.8\.1\.1 port \d+ does not answer: timed out"):
+        with pytest.raises(FabricError, match=r"\d port \d+ does not answer: timed out"):
             passive.dial()
         assert time.monotonic() - before < 10
     finally:
@@ -228,7 +234,7 @@ def test_rails_over_several_devices(iwarp_devices):
     pair = VerbsPair((f"{first},{second}", f"{second},{first}"), rails=4)
     try:
         assert (pair.active.rails, pair.passive.rails) == (4, 4)
-        assert re.findall("verbs rail . .(sw.)", " ".join(map(str, pair.passive._rails))) == [first, second] * 2
+        assert re.findall(r"verbs rail \d \((\w+),", " ".join(map(str, pair.passive._rails))) == [first, second] * 2
         region = pair.passive.register(buffer(4 * 64))
         for rail in range(4):
             pair.active.write(rail, numbered(64), region.expose(rail, rail * 64, 64, rail), rail, 0)
