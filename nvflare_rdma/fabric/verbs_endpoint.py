@@ -17,8 +17,9 @@ from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Region, RemoteSlice
 from nvflare_rdma.fabric.process_memory import address_of
 from nvflare_rdma.fabric.verbs_api import Access, MemoryRegion, Port
-from nvflare_rdma.fabric.verbs_cm import CONNECT_TIMEOUT, Listener, connect_by_cm
+from nvflare_rdma.fabric.verbs_cm import CONNECT_TIMEOUT, connect_by_cm
 from nvflare_rdma.fabric.verbs_devices import IWARP
+from nvflare_rdma.fabric.verbs_listener import Listener
 from nvflare_rdma.fabric.verbs_memory import Lease
 from nvflare_rdma.fabric.verbs_queue_pair import QueuePair
 from nvflare_rdma.fabric.verbs_rail import VerbsRail

@@ -108,11 +108,9 @@ def test_a_link_that_is_down_for_two_seconds(connect, direction, wires):
         peer.back(2 * MIB)
 
 
-@pytest.mark.parametrize(
-    ("fabric", "device"),
-    [("verbs", "rxa"), ("verbs", "rxb"), ("verbs-iwarp", "swa"), ("verbs-iwarp", "swb")],
-    ids=["passive", "active", "passive-iWARP", "active-iWARP"],
-)
+# Not over iWARP: librdmacm keeps a device open that it has used once, and siw is only removed when nobody has it open,
+# which in this process is when all tests are over.
+@pytest.mark.parametrize("device", ["rxa", "rxb"], ids=["passive", "active"])
 @pytest.mark.parametrize("direction", ["there", "back"])
 def test_a_device_that_is_removed_leaves_tcp(connect, direction, device, wires):
     with connect(order=["verbs", "tcp"]) as peer:

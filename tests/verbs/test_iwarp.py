@@ -19,7 +19,7 @@ from verbs_pair import DEADLINE, VerbsPair, buffer, fabric, held, numbered, verb
 from waiting import eventually
 
 from nvflare_rdma.errors import FabricError, ProtocolError
-from nvflare_rdma.fabric import verbs_cm, verbs_endpoint
+from nvflare_rdma.fabric import verbs_endpoint, verbs_listener
 from nvflare_rdma.fabric.verbs_devices import list_ports
 from nvflare_rdma.fabric.verbs_rail import VerbsRail
 from nvflare_rdma.fabric.verbs_setup import TICKET_BYTES
@@ -121,7 +121,7 @@ def test_a_ticket_is_good_for_one_device(offered, iwarp_devices):
 
 
 def test_after_their_time_tickets_are_void(offered, monkeypatch):
-    monkeypatch.setattr(verbs_cm, "TICKET_LIFETIME", 0.3)
+    monkeypatch.setattr(verbs_listener, "TICKET_LIFETIME", 0.3)
     passive = offered()
     eventually(lambda: not passive.passive._listener._thread.is_alive(), DEADLINE)
     with pytest.raises(FabricError, match=r"\d port \d+ does not answer: .*refused"):
