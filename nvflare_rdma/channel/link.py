@@ -32,7 +32,7 @@ from nvflare_rdma.channel.opening import Opening, RailOpener
 from nvflare_rdma.channel.outbox import Outbox, Sending
 from nvflare_rdma.channel.rails import RailSet
 from nvflare_rdma.channel.state import Phase, Role
-from nvflare_rdma.errors import FabricError, ProtocolError, RdmaError, TransferError
+from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.fabric.base import Fabric
 
 log = logging.getLogger(__name__)
@@ -498,6 +498,8 @@ class Link:
                 rails.broken[rail] = error
                 if rails is self._rails:
                     log.warning("%s: %s", self.name, error)
+                    if isinstance(error, FabricUnavailable):
+                        self._opener.rule_out(self.fabric, str(error))
                     self._core.rail_down(rail, str(error), time.monotonic())
                     self._pump()
             self._run_after()

@@ -115,6 +115,10 @@ class RailOpener:
             log.warning("%s: fabric %s can't be used: %s", self._name, name, error)
         return opening
 
+    def rule_out(self, name: str, reason: str) -> None:
+        """A fabric can't work: passive side, see `FabricChooser`."""
+        self._chooser.rule_out(name, reason)
+
     def controller(self, name: str) -> Controller:
         """Each fabric's own. There is nothing to adapt to in private memory, nor on the control stream."""
         if name not in self._controllers:

@@ -127,6 +127,10 @@ class FabricChooser:
                 "does not allow the control stream here: add tcp"
             )
 
+    def rule_out(self, name: str, reason: str) -> None:
+        """Don't choose a fabric again on this connection."""
+        self._own[name] = reason
+
     def offer(
         self, fabrics: Mapping[str, Fabric], rails: RailSet, peer: wire.Hello, failure: str, opened: bool
     ) -> tuple[str, str, Mapping[str, Any]]:
@@ -153,7 +157,7 @@ class FabricChooser:
             lasted = now - self._since > _LASTED
             self._failures[self._current] = 1 if lasted else self._failures.get(self._current, 0) + 1
             if not opened or self._failures[self._current] >= _MAX_FAILURES:
-                self._own[self._current] = failure
+                self.rule_out(self._current, failure)
         name, passed_over = choose(self._order, self._own, peer.fabrics, self._host == peer.host != "")
         if not name and not (failure and "tcp" in self._order):
             raise FabricUnavailable(

@@ -54,7 +54,8 @@ class CompletionHandler(Protocol):
 
     def rail_down(self, rail: int, error: Exception) -> None:
         """A rail broke. What landed over it was reported before this, nothing will be after; the writes queued
-        on it are reported as `written`. Once per rail, not after `Endpoint.close`."""
+        on it are reported as `written`. Once per rail, not after `Endpoint.close`. FabricUnavailable: others would
+        break too."""
 
     def failed(self, error: Exception) -> None:
         """The peer broke the rules (it wrote where nothing was exposed): nothing of it can be trusted."""

@@ -67,7 +67,7 @@ def _probe_verbs(options: VerbsOptions, budget: int, sysfs: Path, files: Path) -
 def pyverbs_reason() -> str:
     """Why pyverbs can't be used by this Python; "" if it can."""
     try:
-        importlib.import_module("pyverbs.device")
+        importlib.import_module("nvflare_rdma.fabric.verbs_import")
     except ImportError as error:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         if importlib.util.find_spec("pyverbs") is None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nvflare_rdma.errors import FabricError, ProtocolError
+from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Fabric, Region, RemoteSlice
 from nvflare_rdma.fabric.memory import SlotPool
 from nvflare_rdma.fabric.process_memory import address_of
@@ -238,6 +238,10 @@ class VerbsEndpoint(Endpoint):
             exposures = [self._exposed.pop(number) for number in mine]
         for exposure in exposures:
             exposure.region.close()
+        if isinstance(error, FabricUnavailable):  # what is true of its device, or its peer, is true of the others
+            for other in self._rails:
+                if other.port is self._rails[rail].port:
+                    other.stop(error)
         if not self._closed:
             if isinstance(error, ProtocolError):
                 self._handler.failed(error)

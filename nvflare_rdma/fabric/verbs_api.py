@@ -17,18 +17,27 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
-import pyverbs.enums as e
-from pyverbs.addr import GID, AHAttr, GlobalRoute
-from pyverbs.cq import CQ, CompChannel
-from pyverbs.device import Context
-from pyverbs.mr import MR
-from pyverbs.pd import PD
-from pyverbs.pyverbs_error import PyverbsError
-from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
-from pyverbs.wr import SGE, RecvWR, SendWR
-
 from nvflare_rdma.errors import FabricError
 from nvflare_rdma.fabric.verbs_devices import INFINIBAND, IWARP, Gid, PortInfo, VerbsOptions
+from nvflare_rdma.fabric.verbs_import import (
+    CQ,
+    GID,
+    MR,
+    PD,
+    QP,
+    SGE,
+    AHAttr,
+    CompChannel,
+    Context,
+    GlobalRoute,
+    PyverbsError,
+    QPAttr,
+    QPCap,
+    QPInitAttr,
+    RecvWR,
+    SendWR,
+    e,
+)
 from nvflare_rdma.fabric.verbs_memory import Segment
 
 _Made = TypeVar("_Made")
@@ -158,6 +167,12 @@ class Port:
                 names.append(_EVENTS.get(event.event_type, str(event.event_type)))
                 event.ack()
         return names
+
+    @property
+    def gone(self) -> bool:
+        """Whether the device was removed. One with hardware says so by an event; the kernel's own (rxe, siw) are
+        silent, and not removed until they are closed, but their device file is."""
+        return os.fstat(self.context.cmd_fd).st_nlink == 0
 
     def close(self) -> None:
         """Also when the device is gone. Everything that was made of it has to be closed before."""

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 SEND_DEPTH = 128
 #: More exposures than that on one rail wait for receives, and the device has the peer's writes wait for those.
 RECEIVE_DEPTH = 512
+_DEVICE_CHECK = 1  # seconds
 _NOTICE = struct.Struct("!IIQ")  # notification, length, digest
 #: From the passive side, as soon as it can: its acknowledgement shows that both ways are open.
 _GREETING = b"NVRAIL"
@@ -191,7 +192,7 @@ class VerbsRail:
             for fd in (self.queue_pair.fd, self._wake, *([self.port.events_fd] if self._watches_device else [])):
                 poller.register(fd, select.POLLIN)
             while True:
-                poller.poll()
+                poller.poll(_DEVICE_CHECK * 1000 if self._watches_device else None)
                 if self._reason is not None:
                     raise self._reason
                 if self._watches_device:
@@ -207,7 +208,9 @@ class VerbsRail:
         if events:
             log.info("%s: %s", self.port.info.device, ", ".join(events))
         if fatal := FATAL_EVENTS.intersection(events):
-            raise FabricUnavailable(f"{self} broke: the device reports {', '.join(fatal)} (was it removed?)")
+            raise FabricUnavailable(f"{self} broke: the device reports {', '.join(fatal)}")
+        if self.port.gone:
+            raise FabricUnavailable(f"{self} broke: the device was removed")
 
     def _complete(self) -> None:
         while found := self.queue_pair.completions():

@@ -4,14 +4,14 @@
 
 The guest is a QEMU machine with an emulated CPU (no KVM needed). Its root is this machine's file system with a
 writable layer in memory over it, so it has the same Python and the same repository, and changes nothing here.
-COMMAND runs as root at the repository's root; what it writes to the folder named by $OUT is in --out afterwards.
+COMMAND runs as root at the repository's root; what it writes to the folder named by $OUT is in --out afterwards,
+and so is the console's text.
 The exit status is COMMAND's, or 123: the guest died under COMMAND; 124: time is up; 125: the guest did not come up.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import os
 import selectors
 import shlex
@@ -36,6 +36,7 @@ DIED, TIME_IS_UP, NOT_UP = 123, 124, 125
 # Booting takes some 7 s on an idle machine.
 BOOT_DEADLINE = 120.0
 OUT_IN_GUEST = "/run/out"
+CONSOLE = "console.txt"  # in --out
 
 
 class GuestError(Exception):
@@ -50,7 +51,10 @@ def run(command: Sequence[str], out: Path, timeout: float = 600.0, memory: int =
     """Run ``command`` in a guest and return its exit status."""
     linux = kernel.prepare()
     if not linux.siw.exists():
-        print(f"guest: without siw, which could not be built: see {linux.siw_log}", file=sys.stderr)
+        print(
+            f"guest: without siw, which could not be built: see {linux.siw_log}; 'rm -r {kernel.CACHE}' to try again",
+            file=sys.stderr,
+        )
     deadline = time.monotonic() + timeout
     archive = initramfs.build(linux)
     out.mkdir(parents=True, exist_ok=True)
@@ -68,7 +72,8 @@ def run(command: Sequence[str], out: Path, timeout: float = 600.0, memory: int =
 class _Guest:
     def __init__(self, linux: kernel.Kernel, archive: bytes, out: Path, memory: int) -> None:
         self._linux, self._archive, self._out, self._memory = linux, archive, out, memory
-        self._tail: collections.deque[str] = collections.deque(maxlen=30)
+        self._tail = ""
+        (out / CONSOLE).write_text("")
 
     def run(self, command: Sequence[str], deadline: float) -> int:
         begin = time.monotonic()
@@ -92,11 +97,11 @@ class _Guest:
                     if up:
                         raise self._error(TIME_IS_UP, f"time is up: the command still ran {took} (see --timeout)")
                     raise self._error(NOT_UP, f"the guest was not up {took}")
-            self._show("\n" if self._tail and not self._tail[-1].endswith("\n") else "")
+            self._show("" if self._tail.endswith("\n") else "\n")
             qemu.wait()
             took = f"after {time.monotonic() - begin:.1f} s"
             if not started.exists():
-                raise self._error(NOT_UP, f"the guest ended {took} without coming up")
+                raise self._error(NOT_UP, f"QEMU ended with {qemu.returncode} {took}, before the guest was up")
             if not status.exists() or not (text := status.read_text().strip()):
                 raise self._error(DIED, f"the guest died {took}, before the command ended")
             print(f"guest: the command ended with {text} {took}", file=sys.stderr)
@@ -106,11 +111,12 @@ class _Guest:
         if text:
             sys.stdout.write(text)
             sys.stdout.flush()
-            self._tail.append(text)
+            with open(self._out / CONSOLE, "a") as console:
+                console.write(text)
+            self._tail = (self._tail + text)[-8000:]
 
     def _error(self, status: int, reason: str) -> GuestError:
-        tail = "".join(self._tail).strip().splitlines()[-20:]
-        console = "".join(f"\n    {line}" for line in tail)
+        console = "".join(f"\n    {line}" for line in self._tail.strip().splitlines()[-40:])
         return GuestError(status, f"{reason}. The console's last lines:{console or ' (none)'}")
 
     def _qemu(self, stack: ExitStack, work: Path) -> list[str | Path]:
@@ -121,7 +127,7 @@ class _Guest:
         if not (binary := shutil.which("qemu-system-x86_64")):
             raise host.HostError("qemu-system-x86_64 is missing: apt-get install qemu-system-x86")
         # One CPU: with two emulated ones now and then a boot hangs.
-        options = [
+        options: list[str | Path] = [
             *("-accel", "tcg", "-smp", "1", "-cpu", "max", "-m", memory),
             *("-machine", "q35,usb=off,smbus=off,sata=off,vmport=off,i8042=off"),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
@@ -140,7 +146,12 @@ class _Guest:
             listener.bind(str(path))
             listener.listen(1)
             number = listener.fileno()
-            serve = [VIRTIOFSD, f"--fd={number}", "-o", "source=/,sandbox=chroot,cache=always,log_level=warn"]
+            serve: list[str | Path] = [
+                VIRTIOFSD,
+                f"--fd={number}",
+                "-o",
+                "source=/,sandbox=chroot,cache=always,log_level=warn",
+            ]
             # It has nothing to say but that the guest has gone.
             stack.enter_context(
                 _process([*serve, "--thread-pool-size=2"], stderr=subprocess.DEVNULL, pass_fds=(number,))
@@ -165,12 +176,14 @@ def _script(command: Sequence[str]) -> str:
         "PYTHONDONTWRITEBYTECODE": "1",
         # In memory, and apart from the folders that the host's tests left in /tmp and pytest would tidy up.
         "PYTEST_DEBUG_TEMPROOT": "/run",
-        "NVFLARE_RDMA_TEST_DEVICES": "rxa,rxb",
+        # Plugins that take seconds to import on an emulated CPU; @given works without its one.
+        "PYTEST_ADDOPTS": "-p no:cacheprovider -p no:hypothesispytest -p no:xdist",
+        "RDMA_TEST_DEVICES": "rxa,rxb",
     }
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
     return f"""{exports}cd {shlex.quote(str(ROOT))} || exit
 sh tests/guest/network.sh up || exit
-if [ -e /sys/class/infiniband/swa ]; then export NVFLARE_RDMA_TEST_IWARP_DEVICES=swa,swb; fi
+if [ -e /sys/class/infiniband/swa ]; then export RDMA_TEST_IWARP_DEVICES=swa,swb; fi
 : >/run/guest/started
 {shlex.join(command)}
 """

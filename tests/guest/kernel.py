@@ -58,7 +58,8 @@ class Kernel:
 def newest() -> str:
     """The version of the newest 6.12 kernel that apt knows, without the ``-amd64``."""
     search = ("apt-cache", "search", "--names-only", r"^linux-image-6\.12\.")
-    if not (found := IMAGE.findall(host.apt(*search))):
+    found: list[str] = IMAGE.findall(host.apt(*search))
+    if not found:
         host.update_lists()
         found = IMAGE.findall(host.apt(*search))
     if not found:
@@ -128,7 +129,7 @@ def _build_siw(work: Path, base: str) -> Path:
     # Without it, kbuild makes no BTF, for which it would need another tool.
     (root / headers / "vmlinux").unlink(missing_ok=True)
     source = work / SOURCE / SIW
-    make = ["make", "-s", "-j2", "-C", root / headers, f"M={source}", "CONFIG_RDMA_SIW=m", "modules"]
+    make: list[str | Path] = ["make", "-s", "-j2", "-C", root / headers, f"M={source}", "CONFIG_RDMA_SIW=m", "modules"]
     result = subprocess.run(make, capture_output=True, text=True, timeout=300, check=False)
     if result.returncode:
         raise host.HostError(f"make of siw ended with {result.returncode}: {result.stderr.strip()[-2000:]}")

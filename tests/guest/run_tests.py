@@ -78,7 +78,7 @@ def in_guest(tests: list[str]) -> int:
     (RESULTS / "tests").write_text("".join(f"{name}\n" for name in tests))
     out = guest.OUT_IN_GUEST
     color = "yes" if sys.stdout.isatty() else "no"  # the guest's console cannot tell
-    command = [*PYTEST, "-v", f"--color={color}", f"--junitxml={out}/junit.xml", f"@{out}/tests"]
+    command = [sys.executable, "-m", "pytest", "-v", f"--color={color}", f"--junitxml={out}/junit.xml", f"@{out}/tests"]
     status = guest.run(command, RESULTS, GUEST_LIMIT)
     # Without siw, and only then, tests that need it may be skipped.
     problems = judge(RESULTS / "junit.xml", len(tests), siw=kernel.prepare().siw.exists())

@@ -1,0 +1,280 @@
+"""The verbs fabric by itself: two endpoints in this process, on two devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pyverbs.device", reason="pyverbs is not installed for this Python")
+
+from processes import ROOT
+from recorder import Recorder
+from verbs_pair import DEADLINE, buffer, fabric, numbered, verbs_pair
+
+from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
+from nvflare_rdma.fabric.base import RemoteSlice
+from nvflare_rdma.fabric.verbs import IN_PLACE_BYTES
+from nvflare_rdma.fabric.verbs_memory import EXTENT_BYTES
+
+MIB = 1 << 20
+
+
+def sent(pair, source, remote, notification=7, rail=0, digest=0):
+    pair.active.write(rail, source, remote, notification, digest)
+    assert pair.said.writes.get(timeout=DEADLINE) == notification
+
+
+def down(recorder):
+    return recorder.down.get(timeout=DEADLINE)
+
+
+@pytest.mark.parametrize("digest", [0, 2**64 - 1])
+@pytest.mark.parametrize("size", [1, 4095, IN_PLACE_BYTES - 1, IN_PLACE_BYTES, 3 * MIB + 5])
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_a_write_lands_in_the_exposed_slice_and_nowhere_else(devices, size, digest, kind):
+    with verbs_pair(devices) as pair:
+        target, source = buffer(size + 20, 9), numbered(size)
+        remote = pair.passive.register(target).expose(7, 10, size, 1)
+        sent(pair, memoryview(kind(source)), remote, rail=1, digest=digest)
+        assert pair.heard.landings.get(timeout=DEADLINE) == (7, size, digest)
+        assert target[10 : 10 + size] == source
+        assert bytes(target[:10]) == bytes(target[10 + size :]) == bytes([9] * 10)
+
+
+def test_an_exposure_is_answered_with_nothing(devices):
+    with verbs_pair(devices) as pair:
+        target = buffer(100, 9)
+        remote = pair.passive.register(target).expose(8, 0, 100, 0)
+        sent(pair, memoryview(b""), remote, 8)
+        assert pair.heard.landings.get(timeout=DEADLINE) == (8, 0, 0)
+        assert bytes(target) == bytes([9] * 100)
+
+
+def test_both_directions_and_many_writes_at_once(devices):
+    count, size = 300, 40_001  # more than fit the queue of one rail
+    with verbs_pair(devices) as pair:
+        ends = [(pair.active, pair.said, pair.passive, pair.heard), (pair.passive, pair.heard, pair.active, pair.said)]
+        source = numbered(size)
+        targets = [buffer(count * size) for _ in ends]
+        slices = []
+        for (_, _, receiver, _), target in zip(ends, targets, strict=True):
+            region = receiver.register(target)
+            slices.append([region.expose(n, n * size, size, n % 2) for n in range(count)])
+        for n in range(count):
+            for (sender, *_), remotes in zip(ends, slices, strict=True):
+                sender.write(n % 2, source, remotes[n], n, 0)
+        for (_, sender_says, _, receiver_says), target in zip(ends, targets, strict=True):
+            assert {receiver_says.landings.get(timeout=DEADLINE)[0] for _ in range(count)} == set(range(count))
+            assert {sender_says.writes.get(timeout=DEADLINE) for _ in range(count)} == set(range(count))
+            assert bytes(target) == bytes(source) * count
+
+
+def test_a_device_that_carries_little_at_once_gets_chains_of_requests(devices):
+    with verbs_pair(devices, max_message=64 * 1024) as pair:
+        size = MIB + 77
+        target, source = buffer(size), numbered(size)
+        sent(pair, source, pair.passive.register(target).expose(7, 0, size, 0))
+        assert pair.heard.landings.get(timeout=DEADLINE) == (7, size, 0)
+        assert target == source
+
+
+def test_a_source_that_spans_registrations(devices):
+    with verbs_pair(devices) as pair:
+        source = numbered(2 * EXTENT_BYTES + 9)
+        for start, end in [(EXTENT_BYTES - MIB, EXTENT_BYTES + MIB), (5, len(source))]:
+            target = buffer(end - start)
+            sent(pair, source[start:end], pair.passive.register(target).expose(7, 0, end - start, 0))
+            assert pair.heard.landings.get(timeout=DEADLINE) == (7, end - start, 0)
+            assert target == source[start:end]
+        cache = pair.fabrics[1].cache
+        assert (cache.misses, cache.hits) == (3, 2)
+
+
+# -- what a hostile peer writes ----------------------------------------------------------------------------
+
+BAD_SLICES = {
+    "beyond the end": lambda r: dataclasses.replace(r, address=r.address + 1),
+    "before the start": lambda r: dataclasses.replace(r, address=r.address - 1),
+    "another key": lambda r: dataclasses.replace(r, key=r.key ^ 0x55),
+}
+
+
+@pytest.mark.parametrize("change", BAD_SLICES.values(), ids=BAD_SLICES)
+def test_a_write_outside_of_what_is_granted_is_refused_by_the_device(devices, change):
+    with verbs_pair(devices, rails=1) as pair:
+        target = buffer(4096 + 64, 9)
+        remote = pair.passive.register(target).expose(7, 32, 4096, 0)
+        sent(pair, numbered(4096), change(remote))
+        assert "REM_ACCESS_ERR" in str(down(pair.said)[1])
+        rail, error = down(pair.heard)
+        assert (rail, type(error)) == (0, FabricError)
+        assert bytes(target) == bytes([9] * len(target))
+        assert pair.heard.landings.empty()
+
+
+def test_a_grant_that_was_used_is_refused_by_the_device(devices):
+    with verbs_pair(devices) as pair:
+        target = buffer(4096)
+        remote = pair.passive.register(target).expose(7, 0, 4096, 0)
+        sent(pair, numbered(4096), remote)
+        assert pair.heard.landings.get(timeout=DEADLINE) == (7, 4096, 0)
+        sent(pair, buffer(4096, 5), remote, 8)
+        assert "REM_ACCESS_ERR" in str(down(pair.said)[1])
+        assert down(pair.heard)[0] == 0
+        assert target == numbered(4096)
+        # The other rail, and the process, are none the worse.
+        remote = pair.passive.register(target).expose(9, 0, 4096, 1)
+        sent(pair, buffer(4096, 6), remote, 9, rail=1)
+        assert pair.heard.landings.get(timeout=DEADLINE) == (9, 4096, 0)
+        assert bytes(target) == bytes([6] * 4096)
+
+
+def test_the_key_of_one_peer_is_of_no_use_to_another(devices):
+    with verbs_pair(devices) as pair, verbs_pair(devices) as other:
+        target = buffer(4096)
+        remote = pair.passive.register(target).expose(7, 0, 4096, 0)
+        sent(other, numbered(4096), remote)
+        assert "REM_ACCESS_ERR" in str(down(other.said)[1])
+        assert bytes(target) == bytes(4096)
+        sent(pair, numbered(4096), remote)
+        assert pair.heard.landings.get(timeout=DEADLINE) == (7, 4096, 0)
+
+
+def test_an_answer_to_nothing_is_a_violation(devices):
+    with verbs_pair(devices) as pair:
+        pair.passive.expose(7, buffer(64), 0)  # its receive takes the notice
+        sent(pair, memoryview(b""), RemoteSlice(0, 0, 64), 99)
+        error = pair.heard.failures.get(timeout=DEADLINE)
+        assert isinstance(error, ProtocolError)
+        assert "99" in str(error)
+
+
+def test_an_answer_over_another_rail_is_a_violation(devices):
+    with verbs_pair(devices) as pair:
+        target = buffer(64)
+        remote = pair.passive.register(target).expose(7, 0, 64, 0)
+        pair.passive.expose(8, buffer(64), 1)
+        sent(pair, numbered(64), remote, 7, rail=1)
+        assert "rail 1" in str(pair.heard.failures.get(timeout=DEADLINE))
+
+
+# -- rails -------------------------------------------------------------------------------------------------
+
+
+def test_a_late_write_to_a_revoked_slice_is_still_reported(devices):
+    with verbs_pair(devices) as pair:
+        region = pair.passive.register(buffer(4096))
+        remote = region.expose(7, 0, 4096, 0)
+        region.revoke(7)
+        region.close()
+        sent(pair, numbered(4096), remote)
+        assert pair.heard.landings.get(timeout=DEADLINE) == (7, 4096, 0)
+
+
+def test_a_dropped_rail_is_reported_by_both_sides_and_the_others_go_on(devices):
+    with verbs_pair(devices) as pair:
+        region = pair.passive.register(buffer(4096))
+        lost = region.expose(6, 0, 64, 0)
+        pair.passive.drop(0)
+        assert down(pair.heard)[0] == 0
+        sent(pair, numbered(64), lost, 6)  # until it has noticed, and afterwards too
+        assert down(pair.said)[0] == 0
+        sent(pair, numbered(64), lost, 6)
+        remote = region.expose(7, 0, 64, 1)
+        sent(pair, numbered(64), remote, 7, rail=1)
+        assert pair.heard.landings.get(timeout=DEADLINE) == (7, 64, 0)
+        assert pair.heard.failures.empty()
+
+
+def test_a_closed_endpoint_writes_nothing_and_says_so(devices):
+    with verbs_pair(devices) as pair:
+        remote = pair.passive.register(buffer(64)).expose(7, 0, 64, 0)
+        pair.active.close()
+        sent(pair, numbered(64), remote)
+        assert pair.said.down.empty()
+        assert pair.heard.landings.empty()
+
+
+def test_a_write_that_is_too_long_for_its_slice_is_this_sides_mistake(devices):
+    with verbs_pair(devices) as pair:
+        remote = pair.passive.register(buffer(64)).expose(7, 0, 10, 0)
+        with pytest.raises(ValueError, match="a write of 64 bytes does not fit a slice of 10"):
+            pair.active.write(0, numbered(64), remote, 7, 0)
+
+
+def test_a_peer_that_does_not_answer_is_not_tried_again(devices):
+    """What a firewall looks like that lets the control stream through, and UDP port 4791 not."""
+    with verbs_pair(devices, rails=1) as pair:
+        pair.active.close()
+    heard = Recorder()
+    passive, _ = pair.fabrics[0].offer(heard)
+    passive.accept(pair.active.answer)  # of queue pairs that are gone
+    error = down(heard)[1]
+    passive.close()
+    assert isinstance(error, FabricUnavailable)
+    assert "UDP port 4791" in str(error)
+
+
+def test_what_can_not_reach_each_other_says_so(devices):
+    passive, offer = fabric(devices[0]).offer(Recorder())
+    offer["ports"][0]["kind"] = "RoCE v1"
+    with pytest.raises(FabricUnavailable, match="no GID for RoCE v1 over IPv4, which the peer uses"):
+        fabric(devices[1]).connect(offer, Recorder())
+    passive.close()
+
+
+# -- memory and ends ---------------------------------------------------------------------------------------
+
+
+def held() -> dict[str, int]:
+    """What the kernel holds for RDMA, and descriptors of this process."""
+    lines = subprocess.run(["rdma", "resource"], capture_output=True, text=True, timeout=20, check=True).stdout
+    counts = {"descriptors": len(os.listdir("/proc/self/fd"))}
+    for line in lines.splitlines():
+        words = line.split()
+        counts |= {f"{words[1]} {what}": int(count) for what, count in zip(words[2::2], words[3::2], strict=False)}
+    return counts
+
+
+def test_nothing_is_left_of_endpoints_that_were_closed(devices):
+    def once():
+        with verbs_pair(devices) as pair:
+            target = buffer(MIB)
+            remote = pair.passive.register(target).expose(7, 0, MIB, 0)
+            pair.passive.register(target).expose(8, 0, 64, 1)  # never answered
+            sent(pair, numbered(MIB), remote)
+
+    once()
+    before = held()
+    for _ in range(5):
+        once()
+    assert held() == before
+
+
+EXIT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from verbs_pair import VerbsPair, buffer, numbered
+pair = VerbsPair((sys.argv[2], sys.argv[3]), 2)
+remote = pair.passive.register(buffer(1 << 20)).expose(7, 0, 1 << 20, 0)
+pair.active.write(0, numbered(1 << 20), remote, 7, 0)
+print("open")
+"""
+
+
+def test_the_interpreter_ends_with_endpoints_open(devices):
+    support = str(Path(__file__).parents[1] / "support")
+    done = subprocess.run(
+        [sys.executable, "-c", EXIT, support, *devices],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "open\n", "")

@@ -1,0 +1,201 @@
+"""What breaks in the field, made to break for real: links, devices, processes, limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pyverbs.device", reason="pyverbs is not installed for this Python")
+
+from link_peer import DEADLINE, link_peer
+from link_process import digest, pattern
+from processes import ROOT
+from waiting import eventually
+
+from nvflare_rdma.errors import TransferError
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZE = 128 * MIB
+
+
+@pytest.fixture
+def connect(tmp_path, devices):
+    return lambda **options: link_peer(tmp_path / "peer.log", **{"fabric": "verbs", "depth": 4, **options})
+
+
+@pytest.fixture
+def wires(network):
+    """Puts back whatever a test takes away."""
+
+    def up():
+        subprocess.run(["sh", network, "up"], check=True, timeout=DEADLINE)
+
+    up()
+    yield up
+    up()
+
+
+def command(*words):
+    subprocess.run(words, check=True, timeout=DEADLINE)
+
+
+def landed(peer):
+    """Bytes of messages that this side is receiving."""
+    return sum(landed for landed, _ in peer.link.incoming().values())
+
+
+def begin(peer, direction):
+    """Send, or have sent, `SIZE` bytes; returns when a part of it has landed, with what waits for the rest."""
+    if direction == "there":
+        before = peer.ask()["granted_chunks"]
+        peer.link.send(pattern(SIZE), DEADLINE)
+        eventually(lambda: peer.ask()["granted_chunks"] > before + 20, DEADLINE)
+        return lambda: check(peer.answer() == {"received": SIZE, "digest": digest(pattern(SIZE))})
+    peer.tell("send", size=SIZE, seed=0)
+    eventually(lambda: landed(peer) > 10 * MIB, DEADLINE)
+    return lambda: check(digest(peer.messages.get(timeout=DEADLINE)) == digest(pattern(SIZE)))
+
+
+def check(true):
+    assert true
+
+
+@pytest.mark.parametrize("direction", ["there", "back"])
+def test_a_queue_pair_in_the_error_state_is_rebuilt_and_the_transfer_resumes(connect, direction):
+    with connect() as peer:
+        finish = begin(peer, direction)
+        rails = peer.link._rails
+        for rail in rails.endpoint._rails:
+            rail.queue_pair.fail()
+        finish()
+        assert peer.link.fabric == "verbs"
+        assert peer.link._rails is not rails
+        incoming = peer.ask() if direction == "there" else vars(peer.link._core._incoming)
+        assert 0 < incoming["lost_chunks"] <= 8
+
+
+@pytest.mark.parametrize("direction", ["there", "back"])
+def test_a_link_that_is_down_for_two_seconds(connect, direction, wires):
+    with connect(order=["verbs", "tcp"]) as peer:
+        finish = begin(peer, direction)
+        command("ip", "link", "set", "va", "down")
+        # An outage has a length, and no event to wait for.
+        subprocess.run(["sleep", "2"], check=True, timeout=DEADLINE)
+        wires()
+        finish()
+        assert peer.link.fabric in ("verbs", "tcp")
+        peer.there(2 * MIB)
+        peer.back(2 * MIB)
+
+
+@pytest.mark.parametrize("device", ["rxa", "rxb"], ids=["passive", "active"])
+@pytest.mark.parametrize("direction", ["there", "back"])
+def test_a_device_that_is_removed_leaves_tcp(connect, direction, device, wires):
+    with connect(order=["verbs", "tcp"]) as peer:
+        finish = begin(peer, direction)
+        # It returns when no process has the device open any more.
+        removal = subprocess.Popen(["rdma", "link", "delete", device])
+        finish()
+        assert peer.link.fabric == "tcp"
+        assert peer.ask()["fabric"] == "tcp"
+        assert removal.wait(DEADLINE) == 0
+        peer.there(2 * MIB)
+        log = peer.log.read_text()
+        assert "no such device" in log or "no rail" in log, log
+
+
+@pytest.mark.parametrize("victim", ["receiver", "sender"])
+def test_a_peer_that_is_killed(connect, victim):
+    with connect() as peer:
+        if victim == "receiver":
+            sending = peer.link.send(pattern(SIZE), DEADLINE)
+            eventually(lambda: peer.ask()["granted_chunks"] > 10, DEADLINE)
+        else:
+            begin(peer, "back")
+        peer.process.send_signal(signal.SIGKILL)
+        peer.runner.join(DEADLINE)
+        assert not peer.runner.is_alive(), "the link did not notice"
+        if victim == "receiver":
+            with pytest.raises(TransferError, match=f"transfer {sending.transfer} failed"):
+                sending.wait(DEADLINE)
+        assert peer.context.budget.in_use == 0
+        cache = peer.fabrics["verbs"].cache
+        assert cache.pinned == 0
+    with connect() as peer:
+        peer.back(2 * MIB)
+
+
+def test_chunks_carry_a_checksum_if_asked_to(connect):
+    with connect(integrity="on") as peer:
+        peer.there(5 * MIB)
+        peer.back(5 * MIB)
+
+
+def test_a_stopped_peer_breaks_no_rail_before_the_deadline(connect):
+    """Its device goes on without it: only the channel's own deadline notices."""
+    with connect(stall_timeout=2.0) as peer:
+        begin(peer, "there")
+        peer.process.send_signal(signal.SIGSTOP)
+        peer.runner.join(DEADLINE)
+        assert "for 2 s" in peer.link._failure
+        peer.process.send_signal(signal.SIGCONT)
+        assert peer.process.wait(DEADLINE) == 0
+
+
+LIMITED = """
+import os, resource, sys
+sys.path.insert(0, sys.argv[2])
+from nvflare_rdma.fabric.selection import probe
+from nvflare_rdma.errors import FabricError
+from nvflare_rdma.fabric.verbs_devices import VerbsOptions
+from verbs_pair import buffer, verbs_pair, numbered
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (64 << 10, 64 << 10))
+os.setgid(65534), os.setuid(65534)
+print(probe(VerbsOptions((sys.argv[1],)), 64 << 20)["verbs"].reason)
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (int(sys.argv[3]), 64 << 10))
+try:
+    with verbs_pair((sys.argv[1], sys.argv[1]), rails=1) as pair:  # without having looked
+        pair.passive.register(buffer(1 << 20)).expose(7, 0, 1 << 20, 0)
+        print(pair.heard.down.get(timeout=30)[1])
+except FabricError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("limit", [4 * KIB, 64 * KIB], ids=["4 KiB", "64 KiB"])
+def test_too_little_memory_may_be_locked(devices, tmp_path, limit):
+    """Known before anything is registered; and said if something is: the queues' memory, or an exposed slice."""
+    support = str(Path(__file__).parents[1] / "support")
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, devices[0], support, str(limit)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    looked, tried = done.stdout.splitlines()
+    assert "this process may lock 64 KiB of memory, RDMA needs 133120 KiB" in looked
+    assert "`ulimit -l unlimited`" in looked
+    assert f"registering {1048576 if limit == 64 * KIB else 2048} bytes failed" in tried
+    assert "`ulimit -l unlimited`" in tried
+
+
+def test_a_peer_without_rdma_leaves_tcp(connect, tmp_path):
+    """Only one side has a device that works."""
+    with connect(order=["verbs", "tcp"]) as peer:
+        fabric = peer.fabrics["verbs"]
+        fabric.options = type(fabric.options)(("gone0",))
+        for rail in list(peer.link._rails.endpoint._rails):
+            rail.queue_pair.fail()
+        eventually(lambda: peer.link.fabric == "tcp", DEADLINE)
+        peer.there(2 * MIB)
+        assert json.dumps(peer.ask()["fabric"]) == '"tcp"'
