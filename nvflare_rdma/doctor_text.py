@@ -74,7 +74,7 @@ def _port_lines(port: PortReport) -> Iterator[tuple[str, str]]:
         else:
             yield netdev, f"MTU {mtu}"
     for gid in port.gids:
-        chosen = f", {'would be chosen'}: {gid.chosen}" if gid.chosen else ""
+        chosen = f", {'chosen' if port.chosen else 'would be chosen'}: {gid.chosen}" if gid.chosen else ""
         yield f"GID {gid.index}", f"{gid.address} ({gid.kind}{f' on {gid.netdev}' if gid.netdev else ''}){chosen}"
     if port.no_gid:
         yield "no GID", port.no_gid
