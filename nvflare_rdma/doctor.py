@@ -32,7 +32,7 @@ from nvflare_rdma.settings import Settings, load_settings
 from nvflare_rdma.version import __version__
 
 PACKAGES = ("nvflare", "numpy", "torch", "bitsandbytes")
-#: What programs open devices by; drivers of adapters; software devices; connection managers (not needed here).
+#: What programs open devices by; drivers of adapters; software devices; connection managers (for iWARP).
 MODULES = (
     *("ib_core", "ib_uverbs"),
     *("mlx5_ib", "mlx4_ib", "irdma", "bnxt_re", "qedr", "hns_roce_hw_v2", "mana_ib", "erdma", "iw_cxgb4", "efa"),
@@ -66,6 +66,8 @@ class PortReport:
     chosen: bool
     device_file: str
     cannot_open: str
+    refusal: str
+    """Why no rail can be made on it, even if it is up."""
     netdevs: dict[str, int | None]
     packet_bytes: int | None
     packet_bytes_unknown: str
@@ -194,7 +196,8 @@ def _examine_ports(settings: Settings, sysfs: Path, files: Path) -> list[PortRep
 def _examine_port(port: PortInfo, chosen: bool, settings: Settings, sysfs: Path, files: Path) -> PortReport:
     gid, why, no_gid = None, "", ""
     try:
-        gid, why = choose_gid(port, settings.verbs)
+        if not port.refusal:
+            gid, why = choose_gid(port, settings.verbs)
     except FabricUnavailable as error:
         no_gid = str(error)
     packet_bytes, unknown = _packet_bytes(port)
@@ -208,6 +211,7 @@ def _examine_port(port: PortInfo, chosen: bool, settings: Settings, sysfs: Path,
         chosen,
         device_file(port.device, sysfs),
         device_file_reason(port.device, sysfs, files),
+        port.refusal,
         {name: _mtu(name, sysfs) for name in dict.fromkeys(each.netdev for each in port.gids if each.netdev)},
         packet_bytes,
         unknown,

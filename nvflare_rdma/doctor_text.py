@@ -62,6 +62,8 @@ def _devices(report: Report) -> Iterator[str]:
 
 
 def _port_lines(port: PortReport) -> Iterator[tuple[str, str]]:
+    if port.refusal:
+        yield "not used", f"it {port.refusal}"
     yield "opened by", port.cannot_open or f"{DEVICE_FILES / port.device_file}, this process may"
     yield "packets", f"of {port.packet_bytes} bytes" if port.packet_bytes else f"unknown: {port.packet_bytes_unknown}"
     for netdev, mtu in port.netdevs.items():
@@ -78,14 +80,14 @@ def _port_lines(port: PortReport) -> Iterator[tuple[str, str]]:
         yield f"GID {gid.index}", f"{gid.address} ({gid.kind}{f' on {gid.netdev}' if gid.netdev else ''}){chosen}"
     if port.no_gid:
         yield "no GID", port.no_gid
-    if port.software:
+    if port.software and not port.refusal:
         yield "note", _SLOWER.format(port.device)
 
 
 def _needs(report: Report) -> Iterator[str]:
     yield "What RDMA needs"
     limit = "no limit" if report.locked_memory_limit is None else f"up to {report.locked_memory_limit // 1024} KiB"
-    enough = f"{limit} for this user; {report.locked_memory_needed // 1024} KiB are needed"
+    enough = f"{limit} for this process; {report.locked_memory_needed // 1024} KiB are needed"
     yield _item("locked memory", report.locked_memory_reason or enough)
     core = f", rdma-core {report.rdma_core}" if report.rdma_core else ""
     yield _item("pyverbs", report.pyverbs_reason or f"can be loaded{core}")

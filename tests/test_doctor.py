@@ -220,6 +220,20 @@ def test_a_port_that_is_down_and_one_without_an_address(sysfs):
     assert "verbs    no      no RDMA port is ACTIVE: mlx5_0:1 is DOWN, mlx5_1:1 is DOWN (see the cable" in text
 
 
+@pytest.mark.usefixtures("all_else_is_well")
+def test_a_port_on_which_no_rail_can_be_made_is_told(sysfs):
+    sysfs.device("efa_0", "7: unspecified")
+    sysfs.port("efa_0", link_layer="Unspecified")
+    sysfs.siw()
+    device_files(sysfs)
+    report, text = look(sysfs)
+    assert "  efa_0 port 1: ACTIVE, unspecified, 100 Gb/sec\n    not used      it has no reliable connections" in text
+    assert "  swa port 1: ACTIVE, software iWARP, 10 Gb/sec\n    not used      it is iWARP" in text
+    assert "note  " not in text  # asking for it by name would not help
+    assert "would be chosen" not in text
+    assert [port.refusal in report.fabrics["verbs"].reason for port in report.ports] == [True, True]
+
+
 def test_the_limit_of_locked_memory_is_shown_with_the_command(sysfs, monkeypatch):
     monkeypatch.setattr(selection, "pyverbs_reason", lambda: "")
     monkeypatch.setattr(memlock, "memlock_limit", lambda: 64 * 1024)

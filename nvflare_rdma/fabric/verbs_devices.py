@@ -68,9 +68,12 @@ class PortInfo:
         return self.state == "ACTIVE"
 
     @property
-    def connects(self) -> bool:
-        """Whether it has reliable connections. EFA ("unspecified") and usNIC have none."""
-        return self.transport in (INFINIBAND, ROCE, IWARP)
+    def refusal(self) -> str:
+        """Why no rail can be made on it, whatever its state; "" if one can. EFA ("unspecified") and usNIC have no
+        reliable connections."""
+        if self.transport == IWARP:
+            return "is iWARP, whose connections can't be made yet: InfiniBand or RoCE is needed"
+        return "" if self.transport in (INFINIBAND, ROCE) else "has no reliable connections (RC)"
 
     def __str__(self) -> str:
         kind = f"software {self.transport}" if self.software else self.transport
@@ -179,9 +182,9 @@ def choose_ports(ports: Sequence[PortInfo], options: VerbsOptions) -> list[PortI
         )
     if options.devices:
         return list(dict.fromkeys(_find(ports, name) for name in options.devices))
-    able = [port for port in ports if port.connects]
+    able = [port for port in ports if not port.refusal]
     if not able:
-        raise FabricUnavailable(f"no RDMA device has reliable connections (RC): {', '.join(map(str, ports))}")
+        raise FabricUnavailable(f"no RDMA device can be used: {', '.join(f'{port} {port.refusal}' for port in ports)}")
     allowed = [port for port in able if options.software or not port.software]
     if not allowed:
         names = ", ".join(dict.fromkeys(port.device for port in able))
@@ -207,8 +210,8 @@ def _find(ports: Sequence[PortInfo], wanted: str) -> PortInfo:
         have = ", ".join(f"{port.device}:{port.number}" for port in ports)
         raise FabricUnavailable(f"rdma_device={wanted}: there is no such device or port here. There is: {have}.")
     best = max(found, key=lambda port: port.active)
-    if not best.connects:
-        raise FabricUnavailable(f"rdma_device={wanted}: {best} has no reliable connections (RC)")
+    if best.refusal:
+        raise FabricUnavailable(f"rdma_device={wanted}: {best} {best.refusal}")
     if not best.active:
         raise FabricUnavailable(f"rdma_device={wanted}: {best} is {best.state}, not ACTIVE ({_BRING_UP})")
     return best

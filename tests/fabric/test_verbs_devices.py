@@ -93,11 +93,22 @@ def test_an_adapter_without_reliable_connections_is_called_what_the_kernel_calls
     sysfs.device("efa_0", "7: unspecified")
     sysfs.port("efa_0", link_layer="Unspecified", gids={0: ("fe80::1", "IB/RoCE v1", "")})
     (port,) = ports(sysfs)
-    assert (port.transport, port.connects) == ("unspecified", False)
-    with pytest.raises(FabricUnavailable, match=r"no RDMA device has reliable connections \(RC\): efa_0 port 1"):
+    assert port.transport == "unspecified"
+    with pytest.raises(
+        FabricUnavailable, match=r"no RDMA device can be used: efa_0 port 1 .* has no reliable connections \(RC\)"
+    ):
         choose_ports([port], VerbsOptions())
     with pytest.raises(FabricUnavailable, match=r"rdma_device=efa_0: efa_0 port 1 .* has no reliable connections"):
         choose_ports([port], VerbsOptions(("efa_0",)))
+
+
+def test_an_iwarp_port_is_passed_over(sysfs):
+    sysfs.siw()
+    (port,) = ports(sysfs)
+    for options in (VerbsOptions(software=True), VerbsOptions(("swa",), software=True)):
+        with pytest.raises(FabricUnavailable, match=r"swa port 1 \(software iWARP, 10 Gb/sec\) is iWARP"):
+            choose_ports([port], options)
+    assert choose_ports([port, RXE], VerbsOptions(software=True)) == [RXE]
 
 
 def test_ports_come_in_the_order_of_numbers(sysfs):

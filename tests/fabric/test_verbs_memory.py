@@ -386,7 +386,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.sources)
     @rule(data=st.data(), device=st.integers(0, 1), refuse=st.sampled_from([None, None, None, 0, 1, 2]))
     def begin(self, data, device, refuse):
-        # Not sampled_from: it would keep the sources until the next garbage collection, and a run could not be repeated.
+        # sampled_from would keep the sources until the next garbage collection: no run could be repeated.
         chosen = data.draw(st.integers(0, len(self.sources) - 1))
         to, source = self.devices[device], memoryview(self.sources[chosen]).cast("B")
         start = data.draw(st.integers(0, len(source) - 1))
