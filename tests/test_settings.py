@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
 from nvflare_rdma.errors import ConfigError
@@ -34,6 +38,12 @@ def test_defaults_and_overrides():
 def test_a_bad_setting_names_key_value_and_what_is_allowed(values, message):
     with pytest.raises(ConfigError, match=message):
         parse_settings(values)
+
+
+def test_the_documentation_has_a_row_for_each_setting():
+    text = (Path(__file__).parents[1] / "docs/driver.md").read_text()
+    rows = re.findall(r"^\| `(rdma_\w+)` \|", text, re.MULTILINE)
+    assert sorted(rows) == sorted(each.name for each in fields(Settings))
 
 
 def verbs(**values):
