@@ -10,10 +10,10 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nvflare_rdma.errors import ConfigError, FabricUnavailable
-from nvflare_rdma.fabric.base import Availability
 from nvflare_rdma.fabric.memlock import memlock_reason
 from nvflare_rdma.fabric.verbs_devices import (
     DEVICE_FILES,
@@ -43,6 +43,16 @@ def parse_fabrics(value: str) -> tuple[str, ...]:
             f"Allowed: a comma-separated list of {', '.join(FABRICS)}."
         )
     return names
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether a fabric can be used by this process. ``reason`` says why not, and what would change that; ``detail``,
+    if it can, what it would use."""
+
+    usable: bool
+    reason: str = ""
+    detail: str = ""
 
 
 def probe(verbs: VerbsOptions, budget: int, sysfs: Path = SYSFS, files: Path = DEVICE_FILES) -> dict[str, Availability]:
