@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 
 import pytest
+from fake_sysfs import FakeSysfs
 
 from nvflare_rdma.errors import FabricUnavailable
 from nvflare_rdma.fabric import verbs_devices
@@ -18,16 +19,8 @@ def port(tmp_path, monkeypatch):
     """A function: the iWARP port of an interface that has the ``addresses``."""
 
     def made(*addresses):
-        port = tmp_path / "sw0" / "ports" / "1"
-        for name in ("gids", "gid_attrs/types", "gid_attrs/ndevs"):
-            (port / name).mkdir(parents=True)
-        (tmp_path / "sw0" / "node_type").write_text("4: RNIC\n")
-        (port / "state").write_text("4: ACTIVE\n")
-        (port / "rate").write_text("10 Gb/sec (4X SDR)\n")
-        (port / "gids" / "0").write_text("0200:0000:0000:0000:0000:0000:0000:0000\n")  # the MAC address
-        (port / "gid_attrs" / "types" / "0").write_text("IB/RoCE v1\n")
-        (port / "gid_attrs" / "ndevs" / "0").write_text("eth7\n")
-        have = {"eth7": [ipaddress.ip_address(address) for address in addresses]}
+        FakeSysfs(tmp_path).siw()
+        have = {"vc": [ipaddress.ip_address(address) for address in addresses]}
         monkeypatch.setattr(verbs_devices, "addresses_of", lambda interface: have.get(interface, []))
         (found,) = list_ports(tmp_path)
         return found
@@ -39,8 +32,8 @@ def test_its_gids_are_the_addresses_that_others_can_reach(port):
     found = port(LINK, FOUR, SIX)
     assert found.transport == "iWARP"
     assert [(gid.index, str(gid.address), gid.family, gid.netdev) for gid in found.gids] == [
-        (0, FOUR, "iWARP over IPv4", "eth7"),
-        (1, SIX, "iWARP over IPv6", "eth7"),
+        (0, FOUR, "iWARP over IPv4", "vc"),
+        (1, SIX, "iWARP over IPv6", "vc"),
     ]
 
 
