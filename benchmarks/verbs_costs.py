@@ -109,9 +109,10 @@ def registration(device: str, repeats: int) -> None:
 def posting(devices: list[str], repeats: int) -> None:
     """Writes of 64 bytes, so that what a request costs is seen and not what it carries."""
     from nvflare_rdma.fabric.process_memory import address_of
-    from nvflare_rdma.fabric.verbs_api import Access, Port, QueuePair, Work
+    from nvflare_rdma.fabric.verbs_api import Access, Port
     from nvflare_rdma.fabric.verbs_devices import VerbsOptions, choose_gid, choose_ports, list_ports
     from nvflare_rdma.fabric.verbs_memory import Segment
+    from nvflare_rdma.fabric.verbs_queue_pair import QueuePair, Work
 
     ports, pairs, memory = [], [], pages(2 * MIB, True)
     for device in devices:
