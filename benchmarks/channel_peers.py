@@ -41,10 +41,10 @@ FABRICS: dict[str, tuple[str, Callable[[dict[str, Any], Dial], Any]]] = {
 
 
 def make_verbs(options: dict[str, Any], dial: Dial) -> Any:
-    """``devices``: the receiver's, the sender's. ``in_place``: see `verbs.IN_PLACE_BYTES`."""
-    from nvflare_rdma.fabric import verbs, verbs_devices, verbs_memory  # needs pyverbs
+    """``devices``: the receiver's, the sender's. ``in_place``: see `verbs_endpoint.IN_PLACE_BYTES`."""
+    from nvflare_rdma.fabric import verbs, verbs_devices, verbs_endpoint, verbs_memory  # needs pyverbs
 
-    verbs.IN_PLACE_BYTES = options["in_place"]
+    verbs_endpoint.IN_PLACE_BYTES = options["in_place"]
     end = int(dial is not None)
     chosen = verbs_devices.VerbsOptions((options["devices"][end],))
     near = verbs.address_on(options["hosts"][end])
