@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -200,9 +201,10 @@ def test_too_little_memory_may_be_locked(devices, tmp_path, limit):
     )
     assert done.returncode == 0, done.stderr
     looked, tried = done.stdout.splitlines()
-    assert "this process may lock 64 KiB of memory, RDMA needs 133120 KiB" in looked
+    assert "this process may lock 64 KiB of memory (RLIMIT_MEMLOCK), RDMA needs 133120 KiB" in looked
     assert "`ulimit -l unlimited`" in looked
-    assert f"registering {1048576 if limit == 64 * KIB else 2048} bytes failed" in tried
+    # Of 4 KiB the first 2048 bytes take one page or two: what lies across a page boundary is too much already.
+    assert re.search(f"registering ({1048576 if limit == 64 * KIB else '2048|8192'}) bytes failed", tried)
     assert "`ulimit -l unlimited`" in tried
 
 
