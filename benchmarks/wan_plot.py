@@ -1,0 +1,65 @@
+"""The plot of docs/wan.md."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import wan_report
+from wan_cells import CHUNKS, DISTURBANCES, LOSSES, MESSAGE, MIB, PLAIN, RTTS
+from wan_docs import SIMULATED, Cells, Goodputs, best
+
+matplotlib.use("Agg")
+matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "wan", "font.size": 8}
+from matplotlib import pyplot  # noqa: E402
+
+_LINES = {
+    "verbs": ("C0", "-", "verbs (rxe), measured"),
+    "tcp": ("C1", "-", "tcp fabric, measured"),
+    PLAIN: ("black", ":", "plain TCP socket, measured"),
+    SIMULATED: ("C3", "--", "go-back-N NIC, SIMULATED"),
+}
+_STEP = 0.2  # seconds over which the recovery plots average
+
+
+def plot(groups: Cells, model: Goodputs, recoveries: list[dict[str, Any]], path: Path) -> None:
+    figure, rows = pyplot.subplots(4, 3, figsize=(10, 11), layout="constrained")
+    chunks = (*CHUNKS, MESSAGE)
+    for loss, row in zip(LOSSES, rows, strict=False):
+        for rtt, axes in zip(RTTS, row, strict=True):
+            for fabric, (color, style, label) in _LINES.items():
+                values = [best(groups, model, fabric, chunk, rtt, loss) / 1e6 for chunk in chunks]
+                axes.plot(range(len(chunks)), values, color=color, linestyle=style, marker=".", label=label)
+            labels = [*(f"{c // 1024} KiB" if c < MIB else f"{c // MIB} MiB" for c in CHUNKS), "huge"]
+            axes.set_xticks(range(len(chunks)), labels)
+            axes.set(title=f"RTT {rtt} ms, loss {loss:g} %", ylim=(0, 105))
+        row[0].set(ylabel="Mbit/s, best depth and rails")
+    rows[0][0].legend()
+    for how, axes in zip(DISTURBANCES, rows[3], strict=True):
+        for cell in recoveries:
+            if cell["disturbance"] == how and "error" not in cell:
+                _trace(axes, cell)
+        axes.set(title=DISTURBANCES[how], xlabel="seconds", ylim=(0, 130), xlim=(0, 16))
+    rows[3][0].set(ylabel="Mbit/s that arrive")
+    rows[3][0].legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _trace(axes: Any, cell: dict[str, Any]) -> None:
+    setting = wan_report.setting_of(cell)
+    if setting.adaptive:
+        return  # as readable as it is with the others
+    start = cell["messages"][0]["start"]
+    thinned = [(cell["samples"][0][0], cell["samples"][0][1])]
+    for when, came, _ in cell["samples"]:
+        if when - thinned[-1][0] >= _STEP:
+            thinned.append((when, came))
+    times = [(t0 + t1) / 2 - start for (t0, _), (t1, _) in pairwise(thinned)]
+    speeds = [(b1 - b0) * 8 / (t1 - t0) / 1e6 for (t0, b0), (t1, b1) in pairwise(thinned)]
+    color = _LINES[setting.fabric][0]
+    style = ":" if setting.fabric == PLAIN else "--" if setting.depth == 1 else "-"
+    axes.plot(times, speeds, color=color, linestyle=style, linewidth=1, label=f"{setting.fabric}, {setting.what}")
+    begin, end = (at - start for at in cell["disturbed"])
+    axes.axvspan(begin, end, color="grey", alpha=0.04)
