@@ -178,12 +178,12 @@ def _script(command: Sequence[str]) -> str:
         "PYTEST_DEBUG_TEMPROOT": "/run",
         # Plugins that take seconds to import on an emulated CPU; @given works without its one.
         "PYTEST_ADDOPTS": "-p no:cacheprovider -p no:hypothesispytest -p no:xdist",
-        "NVFLARE_RDMA_TEST_DEVICES": "rxa,rxb",
+        "RDMA_TEST_DEVICES": "rxa,rxb",
     }
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
     return f"""{exports}cd {shlex.quote(str(ROOT))} || exit
 sh tests/guest/network.sh up || exit
-if [ -e /sys/class/infiniband/swa ]; then export NVFLARE_RDMA_TEST_IWARP_DEVICES=swa,swb; fi
+if [ -e /sys/class/infiniband/swa ]; then export RDMA_TEST_IWARP_DEVICES=swa,swb; fi
 : >/run/guest/started
 {shlex.join(command)}
 """

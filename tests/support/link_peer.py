@@ -22,7 +22,7 @@ from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
 
 #: An emulated CPU needs more time: see `tests/guest`.
-DEADLINE = 60.0 * float(os.environ.get("NVFLARE_RDMA_TEST_PATIENCE", "1"))
+DEADLINE = 60.0 * float(os.environ.get("RDMA_TEST_PATIENCE", "1"))
 
 
 class LinkPeer:

@@ -13,9 +13,9 @@ RNIC = "4:"  # how sysfs begins the type of an iWARP device
 def pair() -> tuple[str, str]:
     """A device for each end of a connection; both are the same where there is only one. Skips where there is none.
 
-    ``NVFLARE_RDMA_TEST_DEVICES=first,second`` names others than the first of this machine's that is up.
+    ``RDMA_TEST_DEVICES=first,second`` names others than the first of this machine's that is up.
     """
-    if named := os.environ.get("NVFLARE_RDMA_TEST_DEVICES"):
+    if named := os.environ.get("RDMA_TEST_DEVICES"):
         first, _, second = named.partition(",")
         return first, second or first
     for device in sorted(SYSFS.glob("*")):
@@ -26,8 +26,8 @@ def pair() -> tuple[str, str]:
 
 
 def iwarp_pair() -> tuple[str, str]:
-    """The same of iWARP devices, which have to be named: ``NVFLARE_RDMA_TEST_IWARP_DEVICES=first,second``."""
-    if named := os.environ.get("NVFLARE_RDMA_TEST_IWARP_DEVICES"):
+    """The same of iWARP devices, which have to be named: ``RDMA_TEST_IWARP_DEVICES=first,second``."""
+    if named := os.environ.get("RDMA_TEST_IWARP_DEVICES"):
         first, _, second = named.partition(",")
         return first, second or first
     return _skip("no iWARP (siw) device: 'make test-verbs' runs this test in a guest that has some")

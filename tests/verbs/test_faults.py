@@ -131,6 +131,12 @@ def test_a_peer_that_is_killed(connect, victim):
         peer.back(2 * MIB)
 
 
+def test_chunks_carry_a_checksum_if_asked_to(connect):
+    with connect(integrity="on") as peer:
+        peer.there(5 * MIB)
+        peer.back(5 * MIB)
+
+
 def test_a_stopped_peer_breaks_no_rail_before_the_deadline(connect):
     """Its device goes on without it: only the channel's own deadline notices."""
     with connect(stall_timeout=2.0) as peer:

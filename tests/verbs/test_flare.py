@@ -1,0 +1,66 @@
+"""FLARE over rdma:// with nothing but verbs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pyverbs.device", reason="pyverbs is not installed for this Python")
+
+from certificates import Authority
+from link_peer import DEADLINE
+from processes import background, free_port, run
+
+HERE = Path(__file__).parent
+PEER = HERE.parent / "driver" / "echo_peer.py"
+MIB = 1 << 20
+
+
+@pytest.mark.flare
+def test_a_round_of_a_job_goes_over_the_device(devices, tmp_path):
+    size = 8 * MIB
+    done = run(HERE / "array_job.py", str(tmp_path), str(size), timeout=2 * DEADLINE, NVFLARE_RDMA_FABRICS="verbs")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    initial, received, sent = (np.load(tmp_path / f"{name}.npy") for name in ("initial", "received", "sent"))
+    assert np.array_equal(received, initial)
+    assert np.array_equal(np.load(next((tmp_path / "ws").rglob("server.npy"))), sent)
+    for log in ("server/log.txt", "site-1/log.txt"):
+        text = next((tmp_path / "ws").rglob(log)).read_text()
+        assert f"verbs: {devices[0]} port 1" in text, text
+        assert "data goes over verbs, 2 rails" in text
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["clear", "secure"])
+def test_cells_on_two_devices(devices, tmp_path, secure):
+    sizes = [65537, 9 * MIB + 7]
+    server = client = {}
+    if secure:
+        authority = Authority(tmp_path / "pki")
+        server = {"credentials": authority.issue("server", "server")}
+        client = {"credentials": authority.issue("client", "site-1")}
+    url = f"{'srdma' if secure else 'rdma'}://127.0.0.1:{free_port()}"
+    options = json.dumps({"sizes": sizes, "connect_deadline": DEADLINE, **client})
+    env = {"NVFLARE_RDMA_FABRICS": "verbs"}
+    server_log = tmp_path / "server.log"
+    with background(PEER, "serve", url, json.dumps(server), log=server_log, NVFLARE_RDMA_DEVICE=devices[0], **env):
+        done = run(PEER, "ask", url, options, timeout=2 * DEADLINE, NVFLARE_RDMA_DEVICE=devices[1], **env)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["echoes"] == [{"size": size, "equal": True} for size in sizes]
+    assert f"verbs: {devices[1]} port 1" in done.stderr
+    assert f"verbs: {devices[0]} port 1" in server_log.read_text()
+
+
+def test_verbs_alone_without_a_device_is_a_clear_error(tmp_path):
+    url = f"rdma://127.0.0.1:{free_port()}"
+    env = {"NVFLARE_RDMA_FABRICS": "verbs", "NVFLARE_RDMA_DEVICE": "gone0"}
+    options = json.dumps({"sizes": [], "connect_deadline": 3.0})
+    log = tmp_path / "server.log"
+    with background(PEER, "serve", url, "{}", log=log, **env):
+        done = run(PEER, "ask", url, options, timeout=2 * DEADLINE, **env)
+    assert not json.loads(done.stdout)["connected"]
+    assert "no fabric that both sides allow (rdma_fabrics=verbs)" in log.read_text()
+    assert "rdma_device=gone0" in log.read_text() or "no RDMA device" in log.read_text()
