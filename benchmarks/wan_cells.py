@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 KIB, MIB = 1 << 10, 1 << 20
 MESSAGE = 16 * MIB
@@ -77,6 +78,20 @@ def settings() -> Iterator[Setting]:
         yield from (Setting(fabric, rails, MIB, 4, adaptive=True) for rails in RAILS)
 
 
+def reduced_settings() -> Iterator[Setting]:
+    """A sample of `settings`, to try a change of the benchmark."""
+    yield Setting(PLAIN)
+    for fabric in FABRICS:
+        yield huge(fabric, MESSAGE)
+        yield Setting(fabric, 1, 256 * KIB, 1)
+        yield Setting(fabric, 4, 256 * KIB, 16)
+        yield Setting(fabric, 1, MIB, 4)
+        yield Setting(fabric, 4, MIB, 4)
+        yield Setting(fabric, 8, MIB, 16)
+        yield Setting(fabric, 4, 4 * MIB, 4)
+        yield Setting(fabric, 4, MIB, 4, adaptive=True)
+
+
 def repeated() -> Iterator[Setting]:
     """Those that are measured `REPEATS` times on `REPEATED_LINK`."""
     yield Setting(PLAIN)
@@ -93,12 +108,31 @@ def recovery_settings() -> Iterator[Setting]:
         yield Setting(fabric, 4, MIB, 4, adaptive=True)
 
 
-def quick_settings() -> Iterator[Setting]:
-    """A sample, to try a change of the benchmark."""
-    yield Setting(PLAIN)
-    for fabric in FABRICS:
-        yield huge(fabric, MESSAGE)
-        yield Setting(fabric, 1, 256 * KIB, 1)
-        yield Setting(fabric, 4, MIB, 4)
-        yield Setting(fabric, 8, MIB, 16)
-        yield Setting(fabric, 4, MIB, 4, adaptive=True)
+@dataclass(frozen=True)
+class Step:
+    """One cell: what is measured, on what link (ms, %), and with what disturbance, if with one."""
+
+    setting: Setting
+    rtt: float
+    loss: float
+    disturbance: str = ""
+    repeat: int = 0
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Says which cell a line of the results is of."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, cell: dict[str, Any]) -> Step:
+        return cls(Setting(**cell["setting"]), cell["rtt"], cell["loss"], cell["disturbance"], cell["repeat"])
+
+
+def plan(full: bool) -> list[Step]:
+    """All cells in the order in which they are measured: what there is no time for is at the end."""
+    chosen = list(settings() if full else reduced_settings())
+    steps = [Step(s, RECOVERY_RTT, 0.0, how) for how in DISTURBANCES for s in recovery_settings()]
+    steps += [Step(s, rtt, loss) for rtt in RTTS for loss in LOSSES for s in chosen]
+    if full:
+        steps += [Step(s, *REPEATED_LINK, repeat=n) for n in range(1, REPEATS) for s in repeated()]
+    return steps

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from wan_cells import DISTURB_AT, Setting
@@ -15,6 +18,35 @@ _SOME_BYTES = 64 * 1024
 _SHARE, _SPAN = 0.9, 0.5
 #: Below that share of idle time the emulated CPU may have been the limit.
 IDLE_ENOUGH = 0.1
+
+
+@dataclass
+class Results:
+    """The lines of a results file: the header and the length of each sitting, links as `ping` found them, cells."""
+
+    headers: list[dict[str, Any]] = field(default_factory=list)
+    links: list[dict[str, Any]] = field(default_factory=list)
+    cells: list[dict[str, Any]] = field(default_factory=list)
+    ends: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def header(self) -> dict[str, Any]:
+        if not self.headers:
+            raise SystemExit("no results")
+        return self.headers[0]
+
+
+def load(path: Path) -> Results:
+    """The results so far; none if there is no file."""
+    results = Results()
+    lists = {"header": results.headers, "link": results.links, "cell": results.cells, "end": results.ends}
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue  # the run was cut off within it
+        lists[line.pop("kind")].append(line)
+    return results
 
 
 def setting_of(cell: dict[str, Any]) -> Setting:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,87 +13,77 @@ import wan_peers
 import wan_report
 import wan_wire
 from measuring import Peer, machine, versions
-from wan_cells import LONG_MESSAGE, MESSAGE, Setting
+from wan_cells import LONG_MESSAGE, MESSAGE, Step
 
 from nvflare_rdma.errors import RdmaError
 
 #: Seconds for the messages of a cell: what has landed by then counts. A huge write lands only at its end.
-DEADLINE, HUGE_DEADLINE, ADAPTIVE_DEADLINE, RECOVERY_DEADLINE = 8.0, 20.0, 16.0, 40.0
+DEADLINES = {"chunks": 8.0, "huge": 20.0, "adaptive": 16.0, "recovery": 40.0}
 
 
-def _length(setting: Setting) -> tuple[int, float]:
+def _length(step: Step) -> tuple[int, float]:
     """Messages, and the time for them."""
-    if setting.adaptive and setting.rails == wan_cells.ADAPTIVE_RAILS:
-        return wan_cells.ADAPTIVE_MESSAGES, ADAPTIVE_DEADLINE
-    return 1, HUGE_DEADLINE if setting.chunk == MESSAGE else DEADLINE
+    if step.disturbance:
+        return 1, DEADLINES["recovery"]
+    if step.setting.adaptive and step.setting.rails == wan_cells.ADAPTIVE_RAILS:
+        return wan_cells.ADAPTIVE_MESSAGES, DEADLINES["adaptive"]
+    return 1, DEADLINES["huge" if step.setting.chunk == MESSAGE else "chunks"]
 
 
 class Run:
-    """All of it, in the guest."""
+    """All of it, in the guest. Every result is a line of its own, written at once."""
 
-    def __init__(self, out: Path, budget: float) -> None:
-        self._out = out
-        self._ends_at = time.monotonic() + budget
+    def __init__(self, out: Path, minutes: float) -> None:
+        self._results = wan_report.load(out)
+        self._out = open(out, "a", buffering=1)  # noqa: SIM115 - closed by `close`
+        self._out.write("\n")  # after what a run that was cut off may have left
+        self._began = time.monotonic()
+        self._ends_at = self._began + minutes * 60
         self._wire = wan_wire.Wire()
         self._receiver = Peer([], {}, wan_peers.__file__)
         self._receiver.answer()
         self._noted = wan_peers.Noted()
         self._messages: dict[int, memoryview] = {}
-        self._began = time.monotonic()
-        self.result: dict[str, Any] = {
-            "machine": machine(),
-            "versions": versions("nvflare-rdma", "numpy"),
-            "pings": [],
-            "cells": [],
-            "recovery": [],
-            "left_out": [],
-        }
 
-    def matrix(self, rtts: Iterable[float], losses: Iterable[float], settings: list[Setting], repeats: int) -> None:
-        for rtt in rtts:
-            for loss in losses:
-                self._wire.set(rtt, 0)
-                ping = self._wire.ping()
-                self._wire.set(rtt, loss)
-                self.result["pings"].append({"rtt": rtt, "loss": loss, "ping": ping})
-                print(f"\nRTT {rtt} ms (ping: {ping:.1f} ms), loss {loss} %\n", flush=True)
-                highlighted = (rtt, loss) == wan_cells.REPEATED_LINK
-                again = list(wan_cells.repeated()) * (repeats - 1) if highlighted else []
-                for setting in [*settings, *(s for s in again if s in settings)]:
-                    if time.monotonic() > self._ends_at:
-                        self.result["left_out"].append(f"RTT {rtt} ms, loss {loss} %: {setting}")
-                        continue
-                    cell = self._cell(setting, MESSAGE, *_length(setting), step=0.5)
-                    cell |= {"rtt": rtt, "loss": loss}
-                    self.result["cells"].append(cell)
-                    print(wan_report.one_line(cell), flush=True)
-                self._save()
+    def begin(self, facts: dict[str, Any]) -> None:
+        self._write("header", facts | wan_wire.facts() | {"guest": machine(), "deadlines": DEADLINES})
 
-    def recovery(self, settings: Iterable[Setting]) -> None:
-        self._wire.set(wan_cells.RECOVERY_RTT, 0)
-        settings = list(settings)
-        for how, words in wan_cells.DISTURBANCES.items():
-            print(f"\n{words}\n", flush=True)
-            for setting in settings:
-                if time.monotonic() > self._ends_at:
-                    self.result["left_out"].append(f"{how}: {setting}")
-                    continue
-                cell = self._cell(setting, LONG_MESSAGE, 1, RECOVERY_DEADLINE, step=0.05, disturbance=how)
-                cell["disturbance"] = how
-                self.result["recovery"].append(cell)
-                print(wan_report.one_line(cell), wan_report.one_recovery(cell), flush=True)
-            self._save()
+    def measure(self, steps: list[Step]) -> None:
+        done = {Step.of(cell) for cell in self._results.cells}
+        link: tuple[float, float, str] | None = None
+        for step in steps:
+            if step in done:
+                continue
+            if time.monotonic() > self._ends_at:
+                break
+            if link != (link := (step.rtt, step.loss, step.disturbance)):
+                self._set_link(step)
+            cell = step.key | self._cell(step)
+            self._write("cell", cell)
+            done.add(step)
+            print(wan_report.one_line(cell), wan_report.one_recovery(cell), flush=True)
+        left = sum(step not in done for step in steps)
+        print(f"\n{time.monotonic() - self._began:.0f} s; {left} of {len(steps)} cells are left", flush=True)
 
-    def _cell(
-        self, setting: Setting, nbytes: int, messages: int, deadline: float, step: float, disturbance: str = ""
-    ) -> dict[str, Any]:
-        wire, counters = self._wire, self._wire.counters
+    def _set_link(self, step: Step) -> None:
+        self._wire.set(step.rtt, 0)
+        ping = self._wire.ping()
+        self._wire.set(step.rtt, step.loss)
+        self._write("link", {"rtt": step.rtt, "loss": step.loss, "ping": ping})
+        what = wan_cells.DISTURBANCES.get(step.disturbance, "")
+        print(f"\nRTT {step.rtt} ms (ping: {ping:.1f} ms), loss {step.loss} % {what}\n", flush=True)
+
+    def _cell(self, step: Step) -> dict[str, Any]:
+        wire, counters, setting = self._wire, self._wire.counters, step.setting
+        nbytes = LONG_MESSAGE if step.disturbance else MESSAGE
+        messages, deadline = _length(step)
+        every = 0.05 if step.disturbance else 0.5
         arguments = json.dumps(asdict(setting), separators=(",", ":"))
         self._receiver.ask(f"expect {arguments} {nbytes}")
         message = self._messages.setdefault(nbytes, wan_peers.data(nbytes))
         begin = time.monotonic()
-        cell: dict[str, Any] = {"setting": asdict(setting), "bytes": nbytes, "messages": []}
-        sender = None
+        cell: dict[str, Any] = {"bytes": nbytes, "deadline": deadline, "messages": []}
+        sender, unanswered = None, False
         try:
             sender = wan_peers.Sender(setting)
             cell["opened_in"] = time.monotonic() - begin
@@ -102,29 +91,33 @@ class Run:
             first = time.monotonic()
             for _ in range(messages):
                 left = first + deadline - time.monotonic()
-                self._receiver.tell(f"receive {left} {step}")
+                self._receiver.tell(f"receive {left} {every}")
+                unanswered = True
                 start = time.monotonic()
                 sender.send(message)
-                if disturbance:
-                    cell["disturbed"] = self._disturb(disturbance, start)
-                answer = self._receiver.answer()
+                if step.disturbance:
+                    cell["disturbed"] = self._disturb(step.disturbance, start)
+                answer, unanswered = self._receiver.answer(), False
                 seconds = (answer["at"] or first + deadline) - start
                 cell["messages"].append({"start": start, "seconds": seconds, "landed": answer["landed"]})
                 if answer["at"] is None:
                     break
-            if disturbance:
+            if step.disturbance:
                 cell["samples"] = answer["samples"]
             idle, ticks = (now - then for now, then in zip(wan_wire.cpu_times(), cpu, strict=True))
             cell |= asdict(counters().since(before)) | {"idle": idle / max(ticks, 1)}
         except (OSError, RdmaError) as error:
             cell["error"] = str(error)
         finally:
+            if unanswered:
+                self._receiver.answer()
             cell |= {"receiver": self._receiver.ask("state"), "notes": self._noted.take()}
             if sender is not None:
                 sender.close()
             self._receiver.ask("close")
         if not wan_report.complete(cell):
             wire.settle()
+        cell["took"] = time.monotonic() - begin
         return cell
 
     def _disturb(self, how: str, start: float) -> tuple[float, float]:
@@ -136,26 +129,20 @@ class Run:
         self._wire.restore(how)
         return began, time.monotonic()
 
-    def _save(self) -> None:
-        self.result["took"] = time.monotonic() - self._began
-        self._out.write_text(json.dumps(self.result))
+    def _write(self, kind: str, line: dict[str, Any]) -> None:
+        self._out.write(json.dumps({"kind": kind} | line) + "\n")
 
     def close(self) -> None:
-        self._save()
-        left_out = self.result["left_out"]
-        print(f"\n{self.result['took']:.0f} s; left out: {'; '.join(left_out) or 'nothing'}", flush=True)
+        self._write("end", {"took": time.monotonic() - self._began})
+        self._out.close()
         self._receiver.close()
 
 
-def run(out: Path, quick: bool, budget: float) -> None:
-    """Write the results to ``out`` as they come."""
-    measuring = Run(out, budget)
+def run(out: Path, full: bool, minutes: float, facts: dict[str, Any]) -> None:
+    """Append to ``out`` what it has not yet, until ``minutes`` have passed."""
+    measuring = Run(out, minutes)
     try:
-        if quick:
-            measuring.recovery([s for s in wan_cells.recovery_settings() if not s.adaptive])
-            measuring.matrix((40,), (0.0, 1.0), list(wan_cells.quick_settings()), 1)
-        else:
-            measuring.recovery(wan_cells.recovery_settings())
-            measuring.matrix(wan_cells.RTTS, wan_cells.LOSSES, list(wan_cells.settings()), wan_cells.REPEATS)
+        measuring.begin(facts | {"full": full, "versions": versions("nvflare-rdma", "numpy")})
+        measuring.measure(wan_cells.plan(full))
     finally:
         measuring.close()

@@ -24,6 +24,7 @@ RATE = 100e6 / 8  # bytes/s
 QUEUE = 1_250_000  # bytes: 100 ms, more than the bandwidth-delay product at 80 ms
 #: Payload of a full packet on a link with an MTU of 9000: TCP with timestamps, and the path MTU of rxe.
 TCP_PAYLOAD, VERBS_PAYLOAD = 9000 - 20 - 32, 4096
+_RMEM = Path("/proc/sys/net/ipv4/tcp_rmem")
 _GUEST = Path("/run/guest/command")
 _DELAYED = 100_000  # packets that netem may hold
 _TABLE = 101  # of routes from the receiver, see network.sh
@@ -127,6 +128,12 @@ class Wire:
         if not (answer := self._tc.stdout.readline()):
             raise SystemExit(f"tc refused one of {commands}")
         return list(json.loads(answer))
+
+
+def facts() -> dict[str, Any]:
+    """Of the wire and of TCP, for the results' header."""
+    congestion = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+    return {"rate": RATE, "queue": QUEUE, "congestion": congestion, "rmem": _RMEM.read_text().split()}
 
 
 def arrived() -> int:
