@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import matplotlib
 import wan_report
 from wan_cells import CHUNKS, DISTURBANCES, LOSSES, MESSAGE, MIB, PLAIN, RTTS
-from wan_docs import SIMULATED, Cells, Goodputs, best
+from wan_compare import SIMULATED, Cells, Goodputs, best, fixed
 
 matplotlib.use("Agg")
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "wan", "font.size": 8}
@@ -30,7 +31,10 @@ def plot(groups: Cells, model: Goodputs, recoveries: list[dict[str, Any]], path:
     for loss, row in zip(LOSSES, rows, strict=False):
         for rtt, axes in zip(RTTS, row, strict=True):
             for fabric, (color, style, label) in _LINES.items():
-                values = [best(groups, model, fabric, chunk, rtt, loss) / 1e6 for chunk in chunks]
+                found = fixed(model if fabric == SIMULATED else groups, fabric, rtt, loss)
+                # A plain socket has no chunks: a line across.
+                pairs = [best(found, (chunk if fabric != PLAIN else 0,)) for chunk in chunks]
+                values = [bits / 1e6 if setting else math.nan for setting, bits in pairs]
                 axes.plot(range(len(chunks)), values, color=color, linestyle=style, marker=".", label=label)
             labels = [*(f"{c // 1024} KiB" if c < MIB else f"{c // MIB} MiB" for c in CHUNKS), "huge"]
             axes.set_xticks(range(len(chunks)), labels)
