@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 import wan_report
-from wan_cells import CHUNKS, DISTURBANCES, LOSSES, MESSAGE, MIB, PLAIN, RTTS
+from wan_cells import CHUNKS, DISTURB_AT, DISTURBANCES, LOSSES, MESSAGE, MIB, OUTAGE, PLAIN, RTTS
 from wan_compare import SIMULATED, Cells, Goodputs, best, fixed
 
 matplotlib.use("Agg")
@@ -39,13 +39,16 @@ def plot(groups: Cells, model: Goodputs, recoveries: list[dict[str, Any]], path:
             labels = [*(f"{c // 1024} KiB" if c < MIB else f"{c // MIB} MiB" for c in CHUNKS), "huge"]
             axes.set_xticks(range(len(chunks)), labels)
             axes.set(title=f"RTT {rtt} ms, loss {loss:g} %", ylim=(0, 105))
+            axes.tick_params(labelbottom=loss == LOSSES[-1], labelleft=rtt == RTTS[0])
         row[0].set(ylabel="Mbit/s, best depth and rails")
     rows[0][0].legend()
     for how, axes in zip(DISTURBANCES, rows[3], strict=True):
         for cell in recoveries:
             if cell["disturbance"] == how and "error" not in cell:
                 _trace(axes, cell)
-        axes.set(title=DISTURBANCES[how], xlabel="seconds", ylim=(0, 130), xlim=(0, 16))
+        axes.set(title=f"{how}, {OUTAGE:g} s", xlabel="seconds", ylim=(0, 130), xlim=(0, 16))
+        axes.tick_params(labelleft=axes is rows[3][0])
+        axes.axvspan(DISTURB_AT, DISTURB_AT + OUTAGE, color="grey", alpha=0.2)
     rows[3][0].set(ylabel="Mbit/s that arrive")
     rows[3][0].legend()
     figure.savefig(path, metadata={"Date": None})
@@ -65,5 +68,3 @@ def _trace(axes: Any, cell: dict[str, Any]) -> None:
     color = _LINES[setting.fabric][0]
     style = ":" if setting.fabric == PLAIN else "--" if setting.depth == 1 else "-"
     axes.plot(times, speeds, color=color, linestyle=style, linewidth=1, label=f"{setting.fabric}, {setting.what}")
-    begin, end = (at - start for at in cell["disturbed"])
-    axes.axvspan(begin, end, color="grey", alpha=0.04)
