@@ -52,7 +52,7 @@ def in_guest(out: Path, full: bool, resume: bool, minutes: float) -> int:
         facts["qemu"] = _says("qemu-system-x86_64", "--version")
         facts["pyverbs"] = _says("dpkg-query", "-W", "-f", "${Version}", "python3-pyverbs")
         command = [sys.executable, "benchmarks/wan.py", *options, "--facts", json.dumps(facts)]
-        return guest.run(command, out, minutes * 60 + MORE)
+        return int(guest.run(command, out, minutes * 60 + MORE))
     except guest.GuestError as error:
         print(f"wan: {error}", file=sys.stderr)
         return int(error.status)

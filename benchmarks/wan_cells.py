@@ -20,7 +20,7 @@ PLAIN = "plain"
 #: Of the adaptive controller with ADAPTIVE_RAILS, one after the other: the first is its start, the last what it has
 #: learned. With more and fewer rails only the first.
 ADAPTIVE_MESSAGES, ADAPTIVE_RAILS = 4, 4
-REPEATS = 3
+REPEATS = 5
 REPEATED_LINK = 40, 1.0  # ms, %
 
 RECOVERY_RTT = 40

@@ -119,7 +119,7 @@ def conditions(results: Results, steps: list[Step]) -> list[str]:
     sittings = f" in {len(results.headers)} sittings" if len(results.headers) > 1 else ""
     return [
         f"- **Run**: {header['started']}{sittings}, commit {header['commit']}, {len(done)} cells in "
-        f"{sum(end['took'] for end in results.ends) / 60:.0f} minutes, each measured {repeated}. Not run: {left}. "
+        f"{sum(cell['took'] for cell in cells) / 60:.0f} minutes, each measured {repeated}. Not run: {left}. "
         f"Cut off by their deadline, or failed: {cut}. CPU idle for less than {wan_report.IDLE_ENOUGH:.0%}: {busy}.",
         f"- **Guest**: {header['guest']}; {header['versions']}, pyverbs {header['pyverbs']}; {header['qemu']}.",
         f"- **Host**: {header['host']}.",

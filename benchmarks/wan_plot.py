@@ -13,7 +13,7 @@ from wan_cells import CHUNKS, DISTURB_AT, DISTURBANCES, LOSSES, MESSAGE, MIB, OU
 from wan_compare import SIMULATED, Cells, Goodputs, best, fixed
 
 matplotlib.use("Agg")
-matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "wan", "font.size": 8}
+matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "wan", "font.family": "DejaVu Sans", "font.size": 8}
 from matplotlib import pyplot  # noqa: E402
 
 _LINES = {
@@ -22,7 +22,7 @@ _LINES = {
     PLAIN: ("black", ":", "plain TCP socket, measured"),
     SIMULATED: ("C3", "--", "go-back-N NIC, SIMULATED"),
 }
-_STEP = 0.2  # seconds over which the recovery plots average
+_STEP = 0.4  # seconds over which the recovery plots average
 
 
 def plot(groups: Cells, model: Goodputs, recoveries: list[dict[str, Any]], path: Path) -> None:
@@ -50,7 +50,7 @@ def plot(groups: Cells, model: Goodputs, recoveries: list[dict[str, Any]], path:
         axes.tick_params(labelleft=axes is rows[3][0])
         axes.axvspan(DISTURB_AT, DISTURB_AT + OUTAGE, color="grey", alpha=0.2)
     rows[3][0].set(ylabel="Mbit/s that arrive")
-    rows[3][0].legend()
+    figure.legend(*rows[3][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, metadata={"Date": None})
 
 

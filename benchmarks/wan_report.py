@@ -22,12 +22,11 @@ IDLE_ENOUGH = 0.1
 
 @dataclass
 class Results:
-    """The lines of a results file: the header and the length of each sitting, links as `ping` found them, cells."""
+    """The lines of a results file: the header of each sitting, links as `ping` found them, cells."""
 
     headers: list[dict[str, Any]] = field(default_factory=list)
     links: list[dict[str, Any]] = field(default_factory=list)
     cells: list[dict[str, Any]] = field(default_factory=list)
-    ends: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def header(self) -> dict[str, Any]:
@@ -39,13 +38,14 @@ class Results:
 def load(path: Path) -> Results:
     """The results so far; none if there is no file."""
     results = Results()
-    lists = {"header": results.headers, "link": results.links, "cell": results.cells, "end": results.ends}
+    lists = {"header": results.headers, "link": results.links, "cell": results.cells}
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue  # the run was cut off within it
-        lists[line.pop("kind")].append(line)
+        if (kind := line.pop("kind")) in lists:
+            lists[kind].append(line)
     return results
 
 

@@ -133,7 +133,6 @@ class Run:
         self._out.write(json.dumps({"kind": kind} | line) + "\n")
 
     def close(self) -> None:
-        self._write("end", {"took": time.monotonic() - self._began})
         self._out.close()
         self._receiver.close()
 
