@@ -1,4 +1,5 @@
-"""The two processes of `channel_raw.py`: a link that is set up by `open_link`, and the references beside it."""
+"""The two processes of `channel_raw.py` and `verbs_costs.py`: a link that is set up by `open_link`, and the references
+beside it."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from measuring import MIB, Meter, obey, pattern
 
 from nvflare_rdma.channel.context import LinkContext
@@ -28,44 +30,51 @@ from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive
 
 HOST, NAME, TIMEOUT = "127.0.0.1", "bench", 120.0
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
-#: What is measured -> the fabric's name, and how to make one: (rails, dial or None on the listening side).
-FABRICS: dict[str, tuple[str, Callable[[int, Callable[[], socket.socket] | None], Any]]] = {
-    "tcp": ("tcp", TcpFabric),
-    "shm-direct": ("shm", lambda rails, dial: ShmFabric(("direct",))),
-    "shm-memfd": ("shm", lambda rails, dial: ShmFabric(("memfd",))),
+Dial = Callable[[], socket.socket] | None
+#: What is measured -> the fabric's name, and how to make one; ``dial`` is None on the listening side.
+FABRICS: dict[str, tuple[str, Callable[[dict[str, Any], Dial], Any]]] = {
+    "tcp": ("tcp", lambda options, dial: TcpFabric(options["rails"], dial)),
+    "shm-direct": ("shm", lambda options, dial: ShmFabric(("direct",))),
+    "shm-memfd": ("shm", lambda options, dial: ShmFabric(("memfd",))),
+    "verbs": ("verbs", lambda options, dial: make_verbs(options, dial)),
 }
 
 
-def open_link(
-    role: str,
-    fabric: str,
-    rails: int,
-    chunk: int,
-    port: int,
-    tls: ssl.SSLContext | None,
-    deliver: Callable[[Any], None],
-) -> Link:
+def make_verbs(options: dict[str, Any], dial: Dial) -> Any:
+    """``devices``: the receiver's, the sender's. ``in_place``: see `verbs.IN_PLACE_BYTES`."""
+    from nvflare_rdma.fabric import verbs, verbs_devices, verbs_memory  # needs pyverbs
+
+    verbs.IN_PLACE_BYTES = options["in_place"]
+    end = int(dial is not None)
+    chosen = verbs_devices.VerbsOptions((options["devices"][end],))
+    near = verbs.address_on(options["hosts"][end])
+    return verbs.VerbsFabric(options["rails"], chosen, verbs_memory.RegistrationCache(64 * MIB), near)
+
+
+def open_link(role: str, options: dict[str, Any], tls: ssl.SSLContext | None, deliver: Callable[[Any], None]) -> Link:
     """All that this file knows of how a link is made."""
     limits = ChannelLimits(max_message_bytes=1 << 31)
-    name, make = FABRICS[fabric]
+    name, make = FABRICS[options["fabric"]]
+    host, source = options.get("hosts", (HOST, ""))
+    port = options["port"]
     context = LinkContext(
         *(limits, MemoryBudget(64 * MIB), SlotPool(keep_bytes=None), (name,), {name: ""}),
         host="this",
-        chunk_bytes=chunk,
+        chunk_bytes=options["chunk"],
     )
     if role == "send":
-        dial = functools.partial(socket.create_connection, (HOST, port), TIMEOUT)
+        dial = functools.partial(socket.create_connection, (host, port), TIMEOUT, (source, 0))
         sock = dial()
         if tls is None:
             sock.sendall(CONTROL_MAGIC)
-        made, side = make(rails, dial), Role.ACTIVE
+        made, side = make(options, dial), Role.ACTIVE
     else:
-        listener = socket.create_server((HOST, port))
+        listener = socket.create_server((host, port))
         print("{}", flush=True)
         sock, _ = listener.accept()
         if tls is None:
             receive_exactly(sock, memoryview(bytearray(len(CONTROL_MAGIC))))
-        made, side = make(rails, None), Role.PASSIVE
+        made, side = make(options, None), Role.PASSIVE
         threading.Thread(target=admit_rails, args=(listener, made), daemon=True).start()
     stream = ControlStream(sock, tls, server_side=role != "send")
     stream.handshake(TIMEOUT)
@@ -97,11 +106,13 @@ class LinkSide:
     def __init__(self, role: str, options: dict[str, Any]) -> None:
         self._total, self._size = options["total"], options["message"]
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._data = memoryview(pattern(self._size)) if role == "send" else memoryview(b"")
+        self._data = memoryview(b"")
+        if role == "send":
+            data = pattern(self._size)
+            # The registration cache keeps what belongs to an array, and nothing else.
+            self._data = np.array(data).data if options.get("array") else memoryview(data)
         tls = anonymous_tls(server_side=role != "send") if options["sealed"] else None
-        self.link = open_link(
-            role, options["fabric"], options["rails"], options["chunk"], options["port"], tls, self._inbox.put
-        )
+        self.link = open_link(role, options, tls, self._inbox.put)
         self._meter = Meter()
 
     def idle(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import json
 import statistics
 from typing import Any
 
-from channel_peers import FABRICS, serve
+from channel_peers import serve
 from measuring import MIB, Peer, command_line, free_port, machine, versions
 from rich.console import Console
 from rich.table import Table
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chunks", default="256,1024,4096", help="KiB, comma-separated")
     parser.add_argument("--rails", default="1,2,4")
-    parser.add_argument("--fabrics", default=",".join(FABRICS))
+    parser.add_argument("--fabrics", default=",".join(GOALS))
     parser.add_argument("--peer", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:

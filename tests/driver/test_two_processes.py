@@ -159,3 +159,12 @@ def test_a_bad_setting_names_the_key_the_value_and_what_is_allowed(tmp_path):
         NVFLARE_RDMA_RAILS="many",
     )
     assert "rdma_rails='many' is not a whole number. Allowed: 1 to 64." in done.stderr
+
+
+def test_verbs_alone_without_its_device_is_a_clear_error(tmp_path):
+    url, env = f"rdma://127.0.0.1:{free_port()}", {"NVFLARE_RDMA_FABRICS": "verbs", "NVFLARE_RDMA_DEVICE": "gone0"}
+    options, log = json.dumps({"sizes": [], "connect_deadline": 3.0}), tmp_path / "server.log"
+    with background(PEER, "serve", url, "{}", log=log, **env):
+        done = run(PEER, "ask", url, options, timeout=60, **env)
+    assert not json.loads(done.stdout)["connected"]
+    assert "no fabric that both sides allow (rdma_fabrics=verbs): verbs: " in log.read_text()

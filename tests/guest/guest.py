@@ -179,6 +179,7 @@ def _script(command: Sequence[str]) -> str:
         # Plugins that take seconds to import on an emulated CPU; @given works without its one.
         "PYTEST_ADDOPTS": "-p no:cacheprovider -p no:hypothesispytest -p no:xdist",
         "RDMA_TEST_DEVICES": "rxa,rxb",
+        "RDMA_TEST_PATIENCE": "5",
     }
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
     return f"""{exports}cd {shlex.quote(str(ROOT))} || exit

@@ -23,7 +23,7 @@ SELECTIONS = (("tests/verbs",), ("tests/conformance", "-k", "verbs"))
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
 RESULTS = kernel.CACHE / "results"
 LIMIT = 14 * 60  # seconds, for everything
-GUEST_LIMIT = 10 * 60
+GUEST_LIMIT = 13 * 60
 
 
 def main() -> int:
@@ -78,7 +78,8 @@ def in_guest(tests: list[str]) -> int:
     (RESULTS / "tests").write_text("".join(f"{name}\n" for name in tests))
     out = guest.OUT_IN_GUEST
     color = "yes" if sys.stdout.isatty() else "no"  # the guest's console cannot tell
-    command = [sys.executable, "-m", "pytest", "-v", f"--color={color}", f"--junitxml={out}/junit.xml", f"@{out}/tests"]
+    options = [f"--color={color}", f"--junitxml={out}/junit.xml", "-o", "timeout=600"]
+    command = [sys.executable, "-m", "pytest", "-v", *options, f"@{out}/tests"]
     status = guest.run(command, RESULTS, GUEST_LIMIT)
     # Without siw, and only then, tests that need it may be skipped.
     problems = judge(RESULTS / "junit.xml", len(tests), siw=kernel.prepare().siw.exists())
