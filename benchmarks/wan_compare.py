@@ -80,7 +80,7 @@ def measured(cells: list[dict[str, Any]]) -> str:
         return "not run"
     if all("error" in cell for cell in cells):
         return "failed"
-    marks = "\\*" if not all(map(wan_report.complete, cells)) else ""
+    marks = "\\*" if not all(map(wan_report.first_complete, cells)) else ""
     marks += "+" if any(cell.get("idle", 1) < wan_report.IDLE_ENOUGH for cell in cells) else ""
     marks += "!" if any(map(wan_report.breaks, cells)) else ""
     return f"{speed(first_goodput(cells), cells[0]['deadline'])}{marks}"
@@ -139,6 +139,7 @@ def short(groups: Cells, model: Goodputs) -> list[str]:
         "|---" * 7 + "|",
     ]
     ratios: dict[str, dict[str, float]] = {"verbs": {}, SIMULATED: {}}
+    one_rail: dict[str, float] = {}
     adaptive: dict[str, dict[str, float]] = {fabric: {} for fabric in FABRICS}
     for rtt, loss in LINKS:
         name = f"{rtt} ms, {loss:g} %"
@@ -152,6 +153,9 @@ def short(groups: Cells, model: Goodputs) -> list[str]:
                 row.append(speed(whole, DEADLINE) if huge in found else "not run")
                 if setting and huge in found and bits:
                     ratios[fabric][name] = whole / bits
+                _, alone = best({s: pace for s, pace in found.items() if s.rails == 1}, wan_cells.CHUNKS)
+                if fabric == "verbs" and huge in found and alone:
+                    one_rail[name] = whole / alone
             rails = f", {setting.rails} rails" if setting and setting.rails > 1 else ""
             row.append(f"{bits / 1e6:.1f} ({setting.what}{rails})" if setting else "not run")
             cells = groups.get((Setting(fabric, wan_cells.ADAPTIVE_RAILS, MIB, 4, True), rtt, loss), [])
@@ -161,6 +165,7 @@ def short(groups: Cells, model: Goodputs) -> list[str]:
     lines += [
         "",
         f"- One huge write over verbs (rxe), **measured**, reached {_span(ratios['verbs'])} of the best chunks.",
+        f"- The same beside the best chunks over **one** rail, which is one queue pair as well: {_span(one_rail)}.",
         "- One huge write of a NIC that goes back to the start of the write, **simulated**, reached "
         f"{_span(ratios[SIMULATED])} of the best chunks.",
         *(

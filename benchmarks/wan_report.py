@@ -78,6 +78,10 @@ def complete(cell: dict[str, Any]) -> bool:
     return "error" not in cell and all(m["landed"] == cell["bytes"] for m in cell["messages"])
 
 
+def first_complete(cell: dict[str, Any]) -> bool:
+    return "error" not in cell and bool(cell["messages"][0]["landed"] == cell["bytes"])
+
+
 def fell_back(cell: dict[str, Any]) -> str:
     """The fabric that it ended on, if that is another than the setting's."""
     fabric = cell["receiver"].get("fabric", "")
