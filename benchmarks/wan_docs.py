@@ -115,7 +115,7 @@ def make(results: Results, docs: Path) -> None:
         "",
         "### What adaptive chose",
         "",
-        f"{wan_cells.ADAPTIVE_MESSAGES} messages of 16 MiB one after the other (as many as began before the deadline), "
+        f"{wan_cells.ADAPTIVE_MESSAGES} messages of 16 MiB one after the other (fewer if the deadline came), "
         f"{wan_cells.ADAPTIVE_RAILS} rails: goodput of each in Mbit/s, and the last chunk and window.",
         "",
         *adaptive_table(groups),

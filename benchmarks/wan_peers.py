@@ -170,7 +170,8 @@ class Receiver:
             samples.append((time.monotonic(), arrived(), self._progress(message)))
         if message is not None and not _equal(message, self._expected):
             raise SystemExit(f"what arrived differs from what was sent: {self._setting}")
-        return {"at": at, "landed": samples[-1][2], "samples": samples}
+        # A message that has just landed and is not yet delivered is not in progress any more: hence not the last.
+        return {"at": at, "landed": max(landed for _, _, landed in samples), "samples": samples}
 
     def state(self) -> dict[str, Any]:
         """What the link has come to."""

@@ -20,6 +20,9 @@ from nvflare_rdma.errors import RdmaError
 #: Seconds for the messages of a cell: what has landed by then counts. A huge write lands only at its end.
 DEADLINES = {"chunks": 8.0, "huge": 20.0, "adaptive": 16.0, "recovery": 40.0}
 
+#: Of them, what has to be left for one more message to begin.
+ENOUGH = 2.0
+
 
 def _length(step: Step) -> tuple[int, float]:
     """Messages, and the time for them."""
@@ -91,6 +94,8 @@ class Run:
             first = time.monotonic()
             for _ in range(messages):
                 left = first + deadline - time.monotonic()
+                if left < ENOUGH:
+                    break
                 self._receiver.tell(f"receive {left} {every}")
                 unanswered = True
                 start = time.monotonic()
