@@ -16,11 +16,9 @@ from wan_report import Results
 
 
 def _with_packets(cells: list[dict[str, Any]]) -> str:
-    ratios = [wan_report.over_ideal(cell) for cell in cells if "error" not in cell]
-    if not ratios:
-        return measured(cells)
-    ratio = statistics.median(ratios)
-    return f"{measured(cells)} ({f'{ratio:.2f}' if ratio < math.inf else '-'})"
+    # Of what was cut off nobody knows which packets were needed.
+    ratios = [wan_report.over_ideal(cell) for cell in cells if wan_report.complete(cell)]
+    return f"{measured(cells)} ({statistics.median(ratios):.2f})" if ratios else measured(cells)
 
 
 def goodput_table(groups: Cells, model: Goodputs, settings: list[Setting]) -> list[str]:
@@ -107,8 +105,8 @@ def make(results: Results, docs: Path) -> None:
         "",
         "Goodput of one message of 16 MiB in Mbit/s (of several runs the median; of `adaptive` the first message), and",
         "in brackets the packets sent for each that would have been enough. `*`: the deadline cut it off, and what had",
-        "landed counts: a lower bound, or with `<` an upper one, as nothing of a huge write lands before its end. `+`:",
-        f"the emulated CPU was idle for less than {wan_report.IDLE_ENOUGH:.0%} of the time, so it may have been the",
+        "landed counts, without packets: a lower bound, or with `<` an upper one, as nothing of a huge write lands before",
+        f"its end. `+`: the emulated CPU was idle for less than {wan_report.IDLE_ENOUGH:.0%} of the time, so it may be the",
         "limit. `!`: all rails broke and were opened again.",
         "",
         *goodput_table(groups, model, settings),

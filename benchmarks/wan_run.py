@@ -18,7 +18,7 @@ from wan_cells import LONG_MESSAGE, MESSAGE, Step
 from nvflare_rdma.errors import RdmaError
 
 #: Seconds for the messages of a cell: what has landed by then counts. A huge write lands only at its end.
-DEADLINES = {"chunks": 8.0, "huge": 20.0, "adaptive": 16.0, "recovery": 40.0}
+DEADLINES = {"chunks": 10.0, "huge": 20.0, "adaptive": 16.0, "recovery": 40.0}
 
 #: Of them, what has to be left for one more message to begin.
 ENOUGH = 2.0
