@@ -5,6 +5,8 @@ author = "the nvflare-rdma authors"
 release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
+# Links to headings, as on GitHub.
+myst_heading_anchors = 3
 exclude_patterns = ["_build", "controllers-table.md", "controllers-fedrdma.md", "wan-table.md"]
 html_theme = "alabaster"
 autodoc_member_order = "bysource"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from nvflare_rdma.version import __version__
 
@@ -25,32 +24,29 @@ def _print_driver_path() -> int:
     return 0
 
 
-def _doctor() -> int:
-    from nvflare_rdma.fabric.selection import probe
-    from nvflare_rdma.fabric.verbs_devices import VerbsOptions
+def _doctor(workspace: Path | None, as_json: bool) -> int:
+    from nvflare_rdma.doctor import examine, to_json
+    from nvflare_rdma.doctor_text import to_text
 
-    print(f"nvflare-rdma {__version__}, Python {platform.python_version()}, {platform.system()} {platform.release()}")
-    for package in ("nvflare", "torch", "bitsandbytes"):
-        try:
-            print(f"{package:<13} {version(package)}")
-        except PackageNotFoundError:
-            print(f"{package:<13} not installed")
-    print(f"\n{'fabric':<8} {'usable':<7} reason")
-    for name, state in probe(VerbsOptions(), 64 << 20).items():
-        print(f"{name:<8} {'yes' if state.usable else 'no':<7} {state.reason}")
-    return 0
+    report = examine(workspace)
+    print(to_json(report) if as_json else to_text(report))
+    return 1 if report.problems else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nvflare-rdma", description="RDMA-chunked streaming for NVIDIA FLARE")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("driver-path", help="print the folder for FLARE's comm_driver_path").set_defaults(
-        run=_print_driver_path
+    path = commands.add_parser("driver-path", help="print the folder for FLARE's comm_driver_path")
+    path.set_defaults(run=lambda args: _print_driver_path())
+    doctor = commands.add_parser("doctor", help="what this machine can use, and why not the rest")
+    doctor.add_argument(
+        "--workspace", type=Path, metavar="FOLDER", help="a FLARE site's folder, whose settings count (default: here)"
     )
-    commands.add_parser("doctor", help="what this machine can use, and why not the rest").set_defaults(run=_doctor)
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(run=lambda args: _doctor(args.workspace, args.json))
     args = parser.parse_args(argv)
-    return int(args.run())
+    return int(args.run(args))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
 from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.fabric.verbs_devices import VerbsOptions
 from nvflare_rdma.settings import Settings, parse_settings
 
 
@@ -22,8 +27,61 @@ def test_defaults_and_overrides():
         ({"rdma_rails": 0}, r"rdma_rails=0 is out of range. Allowed: 1 to 64"),
         ({"rdma_chunk_bytes": 100}, r"rdma_chunk_bytes=100 is out of range. Allowed: 65536 to 67108864"),
         ({"rdma_fabrics": "infiniband"}, r"rdma_fabrics='infiniband': unknown fabric 'infiniband'"),
+        ({"rdma_gid_index": -1}, r"rdma_gid_index=-1 is out of range. Allowed: 0 to 65535"),
+        ({"rdma_gid_index": "auto"}, r"rdma_gid_index='auto' is not a whole number. Allowed: 0 to 65535"),
+        ({"rdma_gid_index": ""}, r"rdma_gid_index='' is not a whole number"),
+        ({"rdma_ack_timeout": 0}, r"rdma_ack_timeout=0 is out of range. Allowed: 1 to 31"),  # 0 waits for ever
+        ({"rdma_ack_timeout": 32}, r"rdma_ack_timeout=32 is out of range. Allowed: 1 to 31"),
+        ({"rdma_retry_count": 8}, r"rdma_retry_count=8 is out of range. Allowed: 0 to 7"),
     ],
 )
 def test_a_bad_setting_names_key_value_and_what_is_allowed(values, message):
     with pytest.raises(ConfigError, match=message):
         parse_settings(values)
+
+
+def test_the_documentation_has_a_row_for_each_setting():
+    text = (Path(__file__).parents[1] / "docs/driver.md").read_text()
+    rows = re.findall(r"^\| `(rdma_\w+)` \|", text, re.MULTILINE)
+    assert sorted(rows) == sorted(each.name for each in fields(Settings))
+
+
+def verbs(**values):
+    return parse_settings(values).verbs
+
+
+def test_rdma_settings_reach_the_verbs_fabric():
+    assert verbs() == VerbsOptions((), None, False, 16, 6)
+    assert verbs(rdma_gid_index="3", rdma_ack_timeout="20", rdma_retry_count="7") == VerbsOptions(
+        (), 3, False, ack_timeout=20, retries=7
+    )
+    assert verbs(rdma_gid_index=0).gid_index == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "devices"),
+    [
+        ("", ()),
+        (" , ", ()),
+        ("mlx5_0", ("mlx5_0",)),
+        (" mlx5_0:1 , mlx5_1,", ("mlx5_0:1", "mlx5_1")),
+    ],
+)
+def test_devices_are_a_list_of_names(value, devices):
+    assert parse_settings({"rdma_device": value}).rdma_device == devices
+    assert verbs(rdma_device=value).devices == devices
+
+
+@pytest.mark.parametrize(
+    ("values", "software"),
+    [
+        ({}, False),
+        ({"rdma_device": ""}, False),
+        ({"rdma_device": "rxe0"}, True),
+        ({"rdma_fabrics": "verbs"}, True),
+        ({"rdma_fabrics": "verbs,tcp"}, False),
+        ({"rdma_fabrics": "tcp"}, False),
+    ],
+)
+def test_software_rdma_has_to_be_asked_for(values, software):
+    assert verbs(**values).software is software

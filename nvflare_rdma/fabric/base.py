@@ -24,22 +24,11 @@ MAX_RAILS = 64
 class RemoteSlice:
     """Memory of a peer that may be written once: ``key`` names the region, ``address`` the first byte in it.
 
-    All three come over the wire; the fabric that owns the memory checks them before every use.
-    """
+    All three come over the wire; the fabric that owns the memory checks them before every use."""
 
     key: int
     address: int
     length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Availability:
-    """Whether a fabric can be used by this process. ``reason`` says why not, and what would change that; ``detail``,
-    if it can, what it would use."""
-
-    usable: bool
-    reason: str = ""
-    detail: str = ""
 
 
 class CompletionHandler(Protocol):

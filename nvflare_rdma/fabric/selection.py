@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import importlib.util
@@ -9,11 +10,20 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nvflare_rdma.errors import ConfigError, FabricUnavailable
-from nvflare_rdma.fabric.base import Availability
-from nvflare_rdma.fabric.verbs_devices import VerbsOptions, choose_gid, choose_ports, list_ports
+from nvflare_rdma.fabric.memlock import memlock_reason
+from nvflare_rdma.fabric.verbs_devices import (
+    DEVICE_FILES,
+    SYSFS,
+    VerbsOptions,
+    choose_gid,
+    choose_ports,
+    device_file,
+    list_ports,
+)
 
 #: Best first. Each is tried in this order unless the `rdma_fabrics` setting gives another.
 FABRICS = ("verbs", "shm", "tcp")
@@ -35,24 +45,32 @@ def parse_fabrics(value: str) -> tuple[str, ...]:
     return names
 
 
-def probe(verbs: VerbsOptions, budget: int) -> dict[str, Availability]:
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether a fabric can be used by this process. ``reason`` says why not, and what would change that; ``detail``,
+    if it can, what it would use."""
+
+    usable: bool
+    reason: str = ""
+    detail: str = ""
+
+
+def probe(verbs: VerbsOptions, budget: int, sysfs: Path = SYSFS, files: Path = DEVICE_FILES) -> dict[str, Availability]:
     """What each fabric can do on this machine, best first, with the reason for what it can't.
 
     ``budget``: bytes that incoming messages may hold.
     """
-    return {"verbs": _probe_verbs(verbs, budget), "shm": _probe_shm(), "tcp": Availability(True)}
+    return {"verbs": _probe_verbs(verbs, budget, sysfs, files), "shm": _probe_shm(), "tcp": Availability(True)}
 
 
-def _probe_verbs(options: VerbsOptions, budget: int) -> Availability:
+def _probe_verbs(options: VerbsOptions, budget: int, sysfs: Path, files: Path) -> Availability:
     try:
-        ports = choose_ports(list_ports(), options)
+        ports = choose_ports(list_ports(sysfs), options)
         names = [f"{port}, {choose_gid(port, options)[0]}" for port in ports]
     except FabricUnavailable as error:
         return Availability(False, str(error))
-    # Not at the top: it needs numpy, as below.
-    from nvflare_rdma.fabric.verbs_memory import memlock_reason
-
-    reason = pyverbs_reason() or device_files_reason() or memlock_reason(budget)
+    denied = [reason for port in ports if (reason := device_file_reason(port.device, sysfs, files))]
+    reason = pyverbs_reason() or "; ".join(denied) or memlock_reason(budget)
     return Availability(not reason, reason, "" if reason else "; ".join(names))
 
 
@@ -64,35 +82,50 @@ def pyverbs_reason() -> str:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         if importlib.util.find_spec("pyverbs") is None:
             return (
-                "pyverbs is not installed for this Python: apt install python3-pyverbs (it is not on PyPI), and make "
-                "the virtual environment with --system-site-packages"
+                f"pyverbs is not installed for this Python {version}: apt install python3-pyverbs (it is not on PyPI), "
+                "and make the virtual environment with the distribution's Python and --system-site-packages"
             )
         return (
             f"pyverbs can't be loaded by Python {version}: {error}. The distribution's package is for the "
-            "distribution's own Python: use that"
+            "distribution's own Python: make the virtual environment with that"
         )
     return ""
 
 
-def device_files_reason() -> str:
+def device_file_reason(device: str, sysfs: Path = SYSFS, files: Path = DEVICE_FILES) -> str:
     """Why this process can't open an RDMA device; "" if it can."""
-    files = sorted(Path("/dev/infiniband").glob("uverbs*"))
-    if not files:
-        return (
-            "there is no /dev/infiniband/uverbs*: `modprobe ib_uverbs`, or give the container the devices "
-            "(docker: --device /dev/infiniband)"
-        )
-    if not any(os.access(file, os.R_OK | os.W_OK) for file in files):
-        return f"no permission for {files[0]}: is this user in the group rdma?"
+    name = device_file(device, sysfs)
+    if not name:
+        return f"{device} can't be opened by programs: the kernel module ib_uverbs is not loaded (`modprobe ib_uverbs`)"
+    file = files / name
+    try:
+        os.close(os.open(file, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return f"{device}: there is no {file}: give it to the container (docker: --device {files})"
+    except OSError as error:
+        advice = "do the container's device rules allow it (docker: --device /dev/infiniband)?"
+        if error.errno == errno.EACCES:
+            advice = f"it is {_permissions(file)}, this is user {os.geteuid()}: is that in the group rdma?"
+        return f"{device}: {file} can't be opened: {error.strerror}; {advice}"
     return ""
+
+
+def _permissions(file: Path) -> str:
+    try:
+        status = file.stat()
+    except OSError:
+        return "in a folder that may not be read"
+    return f"mode {status.st_mode & 0o777:o} of user {status.st_uid} and group {status.st_gid}"
 
 
 def _probe_shm() -> Availability:
     if sys.platform != "linux":
         return Availability(False, f"shared memory between processes needs Linux, not {sys.platform}")
-    # Not at the top: it needs numpy, which the command line's simple commands do without.
-    from nvflare_rdma.fabric.process_memory import unusable_reason
-
+    try:
+        # Not at the top: it needs numpy, which the command line does without.
+        from nvflare_rdma.fabric.process_memory import unusable_reason
+    except ImportError as error:
+        return Availability(False, f"numpy can't be loaded: {error}: install nvflare-rdma again")
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             sock.bind("")  # Linux picks a free abstract name (autobind, unix(7))

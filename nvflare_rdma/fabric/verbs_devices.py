@@ -4,22 +4,29 @@ port and a GID. Needs no pyverbs, so that a machine without it can still be told
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nvflare_rdma.errors import FabricUnavailable
 
-SYSFS = Path("/sys/class/infiniband")
+SYSFS = Path("/sys")
+DEVICE_FILES = Path("/dev/infiniband")
 INFINIBAND, ROCE, IWARP = "InfiniBand", "RoCE", "iWARP"
+_LINK_LAYERS = {"InfiniBand": INFINIBAND, "Ethernet": ROCE}
 _ROCE_V2 = "RoCE v2"
+#: What only siw calls itself. Before Linux 6.11 its devices were found below those of their network interface.
+_SIW = "Software iWARP stack"
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 @dataclass(frozen=True, slots=True)
 class Gid:
-    """An entry of a port's GID table. ``kind``: "IB", "RoCE v1" or "RoCE v2"; ``netdev``: the interface it is for."""
+    """An entry of a port's GID table. ``kind``: "IB", "RoCE v1", "RoCE v2" or "iWARP"; ``netdev``: the interface that
+    it is for."""
 
     index: int
     value: ipaddress.IPv6Address
@@ -34,7 +41,9 @@ class Gid:
     @property
     def family(self) -> str:
         """Two GIDs reach each other only within a family."""
-        return f"{self.kind} over IPv{self.address.version}" if self.kind != "IB" else "InfiniBand"
+        if self.kind.startswith(ROCE):
+            return f"{self.kind} over IPv{self.address.version}"
+        return INFINIBAND if self.kind == "IB" else self.kind
 
     def __str__(self) -> str:
         where = f" on {self.netdev}" if self.netdev else ""
@@ -43,7 +52,8 @@ class Gid:
 
 @dataclass(frozen=True, slots=True)
 class PortInfo:
-    """``transport``: `INFINIBAND`, `ROCE` or `IWARP`. ``software``: the kernel emulates it (rxe, siw)."""
+    """``transport``: `INFINIBAND`, `ROCE` or `IWARP`, or what else the kernel calls it. ``software``: the kernel
+    emulates it (rxe, siw)."""
 
     device: str
     number: int
@@ -56,6 +66,14 @@ class PortInfo:
     @property
     def active(self) -> bool:
         return self.state == "ACTIVE"
+
+    @property
+    def refusal(self) -> str:
+        """Why no rail can be made on it, whatever its state; "" if one can. EFA ("unspecified") and usNIC have no
+        reliable connections."""
+        if self.transport == IWARP:
+            return "is iWARP, whose connections can't be made yet: InfiniBand or RoCE is needed"
+        return "" if self.transport in (INFINIBAND, ROCE) else "has no reliable connections (RC)"
 
     def __str__(self) -> str:
         kind = f"software {self.transport}" if self.software else self.transport
@@ -78,50 +96,76 @@ class VerbsOptions:
 
 def list_ports(sysfs: Path = SYSFS) -> list[PortInfo]:
     """All ports of all RDMA devices, by name. Empty where the kernel has none."""
-    found = []
-    for device in sorted(sysfs.iterdir()) if sysfs.is_dir() else []:
-        for port in sorted(device.glob("ports/*"), key=lambda path: int(path.name)):
-            found.append(_read_port(device, port))
-    return found
+    devices = sysfs / "class/infiniband"
+    return [
+        _read_port(devices / device, number)
+        for device in _names(devices)
+        for number in _numbers(devices / device / "ports")
+    ]
 
 
-def _read_port(device: Path, port: Path) -> PortInfo:
-    if "RNIC" in _read(device / "node_type"):
+def _read_port(device: Path, number: int) -> PortInfo:
+    port = device / "ports" / str(number)
+    node_type = _read(device / "node_type").partition(": ")[2]
+    if node_type == "RNIC":
         transport = IWARP
+    elif node_type == "CA":
+        transport = _LINK_LAYERS.get(_read(port / "link_layer"), "unknown")
     else:
-        transport = INFINIBAND if _read(port / "link_layer") == INFINIBAND else ROCE
-    # rxe and siw have no hardware behind them; before Linux 6.11 they said that of their network interface.
-    software = "/virtual/" in str(device.resolve()) or (device / "parent").exists()
+        transport = node_type or "unknown"
+    # rxe names its network interface as its parent, and nothing else does.
+    software = (
+        "/devices/virtual/" in str(device.resolve())
+        or (device / "parent").exists()
+        or _read(device / "node_desc") == _SIW
+    )
     state = _read(port / "state").partition(": ")[2] or "unknown"
-    gids = tuple(_read_gids(port, transport))
-    return PortInfo(device.name, int(port.name), transport, software, state, _read(port / "rate"), gids)
+    rate = _read(port / "rate").partition(" (")[0] or "unknown rate"
+    return PortInfo(device.name, number, transport, software, state, rate, tuple(_read_gids(port, transport)))
 
 
 def _read_gids(port: Path, transport: str) -> list[Gid]:
+    """The entries in use. Most of a table is empty, with holes where addresses were removed: any may be the last."""
     gids: list[Gid] = []
-    for entry in sorted((port / "gids").glob("*"), key=lambda path: int(path.name)):
-        text = _read(entry)
-        if not text.strip("0:"):
-            # Tables have up to 1024 entries, nearly all empty; the kernel fills them from the start, but leaves
-            # holes where an address was removed.
-            if len(gids) + 16 < int(entry.name):
-                break
+    for index in _numbers(port / "gids"):
+        text = _read(port / "gids" / str(index))
+        kind = _kind(port, index, transport) if text.strip("0:") else ""
+        if not kind:
             continue
-        try:
+        with contextlib.suppress(ValueError):
             value = ipaddress.IPv6Address(text)
-        except ValueError:
-            continue
-        kind = _read(port / "gid_attrs" / "types" / entry.name).replace("IB/RoCE v1", "RoCE v1")
-        if transport == INFINIBAND:
-            kind = "IB"
-        gids.append(Gid(int(entry.name), value, kind, _read(port / "gid_attrs" / "ndevs" / entry.name)))
+            gids.append(Gid(index, value, kind, _read(port / "gid_attrs/ndevs" / str(index))))
     return gids
+
+
+def _kind(port: Path, index: int, transport: str) -> str:
+    if transport != ROCE:
+        return "IB" if transport == INFINIBAND else transport
+    return _read(port / "gid_attrs/types" / str(index)).replace("IB/RoCE v1", "RoCE v1")
+
+
+def device_file(device: str, sysfs: Path = SYSFS) -> str:
+    """The name in `DEVICE_FILES` of the file by which programs open a device; "" if the kernel has none."""
+    files = sysfs / "class/infiniband_verbs"
+    return next((name for name in _names(files) if _read(files / name / "ibdev") == device), "")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+def _numbers(folder: Path) -> list[int]:
+    return sorted(int(name) for name in _names(folder) if name.isdecimal())
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text().strip()
-    except (OSError, ValueError):
+        with open(path, "rb", buffering=0) as file:  # a GID table has up to 1024 files, and it counts
+            return file.read().decode(errors="replace").strip()
+    except OSError:
         return ""  # the kernel answers EINVAL for what an entry does not have
 
 
@@ -137,20 +181,25 @@ def choose_ports(ports: Sequence[PortInfo], options: VerbsOptions) -> list[PortI
             "see `rdma link` and `lspci`)"
         )
     if options.devices:
-        return [_find(ports, name) for name in options.devices]
-    usable = [port for port in ports if port.active and (options.software or not port.software)]
-    if not usable:
-        down = [port for port in ports if options.software or not port.software]
-        if down:
-            states = ", ".join(f"{port.device}:{port.number} is {port.state}" for port in down)
-            raise FabricUnavailable(f"no RDMA port is active: {states} (cable, `ip link set ... up`, subnet manager)")
-        names = ", ".join(port.device for port in ports)
+        return list(dict.fromkeys(_find(ports, name) for name in options.devices))
+    able = [port for port in ports if not port.refusal]
+    if not able:
+        raise FabricUnavailable(f"no RDMA device can be used: {', '.join(f'{port} {port.refusal}' for port in ports)}")
+    allowed = [port for port in able if options.software or not port.software]
+    if not allowed:
+        names = ", ".join(dict.fromkeys(port.device for port in able))
         raise FabricUnavailable(
             f"only software RDMA here ({names}), which is slower than tcp: it is used only when asked for by name "
-            f"(rdma_device={ports[0].device}) or by rdma_fabrics=verbs"
+            f"(rdma_device={able[0].device}) or by rdma_fabrics=verbs"
         )
-    usable.sort(key=lambda port: (port.software, -_gigabits(port.rate)))
-    return usable[:1]
+    active = [port for port in allowed if port.active]
+    if not active:
+        states = ", ".join(f"{port.device}:{port.number} is {port.state}" for port in allowed)
+        raise FabricUnavailable(f"no RDMA port is ACTIVE: {states} ({_BRING_UP})")
+    return [min(active, key=lambda port: (port.software, -_gigabits(port.rate)))]
+
+
+_BRING_UP = "see the cable, `ip link set ... up`, the subnet manager"
 
 
 def _find(ports: Sequence[PortInfo], wanted: str) -> PortInfo:
@@ -161,11 +210,10 @@ def _find(ports: Sequence[PortInfo], wanted: str) -> PortInfo:
         have = ", ".join(f"{port.device}:{port.number}" for port in ports)
         raise FabricUnavailable(f"rdma_device={wanted}: there is no such device or port here. There is: {have}.")
     best = max(found, key=lambda port: port.active)
+    if best.refusal:
+        raise FabricUnavailable(f"rdma_device={wanted}: {best} {best.refusal}")
     if not best.active:
-        raise FabricUnavailable(
-            f"rdma_device={wanted}: port {best.number} is {best.state}, not ACTIVE (cable, `ip link set ... up`, "
-            "subnet manager)"
-        )
+        raise FabricUnavailable(f"rdma_device={wanted}: {best} is {best.state}, not ACTIVE ({_BRING_UP})")
     return best
 
 
@@ -187,43 +235,38 @@ def choose_gid(
     Raises:
         FabricUnavailable: the port has none, or none of that family, or not the one that was asked for.
     """
-    wanted = options.gid_index
-    if wanted is not None:
-        for gid in port.gids:
-            if gid.index == wanted:
-                if family and gid.family != family:
-                    raise FabricUnavailable(f"{port}: the peer uses {family}, rdma_gid_index={wanted} is {gid.family}")
-                return gid, "rdma_gid_index"
-        have = ", ".join(map(str, port.gids)) or "none"
-        raise FabricUnavailable(f"{port} has no GID of rdma_gid_index={wanted}. There is: {have}.")
+    have = ", ".join(map(str, port.gids)) or "none"
+    if options.gid_index is not None:
+        asked = f"rdma_gid_index={options.gid_index}"
+        gid = next((gid for gid in port.gids if gid.index == options.gid_index), None)
+        if gid is None:
+            raise FabricUnavailable(f"{port} has no GID of {asked}. There is: {have}.")
+        if family and gid.family != family:
+            raise FabricUnavailable(f"{port}: {asked} is {gid.family}, the peer uses {family}. There is: {have}.")
+        return gid, "rdma_gid_index"
     gids = [gid for gid in port.gids if not family or gid.family == family]
     if not gids:
-        have = ", ".join(sorted({gid.family for gid in port.gids})) or "none"
-        what = f"GID for {family}, which the peer uses" if family else "GID (its interface needs an IP address)"
+        what = f"GID for {family}, which the peer uses" if family else "GID: its interface needs an IP address"
         raise FabricUnavailable(f"{port} has no {what}. There is: {have}.")
-    return min(((gid, _why(gid, near)) for gid in gids), key=lambda choice: _RANK[choice[1]])
+    return min(((gid, _why(gid, near)) for gid in gids), key=lambda choice: _REASONS.index(choice[1]))
 
 
-_RANK = {
-    reason: rank
-    for rank, reason in enumerate(
-        (
-            "the address of the control stream",
-            "RoCE v2, routable IPv4",
-            "RoCE v2, routable IPv6",
-            "InfiniBand",
-            "RoCE v2, this link only",
-            "RoCE v1, not routable",
-        )
-    )
-}
+#: Best first.
+_REASONS = (
+    "the address of the control stream",
+    "RoCE v2, routable IPv4",
+    "RoCE v2, routable IPv6",
+    "the only kind there is",
+    "RoCE v2, this link only",
+    "RoCE v1, not routable",
+)
 
 
 def _why(gid: Gid, near: IPAddress | None) -> str:
-    if gid.kind == "IB":
-        return "InfiniBand"
-    if gid.kind != _ROCE_V2:
+    if gid.kind == "RoCE v1":
         return "RoCE v1, not routable"
+    if gid.kind != _ROCE_V2:
+        return "the only kind there is"
     if gid.address == near:
         return "the address of the control stream"
     if gid.address.is_link_local:

@@ -73,8 +73,9 @@ def parse(description: Mapping[str, Any]) -> list[RemoteRail]:
             )
             for rail in _list(description, "rails")
         ]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ProtocolError(f"the peer describes its verbs rails in a way that can't be: {error!r}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        # Shortened: it may quote what the peer has sent.
+        raise ProtocolError(f"the peer describes its verbs rails in a way that can't be: {error!r:.200}") from error
     return rails
 
 

@@ -9,8 +9,7 @@ import pytest
 
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.fabric import process_memory
-from nvflare_rdma.fabric.base import Availability
-from nvflare_rdma.fabric.selection import choose, host_identity, parse_fabrics, probe
+from nvflare_rdma.fabric.selection import Availability, choose, host_identity, parse_fabrics, probe
 from nvflare_rdma.fabric.verbs_devices import VerbsOptions
 
 OK, NO_DEVICE = "", "no device"
