@@ -117,11 +117,11 @@ class Peer:
 
 
 def obey(commands: dict[str, Callable[..., dict[str, Any] | None]]) -> None:
-    """A peer's main loop: answer the parent's commands (a name and whole numbers) until it closes stdin."""
+    """A peer's main loop: answer the parent's commands (a name, and JSON without blanks) until it closes stdin."""
     print("{}", flush=True)  # ready
     for line in sys.stdin:
-        name, *numbers = line.split()
-        print(json.dumps(commands[name](*map(int, numbers)) or {}), flush=True)
+        name, *arguments = line.split()
+        print(json.dumps(commands[name](*map(json.loads, arguments)) or {}), flush=True)
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:

@@ -7,7 +7,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 # Links to headings, as on GitHub.
 myst_heading_anchors = 3
-exclude_patterns = ["_build", "controllers-table.md", "controllers-fedrdma.md"]
+exclude_patterns = ["_build", "controllers-table.md", "controllers-fedrdma.md", "wan-table.md"]
 html_theme = "alabaster"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from links import KIB, MTU, RESTART, Link, simulate
+from links import KIB, RESTART, Link, simulate
 
 from nvflare_rdma.channel.controllers import Controller, make_controller
 
@@ -17,12 +17,12 @@ def restart_goodput(link: Link, chunk_bytes: int) -> float:
 
     A try fails with 1 - (1-p)^n; it costs what was sent until one RTT after the loss, but not more than the chunk.
     """
-    p, n = link.loss, chunk_bytes / MTU
+    p, n = link.loss, chunk_bytes / link.mtu
     if not p:
         return link.bandwidth
     good = (1 - p) ** n
     # E[min(n, k + bdp)] over the position k of the loss, given that there is one.
-    after = min(link.bdp / MTU, n)
+    after = min(link.bdp / link.mtu, n)
     reach = n - after
     tail = (1 - p) ** reach
     wasted = (1 - tail) / p - reach * tail + after * (1 - tail) + n * (tail - good)

@@ -36,7 +36,8 @@ _SEND, _REPORT, _OFFER = range(3)
 
 @dataclass(frozen=True)
 class Link:
-    """``bandwidth`` in bytes/s, ``rtt`` and ``overhead`` (CPU per grant) in seconds, ``loss`` per packet."""
+    """``bandwidth`` in bytes/s, ``rtt`` and ``overhead`` (CPU per grant) in seconds, ``loss`` per packet; ``mtu``: the
+    payload of a NIC's packet."""
 
     bandwidth: float
     rtt: float
@@ -44,6 +45,7 @@ class Link:
     model: str = RESUME
     rails: int = 2
     overhead: float = 50e-6
+    mtu: int = MTU
 
     @property
     def bdp(self) -> float:
@@ -131,15 +133,15 @@ class _Wire:
         if link.model == TCP:
             return "land", self._send_tcp(length, now, self._rails[rail])
         if link.model == RESUME:
-            lost = self._lost_packets(length / MTU) if link.loss else 0
-            at = self._serve(length + lost * MTU, now) + link.rtt / 2
+            lost = self._lost_packets(length / link.mtu) if link.loss else 0
+            at = self._serve(length + lost * link.mtu, now) + link.rtt / 2
             while lost:
                 at += link.rtt
                 lost = self._lost_packets(lost)
             return "land", at
         if link.loss:
             # Packets until the first loss: geometric.
-            until = math.log(1 - self._rng.random()) / math.log1p(-link.loss) * MTU
+            until = math.log(1 - self._rng.random()) / math.log1p(-link.loss) * link.mtu
             if until < length:
                 at = self._serve(min(length, until + link.bdp), now)
                 return "again", max(at, at - max(0.0, length - until) / link.bandwidth + link.rtt)
