@@ -96,11 +96,12 @@ def test_an_unknown_ticket_is_refused_and_the_right_one_is_taken_afterwards(offe
     passive.check()
 
 
-def test_a_ticket_is_good_for_one_rail(offered):
+def test_a_ticket_is_good_for_one_rail(offered, caplog):
     passive = offered(rails=2)
     ticket = passive.offer["rails"][0]["ticket"]
     passive.active = passive.dial(with_tickets(passive.offer, ticket, ticket))
     assert passive.active.rails == 1
+    assert "its ticket is none that waits here" in caplog.text  # the device would refuse the second one too, here
     passive.passive.accept(passive.active.answer)
     assert passive.passive.rails == 1
     passive.active.write(0, numbered(64), passive.passive.register(buffer(64)).expose(7, 0, 64, 0), 7, 0)
