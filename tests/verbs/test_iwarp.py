@@ -242,3 +242,14 @@ def test_rails_over_several_devices(iwarp_devices):
         assert {pair.heard.landings.get(timeout=DEADLINE) for _ in range(4)} == {(n, 64, 0) for n in range(4)}
     finally:
         pair.close()
+
+
+@pytest.mark.parametrize("leaver", ["passive", "active"])
+def test_the_end_of_an_idle_rail_is_noticed(iwarp_devices, leaver):
+    """By a receive that is flushed, although nothing is granted."""
+    with verbs_pair(iwarp_devices) as pair:
+        eventually(lambda: not any(rail._silent for rail in pair.passive._rails), DEADLINE)
+        getattr(pair, leaver).drop(1)
+        other = pair.said if leaver == "passive" else pair.heard
+        rail, error = other.down.get(timeout=5.0)
+        assert (rail, type(error)) == (1, FabricError)
