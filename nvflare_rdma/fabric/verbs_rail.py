@@ -216,11 +216,11 @@ class VerbsRail:
         if not isinstance(error, ProtocolError):
             with contextlib.suppress(FabricError, ProtocolError):
                 self._complete()  # what came before the error counts
-        self.queue_pair.close()
+        # First: who exposes meanwhile posts a receive, and pyverbs crashes with a queue pair that is closed.
+        self._free()
         for write in self._writes.values():
             self._over(write)
         self._writes.clear()
-        self._free()
         self._owner.rail_over(self.number, error)
 
     # -- receiving -----------------------------------------------------------------------------------------

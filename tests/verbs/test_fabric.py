@@ -210,6 +210,21 @@ def test_a_dropped_rail_is_reported_by_both_sides_and_the_others_go_on(devices):
         assert pair.heard.failures.empty()
 
 
+def test_an_exposure_while_its_rail_ends_crashes_nothing(devices):
+    """The link exposes under its lock, for which the rail's thread waits when it reports the writes that it ends."""
+    with verbs_pair(devices) as pair:
+        remote = pair.passive.register(buffer(4096)).expose(7, 0, 4096, 0)
+        region, heard = pair.active.register(buffer(4096)), pair.said.written
+
+        def written(notification):
+            region.expose(8, 0, 4096, 0)
+            heard(notification)
+
+        pair.said.written = written
+        pair.active.write(0, numbered(4096), dataclasses.replace(remote, key=remote.key ^ 0x55), 7, 0)
+        assert down(pair.said)[0] == 0
+
+
 def test_a_closed_endpoint_writes_nothing_and_says_so(devices):
     with verbs_pair(devices) as pair:
         remote = pair.passive.register(buffer(64)).expose(7, 0, 64, 0)
