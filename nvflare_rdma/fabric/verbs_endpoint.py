@@ -75,6 +75,8 @@ class VerbsEndpoint(Endpoint):
         self._tickets: dict[int, bytes] = {}
         self._listener: Listener | None = None
         self._started: set[int] = set()
+        #: Rails over which nothing is exposed any more; and those whose thread has nothing left to do.
+        self._ended: set[int] = set()
         self._over: set[int] = set()
         #: notification -> what the peer may write, once, and over which rail
         self._exposed: dict[int, _Exposure] = {}
@@ -212,26 +214,18 @@ class VerbsEndpoint(Endpoint):
 
     def expose(self, notification: int, memory: memoryview, rail: int) -> RemoteSlice:
         """See `Region.expose`."""
-        on = self._rails[rail]
+        nothing = RemoteSlice(0, 0, len(memory))
         try:
-            region = on.port.register(address_of(memory), len(memory), Access.EXPOSED)
+            with self._state:  # also while registering: the port is not closed meanwhile
+                if self._closed or rail not in self._started or rail in self._ended:
+                    return nothing  # the end of the rail, or of all, is being reported, and voids the grant
+                region = self._rails[rail].port.register(address_of(memory), len(memory), Access.EXPOSED)
+                self._exposed[notification] = _Exposure(region, memory, rail)
+            self._rails[rail].expect()
         except FabricError as error:
             # The rail ends, and with it what is granted over it: `rail_down` says why.
-            on.stop(error)
-            return RemoteSlice(0, 0, len(memory))
-        with self._state:
-            if rail in self._over or self._closed:
-                stale = True
-            else:
-                self._exposed[notification] = _Exposure(region, memory, rail)
-                stale = False
-        if stale:
-            region.close()
-            return RemoteSlice(0, 0, len(memory))
-        try:
-            on.expect()
-        except FabricError as error:
-            on.stop(error)
+            self._rails[rail].stop(error)
+            return nothing
         return RemoteSlice(region.rkey, address_of(memory), len(memory))
 
     def take(self, rail: int, notification: int) -> None:
@@ -273,6 +267,8 @@ class VerbsEndpoint(Endpoint):
 
     def rail_over(self, rail: int, error: Exception) -> None:
         with self._state:
+            # The key of what was exposed from here on would work over the other rails: nobody would close it.
+            self._ended.add(rail)
             mine = [number for number, exposure in self._exposed.items() if exposure.rail == rail]
             exposures = [self._exposed.pop(number) for number in mine]
         for exposure in exposures:

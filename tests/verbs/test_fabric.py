@@ -225,6 +225,31 @@ def test_an_exposure_while_its_rail_ends_crashes_nothing(devices):
         assert down(pair.said)[0] == 0
 
 
+def test_no_key_outlives_the_rail_that_it_was_granted_over(devices):
+    """The link grants over a rail until the end of the rail was reported, and it listens to the end of that."""
+    with verbs_pair(devices) as pair:
+        target, heard = buffer(4096), pair.heard.rail_down
+        slices = []
+
+        def rail_down(rail, error):
+            slices.append(pair.passive.register(target).expose(7, 0, 4096, rail))
+            heard(rail, error)
+
+        pair.heard.rail_down = rail_down
+        pair.passive.drop(0)
+        assert down(pair.heard)[0] == 0
+        pair.passive.expose(8, buffer(64), 1)  # its receive takes the notice
+        sent(pair, numbered(4096), slices[0], 8, rail=1)
+        assert REFUSED.search(str(down(pair.said)[1]))
+        assert bytes(target) == bytes(4096)
+
+
+def test_nothing_is_exposed_over_a_rail_that_was_never_opened(devices):
+    """A peer may say that it has opened more rails than there are, and the link believes it until they are reported."""
+    with verbs_pair(devices) as pair:
+        assert pair.passive.register(buffer(64)).expose(7, 0, 64, 50) == RemoteSlice(0, 0, 64)
+
+
 def test_a_closed_endpoint_writes_nothing_and_says_so(devices):
     with verbs_pair(devices) as pair:
         remote = pair.passive.register(buffer(64)).expose(7, 0, 64, 0)
