@@ -196,7 +196,7 @@ class VerbsRail:
                     raise self._broken(completion)
                 if completion.received:
                     self._take(completion)
-                else:
+                elif completion.number:
                     self._sent(completion.number)
 
     def _broken(self, completion: Completion) -> FabricError:

@@ -102,6 +102,23 @@ def test_a_device_that_carries_little_at_once_gets_chains_of_requests(devices):
         assert target == source
 
 
+def test_a_source_may_be_changed_when_it_was_written(devices, wires):
+    """Also while the bytes wait in a queue, for a way that is slow."""
+    size, count = 128 * 1024, 16  # sources are copied, each to where the one before was
+    links = ("va", "vb", "vc", "vd")
+    for link in links:
+        slow = ["tc", "qdisc", "replace", "dev", link, "root", "netem", "rate", "100mbit", "limit", "10000"]
+        subprocess.run(slow, check=True, timeout=DEADLINE)
+    with verbs_pair(devices, rails=1) as pair:
+        targets = [buffer(size) for _ in range(count)]
+        slices = [pair.passive.register(target).expose(n, 0, size, 0) for n, target in enumerate(targets)]
+        for n, remote in enumerate(slices):
+            sent(pair, buffer(size, n + 1), remote, n)
+        for _ in range(count):
+            pair.heard.landings.get(timeout=DEADLINE)
+        assert [set(bytes(target)) for target in targets] == [{n + 1} for n in range(count)]
+
+
 def test_a_source_that_spans_registrations(devices):
     with verbs_pair(devices) as pair:
         source = numbered(2 * EXTENT_BYTES + 9)
