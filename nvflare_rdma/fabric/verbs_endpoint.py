@@ -69,6 +69,7 @@ class VerbsEndpoint(Endpoint):
         self._ports = list(ports)
         self._fabric = fabric
         self._state = threading.Lock()
+        self._closing_ports = threading.Lock()
         self._closed = False
         self._rails: list[VerbsRail] = []
         #: What iWARP rails are connected with: see `verbs_cm`.
@@ -183,8 +184,9 @@ class VerbsEndpoint(Endpoint):
     def close(self) -> None:
         with self._state:
             self._closed = True
-        if self._listener is not None:
-            self._listener.stop()
+            listener = self._listener
+        if listener is not None:
+            listener.stop()
         for rail in self._rails:
             rail.stop(FabricError("closed"))
         for rail in self._rails:
@@ -193,19 +195,20 @@ class VerbsEndpoint(Endpoint):
 
     def _close_ports(self) -> None:
         """When no rail is left: children first (ibv_dealloc_pd(3) fails while there are some)."""
-        with self._state:
-            if not self._closed or self._started - self._over:
-                return  # the last rail's thread does it
-            ports, self._ports = self._ports, []
-            exposed, self._exposed = self._exposed, {}
-            listener, self._listener = self._listener, None
-        if listener is not None:
-            listener.close()
-        for exposure in exposed.values():
-            exposure.region.close()
-        for port in ports:
-            self._fabric.cache.drop(port)
-            port.close()
+        with self._closing_ports:  # to the end: when a thread of several returns from `close`, nothing is open
+            with self._state:
+                if not self._closed or self._started - self._over:
+                    return  # the last rail's thread does it
+                ports, self._ports = self._ports, []
+                exposed, self._exposed = self._exposed, {}
+                listener, self._listener = self._listener, None
+            if listener is not None:
+                listener.close()
+            for exposure in exposed.values():
+                exposure.region.close()
+            for port in ports:
+                self._fabric.cache.drop(port)
+                port.close()
 
     # -- receiving -----------------------------------------------------------------------------------------
 

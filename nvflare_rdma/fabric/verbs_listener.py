@@ -37,6 +37,7 @@ class Listener:
         self._waiting = dict(offered)
         self._taken: set[bytes] = set()
         self._lock = threading.Lock()
+        self._stopping = threading.Lock()
         self._stopped = False
         self._thread: threading.Thread | None = None
         self._listening: list[Any] = []
@@ -89,10 +90,11 @@ class Listener:
     def stop(self) -> None:
         """Tickets that were not used are void. Idempotent."""
         self._stopped = True
-        if self._thread is not None:
-            os.eventfd_write(self._wake, 1)
-            self._thread.join()
-            self._thread = None
+        with self._stopping:
+            if self._thread is not None:
+                os.eventfd_write(self._wake, 1)
+                self._thread.join()
+                self._thread = None
 
     def close(self) -> None:
         """After the queue pairs: their connections are on this event channel."""

@@ -154,13 +154,13 @@ class VerbsRail:
             self._thread.join(timeout)
 
     def _free(self) -> None:
-        with self._state:
+        with self._state:  # to the end: who calls it too closes the port next
             opened, self._opened = self._opened, []
-            wake, self._wake = self._wake, -1
-        for each in opened:  # the queue pair first: then nothing reads the rings
-            each.close()
-        if wake >= 0:
-            os.close(wake)
+            for each in opened:  # the queue pair first: then nothing reads the rings
+                each.close()
+            if self._wake >= 0:
+                os.close(self._wake)
+                self._wake = -1
 
     def _run(self) -> None:
         error: Exception

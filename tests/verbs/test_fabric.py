@@ -323,6 +323,39 @@ def test_nothing_is_left_of_endpoints_that_were_closed(devices):
     assert held() == before
 
 
+CLOSED_BY_MANY = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+from recorder import Recorder
+from verbs_pair import fabric
+sys.setswitchinterval(1e-6)
+for _ in range(8):
+    endpoint, _ = fabric(sys.argv[2]).offer(Recorder())
+    threads = [threading.Thread(target=endpoint.close) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+print("closed")
+"""
+
+
+def run_script(script, *arguments):
+    """In a process of its own, which may crash."""
+    support = str(Path(__file__).parents[1] / "support")
+    return subprocess.run(
+        [sys.executable, "-c", script, support, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_an_endpoint_is_closed_by_several_threads_at_once(devices):
+    done = run_script(CLOSED_BY_MANY, devices[0])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "closed\n", "")
+
+
 EXIT = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -335,13 +368,5 @@ print("open")
 
 
 def test_the_interpreter_ends_with_endpoints_open(devices):
-    support = str(Path(__file__).parents[1] / "support")
-    done = subprocess.run(
-        [sys.executable, "-c", EXIT, support, *devices],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_script(EXIT, *devices)
     assert (done.returncode, done.stdout, done.stderr) == (0, "open\n", "")
