@@ -86,7 +86,7 @@ class VerbsEndpoint(Endpoint):
             for number in range(count):
                 watches = number < len(self._ports)  # the first rail on a port
                 self._rails.append(VerbsRail(number, self._ports[number % len(self._ports)], self, watches))
-        except FabricError:
+        except BaseException:
             self.close()
             raise
         _endpoints.add(self)

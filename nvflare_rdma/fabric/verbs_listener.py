@@ -16,7 +16,7 @@ from typing import Any
 
 from nvflare_rdma.errors import FabricError, FabricUnavailable
 from nvflare_rdma.fabric.interfaces import IPAddress
-from nvflare_rdma.fabric.verbs_api import Port, close_all, descriptors, translated
+from nvflare_rdma.fabric.verbs_api import Port, close_all, descriptors, make_event, translated
 from nvflare_rdma.fabric.verbs_cm import Events, Identifier, make_identifier
 from nvflare_rdma.fabric.verbs_import import CMID, AddrInfo, ConnParam, ce
 from nvflare_rdma.fabric.verbs_queue_pair import QueuePair
@@ -45,9 +45,9 @@ class Listener:
         #: port -> TCP port
         self.services: dict[Port, int] = {}
         ports = list(dict.fromkeys(port for port, _ in offered.values()))
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._device = ports[0].info.device
+        self._wake = make_event(self._device)
         try:
-            self._device = ports[0].info.device
             self._events = Events(self._device)
             self._open.append(self._events)
             for port in ports:

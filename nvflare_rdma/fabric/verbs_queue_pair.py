@@ -114,7 +114,7 @@ class QueuePair:
                 attributes = QPInitAttr(qp_type=e.IBV_QPT_RC, scq=self._cq, rcq=self._cq, cap=capacity, sq_sig_all=0)
                 self._qp = QP(port.pd, attributes)
                 self._open.append(self._qp)
-        except FabricError:
+        except BaseException:  # see `Port`
             self.close()
             raise
         self.number: int = self._qp.qp_num

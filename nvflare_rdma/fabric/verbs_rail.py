@@ -23,7 +23,7 @@ from typing import Protocol
 
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice
-from nvflare_rdma.fabric.verbs_api import Access, MemoryRegion, Port
+from nvflare_rdma.fabric.verbs_api import Access, MemoryRegion, Port, make_event
 from nvflare_rdma.fabric.verbs_memory import Lease
 from nvflare_rdma.fabric.verbs_messages import GREETING, MESSAGE_BYTES, MessageRing, Notice, read, writes_of
 from nvflare_rdma.fabric.verbs_queue_pair import Completion, QueuePair, Work, messages_wait, writes_carry_immediates
@@ -92,7 +92,7 @@ class VerbsRail:
         self._max_message = 0
         self._thread: threading.Thread | None = None
         self._opened: list[QueuePair | MemoryRegion] = []
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake = make_event(port.info.device)
         try:
             self.queue_pair = QueuePair(port, self._sends, receives, MESSAGE_BYTES)
             self._opened.append(self.queue_pair)
@@ -102,7 +102,7 @@ class VerbsRail:
             self._opened.append(self._received.region)
             self.queue_pair.prepare()
             self.expect()  # the greeting
-        except FabricError:
+        except BaseException:
             self._free()
             raise
         self._inline = self.queue_pair.inline_bytes >= MESSAGE_BYTES

@@ -323,6 +323,38 @@ def test_nothing_is_left_of_endpoints_that_were_closed(devices):
     assert held() == before
 
 
+LAST = """
+import errno, os, sys
+sys.path.insert(0, sys.argv[1])
+from nvflare_rdma.errors import FabricError
+from recorder import Recorder
+from verbs_pair import VerbsPair, fabric, held
+VerbsPair(sys.argv[2:], 1).close()  # librdmacm keeps what it has opened
+before, make, made = held(), os.eventfd, []
+def one(*arguments):
+    if len(made) % 2:
+        made.clear()
+        raise OSError(errno.EMFILE, "Too many open files")
+    made.append(True)
+    return make(*arguments)
+os.eventfd = one
+for _ in range(3):
+    try:
+        fabric(sys.argv[2]).offer(Recorder())
+    except FabricError as error:
+        reason = error
+print(reason)
+print("the same" if held() == before else f"{held()}, was {before}")
+"""
+
+
+def test_an_endpoint_that_lacks_descriptors_leaves_nothing_open(devices):
+    done = run_script(LAST, *devices)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "`ulimit -n`" in done.stdout
+    assert done.stdout.endswith("the same\n")
+
+
 CLOSED_BY_MANY = """
 import sys, threading
 sys.path.insert(0, sys.argv[1])
