@@ -13,7 +13,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from nvflare_rdma.errors import FabricError, ProtocolError
 from nvflare_rdma.fabric.base import CompletionHandler, Fabric
 from nvflare_rdma.fabric.interfaces import IPAddress
 from nvflare_rdma.fabric.memory import SlotPool
@@ -45,7 +44,7 @@ class VerbsFabric(Fabric):
         endpoint = self._open(handler, self._count, "")
         try:
             endpoint.listen()
-        except FabricError:
+        except BaseException:
             endpoint.close()
             raise
         return endpoint, endpoint.describe()
@@ -55,7 +54,7 @@ class VerbsFabric(Fabric):
         endpoint = self._open(handler, min(self._count, len(peer)), peer[0].port.gid.family)
         try:
             endpoint.connect(peer, passive=False)
-        except (FabricError, ProtocolError):
+        except BaseException:
             endpoint.close()
             raise
         return endpoint
@@ -68,7 +67,7 @@ class VerbsFabric(Fabric):
                 gid, why = choose_gid(info, options, self._near, family)
                 log.info("verbs: %s, %s: %s", info, gid, why)
                 ports.append(Port(info, gid))
-        except FabricError:
+        except BaseException:
             for port in ports:
                 port.close()
             raise

@@ -19,7 +19,7 @@ from nvflare_rdma.errors import FabricError
 from nvflare_rdma.fabric.verbs_devices import IWARP, Gid, PortInfo
 from nvflare_rdma.fabric.verbs_import import MR, PD, Context, PyverbsError, e
 
-_Made = TypeVar("_Made")
+_Made = TypeVar("_Made", bound="Closable")
 
 _ERRNO_HINTS = {
     errno.ENOMEM: "the limit of locked memory may be used up: `ulimit -l unlimited`",
@@ -28,6 +28,7 @@ _ERRNO_HINTS = {
     errno.ENODEV: "the device is gone",
     errno.EIO: "the device is gone, or its driver failed: see dmesg",
     errno.ETIMEDOUT: "the peer's address does not answer (no neighbour, or no route to it)",
+    errno.EMFILE: "this process has too many files open: `ulimit -n`",
     errno.EFAULT: "the memory is not mapped, or not for this kind of access",
 }
 #: A port that goes down may come up again before the queue pairs have given up: that is none.
@@ -37,11 +38,11 @@ _EVENTS = {value: name.removeprefix("IBV_EVENT_") for name, value in vars(e).ite
 
 @contextlib.contextmanager
 def translated(device: str, what: str) -> Iterator[None]:
-    """Raise FabricError for what pyverbs raises while ``device`` does ``what``."""
+    """Raise FabricError for what pyverbs, or the system, raises while ``device`` does ``what``."""
     try:
         yield
-    except PyverbsError as error:
-        code = getattr(error, "error_code", -1)
+    except (PyverbsError, OSError) as error:
+        code = error.errno if isinstance(error, OSError) else getattr(error, "error_code", -1)
         hint = _ERRNO_HINTS.get(code, "")
         raise FabricError(f"{device}: {what} failed: {error}{f' ({hint})' if hint else ''}") from error
 
@@ -67,7 +68,11 @@ def with_descriptor(make: Callable[[], _Made], attribute: str, kind: str = "infi
         made = make()
         fd = getattr(made, attribute, None)
         if fd is None:
-            (fd,) = _event_descriptors(kind) - before
+            opened = _event_descriptors(kind) - before
+            if len(opened) != 1:
+                made.close()
+                raise OSError("another part of this process opened event descriptors at the same moment")
+            fd = opened.pop()
     os.set_blocking(fd, False)
     return made, fd
 
@@ -107,7 +112,7 @@ class Port:
             with translated(info.device, "allocating a protection domain"):
                 self.pd = PD(self.context)
                 self._open.append(self.pd)
-        except FabricError:
+        except BaseException:  # left to the garbage collector, it is closed in any order: that crashes
             self.close()
             raise
         self.mtu: int = port.active_mtu
@@ -150,6 +155,12 @@ class Port:
 
 class Closable(Protocol):
     def close(self) -> None: ...
+
+
+def make_event(device: str) -> int:
+    """An eventfd(2) that doesn't block. Raises FabricError."""
+    with translated(device, "making an eventfd"):
+        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
 
 def close_all(opened: list[Any]) -> None:

@@ -69,12 +69,15 @@ class VerbsEndpoint(Endpoint):
         self._ports = list(ports)
         self._fabric = fabric
         self._state = threading.Lock()
+        self._closing_ports = threading.Lock()
         self._closed = False
         self._rails: list[VerbsRail] = []
         #: What iWARP rails are connected with: see `verbs_cm`.
         self._tickets: dict[int, bytes] = {}
         self._listener: Listener | None = None
         self._started: set[int] = set()
+        #: Rails over which nothing is exposed any more; and those whose thread has nothing left to do.
+        self._ended: set[int] = set()
         self._over: set[int] = set()
         #: notification -> what the peer may write, once, and over which rail
         self._exposed: dict[int, _Exposure] = {}
@@ -83,7 +86,7 @@ class VerbsEndpoint(Endpoint):
             for number in range(count):
                 watches = number < len(self._ports)  # the first rail on a port
                 self._rails.append(VerbsRail(number, self._ports[number % len(self._ports)], self, watches))
-        except FabricError:
+        except BaseException:
             self.close()
             raise
         _endpoints.add(self)
@@ -181,8 +184,9 @@ class VerbsEndpoint(Endpoint):
     def close(self) -> None:
         with self._state:
             self._closed = True
-        if self._listener is not None:
-            self._listener.stop()
+            listener = self._listener
+        if listener is not None:
+            listener.stop()
         for rail in self._rails:
             rail.stop(FabricError("closed"))
         for rail in self._rails:
@@ -191,19 +195,20 @@ class VerbsEndpoint(Endpoint):
 
     def _close_ports(self) -> None:
         """When no rail is left: children first (ibv_dealloc_pd(3) fails while there are some)."""
-        with self._state:
-            if not self._closed or self._started - self._over:
-                return  # the last rail's thread does it
-            ports, self._ports = self._ports, []
-            exposed, self._exposed = self._exposed, {}
-            listener, self._listener = self._listener, None
-        if listener is not None:
-            listener.close()
-        for exposure in exposed.values():
-            exposure.region.close()
-        for port in ports:
-            self._fabric.cache.drop(port)
-            port.close()
+        with self._closing_ports:  # to the end: when a thread of several returns from `close`, nothing is open
+            with self._state:
+                if not self._closed or self._started - self._over:
+                    return  # the last rail's thread does it
+                ports, self._ports = self._ports, []
+                exposed, self._exposed = self._exposed, {}
+                listener, self._listener = self._listener, None
+            if listener is not None:
+                listener.close()
+            for exposure in exposed.values():
+                exposure.region.close()
+            for port in ports:
+                self._fabric.cache.drop(port)
+                port.close()
 
     # -- receiving -----------------------------------------------------------------------------------------
 
@@ -212,26 +217,18 @@ class VerbsEndpoint(Endpoint):
 
     def expose(self, notification: int, memory: memoryview, rail: int) -> RemoteSlice:
         """See `Region.expose`."""
-        on = self._rails[rail]
+        nothing = RemoteSlice(0, 0, len(memory))
         try:
-            region = on.port.register(address_of(memory), len(memory), Access.EXPOSED)
+            with self._state:  # also while registering: the port is not closed meanwhile
+                if self._closed or rail not in self._started or rail in self._ended:
+                    return nothing  # the end of the rail, or of all, is being reported, and voids the grant
+                region = self._rails[rail].port.register(address_of(memory), len(memory), Access.EXPOSED)
+                self._exposed[notification] = _Exposure(region, memory, rail)
+            self._rails[rail].expect()
         except FabricError as error:
             # The rail ends, and with it what is granted over it: `rail_down` says why.
-            on.stop(error)
-            return RemoteSlice(0, 0, len(memory))
-        with self._state:
-            if rail in self._over or self._closed:
-                stale = True
-            else:
-                self._exposed[notification] = _Exposure(region, memory, rail)
-                stale = False
-        if stale:
-            region.close()
-            return RemoteSlice(0, 0, len(memory))
-        try:
-            on.expect()
-        except FabricError as error:
-            on.stop(error)
+            self._rails[rail].stop(error)
+            return nothing
         return RemoteSlice(region.rkey, address_of(memory), len(memory))
 
     def take(self, rail: int, notification: int) -> None:
@@ -273,6 +270,8 @@ class VerbsEndpoint(Endpoint):
 
     def rail_over(self, rail: int, error: Exception) -> None:
         with self._state:
+            # The key of what was exposed from here on would work over the other rails: nobody would close it.
+            self._ended.add(rail)
             mine = [number for number, exposure in self._exposed.items() if exposure.rail == rail]
             exposures = [self._exposed.pop(number) for number in mine]
         for exposure in exposures:

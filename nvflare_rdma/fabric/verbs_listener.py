@@ -16,7 +16,7 @@ from typing import Any
 
 from nvflare_rdma.errors import FabricError, FabricUnavailable
 from nvflare_rdma.fabric.interfaces import IPAddress
-from nvflare_rdma.fabric.verbs_api import Port, close_all, descriptors, translated
+from nvflare_rdma.fabric.verbs_api import Port, close_all, descriptors, make_event, translated
 from nvflare_rdma.fabric.verbs_cm import Events, Identifier, make_identifier
 from nvflare_rdma.fabric.verbs_import import CMID, AddrInfo, ConnParam, ce
 from nvflare_rdma.fabric.verbs_queue_pair import QueuePair
@@ -37,6 +37,7 @@ class Listener:
         self._waiting = dict(offered)
         self._taken: set[bytes] = set()
         self._lock = threading.Lock()
+        self._stopping = threading.Lock()
         self._stopped = False
         self._thread: threading.Thread | None = None
         self._listening: list[Any] = []
@@ -44,9 +45,9 @@ class Listener:
         #: port -> TCP port
         self.services: dict[Port, int] = {}
         ports = list(dict.fromkeys(port for port, _ in offered.values()))
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._device = ports[0].info.device
+        self._wake = make_event(self._device)
         try:
-            self._device = ports[0].info.device
             self._events = Events(self._device)
             self._open.append(self._events)
             for port in ports:
@@ -89,10 +90,11 @@ class Listener:
     def stop(self) -> None:
         """Tickets that were not used are void. Idempotent."""
         self._stopped = True
-        if self._thread is not None:
-            os.eventfd_write(self._wake, 1)
-            self._thread.join()
-            self._thread = None
+        with self._stopping:
+            if self._thread is not None:
+                os.eventfd_write(self._wake, 1)
+                self._thread.join()
+                self._thread = None
 
     def close(self) -> None:
         """After the queue pairs: their connections are on this event channel."""

@@ -75,7 +75,8 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """``number`` is what the work or the receive was posted with. ``immediate`` is None unless the peer's write carried
+    """``number`` is what the work or the receive was posted with, 0 for requests that others follow in a chain (where
+    those are completed one by one). ``immediate`` is None unless the peer's write carried
     one; ``error`` is "" or what went wrong, with a hint."""
 
     received: bool
@@ -113,7 +114,7 @@ class QueuePair:
                 attributes = QPInitAttr(qp_type=e.IBV_QPT_RC, scq=self._cq, rcq=self._cq, cap=capacity, sq_sig_all=0)
                 self._qp = QP(port.pd, attributes)
                 self._open.append(self._qp)
-        except FabricError:
+        except BaseException:  # see `Port`
             self.close()
             raise
         self.number: int = self._qp.qp_num
@@ -163,15 +164,18 @@ class QueuePair:
             request.close()  # its finaliser leaks
 
     def post(self, works: Sequence[Work], number: int) -> None:
-        """Post work requests as one chain; the last is completed as ``number``, and with it those before."""
+        """Post work requests as one chain; the last is completed as ``number`` (not 0), and with it those before."""
+        # siw sends what is not signaled without a copy, so that TCP may read it after all of the chain is completed
+        # (siw_qp_tx.c, SENDPAGE_THRESH).
+        each = e.IBV_SEND_SIGNALED if self._port.info.transport == IWARP else 0
         requests: list[Any] = []
         try:
             for work in reversed(works):
-                flags = 0 if requests else e.IBV_SEND_SIGNALED
+                flags = each if requests else e.IBV_SEND_SIGNALED
                 if work.inline:
                     flags |= e.IBV_SEND_INLINE
                 request = SendWR(
-                    wr_id=number,
+                    wr_id=0 if requests else number,
                     opcode=work.opcode,
                     num_sge=len(work.segments),
                     sg=[SGE(s.address, s.length, s.lkey) for s in work.segments],

@@ -23,7 +23,7 @@ from typing import Protocol
 
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice
-from nvflare_rdma.fabric.verbs_api import Access, MemoryRegion, Port
+from nvflare_rdma.fabric.verbs_api import Access, MemoryRegion, Port, make_event
 from nvflare_rdma.fabric.verbs_memory import Lease
 from nvflare_rdma.fabric.verbs_messages import GREETING, MESSAGE_BYTES, MessageRing, Notice, read, writes_of
 from nvflare_rdma.fabric.verbs_queue_pair import Completion, QueuePair, Work, messages_wait, writes_carry_immediates
@@ -92,7 +92,7 @@ class VerbsRail:
         self._max_message = 0
         self._thread: threading.Thread | None = None
         self._opened: list[QueuePair | MemoryRegion] = []
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake = make_event(port.info.device)
         try:
             self.queue_pair = QueuePair(port, self._sends, receives, MESSAGE_BYTES)
             self._opened.append(self.queue_pair)
@@ -102,7 +102,7 @@ class VerbsRail:
             self._opened.append(self._received.region)
             self.queue_pair.prepare()
             self.expect()  # the greeting
-        except FabricError:
+        except BaseException:
             self._free()
             raise
         self._inline = self.queue_pair.inline_bytes >= MESSAGE_BYTES
@@ -154,13 +154,13 @@ class VerbsRail:
             self._thread.join(timeout)
 
     def _free(self) -> None:
-        with self._state:
+        with self._state:  # to the end: who calls it too closes the port next
             opened, self._opened = self._opened, []
-            wake, self._wake = self._wake, -1
-        for each in opened:  # the queue pair first: then nothing reads the rings
-            each.close()
-        if wake >= 0:
-            os.close(wake)
+            for each in opened:  # the queue pair first: then nothing reads the rings
+                each.close()
+            if self._wake >= 0:
+                os.close(self._wake)
+                self._wake = -1
 
     def _run(self) -> None:
         error: Exception
@@ -196,7 +196,7 @@ class VerbsRail:
                     raise self._broken(completion)
                 if completion.received:
                     self._take(completion)
-                else:
+                elif completion.number:
                     self._sent(completion.number)
 
     def _broken(self, completion: Completion) -> FabricError:
@@ -216,11 +216,11 @@ class VerbsRail:
         if not isinstance(error, ProtocolError):
             with contextlib.suppress(FabricError, ProtocolError):
                 self._complete()  # what came before the error counts
-        self.queue_pair.close()
+        # First: who exposes meanwhile posts a receive, and pyverbs crashes with a queue pair that is closed.
+        self._free()
         for write in self._writes.values():
             self._over(write)
         self._writes.clear()
-        self._free()
         self._owner.rail_over(self.number, error)
 
     # -- receiving -----------------------------------------------------------------------------------------

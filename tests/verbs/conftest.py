@@ -1,3 +1,4 @@
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,15 @@ def network() -> Path:
     if not Path("/run/guest/command").exists():
         pytest.skip("not in the guest of 'make test-verbs', whose wires this test needs")
     return Path(__file__).parents[1] / "guest" / "network.sh"
+
+
+@pytest.fixture
+def wires(network):
+    """Puts back whatever a test takes away."""
+
+    def up():
+        subprocess.run(["sh", network, "up"], check=True, timeout=30)
+
+    up()
+    yield up
+    up()

@@ -102,6 +102,23 @@ def test_a_device_that_carries_little_at_once_gets_chains_of_requests(devices):
         assert target == source
 
 
+def test_a_source_may_be_changed_when_it_was_written(devices, wires):
+    """Also while the bytes wait in a queue, for a way that is slow."""
+    size, count = 128 * 1024, 16  # sources are copied, each to where the one before was
+    links = ("va", "vb", "vc", "vd")
+    for link in links:
+        slow = ["tc", "qdisc", "replace", "dev", link, "root", "netem", "rate", "100mbit", "limit", "10000"]
+        subprocess.run(slow, check=True, timeout=DEADLINE)
+    with verbs_pair(devices, rails=1) as pair:
+        targets = [buffer(size) for _ in range(count)]
+        slices = [pair.passive.register(target).expose(n, 0, size, 0) for n, target in enumerate(targets)]
+        for n, remote in enumerate(slices):
+            sent(pair, buffer(size, n + 1), remote, n)
+        for _ in range(count):
+            pair.heard.landings.get(timeout=DEADLINE)
+        assert [set(bytes(target)) for target in targets] == [{n + 1} for n in range(count)]
+
+
 def test_a_source_that_spans_registrations(devices):
     with verbs_pair(devices) as pair:
         source = numbered(2 * EXTENT_BYTES + 9)
@@ -210,6 +227,46 @@ def test_a_dropped_rail_is_reported_by_both_sides_and_the_others_go_on(devices):
         assert pair.heard.failures.empty()
 
 
+def test_an_exposure_while_its_rail_ends_crashes_nothing(devices):
+    """The link exposes under its lock, for which the rail's thread waits when it reports the writes that it ends."""
+    with verbs_pair(devices) as pair:
+        remote = pair.passive.register(buffer(4096)).expose(7, 0, 4096, 0)
+        region, heard = pair.active.register(buffer(4096)), pair.said.written
+
+        def written(notification):
+            region.expose(8, 0, 4096, 0)
+            heard(notification)
+
+        pair.said.written = written
+        pair.active.write(0, numbered(4096), dataclasses.replace(remote, key=remote.key ^ 0x55), 7, 0)
+        assert down(pair.said)[0] == 0
+
+
+def test_no_key_outlives_the_rail_that_it_was_granted_over(devices):
+    """The link grants over a rail until the end of the rail was reported, and it listens to the end of that."""
+    with verbs_pair(devices) as pair:
+        target, heard = buffer(4096), pair.heard.rail_down
+        slices = []
+
+        def rail_down(rail, error):
+            slices.append(pair.passive.register(target).expose(7, 0, 4096, rail))
+            heard(rail, error)
+
+        pair.heard.rail_down = rail_down
+        pair.passive.drop(0)
+        assert down(pair.heard)[0] == 0
+        pair.passive.expose(8, buffer(64), 1)  # its receive takes the notice
+        sent(pair, numbered(4096), slices[0], 8, rail=1)
+        assert REFUSED.search(str(down(pair.said)[1]))
+        assert bytes(target) == bytes(4096)
+
+
+def test_nothing_is_exposed_over_a_rail_that_was_never_opened(devices):
+    """A peer may say that it has opened more rails than there are, and the link believes it until they are reported."""
+    with verbs_pair(devices) as pair:
+        assert pair.passive.register(buffer(64)).expose(7, 0, 64, 50) == RemoteSlice(0, 0, 64)
+
+
 def test_a_closed_endpoint_writes_nothing_and_says_so(devices):
     with verbs_pair(devices) as pair:
         remote = pair.passive.register(buffer(64)).expose(7, 0, 64, 0)
@@ -266,6 +323,71 @@ def test_nothing_is_left_of_endpoints_that_were_closed(devices):
     assert held() == before
 
 
+LAST = """
+import errno, os, sys
+sys.path.insert(0, sys.argv[1])
+from nvflare_rdma.errors import FabricError
+from recorder import Recorder
+from verbs_pair import VerbsPair, fabric, held
+VerbsPair(sys.argv[2:], 1).close()  # librdmacm keeps what it has opened
+before, make, made = held(), os.eventfd, []
+def one(*arguments):
+    if len(made) % 2:
+        made.clear()
+        raise OSError(errno.EMFILE, "Too many open files")
+    made.append(True)
+    return make(*arguments)
+os.eventfd = one
+for _ in range(3):
+    try:
+        fabric(sys.argv[2]).offer(Recorder())
+    except FabricError as error:
+        reason = error
+print(reason)
+print("the same" if held() == before else f"{held()}, was {before}")
+"""
+
+
+def test_an_endpoint_that_lacks_descriptors_leaves_nothing_open(devices):
+    done = run_script(LAST, *devices)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "`ulimit -n`" in done.stdout
+    assert done.stdout.endswith("the same\n")
+
+
+CLOSED_BY_MANY = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+from recorder import Recorder
+from verbs_pair import fabric
+sys.setswitchinterval(1e-6)
+for _ in range(8):
+    endpoint, _ = fabric(sys.argv[2]).offer(Recorder())
+    threads = [threading.Thread(target=endpoint.close) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+print("closed")
+"""
+
+
+def run_script(script, *arguments):
+    """In a process of its own, which may crash."""
+    support = str(Path(__file__).parents[1] / "support")
+    return subprocess.run(
+        [sys.executable, "-c", script, support, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_an_endpoint_is_closed_by_several_threads_at_once(devices):
+    done = run_script(CLOSED_BY_MANY, devices[0])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "closed\n", "")
+
+
 EXIT = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -278,13 +400,5 @@ print("open")
 
 
 def test_the_interpreter_ends_with_endpoints_open(devices):
-    support = str(Path(__file__).parents[1] / "support")
-    done = subprocess.run(
-        [sys.executable, "-c", EXIT, support, *devices],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_script(EXIT, *devices)
     assert (done.returncode, done.stdout, done.stderr) == (0, "open\n", "")

@@ -43,18 +43,6 @@ def connect(tmp_path, fabric):
     return lambda **options: link_peer(tmp_path / "peer.log", **{"fabric": fabric, "depth": 4, **options})
 
 
-@pytest.fixture
-def wires(network):
-    """Puts back whatever a test takes away."""
-
-    def up():
-        subprocess.run(["sh", network, "up"], check=True, timeout=DEADLINE)
-
-    up()
-    yield up
-    up()
-
-
 def command(*words):
     subprocess.run(words, check=True, timeout=DEADLINE)
 
