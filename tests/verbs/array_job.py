@@ -1,7 +1,7 @@
 """One round of FedAvg with one site, over rdma: a server and a client, each a process. No torch: it takes long to load
 on an emulated CPU.
 
-    python array_job.py FOLDER SIZE     in FOLDER: initial.npy, received.npy, sent.npy, and the workspace
+    python array_job.py FOLDER SIZE SECONDS     in FOLDER: initial.npy, received.npy, sent.npy, and the workspace ws
 """
 
 import sys
@@ -12,12 +12,13 @@ import numpy as np
 HERE = Path(__file__).parent
 
 
-def main() -> None:
+def main() -> int:
     from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
+    from nvflare.private.fed.app.simulator import simulator_runner
 
-    from nvflare_rdma.simulator import RdmaSimEnv
+    from nvflare_rdma import simulator
 
-    folder, size = Path(sys.argv[1]), int(sys.argv[2])
+    folder, size, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     np.save(folder / "initial.npy", np.random.default_rng(3).standard_normal(size // 4, np.float32))
     recipe = NumpyFedAvgRecipe(
         name="array",
@@ -27,8 +28,11 @@ def main() -> None:
         train_script=str(HERE / "array_client.py"),
         train_args=str(folder),
     )
-    recipe.execute(RdmaSimEnv(num_clients=1, workspace_root=str(folder / "ws"), scheme="rdma"))
+    recipe.export(str(folder))
+    # A site's process has so long to load FLARE; the simulator gives it a minute, and has no option for more.
+    simulator_runner.parse_vars = lambda items: {"simulator_worker_timeout": seconds}
+    return simulator.main([str(folder / "array"), "-w", str(folder / "ws"), "-n", "1", "-t", "1", "--scheme", "rdma"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

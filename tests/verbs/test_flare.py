@@ -22,7 +22,8 @@ MIB = 1 << 20
 @pytest.mark.flare
 def test_a_round_of_a_job_goes_over_the_device(devices, tmp_path):
     size = 8 * MIB
-    done = run(HERE / "array_job.py", str(tmp_path), str(size), timeout=2 * DEADLINE, NVFLARE_RDMA_FABRICS="verbs")
+    arguments = str(tmp_path), str(size), str(DEADLINE)
+    done = run(HERE / "array_job.py", *arguments, timeout=2 * DEADLINE, NVFLARE_RDMA_FABRICS="verbs")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     logs = {log.parent.name: log.read_text() for log in (tmp_path / "ws").rglob("log.txt")}
     assert (tmp_path / "sent.npy").exists(), done.stdout[-4000:] + "\n".join(text[-8000:] for text in logs.values())
