@@ -3,11 +3,11 @@
 >>> import numpy as np
 >>> from nvflare_rdma.codecs import get_codec
 >>> codec, x = get_codec("normfloat4"), np.linspace(-1, 1, 128, dtype=np.float32)
->>> codes = np.empty(codec.codes_count(x.size), codec.code_dtype)
->>> scales = np.empty(codec.scales_count(x.size), np.float32)
->>> codec.encode_into(x, codes, scales)
->>> codec.encoded_nbytes(x.size), codes.size + scales.nbytes
-(72, 72)
+>>> out = bytearray(codec.encoded_nbytes(x.size))
+>>> codec.encode_into(x, out)
+72
+>>> {name: part.size for name, part in codec.parts(out, x.size).items()}
+{'scales': 2, 'codes': 64}
 """
 
 from collections.abc import Callable

@@ -1,9 +1,11 @@
 """The block-scaled codecs that bitsandbytes also has: 8-bit dynamic and 4-bit NormalFloat."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from nvflare_rdma.codecs.base import Array, Codec, Float32, scratch
+from nvflare_rdma.codecs.base import Codec, Float32, Layout, Parts, scratch
 from nvflare_rdma.codecs.tables import dynamic_map, normal_float4
 from nvflare_rdma.errors import UnrepresentableError
 
@@ -17,10 +19,12 @@ class _BlockScaled(Codec):
     half_gap: np.float32  # largest distance from a normalised value to its table entry, before rounding errors
     weak_below: np.float32  # blocks whose absmax is below this keep less than `half_gap` promises
 
-    def scales_count(self, n: int) -> int:
-        return -(-n // self.block_size)
+    def layout(self, n: int) -> Layout:
+        codes = -(-n * self.bits // 8)
+        return ("scales", np.float32, -(-n // self.block_size)), ("codes", np.uint8, codes)
 
-    def max_abs_error(self, values: Float32, scales: Float32) -> Float32:
+    def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
+        scales = self.parts(encoded, values.size)["scales"]
         bound = scales * (self.half_gap + _EPS) + _TINY
         bound = np.where(scales < self.weak_below, scales + _TINY, bound).astype(np.float32)
         return np.repeat(bound, self.block_size)[: values.size]
@@ -68,7 +72,6 @@ class Blockwise8(_BlockScaled):
     name = "blockwise8"
     bits = 8
     block_size = 4096
-    code_dtype = np.dtype(np.uint8)
     half_gap = np.float32(0.00703125 + 1.0 / 65535)
     weak_below = np.float32(2.0**-127)
 
@@ -80,11 +83,12 @@ class Blockwise8(_BlockScaled):
         middles = np.float32(0.5) * (self.table[:-1] + self.table[1:])
         self._nearest: NDArray[np.uint8] = np.searchsorted(middles, points, side="left").astype(np.uint8)
 
-    def _encode_tile(self, values: Float32, codes: Array, scales: Float32) -> None:
+    def _encode_tile(self, values: Float32, parts: Parts) -> None:
+        codes, scales = parts["codes"], parts["scales"]
         self._absmax(values, scales)
         position = scratch("position", np.float32, values.size)
         with np.errstate(all="ignore"):
-            inverse = np.float32(1) / scales
+            inverse: Float32 = np.divide(np.float32(1), scales)
         self._times_scales(values, inverse, position)
         if not np.isfinite(inverse).all():
             # An all-zero block gives 0 * inf, and so does a zero beside denormals: both get code 0.
@@ -97,7 +101,8 @@ class Blockwise8(_BlockScaled):
         np.copyto(index, position, casting="unsafe")
         np.take(self._nearest, index, out=codes, mode="clip")
 
-    def _decode_tile(self, codes: Array, scales: Float32, out: Float32) -> None:
+    def _decode_tile(self, parts: Parts, out: Float32) -> None:
+        codes, scales = parts["codes"], parts["scales"]
         index = scratch("index", np.intp, codes.size)
         np.copyto(index, codes)
         normalised = scratch("position", np.float32, codes.size)
@@ -120,7 +125,6 @@ class NormalFloat4(_BlockScaled):
     name = "normfloat4"
     bits = 4
     block_size = 64
-    code_dtype = np.dtype(np.uint8)
     weak_below = np.float32(1e-38)
 
     def __init__(self) -> None:
@@ -131,10 +135,8 @@ class NormalFloat4(_BlockScaled):
         pairs = np.stack([self.table[byte >> 4], self.table[byte & 15]], axis=1)
         self._pairs = np.ascontiguousarray(pairs).view(np.uint64).reshape(256)  # both values in one 8-byte load
 
-    def codes_count(self, n: int) -> int:
-        return -(-n // 2)
-
-    def _encode_tile(self, values: Float32, codes: Array, scales: Float32) -> None:
+    def _encode_tile(self, values: Float32, parts: Parts) -> None:
+        codes, scales = parts["codes"], parts["scales"]
         full = self._absmax(values, scales)
         floor = np.float32(1e-38)
         normalised = scratch("position", np.float32, values.size)
@@ -159,7 +161,8 @@ class NormalFloat4(_BlockScaled):
         if values.size % 2:
             codes[-1] = (int(code[-1]) << 4) | 7  # 7 is the code of 0
 
-    def _decode_tile(self, codes: Array, scales: Float32, out: Float32) -> None:
+    def _decode_tile(self, parts: Parts, out: Float32) -> None:
+        codes, scales = parts["codes"], parts["scales"]
         index = scratch("index", np.intp, codes.size)
         np.copyto(index, codes)
         pairs = scratch("pairs", np.uint64, codes.size)

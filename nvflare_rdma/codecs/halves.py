@@ -1,9 +1,11 @@
 """The 16-bit codecs: IEEE half precision and bfloat16. No blocks, no scales."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from nvflare_rdma.codecs.base import Array, Codec, Float32
+from nvflare_rdma.codecs.base import Codec, Float32, Layout, Parts
 from nvflare_rdma.codecs.bf16 import bf16_to_float32, float32_to_bf16
 from nvflare_rdma.errors import UnrepresentableError
 
@@ -29,20 +31,23 @@ class Float16(Codec):
     name = "float16"
     bits = 16
     block_size = 1
-    code_dtype = np.dtype(np.float16)
 
-    def max_abs_error(self, values: Float32, scales: Float32) -> Float32:
+    def layout(self, n: int) -> Layout:
+        return (("codes", np.float16, n),)
+
+    def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
         return np.abs(values) * np.float32(2.0**-11) + np.float32(2.0**-25)
 
-    def _encode_tile(self, values: Float32, codes: Array, scales: Float32) -> None:
+    def _encode_tile(self, values: Float32, parts: Parts) -> None:
+        codes = parts["codes"]
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             np.copyto(codes, values, casting="unsafe")
         magnitude = codes.view(np.uint16) & np.uint16(0x7FFF)
         _refuse_overflow(self.name, magnitude == 0x7C00, values)
 
-    def _decode_tile(self, codes: Array, scales: Float32, out: Float32) -> None:
+    def _decode_tile(self, parts: Parts, out: Float32) -> None:
         with np.errstate(invalid="ignore"):
-            np.copyto(out, codes)
+            np.copyto(out, parts["codes"])
 
 
 class BFloat16(Codec):
@@ -55,14 +60,17 @@ class BFloat16(Codec):
     name = "bfloat16"
     bits = 16
     block_size = 1
-    code_dtype = np.dtype(np.uint16)
 
-    def max_abs_error(self, values: Float32, scales: Float32) -> Float32:
+    def layout(self, n: int) -> Layout:
+        return (("codes", np.uint16, n),)
+
+    def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
         return np.abs(values) * np.float32(2.0**-8) + np.float32(2.0**-134)
 
-    def _encode_tile(self, values: Float32, codes: Array, scales: Float32) -> None:
+    def _encode_tile(self, values: Float32, parts: Parts) -> None:
+        codes = parts["codes"]
         float32_to_bf16(values, codes)
         _refuse_overflow(self.name, (codes & np.uint16(0x7FFF)) == 0x7F80, values)
 
-    def _decode_tile(self, codes: Array, scales: Float32, out: Float32) -> None:
-        bf16_to_float32(codes, out)
+    def _decode_tile(self, parts: Parts, out: Float32) -> None:
+        bf16_to_float32(parts["codes"], out)

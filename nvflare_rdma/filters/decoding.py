@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nvflare_rdma.codecs import CODEC_NAMES, Blockwise8, Codec, get_codec
-from nvflare_rdma.codecs.base import Array, Float32
+from nvflare_rdma.codecs.base import Array, Float32, Parts
 from nvflare_rdma.codecs.tensors import (
     FLOAT_NAMES,
     dtype_name,
@@ -84,18 +84,18 @@ def _require(name: str, condition: bool, problem: str) -> None:
 def _decode_half(name: str, value: Any, state: dict[str, Any], source: str, codec: Codec) -> Any:
     wanted = "uint16" if codec.name == "bfloat16" and not is_torch(value) else codec.name
     _require(name, dtype_name(value) == wanted, f"the codes have dtype {dtype_name(value)}, not {wanted}")
-    return _decode(name, to_flat(value), np.empty(0, np.float32), tuple(value.shape), source, codec, is_torch(value))
+    return _decode(name, {"codes": to_flat(value)}, tuple(value.shape), source, codec, is_torch(value))
 
 
 def _decode_blockwise8(name: str, value: Any, state: dict[str, Any], source: str, codec: Codec) -> Any:
     codes = _codes(name, value)
-    scales = _scales(name, state, codec.scales_count(codes.size))
+    scales = _scales(name, state, codec, codes.size)
     table = _floats(name, state, "code", 256)
     default: Float32 = codec.table  # type: ignore[attr-defined]
     if not np.array_equal(table, default):  # bitsandbytes' table differs in last bits between processors
         _require(name, bool((np.abs(table) <= 1).all()), "'code' holds values outside [-1, 1]")
         codec = Blockwise8(table)
-    return _decode(name, codes, scales, tuple(value.shape), source, codec, is_torch(value))
+    return _decode(name, {"scales": scales, "codes": codes}, tuple(value.shape), source, codec, is_torch(value))
 
 
 def _decode_normfloat4(name: str, value: Any, state: dict[str, Any], source: str, codec: Codec) -> Any:
@@ -107,15 +107,15 @@ def _decode_normfloat4(name: str, value: Any, state: dict[str, Any], source: str
     n = 1
     for d in shape:
         n *= d
-    _require(name, codes.size == codec.codes_count(n), f"{codes.size} bytes of codes don't make shape {list(shape)}")
+    _require(name, codes.size == -(-n // 2), f"{codes.size} bytes of codes don't make shape {list(shape)}")
     for key, wanted in (("quant_type", "nf4"), ("blocksize", codec.block_size), ("dtype", source)):
         _require(name, state.get(key) == wanted, f"'{key}' is {state.get(key)!r}, not {wanted!r}")
     _require(name, "nested_absmax" not in state, "its scales are quantized as well, which is not supported")
-    scales = _scales(name, state, codec.scales_count(n))
+    scales = _scales(name, state, codec, n)
     table = _floats(name, state, "quant_map", 16)
     default: Float32 = codec.table  # type: ignore[attr-defined]
     _require(name, np.array_equal(table, default), "'quant_map' is not that of NormalFloat4")
-    return _decode(name, codes, scales, tuple(shape), source, codec, is_torch(value))
+    return _decode(name, {"scales": scales, "codes": codes}, tuple(shape), source, codec, is_torch(value))
 
 
 _DECODERS: dict[str, Callable[[str, Any, dict[str, Any], str, Codec], Any]] = {
@@ -126,15 +126,13 @@ _DECODERS: dict[str, Callable[[str, Any, dict[str, Any], str, Codec], Any]] = {
 }
 
 
-def _decode(
-    name: str, codes: Array, scales: Float32, shape: tuple[int, ...], source: str, codec: Codec, in_torch: bool
-) -> Any:
+def _decode(name: str, parts: Parts, shape: tuple[int, ...], source: str, codec: Codec, in_torch: bool) -> Any:
     _require(name, in_torch or source != "bfloat16", "a numpy array can't have dtype bfloat16")
     n = 1
     for d in shape:
         n *= d
     out = new_flat(source, n)
-    codec.decode_into(codes, scales, out)
+    codec.decode_parts_into(parts, out)
     return from_flat(out, source, shape, in_torch)
 
 
@@ -154,7 +152,7 @@ def _floats(name: str, state: dict[str, Any], key: str, count: int) -> Float32:
     return flat
 
 
-def _scales(name: str, state: dict[str, Any], count: int) -> Float32:
-    scales = _floats(name, state, "absmax", count)
+def _scales(name: str, state: dict[str, Any], codec: Codec, n: int) -> Float32:
+    scales = _floats(name, state, "absmax", -(-n // codec.block_size))
     _require(name, bool((scales >= 0).all()), "'absmax' holds negative values")
     return scales

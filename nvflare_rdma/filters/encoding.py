@@ -108,15 +108,16 @@ def _encode(value: Any, codec: Codec) -> tuple[Any, dict[str, Any]]:
     """Codes and quant_state of one encodable tensor, in its own framework."""
     in_torch = is_torch(value)
     flat = to_flat(value)
-    codes = np.empty(codec.codes_count(flat.size), codec.code_dtype)
-    scales = np.empty(codec.scales_count(flat.size), np.float32)
-    codec.encode_into(flat, codes, scales)
+    encoded = np.empty(codec.encoded_nbytes(flat.size), np.uint8)
+    codec.encode_into(flat, encoded)
+    parts = codec.parts(encoded, flat.size)
+    codes = parts["codes"]
     shape = tuple(value.shape)
     if codec.name == "bfloat16":
         return from_flat(codes, "bfloat16", shape, True) if in_torch else codes.reshape(shape), {}
     if codec.name == "float16":
         return from_flat(codes, "float16", shape, in_torch), {}
-    absmax = from_flat(scales, "float32", (scales.size,), in_torch)
+    absmax = from_flat(parts["scales"], "float32", (parts["scales"].size,), in_torch)
     table = shared_table(codec, in_torch)
     if codec.name == "blockwise8":
         return from_flat(codes, "uint8", shape, in_torch), {"absmax": absmax, "code": table}

@@ -44,15 +44,13 @@ def test_blockwise8_equals_bitsandbytes(case):
     x = CASES[case].astype(np.float32)
     wanted, state = bnb.quantize_blockwise(torch.from_numpy(x.copy()), blocksize=4096)
     codec = get_codec("blockwise8")
-    codes, scales = (
-        np.empty(codec.codes_count(x.size), np.uint8),
-        np.empty(codec.scales_count(x.size), np.float32),
-    )
-    codec.encode_into(x, codes, scales)
+    encoded = np.empty(codec.encoded_nbytes(x.size), np.uint8)
+    codec.encode_into(x, encoded)
+    codes, scales = (codec.parts(encoded, x.size)[part] for part in ("codes", "scales"))
     np.testing.assert_array_equal(scales, state.absmax.numpy())
     np.testing.assert_array_equal(codes, wanted.numpy())
     out = np.empty_like(x)
-    codec.decode_into(codes, scales, out)
+    codec.decode_into(encoded, out)
     np.testing.assert_array_equal(out, bnb.dequantize_blockwise(wanted, state).numpy())
 
 
@@ -63,15 +61,13 @@ def test_normfloat4_equals_bitsandbytes(case):
         torch.from_numpy(x.copy()), quant_type="nf4", blocksize=64, compress_statistics=False
     )
     codec = get_codec("normfloat4")
-    codes, scales = (
-        np.empty(codec.codes_count(x.size), np.uint8),
-        np.empty(codec.scales_count(x.size), np.float32),
-    )
-    codec.encode_into(x, codes, scales)
+    encoded = np.empty(codec.encoded_nbytes(x.size), np.uint8)
+    codec.encode_into(x, encoded)
+    codes, scales = (codec.parts(encoded, x.size)[part] for part in ("codes", "scales"))
     np.testing.assert_array_equal(scales, state.absmax.numpy())
     np.testing.assert_array_equal(codes, wanted.numpy()[:, 0])
     out = np.empty_like(x)
-    codec.decode_into(codes, scales, out)
+    codec.decode_into(encoded, out)
     if x.size % 2 == 0:  # for odd lengths bitsandbytes compiles code with a C++ compiler, which may be missing
         np.testing.assert_array_equal(out, bnb.dequantize_4bit(wanted, state).numpy().reshape(-1))
 
@@ -84,9 +80,9 @@ def test_values_at_every_threshold_of_normfloat4():
     blocks[:, : near.size] = near
     blocks *= np.array([[1], [0.3], [7], [1e-20]], np.float32)
     wanted, _ = bnb.quantize_4bit(torch.from_numpy(blocks), quant_type="nf4", blocksize=64, compress_statistics=False)
-    codes, scales = np.empty(128, np.uint8), np.empty(4, np.float32)
-    get_codec("normfloat4").encode_into(blocks.reshape(-1), codes, scales)
-    np.testing.assert_array_equal(codes, wanted.numpy()[:, 0])
+    codec, encoded = get_codec("normfloat4"), np.empty(128 + 16, np.uint8)
+    codec.encode_into(blocks, encoded)
+    np.testing.assert_array_equal(codec.parts(encoded, 256)["codes"], wanted.numpy()[:, 0])
 
 
 def test_tables_equal_those_of_bitsandbytes():
