@@ -56,3 +56,10 @@ def _linspace(parts: int) -> NDArray[np.float32]:
     i = np.arange(parts + 1)
     half = (parts + 1) // 2
     return np.where(i < half, start + step * i, end - step * (parts - i)).astype(np.float32)
+
+
+def float4() -> NDArray[np.float32]:
+    """The 16 values of bitsandbytes' 4-bit floating point type by bit pattern (sign, two bits of exponent, one of
+    mantissa), divided by the largest, float32. It has no value between a twelfth and two twelfths but one at 1/192."""
+    magnitudes = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=np.float32) / np.float32(12)
+    return np.concatenate([magnitudes, np.float32(0) - magnitudes])
