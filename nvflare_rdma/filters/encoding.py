@@ -23,7 +23,7 @@ from nvflare_rdma.codecs.tensors import (
     is_encodable,
     is_tensor,
     is_torch,
-    to_flat,
+    to_array,
 )
 from nvflare_rdma.errors import UnrepresentableError
 
@@ -108,10 +108,10 @@ def _reason_for_exact(value: Any, codec: FixedSizeCodec) -> str | None:
 def _encode(value: Any, codec: FixedSizeCodec) -> tuple[Any, dict[str, Any]]:
     """Codes and quant_state of one encodable tensor, in its own framework."""
     in_torch = is_torch(value)
-    flat = to_flat(value)
-    encoded = np.empty(codec.encoded_nbytes(flat.size), np.uint8)
-    codec.encode_into(flat, encoded)
-    parts = codec.parts(encoded, flat.size)
+    values = to_array(value)
+    encoded = np.empty(codec.encoded_nbytes(values.size), np.uint8)
+    codec.encode_into(values, encoded)
+    parts = codec.parts(encoded, values.size)
     codes = parts["codes"]
     shape = tuple(value.shape)
     if codec.name == "bfloat16":
