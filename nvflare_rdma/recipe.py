@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.errors import ConfigError
 
 _SERVER = "server"
@@ -26,7 +25,9 @@ def add_quantization(target: Any, quantization_type: str = "float16", tasks: Seq
         ConfigError: an unknown type, a bad task list, a target that is neither recipe nor job, or one that has
             quantization filters already. Nothing has been added then.
     """
-    get_codec(quantization_type)
+    from nvflare_rdma.filters.types import codec_of
+
+    codec_of(quantization_type)
     names = ["train"] if tasks is None else tasks
     if isinstance(names, str) or not names or any(not isinstance(t, str) or t in ("", "*") for t in names):
         raise ConfigError(f"tasks must be a list of task names such as ['train'], but is {tasks!r}")

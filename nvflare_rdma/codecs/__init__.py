@@ -1,32 +1,44 @@
-"""Codecs: tensors to few bits and back. Needs numpy only, neither FLARE nor torch.
+"""Codecs: tensors to few bits and back. Needs numpy and numba, neither FLARE nor torch.
 
 >>> import numpy as np
 >>> from nvflare_rdma.codecs import get_codec
 >>> codec, x = get_codec("normfloat4"), np.linspace(-1, 1, 128, dtype=np.float32)
->>> codes = np.empty(codec.codes_count(x.size), codec.code_dtype)
->>> scales = np.empty(codec.scales_count(x.size), np.float32)
->>> codec.encode_into(x, codes, scales)
->>> codec.encoded_nbytes(x.size), codes.size + scales.nbytes
-(72, 72)
+>>> out = bytearray(codec.encoded_nbytes(x.size))
+>>> codec.encode_into(x, out)
+72
+>>> {name: part.size for name, part in codec.parts(out, x.size).items()}
+{'scales': 2, 'codes': 64}
 """
 
 from collections.abc import Callable
 from functools import cache
 
-from nvflare_rdma.codecs.base import Codec
-from nvflare_rdma.codecs.blockwise import Blockwise8, NormalFloat4
+from nvflare_rdma.codecs.adaquant import AdaQuant
+from nvflare_rdma.codecs.base import Codec, FixedSizeCodec
+from nvflare_rdma.codecs.blockwise import Blockwise8
+from nvflare_rdma.codecs.fourbit import DoubleQuantized, Float4, NormalFloat4
 from nvflare_rdma.codecs.halves import BFloat16, Float16
+from nvflare_rdma.codecs.linear import Float8E4M3, Int2, Int8, Ternary
+from nvflare_rdma.codecs.lossless import Lossless
 from nvflare_rdma.errors import ConfigError
 
-__all__ = ["CODEC_NAMES", "BFloat16", "Blockwise8", "Codec", "Float16", "NormalFloat4", "get_codec"]
+__all__ = ["CODEC_NAMES", "Blockwise8", "Codec", "FixedSizeCodec", "get_codec"]
 
 _CODECS: dict[str, Callable[[], Codec]] = {
     "float16": Float16,
     "bfloat16": BFloat16,
+    "float8_e4m3": Float8E4M3,
+    "int8": Int8,
     "blockwise8": Blockwise8,
+    "float4": Float4,
     "normfloat4": NormalFloat4,
+    "float4_dq": lambda: DoubleQuantized(Float4()),
+    "normfloat4_dq": lambda: DoubleQuantized(NormalFloat4()),
+    "int2": Int2,
+    "ternary": Ternary,
+    "adaquant": AdaQuant,
+    "lossless": Lossless,
 }
-_NOT_BUILT = ("int8", "float4", "adaquant")
 
 CODEC_NAMES = tuple(_CODECS)
 
@@ -46,6 +58,4 @@ def get_codec(name: str) -> Codec:
     if key in _CODECS:
         return _build(key)
     allowed = ", ".join(CODEC_NAMES)
-    if key in _NOT_BUILT:
-        raise ConfigError(f"quantization_type={name!r} is not part of this version; use one of: {allowed}")
-    raise ConfigError(f"quantization_type={name!r} is unknown; use one of: {allowed}")
+    raise ConfigError(f"codec {name!r} is unknown; use one of: {allowed}")

@@ -1,55 +1,40 @@
 """What a codec is: a tensor's values to few bits and back, block by block, in memory that the caller owns.
 
-Every codec turns ``n`` float values into two outputs whose sizes are known before anything is encoded:
+An encoded piece is one run of bytes. Its *parts* are named arrays that lie one after the other in it: the scales
+first, if the codec has any, then the codes. `Codec.parts` shows them as views.
 
-- *codes*: ``codes_count(n)`` elements of ``code_dtype``;
-- *scales*: ``scales_count(n)`` float32 values, one per block of ``block_size`` elements (none if the codec has
-  no blocks).
+A piece of a tensor that starts at a multiple of `Codec.block_size` (and ends at one, or at the tensor's end) is
+encoded and decoded on its own. With most codecs the parts of the pieces laid side by side equal those of the whole
+(`Codec.splits`), so a chunk pipeline can encode any block-aligned piece when it needs it; the others have something
+in common for all values of a piece, and another cut gives other codes.
 
-A piece of a tensor that starts at a multiple of ``block_size`` (and ends at one, or at the tensor's end) is
-encoded and decoded on its own, and the pieces' codes and scales laid side by side equal those of the whole. A
-chunk pipeline can therefore encode any block-aligned piece when it needs it.
+Sizes are known before anything is encoded: `encoded_nbytes` bytes of room are what `encode_into` takes, and all of
+them are used (`FixedSizeCodec`). Only `lossless` and `adaquant` can't know: for them it is the most that can come,
+and `encode_into` returns how many bytes count.
 
-Values are one-dimensional, C-contiguous numpy arrays of float32, float16, or uint16, where uint16 stands for the
-bit patterns of bfloat16, which numpy lacks. Work goes tile by tile through scratch memory that belongs to the
-calling thread, so that no call allocates in proportion to the tensor and threads don't wait for each other.
+Values are numpy arrays of any shape and strides, float32, float16, or uint16, where uint16 stands for the bit
+patterns of bfloat16, which numpy lacks. They are taken in C order. float64 is refused: whoever has it should say by
+casting to float32 that the loss is meant. A codec holds no state of a tensor, no call allocates in proportion to the
+tensor, and any number of threads may use one codec at once: the work runs without the GIL.
 """
 
-import threading
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvflare_rdma.codecs.bf16 import bf16_to_float32, float32_to_bf16
-from nvflare_rdma.errors import CodecError
+from nvflare_rdma.codecs.runs import Array, Float32, float32_runs, output_runs
+from nvflare_rdma.errors import CodecError, UnrepresentableError
 
-Array = NDArray[Any]
-Float32 = NDArray[np.float32]
+__all__ = ["Array", "Bytes", "Codec", "FixedSizeCodec", "Float32", "Layout", "Parts"]
 
-TILE = 1 << 16  # elements; 256 KiB of float32, so that a tile and its scratch stay in the second-level cache
+Bytes = NDArray[np.uint8]
+Parts = Mapping[str, Array]
+Layout = tuple[tuple[str, Any, int], ...]
 
 _VALUE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint16))
-
-
-class _Scratch(threading.local):
-    """Named buffers of one tile, made on first use and kept by the thread."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[str, str], Array] = {}
-
-
-_scratch = _Scratch()
-
-
-def scratch(name: str, dtype: Any, n: int) -> Array:
-    """The calling thread's buffer `name` of `n` <= `TILE` elements. Its contents are left over from before."""
-    key = (name, np.dtype(dtype).str)
-    buffer = _scratch.buffers.get(key)
-    if buffer is None:
-        buffer = _scratch.buffers[key] = np.empty(TILE, dtype)
-    return buffer[:n]
 
 
 class Codec(ABC):
@@ -58,111 +43,168 @@ class Codec(ABC):
     Attributes:
         name: what configs and metadata call it.
         bits: bits per value in the codes.
-        block_size: elements that share one scale; 1 if there are no scales.
-        code_dtype: numpy dtype of the codes.
+        block_size: where pieces of a tensor may begin, in elements: the block that shares one scale, or 1.
+        splits: whether the parts of a tensor's pieces, laid side by side, equal the parts of the whole.
     """
 
     name: str
-    bits: int
+    bits: float
     block_size: int
-    code_dtype: np.dtype[Any]
-
-    def codes_count(self, n: int) -> int:
-        """How many elements of `code_dtype` the codes of `n` values take."""
-        return n
-
-    def scales_count(self, n: int) -> int:
-        """How many float32 scales belong to `n` values."""
-        return 0
-
-    def encoded_nbytes(self, n: int) -> int:
-        """Bytes of codes and scales together for `n` values."""
-        return self.codes_count(n) * self.code_dtype.itemsize + self.scales_count(n) * 4
-
-    def estimate_ratio(self, n: int = 1 << 20) -> float:
-        """Encoded bytes over float32 bytes for a tensor of `n` values."""
-        return self.encoded_nbytes(n) / (4 * n)
-
-    def encode_into(self, src: Array, codes: Array, scales: Float32) -> None:
-        """Encode `src` into `codes` and `scales`.
-
-        Args:
-            src: values, shape (n,), float32, float16 or uint16 (bfloat16 bits). Not changed.
-            codes: shape (codes_count(n),), `code_dtype`, C-contiguous and writable.
-            scales: shape (scales_count(n),), float32, C-contiguous and writable.
-
-        Raises:
-            UnrepresentableError: a value can't be carried within `max_abs_error`; what is in `codes` and
-                `scales` then means nothing, and the tensor has to travel exact.
-            CodecError: a wrong shape, dtype or layout.
-        """
-        n = self._check(src, "src", codes, scales)
-        for start in range(0, n, TILE):
-            stop = min(start + TILE, n)
-            values = src[start:stop]
-            if values.dtype == np.float16:
-                values = scratch("values", np.float32, stop - start)
-                np.copyto(values, src[start:stop])
-            elif values.dtype == np.uint16:
-                values = scratch("values", np.float32, stop - start)
-                bf16_to_float32(src[start:stop], values)
-            self._encode_tile(values, self._codes_part(codes, start, stop), self._scales_part(scales, start, stop))
-
-    def decode_into(self, codes: Array, scales: Float32, out: Array) -> None:
-        """Decode into `out`, shape (n,), float32, float16 or uint16 (bfloat16 bits), rounding to nearest even.
-
-        Raises:
-            CodecError: a wrong shape, dtype or layout.
-        """
-        n = self._check(out, "out", codes, scales)
-        for start in range(0, n, TILE):
-            stop = min(start + TILE, n)
-            part = out[start:stop]
-            values = part if part.dtype == np.float32 else scratch("values", np.float32, stop - start)
-            self._decode_tile(self._codes_part(codes, start, stop), self._scales_part(scales, start, stop), values)
-            if part.dtype == np.float16:
-                with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-                    np.copyto(part, values, casting="unsafe")
-            elif part.dtype == np.uint16:
-                float32_to_bf16(values, part)
+    splits = True
 
     @abstractmethod
-    def max_abs_error(self, values: Float32, scales: Float32) -> Float32:
-        """A bound, per element, on ``abs(decoded - values)`` when `values` were encoded with `scales`.
+    def encoded_nbytes(self, n: int) -> int:
+        """Bytes that `n` values take, or the most that they can take where that depends on the values."""
+
+    def estimate_ratio(self, n: int = 1 << 20) -> float:
+        """`encoded_nbytes` over float32 bytes for a tensor of `n` values."""
+        return self.encoded_nbytes(n) / (4 * n)
+
+    @abstractmethod
+    def parts(self, encoded: Any, n: int) -> dict[str, Array]:
+        """The parts of `n` encoded values as views of `encoded`, by name.
+
+        Args:
+            encoded: the bytes that count of what `encode_into` filled, in any C-contiguous buffer. Its address need
+                not be aligned.
+            n: how many values it stands for.
+
+        Raises:
+            CodecError: another size, or no buffer at all.
+        """
+
+    def encode_into(self, src: Array, out: Any) -> int:
+        """Encode `src` into `out` and return how many of its bytes count.
+
+        Args:
+            src: values, any shape and strides, float32, float16 or uint16 (bfloat16 bits). Not changed.
+            out: a writable C-contiguous buffer of exactly `encoded_nbytes(src.size)` bytes.
+
+        Raises:
+            UnrepresentableError: a value can't be carried within `max_abs_error`; what is in `out` then means
+                nothing, and the tensor has to travel exact.
+            CodecError: a wrong dtype, size or layout; nothing was written.
+        """
+        self._check_values(src, "src")
+        buffer = self._bytes(out)
+        self._check_size(buffer.size, src.size)
+        if not buffer.flags.writeable:
+            raise CodecError(f"{self.name}: out is read-only")
+        return self._encode(src, buffer)
+
+    def decode_into(self, encoded: Any, out: Array) -> None:
+        """Decode a piece into `out`, rounding to nearest even; what is beyond the range of a 16-bit `out` becomes
+        infinite.
+
+        Args:
+            encoded: the bytes that count of what `encode_into` filled, in any C-contiguous buffer.
+            out: any shape and strides, writable, float32, float16 or uint16 (bfloat16 bits).
+
+        Raises:
+            CodecError: a wrong dtype, size or layout, and nothing was written; or damaged bytes, as far as the codec
+                can see that. Bytes that it can't know to be damaged decode to something, without a read or write
+                out of place.
+        """
+        self._check_values(out, "out")
+        self._decode(self.parts(encoded, out.size), out)
+
+    @abstractmethod
+    def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
+        """A bound, per element, on ``abs(decoded - values)`` for flat `values` and what they were encoded to.
 
         It covers decoding to float32; a 16-bit output adds that type's own rounding. Meant for tests and
         checks: unlike the other calls it allocates memory in proportion to `values`.
         """
 
     @abstractmethod
-    def _encode_tile(self, values: Float32, codes: Array, scales: Float32) -> None:
-        """Encode at most `TILE` float32 values that start at a block boundary."""
+    def _encode(self, src: Array, out: Bytes) -> int:
+        """`encode_into` with arguments that have been checked."""
 
     @abstractmethod
-    def _decode_tile(self, codes: Array, scales: Float32, out: Float32) -> None:
-        """Decode at most `TILE` values that start at a block boundary."""
+    def _decode(self, parts: Parts, out: Array) -> None:
+        """`decode_into` with arguments that have been checked."""
 
-    def _codes_part(self, codes: Array, start: int, stop: int) -> Array:
-        return codes[self.codes_count(start) : self.codes_count(stop)]
-
-    def _scales_part(self, scales: Float32, start: int, stop: int) -> Float32:
-        return scales[self.scales_count(start) : self.scales_count(stop)]
-
-    def _check(self, values: Array, role: str, codes: Array, scales: Float32) -> int:
-        n = values.size
-        if values.dtype not in _VALUE_DTYPES:
+    def _check_values(self, values: Array, role: str) -> None:
+        if not isinstance(values, np.ndarray) or values.dtype not in _VALUE_DTYPES:
+            found = f"dtype {values.dtype}" if isinstance(values, np.ndarray) else f"type {type(values).__name__}"
             raise CodecError(
-                f"{self.name}: {role} has dtype {values.dtype}; float32, float16 or uint16 (bfloat16 bits) is needed"
+                f"{self.name}: {role} has {found}; a numpy array of float32, float16 or uint16 (bfloat16 bits) is "
+                "needed"
             )
-        wanted = (
-            (role, values, values.dtype, n),
-            ("codes", codes, self.code_dtype, self.codes_count(n)),
-            ("scales", scales, np.dtype(np.float32), self.scales_count(n)),
-        )
-        for what, array, dtype, size in wanted:
-            if array.dtype != dtype or array.shape != (size,) or not array.flags.c_contiguous:
+        if role == "out" and not values.flags.writeable:
+            raise CodecError(f"{self.name}: out is read-only")
+
+    def _bytes(self, buffer: Any) -> Bytes:
+        try:
+            return np.frombuffer(buffer, np.uint8)
+        except (TypeError, ValueError, BufferError) as error:
+            raise CodecError(f"{self.name}: the encoded bytes are no C-contiguous buffer: {error}") from None
+
+    def _check_size(self, found: int, n: int) -> None:
+        if found != self.encoded_nbytes(n):
+            raise CodecError(
+                f"{self.name}: {n} values take a buffer of {self.encoded_nbytes(n)} bytes, but it has {found}"
+            )
+
+    def _refuse_not_finite(self) -> None:
+        raise UnrepresentableError(f"{self.name} can't carry NaN or Inf: its block would be lost")
+
+
+class FixedSizeCodec(Codec):
+    """A codec whose sizes follow from the number of values alone."""
+
+    #: The longest run of values that `_encode_run` and `_decode_run` take, a multiple of `block_size`; None: any.
+    longest_run: int | None = None
+
+    @abstractmethod
+    def layout(self, n: int) -> Layout:
+        """The parts of `n` encoded values in their order in memory: name, dtype and number of elements."""
+
+    def encoded_nbytes(self, n: int) -> int:
+        return sum(count * np.dtype(dtype).itemsize for _, dtype, count in self.layout(n))
+
+    def parts(self, encoded: Any, n: int) -> dict[str, Array]:
+        flat = self._bytes(encoded)
+        self._check_size(flat.size, n)
+        views, start = {}, 0
+        for name, dtype, count in self.layout(n):
+            stop = start + count * np.dtype(dtype).itemsize
+            views[name] = flat[start:stop].view(dtype)
+            start = stop
+        return views
+
+    def decode_parts_into(self, parts: Parts, out: Array) -> None:
+        """`decode_into` for parts that arrived apart from each other, one flat array per name of the `layout`."""
+        self._check_values(out, "out")
+        for name, dtype, count in self.layout(out.size):
+            part = parts.get(name)
+            if part is None or part.dtype != dtype or part.shape != (count,) or not part.flags.c_contiguous:
+                found = "missing" if part is None else f"{part.dtype} of shape {part.shape}"
                 raise CodecError(
-                    f"{self.name}: {what} for {n} values must be a C-contiguous {dtype} array of shape ({size},), "
-                    f"but it is {array.dtype} of shape {array.shape}"
+                    f"{self.name}: {name} for {out.size} values must be a C-contiguous {np.dtype(dtype)} array of "
+                    f"shape ({count},), but it is {found}"
                 )
-        return n
+        self._decode(parts, out)
+
+    @abstractmethod
+    def _encode_run(self, values: Float32, parts: Parts) -> None:
+        """Encode flat float32 values that start at a block boundary."""
+
+    @abstractmethod
+    def _decode_run(self, parts: Parts, out: Float32) -> None:
+        """Decode values that start at a block boundary into flat float32."""
+
+    def _encode(self, src: Array, out: Bytes) -> int:
+        parts = self.parts(out, src.size)
+        for start, values in float32_runs(src, self.longest_run):
+            self._encode_run(values, self._slice(parts, start, start + values.size))
+        return out.size
+
+    def _decode(self, parts: Parts, out: Array) -> None:
+        for start, values in output_runs(out, self.longest_run):
+            self._decode_run(self._slice(parts, start, start + values.size), values)
+
+    def _slice(self, parts: Parts, start: int, stop: int) -> dict[str, Array]:
+        """The parts of the values from `start` to `stop`, both block-aligned or the end."""
+        before, after = self.layout(start), self.layout(stop)
+        return {name: parts[name][a:b] for (name, _, a), (_, _, b) in zip(before, after, strict=True)}

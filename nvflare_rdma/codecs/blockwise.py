@@ -1,55 +1,48 @@
-"""The block-scaled codecs that bitsandbytes also has: 8-bit dynamic and 4-bit NormalFloat."""
+"""8-bit dynamic quantization, and what all codecs with a scale per block share."""
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvflare_rdma.codecs.base import Array, Codec, Float32, scratch
-from nvflare_rdma.codecs.tables import dynamic_map, normal_float4
-from nvflare_rdma.errors import UnrepresentableError
+from nvflare_rdma.codecs.base import FixedSizeCodec, Float32, Layout, Parts
+from nvflare_rdma.codecs.tables import dynamic_map
 
-_EPS = np.float32(2.0**-21)  # four roundings to float32, relative to a block's scale
-_TINY = np.float32(2.0**-149)  # the smallest denormal: what a product may lose below the normal range
-
-
-class _BlockScaled(Codec):
-    """Codes of ``x / absmax`` with one float32 absmax per block."""
-
-    half_gap: np.float32  # largest distance from a normalised value to its table entry, before rounding errors
-    weak_below: np.float32  # blocks whose absmax is below this keep less than `half_gap` promises
-
-    def scales_count(self, n: int) -> int:
-        return -(-n // self.block_size)
-
-    def max_abs_error(self, values: Float32, scales: Float32) -> Float32:
-        bound = scales * (self.half_gap + _EPS) + _TINY
-        bound = np.where(scales < self.weak_below, scales + _TINY, bound).astype(np.float32)
-        return np.repeat(bound, self.block_size)[: values.size]
-
-    def _absmax(self, values: Float32, scales: Float32) -> int:
-        """Write each block's largest magnitude to `scales`; return how many values lie in full blocks."""
-        magnitude = scratch("magnitude", np.float32, values.size)
-        np.abs(values, out=magnitude)
-        full = values.size // self.block_size * self.block_size
-        if full:
-            np.max(magnitude[:full].reshape(-1, self.block_size), axis=1, out=scales[: full // self.block_size])
-        if full < values.size:
-            scales[-1] = magnitude[full:].max()
-        if not np.isfinite(scales).all():  # a maximum hands on NaN, so this catches NaN too
-            raise UnrepresentableError(f"{self.name} can't carry NaN or Inf: its block would be lost")
-        return full
-
-    def _times_scales(self, values: Float32, scales: Float32, out: Float32) -> None:
-        full = values.size // self.block_size * self.block_size
-        shape = (-1, self.block_size)
-        blocks = full // self.block_size
-        with np.errstate(all="ignore"):
-            if full:
-                np.multiply(values[:full].reshape(shape), scales[:blocks, np.newaxis], out=out[:full].reshape(shape))
-            if full < values.size:
-                np.multiply(values[full:], scales[-1], out=out[full:])
+EPS = np.float32(2.0**-21)  # four roundings to float32, relative to a block's scale
+TINY = np.float32(2.0**-149)  # the smallest denormal: what a product may lose below the normal range
 
 
-class Blockwise8(_BlockScaled):
+class BlockScaledCodec(FixedSizeCodec):
+    """Codes of ``x / scale`` with one float32 scale per block. NaN and Inf are not representable: a block with one
+    would have no scale, and all its values would be lost."""
+
+    def layout(self, n: int) -> Layout:
+        codes = -(-n * int(self.bits) // 8)
+        return ("scales", np.float32, -(-n // self.block_size)), ("codes", np.uint8, codes)
+
+
+class AbsmaxCodec(BlockScaledCodec):
+    """A codec whose scale is the largest magnitude of the block.
+
+    Attributes:
+        half_gap: the largest distance from x / absmax to what it decodes to, before rounding errors.
+        weak_below: blocks whose absmax is below this keep less than that, but at most ``absmax`` is lost.
+    """
+
+    half_gap: np.float32
+    weak_below: np.float32
+
+    def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
+        return self.bound(self.parts(encoded, values.size)["scales"], self.block_size, values.size)
+
+    def bound(self, absmax: Float32, block_size: int, n: int) -> Float32:
+        """What `n` values may be off by when each `block_size` of them have one of these `absmax`."""
+        bound = absmax * (self.half_gap + EPS) + TINY
+        bound = np.where(absmax < self.weak_below, absmax + TINY, bound).astype(np.float32)
+        return np.repeat(bound, block_size)[:n]
+
+
+class Blockwise8(AbsmaxCodec):
     """8-bit dynamic quantization with one absmax per 4096 values (Dettmers et al., "8-bit Optimizers via
     Block-wise Quantization", 2021).
 
@@ -68,7 +61,6 @@ class Blockwise8(_BlockScaled):
     name = "blockwise8"
     bits = 8
     block_size = 4096
-    code_dtype = np.dtype(np.uint8)
     half_gap = np.float32(0.00703125 + 1.0 / 65535)
     weak_below = np.float32(2.0**-127)
 
@@ -76,93 +68,23 @@ class Blockwise8(_BlockScaled):
         """`table`: 256 ascending float32 values in [-1, 1] to use in place of the dynamic map (to decode codes that
         came with a table of their own)."""
         self.table: Float32 = dynamic_map() if table is None else table
-        points = np.float32(-1) + np.arange(65536, dtype=np.float32) * np.float32(2) / np.float32(65535)
-        middles = np.float32(0.5) * (self.table[:-1] + self.table[1:])
-        self._nearest: NDArray[np.uint8] = np.searchsorted(middles, points, side="left").astype(np.uint8)
+        self.nearest = nearest_entries(self.table)
 
-    def _encode_tile(self, values: Float32, codes: Array, scales: Float32) -> None:
-        self._absmax(values, scales)
-        position = scratch("position", np.float32, values.size)
-        with np.errstate(all="ignore"):
-            inverse = np.float32(1) / scales
-        self._times_scales(values, inverse, position)
-        if not np.isfinite(inverse).all():
-            # An all-zero block gives 0 * inf, and so does a zero beside denormals: both get code 0.
-            np.nan_to_num(position, copy=False, nan=-1.0, posinf=1.0, neginf=-1.0)
-            np.clip(position, -1, 1, out=position)
-        position += np.float32(1)
-        position *= np.float32(32767.5)
-        position += np.float32(0.5)
-        index = scratch("index", np.intp, values.size)
-        np.copyto(index, position, casting="unsafe")
-        np.take(self._nearest, index, out=codes, mode="clip")
+    def _encode_run(self, values: Float32, parts: Parts) -> None:
+        from nvflare_rdma.codecs.kernels import blockwise
 
-    def _decode_tile(self, codes: Array, scales: Float32, out: Float32) -> None:
-        index = scratch("index", np.intp, codes.size)
-        np.copyto(index, codes)
-        normalised = scratch("position", np.float32, codes.size)
-        np.take(self.table, index, out=normalised, mode="clip")
-        self._times_scales(normalised, scales, out)
+        if not blockwise.encode(values, self.block_size, self.nearest, parts["scales"], parts["codes"]):
+            self._refuse_not_finite()
+
+    def _decode_run(self, parts: Parts, out: Float32) -> None:
+        from nvflare_rdma.codecs.kernels import blockwise
+
+        blockwise.decode(parts["codes"], parts["scales"], self.block_size, self.table, out)
 
 
-class NormalFloat4(_BlockScaled):
-    """4-bit NormalFloat with one absmax per 64 values (Dettmers et al., "QLoRA", 2023).
-
-    Two codes a byte, the first value in the high nibble; an odd length ends with the code of 0 in the low nibble.
-    Codes and scales equal those of bitsandbytes 0.50 on a CPU, bit for bit, for every finite input. That includes
-    two habits of its encoder: an incomplete last block is divided by its absmax where full blocks are multiplied
-    by its reciprocal, and the absmax of an incomplete block is raised to at least 1e-38.
-
-    NaN and Inf are not representable (`UnrepresentableError`). Error: at most ``0.152 * absmax`` of the block; if
-    absmax is below 1e-38, at most ``absmax``.
-    """
-
-    name = "normfloat4"
-    bits = 4
-    block_size = 64
-    code_dtype = np.dtype(np.uint8)
-    weak_below = np.float32(1e-38)
-
-    def __init__(self) -> None:
-        self.table: Float32 = normal_float4()
-        self.half_gap = np.float32(np.diff(self.table).max() / 2)
-        self._middles = (self.table[:-1] + self.table[1:]) / np.float32(2)
-        byte = np.arange(256)
-        pairs = np.stack([self.table[byte >> 4], self.table[byte & 15]], axis=1)
-        self._pairs = np.ascontiguousarray(pairs).view(np.uint64).reshape(256)  # both values in one 8-byte load
-
-    def codes_count(self, n: int) -> int:
-        return -(-n // 2)
-
-    def _encode_tile(self, values: Float32, codes: Array, scales: Float32) -> None:
-        full = self._absmax(values, scales)
-        floor = np.float32(1e-38)
-        normalised = scratch("position", np.float32, values.size)
-        inverse: Float32 = np.divide(np.float32(1), np.maximum(scales[: full // self.block_size], floor))
-        self._times_scales(values[:full], inverse, normalised[:full])
-        if full < values.size:
-            scales[-1] = max(scales[-1], floor)
-            np.divide(values[full:], scales[-1], out=normalised[full:])
-
-        # Fifteen comparisons in cache beat a binary search per element by far.
-        code = scratch("code", np.uint8, values.size)
-        above = scratch("above", np.bool_, values.size)
-        code.fill(0)
-        for middle in self._middles:
-            np.greater(normalised, middle, out=above)
-            np.add(code, above.view(np.uint8), out=code)
-
-        pairs = values.size // 2
-        packed = codes[:pairs]
-        np.left_shift(code[0 : 2 * pairs : 2], 4, out=packed)
-        np.bitwise_or(packed, code[1 : 2 * pairs : 2], out=packed)
-        if values.size % 2:
-            codes[-1] = (int(code[-1]) << 4) | 7  # 7 is the code of 0
-
-    def _decode_tile(self, codes: Array, scales: Float32, out: Float32) -> None:
-        index = scratch("index", np.intp, codes.size)
-        np.copyto(index, codes)
-        pairs = scratch("pairs", np.uint64, codes.size)
-        np.take(self._pairs, index, out=pairs, mode="clip")
-        normalised: Float32 = pairs.view(np.float32)[: out.size]
-        self._times_scales(normalised, scales, out)
+def nearest_entries(table: Float32) -> NDArray[np.uint8]:
+    """For each of 65536 even steps from -1 to 1, the index of the nearest entry of the ascending `table`; the
+    lower one of two that are as near."""
+    points = np.float32(-1) + np.arange(65536, dtype=np.float32) * np.float32(2) / np.float32(65535)
+    middles = np.float32(0.5) * (table[:-1] + table[1:])
+    return np.searchsorted(middles, points, side="left").astype(np.uint8)

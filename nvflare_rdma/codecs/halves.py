@@ -1,23 +1,29 @@
 """The 16-bit codecs: IEEE half precision and bfloat16. No blocks, no scales."""
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
-from nvflare_rdma.codecs.base import Array, Codec, Float32
-from nvflare_rdma.codecs.bf16 import bf16_to_float32, float32_to_bf16
+import numpy as np
+
+from nvflare_rdma.codecs.base import FixedSizeCodec, Float32, Layout, Parts
 from nvflare_rdma.errors import UnrepresentableError
 
 
-def _refuse_overflow(codec: str, infinite: NDArray[np.bool_], values: Float32) -> None:
-    """Raise if a code is infinite where the value was not."""
-    if infinite.any():
-        lost = infinite & np.isfinite(values)
-        if lost.any():
-            worst = float(np.abs(values[lost]).max())
-            raise UnrepresentableError(f"{codec} can't carry the finite value {worst:g}: it would become infinite")
+class _Half(FixedSizeCodec):
+    bits = 16
+    block_size = 1
+    largest: float  # finite magnitudes from here on would round to infinity
+
+    def _refuse_overflow(self, values: Float32) -> None:
+        for start in range(0, values.size, 1 << 16):  # by and by, for a bounded amount of memory
+            magnitude = np.abs(values[start : start + (1 << 16)])
+            lost = magnitude[np.isfinite(magnitude) & (magnitude >= self.largest)]
+            if lost.size:
+                raise UnrepresentableError(
+                    f"{self.name} can't carry the finite value {lost.max():g}: it would become infinite"
+                )
 
 
-class Float16(Codec):
+class Float16(_Half):
     """IEEE 754 half precision, rounded to nearest even.
 
     NaN and Inf are carried natively. Error: at most ``2**-11 * abs(x)`` in the normal range and ``2**-25``
@@ -27,25 +33,27 @@ class Float16(Codec):
     """
 
     name = "float16"
-    bits = 16
-    block_size = 1
-    code_dtype = np.dtype(np.float16)
+    largest = 65520.0
 
-    def max_abs_error(self, values: Float32, scales: Float32) -> Float32:
+    def layout(self, n: int) -> Layout:
+        return (("codes", np.float16, n),)
+
+    def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
         return np.abs(values) * np.float32(2.0**-11) + np.float32(2.0**-25)
 
-    def _encode_tile(self, values: Float32, codes: Array, scales: Float32) -> None:
-        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            np.copyto(codes, values, casting="unsafe")
-        magnitude = codes.view(np.uint16) & np.uint16(0x7FFF)
-        _refuse_overflow(self.name, magnitude == 0x7C00, values)
+    def _encode_run(self, values: Float32, parts: Parts) -> None:
+        from nvflare_rdma.codecs.kernels.halves import to_half
 
-    def _decode_tile(self, codes: Array, scales: Float32, out: Float32) -> None:
-        with np.errstate(invalid="ignore"):
-            np.copyto(out, codes)
+        if to_half(values, parts["codes"].view(np.uint16)):
+            self._refuse_overflow(values)
+
+    def _decode_run(self, parts: Parts, out: Float32) -> None:
+        from nvflare_rdma.codecs.kernels.halves import from_half
+
+        from_half(parts["codes"].view(np.uint16), out)
 
 
-class BFloat16(Codec):
+class BFloat16(_Half):
     """bfloat16 (the upper half of a float32), rounded to nearest even; codes are bit patterns in uint16.
 
     NaN and Inf are carried natively. Error: at most ``2**-8 * abs(x)``, and ``2**-134`` among denormals. A finite
@@ -53,16 +61,21 @@ class BFloat16(Codec):
     """
 
     name = "bfloat16"
-    bits = 16
-    block_size = 1
-    code_dtype = np.dtype(np.uint16)
+    largest = (2 - 2.0**-8) * 2.0**127
 
-    def max_abs_error(self, values: Float32, scales: Float32) -> Float32:
+    def layout(self, n: int) -> Layout:
+        return (("codes", np.uint16, n),)
+
+    def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
         return np.abs(values) * np.float32(2.0**-8) + np.float32(2.0**-134)
 
-    def _encode_tile(self, values: Float32, codes: Array, scales: Float32) -> None:
-        float32_to_bf16(values, codes)
-        _refuse_overflow(self.name, (codes & np.uint16(0x7FFF)) == 0x7F80, values)
+    def _encode_run(self, values: Float32, parts: Parts) -> None:
+        from nvflare_rdma.codecs.kernels.halves import to_bfloat16
 
-    def _decode_tile(self, codes: Array, scales: Float32, out: Float32) -> None:
-        bf16_to_float32(codes, out)
+        if to_bfloat16(values.view(np.uint32), parts["codes"]):
+            self._refuse_overflow(values)
+
+    def _decode_run(self, parts: Parts, out: Float32) -> None:
+        from nvflare_rdma.codecs.kernels.halves import from_bfloat16
+
+        from_bfloat16(parts["codes"], out.view(np.uint32))

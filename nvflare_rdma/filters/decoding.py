@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs import CODEC_NAMES, Blockwise8, Codec, get_codec
-from nvflare_rdma.codecs.base import Array, Float32
+from nvflare_rdma.codecs import Blockwise8, FixedSizeCodec
+from nvflare_rdma.codecs.base import Array, Float32, Parts
 from nvflare_rdma.codecs.tensors import (
     FLOAT_NAMES,
     dtype_name,
@@ -22,7 +22,8 @@ from nvflare_rdma.codecs.tensors import (
     to_flat,
 )
 from nvflare_rdma.errors import CodecError
-from nvflare_rdma.filters.encoding import EXACT, MIB
+from nvflare_rdma.filters.encoding import EXACT, FOUR_BIT_NAMES, MIB
+from nvflare_rdma.filters.types import QUANTIZATION_TYPES, codec_of
 
 
 @dataclass
@@ -50,15 +51,15 @@ def decode_params(params: dict[str, Any], algorithm: Any, quant_state: Any, sour
     Raises:
         CodecError: an unknown algorithm, or metadata that doesn't fit the codes; the message names the tensor.
     """
-    if not isinstance(algorithm, str) or algorithm.lower() not in CODEC_NAMES:
+    if not isinstance(algorithm, str) or algorithm.lower() not in QUANTIZATION_TYPES:
         raise CodecError(
             f"the message is quantized with {algorithm!r}, which this version can't decode; "
-            f"set the sender's quantization_type to one of: {', '.join(CODEC_NAMES)}"
+            f"set the sender's quantization_type to one of: {', '.join(QUANTIZATION_TYPES)}"
         )
     for what, part in (("quant_state", quant_state), ("source_datatype", source_datatype)):
         if not isinstance(part, dict):
             raise CodecError(f"the message's {what} must be a dict but is a {type(part).__name__}")
-    codec = get_codec(algorithm)
+    codec = codec_of(algorithm)
     result = DecodedParams()
     for name, value in params.items():
         source = source_datatype.get(name)
@@ -81,24 +82,24 @@ def _require(name: str, condition: bool, problem: str) -> None:
         raise CodecError(f"can't dequantize '{name}': {problem}")
 
 
-def _decode_half(name: str, value: Any, state: dict[str, Any], source: str, codec: Codec) -> Any:
+def _decode_half(name: str, value: Any, state: dict[str, Any], source: str, codec: FixedSizeCodec) -> Any:
     wanted = "uint16" if codec.name == "bfloat16" and not is_torch(value) else codec.name
     _require(name, dtype_name(value) == wanted, f"the codes have dtype {dtype_name(value)}, not {wanted}")
-    return _decode(name, to_flat(value), np.empty(0, np.float32), tuple(value.shape), source, codec, is_torch(value))
+    return _decode(name, {"codes": to_flat(value)}, tuple(value.shape), source, codec, is_torch(value))
 
 
-def _decode_blockwise8(name: str, value: Any, state: dict[str, Any], source: str, codec: Codec) -> Any:
+def _decode_blockwise8(name: str, value: Any, state: dict[str, Any], source: str, codec: FixedSizeCodec) -> Any:
     codes = _codes(name, value)
-    scales = _scales(name, state, codec.scales_count(codes.size))
+    scales = _scales(name, state, codec, codes.size)
     table = _floats(name, state, "code", 256)
     default: Float32 = codec.table  # type: ignore[attr-defined]
     if not np.array_equal(table, default):  # bitsandbytes' table differs in last bits between processors
         _require(name, bool((np.abs(table) <= 1).all()), "'code' holds values outside [-1, 1]")
         codec = Blockwise8(table)
-    return _decode(name, codes, scales, tuple(value.shape), source, codec, is_torch(value))
+    return _decode(name, {"scales": scales, "codes": codes}, tuple(value.shape), source, codec, is_torch(value))
 
 
-def _decode_normfloat4(name: str, value: Any, state: dict[str, Any], source: str, codec: Codec) -> Any:
+def _decode_4bit(name: str, value: Any, state: dict[str, Any], source: str, codec: FixedSizeCodec) -> Any:
     codes = _codes(name, value)
     shape: Any = state.get("shape")
     # Sizes are Python integers: a hostile shape can't wrap around to a small product.
@@ -107,34 +108,33 @@ def _decode_normfloat4(name: str, value: Any, state: dict[str, Any], source: str
     n = 1
     for d in shape:
         n *= d
-    _require(name, codes.size == codec.codes_count(n), f"{codes.size} bytes of codes don't make shape {list(shape)}")
-    for key, wanted in (("quant_type", "nf4"), ("blocksize", codec.block_size), ("dtype", source)):
+    _require(name, codes.size == -(-n // 2), f"{codes.size} bytes of codes don't make shape {list(shape)}")
+    for key, wanted in (("quant_type", FOUR_BIT_NAMES[codec.name]), ("blocksize", codec.block_size), ("dtype", source)):
         _require(name, state.get(key) == wanted, f"'{key}' is {state.get(key)!r}, not {wanted!r}")
     _require(name, "nested_absmax" not in state, "its scales are quantized as well, which is not supported")
-    scales = _scales(name, state, codec.scales_count(n))
+    scales = _scales(name, state, codec, n)
     table = _floats(name, state, "quant_map", 16)
     default: Float32 = codec.table  # type: ignore[attr-defined]
-    _require(name, np.array_equal(table, default), "'quant_map' is not that of NormalFloat4")
-    return _decode(name, codes, scales, tuple(shape), source, codec, is_torch(value))
+    _require(name, np.array_equal(table, default), f"'quant_map' is not that of {codec.name}")
+    return _decode(name, {"scales": scales, "codes": codes}, tuple(shape), source, codec, is_torch(value))
 
 
-_DECODERS: dict[str, Callable[[str, Any, dict[str, Any], str, Codec], Any]] = {
+_DECODERS: dict[str, Callable[[str, Any, dict[str, Any], str, FixedSizeCodec], Any]] = {
     "float16": _decode_half,
     "bfloat16": _decode_half,
     "blockwise8": _decode_blockwise8,
-    "normfloat4": _decode_normfloat4,
+    "float4": _decode_4bit,
+    "normfloat4": _decode_4bit,
 }
 
 
-def _decode(
-    name: str, codes: Array, scales: Float32, shape: tuple[int, ...], source: str, codec: Codec, in_torch: bool
-) -> Any:
+def _decode(name: str, parts: Parts, shape: tuple[int, ...], source: str, codec: FixedSizeCodec, in_torch: bool) -> Any:
     _require(name, in_torch or source != "bfloat16", "a numpy array can't have dtype bfloat16")
     n = 1
     for d in shape:
         n *= d
     out = new_flat(source, n)
-    codec.decode_into(codes, scales, out)
+    codec.decode_parts_into(parts, out)
     return from_flat(out, source, shape, in_torch)
 
 
@@ -154,7 +154,7 @@ def _floats(name: str, state: dict[str, Any], key: str, count: int) -> Float32:
     return flat
 
 
-def _scales(name: str, state: dict[str, Any], count: int) -> Float32:
-    scales = _floats(name, state, "absmax", count)
+def _scales(name: str, state: dict[str, Any], codec: FixedSizeCodec, n: int) -> Float32:
+    scales = _floats(name, state, "absmax", -(-n // codec.block_size))
     _require(name, bool((scales >= 0).all()), "'absmax' holds negative values")
     return scales

@@ -4,8 +4,8 @@ Metadata (source: `nvflare.app_opt.pt.quantization.quantizer`), per tensor name:
 
 - ``source_datatype``: the dtype's name, or ``bool`` for whatever travels exact: FLARE's dequantizer leaves those be;
 - ``quant_state``: ``{}`` for exact tensors and the 16-bit types; ``absmax`` and ``code`` for blockwise8; for
-  normfloat4 what bitsandbytes' ``QuantState.as_dict`` gives, except that ``shape`` is a list: FLARE's serializer
-  spends 126 bytes on a tuple of two and 9 on a list.
+  float4 and normfloat4 what bitsandbytes' ``QuantState.as_dict`` gives, except that ``shape`` is a list: FLARE's
+  serializer spends 126 bytes on a tuple of two and 9 on a list.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs import Codec
+from nvflare_rdma.codecs import FixedSizeCodec
 from nvflare_rdma.codecs.tensors import (
     FLOAT_NAMES,
     dtype_name,
@@ -23,12 +23,13 @@ from nvflare_rdma.codecs.tensors import (
     is_encodable,
     is_tensor,
     is_torch,
-    to_flat,
+    to_array,
 )
 from nvflare_rdma.errors import UnrepresentableError
 
 EXACT = "bool"  # the source_datatype that makes FLARE's dequantizer skip a tensor
 MIB = 1 << 20
+FOUR_BIT_NAMES = {"float4": "fp4", "normfloat4": "nf4"}  # what bitsandbytes calls them
 
 
 @dataclass
@@ -58,7 +59,7 @@ class EncodedParams:
         )
 
 
-def encode_params(params: dict[str, Any], codec: Codec) -> EncodedParams:
+def encode_params(params: dict[str, Any], codec: FixedSizeCodec) -> EncodedParams:
     """Encode what `codec` can carry of `params`; the rest is passed on as it is. `params` is not changed.
 
     Tensors that are the same view of the same memory (tied weights) are encoded once and share their codes.
@@ -90,7 +91,7 @@ def encode_params(params: dict[str, Any], codec: Codec) -> EncodedParams:
     return result
 
 
-def _reason_for_exact(value: Any, codec: Codec) -> str | None:
+def _reason_for_exact(value: Any, codec: FixedSizeCodec) -> str | None:
     """None if `value` is to be encoded; else why not, "" if that needs no telling."""
     if not is_tensor(value):
         return f"a {type(value).__name__}, not a tensor" if isinstance(value, dict | list | tuple) else ""
@@ -104,24 +105,25 @@ def _reason_for_exact(value: Any, codec: Codec) -> str | None:
     return None
 
 
-def _encode(value: Any, codec: Codec) -> tuple[Any, dict[str, Any]]:
+def _encode(value: Any, codec: FixedSizeCodec) -> tuple[Any, dict[str, Any]]:
     """Codes and quant_state of one encodable tensor, in its own framework."""
     in_torch = is_torch(value)
-    flat = to_flat(value)
-    codes = np.empty(codec.codes_count(flat.size), codec.code_dtype)
-    scales = np.empty(codec.scales_count(flat.size), np.float32)
-    codec.encode_into(flat, codes, scales)
+    values = to_array(value)
+    encoded = np.empty(codec.encoded_nbytes(values.size), np.uint8)
+    codec.encode_into(values, encoded)
+    parts = codec.parts(encoded, values.size)
+    codes = parts["codes"]
     shape = tuple(value.shape)
     if codec.name == "bfloat16":
         return from_flat(codes, "bfloat16", shape, True) if in_torch else codes.reshape(shape), {}
     if codec.name == "float16":
         return from_flat(codes, "float16", shape, in_torch), {}
-    absmax = from_flat(scales, "float32", (scales.size,), in_torch)
+    absmax = from_flat(parts["scales"], "float32", (parts["scales"].size,), in_torch)
     table = shared_table(codec, in_torch)
     if codec.name == "blockwise8":
         return from_flat(codes, "uint8", shape, in_torch), {"absmax": absmax, "code": table}
     state = {
-        "quant_type": "nf4",
+        "quant_type": FOUR_BIT_NAMES[codec.name],
         "absmax": absmax,
         "blocksize": codec.block_size,
         "quant_map": table,

@@ -4,11 +4,11 @@ from nvflare.apis.dxo import DXO, MetaKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
-from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters.base import QUANT_STATE, QUANTIZED_FLAG, SOURCE_DATATYPE, QuantFilter
 from nvflare_rdma.filters.encoding import encode_params
 from nvflare_rdma.filters.points import FilterPoint, filters_at, is_dequantizer
+from nvflare_rdma.filters.types import codec_of
 
 _OURS = "nvflare_rdma.filters"
 
@@ -20,10 +20,10 @@ class ModelQuantizer(QuantFilter):
     The metadata is FLARE's, so the receiver may have FLARE's own ModelDequantizer (for the types that it knows).
     What it was given is never changed. Tensors that the type can't carry travel exact: integers, booleans, float64,
     empty ones, those that would not get smaller, and, with a warning that names them, those with NaN or Inf
-    (blockwise8, normfloat4) or beyond the range (float16). Values that are not tensors pass through.
+    (blockwise8, float4, normfloat4) or beyond the range (float16). Values that are not tensors pass through.
 
     Args:
-        quantization_type: ``float16``, ``bfloat16``, ``blockwise8`` or ``normfloat4``, in any case.
+        quantization_type: ``float16``, ``bfloat16``, ``blockwise8``, ``float4`` or ``normfloat4``, in any case.
         one_way: messages the other way intentionally travel unquantized. Without it a side that quantizes what it
             sends must also have a ModelDequantizer for what it receives of the same task.
 
@@ -32,7 +32,7 @@ class ModelQuantizer(QuantFilter):
     """
 
     def __init__(self, quantization_type: str = "float16", one_way: bool = False) -> None:
-        codec = get_codec(quantization_type)
+        codec = codec_of(quantization_type)
         super().__init__()
         # FLARE writes arguments into an exported job config from attributes of the same names.
         self.quantization_type = codec.name

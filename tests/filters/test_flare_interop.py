@@ -13,7 +13,7 @@ from nvflare.app_opt.pt.quantization.quantizer import ModelQuantizer as FlareQua
 
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
 
-SHARED_TYPES = ["float16", "blockwise8", "normfloat4"]
+SHARED_TYPES = ["float16", "blockwise8", "float4", "normfloat4"]
 
 
 @pytest.fixture(autouse=True)

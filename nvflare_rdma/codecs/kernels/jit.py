@@ -1,0 +1,91 @@
+"""How kernels are compiled, their argument types, and the few machine operations that numba has no name for.
+
+numba's cache looks at a kernel's own file only: after a change here, touch the other modules of this package.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+INFINITY = np.uint32(0x7F800000)  # as bits; what is larger without its sign is NaN
+
+
+def _array(element: Any, writable: bool = False) -> Any:
+    # Unaligned, because encoded bytes may begin anywhere; on today's processors that costs nothing.
+    return types.Array(element, 1, "C", readonly=not writable, aligned=False)
+
+
+size = types.intp
+float64_value = types.float64
+boolean = types.boolean
+nothing = types.void
+float32, float32_out = _array(types.float32), _array(types.float32, True)
+uint8, uint8_out = _array(types.uint8), _array(types.uint8, True)
+int8, int8_out = _array(types.int8), _array(types.int8, True)
+uint16, uint16_out = _array(types.uint16), _array(types.uint16, True)
+uint32, uint32_out = _array(types.uint32), _array(types.uint32, True)
+
+
+def kernel(*signatures: Any) -> Callable[[F], F]:
+    """Compile for exactly these signatures (so that no call ever compiles), cached if there is a place for it."""
+
+    def compiled(function: F) -> F:
+        jit: Any = njit
+        try:
+            result: F = jit(list(signatures), nogil=True, error_model="numpy", cache=True)(function)
+        except (RuntimeError, OSError):  # no directory can be written, or the disk is full
+            result = jit(list(signatures), nogil=True, error_model="numpy")(function)
+        return result
+
+    return compiled
+
+
+def _operation(function: Callable[..., Any]) -> Any:
+    return intrinsic(function)
+
+
+@_operation
+def half_bits(context: Any, value: Any) -> Any:
+    """float32 -> the bits of the nearest half-precision number, ties to even."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@_operation
+def half_value(context: Any, bits: Any) -> Any:
+    """The bits of a half-precision number -> float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@_operation
+def float_of(context: Any, bits: Any) -> Any:
+    """The float32 with these bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@_operation
+def truncated(context: Any, value: Any) -> Any:
+    """A float32 in the range of int32, rounded towards zero. One instruction, where numba goes through int64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fptosi(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate

@@ -1,0 +1,132 @@
+"""Runs of a tensor's values in C order, whatever its strides and type, to and from flat float32 memory.
+
+Work goes through scratch memory that belongs to the calling thread, so that nothing is allocated in proportion to
+the tensor and threads don't wait for each other. numpy has no call that reads a strided tensor piece by piece within
+a bounded amount of memory: `ndarray.flat` and `reshape` copy, and `nditer` chooses sizes of its own.
+"""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Float32 = NDArray[np.float32]
+
+TILE = 1 << 16  # elements; 256 KiB of float32, so that a tile and its scratch stay in the second-level cache
+
+
+class _Scratch(threading.local):
+    """Named buffers of one tile, made on first use and kept by the thread."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, str], Array] = {}
+
+
+_scratch = _Scratch()
+
+
+def scratch(name: str, dtype: Any, n: int) -> Array:
+    """The calling thread's buffer `name` of `n` <= `TILE` elements. Its contents are left over from before."""
+    if n > TILE:
+        raise ValueError(f"scratch memory is {TILE} elements, not {n}")
+    key = (name, np.dtype(dtype).str)
+    buffer = _scratch.buffers.get(key)
+    if buffer is None:
+        buffer = _scratch.buffers[key] = np.empty(TILE, dtype)
+    return buffer[:n]
+
+
+def float32_runs(src: Array, longest: int | None = None) -> Iterator[tuple[int, Float32]]:
+    """`src` (float32, float16, or uint16 for bfloat16) in C order as flat float32 runs, each with its start.
+
+    Contiguous float32 comes as views of `src` of at most `longest` values, or as one if that is None. All else goes
+    through the thread's scratch memory in runs of `TILE` values at most; the next run overwrites it.
+    """
+    flat = src.reshape(-1) if src.flags.c_contiguous else None
+    direct = flat is not None and src.dtype == np.float32
+    step = (longest or src.size or 1) if direct else min(longest or TILE, TILE)
+    for start in range(0, src.size, step):
+        stop = min(start + step, src.size)
+        if direct:
+            yield start, flat[start:stop]  # type: ignore[index]
+            continue
+        values = scratch("values", np.float32, stop - start)
+        if src.dtype == np.float32:
+            read_run(src, start, values)
+        else:
+            if flat is not None:
+                bits = flat[start:stop].view(np.uint16)
+            else:
+                bits = scratch("bits", np.uint16, stop - start)
+                read_run(src, start, bits.view(src.dtype))
+            from nvflare_rdma.codecs.kernels import halves
+
+            if src.dtype == np.float16:
+                halves.from_half(bits, values)
+            else:
+                halves.from_bfloat16(bits, values.view(np.uint32))
+        yield start, values
+
+
+def output_runs(out: Array, longest: int | None = None) -> Iterator[tuple[int, Float32]]:
+    """The opposite of `float32_runs`: flat float32 runs to be filled, which then become the elements of `out`,
+    rounded to nearest even. Their contents before are left over."""
+    flat = out.reshape(-1) if out.flags.c_contiguous else None
+    direct = flat is not None and out.dtype == np.float32
+    step = (longest or out.size or 1) if direct else min(longest or TILE, TILE)
+    for start in range(0, out.size, step):
+        stop = min(start + step, out.size)
+        if direct:
+            yield start, flat[start:stop]  # type: ignore[index]
+            continue
+        values = scratch("values", np.float32, stop - start)
+        yield start, values
+        if out.dtype == np.float32:
+            write_run(out, start, values)
+            continue
+        from nvflare_rdma.codecs.kernels import halves
+
+        bits = flat[start:stop].view(np.uint16) if flat is not None else scratch("bits", np.uint16, stop - start)
+        if out.dtype == np.float16:
+            halves.to_half(values, bits)
+        else:
+            halves.to_bfloat16(values.view(np.uint32), bits)
+        if flat is None:
+            write_run(out, start, bits.view(out.dtype))
+
+
+def read_run(tensor: Array, start: int, out: Array) -> None:
+    """Copy ``tensor.reshape(-1)[start : start + out.size]`` to `out`, flat and of the same dtype."""
+    for part, first, last in _boxes(tensor, start, start + out.size, 0):
+        np.copyto(out[first:last].reshape(part.shape), part)
+
+
+def write_run(tensor: Array, start: int, values: Array) -> None:
+    """The opposite of `read_run`: `values` (flat) become the elements of `tensor` from `start` on, in C order."""
+    for part, first, last in _boxes(tensor, start, start + values.size, 0):
+        np.copyto(part, values[first:last].reshape(part.shape))
+
+
+def _boxes(tensor: Array, start: int, stop: int, done: int) -> list[tuple[Array, int, int]]:
+    """Views that together are elements `start` to `stop` of `tensor`, each with its place in the flat run."""
+    if start >= stop:
+        return []
+    if tensor.ndim <= 1 or tensor.flags.c_contiguous:
+        return [(tensor.reshape(-1)[start:stop], done, done + stop - start)]
+    row = tensor[0].size
+    first, last = -(-start // row), stop // row
+    if first > last:  # within one row
+        return _boxes(tensor[last], start - last * row, stop - last * row, done)
+    boxes = []
+    if start < first * row:
+        boxes += _boxes(tensor[first - 1], start - (first - 1) * row, row, done)
+        done += first * row - start
+    if first < last:
+        boxes.append((tensor[first:last], done, done + (last - first) * row))
+        done += (last - first) * row
+    if last * row < stop:
+        boxes += _boxes(tensor[last], 0, stop - last * row, done)
+    return boxes
