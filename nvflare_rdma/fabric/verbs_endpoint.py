@@ -84,8 +84,7 @@ class VerbsEndpoint(Endpoint):
         self._answer: Mapping[str, Any] = {}
         try:
             for number in range(count):
-                watches = number < len(self._ports)  # the first rail on a port
-                self._rails.append(VerbsRail(number, self._ports[number % len(self._ports)], self, watches))
+                self._rails.append(VerbsRail(number, self._ports[number % len(self._ports)], self))
         except BaseException:
             self.close()
             raise
