@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nvflare_rdma.errors import FabricError
 from nvflare_rdma.fabric.verbs_api import Closable, Port, close_all, translated, with_descriptor
 from nvflare_rdma.fabric.verbs_devices import INFINIBAND, IWARP, Gid, PortInfo, VerbsOptions
 from nvflare_rdma.fabric.verbs_import import (
