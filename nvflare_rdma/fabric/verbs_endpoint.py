@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import logging
+import os
 import secrets
 import threading
 import time
@@ -298,3 +300,13 @@ _endpoints: weakref.WeakSet[VerbsEndpoint] = weakref.WeakSet()
 def _close_endpoints() -> None:
     for endpoint in list(_endpoints):
         endpoint.close()
+
+
+def _leave_to_parent() -> None:
+    """In a forked process: what it has inherited is its parent's, and to close it here closes it there."""
+    for endpoint in _endpoints:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(endpoint))  # nor does the garbage collector, at the end
+    _endpoints.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
