@@ -24,13 +24,14 @@ def test_a_round_of_a_job_goes_over_the_device(devices, tmp_path):
     size = 8 * MIB
     done = run(HERE / "array_job.py", str(tmp_path), str(size), timeout=2 * DEADLINE, NVFLARE_RDMA_FABRICS="verbs")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    logs = {log.parent.name: log.read_text() for log in (tmp_path / "ws").rglob("log.txt")}
+    assert (tmp_path / "sent.npy").exists(), done.stdout[-4000:] + "\n".join(text[-8000:] for text in logs.values())
     initial, received, sent = (np.load(tmp_path / f"{name}.npy") for name in ("initial", "received", "sent"))
     assert np.array_equal(received, initial)
     assert np.array_equal(np.load(next((tmp_path / "ws").rglob("server.npy"))), sent)
-    for log in ("server/log.txt", "site-1/log.txt"):
-        text = next((tmp_path / "ws").rglob(log)).read_text()
-        assert f"verbs: {devices[0]} port 1" in text, text
-        assert "data goes over verbs, 2 rails" in text
+    for site in ("server", "site-1"):
+        assert f"verbs: {devices[0]} port 1" in logs[site], logs[site]
+        assert "data goes over verbs, 2 rails" in logs[site]
 
 
 def test_cells_on_two_devices_with_mutual_tls(devices, tmp_path):
