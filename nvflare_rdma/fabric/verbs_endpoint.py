@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: From here on registering memory costs less than copying it to memory that is registered already (docs/verbs.md).
+#: From here on registering memory costs less than copying it to memory that is registered already (benchmarks/
+#: verbs_costs.py).
 IN_PLACE_BYTES = 512 * 1024
 _JOIN_TIMEOUT = 10.0
 
