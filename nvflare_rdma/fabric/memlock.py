@@ -30,8 +30,8 @@ def _ignores_limits() -> bool:
 
 
 def memlock_needed(budget: int) -> int:
-    """What RDMA locks at most with a memory budget of ``budget`` bytes: that for what comes in, and as much for what
-    goes out."""
+    """What RDMA needs to lock with a memory budget of ``budget`` bytes: that for what comes in, and as much for what
+    goes out. Many peers at once may take more, see `RegistrationCache`."""
     return 2 * budget + _RESERVE
 
 

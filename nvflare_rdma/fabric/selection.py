@@ -78,7 +78,7 @@ def pyverbs_reason() -> str:
     """Why pyverbs can't be used by this Python; "" if it can."""
     try:
         importlib.import_module("nvflare_rdma.fabric.verbs_import")
-    except ImportError as error:
+    except Exception as error:  # noqa: BLE001 - compiled modules that don't fit each other raise what they like
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         if importlib.util.find_spec("pyverbs") is None:
             return (
@@ -86,7 +86,7 @@ def pyverbs_reason() -> str:
                 "and make the virtual environment with the distribution's Python and --system-site-packages"
             )
         return (
-            f"pyverbs can't be loaded by Python {version}: {error}. The distribution's package is for the "
+            f"pyverbs can't be loaded by Python {version}: {error!r}. The distribution's package is for the "
             "distribution's own Python: make the virtual environment with that"
         )
     return ""

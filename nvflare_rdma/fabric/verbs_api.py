@@ -42,7 +42,7 @@ def translated(device: str, what: str) -> Iterator[None]:
     try:
         yield
     except (PyverbsError, OSError) as error:
-        code = error.errno if isinstance(error, OSError) else getattr(error, "error_code", -1)
+        code = (error.errno if isinstance(error, OSError) else getattr(error, "error_code", None)) or -1
         hint = _ERRNO_HINTS.get(code, "")
         raise FabricError(f"{device}: {what} failed: {error}{f' ({hint})' if hint else ''}") from error
 

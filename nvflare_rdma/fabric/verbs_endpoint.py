@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import logging
+import os
 import secrets
 import threading
 import time
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: From here on registering memory costs less than copying it to memory that is registered already (docs/verbs.md).
+#: From here on registering memory costs less than copying it to memory that is registered already (benchmarks/
+#: verbs_costs.py).
 IN_PLACE_BYTES = 512 * 1024
 _JOIN_TIMEOUT = 10.0
 
@@ -84,8 +87,7 @@ class VerbsEndpoint(Endpoint):
         self._answer: Mapping[str, Any] = {}
         try:
             for number in range(count):
-                watches = number < len(self._ports)  # the first rail on a port
-                self._rails.append(VerbsRail(number, self._ports[number % len(self._ports)], self, watches))
+                self._rails.append(VerbsRail(number, self._ports[number % len(self._ports)], self))
         except BaseException:
             self.close()
             raise
@@ -299,3 +301,13 @@ _endpoints: weakref.WeakSet[VerbsEndpoint] = weakref.WeakSet()
 def _close_endpoints() -> None:
     for endpoint in list(_endpoints):
         endpoint.close()
+
+
+def _leave_to_parent() -> None:
+    """In a forked process: what it has inherited is its parent's, and to close it here closes it there."""
+    for endpoint in _endpoints:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(endpoint))  # nor does the garbage collector, at the end
+    _endpoints.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)

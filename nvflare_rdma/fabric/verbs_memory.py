@@ -77,10 +77,10 @@ def owner_of(source: memoryview) -> Any:
 
 
 class RegistrationCache:
-    """Registered source memory of all peers of a process, at most ``limit`` bytes of it.
+    """Registered source memory of all peers of a process, about ``limit`` bytes of it.
 
     What was used least recently goes first. A peer of which nothing is in use always gets its turn, so that one whose
-    link is slow does not stop the others.
+    link is slow does not stop the others: beyond the limit there may be what one write needs, for each peer.
     """
 
     def __init__(self, limit: int, extent_bytes: int = EXTENT_BYTES) -> None:

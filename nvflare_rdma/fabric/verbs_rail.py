@@ -70,13 +70,12 @@ class _Write:
 
 
 class VerbsRail:
-    """``watches_device``: this rail's thread takes the events of the port's device."""
+    """Its thread takes events of the port's device too, as those of all rails do: any of them may be the last."""
 
-    def __init__(self, number: int, port: Port, owner: RailOwner, watches_device: bool) -> None:
+    def __init__(self, number: int, port: Port, owner: RailOwner) -> None:
         self.number = number
         self.port = port
         self._owner = owner
-        self._watches_device = watches_device
         self._sends = min(SEND_DEPTH, port.max_work)
         depth = RECEIVE_DEPTH if messages_wait(port.info) else RECEIVE_DEPTH_NO_WAITING
         receives = min(depth, port.max_work, port.max_completions - self._sends)
@@ -166,14 +165,13 @@ class VerbsRail:
         error: Exception
         try:
             poller = select.poll()
-            for fd in (self.queue_pair.fd, self._wake, *([self.port.events_fd] if self._watches_device else [])):
+            for fd in (self.queue_pair.fd, self._wake, self.port.events_fd):
                 poller.register(fd, select.POLLIN)
             while True:
-                poller.poll(_DEVICE_CHECK * 1000 if self._watches_device else None)
+                poller.poll(_DEVICE_CHECK * 1000)
                 if self._reason is not None:
                     raise self._reason
-                if self._watches_device:
-                    self._check_device()
+                self._check_device()
                 self.queue_pair.rearm()
                 self._complete()
         except Exception as ended:  # noqa: BLE001 - whatever it is, it ends the rail and is reported

@@ -77,7 +77,7 @@ def parse(description: Mapping[str, Any]) -> list[RemoteRail]:
     try:
         ports = [_parse_port(port) for port in _list(description, "ports")]
         rails = [_parse_rail(rail, ports) for rail in _list(description, "rails")]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         # Shortened: it may quote what the peer has sent.
         raise ProtocolError(f"the peer describes its verbs rails in a way that can't be: {error!r:.200}") from error
     return rails

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import ROOT
 
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.fabric import process_memory
@@ -74,3 +75,15 @@ def test_a_bad_list_of_fabrics_names_what_is_allowed(value):
 
 def test_names_are_trimmed_and_case_does_not_matter():
     assert parse_fabrics(" TCP , verbs ") == ("tcp", "verbs")
+
+
+@pytest.mark.parametrize("error", ["ImportError('no libibverbs')", "ValueError('size changed')", "SystemError()"])
+def test_a_pyverbs_that_is_broken_is_a_reason_and_no_crash(error, tmp_path):
+    """Compiled modules that were not built for each other raise what they like."""
+    (tmp_path / "pyverbs").mkdir()
+    (tmp_path / "pyverbs/__init__.py").write_text(f"raise {error}")
+    script = "from nvflare_rdma.fabric.selection import pyverbs_reason; print(pyverbs_reason())"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("pyverbs can't be loaded by Python")
+    assert error in done.stdout

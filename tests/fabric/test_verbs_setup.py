@@ -162,3 +162,10 @@ def test_nothing_but_a_protocol_error_comes_of_it(place, value):
 def test_nothing_but_a_protocol_error_comes_of_anything(value):
     with pytest.raises(ProtocolError):
         parse(value)
+
+
+def test_what_is_nested_as_deep_as_msgpack_allows_is_malformed():
+    """It is deeper than Python shows."""
+    nested = msgpack.unpackb(b"\x91" * 1015 + b"\x01")
+    with pytest.raises(ProtocolError, match="RecursionError"):
+        parse({"ports": [{"transport": "RoCE", "kind": nested, "gid": b""}]})

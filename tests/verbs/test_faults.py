@@ -18,9 +18,10 @@ import rdma_devices
 from link_peer import DEADLINE, link_peer
 from link_process import digest, pattern
 from processes import ROOT
+from verbs_pair import verbs_pair
 from waiting import eventually
 
-from nvflare_rdma.errors import TransferError
+from nvflare_rdma.errors import FabricUnavailable, TransferError
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 128 * MIB
@@ -113,6 +114,17 @@ def test_a_device_that_is_removed_leaves_tcp(connect, direction, device, wires):
         peer.there(2 * MIB)
         log = peer.log.read_text()
         assert "no such device" in log or "no rail" in log, log
+
+
+def test_a_device_that_is_removed_is_noticed_by_any_rail_that_is_left(wires):
+    devices = rdma_devices.pair()
+    with verbs_pair(devices) as pair:
+        pair.passive.drop(0)
+        assert pair.heard.down.get(timeout=DEADLINE)[0] == 0
+        removal = subprocess.Popen(["rdma", "link", "delete", devices[0]])
+        rail, error = pair.heard.down.get(timeout=DEADLINE)
+        assert (rail, type(error)) == (1, FabricUnavailable)
+    assert removal.wait(DEADLINE) == 0
 
 
 @over_both
