@@ -249,6 +249,8 @@ class VerbsEndpoint(Endpoint):
     def write(self, rail: int, source: memoryview, remote: RemoteSlice, notification: int, digest: int) -> None:
         if len(source) > remote.length:
             raise ValueError(f"a write of {len(source)} bytes does not fit a slice of {remote.length}")
+        if rail >= len(self._rails) or remote.address + remote.length > 1 << 64:
+            raise ProtocolError(f"the peer grants {remote} over rail {rail}: there is no such memory, or rail")
         self._rails[rail].write(source, remote, notification, digest)
 
     def lease(self, port: Port, source: memoryview, abandoned: Callable[[], bool]) -> Lease:

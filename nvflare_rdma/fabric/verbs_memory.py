@@ -114,7 +114,11 @@ class RegistrationCache:
                     raise FabricError("the rail broke before it had registered what it was to send")
                 pieces, kept = self._pieces(source, start, end)
                 keys = [(domain, address, length) for address, length in pieces]
-                if self._make_room(domain, keys):
+                if self._make_room(keys):
+                    break
+                if not self._busy[domain]:
+                    # Its turn all the same. Many peers may come to that: no more than what is sent now.
+                    keys, kept = [(domain, start, end - start)], False
                     break
                 self._room.wait(1.0)
             try:
@@ -162,9 +166,8 @@ class RegistrationCache:
         first = base + (start - base) // step * step
         return [(cut, min(step, base + size - cut)) for cut in range(first, end, step)], True
 
-    def _make_room(self, domain: Hashable, keys: list[_Key]) -> bool:
-        need = sum(key[2] for key in keys if key not in self._extents)
-        return self._fits(need, keys) or not self._busy[domain]
+    def _make_room(self, keys: list[_Key]) -> bool:
+        return self._fits(sum(key[2] for key in keys if key not in self._extents), keys)
 
     def _fits(self, need: int, keys: Sequence[_Key] = ()) -> bool:
         """Whether ``need`` more bytes are within the limit, when enough of what is idle is gone (but not ``keys``)."""

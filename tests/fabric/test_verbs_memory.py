@@ -461,3 +461,14 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestAnyOrder = CacheMachine.TestCase
 TestAnyOrder.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def test_a_turn_beyond_the_limit_takes_what_is_sent_and_no_more():
+    """What may be locked is the limit and a little: a whole piece for each of many peers would be far beyond it."""
+    cache, devices, data = RegistrationCache(64 * PAGE), [Device() for _ in range(20)], array(64)
+    leases = [acquire(cache, device, data[5 * PAGE : 6 * PAGE]) for device in devices]
+    assert cache.pinned <= cache.limit + len(devices) * PAGE
+    assert all(covered(lease, device) for lease, device in zip(leases, devices, strict=True))
+    for lease in leases:
+        cache.release(lease)
+    assert cache.pinned <= cache.limit

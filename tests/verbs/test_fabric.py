@@ -181,6 +181,12 @@ def test_the_key_of_one_peer_is_of_no_use_to_another(devices):
         assert pair.heard.landings.get(timeout=DEADLINE) == (7, 4096, 0)
 
 
+@pytest.mark.parametrize(("rail", "address"), [(50, 0), (0, (1 << 64) - 100_000)])
+def test_a_grant_of_what_can_not_be_is_a_violation(roce_devices, rail, address):
+    with verbs_pair(roce_devices, max_message=64 * 1024) as pair, pytest.raises(ProtocolError, match="no such"):
+        pair.active.write(rail, numbered(200_000), RemoteSlice(1, address, 200_000), 7, 0)
+
+
 def test_an_answer_to_nothing_is_a_violation(devices):
     with verbs_pair(devices) as pair:
         pair.passive.expose(7, buffer(64), 0)  # its receive takes the notice
