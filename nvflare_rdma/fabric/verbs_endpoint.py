@@ -302,7 +302,10 @@ _endpoints: weakref.WeakSet[VerbsEndpoint] = weakref.WeakSet()
 @atexit.register
 def _close_endpoints() -> None:
     for endpoint in list(_endpoints):
-        endpoint.close()
+        try:
+            endpoint.close()
+        except Exception:
+            log.exception("a verbs endpoint was not closed in order")  # the others still are
 
 
 def _leave_to_parent() -> None:

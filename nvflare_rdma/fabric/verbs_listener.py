@@ -113,7 +113,7 @@ class Listener:
         try:
             while self._waiting and not self._stopped and (left := end - time.monotonic()) > 0:
                 poller.poll(left * 1000)
-                while not self._stopped and self._take_event():
+                while not self._stopped and time.monotonic() < end and self._take_event():
                     pass
         except FabricError as error:
             log.warning("the listener for verbs rails has ended: %s", error)

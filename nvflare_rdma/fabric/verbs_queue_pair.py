@@ -7,6 +7,7 @@ and 11. Nothing here waits, see `verbs_api`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -200,13 +201,16 @@ class QueuePair:
 
     def rearm(self) -> None:
         """Take the event that made ``fd`` readable, and ask for the next. `completions` is to follow."""
-        with contextlib.suppress(PyverbsError):  # EAGAIN: it was taken before
-            self._channel.get_cq_event(self._cq)
-            self._unacknowledged += 1
+        with translated(self._port.info.device, "asking for completion events"):
+            try:
+                self._channel.get_cq_event(self._cq)
+                self._unacknowledged += 1
+            except PyverbsError as error:
+                if getattr(error, "error_code", errno.EAGAIN) != errno.EAGAIN:  # which means that it was taken before
+                    raise
             if self._unacknowledged >= 64:
                 self._cq.ack_events(self._unacknowledged)
                 self._unacknowledged = 0
-        with translated(self._port.info.device, "asking for completion events"):
             self._cq.req_notify()
 
     def keep(self, opened: Closable) -> None:
