@@ -17,6 +17,7 @@ from nvflare_rdma.codecs.base import Codec, FixedSizeCodec
 from nvflare_rdma.codecs.blockwise import Blockwise8
 from nvflare_rdma.codecs.fourbit import DoubleQuantized, Float4, NormalFloat4
 from nvflare_rdma.codecs.halves import BFloat16, Float16
+from nvflare_rdma.codecs.linear import Float8E4M3, Int2, Int8, Ternary
 from nvflare_rdma.errors import ConfigError
 
 __all__ = ["CODEC_NAMES", "Blockwise8", "Codec", "FixedSizeCodec", "get_codec"]
@@ -24,11 +25,15 @@ __all__ = ["CODEC_NAMES", "Blockwise8", "Codec", "FixedSizeCodec", "get_codec"]
 _CODECS: dict[str, Callable[[], Codec]] = {
     "float16": Float16,
     "bfloat16": BFloat16,
+    "float8_e4m3": Float8E4M3,
+    "int8": Int8,
     "blockwise8": Blockwise8,
     "float4": Float4,
     "normfloat4": NormalFloat4,
     "float4_dq": lambda: DoubleQuantized(Float4()),
     "normfloat4_dq": lambda: DoubleQuantized(NormalFloat4()),
+    "int2": Int2,
+    "ternary": Ternary,
 }
 
 CODEC_NAMES = tuple(_CODECS)

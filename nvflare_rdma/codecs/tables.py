@@ -63,3 +63,28 @@ def float4() -> NDArray[np.float32]:
     mantissa), divided by the largest, float32. It has no value between a twelfth and two twelfths but one at 1/192."""
     magnitudes = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=np.float32) / np.float32(12)
     return np.concatenate([magnitudes, np.float32(0) - magnitudes])
+
+
+def float8_e4m3() -> NDArray[np.float32]:
+    """What the 256 bytes stand for as float8 e4m3 (bias 7, no infinities, NaN at 0x7F and 0xFF), float32."""
+    byte = np.arange(256)
+    exponent, mantissa = (byte >> 3) & 15, byte & 7
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    magnitude[(byte & 0x7F) == 0x7F] = np.nan
+    values: NDArray[np.float32] = np.where(byte < 128, magnitude, -magnitude).astype(np.float32)
+    return values
+
+
+def int2_by_byte() -> NDArray[np.float32]:
+    """The four levels -3, -1, 1, 3 of each byte, lowest bits first, shape (1024,)."""
+    codes = (np.arange(256)[:, np.newaxis] >> np.array([0, 2, 4, 6])) & 3
+    levels: NDArray[np.float32] = (2 * codes - 3).astype(np.float32)
+    return levels.reshape(-1)
+
+
+def ternary_by_byte() -> NDArray[np.float32]:
+    """The five values -1, 0, 1 of each byte's digits to base 3, lowest first, shape (1280,). Bytes from 243 on, that
+    no encoder makes, repeat the first ones."""
+    digits = np.arange(256)[:, np.newaxis] // 3 ** np.arange(5) % 3
+    values: NDArray[np.float32] = (digits - 1).astype(np.float32)
+    return values.reshape(-1)

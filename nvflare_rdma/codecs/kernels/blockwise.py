@@ -69,3 +69,18 @@ def decode(codes: Any, scales: Any, block: Any, table: Any, out: Any) -> None:
         scale = scales[b]
         for i in range(block_out.size):
             block_out[i] = table[block_codes[i]] * scale
+
+
+@kernel(nothing(uint8, float32, size, size, float32, float32_out))
+def decode_packed(codes: Any, scales: Any, block: Any, per_byte: Any, table: Any, out: Any) -> None:
+    """Codes of several values a byte, `table` having those of each of the 256 bytes. Every block begins a byte."""
+    block_bytes = -(-block // per_byte)
+    for b in range(scales.size):
+        block_codes = codes[b * block_bytes : (b + 1) * block_bytes]
+        block_out = out[b * block : (b + 1) * block]
+        scale = scales[b]
+        for j in range(block_codes.size):
+            entries = table[np.intp(block_codes[j]) * per_byte : (np.intp(block_codes[j]) + 1) * per_byte]
+            group = block_out[j * per_byte : (j + 1) * per_byte]
+            for k in range(group.size):
+                group[k] = entries[k] * scale
