@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from nvflare_rdma.codecs import Codec, get_codec
+from nvflare_rdma.codecs import Codec, FixedSizeCodec, get_codec
 from nvflare_rdma.codecs.tensors import FLOAT_NAMES, float_bits
 from nvflare_rdma.errors import ConfigError
 
@@ -151,7 +151,7 @@ class Policy:
         if rule.quantization_type == EXACT:
             return Decision(None, str(rule))
         codec = get_codec(rule.quantization_type)
-        if codec.bits >= float_bits(dtype) or codec.encoded_nbytes(n) * 8 >= n * float_bits(dtype):
+        if isinstance(codec, FixedSizeCodec) and codec.encoded_nbytes(n) * 8 >= n * float_bits(dtype):
             return Decision(None, f"{codec.name} would not be smaller")
         return Decision(codec, str(rule))
 

@@ -35,7 +35,8 @@ def _collect(params: dict[str, Any], prefix: str, depth: int, flat: dict[str, An
 
 def rebuild(params: dict[str, Any], flat: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """New dicts of the form of `params` with the values of `flat`, which `flatten` named."""
-    return {
-        key: rebuild(value, flat, f"{prefix}{key}/") if type(value) is dict else flat[f"{prefix}{key}" if prefix else key]
-        for key, value in params.items()
-    }
+    new = {}
+    for key, value in params.items():
+        name = f"{prefix}{key}" if prefix else key
+        new[key] = rebuild(value, flat, f"{name}/") if type(value) is dict else flat[name]
+    return new
