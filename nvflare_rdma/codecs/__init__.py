@@ -13,11 +13,13 @@
 from collections.abc import Callable
 from functools import cache
 
+from nvflare_rdma.codecs.adaquant import AdaQuant
 from nvflare_rdma.codecs.base import Codec, FixedSizeCodec
 from nvflare_rdma.codecs.blockwise import Blockwise8
 from nvflare_rdma.codecs.fourbit import DoubleQuantized, Float4, NormalFloat4
 from nvflare_rdma.codecs.halves import BFloat16, Float16
 from nvflare_rdma.codecs.linear import Float8E4M3, Int2, Int8, Ternary
+from nvflare_rdma.codecs.lossless import Lossless
 from nvflare_rdma.errors import ConfigError
 
 __all__ = ["CODEC_NAMES", "Blockwise8", "Codec", "FixedSizeCodec", "get_codec"]
@@ -34,6 +36,8 @@ _CODECS: dict[str, Callable[[], Codec]] = {
     "normfloat4_dq": lambda: DoubleQuantized(NormalFloat4()),
     "int2": Int2,
     "ternary": Ternary,
+    "adaquant": AdaQuant,
+    "lossless": Lossless,
 }
 
 CODEC_NAMES = tuple(_CODECS)

@@ -23,6 +23,7 @@ def _array(element: Any, writable: bool = False) -> Any:
 
 
 size = types.intp
+float64_value = types.float64
 boolean = types.boolean
 nothing = types.void
 float32, float32_out = _array(types.float32), _array(types.float32, True)
@@ -32,15 +33,15 @@ uint16, uint16_out = _array(types.uint16), _array(types.uint16, True)
 uint32, uint32_out = _array(types.uint32), _array(types.uint32, True)
 
 
-def kernel(signature: Any) -> Callable[[F], F]:
-    """Compile for exactly this signature (so that no call ever compiles), cached if there is a place for it."""
+def kernel(*signatures: Any) -> Callable[[F], F]:
+    """Compile for exactly these signatures (so that no call ever compiles), cached if there is a place for it."""
 
     def compiled(function: F) -> F:
         jit: Any = njit
         try:
-            result: F = jit([signature], nogil=True, error_model="numpy", cache=True)(function)
+            result: F = jit(list(signatures), nogil=True, error_model="numpy", cache=True)(function)
         except (RuntimeError, OSError):  # no directory can be written, or the disk is full
-            result = jit([signature], nogil=True, error_model="numpy")(function)
+            result = jit(list(signatures), nogil=True, error_model="numpy")(function)
         return result
 
     return compiled
