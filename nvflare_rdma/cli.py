@@ -1,4 +1,4 @@
-"""``nvflare-rdma driver-path | doctor``."""
+"""``nvflare-rdma driver-path | doctor | policy``."""
 
 from __future__ import annotations
 
@@ -41,6 +41,17 @@ def _doctor() -> int:
     return 0
 
 
+def _policy(config: str, model: str) -> int:
+    from nvflare_rdma.errors import ConfigError
+    from nvflare_rdma.policy_table import print_policy
+
+    try:
+        return print_policy(config, model)
+    except ConfigError as error:
+        print(f"nvflare-rdma policy: {error}", file=sys.stderr)
+        return 1
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nvflare-rdma", description="RDMA-chunked streaming for NVIDIA FLARE")
     parser.add_argument("--version", action="version", version=__version__)
@@ -49,8 +60,13 @@ def main(argv: list[str] | None = None) -> int:
         run=_print_driver_path
     )
     commands.add_parser("doctor", help="what this machine can use, and why not the rest").set_defaults(run=_doctor)
-    args = parser.parse_args(argv)
-    return int(args.run())
+    policy = commands.add_parser("policy", help="what each tensor of a model travels as, and the size of the message")
+    policy.add_argument("config", metavar="CONFIG", help="an exported job, its config_fed_*.json, or a policy's JSON")
+    policy.add_argument("model", metavar="MODEL", help=".safetensors, a torch state dict, or .json of dtype and shape")
+    policy.set_defaults(run=_policy)
+    args = vars(parser.parse_args(argv))
+    del args["command"]
+    return int(args.pop("run")(**args))
 
 
 if __name__ == "__main__":
