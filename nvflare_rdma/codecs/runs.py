@@ -43,8 +43,6 @@ def float32_runs(src: Array, longest: int | None = None) -> Iterator[tuple[int, 
     Contiguous float32 comes as views of `src` of at most `longest` values, or as one if that is None. All else goes
     through the thread's scratch memory in runs of `TILE` values at most; the next run overwrites it.
     """
-    from nvflare_rdma.codecs.kernels import halves
-
     flat = src.reshape(-1) if src.flags.c_contiguous else None
     direct = flat is not None and src.dtype == np.float32
     step = (longest or src.size or 1) if direct else min(longest or TILE, TILE)
@@ -62,6 +60,8 @@ def float32_runs(src: Array, longest: int | None = None) -> Iterator[tuple[int, 
             else:
                 bits = scratch("bits", np.uint16, stop - start)
                 read_run(src, start, bits.view(src.dtype))
+            from nvflare_rdma.codecs.kernels import halves
+
             if src.dtype == np.float16:
                 halves.from_half(bits, values)
             else:
@@ -72,8 +72,6 @@ def float32_runs(src: Array, longest: int | None = None) -> Iterator[tuple[int, 
 def output_runs(out: Array, longest: int | None = None) -> Iterator[tuple[int, Float32]]:
     """The opposite of `float32_runs`: flat float32 runs to be filled, which then become the elements of `out`,
     rounded to nearest even. Their contents before are left over."""
-    from nvflare_rdma.codecs.kernels import halves
-
     flat = out.reshape(-1) if out.flags.c_contiguous else None
     direct = flat is not None and out.dtype == np.float32
     step = (longest or out.size or 1) if direct else min(longest or TILE, TILE)
@@ -87,6 +85,8 @@ def output_runs(out: Array, longest: int | None = None) -> Iterator[tuple[int, F
         if out.dtype == np.float32:
             write_run(out, start, values)
             continue
+        from nvflare_rdma.codecs.kernels import halves
+
         bits = flat[start:stop].view(np.uint16) if flat is not None else scratch("bits", np.uint16, stop - start)
         if out.dtype == np.float16:
             halves.to_half(values, bits)

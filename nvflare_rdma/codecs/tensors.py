@@ -56,23 +56,26 @@ def is_encodable(value: Any) -> bool:
     return type(value) is np.ndarray and value.dtype in (np.float32, np.float16) and value.size > 0
 
 
-def to_flat(value: Any) -> Array:
-    """The values of an encodable tensor, flat and C-contiguous: float32, float16, or uint16 (bfloat16 bits).
+def to_array(value: Any) -> Array:
+    """The values of an encodable tensor in its own shape: float32, float16, or uint16 (bfloat16 bits).
 
-    A view of the tensor's own memory where it is contiguous and on the CPU, otherwise a copy. Read-only use.
+    A view of the tensor's own memory, with its strides, if that is on the CPU; otherwise a copy. Read-only use.
     """
     if not is_torch(value):
-        return np.ascontiguousarray(value).reshape(-1)
+        return np.asarray(value)
     import torch
 
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    if flat.is_neg():
-        flat = flat.resolve_neg()
-    if flat.dtype is torch.bfloat16:
-        array: Array = flat.view(torch.int16).numpy().view(np.uint16)
+    on_cpu = value.detach().cpu().resolve_neg()
+    if on_cpu.dtype is torch.bfloat16:
+        array: Array = on_cpu.view(torch.int16).numpy().view(np.uint16)
     else:
-        array = flat.numpy()
+        array = on_cpu.numpy()
     return array
+
+
+def to_flat(value: Any) -> Array:
+    """The same, flat and C-contiguous, which takes a copy if the tensor isn't contiguous."""
+    return np.ascontiguousarray(to_array(value)).reshape(-1)
 
 
 def new_flat(name: str, n: int) -> Array:

@@ -21,7 +21,7 @@ from nvflare_rdma.codecs.tensors import (
     is_encodable,
     is_tensor,
     is_torch,
-    to_flat,
+    to_array,
 )
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.filters.metadata import to_message
@@ -67,7 +67,7 @@ class EncodedParams:
 
 
 def encode_whole(name: str, codec: Codec, values: Array) -> Array:
-    """Encode flat `values` on their own: nothing is known of earlier messages."""
+    """Encode `values` (of any shape) on their own: nothing is known of earlier messages."""
     encoded = np.empty(codec.encoded_nbytes(values.size), np.uint8)
     return encoded[: codec.encode_into(values, encoded)]
 
@@ -134,7 +134,7 @@ def _encode_one(
 ) -> str | None:
     """Put `value`'s codes into `flat` and `result`, or return why it has to travel exact, if that is worth telling."""
     try:
-        encoded = encode(name, codec, to_flat(value))
+        encoded = encode(name, codec, to_array(value))
     except UnrepresentableError as error:
         return str(error)
     if not isinstance(codec, FixedSizeCodec) and encoded.nbytes >= value.nbytes:

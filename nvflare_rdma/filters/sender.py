@@ -4,6 +4,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from nvflare.apis.dxo import DXO, DataKind
 from nvflare.apis.fl_context import FLContext
 
@@ -13,7 +14,6 @@ from nvflare_rdma.codecs.policy import Policy
 from nvflare_rdma.filters.bases import Base, bases_of, held_by_peer, server_holds
 from nvflare_rdma.filters.correction import encode_corrected
 from nvflare_rdma.filters.encoding import EncodedParams, encode_params, encode_whole
-from nvflare_rdma.filters.params import flatten
 from nvflare_rdma.filters.points import FilterPoint
 from nvflare_rdma.filters.residuals import Residuals
 from nvflare_rdma.filters.sharing import Shared
@@ -104,19 +104,19 @@ class Sender:
         if not (leaves_base or feedback or base):
             return Encoded(encode_params(dxo.data, self._policy))
 
-        shapes = {name: tuple(v.shape) for name, v in flatten(dxo.data).items() if hasattr(v, "shape")}
         arrived: dict[str, Array] = {}
         lacking: dict[str, Any] = {}
         based: set[str] = set()
 
         def encode(name: str, codec: Codec, values: Array) -> Array:
             if codec.name == "lossless":
-                arrived[name] = values.copy()
+                arrived[name] = values.flatten()
                 return encode_whole(name, codec, values)
-            residual = self.residuals.of(point.stream, name, shapes[name]) if feedback else None
-            known = base.tensor(name, values) if base is not None else None
-            corrected = encode_corrected(codec, values, residual, known)
-            arrived[name], lacking[name] = corrected.arrived, corrected.residual.reshape(shapes[name])
+            flat = np.ascontiguousarray(values).reshape(-1)
+            residual = self.residuals.of(point.stream, name, values.shape) if feedback else None
+            known = base.tensor(name, flat) if base is not None else None
+            corrected = encode_corrected(codec, flat, residual, known)
+            arrived[name], lacking[name] = corrected.arrived, corrected.residual.reshape(values.shape)
             if known is not None:
                 based.add(name)
             return corrected.encoded
