@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, ReservedKey
-from nvflare.apis.shareable import make_copy
+from nvflare.apis.shareable import ReservedHeaderKey, make_copy
 from nvflare.apis.signal import Signal
 
 from nvflare_rdma.codecs import CODEC_NAMES, get_codec
@@ -40,7 +40,7 @@ def job(at, tmp_path):
         def encode(self, params, kind=DataKind.WEIGHT_DIFF, message=None):
             self.messages += 1
             shareable = DXO(kind, data=params).to_shareable()
-            shareable.set_header("msg_root_id", message or f"message-{self.messages}")
+            shareable.set_header(ReservedHeaderKey.MSG_ROOT_ID, message or f"message-{self.messages}")
             return self.quantizer.process(shareable, self.ctx)
 
         def sent(self):
@@ -198,9 +198,10 @@ def test_tasks_and_places_in_a_collection_have_residuals_of_their_own(job):
 def test_a_tensor_of_another_shape_starts_anew(job, change, tmp_path):
     w = np.random.default_rng(4).standard_normal((40, 100)).astype(np.float32)
     stream, fresh = job(quantizer()), job(quantizer(), folder=tmp_path / "fresh")
-    stream.send({"w": w, "same": w})
+    same = w + 1
+    stream.send({"w": w, "same": same})
     other = np.ascontiguousarray(change(w))
-    got, expected = stream.send({"w": other, "same": w}), fresh.send({"w": other, "same": w})
+    got, expected = stream.send({"w": other, "same": same}), fresh.send({"w": other, "same": same})
     np.testing.assert_array_equal(got["w"], expected["w"])
     assert not np.array_equal(got["same"], expected["same"])
 
