@@ -16,7 +16,7 @@ _INFINITE = 0x7F800000
 
 
 class AdaQuant(Codec):
-    """Evenly spaced levels from the smallest to the largest value of a piece (Hönig et al., "DAdaQuant", 2022).
+    """Evenly spaced levels from the smallest to the largest value of a piece (arXiv 2208.05174, which FLARE refers to).
 
     The number of levels is 2**b - 1, with b such that it is at least ``sqrt(range * bits * ln(4) / 0.01)`` for values
     of so many bits; codes take one byte if b <= 8, else two. All is computed in float64, with the formulas and in the

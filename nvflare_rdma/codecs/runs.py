@@ -30,6 +30,8 @@ _scratch = _Scratch()
 
 def scratch(name: str, dtype: Any, n: int) -> Array:
     """The calling thread's buffer `name` of `n` <= `TILE` elements. Its contents are left over from before."""
+    if n > TILE:
+        raise ValueError(f"scratch memory is {TILE} elements, not {n}")
     key = (name, np.dtype(dtype).str)
     buffer = _scratch.buffers.get(key)
     if buffer is None:

@@ -225,6 +225,18 @@ def test_parts_that_do_not_fit_are_refused(name):
     np.testing.assert_array_equal(out, decode(codec, encoded, out.size))
 
 
+@pytest.mark.parametrize("name", FIXED_SIZE)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
+def test_any_bytes_of_the_right_size_decode_to_something(name, dtype):
+    codec, rng = get_codec(name), np.random.default_rng(9)
+    for n in (0, 1, 255, 4097, TILE + 3):
+        encoded = rng.integers(0, 256, codec.encoded_nbytes(n), np.uint8)
+        guarded = np.full(n + 128, 77, dtype)
+        codec.decode_into(encoded, guarded[64 : 64 + n])
+        assert (guarded[:64] == 77).all()
+        assert (guarded[64 + n :] == 77).all()
+
+
 @pytest.mark.parametrize("name", CODEC_NAMES)
 @pytest.mark.parametrize("kind", [bytearray, memoryview, "odd address"])
 def test_any_buffer_at_any_address_will_do(name, kind):
