@@ -1,6 +1,7 @@
 """Messages under a policy: several codecs, exact tensors, ties, adapters, dicts in dicts."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -263,5 +264,10 @@ def test_a_compressed_bomb_is_refused():
     state = dxo.meta["quant_state"]["w"]
     state["compressed_tensor"] = torch.from_numpy(np.frombuffer(bz2.compress(bytes(50 << 20)), np.uint8).copy())
     state["new_dtype"] = "u1"
-    with pytest.raises(CodecError, match="not the 4096 bytes"):
-        decode(dxo)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CodecError, match="not the 4096 bytes"):
+            decode(dxo)
+        assert tracemalloc.get_traced_memory()[1] < 5 << 20
+    finally:
+        tracemalloc.stop()
