@@ -93,7 +93,8 @@ class Codec(ABC):
         return self._encode(src, buffer)
 
     def decode_into(self, encoded: Any, out: Array) -> None:
-        """Decode a piece into `out`, rounding to nearest even.
+        """Decode a piece into `out`, rounding to nearest even; what is beyond the range of a 16-bit `out` becomes
+        infinite.
 
         Args:
             encoded: the bytes that count of what `encode_into` filled, in any C-contiguous buffer.

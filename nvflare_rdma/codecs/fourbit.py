@@ -9,6 +9,7 @@ from nvflare_rdma.codecs.base import Array, Bytes, FixedSizeCodec, Float32, Layo
 from nvflare_rdma.codecs.blockwise import EPS, AbsmaxCodec, Blockwise8
 from nvflare_rdma.codecs.runs import TILE, float32_runs, scratch
 from nvflare_rdma.codecs.tables import float4, normal_float4
+from nvflare_rdma.errors import UnrepresentableError
 
 _NESTED_BLOCK = 256  # scales that share a scale
 
@@ -85,7 +86,8 @@ class DoubleQuantized(FixedSizeCodec):
     torch's float32 sum may differ from that in its last bits (and from itself with another number of threads), or
     overflow.
 
-    NaN and Inf are not representable (`UnrepresentableError`). Error: that of the 4-bit codec, plus ``0.00705`` of
+    NaN and Inf are not representable, nor are values within a hundredth of the largest float32 if their scale would
+    be rounded up to infinity (`UnrepresentableError`). Error: that of the 4-bit codec, plus ``0.00705`` of
     the largest difference from the mean among the 256 scales.
     """
 
@@ -148,6 +150,9 @@ class DoubleQuantized(FixedSizeCodec):
             self._refuse_not_finite()
         absmax -= parts["offset"]
         blockwise.encode(absmax, _NESTED_BLOCK, self.nested.nearest, parts["nested_scales"], parts["scales"])
+        self._decode_scales(parts, absmax)
+        if not np.isfinite(absmax).all():
+            raise UnrepresentableError(f"{self.name} can't carry values so near to the largest float32")
 
     def _decode_run(self, parts: Parts, out: Float32) -> None:
         from nvflare_rdma.codecs.kernels import fourbit
@@ -160,7 +165,8 @@ class DoubleQuantized(FixedSizeCodec):
         from nvflare_rdma.codecs.kernels import blockwise
 
         blockwise.decode(parts["scales"], parts["nested_scales"], _NESTED_BLOCK, self.nested.table, out)
-        out += parts["offset"]
+        with np.errstate(all="ignore"):  # damaged bytes may be anything
+            out += parts["offset"]
 
     def _slice(self, parts: Parts, start: int, stop: int) -> dict[str, Array]:
         return super()._slice(parts, start, stop) | {"offset": parts["offset"]}

@@ -111,6 +111,30 @@ def test_block_aligned_pieces_equal_the_whole(name, seed, n, data):
     np.testing.assert_array_equal(np.concatenate(decoded), decode(codec, encoded, n))
 
 
+@pytest.mark.parametrize("name", CODEC_NAMES)
+@pytest.mark.parametrize("spread", ["normal", "even", "constant", "one outlier", "a tenth zeros"])
+def test_huge_values_stay_finite_or_are_refused(name, spread):
+    rng, largest = np.random.default_rng(8), 3.3895e38  # bfloat16's largest, nearly
+    x = {
+        "normal": np.clip(rng.standard_normal(40_000) * 1.5e38, -largest, largest),
+        "even": rng.uniform(-largest, largest, 40_000),
+        "constant": np.full(40_000, largest),
+        "one outlier": np.append(np.zeros(40_000), largest),
+        # The scales' mean and their largest distance from it are such that the scale is rounded up to infinity.
+        "a tenth zeros": np.repeat(largest * (np.arange(625) >= 65), 64),
+    }[spread].astype(np.float32)
+    codec = get_codec(name)
+    try:
+        encoded = encode(codec, x)
+    except UnrepresentableError:
+        assert name in ("float16", "adaquant", "float4_dq", "normfloat4_dq")
+        return
+    got = decode(codec, encoded, x.size)
+    assert np.isfinite(got).all()
+    with np.errstate(over="ignore"):
+        assert (np.abs(got.astype(float) - x) <= codec.max_abs_error(x, encoded)).all()
+
+
 FIXED_SIZE = [name for name in CODEC_NAMES if isinstance(get_codec(name), FixedSizeCodec)]
 
 

@@ -86,6 +86,8 @@ def test_few_levels_are_packed_as_documented(name, per_byte, digits, n):
     for start in range(0, n, 256):
         block, chosen = x[start : start + 256].astype(float), level[start : start + 256]
         best = (block @ chosen) / (chosen @ chosen)
+        if name == "int2" and (np.abs(chosen) == 3).any():
+            best = min(best, np.abs(block).max() / 3)
         np.testing.assert_allclose(parts["scales"][start // 256], best, rtol=1e-3)
 
 

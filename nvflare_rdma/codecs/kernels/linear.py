@@ -144,7 +144,9 @@ def encode_int2(values: Any, scales: Any, codes: Any) -> Any:
             code[i] = np.uint8(np.int32(1) - above if negative else np.int32(2) + above)
         squares = np.float64(in_block.size + 8 * np.int64(large))
         best = np.float32(np.float64(absmax) * np.float64(product) / (65536.0 * squares))
-        scales[b] = min(best, _LARGEST_3) if large > 0 else best
+        if large > 0:  # no value decodes to more than the largest one; less than the best scale still loses less
+            best = min(best, absmax / np.float32(3), _LARGEST_3)
+        scales[b] = best
         for i in range(block_codes.size):
             j = 4 * i
             block_codes[i] = code[j] | (code[j + 1] << 2) | (code[j + 2] << 4) | (code[j + 3] << 6)
