@@ -15,6 +15,7 @@ import numpy as np
 from nvflare_rdma.codecs import Codec, FixedSizeCodec
 from nvflare_rdma.codecs.base import Array, Float32
 from nvflare_rdma.codecs.runs import float32_runs, output_runs
+from nvflare_rdma.filters.dither import Dither
 
 PIECE = 1 << 20  # elements worked on at a time, so that scratch memory stays at some MiB
 
@@ -34,12 +35,15 @@ class Corrected:
     residual: Array
 
 
-def encode_corrected(codec: Codec, values: Array, residual: Array | None, base: Array | None) -> Corrected:
+def encode_corrected(
+    codec: Codec, values: Array, residual: Array | None, base: Array | None, dither: Dither | None = None
+) -> Corrected:
     """Encode flat `values` (float32, float16 or bfloat16 bits) with what the past says about them.
 
     Args:
         residual: bfloat16 bits of `values.size`, from the message before; None for none.
         base: flat, dtype and size of `values`; None to encode `values` themselves.
+        dither: puts noise on what is encoded, piece by piece; None for none.
 
     Raises:
         UnrepresentableError: see `Codec.encode_into`.
@@ -58,7 +62,7 @@ def encode_corrected(codec: Codec, values: Array, residual: Array | None, base: 
         offset = None if base is None else to_float32(base[start:stop])
         difference = target if offset is None else target - offset
         piece = encoded if step >= n else np.empty(codec.encoded_nbytes(stop - start), np.uint8)
-        written = codec.encode_into(difference, piece)
+        written = codec.encode_into(difference if dither is None else dither(difference), piece)
         if piece is not encoded:
             assert isinstance(codec, FixedSizeCodec)
             _place(codec, piece, encoded, start, stop, n)

@@ -10,11 +10,13 @@ from nvflare.apis.filter import FilterChainType, FilterContextKey
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
+from nvflare.app_common.app_constant import AppConstants
 
 from nvflare_rdma.codecs.policy import Policy
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters.base import OURS, QUANT_STATE, QUANTIZED_FLAG, SOURCE_DATATYPE, QuantFilter
 from nvflare_rdma.filters.bases import answer_clients
+from nvflare_rdma.filters.dither import DITHERED
 from nvflare_rdma.filters.params import flatten, rebuild
 from nvflare_rdma.filters.points import FilterPoint, filters_at, is_dequantizer
 from nvflare_rdma.filters.sender import Encoded, Sender
@@ -44,9 +46,12 @@ class ModelQuantizer(QuantFilter):
             all that can be encoded is, as with FLARE's filter.
         error_feedback: add to each message what the last one of its task lacked.
         delta: send WEIGHTS as differences from a model that the receiver holds, when both sides have the same one.
+        stochastic_rounding: round ``int8`` up or down at random, so that the mean error is zero. The noise follows from
+            job, site, task and round: a job that is run again makes the same.
 
     Raises:
-        ConfigError: an unknown type or rule; when used, a missing ModelDequantizer for the other direction.
+        ConfigError: an unknown type or rule, or random rounding where there is none; when used, a missing
+            ModelDequantizer for the other direction.
     """
 
     def __init__(
@@ -56,8 +61,11 @@ class ModelQuantizer(QuantFilter):
         policy: Sequence[Any] | None = None,
         error_feedback: bool = False,
         delta: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         parsed = Policy(quantization_type, policy)
+        if stochastic_rounding:
+            _check_stochastic(parsed, error_feedback)
         super().__init__()
         # FLARE writes arguments into an exported job config from attributes of the same names.
         self.quantization_type = parsed.codec.name
@@ -65,7 +73,8 @@ class ModelQuantizer(QuantFilter):
         self.policy = None if policy is None else list(policy)
         self.error_feedback = error_feedback
         self.delta = delta
-        self._sender = Sender(parsed, error_feedback, delta)
+        self.stochastic_rounding = stochastic_rounding
+        self._sender = Sender(parsed, error_feedback, delta, stochastic_rounding)
         self._checked: set[FilterPoint] = set()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -102,8 +111,9 @@ class ModelQuantizer(QuantFilter):
             self.log_info(fl_ctx, "Already quantized, nothing to do")
             return None
         point = FilterPoint.of(self, shareable, fl_ctx)
-        message = shareable.get_header(ReservedHeaderKey.MSG_ROOT_ID) or ""
-        message = self._sender.encode(dxo, point, message, _state_folder(fl_ctx), fl_ctx)
+        root = shareable.get_header(ReservedHeaderKey.MSG_ROOT_ID) or ""
+        seed = _seed(root, shareable, fl_ctx)
+        message = self._sender.encode(dxo, point, root, seed, _state_folder(fl_ctx), fl_ctx)
         self._report(message, fl_ctx)
         encoded = message.params
         meta = self._meta_for_new_dxo(dxo)
@@ -124,6 +134,27 @@ class ModelQuantizer(QuantFilter):
         if encoded.exact:
             listed = "; ".join(f"{name}: {reason}" for name, reason in encoded.exact.items())
             self.log_warning(fl_ctx, f"{len(encoded.exact)} tensor(s) sent exact: {listed}", fire_event=False)
+
+
+def _check_stochastic(policy: Policy, error_feedback: bool) -> None:
+    if error_feedback:
+        raise ConfigError(
+            "stochastic_rounding and error_feedback can't be used together: each makes the mean error zero by "
+            "itself, and the residual would carry the noise from round to round; leave out one of them"
+        )
+    if not any(rule.quantization_type in DITHERED for rule in policy.rules):
+        raise ConfigError(
+            f"stochastic_rounding has an effect on {', '.join(DITHERED)} only, which the policy doesn't use; set "
+            "quantization_type to it or leave out stochastic_rounding"
+        )
+
+
+def _seed(root: str, shareable: Shareable, fl_ctx: FLContext) -> str:
+    """What tells a round of this site and job from all others; outside of rounds, the message or task."""
+    current = shareable.get_header(AppConstants.CURRENT_ROUND)
+    if current is None:
+        current = root or fl_ctx.get_prop(FLContextKey.TASK_ID, "")
+    return f"{fl_ctx.get_job_id('')}\0{fl_ctx.get_identity_name()}\0{current}"
 
 
 def _state_folder(fl_ctx: FLContext) -> str | None:
