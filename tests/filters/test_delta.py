@@ -396,6 +396,31 @@ def test_answers_to_strange_questions(federation):
         assert reply["held"] is False
 
 
+def test_a_promise_ends_with_the_next_question():
+    bases, base = Bases(), Base.of({"a": np.zeros(4, np.float32)})
+    bases.set("train", base)
+    assert bases.promise("train", "site-1", base.digest)
+    bases.set("train", None)
+    assert bases.find("train", base.digest, "site-1") is base
+    assert bases.find("train", base.digest, "site-2") is None
+    assert not bases.promise("train", "site-1", "another")
+    assert bases.find("train", base.digest, "site-1") is None
+
+
+def test_collections_have_a_base_for_each_place(federation):
+    fed = federation()
+    for round_ in range(2):
+        parts = {k: DXO(DataKind.WEIGHTS, data=model(i)) for i, k in enumerate("ab")}
+        _, got = fed.task(parts, DataKind.COLLECTION)("site-1")
+        parts = {k: DXO(DataKind.WEIGHTS, data=stepped(got[k].data, i)) for i, k in enumerate("ab")}
+        _, back = fed.result("site-1", parts, DataKind.COLLECTION)
+        held = fed.sites["site-1"].manager.new_context().get_prop(HELD)
+        assert held.keys() == {"train/a", "train/b"}
+        for i, key in enumerate("ab"):
+            assert error(got[key].data, model(i)) < (1e-3 if round_ else 0.05)
+            assert error(back[key].data, parts[key].data) < 1e-4
+
+
 def test_a_digest_tells_models_apart():
     w = np.arange(6, dtype=np.float32)
     same = Base.of({"a": w.copy(), "b": w}).digest
