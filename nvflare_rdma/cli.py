@@ -1,4 +1,4 @@
-"""``nvflare-rdma driver-path | doctor``."""
+"""``nvflare-rdma driver-path | doctor | policy``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,17 @@ def _doctor(workspace: Path | None, as_json: bool) -> int:
     return 1 if report.problems else 0
 
 
+def _policy(config: str, model: str) -> int:
+    from nvflare_rdma.errors import ConfigError
+    from nvflare_rdma.policy_table import print_policy
+
+    try:
+        return print_policy(config, model)
+    except ConfigError as error:
+        print(f"nvflare-rdma policy: {error}", file=sys.stderr)
+        return 1
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nvflare-rdma", description="RDMA-chunked streaming for NVIDIA FLARE")
     parser.add_argument("--version", action="version", version=__version__)
@@ -45,6 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(run=lambda args: _doctor(args.workspace, args.json))
+    policy = commands.add_parser("policy", help="what each tensor of a model travels as, and the size of the message")
+    policy.add_argument("config", metavar="CONFIG", help="an exported job, its config_fed_*.json, or a policy's JSON")
+    policy.add_argument("model", metavar="MODEL", help=".safetensors, a torch state dict, or .json of dtype and shape")
+    policy.set_defaults(run=lambda args: _policy(args.config, args.model))
     args = parser.parse_args(argv)
     return int(args.run(args))
 

@@ -9,7 +9,15 @@ _SERVER = "server"
 _ALL_SITES = "@ALL"
 
 
-def add_quantization(target: Any, quantization_type: str = "float16", tasks: Sequence[str] | None = None) -> None:
+def add_quantization(
+    target: Any,
+    quantization_type: str = "float16",
+    tasks: Sequence[str] | None = None,
+    policy: Sequence[Any] = (),
+    error_feedback: bool = False,
+    delta: bool = False,
+    stochastic_rounding: bool = False,
+) -> None:
     """Send models in few bits both ways: add the four filters that this takes to a recipe or job.
 
     Server and clients each get a `ModelQuantizer` for what they send and a `ModelDequantizer` for what they
@@ -20,14 +28,14 @@ def add_quantization(target: Any, quantization_type: str = "float16", tasks: Seq
         quantization_type: see `nvflare_rdma.filters.ModelQuantizer`.
         tasks: names of the tasks whose models are quantized; None means ``["train"]``, the task of FLARE's FedAvg.
             FLARE matches filters to tasks by name, so ``"*"`` would match nothing and is refused.
+        policy: rules that say which codec each tensor gets, before the default ones (norms, biases and tensors of
+            less than 1024 elements travel exact). See `nvflare_rdma.codecs.policy`.
+        error_feedback, delta, stochastic_rounding: see `nvflare_rdma.filters.ModelQuantizer`.
 
     Raises:
-        ConfigError: an unknown type, a bad task list, a target that is neither recipe nor job, or one that has
+        ConfigError: an unknown type or rule, a bad task list, a target that is neither recipe nor job, or one that has
             quantization filters already. Nothing has been added then.
     """
-    from nvflare_rdma.filters.types import codec_of
-
-    codec_of(quantization_type)
     names = ["train"] if tasks is None else tasks
     if isinstance(names, str) or not names or any(not isinstance(t, str) or t in ("", "*") for t in names):
         raise ConfigError(f"tasks must be a list of task names such as ['train'], but is {tasks!r}")
@@ -40,6 +48,13 @@ def add_quantization(target: Any, quantization_type: str = "float16", tasks: Seq
 
     if not isinstance(target, Recipe | FedJob):
         raise ConfigError(f"quantization can be added to a FLARE Recipe or FedJob, but not to {type(target).__name__}")
+    out = ModelQuantizer(
+        quantization_type,
+        policy=policy,
+        error_feedback=error_feedback,
+        delta=delta,
+        stochastic_rounding=stochastic_rounding,
+    )
     job = target if isinstance(target, FedJob) else target._job
     _refuse_second_use(job)
     # FLARE copies the sources of packages that it doesn't know into the job. This one is installed on every site, and
@@ -47,7 +62,7 @@ def add_quantization(target: Any, quantization_type: str = "float16", tasks: Seq
     job.set_app_packages(sorted({*job.job.app_packages, "nvflare_rdma"}))
 
     names = list(names)
-    out, into = ModelQuantizer(quantization_type), ModelDequantizer()
+    into = ModelDequantizer()
     if isinstance(target, Recipe):
         target.add_server_output_filter(out, tasks=names)
         target.add_server_input_filter(into, tasks=names)

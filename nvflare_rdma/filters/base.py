@@ -10,12 +10,13 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
 from nvflare_rdma.errors import ConfigError
-from nvflare_rdma.filters.points import FilterPoint
+from nvflare_rdma.filters.points import DXO_PATH, FilterPoint
 
 QUANT_STATE = "quant_state"
 SOURCE_DATATYPE = "source_datatype"
 QUANTIZED_FLAG = "quantized_flag"
-QUANT_META = (MetaKey.PROCESSED_ALGORITHM, QUANT_STATE, SOURCE_DATATYPE, QUANTIZED_FLAG)
+OURS = "nvflare_rdma"  # what FLARE's filters don't know: ties, and the models that messages are based on
+QUANT_META = (MetaKey.PROCESSED_ALGORITHM, QUANT_STATE, SOURCE_DATATYPE, QUANTIZED_FLAG, OURS)
 
 
 class QuantFilter(DXOFilter):
@@ -43,7 +44,7 @@ class QuantFilter(DXOFilter):
         point = FilterPoint.of(self, shareable, fl_ctx)
         try:
             self.check_config(point, fl_ctx)
-            result = self._filtered(dxo, shareable, fl_ctx)
+            result = self._filtered(dxo, "", shareable, fl_ctx)
         except ConfigError as error:
             self._stop(point, error, fl_ctx)
         return result.update_shareable(copy.copy(shareable))
@@ -57,11 +58,16 @@ class QuantFilter(DXOFilter):
             return any(isinstance(d, DXO) and self._concerns(d) for d in dxo.data.values())
         return dxo.data_kind in self.data_kinds and bool(dxo.data)
 
-    def _filtered(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
+    def _filtered(self, dxo: DXO, path: str, shareable: Shareable, fl_ctx: FLContext) -> DXO:
         if dxo.data_kind == DataKind.COLLECTION:
-            parts = {k: self._filtered(d, shareable, fl_ctx) if isinstance(d, DXO) else d for k, d in dxo.data.items()}
+            parts = {
+                k: self._filtered(d, f"{path}/{k}", shareable, fl_ctx) if isinstance(d, DXO) else d
+                for k, d in dxo.data.items()
+            }
             return DXO(DataKind.COLLECTION, data=parts, meta=dxo.meta)
         if self._concerns(dxo):
+            # process_dxo's signature is FLARE's; the context belongs to this one call.
+            fl_ctx.set_prop(DXO_PATH, path, private=True, sticky=False)
             return self._apply_filter(dxo, shareable, fl_ctx)
         return dxo
 

@@ -1,12 +1,19 @@
 """ModelDequantizer: the receiving half of eager message quantization."""
 
+from typing import Any
+
+import numpy as np
 from nvflare.apis.dxo import DXO, MetaKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
-from nvflare_rdma.errors import ConfigError
-from nvflare_rdma.filters.base import QUANT_META, QUANT_STATE, SOURCE_DATATYPE, QuantFilter
+from nvflare_rdma.codecs.base import Array
+from nvflare_rdma.errors import CodecError, ConfigError
+from nvflare_rdma.filters.base import OURS, QUANT_META, QUANT_STATE, SOURCE_DATATYPE, QuantFilter
+from nvflare_rdma.filters.bases import Base, bases_of, tell_held
+from nvflare_rdma.filters.correction import add_base
 from nvflare_rdma.filters.decoding import decode_params
+from nvflare_rdma.filters.metadata import Received, require
 from nvflare_rdma.filters.points import FilterPoint
 
 
@@ -15,25 +22,80 @@ class ModelDequantizer(QuantFilter):
     `nvflare.app_opt.pt.quantization.dequantizer.ModelDequantizer`.
 
     dtype, shape and framework (numpy or torch) are those of the sender's tensors; torch tensors come back on the CPU.
+    Tensors that were tied at the sender's share their memory here too.
 
     Raises:
         ConfigError: the message carries no quantization metadata, so the sender has no quantizer.
-        CodecError: the metadata or the codes are damaged; the message names the tensor. Nothing larger than what
-            the codes hold is allocated before they have been checked.
+        CodecError: the metadata or the codes are damaged, or the difference from a model that isn't here; the message
+            names the tensor. Nothing larger than what the codes hold is allocated before they have been checked.
     """
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
         """A new DXO with the decoded weights and without the quantization metadata."""
         meta = self._meta_for_new_dxo(dxo)
+        point = FilterPoint.of(self, shareable, fl_ctx)
         if QUANT_STATE not in meta:
-            raise ConfigError(self._unquantized(FilterPoint.of(self, shareable, fl_ctx)))
+            raise ConfigError(self._unquantized(point))
+        ours = meta.get(OURS) or {}
+        if not isinstance(ours, dict):
+            raise CodecError(f"the message's {OURS} must be a dict but is a {type(ours).__name__}")
+        states = meta[QUANT_STATE]
+        base = self._base(ours.get("base"), point, fl_ctx)
+
+        def decode(name: str, received: Received, out: Array) -> None:
+            if not states[name].get("delta"):
+                received.decode_into(out)
+                return
+            known = base.tensor(name, out) if base is not None else None
+            require(name, known is not None, "it is the difference from a tensor that isn't here")
+            difference = np.empty(out.size, np.float32)
+            received.decode_into(difference)
+            add_base(difference, known, out)
+
         decoded = decode_params(
-            dxo.data, meta.get(MetaKey.PROCESSED_ALGORITHM), meta[QUANT_STATE], meta.get(SOURCE_DATATYPE)
+            dxo.data,
+            meta.get(MetaKey.PROCESSED_ALGORITHM),
+            states,
+            meta.get(SOURCE_DATATYPE),
+            ours.get("tied"),
+            decode,
         )
         self.log_info(fl_ctx, f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {decoded.summary()}")
+        if point.on_server:
+            bases_of(fl_ctx).fulfil(point.stream, point.peer)
+        else:
+            self._keep(decoded.arrays, ours.get("leaves"), point, fl_ctx)
         for key in QUANT_META:
             meta.pop(key, None)
         return DXO(data_kind=dxo.data_kind, data=decoded.params, meta=meta)
+
+    @staticmethod
+    def _base(digest: Any, point: FilterPoint, fl_ctx: FLContext) -> Base | None:
+        if digest is None:
+            return None
+        base = bases_of(fl_ctx).find(point.stream, digest, point.peer if point.on_server else "")
+        if base is None:
+            raise CodecError(
+                f"{point.message} is the difference from a model with digest {digest!r} that isn't here; "
+                "leave delta out of the sender's ModelQuantizer if this happens again"
+            )
+        return base
+
+    def _keep(self, arrays: dict[str, Array], leaves: Any, point: FilterPoint, fl_ctx: FLContext) -> None:
+        """Keep what was received as the base of what is sent and received next, if the server does so too."""
+        bases = bases_of(fl_ctx)
+        if leaves is None and bases.current(point.stream) is None:
+            return
+        base = None
+        if leaves is not None:
+            base = Base.of({name: array.copy() for name, array in arrays.items()})  # training changes its own
+            if base.digest != leaves:
+                self.log_warning(
+                    fl_ctx, f"{point.message} decoded to other bits than at the server; the next message will be whole"
+                )
+                base = None
+        bases.set(point.stream, base)
+        tell_held(point.stream, base, fl_ctx)
 
     @staticmethod
     def _unquantized(point: FilterPoint) -> str:

@@ -16,6 +16,8 @@ from nvflare.apis.utils.task_utils import get_filters
 
 from nvflare_rdma.flare_compat import require_flare
 
+DXO_PATH = "nvflare_rdma.dxo_path"  # context property: where in a collection the filtered DXO is, "" at the top
+
 _OTHER_CHAIN = {
     FilterChainType.TASK_DATA_CHAIN: FilterChainType.TASK_RESULT_CHAIN,
     FilterChainType.TASK_RESULT_CHAIN: FilterChainType.TASK_DATA_CHAIN,
@@ -37,13 +39,15 @@ class FilterPoint:
         chain: ``task_data``, ``task_result``, or None if unknown (outside a job).
         direction: ``in``, ``out``, or None if unknown.
         task: the task's name, "?" if unknown.
-        peer: who sent the message that is filtered, if known.
+        peer: the site or server at the other end, if known.
+        path: where in a collection the filtered DXO is, "" if it is the message itself.
     """
 
     chain: str | None
     direction: str | None
     task: str
     peer: str
+    path: str = ""
 
     @classmethod
     def of(cls, component: Filter, shareable: Shareable, fl_ctx: FLContext) -> "FilterPoint":
@@ -55,7 +59,13 @@ class FilterPoint:
             direction=fl_ctx.get_prop(FLContextKey.FILTER_DIRECTION),
             task=task,
             peer=peer.get_identity_name() if peer is not None else "",
+            path=fl_ctx.get_prop(DXO_PATH, ""),
         )
+
+    @property
+    def stream(self) -> str:
+        """What the messages of one kind have in common, in both directions: task and place in the collection."""
+        return f"{self.task}{self.path}"
 
     @property
     def on_server(self) -> bool:

@@ -39,7 +39,7 @@ def exported(job, folder):
 def test_the_four_filters_of_a_recipe(recipe, tmp_path):
     add_quantization(recipe, "NormFloat4")
     found = exported(recipe._job, tmp_path / "out")
-    args = {"quantization_type": "normfloat4"}
+    args = {"quantization_type": "normfloat4", "policy": []}
     for side, quantized, decoded in (
         ("server", "task_data_filters", "task_result_filters"),
         ("client", "task_result_filters", "task_data_filters"),

@@ -100,7 +100,7 @@ def test_damage_is_refused_and_names_the_tensor(case):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        (MetaKey.PROCESSED_ALGORITHM, "adaquant"),
+        (MetaKey.PROCESSED_ALGORITHM, "int3"),
         (MetaKey.PROCESSED_ALGORITHM, "nonsense"),
         (MetaKey.PROCESSED_ALGORITHM, None),
         (MetaKey.PROCESSED_ALGORITHM, 4),

@@ -14,10 +14,10 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_copy, make_reply
 from nvflare.fuel.utils import fobs
 
-from nvflare_rdma.codecs import get_codec
+from nvflare_rdma.codecs import CODEC_NAMES, get_codec
+from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
-from nvflare_rdma.filters.types import QUANTIZATION_TYPES
 
 SETTINGS = settings(
     deadline=None,
@@ -40,11 +40,14 @@ def float32(value):
         return np.asarray(value).astype(np.float32).reshape(-1)
 
 
+def encode_alone(codec, x):
+    encoded = np.empty(codec.encoded_nbytes(x.size), np.uint8)
+    return encoded[: codec.encode_into(x, encoded)]
+
+
 def assert_within_bound(codec, sent, got):
     x = float32(sent)
-    encoded = np.empty(codec.encoded_nbytes(x.size), np.uint8)
-    codec.encode_into(x, encoded)
-    bound = codec.max_abs_error(x, encoded)
+    bound = codec.max_abs_error(x, encode_alone(codec, to_flat(sent)))
     if str(sent.dtype).endswith("bfloat16"):
         bound = bound * 1.01 + (np.abs(x) + bound) * 2.0**-8
     elif str(sent.dtype).endswith("float16"):
@@ -66,7 +69,7 @@ def assert_identical(sent, got):
         np.testing.assert_array_equal(got, sent)
 
 
-@pytest.mark.parametrize("name", QUANTIZATION_TYPES)
+@pytest.mark.parametrize("name", CODEC_NAMES)
 @pytest.mark.parametrize("kind", [DataKind.WEIGHTS, DataKind.WEIGHT_DIFF])
 def test_all_float_dtypes_come_back(name, kind):
     torch.manual_seed(0)
@@ -83,7 +86,7 @@ def test_all_float_dtypes_come_back(name, kind):
     codec = get_codec(name)
     for key, sent in params.items():
         assert_same_kind(sent, decoded.data[key])
-        if codec.bits < sent.dtype.itemsize * 8:
+        if codec.bits < sent.dtype.itemsize * 8 or (codec.name == "lossless" and encoded.data[key] is not sent):
             assert encoded.data[key].nbytes < sent.nbytes
             assert_within_bound(codec, sent, decoded.data[key])
         else:
@@ -94,7 +97,7 @@ def test_all_float_dtypes_come_back(name, kind):
 shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=20)
 
 
-@pytest.mark.parametrize("name", QUANTIZATION_TYPES)
+@pytest.mark.parametrize("name", CODEC_NAMES)
 @SETTINGS
 @given(
     arrays=st.lists(
@@ -127,7 +130,7 @@ def test_any_shape_dtype_and_value_comes_back(name, arrays, as_torch):
                 assert_within_bound(get_codec(name), sent, got)
 
 
-@pytest.mark.parametrize("name", QUANTIZATION_TYPES)
+@pytest.mark.parametrize("name", CODEC_NAMES)
 def test_awkward_torch_tensors(name):
     base = torch.randn(64, 90)
     tied = torch.randn(40, 50)
@@ -148,8 +151,8 @@ def test_awkward_torch_tensors(name):
         assert_within_bound(get_codec(name), sent, decoded.data[key])
     assert encoded.data["tied.a"] is encoded.data["tied.b"]
     assert encoded.data["tied.view"] is not encoded.data["tied.a"]
-    decoded.data["tied.a"].zero_()
-    assert decoded.data["tied.b"].abs().max() > 0.5, "decoded tensors must not share memory"
+    assert decoded.data["tied.a"] is decoded.data["tied.b"]
+    assert decoded.data["tied.view"].data_ptr() != decoded.data["tied.a"].data_ptr()
 
 
 def test_one_table_object_serves_all_tensors():
@@ -225,7 +228,7 @@ def test_unusual_values_pass_with_a_warning(warnings_logged):
         "swapped": np.ones(100, ">f4"),
         "subclass": np.ones(100, np.float32).view(Wrapped),
         "sparse": torch.eye(30).to_sparse(),
-        "nested": {"w": torch.randn(100)},
+        "list": [torch.randn(100)],
     }
     _, decoded = send(params, "normfloat4")
     for key in params:
@@ -289,14 +292,14 @@ def test_quantizing_twice_changes_nothing_more():
     assert from_shareable(second).meta[MetaKey.PROCESSED_ALGORITHM] == "normfloat4"
 
 
-@pytest.mark.parametrize("bad", ["int3", "", 8, None, "adaquant", "float4_dq"])
+@pytest.mark.parametrize("bad", ["int3", "", 8, None, "exact"])
 def test_bad_types_are_refused_when_made(bad):
     with pytest.raises(ConfigError, match="normfloat4"):
         ModelQuantizer(quantization_type=bad)
 
 
 @pytest.mark.parametrize("as_torch", [True, False])
-@pytest.mark.parametrize("name", QUANTIZATION_TYPES)
+@pytest.mark.parametrize("name", CODEC_NAMES)
 def test_survives_flare_serialization_with_little_overhead(name, as_torch):
     from nvflare.app_common.decomposers import numpy_decomposers
     from nvflare.app_opt.pt.decomposers import TensorDecomposer
@@ -309,7 +312,7 @@ def test_survives_flare_serialization_with_little_overhead(name, as_torch):
         params = {k: torch.from_numpy(v) for k, v in params.items()}
     encoded = ModelQuantizer(name).process(DXO(DataKind.WEIGHTS, data=params).to_shareable(), FLContext())
     wire = fobs.dumps(encoded)
-    floor = 20 * get_codec(name).encoded_nbytes(64 * 65)
+    floor = sum(len(encode_alone(get_codec(name), float32(value))) for value in params.values())
     # Repeated only when nothing is downloaded by reference.
     table = {"blockwise8": 1024, "float4": 64, "normfloat4": 64}.get(name, 0)
     assert len(wire) - floor < 20 * (table + (1100 if table else 400)) + 600

@@ -31,5 +31,6 @@ if __name__ == "__main__":
         train_args=str(folder),
         server_expected_format=ExchangeFormat.PYTORCH,
     )
-    add_quantization(recipe, sys.argv[2])
+    everything = [{"quantization_type": sys.argv[2]}]  # small tensors too
+    add_quantization(recipe, sys.argv[2], policy=everything)
     recipe.execute(RdmaSimEnv(num_clients=2, workspace_root=str(folder / "ws"), scheme="rdma"))

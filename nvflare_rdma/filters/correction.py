@@ -1,0 +1,103 @@
+"""Encoding that knows the past: with the residual of the last message added, against a model both sides hold.
+
+With ``x`` the tensor, ``e`` the residual of the last message and ``b`` the base (all absent or zero if there is
+none), ``target = x + e``, ``codes = Q(target - b)``, ``arrived = b + D(codes)`` rounded to x's dtype, and the new
+residual is ``target - arrived``. Sums are in float32, one rounding each, so that both sides get the same bits.
+
+Error feedback: Seide et al., "1-Bit Stochastic Gradient Descent" (2014); Karimireddy et al., "Error Feedback Fixes
+SignSGD" (2019).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nvflare_rdma.codecs import Codec, FixedSizeCodec
+from nvflare_rdma.codecs.base import Array, Float32
+from nvflare_rdma.codecs.runs import float32_runs, output_runs
+from nvflare_rdma.filters.dither import Dither
+
+PIECE = 1 << 20  # elements worked on at a time, so that scratch memory stays at some MiB
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """One encoded tensor.
+
+    Attributes:
+        encoded: the bytes that count.
+        arrived: what the receiver gets, flat, in the tensor's own dtype (uint16 for bfloat16).
+        residual: what it lacks, flat, bfloat16 bits; zero where the difference is not finite.
+    """
+
+    encoded: Array
+    arrived: Array
+    residual: Array
+
+
+def encode_corrected(
+    codec: Codec, values: Array, residual: Array | None, base: Array | None, dither: Dither | None = None
+) -> Corrected:
+    """Encode flat `values` (float32, float16 or bfloat16 bits) with what the past says about them.
+
+    Args:
+        residual: bfloat16 bits of `values.size`, from the message before; None for none.
+        base: flat, dtype and size of `values`; None to encode `values` themselves.
+        dither: puts noise on what is encoded, piece by piece; None for none.
+
+    Raises:
+        UnrepresentableError: see `Codec.encode_into`.
+    """
+    n = values.size
+    arrived, left = np.empty_like(values), np.empty(n, np.uint16)
+    fixed = isinstance(codec, FixedSizeCodec) and codec.splits
+    step = max(PIECE // codec.block_size, 1) * codec.block_size if fixed else max(n, 1)
+    encoded = np.empty(codec.encoded_nbytes(n), np.uint8)
+    written = 0
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        target = to_float32(values[start:stop])
+        if residual is not None:
+            target += to_float32(residual[start:stop])
+        offset = None if base is None else to_float32(base[start:stop])
+        difference = target if offset is None else target - offset
+        piece = encoded if step >= n else np.empty(codec.encoded_nbytes(stop - start), np.uint8)
+        written = codec.encode_into(difference if dither is None else dither(difference), piece)
+        if piece is not encoded:
+            assert isinstance(codec, FixedSizeCodec)
+            _place(codec, piece, encoded, start, stop, n)
+        decoded = np.empty(stop - start, np.float32)
+        codec.decode_into(piece[:written], decoded)
+        add_base(decoded, offset, arrived[start:stop])
+        target -= to_float32(arrived[start:stop])
+        target[~np.isfinite(target)] = 0
+        from_float32(target, left[start:stop])
+    return Corrected(encoded[:written] if step >= n else encoded, arrived, left)
+
+
+def add_base(decoded: Float32, base: Array | None, out: Array) -> None:
+    """``out = base + decoded``, rounded once to float32 and once to `out`'s dtype. `decoded` is used up."""
+    if base is not None:
+        decoded += base if base.dtype == np.float32 else to_float32(base)
+    from_float32(decoded, out)
+
+
+def to_float32(values: Array) -> Float32:
+    """A float32 copy of flat float32, float16, or uint16 (bfloat16 bits) values."""
+    out = np.empty(values.size, np.float32)
+    for start, run in float32_runs(values):
+        out[start : start + run.size] = run
+    return out
+
+
+def from_float32(values: Float32, out: Array) -> None:
+    """Write `values` to `out`, rounded to nearest even to its dtype (uint16 stands for bfloat16)."""
+    for start, run in output_runs(out):
+        run[:] = values[start : start + run.size]
+
+
+def _place(codec: FixedSizeCodec, piece: Array, whole: Array, start: int, stop: int, n: int) -> None:
+    """Copy the parts of the piece from `start` to `stop` to where they belong among those of all `n` values."""
+    parts, before = codec.parts(whole, n), codec.layout(start)
+    for (name, part), (_, _, first) in zip(codec.parts(piece, stop - start).items(), before, strict=True):
+        parts[name][first : first + part.size] = part

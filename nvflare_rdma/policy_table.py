@@ -1,0 +1,220 @@
+"""``nvflare-rdma policy CONFIG MODEL``: what each tensor of a model would travel as, and what that adds up to."""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvflare_rdma.codecs.policy import Policy, role_of
+from nvflare_rdma.errors import ConfigError
+
+_SIDES = {"config_fed_server.json": "server to sites", "config_fed_client.json": "sites to server"}
+_SAFETENSORS_DTYPES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F64": "float64",
+    "BOOL": "bool",
+    "C64": "complex64",
+}
+_HEADER_LIMIT = 100 << 20  # what the safetensors format itself allows
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One entry of a model: `tied` names an earlier one that has the same memory."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    tied: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values, at the dtype's own width; of odd widths rounded up."""
+        return -(-math.prod(self.shape) * _bits(self.dtype) // 8)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of a model under a policy: its codec's name or ``exact``, the reason, and the bytes on the way."""
+
+    tensor: Tensor
+    codec: str
+    reason: str
+    nbytes: int
+
+
+def rows_of(policy: Policy, model: list[Tensor]) -> list[Row]:
+    """What `policy` makes of each tensor. Sizes are those of codes and scales, without names and code tables."""
+    rows = []
+    for tensor in model:
+        decision = policy.decide(tensor.name, tensor.dtype, tensor.shape)
+        if tensor.tied is not None:
+            rows.append(Row(tensor, "tied", f"sent as {tensor.tied}", 0))
+        elif decision.codec is None:
+            rows.append(Row(tensor, "exact", decision.reason, tensor.nbytes))
+        else:
+            # Where the size depends on the values, encoded_nbytes is the most, and then the tensor goes exact.
+            nbytes = min(decision.codec.encoded_nbytes(math.prod(tensor.shape)), tensor.nbytes)
+            rows.append(Row(tensor, decision.codec.name, decision.reason, nbytes))
+    return rows
+
+
+def read_policies(path: Path) -> dict[str, Policy]:
+    """The policies in a config, by what they are for.
+
+    Args:
+        path: the folder of an exported job, one of its ``config_fed_*.json``, or a JSON file with the arguments of a
+            ModelQuantizer (``quantization_type``, ``policy``).
+
+    Raises:
+        ConfigError: no such file, no JSON, or no ModelQuantizer in it.
+    """
+    files = sorted(p for name in _SIDES for p in path.rglob(name)) if path.is_dir() else [path]
+    found: dict[str, dict[str, Any]] = {}
+    for file in files:
+        config = _read_json(file)
+        if not isinstance(config, dict):
+            raise ConfigError(f"{file} is not a JSON object: give a job's config or {{'quantization_type': ...}}")
+        if "quantization_type" in config:
+            found["both directions"] = config
+        for args in _quantizers(config):
+            where = _SIDES.get(file.name, file.name)
+            app = "" if len(files) <= len(_SIDES) else f" ({file.parent.parent.name})"
+            found[where + app] = args
+    if not found:
+        looked = f"no {' or '.join(_SIDES)}" if not files else "no ModelQuantizer and no quantization_type"
+        raise ConfigError(f"{path} has {looked}: give an exported job, its config file, or a small policy JSON")
+    if len(found) > 1 and all(args == next(iter(found.values())) for args in found.values()):
+        found = {"both directions": next(iter(found.values()))}
+    return {
+        where: Policy(args.get("quantization_type", "float16"), args.get("policy")) for where, args in found.items()
+    }
+
+
+def _quantizers(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for section in ("task_data_filters", "task_result_filters"):
+        for chain in config.get(section) or ():
+            for entry in chain.get("filters") or ():
+                if str(entry.get("path") or entry.get("name")).endswith("ModelQuantizer"):
+                    yield entry.get("args") or {}
+
+
+def read_model(path: Path) -> list[Tensor]:
+    """The tensors of a safetensors file, a torch file with a state dict, or a JSON of name to dtype and shape.
+
+    Raises:
+        ConfigError: the file isn't there or isn't what its name says. Only headers are read, and a torch file is
+            opened with ``weights_only=True``, so that nothing in it runs.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no model file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        return _read_json_model(path) if path.suffix == ".json" else _read_torch(path)
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} can't be read as a model: {type(error).__name__}: {error}") from None
+
+
+def _read_json_model(path: Path) -> list[Tensor]:
+    return [_tensor(name, str(item["dtype"]), item["shape"]) for name, item in _read_json(path).items()]
+
+
+def _read_safetensors(path: Path) -> list[Tensor]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(_HEADER_LIMIT, path.stat().st_size):
+            raise ConfigError(f"{path} is no safetensors file: its header would be {length} bytes long")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return [_tensor(name, _dtype(item["dtype"]), item["shape"]) for name, item in header.items()]
+
+
+def _dtype(name: str) -> str:
+    return _SAFETENSORS_DTYPES.get(name) or re.sub(r"^U(\d)", r"uint\1", re.sub(r"^I(\d)", r"int\1", name)).lower()
+
+
+def _read_torch(path: Path) -> list[Tensor]:
+    import pickle
+
+    import torch
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ConfigError(f"{path} can't be read as a torch state dict: {str(error).splitlines()[0]}") from None
+    from nvflare_rdma.codecs.tensors import dtype_name, identity
+
+    state = loaded.get("model", loaded) if isinstance(loaded, dict) else None  # FLARE's persistor adds a level
+    if not isinstance(state, dict):
+        raise ConfigError(f"{path} holds a {type(loaded).__name__}, not a state dict")
+    first: dict[Any, str] = {}
+    model = []
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            other = first.setdefault(identity(value), name) if value.numel() else name
+            model.append(Tensor(name, dtype_name(value), tuple(value.shape), None if other == name else other))
+    return model
+
+
+def _tensor(name: str, dtype: str, shape: Any) -> Tensor:
+    if not all(type(d) is int and d >= 0 for d in shape):
+        raise ConfigError(f"the shape of '{name}' is {shape!r}, not a list of sizes")
+    return Tensor(name, dtype, tuple(shape))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} can't be read as JSON: {error}") from None
+
+
+def _bits(dtype: str) -> int:
+    if dtype == "bool":
+        return 8
+    digits = re.search(r"\d+", dtype)
+    if digits is None:
+        raise ConfigError(f"dtype {dtype!r} is unknown; write it as float32, bfloat16, int64, bool ...")
+    return int(digits[0])
+
+
+def print_policy(config: str, model: str) -> int:
+    """Print one table per direction that has a policy of its own. Returns the exit code."""
+    policies, tensors = read_policies(Path(config)), read_model(Path(model))
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for where, policy in policies.items():
+        rows = rows_of(policy, tensors)
+        before = sum(row.tensor.nbytes for row in rows)
+        after = sum(row.nbytes for row in rows)
+        table = Table(title=f"{where}: {policy.codec.name}", show_footer=True, title_justify="left")
+        ratio = f"{after / before:.2%}" if before else "-"
+        for header, footer, justify in (
+            ("tensor", f"{len(rows)} tensors", "left"),
+            ("dtype", "", "left"),
+            ("shape", "", "right"),
+            ("role", "", "left"),
+            ("travels as", ratio, "left"),
+            ("because", "", "left"),
+            ("bytes", f"{before:,}", "right"),
+            ("sent", f"{after:,}", "right"),
+        ):
+            table.add_column(header, footer, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for row in rows:
+            tensor = row.tensor
+            shape, role = "x".join(map(str, tensor.shape)) or "-", role_of(tensor.name, tensor.shape)
+            sizes = f"{tensor.nbytes:,}", f"{row.nbytes:,}"
+            table.add_row(tensor.name, tensor.dtype, shape, role, row.codec, row.reason, *sizes)
+        console.print(table)
+    return 0

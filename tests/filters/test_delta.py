@@ -1,0 +1,444 @@
+"""Differences are sent only against a model that both sides hold; whatever goes wrong costs a whole message."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.event_type import EventType
+from nvflare.apis.filter import FilterChainType, FilterContextKey
+from nvflare.apis.fl_constant import FilterKey, FLContextKey
+from nvflare.apis.fl_context import FLContext, FLContextManager
+from nvflare.apis.shareable import ReservedHeaderKey
+from nvflare.fuel.utils import fobs
+
+from nvflare_rdma.errors import CodecError
+from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+from nvflare_rdma.filters.bases import HELD, TOPIC, Base, Bases
+
+DATA, RESULT = FilterChainType.TASK_DATA_CHAIN, FilterChainType.TASK_RESULT_CHAIN
+
+
+class Side:
+    """A process of a job: its run's context and its two filters."""
+
+    def __init__(self, name, engine, quantizer, out_chain):
+        self.name, self.quantizer, self.dequantizer = name, quantizer, ModelDequantizer()
+        self.manager = FLContextManager(engine, name, "job", {}, {})
+        quantizer.set_prop(FilterContextKey.CHAIN_TYPE, out_chain)
+        self.dequantizer.set_prop(FilterContextKey.CHAIN_TYPE, DATA if out_chain == RESULT else RESULT)
+
+    def context(self, direction, peer=None):
+        ctx = self.manager.new_context()
+        ctx.set_prop(FLContextKey.FILTER_DIRECTION, direction, private=True, sticky=False)
+        ctx.set_prop(FLContextKey.TASK_NAME, "train", private=True, sticky=False)
+        if peer is not None:
+            public = FLContext()
+            public.set_public_props(fobs.loads(fobs.dumps(peer.manager.new_context().get_all_public_props())))
+            ctx.set_peer_context(public)
+        return ctx
+
+
+class Federation:
+    def __init__(self, tmp_path, name="int8", sites=("site-1", "site-2"), delta=True, **kwargs):
+        self.made = lambda: ModelQuantizer(name, one_way=True, delta=delta, **kwargs)
+        self.tmp_path, self.handlers, self.rounds = tmp_path, {}, 0
+        self.answers = True
+        engine = SimpleNamespace(
+            register_aux_message_handler=lambda topic, message_handle_func: self.handlers.update(
+                {topic: message_handle_func}
+            ),
+            get_workspace=lambda: SimpleNamespace(get_run_dir=lambda job: str(tmp_path / "server")),
+            fire_event=lambda *args: None,
+        )
+        self.server = Side("server", engine, self.made(), DATA)
+        self.server.quantizer.handle_event(EventType.START_RUN, self.server.manager.new_context())
+        self.sites = {}
+        for site in sites:
+            self.start(site)
+
+    def start(self, name):
+        """Start a site's process, or start it again: it has forgotten all that is not on disk."""
+
+        def ask(targets, topic, request, timeout, fl_ctx, optional):
+            if not self.answers or topic not in self.handlers:
+                return {}
+            return {"server": self.handlers[topic](topic, request, self.server.context("in", self.sites[name]))}
+
+        engine = SimpleNamespace(
+            send_aux_request=ask,
+            get_workspace=lambda: SimpleNamespace(get_run_dir=lambda job: str(self.tmp_path / name)),
+            fire_event=lambda *args: None,
+        )
+        self.sites[name] = Side(name, engine, self.made(), RESULT)
+
+    def task(self, model, kind=DataKind.WEIGHTS):
+        """A new task of the server, as a function that gives it to a site: (message, what the site gets)."""
+        self.rounds += 1
+        root = f"task-{self.rounds}"
+
+        def give(name, lost=False):
+            shareable = DXO(kind, data=model).to_shareable()
+            shareable.set_header(ReservedHeaderKey.MSG_ROOT_ID, root)
+            sent = self.server.quantizer.process(shareable, self.server.context(FilterKey.OUT, self.sites[name]))
+            return None if lost else self.arrive(sent, self.sites[name], self.server)
+
+        return give
+
+    def result(self, name, model, kind=DataKind.WEIGHTS, on_its_way=lambda: None):
+        site = self.sites[name]
+        sent = site.quantizer.process(DXO(kind, data=model).to_shareable(), site.context(FilterKey.OUT, self.server))
+        site.quantizer.handle_event(EventType.AFTER_SEND_TASK_RESULT, site.context(FilterKey.OUT))
+        on_its_way()
+        return self.arrive(sent, self.server, site)
+
+    @staticmethod
+    def arrive(sent, receiver, sender):
+        message = from_shareable(sent)
+        meta = dict(message.meta)
+        ctx = receiver.context(FilterKey.IN, sender)
+        return meta, from_shareable(receiver.dequantizer.process(sent, ctx)).data
+
+
+@pytest.fixture
+def federation(tmp_path):
+    return lambda *args, **kwargs: Federation(tmp_path, *args, **kwargs)
+
+
+def model(seed=0, scale=1.0, as_torch=False, dtype=torch.float32):
+    rng = np.random.default_rng(seed)
+    arrays = {f"layer{i}.weight": (rng.standard_normal((40, 50)) * scale).astype("f4") for i in range(3)}
+    return {k: torch.from_numpy(v).to(dtype) for k, v in arrays.items()} if as_torch else arrays
+
+
+def stepped(start, seed, size=1e-3):
+    steps = model(seed, size, as_torch=isinstance(next(iter(start.values())), torch.Tensor))
+    return {
+        k: (v + steps[k]).astype(v.dtype) if isinstance(v, np.ndarray) else (v + steps[k]).to(v.dtype)
+        for k, v in start.items()
+    }
+
+
+def error(a, b):
+    return max(
+        float(np.abs(np.asarray(torch.as_tensor(a[k]).float()) - np.asarray(torch.as_tensor(b[k]).float())).max())
+        for k in b
+    )
+
+
+def ours(meta):
+    return {k: v for k, v in meta.get("nvflare_rdma", {}).items() if k != "tied"}
+
+
+@pytest.mark.parametrize("as_torch", [False, True])
+@pytest.mark.parametrize("name", ["int8", "normfloat4", "normfloat4_dq", "adaquant", "bfloat16", "lossless"])
+def test_differences_lose_less_than_whole_models(federation, name, as_torch):
+    fed, plain = federation(name), federation(name, delta=False)
+    w = model(as_torch=as_torch)
+    for round_ in range(5):
+        give, give_plain = fed.task(w), plain.task(w)
+        for site in fed.sites:
+            meta, got = give(site)
+            assert ("base" in ours(meta)) == (round_ > 0)
+            meta_up, back = fed.result(site, stepped(got, 10 * round_))
+            assert "base" in ours(meta_up)
+            assert error(back, stepped(got, 10 * round_)) <= error(give_plain(site)[1], w) / 20 + 1e-6
+        if round_:
+            assert error(got, w) <= error(give_plain(site)[1], w) / 5 + 1e-6
+        w = stepped(w, round_ + 1)
+
+
+def test_all_sites_get_one_encoding_and_hold_the_same(federation):
+    fed = federation()
+    for round_ in range(3):
+        give = fed.task(model(round_))
+        metas = [ours(give(site)[0]) for site in fed.sites]
+        assert metas[0] == metas[1]
+    held = [side.manager.new_context().get_prop(HELD) for side in fed.sites.values()]
+    assert held[0] == held[1] == {"train": metas[0]["leaves"]}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_models_agree_bit_for_bit(federation, dtype):
+    fed = federation("normfloat4")
+    w = model(as_torch=True, dtype=dtype)
+    for round_ in range(4):
+        meta, got = fed.task(w)("site-1")
+        assert ("base" in ours(meta)) == (round_ > 0)
+        assert got["layer0.weight"].dtype == dtype
+        w = stepped(w, round_)
+
+
+def test_a_site_that_starts_again_gets_a_whole_model_and_then_differences(federation):
+    fed = federation()
+    for round_ in range(2):
+        give = fed.task(model(round_))
+        for site in fed.sites:
+            give(site)
+    fed.start("site-2")
+    give = fed.task(model(2))
+    assert "base" in ours(give("site-1")[0])
+    meta, got = give("site-2")
+    assert ours(meta) == {}, "the server will not keep two models, so this one promises nothing"
+    assert error(got, model(2)) < 0.05
+    assert "base" not in ours(fed.result("site-2", stepped(got, 5))[0])
+    assert "base" in ours(fed.result("site-1", stepped(got, 5))[0])
+    # Now the round after is whole for all, and then they are together again.
+    give = fed.task(model(3))
+    for site in fed.sites:
+        assert "base" not in ours(give(site)[0])
+    give = fed.task(model(4))
+    for site in fed.sites:
+        assert "base" in ours(give(site)[0])
+
+
+def test_if_the_first_site_needs_it_whole_all_get_that(federation):
+    fed = federation()
+    give = fed.task(model(0))
+    for site in fed.sites:
+        give(site)
+    fed.start("site-1")
+    give = fed.task(model(1))
+    one, two = ours(give("site-1")[0]), ours(give("site-2")[0])
+    assert one == two
+    assert "base" not in one
+    assert "base" in ours(fed.task(model(2))("site-2")[0])
+
+
+def test_a_server_that_starts_again_sends_whole_models(federation, tmp_path):
+    fed = federation()
+    for round_ in range(2):
+        fed.task(model(round_))("site-1")
+    again = Federation(tmp_path)
+    again.sites = fed.sites
+    again.rounds = 10
+    meta, got = again.task(model(3))("site-1")
+    assert "base" not in ours(meta)
+    assert error(got, model(3)) < 0.05
+    assert "base" in ours(again.task(model(4))("site-1")[0])
+
+
+def test_a_reply_that_was_lost_is_sent_again(federation):
+    fed = federation()
+    fed.task(model(0))("site-1")
+    give = fed.task(model(1))
+    give("site-1", lost=True)
+    meta, got = give("site-1")
+    assert "base" in ours(meta)
+    assert error(got, model(1)) < 0.05
+
+
+def test_a_site_that_asks_again_for_what_it_has_gets_it_whole(federation):
+    fed = federation()
+    fed.task(model(0))("site-1")
+    give = fed.task(model(1))
+    give("site-1")
+    meta, got = give("site-1")
+    assert ours(meta) == {}
+    assert fed.sites["site-1"].manager.new_context().get_prop(HELD) == {}, "it isn't sent a difference from this"
+    assert error(got, model(1)) < 0.05
+
+
+def test_a_site_that_missed_a_message_gets_the_next_one_whole(federation):
+    fed = federation()
+    fed.task(model(0))("site-1")
+    fed.task(model(1))("site-1", lost=True)
+    give = fed.task(model(2))
+    meta, got = give("site-1")
+    assert ours(meta).keys() == {"leaves"}
+    assert ours(give("site-2")[0]) == ours(meta), "it was the first to ask: all get what it gets"
+    assert error(got, model(2)) < 0.05
+
+
+@pytest.mark.parametrize("why", ["no answer", "no handler", "base is gone"])
+def test_results_go_whole_if_the_server_does_not_hold_the_base(federation, why):
+    fed = federation()
+    _, got = fed.task(model(0))("site-1")
+    if why == "no answer":
+        fed.answers = False
+    elif why == "no handler":
+        fed.handlers.clear()
+    else:
+        fed.task(model(1))("site-2")
+    meta, back = fed.result("site-1", stepped(got, 1))
+    assert "base" not in ours(meta)
+    assert error(back, stepped(got, 1)) < 0.05
+
+
+def test_a_base_that_was_promised_is_kept_until_the_result_is_there(federation):
+    fed = federation()
+    _, got = fed.task(model(0))("site-1")
+    meta, back = fed.result("site-1", stepped(got, 1), on_its_way=lambda: fed.task(model(1))("site-2"))
+    assert "base" in ours(meta)
+    assert error(back, stepped(got, 1)) < 1e-4
+    bases = fed.server.manager.new_context().get_prop("nvflare_rdma.bases")
+    assert bases._promised == {}
+
+
+def test_decoding_to_other_bits_is_noticed(federation, monkeypatch, warnings_logged):
+    fed = federation()
+    monkeypatch.setattr("nvflare_rdma.filters.dequantizer.add_base", lambda d, b, out: out.fill(3))
+    fed.task(model(0))("site-1")
+    meta, _ = fed.task(model(1))("site-1")
+    assert "base" in ours(meta)
+    assert "decoded to other bits" in warnings_logged[-1]
+    assert "base" not in ours(fed.task(model(2))("site-1")[0])
+
+
+def test_training_in_place_does_not_change_the_base(federation):
+    fed = federation()
+    _, got = fed.task(model(0))("site-1")
+    trained = {k: v.copy() for k, v in stepped(got, 1).items()}
+    for key, value in got.items():
+        value[:] = trained[key]
+    meta, back = fed.result("site-1", got)
+    assert "base" in ours(meta)
+    assert error(back, trained) < 1e-4
+
+
+def test_weight_diffs_are_differences_already(federation):
+    fed = federation()
+    for _ in range(3):
+        meta, got = fed.task(model(0))("site-1")
+        meta_up, _ = fed.result("site-1", got, DataKind.WEIGHT_DIFF)
+        assert ours(meta_up) == {}
+    meta, _ = fed.task(model(0), DataKind.WEIGHT_DIFF)("site-1")
+    assert ours(meta) == {}
+
+
+def test_tensors_that_are_new_or_of_another_shape_go_whole_among_differences(federation):
+    fed = federation()
+    fed.task(model(0))("site-1")
+    other = model(0)
+    other["layer0.weight"] = np.random.default_rng(9).standard_normal((30, 30)).astype("f4")
+    other["new"] = np.random.default_rng(8).standard_normal(999).astype("f4")
+    del other["layer2.weight"]
+    meta, got = fed.task(other)("site-1")
+    assert {k for k, s in meta["quant_state"].items() if s.get("delta")} == {"layer1.weight"}
+    assert got.keys() == other.keys()
+    assert error(got, other) < 0.05
+
+
+def test_a_tensor_that_can_not_be_carried_goes_exact_and_comes_back(federation):
+    fed = federation()
+    fed.task(model(0))("site-1")
+    broken = model(0)
+    broken["layer1.weight"][3, 3] = np.inf
+    _, got = fed.task(broken)("site-1")
+    np.testing.assert_array_equal(got["layer1.weight"], broken["layer1.weight"])
+    meta, got = fed.task(model(1))("site-1")
+    assert "base" in ours(meta)
+    assert not meta["quant_state"]["layer1.weight"].get("delta")
+    assert error(got, model(1)) < 0.05
+
+
+@pytest.mark.parametrize("error_feedback", [True, False])
+def test_the_server_needs_no_residual_with_differences(federation, error_feedback):
+    """A difference from what the sites hold has last round's error in it. Adding a residual would count it twice."""
+    fed, w = federation("int2", error_feedback=error_feedback), model(0)
+    worst = []
+    for _ in range(25):
+        worst.append(error(fed.task(w)("site-1")[1], w))
+    assert worst[-1] < 0.2 * worst[0]
+    assert not fed.server.quantizer._sender.residuals._staged
+
+
+def test_a_sites_results_use_both(federation):
+    """Each round's base is the server's model, so what the last result lacked is not in the difference."""
+    fed, total, wanted = federation("ternary", error_feedback=True), 0, 0
+    for round_ in range(30):
+        _, got = fed.task(model(0))("site-1")
+        trained = stepped(got, round_, 1e-2)
+        meta, back = fed.result("site-1", trained)
+        assert "base" in ours(meta)
+        total = total + (back["layer0.weight"] - got["layer0.weight"])
+        wanted = wanted + (trained["layer0.weight"] - got["layer0.weight"])
+    residual = fed.sites["site-1"].quantizer._sender.residuals.of("train", "layer0.weight", (40, 50))
+    left = (residual.astype(np.uint32) << 16).view(np.float32).reshape(40, 50)
+    np.testing.assert_allclose(total + left, wanted, atol=2e-3)
+
+
+@pytest.mark.parametrize("held", ["text", ["train"], {"train": 7}, {"train": "0" * 32}, {7: 7}, None])
+def test_a_site_that_says_nonsense_gets_a_whole_model(federation, held):
+    fed = federation()
+    fed.task(model(0))("site-1")
+    context = fed.sites["site-1"].manager.new_context()
+    context.set_prop(HELD, held, private=False, sticky=True)
+    give = fed.task(model(1))
+    give("site-1", lost=True)
+    context.set_prop(HELD, {}, private=False, sticky=True)
+    meta, got = give("site-1")
+    assert "base" not in ours(meta)
+    assert error(got, model(1)) < 0.05
+
+
+def test_a_result_against_a_model_that_is_gone_is_refused(federation):
+    fed = federation()
+    _, got = fed.task(model(0))("site-1")
+    site = fed.sites["site-1"]
+    sent = site.quantizer.process(
+        DXO(DataKind.WEIGHTS, data=stepped(got, 1)).to_shareable(), site.context(FilterKey.OUT, fed.server)
+    )
+    fed.server.manager.new_context().get_prop("nvflare_rdma.bases").__init__()
+    with pytest.raises(CodecError, match="the results of task 'train' from site-1"):
+        fed.arrive(sent, fed.server, site)
+
+
+def test_answers_to_strange_questions(federation):
+    from nvflare.apis.shareable import Shareable
+
+    fed = federation()
+    for request in ({}, {"stream": 7, "digest": [1]}, {"stream": "train", "digest": None}):
+        asked = Shareable()
+        asked.update(request)
+        reply = fed.handlers[TOPIC](TOPIC, asked, fed.server.context("in", fed.sites["site-1"]))
+        assert reply["held"] is False
+
+
+def test_a_promise_ends_with_the_next_question():
+    bases, base = Bases(), Base.of({"a": np.zeros(4, np.float32)})
+    bases.set("train", base)
+    assert bases.promise("train", "site-1", base.digest)
+    bases.set("train", None)
+    assert bases.find("train", base.digest, "site-1") is base
+    assert bases.find("train", base.digest, "site-2") is None
+    assert not bases.promise("train", "site-1", "another")
+    assert bases.find("train", base.digest, "site-1") is None
+
+
+def test_collections_have_a_base_for_each_place(federation):
+    fed = federation()
+    for round_ in range(2):
+        parts = {k: DXO(DataKind.WEIGHTS, data=model(i)) for i, k in enumerate("ab")}
+        _, got = fed.task(parts, DataKind.COLLECTION)("site-1")
+        parts = {k: DXO(DataKind.WEIGHTS, data=stepped(got[k].data, i)) for i, k in enumerate("ab")}
+        _, back = fed.result("site-1", parts, DataKind.COLLECTION)
+        held = fed.sites["site-1"].manager.new_context().get_prop(HELD)
+        assert held.keys() == {"train/a", "train/b"}
+        for i, key in enumerate("ab"):
+            assert error(got[key].data, model(i)) < (1e-3 if round_ else 0.05)
+            assert error(back[key].data, parts[key].data) < 1e-4
+
+
+def test_a_digest_tells_models_apart():
+    w = np.arange(6, dtype=np.float32)
+    same = Base.of({"a": w.copy(), "b": w}).digest
+    assert Base.of({"b": w, "a": w}).digest == same
+    for other in (
+        {"a": w, "c": w},
+        {"a": w},
+        {"a": w, "b": w.view(np.uint16)},
+        {"a": w, "b": np.append(w, 0).astype("f4")},
+        {"a": w, "b": w + np.float32(1e-6)},
+    ):
+        assert Base.of(other).digest != same
+
+
+def test_a_base_gives_only_what_fits():
+    base = Base.of({"a": np.zeros(4, np.float32)})
+    assert base.tensor("a", np.ones(4, np.float32)) is not None
+    assert base.tensor("a", np.ones(5, np.float32)) is None
+    assert base.tensor("a", np.ones(4, np.float16)) is None
+    assert base.tensor("b", np.ones(4, np.float32)) is None
+    assert Bases().current("train") is None

@@ -1,0 +1,265 @@
+"""Error feedback: what a message lacks is in the next one, once, and survives the process."""
+
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey
+from nvflare.apis.shareable import ReservedHeaderKey, make_copy
+from nvflare.apis.signal import Signal
+
+from nvflare_rdma.codecs import CODEC_NAMES, get_codec
+from nvflare_rdma.codecs.tensors import to_flat
+from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+from nvflare_rdma.filters.correction import add_base, encode_corrected, from_float32, to_float32
+
+CLIENT, SERVER = "client out", "server out"
+SENT = {CLIENT: EventType.AFTER_SEND_TASK_RESULT, SERVER: EventType.AFTER_PROCESS_SUBMISSION}
+
+
+@pytest.fixture
+def job(at, tmp_path):
+    """job(quantizer, point).send(params) -> what arrives; the events of FLARE are fired as a run does it."""
+
+    class Job:
+        def __init__(self, quantizer, point=CLIENT, folder=tmp_path):
+            self.quantizer, self.point = quantizer, point
+            self.ctx = at(point, quantizer)
+            workspace = SimpleNamespace(get_run_dir=lambda job_id: str(folder / job_id))
+            engine = SimpleNamespace(get_workspace=lambda: workspace, fire_event=lambda *a: None)
+            self.ctx.get_engine = lambda *a, **k: engine
+            self.ctx.get_job_id = lambda *a: "job"
+            self.messages = 0
+
+        def encode(self, params, kind=DataKind.WEIGHT_DIFF, message=None):
+            self.messages += 1
+            shareable = DXO(kind, data=params).to_shareable()
+            shareable.set_header(ReservedHeaderKey.MSG_ROOT_ID, message or f"message-{self.messages}")
+            return self.quantizer.process(shareable, self.ctx)
+
+        def sent(self):
+            self.quantizer.handle_event(SENT[self.point], self.ctx)
+
+        def send(self, params, kind=DataKind.WEIGHT_DIFF):
+            encoded = self.encode(params, kind)
+            self.sent()
+            return decoded(encoded)
+
+    return Job
+
+
+def decoded(encoded):
+    from nvflare.apis.fl_context import FLContext
+
+    return from_shareable(ModelDequantizer().process(make_copy(encoded), FLContext())).data
+
+
+def quantizer(name="ternary", **kwargs):
+    return ModelQuantizer(name, one_way=True, error_feedback=True, **kwargs)
+
+
+def residual_of(q, name="w", stream="train"):
+    bits = q._sender.residuals._committed[stream][name].reshape(-1)
+    return to_float32(bits)
+
+
+@pytest.mark.parametrize("point", [CLIENT, SERVER])
+@pytest.mark.parametrize("name", ["ternary", "int2", "normfloat4", "int8"])
+@pytest.mark.parametrize("as_torch", [True, False])
+def test_the_mean_of_what_arrives_approaches_what_was_sent(job, point, name, as_torch):
+    w = np.random.default_rng(0).standard_normal((64, 100)).astype(np.float32)
+    stream = job(quantizer(name), point)
+    plain = np.abs(np.asarray(decoded(job(ModelQuantizer(name, one_way=True)).encode({"w": w}))["w"]) - w).mean()
+    total = np.zeros_like(w)
+    rounds = 40
+    for _ in range(rounds):
+        total += np.asarray(stream.send({"w": torch.from_numpy(w) if as_torch else w})["w"])
+    assert np.abs(total / rounds - w).mean() < plain / 8
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from([n for n in CODEC_NAMES if n != "lossless"]), st.integers(1, 3000), st.integers(0, 2**32 - 1))
+def test_what_arrived_and_what_is_left_are_what_was_meant(name, n, seed):
+    """target = arrived + residual, within the rounding of the residual to bfloat16; and arrived is what decodes."""
+    rng = np.random.default_rng(seed)
+    codec = get_codec(name)
+    for dtype in (np.float32, np.float16):
+        values = rng.standard_normal(n).astype(dtype)
+        before, base = np.empty(n, np.uint16), rng.standard_normal(n).astype(dtype)
+        from_float32((rng.standard_normal(n) / 10).astype(np.float32), before)
+        for residual, known in ((None, None), (before, None), (None, base), (before, base)):
+            got = encode_corrected(codec, values, residual, known)
+            target = values.astype(np.float32) + (0 if residual is None else to_float32(residual))
+            left = target - got.arrived.astype(np.float32)
+            np.testing.assert_allclose(to_float32(got.residual), left, rtol=2.0**-8, atol=1e-30)
+            difference = np.empty(n, np.float32)
+            codec.decode_into(got.encoded, difference)
+            out = np.empty_like(values)
+            add_base(difference, known, out)
+            np.testing.assert_array_equal(out, got.arrived)
+
+
+@pytest.mark.parametrize("name", ["int8", "normfloat4", "ternary", "normfloat4_dq", "blockwise8"])
+def test_a_large_tensor_in_pieces_has_the_codes_of_the_whole(name, monkeypatch):
+    monkeypatch.setattr("nvflare_rdma.filters.correction.PIECE", 10_000)
+    codec, values = get_codec(name), np.random.default_rng(0).standard_normal(70_001).astype(np.float32)
+    whole = np.empty(codec.encoded_nbytes(values.size), np.uint8)
+    codec.encode_into(values, whole)
+    got = encode_corrected(codec, values, None, None)
+    np.testing.assert_array_equal(got.encoded, whole)
+    arrived = np.empty_like(values)
+    codec.decode_into(whole, arrived)
+    np.testing.assert_array_equal(got.arrived, arrived)
+
+
+def test_the_residual_is_used_once(job):
+    q = quantizer()
+    stream = job(q)
+    w = np.random.default_rng(1).standard_normal(2048).astype(np.float32)
+    first = stream.send({"w": w})["w"]
+    np.testing.assert_allclose(residual_of(q), w - first, rtol=2.0**-8, atol=1e-6)
+    e = residual_of(q).copy()
+    second = stream.send({"w": w})["w"]
+    plain = np.empty_like(w)
+    codec, encoded = get_codec("ternary"), np.empty(get_codec("ternary").encoded_nbytes(w.size), np.uint8)
+    codec.encode_into(w + e, encoded)
+    codec.decode_into(encoded, plain)
+    np.testing.assert_array_equal(second, plain)
+
+
+def test_it_is_off_unless_asked_for(job):
+    w = np.random.default_rng(1).standard_normal(2048).astype(np.float32)
+    stream = job(ModelQuantizer("ternary", one_way=True))
+    np.testing.assert_array_equal(stream.send({"w": w})["w"], stream.send({"w": w})["w"])
+
+
+def test_a_message_that_was_not_sent_leaves_the_residual_alone(job, caplog):
+    q = quantizer()
+    stream = job(q)
+    w = np.random.default_rng(2).standard_normal(2048).astype(np.float32)
+    stream.send({"w": w})
+    before = residual_of(q).copy()
+    lost = decoded(stream.encode({"w": w}))["w"]
+    np.testing.assert_array_equal(residual_of(q), before)
+    with caplog.at_level(logging.WARNING):
+        again = decoded(stream.encode({"w": w}))["w"]
+    np.testing.assert_array_equal(again, lost)
+    assert "was not seen to be sent" in caplog.text
+    stream.sent()
+    assert not np.array_equal(residual_of(q), before)
+
+
+def test_an_aborted_run_commits_nothing(job):
+    q = quantizer()
+    stream = job(q)
+    w = np.random.default_rng(2).standard_normal(2048).astype(np.float32)
+    stream.send({"w": w})
+    before = residual_of(q).copy()
+    stream.encode({"w": w})
+    signal = Signal()
+    signal.trigger(True)
+    stream.ctx.set_prop(ReservedKey.RUN_ABORT_SIGNAL, signal, private=True, sticky=True)
+    stream.sent()
+    np.testing.assert_array_equal(residual_of(q), before)
+    assert not q._sender.residuals._staged
+
+
+def test_another_tasks_message_commits_nothing(job):
+    q = quantizer()
+    stream = job(q)
+    stream.encode({"w": np.ones(2048, np.float32)})
+    stream.ctx.set_prop(FLContextKey.TASK_NAME, "validate", private=True, sticky=False)
+    stream.sent()
+    assert not q._sender.residuals._committed.get("train")
+
+
+def test_tasks_and_places_in_a_collection_have_residuals_of_their_own(job):
+    q = quantizer()
+    stream = job(q)
+    rng = np.random.default_rng(3)
+    parts = {k: DXO(DataKind.WEIGHT_DIFF, data={"w": rng.standard_normal(512).astype("f4")}) for k in ("a", "b")}
+    nested = {"inner": DXO(DataKind.COLLECTION, data=parts), "a": parts["a"]}
+    for _ in range(2):
+        stream.encode(nested, DataKind.COLLECTION)
+        stream.sent()
+    saved = q._sender.residuals._committed
+    assert saved.keys() == {"train/inner/a", "train/inner/b", "train/a"}
+    assert np.array_equal(saved["train/inner/a"]["w"], saved["train/a"]["w"])
+    assert not np.array_equal(saved["train/inner/a"]["w"], saved["train/inner/b"]["w"])
+
+
+@pytest.mark.parametrize("change", [lambda w: w[:, :50], lambda w: w.reshape(50, -1)])
+def test_a_tensor_of_another_shape_starts_anew(job, change, tmp_path):
+    w = np.random.default_rng(4).standard_normal((40, 100)).astype(np.float32)
+    stream, fresh = job(quantizer()), job(quantizer(), folder=tmp_path / "fresh")
+    same = w + 1
+    stream.send({"w": w, "same": same})
+    other = np.ascontiguousarray(change(w))
+    got, expected = stream.send({"w": other, "same": same}), fresh.send({"w": other, "same": same})
+    np.testing.assert_array_equal(got["w"], expected["w"])
+    assert not np.array_equal(got["same"], expected["same"])
+
+
+def test_residuals_outlive_the_process(job, tmp_path):
+    w = np.random.default_rng(5).standard_normal((50, 60)).astype(np.float32)
+    params = {"layer/with.odd name": w, "half": torch.from_numpy(w).bfloat16()}
+    one = job(quantizer())
+    one.send(params)
+    two = job(quantizer())
+    again, expected = two.send(params), one.send(params)
+    for key in params:
+        assert torch.equal(torch.as_tensor(again[key]), torch.as_tensor(expected[key]))
+    fresh = job(quantizer(), folder=tmp_path / "elsewhere").send(params)
+    assert not np.array_equal(fresh["layer/with.odd name"], again["layer/with.odd name"])
+    files = list((tmp_path / "job" / "nvflare_rdma").iterdir())
+    assert [f.suffix for f in files] == [".safetensors"]
+    assert files[0].stat().st_size < 2 * 2 * w.size + 500, "two bytes a value"
+
+
+def test_a_damaged_file_is_a_warning_and_a_new_start(job, tmp_path, caplog):
+    w = np.random.default_rng(5).standard_normal(5000).astype(np.float32)
+    first = job(quantizer()).send({"w": w})["w"]
+    (file,) = (tmp_path / "job" / "nvflare_rdma").iterdir()
+    file.write_bytes(b"nonsense")
+    with caplog.at_level(logging.WARNING):
+        again = job(quantizer()).send({"w": w})["w"]
+    np.testing.assert_array_equal(again, first)
+    assert "starts anew" in caplog.text
+
+
+def test_a_tensor_that_can_not_be_carried_leaves_no_residual(job):
+    q = quantizer()
+    stream = job(q)
+    good = np.random.default_rng(6).standard_normal(2048).astype(np.float32)
+    bad = good.copy()
+    bad[3] = np.nan
+    stream.send({"w": good, "x": good})
+    assert np.isnan(stream.send({"w": bad, "x": good})["w"][3])
+    assert q._sender.residuals._committed["train"].keys() == {"x"}
+    assert np.isfinite(stream.send({"w": good, "x": good})["w"]).all()
+
+
+def test_an_overflow_on_arrival_does_not_poison_the_residual():
+    """65504 is float16's largest: with a residual on top, what the receiver decodes is infinite."""
+    values, before = np.full(640, 65504, np.float16), np.empty(640, np.uint16)
+    from_float32(np.full(640, 300, np.float32), before)
+    got = encode_corrected(get_codec("normfloat4"), values, before, None)
+    assert np.isinf(got.arrived).all()
+    assert (to_float32(got.residual) == 0).all()
+
+
+def test_nothing_given_is_changed_and_the_residual_is_bounded(job):
+    w = torch.randn(3000)
+    kept = w.clone()
+    q = quantizer("normfloat4")
+    stream = job(q)
+    for _ in range(30):
+        stream.send({"w": w})
+    assert torch.equal(w, kept)
+    assert np.abs(residual_of(q)).max() < 0.2 * to_flat(w).max()
