@@ -12,7 +12,7 @@ _WEAK = np.float32(2.0**-100)  # blocks whose absmax is below become zeros
 
 
 class Int8(BlockScaledCodec):
-    """8-bit integers times a float32 scale per 128 values, ``absmax / 127``. Rounded to nearest, ties to even.
+    """8-bit integers times a float32 scale per 2048 values, ``absmax / 127``. Rounded to nearest, ties to even.
 
     NaN and Inf are not representable (`UnrepresentableError`). Error: at most ``0.00394 * absmax`` of the block
     (half a step); if absmax is below 2**-100, the block becomes zeros.
@@ -20,7 +20,7 @@ class Int8(BlockScaledCodec):
 
     name = "int8"
     bits = 8
-    block_size = 128
+    block_size = 2048
 
     def layout(self, n: int) -> Layout:
         return ("scales", np.float32, -(-n // self.block_size)), ("codes", np.int8, n)

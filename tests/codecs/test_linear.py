@@ -28,14 +28,14 @@ def per_value(scales, n, block):
     return np.repeat(scales, block)[:n]
 
 
-@pytest.mark.parametrize("n", [1, 127, 128, 129, 5000])
+@pytest.mark.parametrize("n", [1, 2047, 2048, 2049, 50_000])
 def test_int8_rounds_to_the_nearest_step(n):
     x = values(n, n)
     parts, out = encode("int8", x)
-    scales = per_value(parts["scales"], n, 128)
-    largest = np.array([np.abs(x[i : i + 128]).max() for i in range(0, n, 128)], np.float32)
+    scales = per_value(parts["scales"], n, 2048)
+    largest = np.array([np.abs(x[i : i + 2048]).max() for i in range(0, n, 2048)], np.float32)
     np.testing.assert_array_equal(parts["scales"], largest / np.float32(127))
-    np.testing.assert_array_equal(parts["codes"], np.rint(x * per_value(np.float32(127) / largest, n, 128)))
+    np.testing.assert_array_equal(parts["codes"], np.rint(x * per_value(np.float32(127) / largest, n, 2048)))
     np.testing.assert_array_equal(out, parts["codes"] * scales)
     assert np.abs(parts["codes"].astype(int)).max() == 127
 
