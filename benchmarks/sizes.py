@@ -4,8 +4,8 @@
 
 Every tensor is made, encoded and dropped before the next, so this takes little memory. "Eager" is what FLARE's filter
 and the paper's table count: every tensor is encoded. "Policy" leaves norms exact, as `add_quantization` does. "Tied"
-sends the embedding, which is the head as well, once. The paper's table: arXiv 2402.07792 and FLARE's documentation of
-message quantization, which count the embedding twice.
+sends the embedding, which is the head as well, once. "Paper" is what NVIDIA published of FLARE's message quantization,
+which counts the embedding twice.
 """
 
 from __future__ import annotations
