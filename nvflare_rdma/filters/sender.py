@@ -11,8 +11,9 @@ from nvflare.apis.fl_context import FLContext
 from nvflare_rdma.codecs import Codec
 from nvflare_rdma.codecs.base import Array
 from nvflare_rdma.codecs.policy import Policy
+from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.filters.bases import Base, bases_of, held_by_peer, server_holds
-from nvflare_rdma.filters.correction import encode_corrected
+from nvflare_rdma.filters.correction import Corrected, encode_corrected
 from nvflare_rdma.filters.dither import DITHERED, dither_of
 from nvflare_rdma.filters.encoding import EncodedParams, encode_params, encode_whole
 from nvflare_rdma.filters.points import FilterPoint
@@ -126,8 +127,19 @@ class Sender:
             residual = self.residuals.of(point.stream, name, values.shape) if feedback else None
             known = base.tensor(name, flat) if base is not None else None
             at_random = self._stochastic and codec.name in DITHERED
-            dither = dither_of(codec, f"{seed}\0{point.stream}\0{name}") if at_random else None
-            corrected = encode_corrected(codec, flat, residual, known, dither)
+
+            def attempt(residual: Array | None, known: Array | None) -> Corrected:
+                dither = dither_of(codec, f"{seed}\0{point.stream}\0{name}") if at_random else None
+                return encode_corrected(codec, flat, residual, known, dither)
+
+            try:
+                corrected = attempt(residual, known)
+            except UnrepresentableError:
+                if residual is None and known is None:
+                    raise
+                # The sum or difference can't be carried; the values themselves may be.
+                known = None
+                corrected = attempt(None, None)
             arrived[name], lacking[name] = corrected.arrived, corrected.residual.reshape(values.shape)
             if known is not None:
                 based.add(name)
