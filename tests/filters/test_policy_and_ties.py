@@ -136,7 +136,9 @@ def test_a_tie_is_encoded_as_its_first_name_says():
     assert dxo.data["lm_head.weight"].dtype == torch.uint8
 
 
-@pytest.mark.parametrize("tied", [{"a": "gone"}, {"gone": "a"}, {"a": "b", "b": "a"}, {"a": "a"}, ["a"], {1: "a"}, "x"])
+@pytest.mark.parametrize(
+    "tied", [{"a": "gone"}, {"gone": "a"}, {"a": "b", "b": "a"}, {"a": "a"}, ["a"], {1: "a"}, {"a": ["b"]}, "x"]
+)
 def test_a_forged_tie_is_refused(tied):
     dxo = encode({"a": torch.randn(99), "b": torch.randn(99)})
     dxo.meta["nvflare_rdma"] = {"tied": tied}
