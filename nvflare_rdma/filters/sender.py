@@ -17,7 +17,7 @@ from nvflare_rdma.filters.correction import Corrected, encode_corrected
 from nvflare_rdma.filters.dither import DITHERED, dither_of
 from nvflare_rdma.filters.encoding import EncodedParams, encode_params, encode_whole
 from nvflare_rdma.filters.points import FilterPoint
-from nvflare_rdma.filters.residuals import Residuals
+from nvflare_rdma.filters.residuals import Residuals, fitting
 from nvflare_rdma.filters.sharing import Shared
 
 
@@ -115,6 +115,8 @@ class Sender:
         if not (leaves_base or feedback or base or self._stochastic):
             return Encoded(encode_params(dxo.data, self._policy))
 
+        # Taken once: a result that comes meanwhile may commit what is staged.
+        before = self.residuals.committed(point.stream) if feedback else {}
         arrived: dict[str, Array] = {}
         lacking: dict[str, Any] = {}
         based: set[str] = set()
@@ -124,7 +126,7 @@ class Sender:
                 arrived[name] = values.flatten()
                 return encode_whole(name, codec, values)
             flat = np.ascontiguousarray(values).reshape(-1)
-            residual = self.residuals.of(point.stream, name, values.shape) if feedback else None
+            residual = fitting(before, name, values.shape)
             known = base.tensor(name, flat) if base is not None else None
             at_random = self._stochastic and codec.name in DITHERED
 

@@ -273,3 +273,21 @@ def test_what_is_added_makes_no_finite_value_infinite(job):
     sender = job(ModelQuantizer("int2", one_way=True, error_feedback=True))
     for _ in range(6):
         assert np.isfinite(sender.send({"w": x})["w"]).all()
+
+
+def test_a_result_that_comes_while_the_next_message_is_encoded_changes_nothing_in_it(job, monkeypatch):
+    """All tensors of a message get the residual of the same message."""
+    stream = job(quantizer(), SERVER)
+    w = {f"w{i}": np.random.default_rng(i).standard_normal(2048).astype(np.float32) for i in range(3)}
+    stream.send(w)
+    stream.encode(w)
+    expected = decoded(stream.encode(w))
+
+    def late(*args):
+        stream.sent()
+        return encode_corrected(*args)
+
+    monkeypatch.setattr("nvflare_rdma.filters.sender.encode_corrected", late)
+    got = decoded(stream.encode(w))
+    for name in w:
+        np.testing.assert_array_equal(got[name], expected[name])
