@@ -133,6 +133,9 @@ def from_message(name: str, codec: Codec, value: Any, state: Any, source: Any, l
         if isinstance(codec, FixedSizeCodec):
             fits = codes.size == codec.encoded_nbytes(n)
             require(name, fits, f"{codes.size} bytes of {codec.name} don't make shape {list(shape)}")
+            for key, part in codec.parts(codes, n).items():
+                finite = part.dtype != np.float32 or bool(np.isfinite(part).all())
+                require(name, finite, f"'{key}' holds NaN or Inf")
         else:
             _check_limit(name, n, limit)
         return Received(shape, codes.nbytes, lambda out: codec.decode_into(codes, out))

@@ -157,3 +157,12 @@ def test_a_numpy_tensor_cannot_claim_bfloat16():
     dxo.meta["source_datatype"]["layer.w"] = dxo.meta["quant_state"]["layer.w"]["dtype"] = "bfloat16"
     with pytest.raises(CodecError, match=r"'layer\.w'.*bfloat16"):
         ModelDequantizer().process(dxo.to_shareable(), FLContext())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["int8", "float8_e4m3", "float4_dq", "normfloat4_dq", "int2", "ternary"])
+def test_scales_that_are_not_finite_are_refused(name, value):
+    dxo = message(name)
+    dxo.data["layer.w"][:4] = torch.tensor([value]).view(torch.uint8)
+    with pytest.raises(CodecError, match=r"'layer\.w'.*NaN or Inf"):
+        ModelDequantizer().process(dxo.to_shareable(), FLContext())
