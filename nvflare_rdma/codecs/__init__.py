@@ -55,7 +55,7 @@ def get_codec(name: str) -> Codec:
         ConfigError: no such codec; the message names the value and what is allowed.
     """
     key = name.lower() if isinstance(name, str) else name
-    if key in _CODECS:
+    if isinstance(key, str) and key in _CODECS:
         return _build(key)
     allowed = ", ".join(CODEC_NAMES)
     raise ConfigError(f"codec {name!r} is unknown; use one of: {allowed}")

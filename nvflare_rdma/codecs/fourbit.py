@@ -12,6 +12,8 @@ from nvflare_rdma.codecs.tables import float4, normal_float4
 from nvflare_rdma.errors import UnrepresentableError
 
 _NESTED_BLOCK = 256  # scales that share a scale
+# From here on a float32 becomes infinite as float16 or bfloat16.
+_INFINITE_FROM = {np.dtype(np.float16): 65520.0, np.dtype(np.uint16): (2 - 2.0**-8) * 2.0**127}
 
 
 class _FourBit(AbsmaxCodec):
@@ -86,8 +88,8 @@ class DoubleQuantized(FixedSizeCodec):
     torch's float32 sum may differ from that in its last bits (and from itself with another number of threads), or
     overflow.
 
-    NaN and Inf are not representable, nor are values within a hundredth of the largest float32 if their scale would
-    be rounded up to infinity (`UnrepresentableError`). Error: that of the 4-bit codec, plus ``0.00705`` of
+    NaN and Inf are not representable, nor are values within a hundredth of the largest of their type if their scale
+    would be rounded up to infinity (`UnrepresentableError`). Error: that of the 4-bit codec, plus ``0.00705`` of
     the largest difference from the mean among the 256 scales.
     """
 
@@ -132,7 +134,27 @@ class DoubleQuantized(FixedSizeCodec):
             fourbit.absmax(values, absmax)
             total += float(absmax.sum(dtype=np.float64))
         self._encode_with(src, parts, np.float32(total / max(parts["scales"].size, 1)))
+        self._refuse_overflow(parts, src.dtype)
         return out.size
+
+    def _refuse_overflow(self, parts: Parts, dtype: Any) -> None:
+        """Scales may be rounded up: no value of a 16-bit type may become infinite by that."""
+        largest = _INFINITE_FROM.get(dtype)
+        if largest is None:
+            return
+        step = TILE - TILE % _NESTED_BLOCK
+        for start in range(0, parts["scales"].size, step):
+            blocks = min(step, parts["scales"].size - start)
+            nested = parts["nested_scales"][start // _NESTED_BLOCK :][: -(-blocks // _NESTED_BLOCK)]
+            scales = scratch("scales", np.float32, blocks)
+            run = {
+                "scales": parts["scales"][start : start + blocks],
+                "nested_scales": nested,
+                "offset": parts["offset"],
+            }
+            self._decode_scales(run, scales)
+            if scales.max() >= largest:
+                raise UnrepresentableError(f"{self.name} can't carry values so near to the largest of 16 bits")
 
     def _encode_with(self, src: Array, parts: Parts, offset: np.float32) -> None:
         """Encode with this mean of the scales."""

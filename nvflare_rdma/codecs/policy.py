@@ -141,7 +141,7 @@ class Policy:
 
     def decide(self, name: str, dtype: str, shape: Sequence[int]) -> Decision:
         """The codec for the tensor called `name` with `dtype` (a name, such as ``float32``) and `shape`."""
-        n = math.prod(shape)
+        name, n = str(name), math.prod(shape)  # FLARE's filter takes numbers for names
         if dtype not in FLOAT_NAMES:
             return Decision(None, dtype)
         if n == 0:

@@ -103,5 +103,6 @@ def from_flat(flat: Array, name: str, shape: tuple[int, ...], torch_tensor: bool
 def identity(value: Any) -> tuple[Any, ...]:
     """Equal for two live tensors that are the same view of the same memory (tied weights, for example)."""
     if is_torch(value):
-        return ("torch", value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        lazy = value.is_neg(), value.is_conj()  # done when it is read, not in memory
+        return ("torch", value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, lazy)
     return ("numpy", value.__array_interface__["data"][0], value.shape, value.strides, value.dtype.str)

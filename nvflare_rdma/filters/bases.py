@@ -117,7 +117,8 @@ def held_by_peer(stream: str, fl_ctx: FLContext) -> str | None:
     """The digest of the model that the site which asks for a task holds, as it says."""
     peer = fl_ctx.get_peer_context()
     held = peer.get_prop(HELD) if peer is not None else None
-    return held.get(stream) if isinstance(held, dict) else None
+    digest = held.get(stream) if isinstance(held, dict) else None
+    return digest if isinstance(digest, str) else None
 
 
 def answer_clients(fl_ctx: FLContext) -> None:

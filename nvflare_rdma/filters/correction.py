@@ -15,6 +15,7 @@ import numpy as np
 from nvflare_rdma.codecs import Codec, FixedSizeCodec
 from nvflare_rdma.codecs.base import Array, Float32
 from nvflare_rdma.codecs.runs import float32_runs, output_runs
+from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.filters.dither import Dither
 
 PIECE = 1 << 20  # elements worked on at a time, so that scratch memory stays at some MiB
@@ -27,7 +28,7 @@ class Corrected:
     Attributes:
         encoded: the bytes that count.
         arrived: what the receiver gets, flat, in the tensor's own dtype (uint16 for bfloat16).
-        residual: what it lacks, flat, bfloat16 bits; zero where the difference is not finite.
+        residual: what it lacks, flat, bfloat16 bits; zero where the value is not finite.
     """
 
     encoded: Array
@@ -46,7 +47,8 @@ def encode_corrected(
         dither: puts noise on what is encoded, piece by piece; None for none.
 
     Raises:
-        UnrepresentableError: see `Codec.encode_into`.
+        UnrepresentableError: see `Codec.encode_into`; or there is a base and the difference from it is not finite, or
+            a finite value would arrive as infinite in the tensor's own dtype.
     """
     n = values.size
     arrived, left = np.empty_like(values), np.empty(n, np.uint16)
@@ -60,7 +62,7 @@ def encode_corrected(
         if residual is not None:
             target += to_float32(residual[start:stop])
         offset = None if base is None else to_float32(base[start:stop])
-        difference = target if offset is None else target - offset
+        difference = target if offset is None else _difference(codec, target, offset)
         piece = encoded if step >= n else np.empty(codec.encoded_nbytes(stop - start), np.uint8)
         written = codec.encode_into(difference if dither is None else dither(difference), piece)
         if piece is not encoded:
@@ -69,10 +71,24 @@ def encode_corrected(
         decoded = np.empty(stop - start, np.float32)
         codec.decode_into(piece[:written], decoded)
         add_base(decoded, offset, arrived[start:stop])
-        target -= to_float32(arrived[start:stop])
-        target[~np.isfinite(target)] = 0
+        finite = np.isfinite(target)
+        with np.errstate(invalid="ignore"):
+            target -= to_float32(arrived[start:stop])
+        lost = ~np.isfinite(target)
+        if (lost & finite).any():
+            raise UnrepresentableError(f"{codec.name} can't carry its largest values: they would arrive as infinite")
+        target[lost] = 0
         from_float32(target, left[start:stop])
     return Corrected(encoded[:written] if step >= n else encoded, arrived, left)
+
+
+def _difference(codec: Codec, target: Float32, offset: Float32) -> Float32:
+    with np.errstate(over="ignore", invalid="ignore"):
+        difference: Float32 = target - offset
+    # Some codecs carry NaN and Inf, but a sum with the base would not give back what the difference was made of.
+    if not np.isfinite(difference).all():
+        raise UnrepresentableError(f"{codec.name} can't carry a difference that is NaN or Inf")
+    return difference
 
 
 def add_base(decoded: Float32, base: Array | None, out: Array) -> None:

@@ -72,6 +72,8 @@ def decode_params(
     result, flat = DecodedParams(count=len(values)), {}
     for name, value in values.items():
         source = source_datatype.get(name)
+        if name not in ties and not isinstance(source, str):  # anything else may refuse to be compared
+            raise CodecError(f"can't dequantize '{name}': source_datatype is {source!r}")
         if name in ties or source == EXACT or _is_no_wider(codec, source):
             flat[name] = value
             continue
@@ -96,7 +98,7 @@ def decode_params(
 
 def _algorithm(algorithm: Any) -> Codec | None:
     """The codec of the whole message, or None if each tensor names its own."""
-    if algorithm == MIXED:
+    if isinstance(algorithm, str) and algorithm == MIXED:
         return None
     if not isinstance(algorithm, str) or algorithm.lower() not in CODEC_NAMES:
         raise CodecError(
@@ -113,6 +115,6 @@ def _is_no_wider(codec: Codec | None, source: Any) -> bool:
 
 def _checked_ties(tied: dict[Any, Any], values: dict[str, Any]) -> dict[str, str]:
     for name, other in tied.items():
-        if name not in values or other not in values or other in tied:
+        if name not in values or not isinstance(other, str) or other not in values or other in tied:
             raise CodecError(f"'{name}' is tied to '{other}', but the message has no such two tensors")
     return tied

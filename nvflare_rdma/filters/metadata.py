@@ -15,6 +15,7 @@ Received layouts are checked before anything is allocated for what they stand fo
 
 import bz2
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from nvflare_rdma.errors import CodecError
 
 FOUR_BIT_NAMES = {"float4": "fp4", "normfloat4": "nf4"}  # what bitsandbytes calls them
 FLARE_TYPES = ("float16", "blockwise8", "float4", "normfloat4", "adaquant")
+_MAX_DIMENSIONS = 64  # what numpy takes
+_MAX_VALUES = 1 << 60  # whose bytes an int64 can count
 _ADAQUANT_DTYPES = {"u1": np.uint8, "<u2": np.uint16}
 
 
@@ -125,18 +128,21 @@ def from_message(name: str, codec: Codec, value: Any, state: Any, source: Any, l
             codec = Blockwise8(table)
         return _received(codec, {"scales": scales, "codes": codes}, tuple(value.shape))
     shape, n = _shape(name, state, "shape")
-    require(name, state.get("dtype") == source, f"'dtype' is {state.get('dtype')!r}, not {source!r}")
+    require(name, _is(state.get("dtype"), source), f"'dtype' is {state.get('dtype')!r}, not {source!r}")
     if codec.name not in FOUR_BIT_NAMES:
         if isinstance(codec, FixedSizeCodec):
             fits = codes.size == codec.encoded_nbytes(n)
             require(name, fits, f"{codes.size} bytes of {codec.name} don't make shape {list(shape)}")
+            for key, part in codec.parts(codes, n).items():
+                finite = part.dtype != np.float32 or bool(np.isfinite(part).all())
+                require(name, finite, f"'{key}' holds NaN or Inf")
         else:
             _check_limit(name, n, limit)
         return Received(shape, codes.nbytes, lambda out: codec.decode_into(codes, out))
     require(name, codes.size == -(-n // 2), f"{codes.size} bytes of codes don't make shape {list(shape)}")
     expected: dict[str, Any] = {"quant_type": FOUR_BIT_NAMES[codec.name], "blocksize": codec.block_size}
     for key, item in expected.items():
-        require(name, state.get(key) == item, f"'{key}' is {state.get(key)!r}, not {item!r}")
+        require(name, _is(state.get(key), item), f"'{key}' is {state.get(key)!r}, not {item!r}")
     require(name, "nested_absmax" not in state, "its scales are quantized as well, which is not supported")
     scales = _scales(name, state, codec, n)
     table = _floats(name, state, "quant_map", 16)
@@ -173,7 +179,9 @@ def _received_adaquant(name: str, codec: Codec, value: Any, state: dict[str, Any
     norm, level = state.get("norm", 0.0), state.get("quantization_level", 0)
     numbers = {"offset": state.get("offset"), "norm": norm, "quantization_level": level}
     for key, number in numbers.items():
-        require(name, type(number) in (int, float) and math.isfinite(number), f"'{key}' is {number!r}")
+        # Compared and not asked with isfinite, which fails on integers beyond the range.
+        good = type(number) in (int, float) and abs(number) <= sys.float_info.max
+        require(name, good, f"'{key}' is {number!r}")
     codes = np.empty(0, np.uint8)
     nbytes = value.nbytes
     if level == 0:  # a constant, or so narrow a range that FLARE found no level for it
@@ -197,7 +205,7 @@ def _received_adaquant(name: str, codec: Codec, value: Any, state: dict[str, Any
 
 
 def _decompressed(name: str, packed: Bytes, dtype: Any, n: int) -> Array:
-    require(name, dtype in _ADAQUANT_DTYPES, f"'new_dtype' is {dtype!r}")
+    require(name, isinstance(dtype, str) and dtype in _ADAQUANT_DTYPES, f"'new_dtype' is {dtype!r}")
     wanted = n * np.dtype(dtype).itemsize
     try:
         raw = bz2.BZ2Decompressor().decompress(packed.tobytes(), max_length=wanted + 1)
@@ -209,10 +217,19 @@ def _decompressed(name: str, packed: Bytes, dtype: Any, n: int) -> Array:
 
 def _shape(name: str, state: dict[str, Any], key: str) -> tuple[tuple[int, ...], int]:
     shape: Any = state.get(key)
+    if isinstance(shape, list | tuple):
+        require(name, len(shape) <= _MAX_DIMENSIONS, f"'{key}' has {len(shape)} dimensions")
     # Sizes are Python integers: a hostile shape can't wrap around to a small product.
     good = isinstance(shape, list | tuple) and all(type(d) is int and d >= 0 for d in shape)
     require(name, good, f"'{key}' is {shape!r}")
+    # numpy and torch refuse sizes beyond all memory even where another one is 0.
+    require(name, math.prod(max(d, 1) for d in shape) <= _MAX_VALUES, f"'{key}' is {shape!r}")
     return tuple(shape), math.prod(shape)
+
+
+def _is(found: Any, wanted: Any) -> bool:
+    """Whether a received item equals `wanted`; an array would answer with an array."""
+    return isinstance(found, type(wanted)) and bool(found == wanted)
 
 
 def _check_limit(name: str, n: int, limit: int) -> None:

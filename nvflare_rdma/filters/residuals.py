@@ -33,10 +33,14 @@ class Residuals:
         self._committed: dict[str, Mapping[str, Bits]] = {}
         self._staged: dict[str, dict[str, Bits]] = {}
 
+    def committed(self, stream: str) -> Mapping[str, Bits]:
+        """The committed residuals of a stream as they are now; a later commit doesn't change what is returned."""
+        with self._lock:
+            return self._committed.get(stream, {})
+
     def of(self, stream: str, name: str, shape: tuple[int, ...]) -> Bits | None:
-        """The committed residual of a tensor, flat; None if there is none or the tensor had another shape."""
-        residual = self._committed.get(stream, {}).get(name)
-        return residual.reshape(-1) if residual is not None and residual.shape == shape else None
+        """The committed residual of a tensor, flat; see `fitting`."""
+        return fitting(self.committed(stream), name, shape)
 
     def stage(self, stream: str, residuals: dict[str, Bits]) -> None:
         """Keep what the message that was just encoded lacked, until it is known whether it was sent."""
@@ -71,6 +75,12 @@ class Residuals:
                 return 0
             self._committed[stream] = loaded = _load(folder, stream)
             return len(loaded)
+
+
+def fitting(residuals: Mapping[str, Bits], name: str, shape: tuple[int, ...]) -> Bits | None:
+    """A tensor's residual, flat; None if there is none or the tensor had another shape."""
+    residual = residuals.get(name)
+    return residual.reshape(-1) if residual is not None and residual.shape == shape else None
 
 
 def _file(folder: str, stream: str) -> str:

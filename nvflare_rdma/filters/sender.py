@@ -11,12 +11,13 @@ from nvflare.apis.fl_context import FLContext
 from nvflare_rdma.codecs import Codec
 from nvflare_rdma.codecs.base import Array
 from nvflare_rdma.codecs.policy import Policy
+from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.filters.bases import Base, bases_of, held_by_peer, server_holds
-from nvflare_rdma.filters.correction import encode_corrected
+from nvflare_rdma.filters.correction import Corrected, encode_corrected
 from nvflare_rdma.filters.dither import DITHERED, dither_of
 from nvflare_rdma.filters.encoding import EncodedParams, encode_params, encode_whole
 from nvflare_rdma.filters.points import FilterPoint
-from nvflare_rdma.filters.residuals import Residuals
+from nvflare_rdma.filters.residuals import Residuals, fitting
 from nvflare_rdma.filters.sharing import Shared
 
 
@@ -114,6 +115,8 @@ class Sender:
         if not (leaves_base or feedback or base or self._stochastic):
             return Encoded(encode_params(dxo.data, self._policy))
 
+        # Taken once: a result that comes meanwhile may commit what is staged.
+        before = self.residuals.committed(point.stream) if feedback else {}
         arrived: dict[str, Array] = {}
         lacking: dict[str, Any] = {}
         based: set[str] = set()
@@ -123,11 +126,22 @@ class Sender:
                 arrived[name] = values.flatten()
                 return encode_whole(name, codec, values)
             flat = np.ascontiguousarray(values).reshape(-1)
-            residual = self.residuals.of(point.stream, name, values.shape) if feedback else None
+            residual = fitting(before, name, values.shape)
             known = base.tensor(name, flat) if base is not None else None
             at_random = self._stochastic and codec.name in DITHERED
-            dither = dither_of(codec, f"{seed}\0{point.stream}\0{name}") if at_random else None
-            corrected = encode_corrected(codec, flat, residual, known, dither)
+
+            def attempt(residual: Array | None, known: Array | None) -> Corrected:
+                dither = dither_of(codec, f"{seed}\0{point.stream}\0{name}") if at_random else None
+                return encode_corrected(codec, flat, residual, known, dither)
+
+            try:
+                corrected = attempt(residual, known)
+            except UnrepresentableError:
+                if residual is None and known is None:
+                    raise
+                # The sum or difference can't be carried; the values themselves may be.
+                known = None
+                corrected = attempt(None, None)
             arrived[name], lacking[name] = corrected.arrived, corrected.residual.reshape(values.shape)
             if known is not None:
                 based.add(name)

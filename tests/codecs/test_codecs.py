@@ -338,3 +338,21 @@ def test_sizes_of_the_published_4_bit_message():
     codec = get_codec("normfloat4")
     assert codec.encoded_nbytes(64 * 1000) / (4 * 64 * 1000) == 0.140625
     assert codec.estimate_ratio() == 0.140625
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.uint16])
+@pytest.mark.parametrize("name", [n for n in CODEC_NAMES if n not in ("float16", "bfloat16")])
+def test_finite_values_of_16_bits_stay_finite_or_are_refused(name, dtype):
+    largest = 65504 if dtype is np.float16 else 0x7F7F
+    rng = np.random.default_rng(0)
+    codec, infinity = get_codec(name), 0x7C00 if dtype is np.float16 else 0x7F80
+    for _ in range(20):
+        x = np.zeros((256, 64), dtype)
+        x[:, 0] = rng.choice([largest, largest * 127 // 128, largest // 2, 1, 0], 256)
+        out, back = np.empty(codec.encoded_nbytes(x.size), np.uint8), np.empty_like(x)
+        try:
+            used = codec.encode_into(x, out)
+        except UnrepresentableError:
+            continue
+        codec.decode_into(out[:used], back)
+        assert ((back.view(np.uint16) & 0x7FFF) < infinity).all()

@@ -14,6 +14,10 @@ from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
 
 def message(name, params=None):
     params = params or {"layer.w": torch.randn(60, 65)}
+    if name == "mixed":
+        dxo = message("int8", params)
+        dxo.meta[MetaKey.PROCESSED_ALGORITHM] = name
+        return dxo
     return from_shareable(ModelQuantizer(name).process(DXO(DataKind.WEIGHTS, data=params).to_shareable(), FLContext()))
 
 
@@ -34,6 +38,14 @@ def set_codes(codes):
 def set_meta(key, value):
     def damage(dxo):
         dxo.meta[key] = value
+
+    return damage
+
+
+def set_empty(**changes):
+    def damage(dxo):
+        set_codes(torch.zeros(0, dtype=torch.uint8))(dxo)
+        set_state(**changes)(dxo)
 
     return damage
 
@@ -77,6 +89,20 @@ DAMAGE = {
     "integer source": ("normfloat4", set_source("int64"), "int64"),
     "no source": ("normfloat4", set_meta("source_datatype", {}), "None"),
     "source is unhashable": ("normfloat4", set_source(["float32"]), "float32"),
+    "source is an array": ("normfloat4", set_source(np.zeros(2)), "source_datatype"),
+    "dtype is an array": ("normfloat4", set_state(dtype=np.zeros(2)), "dtype"),
+    "blocksize is an array": ("normfloat4", set_state(blocksize=np.zeros(2)), "blocksize"),
+    "quant_type is an array": ("normfloat4", set_state(quant_type=np.zeros(2)), "quant_type"),
+    "codec is unhashable": ("mixed", set_state(codec=["int8"]), "codec"),
+    "more dimensions than numpy has": ("int8", set_state(shape=[3900] + [1] * 70), "shape"),
+    "endless dimensions": ("int8", set_state(shape=[2**62] * 100000), "shape"),
+    "no values of a size beyond all memory": ("int8", set_empty(shape=[0, 2**62]), "shape"),
+    "a sum beyond float64": ("adaquant", set_state(offset=10**400), "offset"),
+    "compressed codes of an unhashable dtype": (
+        "adaquant",
+        set_state(compressed_tensor=torch.zeros(9, dtype=torch.uint8), new_dtype=["u1"]),
+        "new_dtype",
+    ),
     "no state of this tensor": ("normfloat4", set_meta("quant_state", {}), "quant_state"),
 }
 
@@ -104,6 +130,7 @@ def test_damage_is_refused_and_names_the_tensor(case):
         (MetaKey.PROCESSED_ALGORITHM, "nonsense"),
         (MetaKey.PROCESSED_ALGORITHM, None),
         (MetaKey.PROCESSED_ALGORITHM, 4),
+        (MetaKey.PROCESSED_ALGORITHM, np.zeros(2)),
         ("quant_state", [1]),
         ("source_datatype", None),
     ],
@@ -113,7 +140,7 @@ def test_damage_of_the_whole_message_is_refused(key, value):
     dxo.meta[key] = value
     with pytest.raises(CodecError) as error:
         ModelDequantizer().process(dxo.to_shareable(), FLContext())
-    assert str(value) in str(error.value) or key in str(error.value)
+    assert repr(value) in str(error.value) or str(value) in str(error.value) or key in str(error.value)
 
 
 def test_a_table_of_other_last_bits_is_used_as_it_came():
@@ -129,4 +156,13 @@ def test_a_numpy_tensor_cannot_claim_bfloat16():
     dxo = message("normfloat4", {"layer.w": np.ones(100, np.float32)})
     dxo.meta["source_datatype"]["layer.w"] = dxo.meta["quant_state"]["layer.w"]["dtype"] = "bfloat16"
     with pytest.raises(CodecError, match=r"'layer\.w'.*bfloat16"):
+        ModelDequantizer().process(dxo.to_shareable(), FLContext())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["int8", "float8_e4m3", "float4_dq", "normfloat4_dq", "int2", "ternary"])
+def test_scales_that_are_not_finite_are_refused(name, value):
+    dxo = message(name)
+    dxo.data["layer.w"][:4] = torch.tensor([value]).view(torch.uint8)
+    with pytest.raises(CodecError, match=r"'layer\.w'.*NaN or Inf"):
         ModelDequantizer().process(dxo.to_shareable(), FLContext())

@@ -442,3 +442,29 @@ def test_a_base_gives_only_what_fits():
     assert base.tensor("a", np.ones(4, np.float16)) is None
     assert base.tensor("b", np.ones(4, np.float32)) is None
     assert Bases().current("train") is None
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "lossless"])
+def test_infinities_in_the_base_do_not_become_nan(federation, name):
+    fed = federation(name)
+    w = model()
+    w["layer0.weight"][3, 4] = -np.inf
+    for round_ in range(4):
+        if round_ == 2:
+            w["layer0.weight"][3, 4] = 1.0
+        give = fed.task(w)
+        for site in fed.sites:
+            got = give(site)[1]
+            np.testing.assert_array_equal(got["layer0.weight"][3, 4], w["layer0.weight"][3, 4])
+            back = fed.result(site, got)[1]
+            np.testing.assert_array_equal(back["layer0.weight"][3, 4], w["layer0.weight"][3, 4])
+        w = {k: v.copy() for k, v in w.items()}
+
+
+def test_a_difference_that_overflows_travels_whole(federation):
+    fed = federation("bfloat16")
+    for sign in (1, -1):
+        w = model()
+        w["layer0.weight"][3, 4] = sign * 3e38
+        got = fed.task(w)("site-1")[1]
+        np.testing.assert_allclose(got["layer0.weight"], w["layer0.weight"], rtol=2**-8)

@@ -16,6 +16,7 @@ from nvflare.apis.signal import Signal
 
 from nvflare_rdma.codecs import CODEC_NAMES, get_codec
 from nvflare_rdma.codecs.tensors import to_flat
+from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
 from nvflare_rdma.filters.correction import add_base, encode_corrected, from_float32, to_float32
 
@@ -245,13 +246,14 @@ def test_a_tensor_that_can_not_be_carried_leaves_no_residual(job):
     assert np.isfinite(stream.send({"w": good, "x": good})["w"]).all()
 
 
-def test_an_overflow_on_arrival_does_not_poison_the_residual():
-    """65504 is float16's largest: with a residual on top, what the receiver decodes is infinite."""
+def test_an_overflow_on_arrival_is_refused():
+    """65504 is float16's largest: with a residual on top, what the receiver decodes would be infinite."""
     values, before = np.full(640, 65504, np.float16), np.empty(640, np.uint16)
     from_float32(np.full(640, 300, np.float32), before)
-    got = encode_corrected(get_codec("normfloat4"), values, before, None)
-    assert np.isinf(got.arrived).all()
-    assert (to_float32(got.residual) == 0).all()
+    with pytest.raises(UnrepresentableError, match="infinite"):
+        encode_corrected(get_codec("normfloat4"), values, before, None)
+    got = encode_corrected(get_codec("normfloat4"), values, None, None)
+    np.testing.assert_array_equal(got.arrived, values)
 
 
 def test_nothing_given_is_changed_and_the_residual_is_bounded(job):
@@ -263,3 +265,29 @@ def test_nothing_given_is_changed_and_the_residual_is_bounded(job):
         stream.send({"w": w})
     assert torch.equal(w, kept)
     assert np.abs(residual_of(q)).max() < 0.2 * to_flat(w).max()
+
+
+def test_what_is_added_makes_no_finite_value_infinite(job):
+    x = (np.random.default_rng(0).standard_normal(4096) * 10).astype(np.float16)
+    x[::7] = -65504
+    sender = job(ModelQuantizer("int2", one_way=True, error_feedback=True))
+    for _ in range(6):
+        assert np.isfinite(sender.send({"w": x})["w"]).all()
+
+
+def test_a_result_that_comes_while_the_next_message_is_encoded_changes_nothing_in_it(job, monkeypatch):
+    """All tensors of a message get the residual of the same message."""
+    stream = job(quantizer(), SERVER)
+    w = {f"w{i}": np.random.default_rng(i).standard_normal(2048).astype(np.float32) for i in range(3)}
+    stream.send(w)
+    stream.encode(w)
+    expected = decoded(stream.encode(w))
+
+    def late(*args):
+        stream.sent()
+        return encode_corrected(*args)
+
+    monkeypatch.setattr("nvflare_rdma.filters.sender.encode_corrected", late)
+    got = decoded(stream.encode(w))
+    for name in w:
+        np.testing.assert_array_equal(got[name], expected[name])

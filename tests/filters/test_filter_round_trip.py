@@ -320,3 +320,11 @@ def test_survives_flare_serialization_with_little_overhead(name, as_torch):
     for key, sent in params.items():
         assert_same_kind(sent, decoded.data[key])
         assert_within_bound(get_codec(name), sent, decoded.data[key])
+
+
+def test_names_may_be_numbers():
+    sent = DXO(DataKind.WEIGHTS, data={0: np.ones((64, 64), np.float32), 1: np.ones(64, np.float32)}).to_shareable()
+    encoded = ModelQuantizer("int8", policy=[]).process(sent, FLContext())
+    got = from_shareable(ModelDequantizer().process(encoded, FLContext())).data
+    assert got.keys() == {0, 1}
+    np.testing.assert_allclose(got[0], 1, rtol=1e-6)
