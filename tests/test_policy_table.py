@@ -55,7 +55,7 @@ def test_a_small_policy_and_a_json_model(show):
     assert code == 0
     assert "both directions: normfloat4" in out
     rows = lines(out)
-    embedding = 6400 + 6400 // 128 * 4
+    embedding = 6400 + -(-6400 // 2048) * 4
     projection = 4096 // 2 + 4096 // 64 * 4
     assert rows["embed.weight"] == [
         "float32", "100x64", "embedding", "int8", "role embedding", "25,600", f"{embedding:,}",
