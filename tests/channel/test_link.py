@@ -443,4 +443,5 @@ def test_inline_messages_are_delivered_in_order():
         threading.Event().wait(0.2)
         first.set()
         thief.join(DEADLINE)
+        eventually(lambda: len(received) == 3)
         assert received == [b"1", b"2", b"3"]

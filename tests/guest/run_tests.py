@@ -29,7 +29,7 @@ SELECTIONS = {
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
 RESULTS = kernel.CACHE / "results"
 LIMIT = 15 * 60 - 20  # seconds, for everything
-GUEST_LIMIT = 13 * 60
+GUEST_LIMIT = 14 * 60
 
 
 def main() -> int:
