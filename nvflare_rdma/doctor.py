@@ -238,7 +238,7 @@ def roce_packet_bytes(mtu: int) -> int:
 def _packet_bytes(port: PortInfo) -> tuple[int | None, str]:
     """The MTU in force (active_mtu, ibv_query_port(3)), or why it can't be told."""
     try:
-        from pyverbs.device import Context
+        from nvflare_rdma.fabric.verbs_import import Context
 
         with Context(name=port.device) as context:
             return 128 << context.query_port(port.number).active_mtu, ""

@@ -290,6 +290,23 @@ class TestDeviceFiles:
         assert "is that in the group rdma?" in reason
 
 
+@pytest.mark.usefixtures("all_else_is_well")
+def test_iwarp_takes_the_connection_manager(sysfs):
+    sysfs.device("iw0", "4: RNIC")
+    sysfs.port("iw0", gids={0: ("200:0:301::", "IB/RoCE v1", "lo")}, table=1)
+    device_files(sysfs)
+    file = sysfs.root.parent / "dev/rdma_cm"
+    reason = look(sysfs)[0].fabrics["verbs"].reason
+    assert reason.startswith(f"there is no {file}: `modprobe rdma_ucm`, and give it to the container")
+    file.touch()
+    verbs = look(sysfs)[0].fabrics["verbs"]
+    assert (verbs.usable, verbs.reason) == (True, "")
+    file.unlink()
+    (sysfs.root / "class/infiniband/iw0/node_type").write_text("1: CA\n")  # RoCE does without
+    (sysfs.root / "class/infiniband/iw0/ports/1/gid_attrs/types/0").write_text("RoCE v2\n")
+    assert look(sysfs)[0].fabrics["verbs"].usable
+
+
 @pytest.mark.parametrize(
     ("mtu", "fits"), [(9000, 4096), (4192, 4096), (4191, 2048), (1500, 1024), (1120, 1024), (1119, 512), (68, 0)]
 )

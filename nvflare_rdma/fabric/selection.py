@@ -17,6 +17,7 @@ from nvflare_rdma.errors import ConfigError, FabricUnavailable
 from nvflare_rdma.fabric.memlock import memlock_reason
 from nvflare_rdma.fabric.verbs_devices import (
     DEVICE_FILES,
+    IWARP,
     SYSFS,
     VerbsOptions,
     choose_gid,
@@ -70,6 +71,8 @@ def _probe_verbs(options: VerbsOptions, budget: int, sysfs: Path, files: Path) -
     except FabricUnavailable as error:
         return Availability(False, str(error))
     denied = [reason for port in ports if (reason := device_file_reason(port.device, sysfs, files))]
+    if any(port.transport == IWARP for port in ports):
+        denied += filter(None, [connection_manager_reason(files)])
     reason = pyverbs_reason() or "; ".join(denied) or memlock_reason(budget)
     return Availability(not reason, reason, "" if reason else "; ".join(names))
 
@@ -97,16 +100,26 @@ def device_file_reason(device: str, sysfs: Path = SYSFS, files: Path = DEVICE_FI
     name = device_file(device, sysfs)
     if not name:
         return f"{device} can't be opened by programs: the kernel module ib_uverbs is not loaded (`modprobe ib_uverbs`)"
-    file = files / name
+    reason = _open_reason(files / name, f"give it to the container (docker: --device {files})")
+    return f"{device}: {reason}" if reason else ""
+
+
+def connection_manager_reason(files: Path = DEVICE_FILES) -> str:
+    """Why this process can't connect iWARP rails, which takes rdma_cm; "" if it can."""
+    advice = f"`modprobe rdma_ucm`, and give it to the container (docker: --device {files})"
+    return _open_reason(files / "rdma_cm", advice)
+
+
+def _open_reason(file: Path, if_missing: str) -> str:
     try:
         os.close(os.open(file, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:
-        return f"{device}: there is no {file}: give it to the container (docker: --device {files})"
+        return f"there is no {file}: {if_missing}"
     except OSError as error:
         advice = "do the container's device rules allow it (docker: --device /dev/infiniband)?"
         if error.errno == errno.EACCES:
             advice = f"it is {_permissions(file)}, this is user {os.geteuid()}: is that in the group rdma?"
-        return f"{device}: {file} can't be opened: {error.strerror}; {advice}"
+        return f"{file} can't be opened: {error.strerror}; {advice}"
     return ""
 
 

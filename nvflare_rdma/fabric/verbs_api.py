@@ -47,6 +47,11 @@ def translated(device: str, what: str) -> Iterator[None]:
         raise FabricError(f"{device}: {what} failed: {error}{f' ({hint})' if hint else ''}") from error
 
 
+def nothing_came(error: PyverbsError) -> bool:
+    """Whether it says that an event channel, which does not block, has no event to give."""
+    return getattr(error, "error_code", None) == errno.EAGAIN
+
+
 #: Held by whoever may open an event descriptor: pyverbs, or librdmacm by itself.
 descriptors = threading.RLock()
 
@@ -129,13 +134,17 @@ class Port:
 
     def events(self) -> list[str]:
         """What has happened to the device or its queue pairs (ibv_get_async_event(3)); see `is_fatal`."""
-        names = []
-        with contextlib.suppress(PyverbsError):  # EAGAIN: no more
+        names: list[str] = []
+        with translated(self.info.device, "taking the device's events"):
             while True:
-                event = self.context.get_async_event()
+                try:
+                    event = self.context.get_async_event()
+                except PyverbsError as error:
+                    if nothing_came(error):
+                        return names
+                    raise
                 names.append(_EVENTS.get(event.event_type, str(event.event_type)))
                 event.ack()
-        return names
 
     def is_fatal(self, event: str) -> bool:
         """Whether it makes the whole port useless. An iWARP device calls it fatal for a queue pair when its peer ends

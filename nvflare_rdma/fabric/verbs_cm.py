@@ -9,7 +9,6 @@ because pyverbs keeps the GIL: event channels are set not to block and are polle
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import select
 import socket
@@ -19,7 +18,7 @@ from typing import Any
 
 from nvflare_rdma.errors import FabricError, ProtocolError
 from nvflare_rdma.fabric.interfaces import IPAddress
-from nvflare_rdma.fabric.verbs_api import Port, descriptors, translated, with_descriptor
+from nvflare_rdma.fabric.verbs_api import Port, descriptors, nothing_came, translated, with_descriptor
 from nvflare_rdma.fabric.verbs_import import CMID, AddrInfo, CMEvent, CMEventChannel, ConnParam, PyverbsError, ce
 from nvflare_rdma.fabric.verbs_queue_pair import QueuePair
 from nvflare_rdma.fabric.verbs_setup import RemoteRail
@@ -56,7 +55,7 @@ class Events:
             try:
                 event = CMEvent(self.channel)
             except PyverbsError as error:
-                if getattr(error, "error_code", 0) not in (errno.EAGAIN, errno.EWOULDBLOCK):
+                if not nothing_came(error):
                     raise FabricError(f"rdma_cm gives no events any more: {error}") from error
                 event = None
             try:

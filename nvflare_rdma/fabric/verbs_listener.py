@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from nvflare_rdma.errors import FabricError, FabricUnavailable
 from nvflare_rdma.fabric.interfaces import IPAddress
@@ -40,8 +39,8 @@ class Listener:
         self._stopping = threading.Lock()
         self._stopped = False
         self._thread: threading.Thread | None = None
-        self._listening: list[Any] = []
-        self._open: list[Any] = []
+        self._listening: list[Identifier] = []
+        self._open: list[Events] = []
         #: port -> TCP port
         self.services: dict[Port, int] = {}
         ports = list(dict.fromkeys(port for port, _ in offered.values()))

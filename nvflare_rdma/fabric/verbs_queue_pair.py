@@ -7,13 +7,12 @@ and 11. Nothing here waits, see `verbs_api`.
 from __future__ import annotations
 
 import contextlib
-import errno
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nvflare_rdma.fabric.verbs_api import Closable, Port, close_all, translated, with_descriptor
+from nvflare_rdma.fabric.verbs_api import Closable, Port, close_all, nothing_came, translated, with_descriptor
 from nvflare_rdma.fabric.verbs_devices import INFINIBAND, IWARP, Gid, PortInfo, VerbsOptions
 from nvflare_rdma.fabric.verbs_import import (
     CQ,
@@ -76,8 +75,8 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Completion:
     """``number`` is what the work or the receive was posted with, 0 for requests that others follow in a chain (where
-    those are completed one by one). ``immediate`` is None unless the peer's write carried
-    one; ``error`` is "" or what went wrong, with a hint."""
+    those are completed one by one). ``immediate`` is None unless the peer's write carried one; ``error`` is "" or what
+    went wrong, with a hint."""
 
     received: bool
     number: int
@@ -206,7 +205,7 @@ class QueuePair:
                 self._channel.get_cq_event(self._cq)
                 self._unacknowledged += 1
             except PyverbsError as error:
-                if getattr(error, "error_code", errno.EAGAIN) != errno.EAGAIN:  # which means that it was taken before
+                if not nothing_came(error):
                     raise
             if self._unacknowledged >= 64:
                 self._cq.ack_events(self._unacknowledged)

@@ -38,10 +38,6 @@ class Residuals:
         with self._lock:
             return self._committed.get(stream, {})
 
-    def of(self, stream: str, name: str, shape: tuple[int, ...]) -> Bits | None:
-        """The committed residual of a tensor, flat; see `fitting`."""
-        return fitting(self.committed(stream), name, shape)
-
     def stage(self, stream: str, residuals: dict[str, Bits]) -> None:
         """Keep what the message that was just encoded lacked, until it is known whether it was sent."""
         with self._lock:
@@ -68,13 +64,11 @@ class Residuals:
             for stream in [s for s in self._staged if s == task or s.startswith(f"{task}/")]:
                 del self._staged[stream]
 
-    def restore(self, stream: str, folder: str) -> int:
-        """Load what was saved of a stream that this object doesn't know yet. Returns the number of tensors."""
+    def restore(self, stream: str, folder: str) -> None:
+        """Load what was saved of a stream that this object doesn't know yet."""
         with self._lock:
-            if stream in self._committed or stream in self._staged:
-                return 0
-            self._committed[stream] = loaded = _load(folder, stream)
-            return len(loaded)
+            if stream not in self._committed and stream not in self._staged:
+                self._committed[stream] = _load(folder, stream)
 
 
 def fitting(residuals: Mapping[str, Bits], name: str, shape: tuple[int, ...]) -> Bits | None:

@@ -354,7 +354,7 @@ def test_a_sites_results_use_both(federation):
         assert "base" in ours(meta)
         total = total + (back["layer0.weight"] - got["layer0.weight"])
         wanted = wanted + (trained["layer0.weight"] - got["layer0.weight"])
-    residual = fed.sites["site-1"].quantizer._sender.residuals.of("train", "layer0.weight", (40, 50))
+    residual = fed.sites["site-1"].quantizer._sender.residuals.committed("train").get("layer0.weight")
     left = (residual.astype(np.uint32) << 16).view(np.float32).reshape(40, 50)
     np.testing.assert_allclose(total + left, wanted, atol=2e-3)
 
