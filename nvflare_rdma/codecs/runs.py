@@ -45,13 +45,9 @@ def float32_runs(src: Array, longest: int | None = None) -> Iterator[tuple[int, 
     Contiguous float32 comes as views of `src` of at most `longest` values, or as one if that is None. All else goes
     through the thread's scratch memory in runs of `TILE` values at most; the next run overwrites it.
     """
-    flat = src.reshape(-1) if src.flags.c_contiguous else None
-    direct = flat is not None and src.dtype == np.float32
-    step = (longest or src.size or 1) if direct else min(longest or TILE, TILE)
-    for start in range(0, src.size, step):
-        stop = min(start + step, src.size)
-        if direct:
-            yield start, flat[start:stop]  # type: ignore[index]
+    for start, stop, flat, direct in _steps(src, longest):
+        if direct is not None:
+            yield start, direct
             continue
         values = scratch("values", np.float32, stop - start)
         if src.dtype == np.float32:
@@ -74,13 +70,9 @@ def float32_runs(src: Array, longest: int | None = None) -> Iterator[tuple[int, 
 def output_runs(out: Array, longest: int | None = None) -> Iterator[tuple[int, Float32]]:
     """The opposite of `float32_runs`: flat float32 runs to be filled, which then become the elements of `out`,
     rounded to nearest even. Their contents before are left over."""
-    flat = out.reshape(-1) if out.flags.c_contiguous else None
-    direct = flat is not None and out.dtype == np.float32
-    step = (longest or out.size or 1) if direct else min(longest or TILE, TILE)
-    for start in range(0, out.size, step):
-        stop = min(start + step, out.size)
-        if direct:
-            yield start, flat[start:stop]  # type: ignore[index]
+    for start, stop, flat, direct in _steps(out, longest):
+        if direct is not None:
+            yield start, direct
             continue
         values = scratch("values", np.float32, stop - start)
         yield start, values
@@ -96,6 +88,17 @@ def output_runs(out: Array, longest: int | None = None) -> Iterator[tuple[int, F
             halves.to_bfloat16(values.view(np.uint32), bits)
         if flat is None:
             write_run(out, start, bits.view(out.dtype))
+
+
+def _steps(tensor: Array, longest: int | None) -> Iterator[tuple[int, int, Array | None, Float32 | None]]:
+    """Start and end of each run, the tensor as a flat view if it is contiguous, and if the run needs no scratch memory,
+    itself."""
+    flat = tensor.reshape(-1) if tensor.flags.c_contiguous else None
+    direct = flat if tensor.dtype == np.float32 else None
+    step = min(longest or TILE, TILE) if direct is None else longest or tensor.size or 1
+    for start in range(0, tensor.size, step):
+        stop = min(start + step, tensor.size)
+        yield start, stop, flat, None if direct is None else direct[start:stop]
 
 
 def read_run(tensor: Array, start: int, out: Array) -> None:

@@ -6,12 +6,12 @@ import numpy as np
 
 from nvflare_rdma.codecs.kernels.jit import (
     INFINITY,
-    MAGNITUDE,
     boolean,
     float32,
     float32_out,
     float_of,
     kernel,
+    largest,
     nothing,
     size,
     truncated,
@@ -37,9 +37,7 @@ def encode(values: Any, block: Any, nearest: Any, scales: Any, codes: Any) -> An
         in_block = values[b * block : (b + 1) * block]
         block_bits = bits[b * block : (b + 1) * block]
         block_codes = codes[b * block : (b + 1) * block]
-        top = np.uint32(0)
-        for i in range(block_bits.size):
-            top = max(top, block_bits[i] & MAGNITUDE)
+        top = largest(block_bits)
         if top >= INFINITY:
             return False
         scales[b] = float_of(top)

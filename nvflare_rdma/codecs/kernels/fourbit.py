@@ -6,12 +6,12 @@ import numpy as np
 
 from nvflare_rdma.codecs.kernels.jit import (
     INFINITY,
-    MAGNITUDE,
     boolean,
     float32,
     float32_out,
     float_of,
     kernel,
+    largest,
     nothing,
     uint8,
     uint8_out,
@@ -43,9 +43,7 @@ def encode(values: Any, middles: Any, order: Any, scales: Any, codes: Any) -> An
     for b in range(scales.size):
         in_block = values[b * _BLOCK : (b + 1) * _BLOCK]
         block_bits = bits[b * _BLOCK : (b + 1) * _BLOCK]
-        top = np.uint32(0)
-        for i in range(block_bits.size):
-            top = max(top, block_bits[i] & MAGNITUDE)
+        top = largest(block_bits)
         if top >= INFINITY:
             return False
         absmax = float_of(top)
@@ -92,7 +90,5 @@ def absmax(values: Any, out: Any) -> None:
     bits = values.view(np.uint32)
     for b in range(out.size):
         block_bits = bits[b * _BLOCK : (b + 1) * _BLOCK]
-        top = np.uint32(0)
-        for i in range(block_bits.size):
-            top = max(top, block_bits[i] & MAGNITUDE)
+        top = largest(block_bits)
         out[b] = float_of(top) if block_bits.size == _BLOCK else max(float_of(top), _FLOOR)

@@ -47,8 +47,7 @@ def kernel(*signatures: Any) -> Callable[[F], F]:
     return compiled
 
 
-def _operation(function: Callable[..., Any]) -> Any:
-    return intrinsic(function)
+_operation: Callable[..., Any] = intrinsic
 
 
 @_operation
@@ -89,3 +88,13 @@ def truncated(context: Any, value: Any) -> Any:
         return builder.fptosi(arguments[0], ir.IntType(32))
 
     return types.int32(types.float32), generate
+
+
+@njit(nogil=True, error_model="numpy", inline="always")
+def largest(bits: Any) -> Any:
+    """The largest magnitude among float32 values given as their bits, as bits; `INFINITY` or more if any is not finite.
+    Integers have no NaN, so this becomes a loop of vectors."""
+    top = np.uint32(0)
+    for i in range(bits.size):
+        top = max(top, bits[i] & MAGNITUDE)
+    return top

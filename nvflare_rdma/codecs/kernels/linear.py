@@ -18,6 +18,7 @@ from nvflare_rdma.codecs.kernels.jit import (
     int8,
     int8_out,
     kernel,
+    largest,
     nothing,
     size,
     truncated,
@@ -49,9 +50,7 @@ def encode_int8(values: Any, block: Any, scales: Any, codes: Any) -> Any:
         in_block = values[b * block : (b + 1) * block]
         block_bits = bits[b * block : (b + 1) * block]
         block_codes = codes[b * block : (b + 1) * block]
-        top = np.uint32(0)
-        for i in range(block_bits.size):
-            top = max(top, block_bits[i] & MAGNITUDE)
+        top = largest(block_bits)
         if top >= INFINITY:
             return False
         absmax = float_of(top)
@@ -81,9 +80,7 @@ def encode_float8(values: Any, block: Any, scales: Any, codes: Any) -> Any:
         in_block = values[b * block : (b + 1) * block]
         block_bits = bits[b * block : (b + 1) * block]
         block_codes = codes[b * block : (b + 1) * block]
-        top = np.uint32(0)
-        for i in range(block_bits.size):
-            top = max(top, block_bits[i] & MAGNITUDE)
+        top = largest(block_bits)
         if top >= INFINITY:
             return False
         absmax = float_of(top)
@@ -117,9 +114,7 @@ def encode_int2(values: Any, scales: Any, codes: Any) -> Any:
         in_block = values[b * 256 : (b + 1) * 256]
         block_bits = bits[b * 256 : (b + 1) * 256]
         block_codes = codes[b * 64 : (b + 1) * 64]
-        top = np.uint32(0)
-        for i in range(block_bits.size):
-            top = max(top, block_bits[i] & MAGNITUDE)
+        top = largest(block_bits)
         if top >= INFINITY:
             return False
         absmax = float_of(top)
@@ -164,9 +159,7 @@ def encode_ternary(values: Any, scales: Any, codes: Any) -> Any:
         in_block = values[b * 256 : (b + 1) * 256]
         block_bits = bits[b * 256 : (b + 1) * 256]
         block_codes = codes[b * 52 : (b + 1) * 52]
-        top = np.uint32(0)
-        for i in range(block_bits.size):
-            top = max(top, block_bits[i] & MAGNITUDE)
+        top = largest(block_bits)
         if top >= INFINITY:
             return False
         absmax = float_of(top)
