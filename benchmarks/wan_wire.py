@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from measuring import wait_until
 
 RECEIVER, SENDER = "10.8.0.1", "10.8.0.2"
 RECEIVER_LINK, SENDER_LINK = "va", "vb"
@@ -108,9 +109,7 @@ class Wire:
 
     def settle(self) -> None:
         """Wait until what the last cell left is through."""
-        deadline = time.monotonic() + 5
-        while any(q["qlen"] for q in self._batch()) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_until(lambda: not any(q["qlen"] for q in self._batch()), "the wire to be empty")
 
     def ping(self, count: int = 5) -> float:
         """The median round trip in ms, as a check. 0 if nothing came back."""
