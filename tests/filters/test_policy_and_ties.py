@@ -227,7 +227,7 @@ def test_two_params_of_one_name_and_bottomless_dicts_are_refused():
 
 
 def test_peft_itself():
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft")  # slow to import
     model = torch.nn.Sequential()
     model.add_module("proj", torch.nn.Linear(256, 256))
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["proj"], r=8))
