@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True, help="steps a round")
     parser.add_argument("--width", type=int, required=True)
     parser.add_argument("--layers", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True, help="of all windows of all sites")
     args = parser.parse_args()
 
     flare.init()
@@ -53,7 +54,7 @@ def main() -> None:
             args.steps,
             first_step=number * args.steps,
             total_steps=rounds * args.steps,
-            seed=1000 * number + site_number(name),
+            seed=1_000_000_000 * args.seed + 1000 * number + site_number(name),
             report=lambda step, loss, number=number: append_progress(
                 site=name, round=number, step=step, loss=round(loss, 4)
             ),

@@ -24,8 +24,11 @@ EXPORT = "--export" in sys.argv  # importing FLARE takes its own options out of 
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe  # noqa: E402
 from nvflare.client.config import ExchangeFormat, TransferType  # noqa: E402
 
+from nvflare_rdma.codecs import CODEC_NAMES  # noqa: E402
+
 NAME = "stdlib_lm"
-QUANTIZE = ("none", "float16", "bfloat16", "blockwise8", "normfloat4")
+QUANTIZE = ("none", *CODEC_NAMES)
+CLIENT_OPTIONS = ("sites", "steps", "width", "layers", "seed")
 DRIVERS = ("rdma", "tcp", "grpc")
 # FLARE's own settings. By default it asks for 2 MB of tensors at a time and sends them in frames of 1 MiB, and each
 # request and frame brings some 600 bytes of headers.
@@ -37,15 +40,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quantize", choices=QUANTIZE, default="normfloat4", help="how weights travel")
+    parser.add_argument("--error-feedback", action="store_true", help="add what a message lost to the next one")
+    parser.add_argument("--delta", action="store_true", help="send the sites what has changed, not the whole model")
     parser.add_argument("--driver", choices=DRIVERS, default="rdma", help="what they travel over")
     parser.add_argument("--rounds", type=_positive, default=5)
     parser.add_argument("--sites", type=_positive, default=3)
     parser.add_argument("--steps", type=_positive, default=16, help="training steps a site takes a round")
     parser.add_argument("--width", type=_width, default=512, help="of the model; 64 a head")
     parser.add_argument("--layers", type=_positive, default=4)
+    parser.add_argument("--seed", type=_natural, default=0, help="of the initial weights and of what is trained on")
     parser.add_argument("--workspace", type=Path, default=Path("stdlib_lm_workspace"))
     parser.add_argument("--verbose", action="store_true", help="show FLARE's log instead of progress")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.quantize == "none" and (args.error_feedback or args.delta):
+        parser.error("--error-feedback and --delta are for messages of few bits: choose one with --quantize")
+    return args
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is less than 0")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -71,11 +87,11 @@ def build(args: argparse.Namespace) -> FedAvgRecipe:
 
     recipe = FedAvgRecipe(
         name=NAME,
-        model=ByteGPT(args.width, args.layers, heads=args.width // 64),
+        model=ByteGPT(args.width, args.layers, heads=args.width // 64, seed=args.seed),
         min_clients=args.sites,
         num_rounds=args.rounds,
         train_script=str(HERE / "client.py"),
-        train_args=f"--sites {args.sites} --steps {args.steps} --width {args.width} --layers {args.layers}",
+        train_args=" ".join(f"--{name} {getattr(args, name)}" for name in CLIENT_OPTIONS),
         server_expected_format=ExchangeFormat.PYTORCH,
         # Sites send what they changed: the server keeps full precision, and what few bits lose is a part of one
         # update and not of the model.
@@ -89,7 +105,7 @@ def build(args: argparse.Namespace) -> FedAvgRecipe:
     if args.quantize != "none":
         from nvflare_rdma.recipe import add_quantization
 
-        add_quantization(recipe, args.quantize)
+        add_quantization(recipe, args.quantize, error_feedback=args.error_feedback, delta=args.delta)
     return recipe
 
 
@@ -100,7 +116,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         RuntimeError: the job failed.
     """
     from progress import ProgressView
-    from report import collect, write_json, write_plot
+    from report import collect, title, write_json, write_plot
 
     from nvflare_rdma.simulator import RdmaSimEnv
 
@@ -116,15 +132,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         recipe.execute(env)  # exports the job and ends this process
     _clear(workspace)
     (workspace / "progress").mkdir(parents=True)
-    label = f"{args.quantize} over {args.driver}"
+    settings = {k: v for k, v in vars(args).items() if k not in ("workspace", "verbose")}
     start = time.monotonic()
     with _environment(args, workspace / "progress"):
         if args.verbose:
             recipe.execute(env)
         else:
-            with ProgressView(workspace / "progress", label, args.rounds * args.sites * args.steps):
+            with ProgressView(workspace / "progress", title(settings), args.rounds * args.sites * args.steps):
                 recipe.execute(env)
-    settings = {k: v for k, v in vars(args).items() if k not in ("workspace", "verbose")}
     results = collect(Path(env.workspace_root) / NAME, {**settings, "wall_seconds": round(time.monotonic() - start, 1)})
     results["model_bytes"] = 4 * sum(p.numel() for p in recipe.model.parameters())
     write_json(results, workspace / "results.json")

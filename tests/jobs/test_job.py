@@ -14,6 +14,8 @@ from progress import FOLDER_VARIABLE, ProgressView, append_progress
         (["--rounds", "0"], "0 is less than 1"),
         (["--width", "100"], "100 is not a multiple of 64"),
         (["--driver", "ib"], "invalid choice: 'ib'"),
+        (["--seed", "-1"], "-1 is less than 0"),
+        (["--quantize", "none", "--delta"], "choose one with --quantize"),
     ],
 )
 def test_bad_arguments_are_named(args, message, capsys):
