@@ -1,6 +1,6 @@
 """How kernels are compiled, their argument types, and the few machine operations that numba has no name for.
 
-numba's cache looks at a kernel's own file only: after a change here, touch the other modules of this package.
+numba's cache looks at a kernel's own file only: after a change here, remove what it wrote (`__pycache__/*.nbi`).
 """
 
 from collections.abc import Callable
