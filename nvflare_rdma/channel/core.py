@@ -306,7 +306,7 @@ class Channel:
             raise LocalProtocolError(f"{len(payload)} bytes are too many to send inline")
         self._emit(wire.Inline(bytes(payload)))
 
-    def submit(self, length: int, now: float) -> int:
+    def submit(self, length: int, now: float, label: int = 0) -> int:
         """Offer a message of ``length`` bytes; the transfer's number. `MessageSent` or `SendFailed` ends it.
 
         Raises:
@@ -314,7 +314,7 @@ class Channel:
         """
         self._move(Input.SUBMIT)
         assert self.peer is not None
-        return self._outgoing.submit(length, self.peer.max_message_bytes, now)
+        return self._outgoing.submit(length, self.peer.max_message_bytes, now, label)
 
     def withdraw(self, transfer: int, reason: str) -> None:
         """Give up a message that is being sent. Does nothing if it has ended, or is confirmed, already."""
@@ -332,9 +332,10 @@ class Channel:
 
     # -- receiving -----------------------------------------------------------------------------------------
 
-    def accept(self, transfer: int, now: float) -> None:
-        """There is memory for the message: start to grant. Does nothing if the transfer has failed meanwhile."""
-        self._incoming.accept(transfer, now)
+    def accept(self, transfer: int, now: float, unit: int = 1) -> None:
+        """There is memory for the message: start to grant, in chunks that begin at multiples of ``unit`` (see
+        `bodies`). Does nothing if the transfer has failed meanwhile."""
+        self._incoming.accept(transfer, now, unit)
 
     def refuse(self, transfer: int, reason: str) -> None:
         """Don't take the message, or not the rest of it. Does nothing if it has ended already."""

@@ -61,10 +61,12 @@ class InlineReceived:
 
 @dataclass(frozen=True, slots=True)
 class MessageOffered:
-    """Find ``length`` bytes, then call `Channel.accept`; or `Channel.refuse`."""
+    """Find ``length`` bytes, or what the message with that ``label`` is for, then call `Channel.accept`; or
+    `Channel.refuse`."""
 
     transfer: int
     length: int
+    label: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nvflare_rdma.channel import events, sealing
+from nvflare_rdma.channel.bodies import Sink, whole_units
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.controllers import Controller
 from nvflare_rdma.errors import FabricError, IntegrityError
@@ -19,8 +20,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Arriving:
-    buffer: memoryview
+    #: Where the message lands in the end; None if its sink takes it chunk by chunk.
+    buffer: memoryview | None
     reservation: Reservation
+    sink: Sink | None = None
     #: Registered whole when chunks land in place; sealed ones are exposed in slots of their own. None until the
     #: first chunk is exposed, and again when the rails are lost.
     region: Region | None = None
@@ -40,7 +43,8 @@ class _Landing:
     target: memoryview
     region: Region
     slot: memoryview | None
-    """Where the sealed chunk lands, before it is opened into ``target``."""
+    """Where a chunk lands that is sealed, and opened into ``target`` (which may be its beginning), or that its sink
+    takes from there."""
     revoked: bool = False
 
 
@@ -64,7 +68,7 @@ class Inbox:
         self._later = later
         self._arriving: dict[int, _Arriving] = {}
         self._landings: dict[int, _Landing] = {}
-        self._waiting: dict[int, Reservation] = {}
+        self._waiting: dict[int, tuple[Reservation, Sink | None]] = {}
         self._opener: sealing.Sealer | None = None
         self._checked = False
 
@@ -78,36 +82,48 @@ class Inbox:
 
     # -- memory for a message ------------------------------------------------------------------------------
 
-    def reserve(self, transfer: int, length: int, granted: Callable[[], None], refused: Callable[[str], None]) -> None:
-        """Ask for a message's memory, when the lock is released; ``granted`` is followed by `take_up`."""
-        cost, holder = self._cost(length), f"{self._name} ({length} bytes)"
+    def reserve(
+        self,
+        transfer: int,
+        length: int,
+        sink: Sink | None,
+        granted: Callable[[], None],
+        refused: Callable[[str], None],
+    ) -> None:
+        """Ask for a message's memory, when the lock is released; ``granted`` is followed by `start`."""
+        cost, holder = self._cost(length, sink), f"{self._name} ({length} bytes)"
         deadline = time.monotonic() + self._wait
         reservation = Reservation(self._budget, cost, holder, granted, refused, deadline)
-        self._waiting[transfer] = reservation
+        self._waiting[transfer] = reservation, sink
         self._later(reservation.request)
 
-    def _cost(self, length: int) -> int:
-        """What receiving a message holds: its buffer, and the slots that its sealed chunks land in. They may be sealed
-        only later, over other rails."""
-        cost = self._pool.cost(length)
-        if self._secure:
-            chunk = min(self._controller.chunk_bytes, length)
+    def _cost(self, length: int, sink: Sink | None) -> int:
+        """What receiving a message holds: its buffer, unless that is the sink's, and the slots that chunks land in
+        which are sealed or for the sink. They may be sealed only later, over other rails."""
+        cost = self._pool.cost(length) if sink is None else 0
+        if self._secure or (sink is not None and sink.buffer is None):
+            chunk = min(whole_units(self._controller.chunk_bytes, sink.unit if sink else 1), length)
             slots = -(-min(self._controller.window_bytes, length) // chunk)
             cost += slots * self._pool.cost(chunk + sealing.TAG_BYTES)
         return cost
 
-    def take_up(self, transfer: int) -> Reservation | None:
-        """What was granted; None if the message has failed meanwhile."""
-        return self._waiting.pop(transfer, None)
-
-    def start(self, transfer: int, length: int, reservation: Reservation, endpoint: Endpoint | None) -> None:
-        """Take the message's memory, such that ``endpoint`` can land in it.
+    def start(self, transfer: int, length: int, endpoint: Endpoint | None) -> int:
+        """The message has its share of the budget: take its memory, such that ``endpoint`` can land in it; the unit of
+        its chunks, 0 if it has failed meanwhile.
 
         Raises:
-            MemoryError: there is none, whatever the budget says.
+            MemoryError: there is none, whatever the budget says. `finish` is to follow.
         """
-        buffer = self._memory(length, endpoint) if self._opener is None else self._pool.take(length)
-        self._arriving[transfer] = _Arriving(buffer, reservation)
+        if transfer not in self._waiting:
+            return 0
+        reservation, sink = self._waiting[transfer]
+        if sink is not None:
+            buffer = sink.buffer
+        else:
+            buffer = self._memory(length, endpoint) if self._opener is None else self._pool.take(length)
+        del self._waiting[transfer]
+        self._arriving[transfer] = _Arriving(buffer, reservation, sink)
+        return sink.unit if sink is not None else 1
 
     def _memory(self, length: int, endpoint: Endpoint | None) -> memoryview:
         buffer = None
@@ -123,16 +139,18 @@ class Inbox:
     def expose(self, chunk: events.ExposeChunk, endpoint: Endpoint) -> RemoteSlice:
         """Expose memory for a chunk."""
         arriving = self._arriving[chunk.transfer]
-        target = arriving.buffer[chunk.offset : chunk.offset + chunk.length]
-        if self._opener is not None:
-            slot = self._memory(chunk.length + sealing.TAG_BYTES, endpoint)
+        buffer = arriving.buffer
+        if self._opener is not None or buffer is None:
+            slot = self._memory(chunk.length + (sealing.TAG_BYTES if self._opener else 0), endpoint)
+            target = slot[: chunk.length] if buffer is None else buffer[chunk.offset : chunk.offset + chunk.length]
             region = endpoint.register(slot)
             remote = region.expose(chunk.notification, 0, len(slot), chunk.rail)
             landing = _Landing(chunk, arriving, target, region, slot)
         else:
             if arriving.region is None:
-                arriving.region = endpoint.register(arriving.buffer)
+                arriving.region = endpoint.register(buffer)
             remote = arriving.region.expose(chunk.notification, chunk.offset, chunk.length, chunk.rail)
+            target = buffer[chunk.offset : chunk.offset + chunk.length]
             landing = _Landing(chunk, arriving, target, arriving.region, None)
         self._landings[chunk.notification] = landing
         arriving.open_chunks += 1
@@ -153,19 +171,24 @@ class Inbox:
         return self._landings.pop(notification, None)
 
     def verify(self, landing: _Landing, length: int, digest: int) -> bool:
-        """Whether the chunk is what was sent; opens its seal. Takes as long as that does: not under the lock."""
-        if landing.revoked:
-            return True  # what came was discarded
+        """Whether the chunk is what was sent; opens its seal and hands it to its sink. Takes as long as that does: not
+        under the lock.
+
+        Raises:
+            RdmaError, OSError: the sink can't consume it.
+        """
+        chunk = landing.chunk
+        if landing.revoked or length != len(landing.target if landing.slot is None else landing.slot):
+            return True  # what came was discarded, or nothing was written, or the core says what is wrong
         if landing.slot is not None and self._opener is not None:
-            if length != len(landing.slot):
-                return True  # nothing was written, or the core says what is wrong
-            chunk = landing.chunk
             try:
                 self._opener.open_into(chunk.transfer, chunk.offset, chunk.notification, landing.slot, landing.target)
             except IntegrityError:
                 return False
-        elif self._checked and length == len(landing.target):
-            return sealing.checksum(landing.target) == digest
+        elif self._checked and sealing.checksum(landing.target) != digest:
+            return False
+        if landing.arriving.sink is not None and landing.arriving.buffer is None:
+            landing.arriving.sink.put(chunk.offset, landing.target)
         return True
 
     def closed(self, landing: _Landing) -> None:
@@ -183,19 +206,20 @@ class Inbox:
 
     # -- ends ----------------------------------------------------------------------------------------------
 
-    def finish(self, transfer: int) -> memoryview | None:
-        """The message's buffer; its memory does not count any more, once nothing is written to it."""
-        reservation = self._waiting.pop(transfer, None)
-        if reservation is not None:
+    def finish(self, transfer: int) -> tuple[memoryview | None, Sink | None]:
+        """The message's buffer and its sink; its memory does not count any more, once nothing is written to it."""
+        if transfer in self._waiting:
+            reservation, sink = self._waiting.pop(transfer)
             self._later(reservation.release)
+            return None, sink
         arriving = self._arriving.pop(transfer, None)
         if arriving is None:
-            return None
+            return None, None
         if arriving.region is not None:
             arriving.region.close()
         arriving.ended = True
         self._later(arriving.release_if_over)
-        return arriving.buffer
+        return arriving.buffer, arriving.sink
 
     def clear(self) -> None:
         """The endpoint is closed, or about to be: nothing will be written any more."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from nvflare_rdma.channel import events, wire
+from nvflare_rdma.channel.bodies import check_unit, whole_units
 from nvflare_rdma.channel.controllers import Controller
 from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.state import RECEIVE, Input, Receive, illegal
@@ -28,6 +29,7 @@ class _Transfer:
     planned: int = 0
     landed: int = 0
     open_chunks: int = 0
+    unit: int = 1
     #: (offset, length) of chunks that were planned and have to be granted again
     again: deque[tuple[int, int]] = field(default_factory=deque)
 
@@ -106,23 +108,25 @@ class Incoming:
         limits = self._limits
         if offer.transfer <= self._last_offered:
             raise ProtocolError(f"transfer {offer.transfer} is offered after {self._last_offered}")
-        if not limits.inline_bytes < offer.length <= limits.max_message_bytes:
+        inline = 0 if offer.label else limits.inline_bytes
+        if not inline < offer.length <= limits.max_message_bytes:
             raise ProtocolError(
-                f"a message of {offer.length} bytes is offered; {limits.inline_bytes} go inline, "
+                f"a message of {offer.length} bytes is offered; {inline} go inline, "
                 f"{limits.max_message_bytes} are the most"
             )
         if len(self._transfers) >= limits.max_incoming:
             raise ProtocolError(f"more than {limits.max_incoming} messages are offered at once")
         self._last_offered = offer.transfer
         self._transfers[offer.transfer] = _Transfer(offer.length, now)
-        self._happened(events.MessageOffered(offer.transfer, offer.length))
+        self._happened(events.MessageOffered(offer.transfer, offer.length, offer.label))
 
-    def accept(self, transfer: int, now: float) -> None:
+    def accept(self, transfer: int, now: float, unit: int) -> None:
+        check_unit(unit)
         incoming = self._transfers.get(transfer)
         if incoming is None:
             return
         self._advance(transfer, incoming, Input.ACCEPTED)
-        incoming.progress_at = now
+        incoming.progress_at, incoming.unit = now, unit
         incoming.deadline = now + self._limits.stall_timeout + incoming.length / self._limits.min_bytes_per_second
         self._hungry.append(transfer)
         self.plan(now)
@@ -200,16 +204,17 @@ class Incoming:
             controller.idle(now)
 
     def _next_chunk(self, incoming: _Transfer) -> tuple[int, int] | None:
+        most = whole_units(self._max_chunk, incoming.unit)
         if incoming.again:
             offset, length = incoming.again[0]
-            if length > self._max_chunk:  # the rails that are open now carry less at once
-                incoming.again[0] = (offset, self._max_chunk)
-                incoming.again.insert(1, (offset + self._max_chunk, length - self._max_chunk))
+            if length > most:  # the rails that are open now carry less at once
+                incoming.again[0] = (offset, most)
+                incoming.again.insert(1, (offset + most, length - most))
             return incoming.again[0]
         left = incoming.length - incoming.planned
-        length = min(self._controller.chunk_bytes, self._max_chunk)
+        length = min(whole_units(self._controller.chunk_bytes, incoming.unit), most)
         # The end of a message is not worth a chunk of its own: a frame of 1 MiB, for one, has some header with it.
-        if left <= min(2 * length, self._max_chunk, self._controller.window_bytes):
+        if left <= min(2 * length, most, self._controller.window_bytes):
             length = left
         return (incoming.planned, min(length, left)) if left else None
 

@@ -18,11 +18,11 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeAlias
 
 from nvflare_rdma.channel import events, sealing, wire
+from nvflare_rdma.channel.afterwards import Afterwards, Delivery
+from nvflare_rdma.channel.bodies import BufferSource, Sink, Source
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.control_rail import ControlRail
@@ -37,10 +37,8 @@ from nvflare_rdma.fabric.base import Fabric
 
 log = logging.getLogger(__name__)
 
-Delivery: TypeAlias = bytes | memoryview
 _LINGER = 5.0
 _TICK = 1.0
-_DELIVERY_POLL = 0.1
 _SEND_NOW_BYTES = 128 * 1024
 #: Batches that wait for the control stream when the next chunk is put behind them.
 _DATA_AHEAD = 2
@@ -48,7 +46,8 @@ _DATA_AHEAD = 2
 
 class Link:
     """One connection to a peer. ``deliver`` gets each message: bytes if it came inline, else a view of a slot
-    that is re-used when the last slice of the view is gone."""
+    that is re-used when the last slice of the view is gone. ``place`` finds the sink of a message with a label
+    (called under the link's lock: it may not call the link)."""
 
     def __init__(
         self,
@@ -58,17 +57,16 @@ class Link:
         context: LinkContext,
         deliver: Callable[[Delivery], None],
         name: str,
+        place: Callable[[int], Sink | None] = lambda label: None,
     ) -> None:
         self.name = name
         self.fabric = ""
         self._stream = stream
         self._context = context
-        self._deliver = deliver
+        self._place = place
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
-        self._after: list[Callable[[], None]] = []
-        self._deliveries: deque[Delivery] = deque()
-        self._delivering = threading.RLock()
+        self._after = Afterwards(self._lock, deliver, self._guarded, lambda: self._closing)
         self._key = sealing.new_key() if stream.secure else b""
         limits = context.limits
         own = {n: context.unavailable.get(n, "not part of this process") for n in context.order}
@@ -127,17 +125,17 @@ class Link:
                     self._dial(offered)
         except Exception as error:
             self._shut_down(str(error))
-            self._run_after()  # another thread may have shut it down, and closes no rails that were dialled since
+            self._after.run()  # another thread may have shut it down, and closes no rails that were dialled since
             raise
 
     def run(self) -> None:
         """Receive until the connection ends. Call once, after `open`. When it returns, everything is freed."""
         reason = ""
         try:
-            self._run_after()
+            self._after.run()
             while self._core.state is Phase.OPEN:
                 self._step()
-                self._run_after()
+                self._after.run()
         except ProtocolError as error:
             reason = str(error)
             log.error("%s: disconnected, the peer broke the protocol: %s", self.name, error)
@@ -208,7 +206,7 @@ class Link:
                 rails.close()
             with self._lock:
                 self._inbox.clear()  # now that nothing lands any more
-            self._run_after()
+            self._after.run()
             self._ended.set()
 
     def failed(self, error: Exception) -> None:
@@ -249,16 +247,31 @@ class Link:
                 self._pump(inline_bytes=len(view))
                 return Sending(self._room, 0, over=True)
             transfer = self._core.submit(len(view), time.monotonic())
-            sending = self._outbox.add(transfer, view)
+            sending = self._outbox.add(transfer, BufferSource(view))
             self._pump()
             return sending
+
+    def offer(self, source: Source, label: int) -> Sending:
+        """Send what the peer knows by ``label`` (64 bits, not 0). Does not block: what is offered needs no memory here.
+
+        Raises:
+            TransferError: the connection is closed, or the message is too large for the peer.
+        """
+        with self._lock:
+            if self._failure is not None or self._closing:
+                raise TransferError(f"{self.name}: {self._failure or 'the connection is closed'}")
+            transfer = self._core.submit(source.nbytes, time.monotonic(), label)
+            sending = self._outbox.add(transfer, source, windowed=False)
+            self._pump()
+        self._after.run()
+        return sending
 
     def withdraw(self, sending: Sending, reason: str) -> None:
         """Give up a message that is being sent: its `wait` fails with ``reason``, unless the peer has it already."""
         with self._guarded(), self._lock:
             self._core.withdraw(sending.transfer, reason)
             self._pump()
-        self._run_after()
+        self._after.run()
 
     def prepare(self, rails: RailSet, chunk: events.WriteChunk) -> tuple[memoryview, int]:
         """See `RailOwner.prepare`."""
@@ -302,7 +315,7 @@ class Link:
         with self._guarded(), self._lock:
             self._core.refuse(transfer, reason)
             self._pump()
-        self._run_after()
+        self._after.run()
 
     def landed(self, rails: RailSet, notification: int, length: int, digest: int) -> None:
         """A rail reports that a grant was answered."""
@@ -311,7 +324,11 @@ class Link:
                 landing = self._inbox.landed(notification) if rails is self._rails else None
             if landing is None:
                 return  # the rails are not these any more, or the link is ending
-            intact = self._inbox.verify(landing, length, digest)
+            try:
+                intact = self._inbox.verify(landing, length, digest)
+            except (RdmaError, OSError) as error:
+                self.refuse(landing.chunk.transfer, f"what came can't be used: {error}")
+                length, intact = 0, True
             with self._lock:
                 self._inbox.closed(landing)
                 if rails is self._rails and self._core.state is Phase.OPEN:
@@ -322,7 +339,7 @@ class Link:
                         log.warning("%s: a chunk of %d bytes arrived damaged; asking for it again", self.name, length)
                         self._core.damaged(notification, now)
                     self._pump()
-            self._run_after()
+            self._after.run()
 
     def _data_arrived(self, event: events.DataArrived) -> None:
         rails = self._rails
@@ -331,28 +348,33 @@ class Link:
         rails.endpoint.fill(event.notification, event.payload)
         self._after.append(lambda: self.landed(rails, event.notification, len(event.payload), event.digest))
 
-    def _offered(self, transfer: int, length: int) -> None:
+    def _offered(self, transfer: int, length: int, label: int) -> None:
+        sink = self._place(label) if label else None
+        if label and (sink is None or sink.nbytes != length):
+            reason = f"{f'{sink.nbytes} bytes' if sink else 'nothing'} expected as {label}, {length} bytes are offered"
+            self._after.append(lambda: self.refuse(transfer, reason))
+            if sink is not None:
+                self._after.append(functools.partial(sink.failed, reason))
+            return
+
         def granted() -> None:
             with self._guarded():
                 with self._lock:
                     self._start(transfer, length)
                     self._pump()
-                self._run_after()
+                self._after.run()
 
-        self._inbox.reserve(transfer, length, granted, lambda reason: self._no_memory(transfer, length, reason))
+        self._inbox.reserve(transfer, length, sink, granted, lambda reason: self._no_memory(transfer, length, reason))
 
     def _start(self, transfer: int, length: int) -> None:
-        reservation = self._inbox.take_up(transfer)
-        if reservation is None:
-            return  # the message has failed meanwhile
         try:
-            self._inbox.start(transfer, length, reservation, self._rails.endpoint if self._rails else None)
+            unit = self._inbox.start(transfer, length, self._rails.endpoint if self._rails else None)
         except MemoryError as error:
             reason = str(error)
-            self._after.append(reservation.release)
             self._after.append(lambda: self._no_memory(transfer, length, reason))
         else:
-            self._core.accept(transfer, time.monotonic())
+            if unit:
+                self._core.accept(transfer, time.monotonic(), unit)
 
     def _no_memory(self, transfer: int, length: int, reason: str) -> None:
         log.error("%s: no memory for a message of %d bytes: %s", self.name, length, reason)
@@ -392,39 +414,12 @@ class Link:
         self._unsent += 1
         self._output.put((output, inline_bytes))
 
-    def _run_after(self) -> None:
-        """Do what was left for when the lock is released. Any thread may find what another has left."""
-        while True:
-            with self._lock:
-                todo = self._after[:]
-                self._after.clear()
-            if not todo:
-                break
-            for call in todo:
-                with self._guarded():
-                    call()
-        while self._deliveries:
-            # One at a time, so that messages keep their order; a receiver that blocks holds up every thread that
-            # brings it more. Reentrant: it may close the link.
-            if not self._delivering.acquire(timeout=_DELIVERY_POLL):
-                if self._closing:
-                    return
-                continue
-            try:
-                with self._lock:
-                    message = self._deliveries.popleft() if self._deliveries else None
-                if message is not None:
-                    with self._guarded():
-                        self._deliver(message)
-            finally:
-                self._delivering.release()
-
     def _handle(self, event: events.Event) -> None:
         match event:
             case events.WriteChunk():
                 self._outbox.granted(event.transfer, event.length)
                 if (rails := self._rails) is not None:
-                    if rails.endpoint.prompt and not self._outbox.guards:
+                    if rails.endpoint.prompt and not self._outbox.is_work(event.transfer):
                         self._after.append(functools.partial(rails.write, event))
                     else:
                         rails.post(event)
@@ -433,17 +428,22 @@ class Link:
             case events.RevokeChunk():
                 self._inbox.revoke(event)
             case events.InlineReceived(payload):
-                self._deliveries.append(payload)
+                self._after.bring(payload)
             case events.DataArrived():
                 self._data_arrived(event)
-            case events.MessageOffered(transfer, length):
-                self._offered(transfer, length)
+            case events.MessageOffered(transfer, length, label):
+                self._offered(transfer, length, label)
             case events.MessageReceived(transfer):
-                if (buffer := self._inbox.finish(transfer)) is not None:
-                    self._deliveries.append(buffer)
+                buffer, sink = self._inbox.finish(transfer)
+                if sink is not None:
+                    self._after.append(sink.done)
+                elif buffer is not None:
+                    self._after.bring(buffer)
             case events.ReceiveFailed(transfer, reason):
                 log.debug("%s: message %d was not received: %s", self.name, transfer, reason)
-                self._inbox.finish(transfer)
+                _, sink = self._inbox.finish(transfer)
+                if sink is not None:
+                    self._after.append(functools.partial(sink.failed, reason))
             case events.MessageSent(transfer):
                 self._outbox.finish(transfer, "")
             case events.SendFailed(transfer, reason):
@@ -502,7 +502,7 @@ class Link:
                         self._opener.rule_out(self.fabric, str(error))
                     self._core.rail_down(rail, str(error), time.monotonic())
                     self._pump()
-            self._run_after()
+            self._after.run()
 
     def _choose(self, wanted: events.ChooseFabric) -> None:
         opening = self._opener.choose(wanted)
@@ -512,7 +512,7 @@ class Link:
     def _redial(self, offered: events.OpenRails) -> None:
         with self._guarded():
             self._dial(offered)
-        self._run_after()
+        self._after.run()
 
     def _dial(self, offered: events.OpenRails) -> None:
         assert self._core.peer is not None

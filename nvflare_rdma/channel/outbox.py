@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nvflare_rdma.channel import events, sealing
+from nvflare_rdma.channel.bodies import Source
 from nvflare_rdma.channel.rails import RailSet
 from nvflare_rdma.errors import SendTimeoutError, TransferError
 from nvflare_rdma.fabric.memory import SlotPool
@@ -57,7 +58,7 @@ class Outbox:
         self._window = window
         self._pool = pool
         self._name = name
-        self._messages: dict[int, tuple[memoryview, Sending]] = {}
+        self._messages: dict[int, tuple[Source, Sending]] = {}
         self._reads: dict[tuple[RailSet | None, int], Sending] = {}
         self._sealer: sealing.Sealer | None = None
         self._checked = False
@@ -66,10 +67,10 @@ class Outbox:
         """How chunks that are written from now on are guarded."""
         self._sealer, self._checked = sealer, checked
 
-    @property
-    def guards(self) -> bool:
-        """Whether making a chunk ready is work."""
-        return self._checked or self._sealer is not None
+    def is_work(self, transfer: int) -> bool:
+        """Whether making a chunk of it ready is work."""
+        entry = self._messages.get(transfer)
+        return self._checked or self._sealer is not None or (entry is not None and not entry[0].ready)
 
     def wait_for_room(self, length: int, inline: bool, timeout: float) -> bool:
         """Wait once, or not at all if ``length`` bytes fit; False when that woke up and has to look again.
@@ -87,10 +88,11 @@ class Outbox:
             )
         return False
 
-    def add(self, transfer: int, message: memoryview) -> Sending:
-        sending = Sending(self._room, transfer, len(message))
+    def add(self, transfer: int, message: Source, windowed: bool = True) -> Sending:
+        """``windowed``: what of it waits to be granted counts for `wait_for_room`."""
+        sending = Sending(self._room, transfer, message.nbytes if windowed else 0)
         self._messages[transfer] = (message, sending)
-        self.waiting += len(message)
+        self.waiting += sending.waiting
         return sending
 
     def granted(self, transfer: int, length: int) -> None:
@@ -141,12 +143,12 @@ class Outbox:
             return lambda: (memoryview(b""), 0)
         entry[1].reads += 1
         self._reads[rails, chunk.notification] = entry[1]
-        source = entry[0][chunk.offset : chunk.offset + chunk.length]
-        return functools.partial(self._prepare, chunk, source, self._sealer, self._checked)
+        return functools.partial(self._prepare, chunk, entry[0], self._sealer, self._checked)
 
     def _prepare(
-        self, chunk: events.WriteChunk, source: memoryview, sealer: sealing.Sealer | None, checked: bool
+        self, chunk: events.WriteChunk, message: Source, sealer: sealing.Sealer | None, checked: bool
     ) -> tuple[memoryview, int]:
+        source = message.read(chunk.offset, chunk.length)
         if sealer is not None:
             slot = self._pool.take(chunk.length + sealing.TAG_BYTES)
             sealer.seal_into(chunk.transfer, chunk.offset, chunk.notification, source, slot)

@@ -41,13 +41,13 @@ class Outgoing:
         self._next = 1
         self._last_notification = -1
 
-    def submit(self, length: int, limit: int, now: float) -> int:
+    def submit(self, length: int, limit: int, now: float, label: int) -> int:
         if length > limit:
             raise TransferError(f"a message of {length} bytes is larger than the peer's {limit}")
         number = self._next
         self._next += 1
         self._transfers[number] = _Transfer(length, now)
-        self._emit(wire.Offer(number, length))
+        self._emit(wire.Offer(number, length, label))
         return number
 
     def withdraw(self, transfer: int, reason: str) -> None:

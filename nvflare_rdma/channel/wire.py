@@ -19,7 +19,7 @@ from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice
 
 CONTROL_MAGIC = b"NVFCTRL1"
-VERSION = 3
+VERSION = 4
 MAX_HELLO_BYTES = 16 * 1024
 MAX_REASON_BYTES = 1024
 #: The longest chunk that travels on the control stream; what is on its way there delays everything behind it.
@@ -28,7 +28,7 @@ MAX_DATA_BYTES = 1024 * 1024
 INTEGRITY = ("auto", "on", "off")
 
 _PREFIX = struct.Struct("!IB")
-_OFFER = struct.Struct("!QQ")
+_OFFER = struct.Struct("!QQQ")
 _GRANT = struct.Struct("!QQIQQIIB")
 _TRANSFER = struct.Struct("!Q")
 _DATA = struct.Struct("!IQ")
@@ -97,10 +97,11 @@ class Inline:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Sender: there is a message of ``length`` bytes."""
+    """Sender: there is a message of ``length`` bytes. ``label``: 0, or what the receiver knows it by."""
 
     transfer: int
     length: int
+    label: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +223,7 @@ def encode(message: Message) -> bytes:
         case Inline():
             body = message.payload
         case Offer():
-            body = _OFFER.pack(message.transfer, message.length)
+            body = _OFFER.pack(message.transfer, message.length, message.label)
         case Grant():
             r = message.remote
             body = _GRANT.pack(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from core_pair import CHUNK, DEPTH, LIMITS, hello, make_pair, open_pair, run_to_end
+from core_pair import CHUNK, DEPTH, LIMITS, hello, make_pair, open_pair, run_to_end, take_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvflare_rdma.channel import wire
-from nvflare_rdma.channel.limits import MAX_CHUNK_BYTES, ChannelLimits
+from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES
+from nvflare_rdma.channel.controllers import make_controller
+from nvflare_rdma.channel.limits import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, ChannelLimits
 from nvflare_rdma.channel.state import Phase, RailState
 from nvflare_rdma.errors import LocalProtocolError, ProtocolError, TransferError
 from nvflare_rdma.fabric.base import RemoteSlice
@@ -128,6 +130,48 @@ def test_messages_that_either_side_gives_up_end_on_both_and_harm_no_other(data):
     active.send(message(2500, 9))
     run_to_end(active, passive)
     assert message(2500, 9) in passive.received
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    unit=st.sampled_from([MIN_CHUNK_BYTES, MIN_CHUNK_BYTES + 77, MAX_UNIT_BYTES]),
+    size=st.integers(101, 1 << 20),
+    rails=st.integers(0, 2),
+    mishaps=st.dictionaries(st.integers(0, 20), st.sampled_from(["damage", "cut"]), max_size=5),
+)
+def test_chunks_begin_at_multiples_of_the_unit_whatever_breaks(unit, size, rails, mishaps):
+    active, passive = open_pair(rails=rails)
+    passive.unit = unit
+    passive.core.steer(make_controller("fixed", 150_000, DEPTH, 1 << 30))  # no multiple of a unit
+    active.send(message(size))
+    for moment in range(max(mishaps, default=0) + 1):
+        if mishaps.get(moment) == "damage" and active.writes:
+            active.land(0, damaged=True)
+        elif mishaps.get(moment) == "cut":
+            active.cut(0)
+        elif not take_step(active):
+            take_step(passive)
+    run_to_end(active, passive)
+    assert passive.received == [message(size)]
+
+
+@pytest.mark.parametrize("unit", [0, -1, 2, MIN_CHUNK_BYTES - 1, MAX_UNIT_BYTES + 1])
+def test_a_unit_that_chunks_can_not_have_is_refused(unit):
+    active, passive = open_pair()
+    active.send(message(5000))
+    passive.read_wire(1 << 20)
+    with pytest.raises(LocalProtocolError, match=f"not {unit}"):
+        passive.core.accept(1, 0.0, unit)
+
+
+def test_a_label_goes_with_its_message_and_makes_any_length_an_offer():
+    active, passive = open_pair()
+    active.sources[active.core.submit(7, 0.0, label=1 << 63)] = b"7 bytes"
+    active.settle()
+    passive.read_wire(1 << 20)
+    assert passive.offered[0].label == 1 << 63
+    run_to_end(active, passive)
+    assert passive.received == [b"7 bytes"]
 
 
 def test_a_broken_rail_costs_its_unfinished_chunks_only():

@@ -197,7 +197,7 @@ def test_a_receiver_that_raises_does_not_leave_the_link_half_dead():
         def broken(message) -> None:
             raise KeyError("bug of the application")
 
-        it.link._deliver = broken
+        it.link._after._deliver = broken
         it.greet()
         it.say(wire.Inline(b"x"))
         it.end()
@@ -234,7 +234,7 @@ def test_an_error_while_the_link_ends_does_not_keep_it_half_open(monkeypatch):
         assert it.link._ended.is_set()
         assert not it.link._writer.is_alive()
         assert not it.link._inbox._arriving
-        it.link._run_after()
+        it.link._after.run()
         assert it.context.budget.in_use == 0
         monkeypatch.undo()
 

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import rdma_devices
+from bodies import TestSink
 from certificates import Authority
 from link_peer import DEADLINE, PATIENCE, link_peer
 from link_process import FABRICS, digest, pattern
@@ -14,6 +15,7 @@ from waiting import eventually
 from nvflare_rdma.errors import TransferError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+LONG = 512 * MIB // PATIENCE  # long enough to be given up before it is over
 SIZES = [0, 1, 64 * KIB - 1, 64 * KIB, 64 * KIB + 1, MIB, MIB + 601, 5_000_003]
 
 pytestmark = [
@@ -85,21 +87,21 @@ def test_32_transfers_at_once_in_both_directions(connect):
 
 def test_either_side_can_give_up_what_it_sends(connect):
     with connect(chunk_bytes=64 * KIB, depth=2) as peer:
-        mine = peer.link.send(pattern(512 * MIB), DEADLINE)
+        mine = peer.link.send(pattern(LONG), DEADLINE)
         peer.link.withdraw(mine, "changed its mind")
         with pytest.raises(TransferError, match="changed its mind"):
             mine.wait(DEADLINE)
-        peer.tell("send and give up", size=512 * MIB, seed=0)
+        peer.tell("send and give up", size=LONG, seed=0)
         check_that_nothing_stays(peer)
 
 
 def test_either_side_can_give_up_what_it_receives(connect):
     with connect(chunk_bytes=64 * KIB, depth=2) as peer:
         peer.tell("refuse the next")
-        mine = peer.link.send(pattern(512 * MIB), DEADLINE)
+        mine = peer.link.send(pattern(LONG), DEADLINE)
         with pytest.raises(TransferError, match="disk full"):
             mine.wait(DEADLINE)
-        peer.tell("send", size=512 * MIB, seed=0)
+        peer.tell("send", size=LONG, seed=0)
         incoming = eventually(lambda: [t for t, (landed, _) in peer.link.incoming().items() if landed])
         peer.link.refuse(incoming[0], "no longer wanted")
         check_that_nothing_stays(peer)
@@ -115,11 +117,41 @@ def check_that_nothing_stays(peer):
 
 
 def test_a_message_larger_than_the_budget(connect):
+    mebibytes = 64 // PATIENCE
     with connect(budget=MIB, chunk_bytes=4 * MIB) as peer:
-        peer.there(64 * MIB + 1)
-        peer.back(64 * MIB + 1)
+        peer.there(mebibytes * MIB + 1)
+        peer.back(mebibytes * MIB + 1)
         state = peer.ask()
         assert state["budget_peak"] == peer.context.budget.peak == MIB
         # No more was on its way at once than the budget: the chunks were cut to it.
-        assert state["granted_chunks"] >= 64
+        assert state["granted_chunks"] >= mebibytes
         assert state["most_granted"] <= MIB
+
+
+def test_what_is_known_by_a_label_lands_in_its_place(connect):
+    """In memory of the receiver's choice, or unmasked chunk by chunk; neither takes more than slots for chunks."""
+    unit, size = 96 * KIB, 20 * MIB // PATIENCE + 12345
+    with connect(budget=8 * MIB) as peer:
+        peer.sinks |= {1: TestSink(size), 2: TestSink(size, unit), (1 << 64) - 1: TestSink(7), 4: TestSink(7, unit)}
+        for label, sink in peer.sinks.items():
+            peer.tell("offer", size=sink.nbytes, seed=label % 99, unit=0 if sink.buffer else unit, label=label)
+        assert [peer.answer() for _ in peer.sinks] == [{"failure": ""}] * 4
+        for label, sink in peer.sinks.items():
+            assert sink.ended.wait(DEADLINE)
+            assert (sink.reason, digest(sink.memory)) == ("", digest(pattern(sink.nbytes, label % 99)))
+        assert peer.context.budget.peak <= 8 * MIB
+        check_that_nothing_stays(peer)
+
+
+def test_what_nobody_waits_for_or_can_use_is_refused(connect):
+    unit = 64 * KIB
+    with connect() as peer:
+        peer.sinks |= {2: TestSink(5 * MIB - 1), 3: TestSink(5 * MIB, unit, spoiled=True)}
+        refusals = {1: "nothing expected as 1", 2: "5242879 bytes expected as 2", 3: "these are no codes"}
+        for label, refusal in refusals.items():
+            peer.tell("offer", size=5 * MIB, seed=label, unit=unit if label == 3 else 0, label=label)
+            assert refusal in peer.answer()["failure"]
+        for label, sink in peer.sinks.items():
+            assert sink.ended.wait(DEADLINE)
+            assert refusals[label] in sink.reason
+        check_that_nothing_stays(peer)

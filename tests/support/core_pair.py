@@ -31,6 +31,7 @@ class Side:
     def __init__(self, role: Role, limits: ChannelLimits = LIMITS, rails: int = 2) -> None:
         self.core = Channel(role, limits, hello(limits), make_controller("fixed", CHUNK, DEPTH, 1 << 30), now=0.0)
         self.rails = rails
+        self.unit = 1  # of the chunks that it grants
         self.now = 0.0
         self.peer: Side
         self.wire: deque[bytes] = deque()  # what the peer has sent on the control stream
@@ -81,6 +82,7 @@ class Side:
                 self.offered.append(event)
             case events.ExposeChunk():
                 assert event.rail not in self.down, "granted over a rail that is known to be broken"
+                assert event.offset % self.unit == 0, "granted from within a unit"
                 self.exposed[event.notification] = event
                 self.core.exposed(event, RemoteSlice(1, event.offset, event.length))
                 in_flight = sum(chunk.length for chunk in self.exposed.values())
@@ -128,7 +130,7 @@ class Side:
         """Grant the oldest offer its memory."""
         offer = self.offered.popleft()
         self.memory[offer.transfer] = bytearray(offer.length)
-        self.core.accept(offer.transfer, self.now)
+        self.core.accept(offer.transfer, self.now, self.unit)
         if (offer.transfer not in self.core.progress()) and offer.transfer in self.memory:
             del self.memory[offer.transfer]  # it was withdrawn
         self.settle()
@@ -227,7 +229,7 @@ def open_pair(limits: ChannelLimits = LIMITS, rails: int = 2) -> tuple[Side, Sid
 def run_to_end(*sides: Side) -> None:
     """Deliver everything that is under way, in order, until nothing moves any more."""
     for _ in range(10_000):
-        if not any(step(side) for side in sides):
+        if not any(take_step(side) for side in sides):
             if all(side.core.timeout(side.now) is None for side in sides):
                 return
             for side in sides:
@@ -235,7 +237,7 @@ def run_to_end(*sides: Side) -> None:
     raise AssertionError("the conversation does not end")
 
 
-def step(side: Side) -> bool:
+def take_step(side: Side) -> bool:
     if side.wire:
         side.read_wire(1 << 20)
     elif side.to_dial:

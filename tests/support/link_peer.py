@@ -16,6 +16,7 @@ from pathlib import Path
 from link_process import digest, make_context, make_fabrics, pattern, tls_context
 from processes import ROOT
 
+from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
@@ -42,6 +43,8 @@ class LinkPeer:
             )
         self.log = log
         self.messages: queue.Queue[memoryview] = queue.Queue()
+        #: Label -> where the message that comes under it goes.
+        self.sinks: dict[int, Sink] = {}
         self.answers: queue.Queue[dict] = queue.Queue()
         try:
             self._open(wrap)
@@ -62,7 +65,7 @@ class LinkPeer:
         stream = ControlStream(sock, tls_context(self.options.get("tls"), False))
         stream.handshake(20.0)
         self.fabrics = make_fabrics(self.options, lambda: socket.create_connection(rails_to, 20.0))
-        self.link = Link(stream, Role.ACTIVE, self.fabrics, self.context, self._receive, "this")
+        self.link = Link(stream, Role.ACTIVE, self.fabrics, self.context, self._receive, "this", self.sinks.get)
         self.link.open()
         self.runner = threading.Thread(target=self.link.run, daemon=True)
         self.runner.start()

@@ -23,14 +23,17 @@ from pathlib import Path
 import numpy as np
 import rdma_devices
 import xxhash
+from bodies import MaskedSource
 from waiting import eventually
 
+from nvflare_rdma.channel.bodies import BufferSource
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
+from nvflare_rdma.errors import TransferError
 from nvflare_rdma.fabric.base import Fabric
 from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
 from nvflare_rdma.fabric.shm import ShmFabric
@@ -174,6 +177,14 @@ class Served:
         match order.pop("do"):
             case "send":
                 self.link.send(pattern(order["size"], order["seed"]), 20.0)
+            case "offer":
+                message = pattern(order["size"], order["seed"])
+                source = MaskedSource(message, order["unit"]) if order["unit"] else BufferSource(message)
+                try:
+                    self.link.offer(source, order["label"]).wait(60.0)
+                    self.answer(failure="")
+                except TransferError as error:
+                    self.answer(failure=str(error))
             case "send and give up":
                 sending = self.link.send(pattern(order["size"], order["seed"]), 20.0)
                 self.link.withdraw(sending, "changed its mind")

@@ -1,0 +1,78 @@
+"""What a message is made of, where that is not one buffer: chunks that are made when they are written, and consumed
+when they have landed.
+
+A message with a ``label`` (not 0) is one that its receiver knows of from elsewhere: `Link.offer` sends it, and the
+receiving link finds the `Sink` for it by the label. Chunks of such a message begin at multiples of the sink's ``unit``,
+so that both sides can encode and decode each of them on its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from nvflare_rdma.channel.limits import MIN_CHUNK_BYTES
+from nvflare_rdma.errors import LocalProtocolError
+
+MAX_UNIT_BYTES = 1024 * 1024
+
+
+class Source(ABC):
+    """``nbytes``: what is sent, more than 0."""
+
+    nbytes: int
+    ready = True
+    """Whether `read` does no work."""
+
+    @abstractmethod
+    def read(self, offset: int, length: int) -> memoryview:
+        """That part of the message; nothing of it changes until no view of it is left. Called by rail threads, by
+        several at once, for a chunk again if it was lost."""
+
+
+class Sink(ABC):
+    """``nbytes``: the length that is expected. ``unit``: where chunks may begin, 1 for anywhere, else from
+    `MIN_CHUNK_BYTES` to `MAX_UNIT_BYTES`."""
+
+    nbytes: int
+    unit: int = 1
+
+    @property
+    def buffer(self) -> memoryview | None:
+        """Where the message is to land, writable and contiguous; it counts to no budget. None: chunks land in slots,
+        from which `put` takes them."""
+        return None
+
+    def put(self, offset: int, chunk: memoryview) -> None:
+        """Consume a chunk that was verified; it is gone afterwards. Called by rail threads, by several at once, for a
+        chunk again if its rail broke in that moment. What it raises as RdmaError or OSError fails the message."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def done(self) -> None:
+        """Everything is in."""
+
+    @abstractmethod
+    def failed(self, reason: str) -> None:
+        """It will not come, or not all of it. The buffer may still be written for a moment: don't use it again."""
+
+
+class BufferSource(Source):
+    """A message in memory."""
+
+    def __init__(self, buffer: memoryview) -> None:
+        self.nbytes = len(buffer)
+        self._buffer = buffer
+
+    def read(self, offset: int, length: int) -> memoryview:
+        return self._buffer[offset : offset + length]
+
+
+def whole_units(nbytes: int, unit: int) -> int:
+    """The multiple of ``unit`` that is not above ``nbytes``, but one unit at least."""
+    return max(nbytes - nbytes % unit, unit)
+
+
+def check_unit(unit: int) -> None:
+    """Raise LocalProtocolError if chunks can't be cut at multiples of ``unit``."""
+    if unit != 1 and not MIN_CHUNK_BYTES <= unit <= MAX_UNIT_BYTES:
+        raise LocalProtocolError(f"a unit is 1 or {MIN_CHUNK_BYTES} to {MAX_UNIT_BYTES} bytes, not {unit}")
