@@ -25,8 +25,8 @@ ALLOWED = {
 NO_FLARE_OR_TORCH = ("fabric", "channel")
 NO_FLARE = ("codecs",)
 IO_MODULES = {"socket", "threading", "select", "selectors", "ssl", "queue", "time", "asyncio", "subprocess"}
-#: What runs the protocol: the control stream, the rails' threads, and the memory and waiting around them.
-IO_ALLOWED = {"link.py", "control.py", "rails.py", "opening.py", "inbox.py", "outbox.py"}
+#: What runs the protocol: the door, the control stream, the rails' threads, and the memory and waiting around them.
+IO_ALLOWED = {"link.py", "control.py", "rails.py", "opening.py", "door.py", "inbox.py", "outbox.py"}
 
 
 def imports(path: Path) -> set[str]:
