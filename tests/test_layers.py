@@ -16,17 +16,17 @@ ALLOWED = {
     "fabric": set(),
     "channel": {"fabric"},
     "codecs": set(),
-    "streaming": {"channel", "codecs", "fabric", "filters", "settings", "flare_compat"},
+    "streaming": {"channel", "codecs", "fabric", "filters", "process", "settings", "flare_compat"},
     "filters": {"codecs", "flare_compat"},
-    "driver": {"channel", "fabric", "settings", "flare_compat"},
+    "driver": {"channel", "fabric", "process", "settings", "flare_compat"},
     "plugin": {"driver"},
     "metrics": {"flare_compat"},
 }
 NO_FLARE_OR_TORCH = ("fabric", "channel")
 NO_FLARE = ("codecs",)
 IO_MODULES = {"socket", "threading", "select", "selectors", "ssl", "queue", "time", "asyncio", "subprocess"}
-#: What runs the protocol: the control stream, the rails' threads, and the memory and waiting around them.
-IO_ALLOWED = {"link.py", "control.py", "rails.py", "opening.py", "inbox.py", "outbox.py", "afterwards.py"}
+#: What runs the protocol: the door, the control stream, the rails' threads, and the memory and waiting around them.
+IO_ALLOWED = {"link.py", "control.py", "rails.py", "opening.py", "door.py", "inbox.py", "outbox.py", "afterwards.py"}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""Runs a `Channel` on a control stream and the rails of a fabric: with `rails.py` the one place with threads.
+"""Runs a `Channel` on a control stream and the rails of a fabric: with `rails.py` and `door.py` all that has threads.
 
     FLARE's thread   Link.send         -> core -> control stream
     reader thread    Link.run          control stream -> core -> events; the deadlines

@@ -15,6 +15,7 @@ from nvflare.fuel.f3.drivers.net_utils import parse_url
 from processes import free_port
 from waiting import eventually
 
+from nvflare_rdma.channel.wire import CONTROL_MAGIC, Hello, encode
 from nvflare_rdma.driver import RdmaDriver
 
 DEADLINE = 20.0
@@ -117,6 +118,30 @@ def test_shutdown_ends_a_connection_that_is_still_opening():
         peer.close()
     assert client.monitor.states == []
     assert client.error is not None
+
+
+def test_shutdown_ends_a_link_that_is_still_opening():
+    port = free_port()
+    with running(f"rdma://127.0.0.1:{port}", Mode.PASSIVE) as server:
+        wait_for_port(port)
+        with socket.create_connection(("127.0.0.1", port), DEADLINE) as peer:
+            peer.sendall(CONTROL_MAGIC + encode(Hello({"tcp": ""}, 1 << 20, 1 << 16, 16)))
+            assert peer.recv(1)  # it is past the door: the link answers, and waits for rails
+            server.driver.shutdown()
+            while peer.recv(4096):
+                pass
+    assert server.monitor.states == []
+
+
+def test_a_driver_that_was_shut_down_before_does_not_listen():
+    driver = RdmaDriver()
+    driver.shutdown()
+    params = parse_url(f"rdma://127.0.0.1:{free_port()}")
+    connector = ConnectorInfo("CH", driver, params, Mode.PASSIVE, 0, 0, False, threading.Event())
+    thread = threading.Thread(target=driver.listen, args=(connector,), daemon=True)
+    thread.start()
+    thread.join(DEADLINE)
+    assert not thread.is_alive(), "it listens"
 
 
 def test_peers_that_take_nothing_are_left_all_at_once():

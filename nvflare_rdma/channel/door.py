@@ -1,0 +1,233 @@
+"""How peers come to a control stream: one listening port serves the control streams and the rails of all peers.
+
+What a connection is shows in its first bytes: a TLS record, the control stream's magic, or a rail's magic and ticket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.channel.wire import CONTROL_MAGIC
+from nvflare_rdma.errors import ProtocolError, RdmaError, TlsError
+from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric
+
+log = logging.getLogger(__name__)
+
+GREETING_TIMEOUT = 10.0
+MAX_GUESTS = 256  # connections that have not shown yet what they are
+_TLS_HANDSHAKE_RECORD = b"\x16"
+
+
+class Pending:
+    """Sockets on which something is being opened, so that nobody else can end it yet: `close` does."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sockets: set[socket.socket] = set()
+        self._closed = False
+
+    @contextlib.contextmanager
+    def hold(self, sock: socket.socket) -> Iterator[None]:
+        """From one holder to the next a socket may be in nobody's hands: the next one looks whether it is over.
+
+        Raises:
+            ConnectionAbortedError: `close` has been called. The socket is still the caller's to close.
+        """
+        with self._lock:
+            if self._closed:
+                raise ConnectionAbortedError("this side shuts down")
+            self._sockets.add(sock)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._sockets.discard(sock)
+
+    def close(self) -> None:
+        """Disconnect the sockets that are held, and let no other be."""
+        with self._lock:
+            self._closed = True
+            sockets = list(self._sockets)
+        for sock in sockets:
+            # Whoever waits on it wakes up, and closes it; close() would leave them waiting.
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+class Door:
+    """One listening socket for the control streams and rails of all peers.
+
+    ``tls``: what control streams must speak; None for clear ones. ``fabric``: whose rails come here. ``welcome`` gets
+    each control stream, in a thread of its own, and owns it and its socket from then on; if it raises an OSError or
+    RdmaError, that is logged and the connection is closed. ``name``: for log lines.
+
+    ``address``: where it listens, as `dial` takes it.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        tls: ssl.SSLContext | None,
+        fabric: TcpFabric,
+        welcome: Callable[[socket.socket, ControlStream], None],
+        name: str,
+        greeting_timeout: float = GREETING_TIMEOUT,
+    ) -> None:
+        self.address: tuple[str, int] = listener.getsockname()[:2]
+        self._listener = listener
+        self._tls = tls
+        self._fabric = fabric
+        self._welcome = welcome
+        self._name = name
+        self._greeting_timeout = greeting_timeout
+        self._closed = threading.Event()
+        self._greeting = Pending()
+        self._guests = threading.BoundedSemaphore(MAX_GUESTS)
+
+    def serve(self) -> None:
+        """Let peers in until `close` is called; then the port is free again. Call once, also if closed already."""
+        with self._listener:
+            while not self._closed.is_set():
+                try:
+                    sock, _ = self._listener.accept()
+                except OSError as error:
+                    if not self._closed.is_set():
+                        # Out of descriptors, or the peer has gone again: the port stays open.
+                        log.error("can't accept a connection on %s: %s", self._name, error)
+                        self._closed.wait(0.1)
+                    continue
+                if not self._guests.acquire(blocking=False):
+                    log.error("refused a connection: %d others have not finished their greeting", MAX_GUESTS)
+                    sock.close()
+                    continue
+                try:
+                    threading.Thread(
+                        target=self._receive, args=(sock,), name=f"rdma-conn-{sock.fileno()}", daemon=True
+                    ).start()
+                except RuntimeError as error:
+                    log.error("can't serve a connection: %s", error)
+                    self._guests.release()
+                    sock.close()
+
+    def close(self) -> None:
+        """End `serve`, and the connections that are still in their greeting. Callable from any thread, at any time.
+
+        One that has just greeted may still come to ``welcome``.
+        """
+        self._closed.set()
+        # Wakes accept(); close() alone would leave it waiting.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._greeting.close()
+
+    def _receive(self, sock: socket.socket) -> None:
+        peer = address_of(sock, peer=True)
+        try:
+            try:
+                with self._greeting.hold(sock):
+                    stream = self._identify(sock, peer)
+            finally:
+                self._guests.release()
+            if stream is not None:
+                self._welcome(sock, stream)
+        except (OSError, RdmaError) as error:
+            sock.close()
+            if not self._closed.is_set():
+                log.error("refused the connection from %s: %s", peer, error)
+
+    def _identify(self, sock: socket.socket, peer: str) -> ControlStream | None:
+        """The control stream that a new connection turns out to be; None if it was a rail, or nothing."""
+        sock.settimeout(self._greeting_timeout)
+        first = sock.recv(1, socket.MSG_PEEK)
+        if not first:
+            sock.close()
+            log.debug("%s connected and left again", peer)
+            return None
+        is_tls = first == _TLS_HANDSHAKE_RECORD
+        if is_tls and self._tls is None:
+            raise ProtocolError("it speaks TLS (srdma://), but this listener is clear (rdma://)")
+        if not is_tls:
+            magic = _receive_within(sock, len(RAIL_MAGIC), self._greeting_timeout)
+            if magic == RAIL_MAGIC:
+                if not self._fabric.admit(sock, _receive_within(sock, TICKET_BYTES, self._greeting_timeout)):
+                    log.warning("refused a rail from %s: its ticket is unknown, used or expired", peer)
+                return None
+            if self._tls is not None:
+                raise ProtocolError("it does not speak TLS, which this listener requires (srdma://)")
+            if magic != CONTROL_MAGIC:
+                raise ProtocolError("it is no nvflare-rdma peer; check the scheme in its URL")
+        return _greet(sock, self._tls, True, self._greeting_timeout)
+
+
+def dial(
+    address: tuple[str, int], tls: ssl.SSLContext | None, pending: Pending, timeout: float = GREETING_TIMEOUT
+) -> tuple[socket.socket, ControlStream]:
+    """A new control stream to the door at ``address``, and its socket. ``pending.close()`` ends the greeting.
+
+    Raises:
+        TlsError: the peers don't trust each other. OSError: nobody listens, or it did not greet within ``timeout``.
+    """
+    sock = socket.create_connection(address, timeout)
+    try:
+        with pending.hold(sock):
+            if tls is None:
+                sock.sendall(CONTROL_MAGIC)
+            return sock, _greet(sock, tls, False, timeout)
+    except (OSError, RdmaError):
+        sock.close()
+        raise
+
+
+def address_of(sock: socket.socket, peer: bool) -> str:
+    """``host:port`` of one end of a connection, for people; "N/A" when it is gone."""
+    try:
+        host, port = (sock.getpeername() if peer else sock.getsockname())[:2]
+    except OSError:
+        return "N/A"
+    return f"{host}:{port}"
+
+
+def explain_tls(error: ssl.SSLError, server_side: bool) -> str:
+    """A TLS failure in terms of what an operator can change."""
+    other, files = ("client", "client.crt and rootCA.pem") if server_side else ("server", "server.crt and rootCA.pem")
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"the {other}'s certificate is not trusted here ({error.verify_message}): its {files} must come from "
+            "the same provisioning as this side's"
+        )
+    reason = (error.reason or str(error)).lower().replace("_", " ")
+    if "alert unknown ca" in reason or "bad certificate" in reason or "certificate required" in reason:
+        return f"the {other} does not trust this side's certificate ({reason}): both must come from one provisioning"
+    if "peer did not return a certificate" in reason:
+        return f"the {other} shows no certificate, but this connection requires mutual TLS (connection_security=mtls)"
+    return f"TLS with the {other} failed: {reason}"
+
+
+def _greet(sock: socket.socket, tls: ssl.SSLContext | None, server_side: bool, timeout: float) -> ControlStream:
+    stream = ControlStream(sock, tls, server_side)
+    try:
+        stream.handshake(timeout)
+    except ssl.SSLError as error:
+        stream.close()
+        raise TlsError(explain_tls(error, server_side)) from error
+    return stream
+
+
+def _receive_within(sock: socket.socket, size: int, timeout: float) -> bytes:
+    """Exactly ``size`` bytes, all within ``timeout``."""
+    deadline = time.monotonic() + timeout
+    data = b""
+    while len(data) < size:
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        part = sock.recv(size - len(data))
+        if not part:
+            raise ConnectionError("it closed the connection in the middle of its greeting")
+        data += part
+    return data
