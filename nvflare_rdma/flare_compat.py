@@ -6,6 +6,7 @@ a clear message instead of an AttributeError deep inside it.
 
 import re
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from nvflare_rdma.errors import UnsupportedVersionError
 
@@ -26,3 +27,18 @@ def require_flare(feature: str) -> None:
             f"{feature} uses internals of NVIDIA FLARE 2.9, but {installed} is installed. "
             "Install a matching one (pip install 'nvflare>=2.9,<2.10') or a newer nvflare-rdma."
         )
+
+
+def replace_decomposer(decomposer: Any) -> None:
+    """Have FLARE use ``decomposer`` for its type and data, in place of the one it knows, in this process.
+
+    `fobs.register` keeps the first for a type, and FLARE registers its own early. The caller has checked the version.
+    """
+    from nvflare.fuel.utils.class_loader import get_class_name
+    from nvflare.fuel.utils.fobs import fobs
+
+    name = get_class_name(decomposer.supported_type())
+    fobs.register(decomposer)  # what else that does
+    fobs._decomposers[name] = decomposer
+    for dot in decomposer.supported_dots():
+        fobs._dot_handlers[dot] = decomposer

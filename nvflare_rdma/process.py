@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nvflare_rdma.channel.context import LinkContext
@@ -24,6 +25,10 @@ class Process:
     settings: Settings
     context: LinkContext
     registrations: RegistrationCache
+
+    def tcp(self, dial: Callable[[], socket.socket] | None = None) -> TcpFabric:
+        """The tcp fabric of a door, or of a link that ``dial`` makes the rails of."""
+        return TcpFabric(self.settings.rdma_rails, dial, self.settings.rdma_tcp_congestion)
 
     def fabrics(self, tcp: TcpFabric, sock: socket.socket) -> dict[str, Fabric]:
         """What a link whose control stream is on ``sock`` can use."""

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -32,7 +33,8 @@ class Settings:
     tcp), ``on`` or ``off``; sealed chunks need none. ``rdma_tcp_congestion``: the kernel's congestion control for
     rails (``bbr``, ``cubic``, ...), "" for the system's. ``rdma_device``: RDMA devices to use (``mlx5_0`` or
     ``mlx5_0:1``), () to have one chosen; ``rdma_gid_index``: entry of their GID table, None to have one chosen;
-    ``rdma_ack_timeout`` and ``rdma_retry_count``: see `VerbsOptions`."""
+    ``rdma_ack_timeout`` and ``rdma_retry_count``: see `VerbsOptions`. ``rdma_data_ports``: where this side listens for
+    direct data channels: ``auto`` (the server on any free port, clients nowhere), ``none``, a port or a range."""
 
     rdma_fabrics: tuple[str, ...] = FABRICS
     rdma_chunk_bytes: int = MIB
@@ -45,6 +47,7 @@ class Settings:
     rdma_gid_index: int | None = None
     rdma_ack_timeout: int = 16
     rdma_retry_count: int = 6
+    rdma_data_ports: str | tuple[int, int] = "auto"
 
     @property
     def verbs(self) -> VerbsOptions:
@@ -85,6 +88,8 @@ def parse_settings(values: Mapping[str, Any]) -> Settings:
             parsed[name] = parse_fabrics(str(value))
         elif name in _CHOICES:
             parsed[name] = _choice(name, value)
+        elif name == "rdma_data_ports":
+            parsed[name] = _ports(str(value).strip().lower())
         elif name == "rdma_device":
             parsed[name] = tuple(part.strip() for part in str(value).split(",") if part.strip())
         elif name == "rdma_tcp_congestion":
@@ -99,6 +104,18 @@ def _choice(name: str, value: Any) -> str:
     if choice not in _CHOICES[name]:
         raise ConfigError(f"{name}={value!r} is unknown. Allowed: {', '.join(_CHOICES[name])}.")
     return choice
+
+
+def _ports(text: str) -> str | tuple[int, int]:
+    if text in ("auto", "none"):
+        return text
+    match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", text)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 0 < low <= high < 65536:
+        raise ConfigError(
+            f"rdma_data_ports={text!r} is no port. Allowed: auto, none, a port (20000) or a range (20000-20010)."
+        )
+    return low, high
 
 
 def _integer(name: str, value: Any) -> int:

@@ -1,0 +1,63 @@
+"""Tensors as bytes, and bytes as tensors. torch is imported only when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from nvflare_rdma.codecs.tensors import is_torch
+from nvflare_rdma.fabric.memory import SlotPool
+from nvflare_rdma.streaming.manifest import Item
+
+_GRAIN = 64 * 1024
+
+Allocate = Callable[[int], memoryview]
+
+
+class TensorMemory(SlotPool):
+    """Memory of received tensors. It comes back when nobody holds the tensor any more, so that the next round's lands
+    where this one's was, on warm pages. It never holds more than was in use at once."""
+
+    def __init__(self) -> None:
+        super().__init__(keep_bytes=None)
+
+    def take(self, nbytes: int) -> memoryview:
+        """As `SlotPool.take`; small tensors have memory of their own."""
+        return super().take(nbytes) if nbytes >= _GRAIN else np.empty(nbytes, np.uint8).data
+
+    def cost(self, nbytes: int) -> int:
+        """Not in whole huge pages, as slots are: a model has many tensors."""
+        return -(-nbytes // _GRAIN) * _GRAIN
+
+
+def to_bytes(tensor: Any) -> memoryview:
+    """The values in C order. A view of the tensor's own memory if it is contiguous and on the CPU, else a copy."""
+    if is_torch(tensor):
+        import torch
+
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        # Via a flat view: a tensor without dimensions has no other view of another width.
+        array = plain.reshape(-1).view(torch.uint8).numpy()
+    else:
+        array = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+    return memoryview(array)
+
+
+def from_bytes(item: Item, memory: memoryview) -> Any:
+    """The tensor whose values are in ``memory``, which it keeps."""
+    if not item.torch:
+        return np.frombuffer(memory, np.dtype(item.dtype)).reshape(item.shape)
+    import torch
+
+    dtype = getattr(torch, item.dtype)
+    if not item.nbytes:
+        return torch.empty(item.shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype).reshape(item.shape)
+
+
+def from_content(item: Item) -> Any:
+    """The tensor of an item that has its content."""
+    assert item.content is not None
+    return from_bytes(item, memoryview(bytearray(item.content)))

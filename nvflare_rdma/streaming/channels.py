@@ -1,0 +1,270 @@
+"""Direct data channels between the processes that hold and want tensors, beside FLARE's own connections.
+
+The side that others can reach has a door; the other side dials it. Whoever dials, data flows either way, and a channel
+stays open for what comes later. A door is opened by a ticket only (one use, bound to the peer's name, expiring), which
+travels in FLARE's messages, whose senders FLARE has authenticated. Where FLARE's connections are secure, so are these,
+with the same certificates.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import secrets
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from nvflare_rdma.channel.bodies import Sink
+from nvflare_rdma.channel.context import LinkContext
+from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.channel.door import GREETING_TIMEOUT, Door, Pending, dial
+from nvflare_rdma.channel.limits import ChannelLimits
+from nvflare_rdma.channel.link import Link
+from nvflare_rdma.channel.state import Role
+from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError
+from nvflare_rdma.fabric.interfaces import addresses_of
+from nvflare_rdma.fabric.tcp import TcpFabric
+from nvflare_rdma.process import Process
+
+log = logging.getLogger(__name__)
+
+TICKET_BYTES = 32
+TICKET_SECONDS = 120.0
+MAX_TICKETS = 4096
+MAX_ADDRESSES = 16
+_WELCOME = b"\x01"
+_MAX_TENSOR_BYTES = 1 << 48
+
+
+class DataChannels:
+    """Those of one cell.
+
+    Args:
+        name: the cell's FQCN.
+        process: what all channels of the process share.
+        tls: makes the context for the listening side (True) or the dialling one; gives None where FLARE is not secure.
+        server_host: how this side's FLARE reaches the server, "" if it is unknown; tried before the addresses that a
+            peer names.
+        ports: what the door may listen on, (0, 0) for any port; None for no door.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        process: Process,
+        tls: Callable[[bool], ssl.SSLContext | None],
+        server_host: str,
+        ports: tuple[int, int] | None,
+    ) -> None:
+        self.name = name
+        self._process = process
+        self._tls = tls
+        self._server_host = server_host
+        self._ports = ports
+        limits = ChannelLimits(max_message_bytes=_MAX_TENSOR_BYTES)
+        self._context: LinkContext = replace(process.context, limits=limits)
+        self._fabric = process.tcp()
+        self._lock = threading.Lock()
+        self._door: Door | None = None
+        self._pending = Pending()
+        self._tickets: dict[bytes, tuple[str, float]] = {}
+        self._links: dict[str, Link] = {}
+        self._sinks: dict[tuple[str, int], Sink] = {}
+        self._closed = False
+
+    # -- doors ---------------------------------------------------------------------------------------------
+
+    def invite(self, peer: str) -> dict[str, Any]:
+        """How ``peer`` gets in, for `dial` over there (msgpack types). Opens the door if need be.
+
+        Raises:
+            FabricUnavailable: this side has no door.
+        """
+        if self._ports is None:
+            raise FabricUnavailable(f"{self.name} does not listen for data (rdma_data_ports)")
+        door = self._open_door()
+        ticket, now = secrets.token_bytes(TICKET_BYTES), time.monotonic()
+        with self._lock:
+            self._tickets = {t: entry for t, entry in self._tickets.items() if entry[1] > now}
+            if len(self._tickets) >= MAX_TICKETS:
+                raise FabricUnavailable(f"{len(self._tickets)} invitations are open already")
+            self._tickets[ticket] = peer, now + TICKET_SECONDS
+        host, port = door.address
+        hosts = [host] if host not in ("", "0.0.0.0", "::") else own_hosts()
+        return {"hosts": hosts, "port": port, "ticket": ticket}
+
+    def _open_door(self) -> Door:
+        with self._lock:
+            if self._closed:
+                raise FabricUnavailable(f"{self.name} is ending")
+            if self._door is None:
+                assert self._ports is not None
+                try:
+                    tls = self._tls(True)
+                    listener = listen("127.0.0.1" if is_loopback(self._server_host) else "", self._ports)
+                except (OSError, RuntimeError) as error:
+                    raise FabricUnavailable(f"{self.name} can't listen for data: {error}") from error
+                self._door = Door(listener, tls, self._fabric, self._welcome, f"{self.name}'s data port")
+                threading.Thread(target=self._door.serve, name="rdma-data-door", daemon=True).start()
+                log.info("%s listens for data on port %d", self.name, self._door.address[1])
+            return self._door
+
+    def _welcome(self, sock: socket.socket, stream: ControlStream) -> None:
+        """A peer that has dialled: serves it until it goes."""
+        ticket = _read(stream, TICKET_BYTES)
+        with self._lock:
+            peer, expires = self._tickets.pop(ticket, ("", 0.0))
+        if time.monotonic() > expires:
+            stream.close()
+            raise ProtocolError("its ticket is unknown, used or expired")
+        stream.send(stream.protect([_WELCOME]))
+        self._run(self._open(Role.PASSIVE, sock, stream, self._fabric, peer), peer)
+
+    # -- channels ------------------------------------------------------------------------------------------
+
+    def find(self, peer: str) -> Link | None:
+        """The channel to ``peer``, if there is one."""
+        with self._lock:
+            return self._links.get(peer)
+
+    def dial(self, peer: str, invitation: Any) -> Link:
+        """A new channel to ``peer``, which has sent the invitation.
+
+        Raises:
+            RdmaError: none of its addresses leads there. ProtocolError: ``invitation`` is malformed.
+        """
+        hosts, port, ticket = parse_invitation(invitation)
+        if self._server_host and self._server_host not in hosts:
+            hosts = [self._server_host, *hosts]
+        failures = []
+        for host in hosts:
+            try:
+                link = self._dial((host, port), ticket, peer)
+            except (OSError, RdmaError) as error:
+                failures.append(f"{host}:{port}: {error}")
+                continue
+            threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
+            return link
+        raise FabricError(f"no direct way from {self.name} to {peer}: {'; '.join(failures)}")
+
+    def _dial(self, address: tuple[str, int], ticket: bytes, peer: str) -> Link:
+        sock, stream = dial(address, self._tls(False), self._pending)
+        try:
+            stream.send(stream.protect([ticket]))
+            if _read(stream, len(_WELCOME)) != _WELCOME:
+                raise ProtocolError("it is no data port of nvflare-rdma")
+            way = functools.partial(socket.create_connection, address, GREETING_TIMEOUT)
+            return self._open(Role.ACTIVE, sock, stream, self._process.tcp(way), peer)
+        except (OSError, RdmaError):
+            stream.close()
+            raise
+
+    def _open(self, role: Role, sock: socket.socket, stream: ControlStream, tcp: TcpFabric, peer: str) -> Link:
+        place = functools.partial(self._place, peer)
+        fabrics = self._process.fabrics(tcp, sock)
+        link = Link(stream, role, fabrics, self._context, _unexpected, f"data {self.name} - {peer}", place)
+        with self._pending.hold(sock):
+            link.open()
+        with self._lock:
+            if not self._closed:
+                self._links[peer] = link
+                return link
+        link.close(0.0)
+        raise FabricError(f"{self.name} is ending")
+
+    def _run(self, link: Link, peer: str) -> None:
+        try:
+            link.run()
+        finally:
+            with self._lock:
+                if self._links.get(peer) is link:
+                    del self._links[peer]
+
+    # -- what is expected ----------------------------------------------------------------------------------
+
+    def expect(self, peer: str, sinks: Sequence[Sink]) -> int:
+        """From now on ``peer`` may send what the sinks are for, as messages with the label that is returned and those
+        that follow it. `forget` is to follow."""
+        # Nobody else can know them: what is late from an earlier attempt has no place in this one.
+        first = secrets.randbits(62) + 1
+        with self._lock:
+            self._sinks |= {(peer, first + i): sink for i, sink in enumerate(sinks)}
+        return first
+
+    def forget(self, peer: str, first: int, count: int) -> None:
+        """Don't take them any more. What is landing goes on; its sink is told in the end."""
+        with self._lock:
+            for label in range(first, first + count):
+                self._sinks.pop((peer, label), None)
+
+    def _place(self, peer: str, label: int) -> Sink | None:
+        with self._lock:
+            return self._sinks.pop((peer, label), None)
+
+    def close(self) -> None:
+        """End all channels and close the door. Idempotent."""
+        with self._lock:
+            self._closed = True
+            door, self._door = self._door, None
+            links = list(self._links.values())
+        self._pending.close()
+        if door is not None:
+            door.close()
+        for link in links:
+            link.close()
+
+
+def parse_invitation(invitation: Any) -> tuple[list[str], int, bytes]:
+    """Hosts, port and ticket of what a peer's `DataChannels.invite` made. Raises ProtocolError."""
+    match invitation:
+        case {"hosts": [*hosts], "port": int(port), "ticket": bytes(ticket)} if (
+            len(hosts) <= MAX_ADDRESSES
+            and all(type(host) is str for host in hosts)
+            and 0 < port < 65536
+            and len(ticket) == TICKET_BYTES
+        ):
+            return hosts, port, ticket
+    raise ProtocolError("malformed invitation to a data channel")
+
+
+def listen(host: str, ports: tuple[int, int]) -> socket.socket:
+    """On the first port of the range (both ends included) that is free. Raises OSError."""
+    for port in range(ports[0], ports[1] + 1):
+        try:
+            return socket.create_server((host, port))
+        except OSError as error:
+            failure = error
+    raise OSError(f"no port of {ports[0]} to {ports[1]} can be listened on (rdma_data_ports): {failure}") from failure
+
+
+def own_hosts() -> list[str]:
+    """What others may reach this host by: its name, and the addresses of its interfaces that are up."""
+    known = [address for _, name in socket.if_nameindex() for address in addresses_of(name)]
+    found = [str(address) for address in known if not (address.is_loopback or address.is_link_local)]
+    return [*dict.fromkeys([*found, socket.gethostname(), "127.0.0.1"])][:MAX_ADDRESSES]
+
+
+def is_loopback(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.") or host == "::1"
+
+
+def _read(stream: ControlStream, size: int) -> bytes:
+    """Exactly ``size`` bytes; the peer sends no more before it has an answer."""
+    deadline, data = time.monotonic() + GREETING_TIMEOUT, b""
+    while len(data) < size:
+        part = stream.receive(max(deadline - time.monotonic(), 0.0))
+        if not part:
+            raise ConnectionError("it closed the connection" if part == b"" else "it said nothing in time")
+        data += part
+    if len(data) > size:
+        raise ProtocolError("it sent more than it was asked for")
+    return data
+
+
+def _unexpected(message: object) -> None:
+    raise ProtocolError("a message without a label came over a data channel")

@@ -1,0 +1,193 @@
+"""FLARE's decomposers of torch tensors and numpy arrays, whose items move over a data channel where there is one.
+
+    sender     serialize -> `to_downloadable` makes a FLARE Downloadable that also answers direct requests
+    receiver   deserialize -> `download`: the reference says that the sender has this package: `pulling.pull`,
+               then FLARE's own `download_object`, which finds everything delivered and does the confirming;
+               or, if there is no direct way, does the moving as well
+
+So FLARE's transactions, budgets, confirmations and callbacks see a transfer as they always do, and a receiver
+without this package is served in FLARE's way. See `nvflare.fuel.utils.fobs.decomposers.via_downloader`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nvflare.app_common.decomposers.numpy_decomposers import NumpyArrayDecomposer
+from nvflare.app_common.np.np_downloader import ArrayDownloadable
+from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
+from nvflare.fuel.f3.streaming.cacheable import ItemConsumer
+from nvflare.fuel.f3.streaming.download_service import ProduceRC, download_object, request_download_chunk
+from nvflare.fuel.utils.fobs import FOBSContextKey
+from nvflare.fuel.utils.fobs.datum import Datum
+
+from nvflare_rdma.errors import RdmaError, TransferError
+from nvflare_rdma.streaming.arrays import TensorMemory
+from nvflare_rdma.streaming.channels import DataChannels
+from nvflare_rdma.streaming.progress import DirectProgress, source_progress
+from nvflare_rdma.streaming.pulling import AbortedError, pull
+from nvflare_rdma.streaming.serving import Service
+
+log = logging.getLogger(__name__)
+
+#: What a reference to tensors begins with whose sender answers direct requests.
+REF_PREFIX = "rdma1-"
+#: Where requests and answers are in the state that FLARE's download messages carry.
+STATE_KEY = "nvflare_rdma"
+
+_channels: weakref.WeakKeyDictionary[Any, DataChannels] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+memory = TensorMemory()
+
+
+def set_channels(cell: Any, channels: DataChannels | None) -> None:
+    """What tensors of ``cell`` (a FLARE `Cell`) move over from now on; None for FLARE's own path."""
+    with _lock:
+        if channels is None:
+            _channels.pop(cell, None)
+        else:
+            _channels[cell] = channels
+
+
+def channels_of(cell: Any) -> DataChannels | None:
+    """What `set_channels` has set."""
+    with _lock:
+        return _channels.get(cell)
+
+
+class _Served:
+    """Makes a FLARE `CacheableObject` answer direct requests. Those of other receivers are FLARE's."""
+
+    def serve(self, tensors: Mapping[str, Any], cell: Any) -> None:
+        self._ref_id = ""
+        self._service = Service(tensors, functools.partial(channels_of, cell), self._moved)
+
+    def set_transaction(self, tx_id: str, ref_id: str) -> None:
+        super().set_transaction(tx_id, ref_id)  # type: ignore[misc]
+        self._ref_id = ref_id
+
+    def produce(self, state: dict[str, Any] | None, requester: str) -> tuple[str, Any, dict[str, Any]]:
+        if state and STATE_KEY in state:
+            return ProduceRC.OK, [], {STATE_KEY: self._service.answer(state[STATE_KEY], requester)}
+        if not state and self._service.has_served(requester):
+            return ProduceRC.EOF, None, {}
+        return super().produce(state, requester)  # type: ignore[misc,no-any-return]
+
+    def release(self) -> None:
+        self._service.close()
+        super().release()  # type: ignore[misc]
+
+    def _moved(self, receiver: str, nbytes: int, count: int) -> None:
+        source_progress(self._ref_id, receiver, nbytes, count)
+
+
+class ServedArrays(_Served, ArrayDownloadable):
+    """numpy arrays to be downloaded."""
+
+
+class _Delivered(ItemConsumer):
+    """Takes FLARE's confirmation of what is here already."""
+
+    def consume_items(self, items: list[Any], result: Any) -> Any:
+        raise TransferError("the sender sent again what it had sent")
+
+
+class DirectDecomposer:
+    """Mixed into a `ViaDownloaderDecomposer`, before it."""
+
+    served: Callable[..., Any]
+
+    def to_downloadable(self, items: dict[str, Any], max_chunk_size: int, fobs_ctx: dict[str, Any]) -> Any:
+        downloadable = self.served(items, max_chunk_size)
+        downloadable.serve(items, fobs_ctx.get(FOBSContextKey.CELL))
+        return downloadable
+
+    def _create_datum(self, fobs_ctx: dict[str, Any]) -> Datum:
+        """FLARE's, with a reference that says what answers it."""
+        datum = super()._create_datum(fobs_ctx)  # type: ignore[misc]
+        objects = fobs_ctx[_OBJECTS]
+        ref_id, downloadable = objects[-1]
+        objects[-1] = REF_PREFIX + ref_id, downloadable
+        datum.value = json.dumps({**json.loads(datum.value), "ref_id": REF_PREFIX + ref_id})
+        return datum
+
+    def download(
+        self,
+        from_fqcn: str,
+        ref_id: str,
+        per_request_timeout: float,
+        cell: Any,
+        secure: bool = False,
+        optional: bool = False,
+        abort_signal: Any = None,
+        progress_cb: Callable[..., None] | None = None,
+        **others: Any,
+    ) -> tuple[str | None, Any]:
+        """As FLARE's: (error, items by id)."""
+        channels = channels_of(cell)
+        rest = {"secure": secure, "optional": optional, "abort_signal": abort_signal}
+        common = {"from_fqcn": from_fqcn, "ref_id": ref_id, "per_request_timeout": per_request_timeout, "cell": cell}
+        own = functools.partial(super().download, **common, **rest, **others)  # type: ignore[misc]
+        if channels is None or not ref_id.startswith(REF_PREFIX) or self.lands_elsewhere(cell, others):
+            return own(progress_cb=progress_cb)  # type: ignore[no-any-return]
+
+        def ask(request: dict[str, Any]) -> Any:
+            reply = request_download_chunk(state={STATE_KEY: request}, **common, **rest)
+            code = reply.get_header(MessageHeaderKey.RETURN_CODE)
+            if code != ReturnCode.OK:
+                raise TransferError(f"{from_fqcn} answered {request['do']!r} with {code}")
+            state = reply.payload.get("state") if isinstance(reply.payload, dict) else None
+            return state.get(STATE_KEY) if isinstance(state, dict) else None
+
+        progress = DirectProgress(ref_id, progress_cb)
+        try:
+            items = pull(channels, from_fqcn, ask, memory.take, lambda: _is_aborted(abort_signal), progress.moved)
+        except AbortedError:
+            return own(progress_cb=progress_cb)  # type: ignore[no-any-return]  # FLARE sees it too, and says so to the sender
+        except (RdmaError, MemoryError) as error:
+            log.warning("tensors from %s come on FLARE's own path: %s", from_fqcn, error)
+            return own(progress_cb=progress_cb)  # type: ignore[no-any-return]
+        consumer = _Delivered()
+        download_object(consumer=consumer, progress_cb=progress.finish, **common, **rest)
+        return consumer.error, items
+
+    def lands_elsewhere(self, cell: Any, others: dict[str, Any]) -> bool:
+        """Whether what comes is not to be in memory."""
+        return False
+
+
+def known_as(original: type) -> Callable[[type], type]:
+    """FLARE writes a decomposer's class into its messages, where a peer without this package has to know it."""
+
+    def named(cls: type) -> type:
+        cls.__module__, cls.__qualname__ = original.__module__, original.__qualname__
+        return cls
+
+    return named
+
+
+@known_as(NumpyArrayDecomposer)
+class RdmaArrayDecomposer(DirectDecomposer, NumpyArrayDecomposer):
+    """numpy arrays."""
+
+    served = ServedArrays
+
+
+def torch_decomposer() -> Any:
+    """The one for torch tensors; imports torch."""
+    from nvflare_rdma.streaming.torch_decomposer import RdmaTensorDecomposer
+
+    return RdmaTensorDecomposer()
+
+
+def _is_aborted(signal: Any) -> bool:
+    return bool(signal is not None and signal.triggered)
+
+
+_OBJECTS = "objects"  # via_downloader._CtxKey.OBJECTS

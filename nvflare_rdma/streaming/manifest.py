@@ -1,0 +1,110 @@
+"""What a message's tensors are, told to who receives them before any of their bytes move.
+
+Tensors of up to `INLINE_BYTES` are in the manifest themselves (all together at most `INLINE_TOTAL`); each of the others
+is a message of its own on the data channel. Bytes are the tensor's values in C order, little-endian.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from nvflare_rdma.codecs.tensors import dtype_name, is_torch
+from nvflare_rdma.errors import ProtocolError, TransferError
+
+INLINE_BYTES = 16 * 1024
+INLINE_TOTAL = 1024 * 1024
+MAX_ITEMS = 1 << 20
+MAX_DIMENSIONS = 64
+#: What numpy and torch both have in memory as plain numbers, and the bytes of one.
+_WIDTHS = {
+    **{name: np.dtype(name).itemsize for name in ("bool", "float16", "float32", "float64", "complex64", "complex128")},
+    **{f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+#: Those that only torch has.
+_TORCH_WIDTHS = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One tensor. ``name``: FLARE's id of it in its message. ``content``: its bytes, or None if they come apart."""
+
+    name: str
+    torch: bool
+    dtype: str
+    shape: tuple[int, ...]
+    content: bytes | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * width(self.dtype, self.torch)
+
+
+def width(dtype: str, torch: bool) -> int:
+    """Bytes of one value; 0 if tensors of that dtype can't be sent."""
+    return _WIDTHS.get(dtype, 0) or (_TORCH_WIDTHS.get(dtype, 0) if torch else 0)
+
+
+def describe(tensors: Mapping[str, Any]) -> list[Item]:
+    """The items of a message, without their content.
+
+    Raises:
+        TransferError: one is no plain dense tensor; FLARE's own path takes it.
+    """
+    return [_describe(name, tensor) for name, tensor in tensors.items()]
+
+
+def _describe(name: str, tensor: Any) -> Item:
+    if is_torch(tensor):
+        plain = str(tensor.layout) == "torch.strided" and tensor.device.type != "meta" and not tensor.is_quantized
+    else:
+        plain = type(tensor) is np.ndarray and tensor.dtype.isnative
+    if not plain or not width(dtype_name(tensor), is_torch(tensor)) or sys.byteorder != "little":
+        what = f"{type(tensor).__name__} of dtype {getattr(tensor, 'dtype', None)}"
+        raise TransferError(f"{name} is a {what}, which is no plain dense tensor")
+    return Item(name, is_torch(tensor), dtype_name(tensor), tuple(tensor.shape))
+
+
+def pack(items: list[Item]) -> bytes:
+    """For `unpack`."""
+    packed: bytes = msgpack.packb([[i.name, i.torch, i.dtype, list(i.shape), i.content] for i in items])
+    return packed
+
+
+def unpack(data: Any) -> list[Item]:
+    """The items that `pack` was given.
+
+    Raises:
+        ProtocolError: ``data`` is malformed.
+    """
+    if type(data) is not bytes:
+        raise ProtocolError(f"a manifest should be bytes, but is {type(data).__name__}")
+    try:
+        rows = msgpack.unpackb(data, max_array_len=MAX_ITEMS)
+        items = [_item(*row) for row in rows]
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"malformed manifest: {error}") from error
+    if len({item.name for item in items}) != len(items):
+        raise ProtocolError("malformed manifest: a name comes twice")
+    return items
+
+
+def _item(name: Any, torch: Any, dtype: Any, shape: Any, content: Any) -> Item:
+    if not (type(name) is type(dtype) is str and type(torch) is bool and type(shape) is list):
+        raise ValueError("an item's name and dtype are strings, its shape is a list")
+    if len(shape) > MAX_DIMENSIONS or any(type(n) is not int or not 0 <= n < 1 << 48 for n in shape):
+        raise ValueError(f"{name!r} has shape {shape}")
+    if not width(dtype, torch):
+        raise ValueError(f"{name!r} has dtype {dtype!r}")
+    item = Item(name, torch, dtype, tuple(shape), content)
+    if item.nbytes >= 1 << 48 or (content is None and not item.nbytes):
+        raise ValueError(f"{name!r} has {item.nbytes} bytes")
+    if content is not None and (type(content) is not bytes or len(content) != item.nbytes):
+        raise ValueError(f"{name!r} has other content than {item.nbytes} bytes")
+    return item

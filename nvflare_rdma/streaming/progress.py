@@ -1,0 +1,64 @@
+"""FLARE's progress callbacks for bytes that FLARE does not see pass."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from nvflare.fuel.f3.streaming.download_service import DownloadService
+
+from nvflare_rdma.streaming.pulling import Progress
+
+log = logging.getLogger(__name__)
+
+
+class DirectProgress:
+    """The receiver's: events of the direct part, then those with which FLARE ends the download, in one sequence."""
+
+    def __init__(self, ref_id: str, callback: Callable[..., None] | None) -> None:
+        self._ref_id = ref_id
+        self._callback = callback
+        self._sequence = 0
+        self._done = Progress(0, 0)
+
+    def moved(self, done: Progress) -> None:
+        """So much is here."""
+        self._done = done
+        self._tell("start" if not self._sequence else "active")
+
+    def finish(self, **event: Any) -> None:
+        """FLARE's own events, which know of no bytes."""
+        if event["state"] != "start":
+            self._tell(event["state"])
+
+    def _tell(self, state: str) -> None:
+        if self._callback is None:
+            return
+        self._sequence += 1
+        try:
+            self._callback(
+                ref_id=self._ref_id,
+                sequence=self._sequence,
+                bytes_done=self._done.nbytes,
+                items_done=self._done.items,
+                timestamp=time.time(),
+                state=state,
+            )
+        except Exception as error:  # noqa: BLE001 - somebody else's code, and no reason to lose the data
+            log.warning("the progress callback of %s failed: %s", self._ref_id, error)
+
+
+def source_progress(ref_id: str, receiver: str, nbytes: int, count: int) -> None:
+    """Tell FLARE's transaction what has arrived at a receiver: for its log line and the sender's callback.
+
+    FLARE counts what its messages carry, and offers no way to count anything else: this reaches into
+    `DownloadService`. `RdmaTransfer` has checked FLARE's version.
+    """
+    ref = DownloadService._ref_table.get(ref_id)
+    if ref is not None:
+        ref.mark_active()
+        ref.mark_receiver_active(receiver)
+        ref.tx.add_total_bytes(nbytes)
+        ref.emit_progress(receiver_id=receiver, bytes_delta=nbytes, items_delta=count)

@@ -1,0 +1,202 @@
+"""The sending half of a direct transfer: what the holder of tensors answers to those who come for them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nvflare_rdma.channel.bodies import BufferSource, Source
+from nvflare_rdma.channel.link import Link
+from nvflare_rdma.channel.outbox import Sending
+from nvflare_rdma.codecs.tensors import is_torch
+from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TransferError
+from nvflare_rdma.streaming import manifest
+from nvflare_rdma.streaming.arrays import to_bytes
+from nvflare_rdma.streaming.channels import DataChannels
+from nvflare_rdma.streaming.manifest import INLINE_BYTES, INLINE_TOTAL, Item
+
+log = logging.getLogger(__name__)
+
+#: Tensors that are offered and not over: enough that their receiver always has the next one to grant.
+_AHEAD = 64
+_SEND_TIMEOUT = 3600.0
+
+
+class TensorSource(Source):
+    """A tensor's bytes. One that lies on a GPU, or is not contiguous, is copied when its turn comes."""
+
+    def __init__(self, tensor: Any, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._tensor = tensor
+        self._lock = threading.Lock()
+        self._bytes: memoryview | None = None
+        self.ready = tensor.is_contiguous() and tensor.is_cpu if is_torch(tensor) else tensor.flags.c_contiguous
+
+    def read(self, offset: int, length: int) -> memoryview:
+        with self._lock:
+            if self._bytes is None:
+                self._bytes = to_bytes(self._tensor)
+        return self._bytes[offset : offset + length]
+
+
+class Service:
+    """For one message's tensors and all its receivers.
+
+    Args:
+        tensors: FLARE's item id -> tensor. Not changed.
+        channels: this process's; None when there are none (any more).
+        moved: told (receiver, bytes, tensors) of what has arrived there.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Any],
+        channels: Callable[[], DataChannels | None],
+        moved: Callable[[str, int, int], None] = lambda receiver, nbytes, count: None,
+    ) -> None:
+        self._tensors: dict[str, Any] | None = dict(tensors)
+        self._channels = channels
+        self._moved = moved
+        self._lock = threading.Lock()
+        self._items: list[Item] | None = None
+        self._sendings: dict[str, _Sender] = {}
+        self._served: set[str] = set()
+
+    def answer(self, request: Any, receiver: str) -> dict[str, Any]:
+        """What to say to a `pulling` receiver's request; ``refused`` has the reason if it can't be served directly."""
+        what = request.get("do") if isinstance(request, Mapping) else None
+        try:
+            match what:
+                case "describe":
+                    return self._describe(receiver)
+                case "send":
+                    return self._send(request, receiver)
+                case "report":
+                    sender = self._sendings.get(receiver)
+                    return {"failed": sender.failure if sender else "nothing is being sent"}
+                case "done":
+                    with self._lock:
+                        self._served.add(receiver)
+                        self._sendings.pop(receiver, None)
+                    return {}
+                case _:
+                    raise ProtocolError(f"unknown request {what!r}")
+        except (RdmaError, MemoryError) as error:
+            log.info("%s can't be served directly: %s", receiver, error)
+            return {"refused": str(error)}
+
+    def has_served(self, receiver: str) -> bool:
+        """Whether ``receiver`` has said that it has everything."""
+        with self._lock:
+            return receiver in self._served
+
+    def close(self) -> None:
+        """Stop sending and let go of the tensors."""
+        with self._lock:
+            senders, self._sendings, self._tensors = list(self._sendings.values()), {}, None
+        for sender in senders:
+            sender.stop("the sender has ended the transfer")
+
+    def _open(self) -> tuple[DataChannels, Mapping[str, Any]]:
+        channels, tensors = self._channels(), self._tensors
+        if channels is None or tensors is None:
+            raise TransferError("the sender has no data channels any more")
+        return channels, tensors
+
+    def _describe(self, receiver: str) -> dict[str, Any]:
+        channels, tensors = self._open()
+        with self._lock:
+            if self._items is None:
+                self._items = _with_content(manifest.describe(tensors), tensors)
+            packed = manifest.pack(self._items)
+        invitation, closed = None, ""
+        if channels.find(receiver) is None:
+            try:
+                invitation = channels.invite(receiver)
+            except FabricUnavailable as error:
+                closed = str(error)
+        return {"manifest": packed, "invitation": invitation, "closed": closed}
+
+    def _send(self, request: Mapping[str, Any], receiver: str) -> dict[str, Any]:
+        channels, tensors = self._open()
+        first, wanted, invitation = request.get("first"), request.get("items"), request.get("invitation")
+        if type(first) is not int or not 0 < first < 1 << 63 or not isinstance(wanted, list | tuple):
+            raise ProtocolError("malformed request to send")
+        items = self._items or []
+        if any(type(i) is not int or not 0 <= i < len(items) or items[i].content is not None for i in wanted):
+            raise ProtocolError("request to send what is not in the manifest")
+        if invitation is not None:
+            link = channels.dial(receiver, invitation)
+        elif (found := channels.find(receiver)) is not None:
+            link = found
+        else:
+            raise TransferError(f"there is no data channel to {receiver}")
+        parts = [(first + n, tensors[items[i].name], items[i].nbytes) for n, i in enumerate(wanted)]
+        sender = _Sender(link, parts, lambda nbytes: self._moved(receiver, nbytes, 1))
+        with self._lock:
+            previous, self._sendings[receiver] = self._sendings.get(receiver), sender
+        if previous is not None:
+            previous.stop("the receiver has asked again")
+        sender.start()
+        return {"sending": len(parts)}
+
+
+class _Sender(threading.Thread):
+    """Offers (label, tensor, bytes) one after the other. ``failure`` is "" while nothing went wrong."""
+
+    def __init__(self, link: Link, parts: list[tuple[int, Any, int]], moved: Callable[[int], None]) -> None:
+        super().__init__(name="rdma-offers", daemon=True)
+        self.failure = ""
+        self._link = link
+        self._parts = parts
+        self._moved = moved
+        self._open: deque[tuple[Sending, int]] = deque()
+        self._stopped = False
+
+    def run(self) -> None:
+        try:
+            for label, tensor, nbytes in self._parts:
+                if self._stopped:
+                    break
+                if len(self._open) >= _AHEAD:
+                    self._wait_for_one()
+                self._open.append((self._link.offer(TensorSource(tensor, nbytes), label), nbytes))
+            while self._open:
+                self._wait_for_one()
+        except RdmaError as error:
+            self.failure = self.failure or str(error)
+            self._withdraw(self.failure)
+        finally:
+            self._parts = []
+
+    def _wait_for_one(self) -> None:
+        sending, nbytes = self._open[0]
+        sending.wait(_SEND_TIMEOUT)
+        self._open.popleft()
+        self._moved(nbytes)
+
+    def stop(self, reason: str) -> None:
+        self._stopped, self.failure = True, reason
+        self._withdraw(reason)
+
+    def _withdraw(self, reason: str) -> None:
+        for sending, _ in list(self._open):
+            self._link.withdraw(sending, reason)
+
+
+def _with_content(items: list[Item], tensors: Mapping[str, Any]) -> list[Item]:
+    """The items, the small ones with their content."""
+    found, room = [], INLINE_TOTAL
+    for item in items:
+        if item.nbytes == 0 or item.nbytes <= min(INLINE_BYTES, room):
+            content = bytes(to_bytes(tensors[item.name])) if item.nbytes else b""
+            item = Item(item.name, item.torch, item.dtype, item.shape, content)
+            room -= item.nbytes
+        found.append(item)
+    return found
+
+
+__all__ = ["BufferSource", "Service", "TensorSource"]

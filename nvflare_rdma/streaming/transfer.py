@@ -1,0 +1,77 @@
+"""`RdmaTransfer`: the FLARE component that puts a job's tensors on data channels."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+from typing import Any
+from urllib.parse import urlparse
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_context import FLContext
+from nvflare.fuel.f3.cellnet.fqcn import FQCN
+from nvflare.fuel.f3.drivers.driver_params import DriverParams
+from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
+
+from nvflare_rdma.flare_compat import replace_decomposer, require_flare
+from nvflare_rdma.process import this_process
+from nvflare_rdma.streaming.channels import DataChannels
+from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, channels_of, set_channels, torch_decomposer
+
+_ANY_PORT = (0, 0)
+
+
+class RdmaTransfer(FLComponent):
+    """Moves torch tensors and numpy arrays of a job's messages directly between the processes that hold and want them,
+    from memory to memory. Add it to the server and to the clients of a job (`nvflare_rdma.recipe.add_transfer` does).
+
+    Where there is no direct way (a firewall, a peer without this package or component), they go on FLARE's own path,
+    and one log line says why.
+
+    Raises:
+        UnsupportedVersionError: when the run starts, unless FLARE is 2.9. ConfigError: a setting is wrong.
+    """
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """FLARE's hook: channels live as long as the run."""
+        if event_type == EventType.ABOUT_TO_START_RUN:
+            cell = fl_ctx.get_engine().get_cell()
+            if channels_of(cell) is None:
+                install(cell)
+        elif event_type == EventType.END_RUN:
+            cell = fl_ctx.get_engine().get_cell()
+            channels = channels_of(cell)
+            set_channels(cell, None)
+            if channels is not None:
+                channels.close()
+
+
+def install(cell: Any) -> DataChannels:
+    """Data channels for ``cell`` (a FLARE `Cell`), and decomposers that use them, from now on."""
+    require_flare("RdmaTransfer")
+    replace_decomposer(RdmaArrayDecomposer())
+    with contextlib.suppress(ImportError):  # a site without torch
+        replace_decomposer(torch_decomposer())
+    channels = open_channels(cell)
+    set_channels(cell, channels)
+    return channels
+
+
+def open_channels(cell: Any) -> DataChannels:
+    """As the cell's own connections are: with its certificates, if it has any."""
+    process, core = this_process(), cell.core_cell
+    name = core.get_fqcn()
+    ports = process.settings.rdma_data_ports
+    if ports == "auto":
+        ports = _ANY_PORT if FQCN.get_root(name) == FQCN.ROOT_SERVER else "none"
+    url = core.root_url[0] if isinstance(core.root_url, list) else core.root_url
+    host = urlparse(url or "").hostname or ""
+
+    def tls(server_side: bool) -> ssl.SSLContext | None:
+        if not core.secure:
+            return None
+        made: ssl.SSLContext = get_ssl_context({**core.credentials, DriverParams.SECURE.value: True}, server_side)
+        return made
+
+    return DataChannels(name, process, tls, host, None if isinstance(ports, str) else ports)
