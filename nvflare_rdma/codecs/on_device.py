@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nvflare_rdma.codecs.base import Array, Bytes, Codec, FixedSizeCodec
 from nvflare_rdma.codecs.fourbit import DoubleQuantized
@@ -27,7 +28,6 @@ from nvflare_rdma.errors import CodecError
 
 PIECE = 1 << 20  # values, a multiple of every block size; 4 MiB of float32
 
-Tensor = torch.Tensor
 #: A piece's float32 values and the codec's tables -> the piece's parts, flat or in rows of a block.
 Run = Callable[..., dict[str, Tensor]]
 
