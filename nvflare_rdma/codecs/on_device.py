@@ -202,8 +202,9 @@ def _mean(absmax: Tensor, product: Tensor, squares: Tensor) -> Tensor:
 def _int2(values: Tensor) -> dict[str, Tensor]:
     negative, above, absmax, weak, count, large, total, product = _few_levels(values, (5, 4))
     best = _mean(absmax, total + 2 * product, count + 8 * large)
-    # No value may decode to more than the largest one, where there are any with the larger level.
-    limit = (absmax / torch.full_like(absmax, 3)).clamp_(max=float(largest_scale(3)))
+    # No value may decode to more than the largest one, where there are any with the larger level. The largest float32
+    # is a multiple of 3, so three times the limit is always finite.
+    limit = absmax / torch.full_like(absmax, 3)
     scales = torch.where(large > 0, torch.minimum(best, limit), best).masked_fill_(weak, 0)
     code = torch.where(negative, 1 - above, 2 + above).masked_fill_(weak[:, None], 0)
     code.view(-1)[values.numel() :] = 0
