@@ -107,7 +107,7 @@ def _pieces(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
             piece = flat[start:stop]
         else:  # reshape would copy all of it
             piece = tensor[torch.unravel_index(torch.arange(start, stop, device=tensor.device), tensor.shape)]
-        yield start, piece.resolve_neg()
+        yield start, piece
 
 
 def _blocks(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
