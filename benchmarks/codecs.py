@@ -8,6 +8,10 @@ repeat all codecs have their turn, so that a noisy moment hits all of them. With
 CPU, so that other processes on the machine count less; with two they are seconds on the clock. References are
 measured on fewer tensors, since most are slow, and each tensor as a whole. Extra memory is what the peak RSS grows
 beyond input and output.
+
+Where torch has a CUDA device, the same tensors are encoded there as well, each as a whole, beside what it takes to copy
+them to the CPU and encode them with one core; seconds on the clock until the codes are in CPU memory. The codes must be
+equal.
 """
 
 from __future__ import annotations
@@ -195,6 +199,50 @@ def measure_references(model: list[np.ndarray], repeats: int, core: int) -> Rate
     return rates
 
 
+def report_cuda(model: list[np.ndarray], repeats: int) -> None:
+    """Rates of encoding tensors where they are, on the first CUDA device, or a line that says why there are none."""
+    try:
+        import torch
+    except ImportError:
+        print("CUDA: not run: no torch")
+        return
+    if not torch.cuda.is_available():
+        print("CUDA: not run: no CUDA device")
+        return
+    from nvflare_rdma.codecs.on_device import can_encode_on_device, encode_on_device
+    from nvflare_rdma.codecs.tensors import to_array
+
+    def on_cpu(codec: Codec, tensor: torch.Tensor) -> np.ndarray:
+        values = to_array(tensor)
+        encoded = np.empty(codec.encoded_nbytes(values.size), np.uint8)
+        return encoded[: codec.encode_into(values, encoded)]
+
+    print(f"CUDA: {torch.cuda.get_device_name(0)}")
+    print(f"{'':16} {'encode there':>12} {'copy, encode':>12} {'extra':>13}  codes")
+    tensors = [torch.from_numpy(t).to("cuda:0") for t in model]
+    nbytes = sum(t.nbytes for t in model)
+    for name in CODEC_NAMES:
+        codec = get_codec(name)
+        if not can_encode_on_device(codec):
+            continue
+        equal = all(np.array_equal(encode_on_device(codec, t), on_cpu(codec, t)) for t in tensors)
+        torch.cuda.reset_peak_memory_stats()
+        before, rates = torch.cuda.memory_allocated(), {}
+        for encode in (encode_on_device, on_cpu):
+            seconds = []
+            for _ in range(repeats):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for tensor in tensors:
+                    encode(codec, tensor)
+                torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+            rates[encode] = nbytes / statistics.median(seconds) / 1e9
+        extra = (torch.cuda.max_memory_allocated() - before) / MIB
+        there, copied = rates[encode_on_device], rates[on_cpu]
+        print(f"{name:16} {there:12.2f} {copied:12.2f} {extra:9.1f} MiB  {'equal' if equal else 'NOT EQUAL'}")
+
+
 def torch_int8(values):  # type: ignore[no-untyped-def]
     import torch
 
@@ -270,6 +318,8 @@ def main() -> None:
     )
     measured = measure_codecs(Work(model), arguments.repeats, cores)
     few = tensors(arguments.reference_mib)
+    report_cuda(model, arguments.repeats)
+    print()
     report(*measured, measure_references(few, arguments.repeats, cores[0]))
 
 

@@ -73,7 +73,7 @@ def read_policies(path: Path) -> dict[str, Policy]:
             ModelQuantizer (``quantization_type``, ``policy``).
 
     Raises:
-        ConfigError: no such file, no JSON, or no ModelQuantizer in it.
+        ConfigError: no such file, no JSON, sections that are not as FLARE has them, or no ModelQuantizer in it.
     """
     files = sorted(p for name in _SIDES for p in path.rglob(name)) if path.is_dir() else [path]
     found: dict[str, dict[str, Any]] = {}
@@ -83,7 +83,7 @@ def read_policies(path: Path) -> dict[str, Policy]:
             raise ConfigError(f"{file} is not a JSON object: give a job's config or {{'quantization_type': ...}}")
         if "quantization_type" in config:
             found["both directions"] = config
-        for args in _quantizers(config):
+        for args in _quantizers(file, config):
             where = _SIDES.get(file.name, file.name)
             app = "" if len(files) <= len(_SIDES) else f" ({file.parent.parent.name})"
             found[where + app] = args
@@ -97,12 +97,28 @@ def read_policies(path: Path) -> dict[str, Policy]:
     }
 
 
-def _quantizers(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _quantizers(file: Path, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The arguments of each ModelQuantizer in a job's config."""
     for section in ("task_data_filters", "task_result_filters"):
-        for chain in config.get(section) or ():
-            for entry in chain.get("filters") or ():
+        for i, chain in enumerate(_expect(list, config.get(section), file, section)):
+            where = f"{section}[{i}]"
+            filters = _expect(dict, chain, file, where).get("filters")
+            for j, entry in enumerate(_expect(list, filters, file, f"{where}.filters")):
+                key = f"{where}.filters[{j}]"
+                entry = _expect(dict, entry, file, key)
                 if str(entry.get("path") or entry.get("name")).endswith("ModelQuantizer"):
-                    yield entry.get("args") or {}
+                    yield _expect(dict, entry.get("args"), file, f"{key}.args")
+
+
+def _expect(kind: type[Any], value: Any, file: Path, key: str) -> Any:
+    """`value`, if it is of the `kind` (dict or list) that FLARE's config has at `key`. Null stands for an empty one,
+    except among others in a list."""
+    if value is None and not key.endswith("]"):
+        return kind()
+    if isinstance(value, kind):
+        return value
+    expected = "an object" if kind is dict else "a list of objects"
+    raise ConfigError(f"{file}: {key} is {value!r}; {expected} is expected")
 
 
 def read_model(path: Path) -> list[Tensor]:

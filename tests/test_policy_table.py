@@ -183,6 +183,42 @@ def test_bad_files_are_errors_that_name_them(show, tmp_path, capsys):
         assert err.startswith("nvflare-rdma policy: ")
 
 
+QUANTIZER = "nvflare_rdma.filters.ModelQuantizer"
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "found", "expected"),
+    [
+        ({"task_data_filters": "none"}, "task_data_filters", "'none'", "a list"),
+        ({"task_result_filters": {"filters": []}}, "task_result_filters", "{'filters': []}", "a list"),
+        ({"task_data_filters": [{}, 5]}, "task_data_filters[1]", "5", "an object"),
+        ({"task_data_filters": [[]]}, "task_data_filters[0]", "[]", "an object"),
+        ({"task_data_filters": [{"filters": [None]}]}, "task_data_filters[0].filters[0]", "None", "an object"),
+        ({"task_data_filters": [{"filters": 0}]}, "task_data_filters[0].filters", "0", "a list"),
+        ({"task_data_filters": [{"filters": [QUANTIZER]}]}, "task_data_filters[0].filters[0]", QUANTIZER, "an object"),
+        (
+            {"task_result_filters": [{"filters": [{}, {"path": QUANTIZER, "args": ["int8"]}]}]},
+            "task_result_filters[0].filters[1].args", "['int8']", "an object",
+        ),
+    ],
+)  # fmt: skip
+def test_sections_that_are_not_as_flare_has_them(show, tmp_path, config, key, found, expected):
+    code, out, err = show(config)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"nvflare-rdma policy: {tmp_path / 'policy.json'}: {key} is ")
+    assert found in err
+    assert f"{expected} " in err.split("; ")[-1]
+    assert len(err.splitlines()) == 1
+
+
+def test_sections_that_are_left_empty_are_none(show):
+    quantizer = {"path": QUANTIZER, "args": None}
+    config = {"task_data_filters": None, "task_result_filters": [{"filters": None}, {"filters": [quantizer]}]}
+    code, out, _ = show(config)
+    assert code == 0
+    assert "float16" in out
+
+
 def test_a_folder_without_a_job_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"no config_fed_server\.json or config_fed_client\.json"):
         read_policies(tmp_path)

@@ -137,6 +137,24 @@ class DoubleQuantized(FixedSizeCodec):
         self._refuse_overflow(parts, src.dtype)
         return out.size
 
+    def encode_scales(self, absmax: Float32, parts: Parts, dtype: Any) -> None:
+        """Fill in all `parts` but the codes, as `encode_into` does it.
+
+        Args:
+            absmax: the inner codec's scales of all blocks, finite. Used up.
+            parts: of the whole, see `parts`.
+            dtype: numpy's of the values: float32, float16, or uint16 for bfloat16.
+
+        Raises:
+            UnrepresentableError: values so large that a scale could be rounded up to infinity.
+        """
+        total, step = 0.0, TILE // self.block_size
+        for start in range(0, absmax.size, step):  # sums of the same runs as above, so that the bits are the same
+            total += float(absmax[start : start + step].sum(dtype=np.float64))
+        parts["offset"][:] = np.float32(total / max(absmax.size, 1))
+        self._nest(absmax, parts)
+        self._refuse_overflow(parts, dtype)
+
     def _refuse_overflow(self, parts: Parts, dtype: Any) -> None:
         """Scales may be rounded up: no value of a 16-bit type may become infinite by that."""
         largest = _INFINITE_FROM.get(dtype)
@@ -165,11 +183,17 @@ class DoubleQuantized(FixedSizeCodec):
             self._encode_run(values, self._slice(parts, start, start + values.size))
 
     def _encode_run(self, values: Float32, parts: Parts) -> None:
-        from nvflare_rdma.codecs.kernels import blockwise, fourbit
+        from nvflare_rdma.codecs.kernels import fourbit
 
         absmax = scratch("scales", np.float32, parts["scales"].size)
         if not fourbit.encode(values, self.inner.middles, self.inner.order, absmax, parts["codes"]):
             self._refuse_not_finite()
+        self._nest(absmax, parts)
+
+    def _nest(self, absmax: Float32, parts: Parts) -> None:
+        """Encode scales less the offset, which is in `parts` already. `absmax` is used up."""
+        from nvflare_rdma.codecs.kernels import blockwise
+
         absmax -= parts["offset"]
         blockwise.encode(absmax, _NESTED_BLOCK, self.nested.nearest, parts["nested_scales"], parts["scales"])
         self._decode_scales(parts, absmax)

@@ -1,4 +1,4 @@
-"""The code tables, computed from their published definitions."""
+"""The code tables, computed from their published definitions, and the largest scales that go with them."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,3 +88,12 @@ def ternary_by_byte() -> NDArray[np.float32]:
     digits = np.arange(256)[:, np.newaxis] // 3 ** np.arange(5) % 3
     values: NDArray[np.float32] = (digits - 1).astype(np.float32)
     return values.reshape(-1)
+
+
+def largest_scale(level: int) -> np.float32:
+    """The largest float32 whose product with `level` is finite: a scale rounded up could give an infinity."""
+    with np.errstate(over="ignore"):
+        scale = np.float32(np.finfo(np.float32).max / level)
+        while np.isinf(np.multiply(scale, np.float32(level))):
+            scale = np.nextafter(scale, np.float32(0))
+    return scale

@@ -13,7 +13,7 @@ from nvflare_rdma.codecs.base import Array
 
 FLOAT_NAMES = ("float32", "float16", "bfloat16")
 _BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
-_NUMPY: dict[str, Any] = {
+NUMPY_DTYPES: dict[str, Any] = {  # uint16 stands for bfloat16
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),
@@ -24,6 +24,11 @@ def is_torch(value: Any) -> bool:
     """Whether `value` is a torch tensor; doesn't import torch to find out."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
+
+
+def is_on_gpu(value: Any) -> bool:
+    """Whether `value` is a torch tensor in the memory of a CUDA device (AMD's too, in torch's ROCm builds)."""
+    return is_torch(value) and value.device.type == "cuda"
 
 
 def is_tensor(value: Any) -> bool:
@@ -80,7 +85,7 @@ def to_flat(value: Any) -> Array:
 
 def new_flat(name: str, n: int) -> Array:
     """Uninitialised memory for `n` values of the dtype called `name` (uint16 for bfloat16)."""
-    flat: Array = np.empty(n, _NUMPY[name])
+    flat: Array = np.empty(n, NUMPY_DTYPES[name])
     return flat
 
 

@@ -19,6 +19,7 @@ from nvflare_rdma.codecs.tensors import (
     float_bits,
     identity,
     is_encodable,
+    is_on_gpu,
     is_tensor,
     is_torch,
     to_array,
@@ -31,7 +32,8 @@ EXACT = "bool"  # the source_datatype that makes FLARE's dequantizer skip a tens
 MIXED = "mixed"  # the algorithm of a message whose tensors name their codecs themselves
 MIB = 1 << 20
 
-Encode = Callable[[str, Codec, Array], Array]
+#: A tensor's name, its codec and the tensor -> the encoded bytes that count, uint8, in CPU memory.
+Encode = Callable[[str, Codec, Any], Array]
 
 
 @dataclass
@@ -66,8 +68,15 @@ class EncodedParams:
         )
 
 
-def encode_whole(name: str, codec: Codec, values: Array) -> Array:
-    """Encode `values` (of any shape) on their own: nothing is known of earlier messages."""
+def encode_whole(name: str, codec: Codec, value: Any) -> Array:
+    """Encode a tensor (of any shape) on its own: nothing is known of earlier messages. If it is in a GPU's memory, that
+    does it, with the same result, and only the codes come to the CPU."""
+    if is_on_gpu(value):
+        from nvflare_rdma.codecs.on_device import can_encode_on_device, encode_on_device
+
+        if can_encode_on_device(codec):
+            return encode_on_device(codec, value)
+    values = to_array(value)
     encoded = np.empty(codec.encoded_nbytes(values.size), np.uint8)
     return encoded[: codec.encode_into(values, encoded)]
 
@@ -134,7 +143,7 @@ def _encode_one(
 ) -> str | None:
     """Put `value`'s codes into `flat` and `result`, or return why it has to travel exact, if that is worth telling."""
     try:
-        encoded = encode(name, codec, to_array(value))
+        encoded = encode(name, codec, value)
     except UnrepresentableError as error:
         return str(error)
     if not isinstance(codec, FixedSizeCodec) and encoded.nbytes >= value.nbytes:

@@ -29,7 +29,8 @@ class ModelQuantizer(QuantFilter):
     """Sends model weights in few bits; drop-in for `nvflare.app_opt.pt.quantization.quantizer.ModelQuantizer`.
 
     Works on WEIGHTS and WEIGHT_DIFF DXOs, also inside COLLECTIONs and with dicts in the data, with numpy arrays and
-    torch tensors, on a CPU. The metadata is FLARE's for FLARE's types, so the receiver may have FLARE's own
+    torch tensors, on a CPU. Tensors on a CUDA device are encoded there, to the same codes, unless error feedback,
+    delta or stochastic rounding is on. The metadata is FLARE's for FLARE's types, so the receiver may have FLARE's own
     ModelDequantizer, unless `delta` or a policy with several codecs is used. What it was given is never changed.
 
     Tensors that the type can't carry travel exact: integers, booleans, float64, empty ones, those that would not get

@@ -11,6 +11,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare_rdma.codecs import Codec
 from nvflare_rdma.codecs.base import Array
 from nvflare_rdma.codecs.policy import Policy
+from nvflare_rdma.codecs.tensors import to_array
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.filters.bases import Base, bases_of, held_by_peer, server_holds
 from nvflare_rdma.filters.correction import Corrected, encode_corrected
@@ -121,7 +122,8 @@ class Sender:
         lacking: dict[str, Any] = {}
         based: set[str] = set()
 
-        def encode(name: str, codec: Codec, values: Array) -> Array:
+        def encode(name: str, codec: Codec, value: Any) -> Array:
+            values = to_array(value)
             if codec.name == "lossless":
                 arrived[name] = values.flatten()
                 return encode_whole(name, codec, values)

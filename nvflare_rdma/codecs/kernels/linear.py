@@ -24,22 +24,12 @@ from nvflare_rdma.codecs.kernels.jit import (
     truncated,
     uint8_out,
 )
+from nvflare_rdma.codecs.tables import largest_scale
 
 _WEAK = np.float32(2.0**-100)
 _ROUND = np.float32(1.5 * 2.0**23)  # a float32 with this added and taken away again is rounded to an integer
 _ZERO = np.float32(0)
-
-
-def _largest_scale(level: int) -> Any:
-    """The largest float32 whose product with `level` is finite: a scale rounded up could give an infinity."""
-    scale = np.float32(np.finfo(np.float32).max / level)
-    while np.isinf(np.multiply(scale, np.float32(level))):
-        scale = np.nextafter(scale, np.float32(0))
-    return scale
-
-
-with np.errstate(over="ignore"):
-    _LARGEST_3, _LARGEST_127, _LARGEST_448 = _largest_scale(3), _largest_scale(127), _largest_scale(448)
+_LARGEST_3, _LARGEST_127, _LARGEST_448 = largest_scale(3), largest_scale(127), largest_scale(448)
 
 
 @kernel(boolean(float32, size, float32_out, int8_out))
