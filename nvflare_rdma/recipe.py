@@ -77,6 +77,39 @@ def add_quantization(
         job.to(out, site, filter_type=FilterType.TASK_RESULT, tasks=names)
 
 
+def add_transfer(target: Any) -> None:
+    """Move tensors and arrays directly between the processes that hold and want them: add `RdmaTransfer` to the server
+    and to every site of a recipe or job. Call it once, after the recipe has been made.
+
+    Args:
+        target: a FLARE `Recipe`, or a `FedJob`; in a FedJob with client apps per site, every site gets the component.
+
+    Raises:
+        ConfigError: a target that is neither recipe nor job, or one that has the component already. Nothing has been
+            added then.
+    """
+    from nvflare.job_config.api import FedJob
+    from nvflare.recipe.spec import Recipe
+
+    from nvflare_rdma.streaming import RdmaTransfer
+
+    if not isinstance(target, Recipe | FedJob):
+        raise ConfigError(f"a transfer can be added to a FLARE Recipe or FedJob, but not to {type(target).__name__}")
+    job = target if isinstance(target, FedJob) else target._job
+    apps = _apps(job)
+    for site, app in apps.items():
+        if any(isinstance(component, RdmaTransfer) for component in app.app_config.components.values()):
+            raise ConfigError(f"the job already has RdmaTransfer for '{site}': add it once")
+    job.set_app_packages(sorted({*job.job.app_packages, "nvflare_rdma"}))
+    sites = [site for site in apps if site not in (_SERVER, _ALL_SITES)]
+    job.to_server(RdmaTransfer(), id="rdma_transfer")
+    if sites:
+        for site in sites:
+            job.to(RdmaTransfer(), site, id="rdma_transfer")
+    else:
+        job.to_clients(RdmaTransfer(), id="rdma_transfer")
+
+
 def _apps(job: Any) -> dict[str, Any]:
     """The apps of a FedJob by site. FLARE has no public list of them."""
     from nvflare_rdma.flare_compat import require_flare

@@ -43,6 +43,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--error-feedback", action="store_true", help="add what a message lost to the next one")
     parser.add_argument("--delta", action="store_true", help="send the sites what has changed, not the whole model")
     parser.add_argument("--driver", choices=DRIVERS, default="rdma", help="what they travel over")
+    parser.add_argument("--direct", action="store_true", help="tensors go directly from process to process")
     parser.add_argument("--rounds", type=_positive, default=5)
     parser.add_argument("--sites", type=_positive, default=3)
     parser.add_argument("--steps", type=_positive, default=16, help="training steps a site takes a round")
@@ -102,6 +103,10 @@ def build(args: argparse.Namespace) -> FedAvgRecipe:
     recipe.add_client_config({"tensor_download_chunk_size": DOWNLOAD_CHUNK_BYTES})
     recipe._job.to_server(HeldOutLoss(args.width, args.layers), id="held_out_loss")
     add_traffic_recorder(recipe)
+    if args.direct:
+        from nvflare_rdma.recipe import add_transfer
+
+        add_transfer(recipe)
     if args.quantize != "none":
         from nvflare_rdma.recipe import add_quantization
 
@@ -165,8 +170,8 @@ def _environment(args: argparse.Namespace, progress: Path) -> Iterator[None]:
     # A FLARE job finds this package installed; run from a source tree it is found by this path.
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(HERE.parents[1]), before.get("PYTHONPATH")) if p)
     os.environ.setdefault("NVFLARE_STREAMING_CHUNK_SIZE", str(FRAME_BYTES))
-    if args.driver == "rdma":
-        # All processes are on one host, where the driver could use shared memory, which no kernel counter sees.
+    if args.driver == "rdma" or args.direct:
+        # All processes are on one host, where they could use shared memory, which no kernel counter sees.
         os.environ.setdefault("NVFLARE_RDMA_FABRICS", "tcp")
     try:
         yield

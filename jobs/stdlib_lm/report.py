@@ -109,5 +109,5 @@ def write_plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 def title(results: dict[str, Any]) -> str:
     """Short name of a run."""
-    options = [f", {name.replace('_', ' ')}" for name in ("error_feedback", "delta") if results.get(name)]
+    options = [f", {name.replace('_', ' ')}" for name in ("error_feedback", "delta", "direct") if results.get(name)]
     return f"{results['quantize']}{''.join(options)} over {results['driver']}"

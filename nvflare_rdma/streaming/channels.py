@@ -70,6 +70,7 @@ class DataChannels:
         self._context: LinkContext = replace(process.context, limits=limits)
         self._fabric = process.tcp()
         self._lock = threading.Lock()
+        self._known = threading.Condition(self._lock)
         self._door: Door | None = None
         self._pending = Pending()
         self._tickets: dict[bytes, tuple[str, float]] = {}
@@ -127,9 +128,11 @@ class DataChannels:
 
     # -- channels ------------------------------------------------------------------------------------------
 
-    def find(self, peer: str) -> Link | None:
-        """The channel to ``peer``, if there is one."""
-        with self._lock:
+    def find(self, peer: str, wait: float = 0.0) -> Link | None:
+        """The channel to ``peer``, if there is one within ``wait`` seconds: who has dialled may want to use it a moment
+        before the other side knows of it."""
+        with self._known:
+            self._known.wait_for(lambda: peer in self._links or self._closed, wait)
             return self._links.get(peer)
 
     def dial(self, peer: str, invitation: Any) -> Link:
@@ -173,6 +176,7 @@ class DataChannels:
         with self._lock:
             if not self._closed:
                 self._links[peer] = link
+                self._known.notify_all()
                 return link
         link.close(0.0)
         raise FabricError(f"{self.name} is ending")
@@ -210,6 +214,7 @@ class DataChannels:
         """End all channels and close the door. Idempotent."""
         with self._lock:
             self._closed = True
+            self._known.notify_all()
             door, self._door = self._door, None
             links = list(self._links.values())
         self._pending.close()

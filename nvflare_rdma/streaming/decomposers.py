@@ -14,8 +14,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import threading
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,9 +27,9 @@ from nvflare.fuel.utils.fobs.datum import Datum
 
 from nvflare_rdma.errors import RdmaError, TransferError
 from nvflare_rdma.streaming.arrays import TensorMemory
-from nvflare_rdma.streaming.channels import DataChannels
 from nvflare_rdma.streaming.progress import DirectProgress, source_progress
 from nvflare_rdma.streaming.pulling import AbortedError, pull
+from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.serving import Service
 
 log = logging.getLogger(__name__)
@@ -41,24 +39,7 @@ REF_PREFIX = "rdma1-"
 #: Where requests and answers are in the state that FLARE's download messages carry.
 STATE_KEY = "nvflare_rdma"
 
-_channels: weakref.WeakKeyDictionary[Any, DataChannels] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
 memory = TensorMemory()
-
-
-def set_channels(cell: Any, channels: DataChannels | None) -> None:
-    """What tensors of ``cell`` (a FLARE `Cell`) move over from now on; None for FLARE's own path."""
-    with _lock:
-        if channels is None:
-            _channels.pop(cell, None)
-        else:
-            _channels[cell] = channels
-
-
-def channels_of(cell: Any) -> DataChannels | None:
-    """What `set_channels` has set."""
-    with _lock:
-        return _channels.get(cell)
 
 
 class _Served:
@@ -66,7 +47,7 @@ class _Served:
 
     def serve(self, tensors: Mapping[str, Any], cell: Any) -> None:
         self._ref_id = ""
-        self._service = Service(tensors, functools.partial(channels_of, cell), self._moved)
+        self._service = Service(tensors, functools.partial(registry.of, cell), self._moved)
 
     def set_transaction(self, tx_id: str, ref_id: str) -> None:
         super().set_transaction(tx_id, ref_id)  # type: ignore[misc]
@@ -130,7 +111,7 @@ class DirectDecomposer:
         **others: Any,
     ) -> tuple[str | None, Any]:
         """As FLARE's: (error, items by id)."""
-        channels = channels_of(cell)
+        channels = registry.of(cell)
         rest = {"secure": secure, "optional": optional, "abort_signal": abort_signal}
         common = {"from_fqcn": from_fqcn, "ref_id": ref_id, "per_request_timeout": per_request_timeout, "cell": cell}
         own = functools.partial(super().download, **common, **rest, **others)  # type: ignore[misc]

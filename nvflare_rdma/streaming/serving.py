@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nvflare_rdma.channel.bodies import BufferSource, Source
+from nvflare_rdma.channel.bodies import Source
+from nvflare_rdma.channel.door import GREETING_TIMEOUT
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.outbox import Sending
 from nvflare_rdma.codecs.tensors import is_torch
@@ -130,7 +131,7 @@ class Service:
             raise ProtocolError("request to send what is not in the manifest")
         if invitation is not None:
             link = channels.dial(receiver, invitation)
-        elif (found := channels.find(receiver)) is not None:
+        elif (found := channels.find(receiver, GREETING_TIMEOUT)) is not None:
             link = found
         else:
             raise TransferError(f"there is no data channel to {receiver}")
@@ -199,4 +200,4 @@ def _with_content(items: list[Item], tensors: Mapping[str, Any]) -> list[Item]:
     return found
 
 
-__all__ = ["BufferSource", "Service", "TensorSource"]
+__all__ = ["Service", "TensorSource"]

@@ -17,7 +17,8 @@ from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 from nvflare_rdma.flare_compat import replace_decomposer, require_flare
 from nvflare_rdma.process import this_process
 from nvflare_rdma.streaming.channels import DataChannels
-from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, channels_of, set_channels, torch_decomposer
+from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
+from nvflare_rdma.streaming.registry import registry
 
 _ANY_PORT = (0, 0)
 
@@ -35,33 +36,25 @@ class RdmaTransfer(FLComponent):
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """FLARE's hook: channels live as long as the run."""
-        if event_type == EventType.ABOUT_TO_START_RUN:
-            cell = fl_ctx.get_engine().get_cell()
-            if channels_of(cell) is None:
-                install(cell)
+        if event_type == EventType.START_RUN:
+            install()
         elif event_type == EventType.END_RUN:
-            cell = fl_ctx.get_engine().get_cell()
-            channels = channels_of(cell)
-            set_channels(cell, None)
-            if channels is not None:
-                channels.close()
+            registry.stop()
 
 
-def install(cell: Any) -> DataChannels:
-    """Data channels for ``cell`` (a FLARE `Cell`), and decomposers that use them, from now on."""
+def install() -> None:
+    """From now on FLARE's tensors and arrays move over data channels, until `registry.stop`."""
     require_flare("RdmaTransfer")
+    this_process()  # a wrong setting is said now
     replace_decomposer(RdmaArrayDecomposer())
     with contextlib.suppress(ImportError):  # a site without torch
         replace_decomposer(torch_decomposer())
-    channels = open_channels(cell)
-    set_channels(cell, channels)
-    return channels
+    registry.start(open_channels)
 
 
 def open_channels(cell: Any) -> DataChannels:
     """As the cell's own connections are: with its certificates, if it has any."""
-    process, core = this_process(), cell.core_cell
-    name = core.get_fqcn()
+    process, core, name = this_process(), cell.core_cell, cell.get_fqcn()
     ports = process.settings.rdma_data_ports
     if ports == "auto":
         ports = _ANY_PORT if FQCN.get_root(name) == FQCN.ROOT_SERVER else "none"

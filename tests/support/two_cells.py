@@ -1,0 +1,160 @@
+"""Two FLARE cells that send each other tensors: two_cells.py FOLDER. What happened is in FOLDER/results.json.
+
+One process, as FLARE's own tests have it; the bytes still go through sockets or shared memory.
+"""
+
+import json
+import logging
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+from nvflare.apis.signal import Signal
+from nvflare.app_opt.pt.decomposers import TensorDecomposer
+from nvflare.fuel.f3.cellnet.cell import Cell
+from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
+from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
+from nvflare.fuel.utils import fobs
+from nvflare.fuel.utils.fobs import FOBSContextKey
+from processes import free_port
+from waiting import eventually
+
+from nvflare_rdma.streaming.registry import registry
+from nvflare_rdma.streaming.transfer import install
+
+MODEL = {
+    **{f"w{i}": torch.randn(500, 1000) for i in range(5)},
+    "bfloat16": torch.randn(300, 300).bfloat16(),
+    "scalar": torch.tensor(5.0),
+    "empty": torch.empty(0, 4),
+    "array": np.arange(500_000),
+    "half": np.ones((3, 5), np.float16),
+}
+
+
+def same(got: dict) -> bool:
+    def equal(a, b) -> bool:
+        if type(a) is not type(b) or a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return bool(torch.equal(a, b) if isinstance(a, torch.Tensor) else np.array_equal(a, b))
+
+    return got.keys() == MODEL.keys() and all(equal(got[name], MODEL[name]) for name in MODEL)
+
+
+class Lines(logging.Handler):
+    """What this package has logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def take(self) -> list[str]:
+        taken, self.lines = self.lines, []
+        return taken
+
+
+class Pair:
+    def __init__(self) -> None:
+        url = f"tcp://127.0.0.1:{free_port()}"
+        self.server = Cell("server", url, secure=False, credentials={})
+        self.site = Cell("site-1", url, secure=False, credentials={})
+        for cell in (self.server, self.site):
+            cell.start()
+        eventually(lambda: self.site.core_cell.is_cell_connected("server"))
+        self.got: dict = {}
+        self.done: list = []
+        self.finished = threading.Event()
+        self.server.register_request_cb(channel="test", topic="get", cb=lambda request: self.reply({"model": MODEL}))
+        self.server.register_request_cb(channel="test", topic="put", cb=self.put)
+        self.server.update_fobs_context({FOBSContextKey.DOWNLOAD_COMPLETE_CB: self.complete})
+
+    @staticmethod
+    def reply(payload: dict):
+        return make_reply(ReturnCode.OK, "", payload)
+
+    def put(self, request):
+        return self.reply({"same": same(request.payload["model"])})
+
+    def complete(self, tx_id: str, status: str, objects: list) -> None:
+        self.done.append([status, len(objects)])
+        self.finished.set()
+
+    def get(self, abort: Signal | None = None) -> dict:
+        self.finished.clear()
+        reply = self.site.send_request(
+            channel="test",
+            topic="get",
+            target="server",
+            request=new_cell_message({}, {}),
+            timeout=60.0,
+            abort_signal=abort,
+        )
+        result = {"code": reply.get_header(MessageHeaderKey.RETURN_CODE)}
+        if isinstance(reply.payload, dict):
+            result["same"] = same(reply.payload["model"])
+            result["finished"] = self.finished.wait(30.0) and self.done[-1]
+        return result
+
+    def send(self) -> dict:
+        request = new_cell_message({}, {"model": MODEL})
+        reply = self.site.send_request(channel="test", topic="put", target="server", request=request, timeout=60.0)
+        return reply.payload
+
+
+def main() -> None:
+    fobs.register(TensorDecomposer)
+    lines = Lines()
+    logging.getLogger("nvflare_rdma").addHandler(lines)
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+    pair, results = Pair(), {}
+    install()
+    theirs, own = registry.of(pair.server), registry.of(pair.site)
+
+    events: list[dict] = []
+    pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: lambda **event: events.append(event)})
+    results["down"] = {**pair.get(), "log": lines.take()}
+    results["progress"] = [
+        {key: event[key] for key in ("transfer_id", "sequence", "bytes_done", "items_done", "state")}
+        for event in events
+    ]
+    pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: None})
+    results["again"] = {**pair.get(), "log": lines.take()}
+    results["up"] = {**pair.send(), "log": lines.take()}
+
+    abort = Signal()
+    props = {FOBSContextKey.STREAM_PROGRESS_CB: lambda **event: abort.trigger("the job was aborted")}
+    pair.site.update_fobs_context(props)
+    try:
+        results["aborted"] = pair.get(abort)
+    except RuntimeError as error:
+        results["aborted"] = {"error": str(error)}
+    pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: None})
+
+    registry.set(pair.site, None)
+    results["a receiver without this package"] = {**pair.get(), "log": lines.take()}
+    registry.set(pair.site, own)
+    registry.set(pair.server, None)
+    results["a sender that has ended its channels"] = {**pair.get(), "log": lines.take()}
+    registry.set(pair.server, theirs)
+    registry.stop()
+    os.environ["NVFLARE_RDMA_DATA_PORTS"] = "none"
+    install()
+    results["no door on either side"] = {**pair.get(), "log": lines.take()}
+
+    (Path(sys.argv[1]) / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:  # noqa: BLE001 - it is shown
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # FLARE's threads would hold the process
