@@ -1,0 +1,244 @@
+"""A state dict from a server to a client and back: FLARE's own tensor path, over its tcp and grpc, beside ours.
+
+    python benchmarks/state_dict.py [--mib 1024] [--rounds 5] [--only tcp,grpc,tcp+best,direct-shm,direct-tcp]
+
+Two processes with a FLARE cell each and 255 float32 tensors in the shapes of Llama-3.2-1B's layers, scaled.
+``down``: the client asks, and the clock runs until it has all tensors of the answer. ``up``: it sends the model, and
+the clock runs until the server's answer, which it gives when it has all of it, and has compared it. FLARE's messages go
+over its tcp driver in every configuration but grpc; ``direct`` has `RdmaTransfer`'s data channels, held to one fabric. ``+best``: FLARE's streaming
+window at 16 MiB and a malloc that keeps freed memory.
+
+Every round starts a fresh pair of processes for every configuration in turn. A pair moves the model twice each way: the
+second transfer is what the table shows, the first one, which meets cold memory, is noted beside it. Peak RSS is what
+VmHWM grew by from the idle, connected process (the server's model is there already) over all four. CPU and page faults
+are of the second transfer, of both processes. The tensors that arrive are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+from measuring import (
+    BEST_ENVIRONMENT,
+    MIB,
+    Meter,
+    Peer,
+    command_line,
+    free_port,
+    machine,
+    obey,
+    versions,
+    wait_until,
+)
+from rich.console import Console
+from rich.table import Table
+
+CONFIGURATIONS = ("tcp", "grpc", "tcp+best", "direct-shm", "direct-tcp")
+TIMEOUT = 300.0
+LAYERS = 28  # and 9 tensors each, and three more: 255
+console = Console(width=150)
+
+
+def make_model(mib: int) -> dict[str, Any]:
+    """255 tensors of about ``mib`` MiB in all: Llama's projections, norms, embedding and head, narrower."""
+    import torch
+
+    width = 64
+    while sum(_count(width)) * 4 < mib * MIB:
+        width += 8
+    torch.manual_seed(0)
+    shapes = dict(zip(_names(), _shapes(width), strict=True))
+    return {name: torch.rand(shape) for name, shape in shapes.items()}
+
+
+def _names() -> list[str]:
+    parts = ("q", "k", "v", "o", "gate", "up", "down", "input_norm", "post_norm")
+    return [f"layers.{i}.{part}" for i in range(LAYERS) for part in parts] + ["embed", "norm", "head"]
+
+
+def _shapes(width: int) -> list[tuple[int, ...]]:
+    w = width
+    layer = [(w, w), (w // 4, w), (w // 4, w), (w, w), (4 * w, w), (4 * w, w), (w, 4 * w), (w,), (w,)]
+    return [*(shape for _ in range(LAYERS) for shape in layer), (8 * w, w), (w,), (8 * w, w)]
+
+
+def _count(width: int) -> list[int]:
+    counts = []
+    for shape in _shapes(width):
+        count = 1
+        for n in shape:
+            count *= n
+        counts.append(count)
+    return counts
+
+
+class Side:
+    """The server holds the model, the client fetches it and sends it back."""
+
+    def __init__(self, role: str, url: str, mib: int, direct: bool) -> None:
+        from nvflare.app_opt.pt.decomposers import TensorDecomposer
+        from nvflare.fuel.f3.cellnet.cell import Cell
+        from nvflare.fuel.utils import fobs
+
+        fobs.register(TensorDecomposer)
+        self._is_server = role == "server"
+        self._model: dict[str, Any] = make_model(mib) if self._is_server else {}
+        self._name = "server" if self._is_server else "site-1"
+        self._cell = Cell(fqcn=self._name, root_url=url, secure=False, credentials={})
+        self._cell.register_request_cb(channel="bench", topic="get", cb=self._give)
+        self._cell.register_request_cb(channel="bench", topic="put", cb=self._take)
+        self._cell.start()
+        if direct:
+            from nvflare_rdma.streaming.transfer import install
+
+            install()
+        if not self._is_server:
+            wait_until(lambda: self._cell.core_cell.is_cell_connected("server"), f"a connection over {url}")
+        self._meter = Meter()
+
+    def _give(self, request: Any) -> Any:
+        return self._reply({"model": self._model})
+
+    def _take(self, request: Any) -> Any:
+        import torch
+
+        got = request.payload["model"]
+        equal = got.keys() == self._model.keys() and all(torch.equal(got[name], self._model[name]) for name in got)
+        return self._reply({"equal": equal})
+
+    @staticmethod
+    def _reply(payload: dict[str, Any]) -> Any:
+        from nvflare.fuel.f3.cellnet.defs import ReturnCode
+        from nvflare.fuel.f3.cellnet.utils import make_reply
+
+        return make_reply(ReturnCode.OK, "", payload)
+
+    def _request(self, topic: str, payload: dict[str, Any]) -> Any:
+        from nvflare.fuel.f3.cellnet.utils import new_cell_message
+
+        request = new_cell_message({}, payload)
+        return self._cell.send_request(
+            channel="bench", topic=topic, target="server", request=request, timeout=TIMEOUT
+        ).payload
+
+    def idle(self) -> dict[str, Any]:
+        self._meter = Meter()
+        return {}
+
+    def lap(self) -> dict[str, Any]:
+        self._meter.lap()
+        return {}
+
+    def used(self) -> dict[str, Any]:
+        return self._meter.read()
+
+    def down(self) -> dict[str, Any]:
+        self._model = {}  # the last one; a site has trained it, and loads the next
+        start = time.perf_counter()
+        self._model = self._request("get", {})["model"]
+        return {"seconds": time.perf_counter() - start}
+
+    def up(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        equal = self._request("put", {"model": self._model})["equal"]
+        return {"seconds": time.perf_counter() - start, "equal": equal}
+
+    def serve(self) -> None:
+        obey({name: getattr(self, name) for name in ("idle", "lap", "used", "down", "up")})
+        self._cell.stop()
+
+
+def environment(configuration: str) -> dict[str, str]:
+    base, _, best = configuration.partition("+")
+    chosen = {"NVFLARE_RDMA_FABRICS": base.removeprefix("direct-")} if base.startswith("direct") else {}
+    return chosen | (BEST_ENVIRONMENT if best else {})
+
+
+def run_pair(configuration: str, mib: int) -> dict[str, dict[str, float]]:
+    """``down`` and ``up``: the second transfer, with the first one's seconds."""
+    direct = configuration.startswith("direct")
+    scheme = "grpc" if configuration.startswith("grpc") else "tcp"
+    arguments = [f"{scheme}://127.0.0.1:{free_port()}", str(mib), str(int(direct))]
+    peers = [Peer(["--peer", role, *arguments], environment(configuration), __file__) for role in ("server", "client")]
+    server, client = peers
+    try:
+        for peer in peers:
+            peer.answer()
+        for peer in peers:
+            peer.ask("idle")
+        found: dict[str, dict[str, float]] = {}
+        for _ in range(2):
+            for way in ("down", "up"):
+                for peer in peers:
+                    peer.ask("lap")
+                moved = client.ask(way)
+                if not moved.get("equal", True):
+                    raise SystemExit(f"{configuration}: what came back differs from what was sent")
+                used = {"server": server.ask("used"), "client": client.ask("used")}
+                first = found[way]["seconds"] if way in found else 0.0
+                found[way] = {"seconds": moved["seconds"], "first": first}
+                found[way] |= {f"{side}_{key}": u[key] for side, u in used.items() for key in ("cpu", "rss", "faults")}
+        return found
+    finally:
+        for peer in peers:
+            peer.close()
+
+
+def show(runs: dict[str, list[dict[str, dict[str, float]]]], mib: int) -> None:
+    title = f"{mib} MiB, medians of {len(next(iter(runs.values())))} rounds"
+    table = Table(title=title, title_justify="left")
+    headings = ("", "way", "s", "GB/s", "x tcp", "x grpc", "first s", "CPU s server", "client")
+    for heading in (*headings, "faults k server", "client", "peak RSS MiB server", "client"):
+        table.add_column(heading, justify="left" if heading in ("", "way") else "right")
+    medians = {
+        (name, way): {key: statistics.median(run[way][key] for run in found) for key in found[0][way]}
+        for way in ("down", "up")
+        for name, found in runs.items()
+    }
+    for (name, way), m in medians.items():
+        to = [
+            f"{medians[other, way]['seconds'] / m['seconds']:.2f}" if (other, way) in medians else "-"
+            for other in ("tcp", "grpc")
+        ]
+        table.add_row(
+            name,
+            way,
+            f"{m['seconds']:.3f}",
+            f"{mib * MIB / m['seconds'] / 1e9:.2f}",
+            *to,
+            f"{m['first']:.3f}",
+            *(f"{m[side + '_cpu']:.2f}" for side in ("server", "client")),
+            *(f"{m[side + '_faults'] / 1000:.0f}" for side in ("server", "client")),
+            *(f"{m[side + '_rss'] / MIB:.0f}" for side in ("server", "client")),
+        )
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mib", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default=",".join(CONFIGURATIONS), help="of " + ",".join(CONFIGURATIONS))
+    parser.add_argument("--peer", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peer:
+        role, url, mib, direct = args.peer
+        Side(role, url, int(mib), direct == "1").serve()
+        return
+    asked = [name for name in args.only.split(",") if name]
+    if unknown := [name for name in asked if name not in CONFIGURATIONS]:
+        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
+    console.print(f"$ {command_line()}\n{machine()}", highlight=False)
+    console.print(versions("nvflare", "nvflare-rdma", "torch", "grpcio"), highlight=False)
+    runs: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in asked}
+    for _ in range(args.rounds):
+        for name in asked:
+            runs[name].append(run_pair(name, args.mib))
+    show(runs, args.mib)
+
+
+if __name__ == "__main__":
+    main()
