@@ -5,8 +5,8 @@
 Two processes with a FLARE cell each and 255 float32 tensors in the shapes of Llama-3.2-1B's layers, scaled.
 ``down``: the client asks, and the clock runs until it has all tensors of the answer. ``up``: it sends the model, and
 the clock runs until the server's answer, which it gives when it has all of it, and has compared it. FLARE's messages go
-over its tcp driver in every configuration but grpc; ``direct`` has `RdmaTransfer`'s data channels, held to one fabric. ``+best``: FLARE's streaming
-window at 16 MiB and a malloc that keeps freed memory.
+over its tcp driver in every configuration but grpc; ``direct`` has `RdmaTransfer`'s data channels, held to one fabric.
+``+best``: FLARE's streaming window at 16 MiB and a malloc that keeps freed memory.
 
 Every round starts a fresh pair of processes for every configuration in turn. A pair moves the model twice each way: the
 second transfer is what the table shows, the first one, which meets cold memory, is noted beside it. Peak RSS is what
