@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from nvflare.apis.dxo import DXO, MetaKey
+from nvflare.apis.dxo import DXO, DataKind, MetaKey
 from nvflare.apis.event_type import EventType
 from nvflare.apis.filter import FilterChainType, FilterContextKey
 from nvflare.apis.fl_constant import FLContextKey
@@ -77,6 +77,7 @@ class ModelQuantizer(QuantFilter):
         self.stochastic_rounding = stochastic_rounding
         self._sender = Sender(parsed, error_feedback, delta, stochastic_rounding)
         self._checked: set[FilterPoint] = set()
+        self._warned = False
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Learn from FLARE's events what became of the messages."""
@@ -111,6 +112,14 @@ class ModelQuantizer(QuantFilter):
         if dxo.get_meta_prop(QUANTIZED_FLAG):
             self.log_info(fl_ctx, "Already quantized, nothing to do")
             return None
+        if self.error_feedback and not self.delta and dxo.data_kind == DataKind.WEIGHTS and not self._warned:
+            self._warned = True
+            self.log_warning(
+                fl_ctx,
+                "error_feedback on whole WEIGHTS makes each round's model worse than without it: set delta=true as "
+                "well, or leave out error_feedback",
+                fire_event=False,
+            )
         point = FilterPoint.of(self, shareable, fl_ctx)
         root = shareable.get_header(ReservedHeaderKey.MSG_ROOT_ID) or ""
         seed = _seed(root, shareable, fl_ctx)

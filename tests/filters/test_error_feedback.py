@@ -291,3 +291,16 @@ def test_a_result_that_comes_while_the_next_message_is_encoded_changes_nothing_i
     got = decoded(stream.encode(w))
     for name in w:
         np.testing.assert_array_equal(got[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "delta", "warned"),
+    [(DataKind.WEIGHTS, False, True), (DataKind.WEIGHTS, True, False), (DataKind.WEIGHT_DIFF, False, False)],
+)
+def test_whole_weights_without_differences_are_warned_of_once(job, caplog, kind, delta, warned):
+    quantizer = ModelQuantizer("int8", error_feedback=True, delta=delta)
+    stream = job(quantizer)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            stream.send({"w": torch.randn(4096)}, kind)
+    assert caplog.text.count("set delta=true") == int(warned)
