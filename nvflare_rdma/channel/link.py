@@ -305,6 +305,11 @@ class Link:
 
     # -- receiving -----------------------------------------------------------------------------------------
 
+    @property
+    def usable(self) -> bool:
+        """Whether it is not about to end; for a link that was opened."""
+        return self._failure is None and not self._closing
+
     def incoming(self) -> dict[int, tuple[int, int]]:
         """Messages that are being received: transfer -> (bytes landed, bytes in all)."""
         with self._lock:
