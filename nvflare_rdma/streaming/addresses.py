@@ -15,9 +15,10 @@ MAX_ADDRESSES = 16
 def parse_invitation(invitation: Any) -> tuple[list[str], int, bytes]:
     """Hosts, port and ticket of what a peer's `DataChannels.invite` made. Raises ProtocolError."""
     match invitation:
-        case {"hosts": [*hosts], "port": int(port), "ticket": bytes(ticket)} if (
+        case {"hosts": [*hosts], "port": port, "ticket": bytes(ticket)} if (
             len(hosts) <= MAX_ADDRESSES
             and all(type(host) is str for host in hosts)
+            and type(port) is int
             and 0 < port < 65536
             and len(ticket) == TICKET_BYTES
         ):

@@ -174,7 +174,7 @@ class DataChannels:
                 break
             try:
                 link = self._dial((host, port), ticket, peer, min(left, _ADDRESS_SECONDS))
-            except (OSError, RdmaError) as error:
+            except (OSError, RdmaError, ValueError) as error:  # ValueError: what can't be a host's name
                 failures.append(f"{host}:{port}: {error}")
                 continue
             threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
