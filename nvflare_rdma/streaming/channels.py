@@ -15,6 +15,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -78,6 +79,8 @@ class DataChannels:
         self._tickets: dict[bytes, tuple[str, float]] = {}
         #: Peer -> its channels, the newest last. An older one lives on: a transfer may still use it.
         self._links: dict[str, list[Link]] = {}
+        #: Peer -> how many of its tickets came whose channel is not there yet.
+        self._opening: Counter[str] = Counter()
         self._sinks: dict[tuple[str, int], Sink] = {}
         self._closed = False
 
@@ -124,11 +127,21 @@ class DataChannels:
             ticket = _read(stream, TICKET_BYTES, GREETING_TIMEOUT)
         with self._lock:
             peer, expires = self._tickets.pop(ticket, ("", 0.0))
+            self._opening[peer] += 1
+        try:
+            link = self._admit(sock, stream, peer, expires)
+        finally:
+            with self._opened:
+                self._opening[peer] -= 1
+                self._opened.notify_all()
+        self._run(link, peer)
+
+    def _admit(self, sock: socket.socket, stream: ControlStream, peer: str, expires: float) -> Link:
         if time.monotonic() > expires:
             stream.close()
             raise ProtocolError("its ticket is unknown, used or expired")
         stream.send(stream.protect([_WELCOME]))
-        self._run(self._open(Role.PASSIVE, sock, stream, self._fabric, peer), peer)
+        return self._open(Role.PASSIVE, sock, stream, self._fabric, peer)
 
     def _secure(self, server_side: bool) -> ssl.SSLContext | None:
         try:
@@ -146,10 +159,11 @@ class DataChannels:
     def _find(self, peer: str) -> Link | None:
         return next((link for link in reversed(self._links.get(peer, [])) if link.usable), None)
 
-    def wait_for(self, peer: str, timeout: float) -> Link | None:
-        """The channel to ``peer``, which may be dialling; None if there is none in ``timeout`` seconds."""
+    def await_open(self, peer: str) -> Link | None:
+        """As `find`, but if ``peer`` has dialled, this side's end may still be opening: then after that."""
         with self._opened:
-            return self._opened.wait_for(lambda: self._find(peer), timeout)
+            self._opened.wait_for(lambda: self._find(peer) or not self._opening[peer], GREETING_TIMEOUT)
+            return self._find(peer)
 
     def arriving(self, peer: str) -> int:
         """Bytes that are here of messages that ``peer`` has not finished: more of them, or fewer, show that data

@@ -33,8 +33,6 @@ REPORT_SECONDS = 2.0
 _LOOK_SECONDS = 0.2
 #: In which nothing at all comes over the channel, and nobody says why: longer than a message may wait for memory.
 STALL_SECONDS = 120.0
-#: In which a peer that has dialled is in.
-_OPENING_SECONDS = 10.0
 #: In a row, of which nothing came.
 ATTEMPTS = 3
 
@@ -174,7 +172,7 @@ class _Pull:
         try:
             self._asked = True
             self._ask({"do": "send", "first": first, "items": list(missing), "invitation": invitation})
-            if invitation is not None and self._channels.wait_for(self._peer, _OPENING_SECONDS) is None:
+            if invitation is not None and self._channels.await_open(self._peer) is None:
                 return "the channel that the peer has dialled did not open"
             self._wait(landings)
         finally:

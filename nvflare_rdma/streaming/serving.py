@@ -144,7 +144,7 @@ class Service:
             raise ProtocolError("request to send the same twice")
         if invitation is not None:
             link = channels.dial(receiver, invitation)
-        elif (found := channels.find(receiver)) is not None:
+        elif (found := channels.await_open(receiver)) is not None:
             link = found
         else:
             raise TransferError(f"there is no data channel to {receiver}")
@@ -211,7 +211,7 @@ class _Sender(threading.Thread):
     def stop(self, reason: str) -> None:
         """Withdraw what is not over. The first reason counts."""
         with self._lock:
-            self._failure = self._failure or reason
+            self._failure = reason = self._failure or reason
             open_now = list(self._open)
         for sending, _ in open_now:
             self._link.withdraw(sending, reason)

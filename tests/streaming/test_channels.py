@@ -11,12 +11,13 @@ import threading
 import pytest
 from bodies import TestSink
 from certificates import Authority
-from data_channels import descriptors
+from data_channels import cells, descriptors
 from link_process import tls_context
-from tcp_pair import DEADLINE, in_parallel
+from tcp_pair import DEADLINE
 from waiting import eventually
 
 from nvflare_rdma.channel.bodies import BufferSource
+from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, TransferError
 from nvflare_rdma.streaming import channels as channels_module
@@ -28,7 +29,7 @@ SIZE = 300_000
 def join(server, client):
     """The client dials; both ends of the channel."""
     near = client.dial(server.name, server.invite(client.name))
-    far = server.wait_for(client.name, DEADLINE)
+    far = server.await_open(client.name)
     assert far is not None
     assert client.find(server.name) is near
     return near, far
@@ -259,15 +260,24 @@ def test_a_channel_that_is_replaced_goes_on(cell):
     assert_moves(old, client, server)
 
 
-def test_a_side_waits_for_who_is_dialling(cell):
-    server, client = cell("server"), cell("site-1", ports=None)
-    invitation, found = server.invite("site-1"), queue.SimpleQueue()
-    assert server.wait_for("site-1", 0.0) is None
-    in_parallel(
-        lambda: found.put(server.wait_for("site-1", DEADLINE)),
-        lambda: client.dial("server", invitation),
-    )
-    assert found.get() is server.find("site-1")
+def test_a_side_waits_for_who_has_dialled(cell, monkeypatch):
+    server, client, found = cell("server"), cell("site-1", ports=None), queue.SimpleQueue()
+    invitation, opened, open_link = server.invite("site-1"), threading.Event(), Link.open
+
+    def slow(link: Link) -> None:
+        open_link(link)
+        if "server -" in link.name:
+            assert opened.wait(DEADLINE)
+
+    monkeypatch.setattr(Link, "open", slow)
+    assert server.await_open("site-1") is None  # at once: it has not dialled
+    client.dial("server", invitation)
+    assert server.find("site-1") is None
+    waiting = threading.Thread(target=lambda: found.put(server.await_open("site-1")), daemon=True)
+    waiting.start()
+    opened.set()
+    assert found.get(timeout=DEADLINE) is server.find("site-1") is not None
+    waiting.join(DEADLINE)
 
 
 # -- the end -----------------------------------------------------------------------------------------------
@@ -290,8 +300,9 @@ def test_a_guest_that_says_nothing_is_dropped(cell, monkeypatch, caplog):
 
 
 def test_closing_frees_everything_at_once_and_for_good(cell, authorities):
-    join(cell("server-0"), cell("site-0"))[0].close()  # what is made once and kept
-    before, threads = descriptors(), threading.active_count()
+    with cells() as warm_up:  # what is made once and kept
+        join(warm_up("server-0"), warm_up("site-0"))
+    before, threads = descriptors(), set(threading.enumerate())
     for tls in (None, authorities[0]):
         kinds = {} if tls is None else {"tls": tls}
         server, client, third = cell("server", **kinds), cell("site-1", **kinds), cell("site-2", **kinds)
@@ -316,7 +327,7 @@ def test_closing_frees_everything_at_once_and_for_good(cell, authorities):
         third.close()
         with socket.create_server(("127.0.0.1", invitation["port"])):
             pass  # the port is free
-        eventually(lambda: threading.active_count() == threads, DEADLINE)
+        eventually(lambda: set(threading.enumerate()) <= threads, DEADLINE)
         eventually(lambda: descriptors() == before, DEADLINE)
 
 
