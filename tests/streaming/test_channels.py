@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import queue
 import socket
 import threading
@@ -24,6 +23,7 @@ from nvflare_rdma.streaming import channels as channels_module
 from nvflare_rdma.streaming.addresses import MAX_ADDRESSES, TICKET_BYTES, own_hosts, parse_invitation
 
 SIZE = 300_000
+FOR_EVER = 600.0
 
 
 def join(server, client):
@@ -299,7 +299,8 @@ def test_a_guest_that_says_nothing_is_dropped(cell, monkeypatch, caplog):
     join(server, client)
 
 
-def test_closing_frees_everything_at_once_and_for_good(cell, authorities):
+def test_closing_frees_everything_at_once_and_for_good(cell, authorities, monkeypatch):
+    monkeypatch.setattr(channels_module, "GREETING_TIMEOUT", FOR_EVER)
     with cells() as warm_up:  # what is made once and kept
         join(warm_up("server-0"), warm_up("site-0"))
     before, threads = descriptors(), set(threading.enumerate())
@@ -331,8 +332,9 @@ def test_closing_frees_everything_at_once_and_for_good(cell, authorities):
         eventually(lambda: descriptors() == before, DEADLINE)
 
 
-def test_closing_ends_a_dialling_that_waits(cell, caplog):
-    caplog.set_level(logging.DEBUG)
+def test_closing_ends_a_dialling_that_waits(cell, monkeypatch):
+    monkeypatch.setattr(channels_module, "_ADDRESS_SECONDS", FOR_EVER)
+    monkeypatch.setattr(channels_module, "DIAL_SECONDS", FOR_EVER)
     client, errors = cell("site-1"), queue.Queue()
 
     def try_to_dial() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import logging
 import threading
@@ -24,6 +23,7 @@ from nvflare_rdma.streaming.pulling import AbortedError, pull
 from nvflare_rdma.streaming.serving import Service
 
 LARGE = INLINE_BYTES + 1  # values, so that it is no small tensor whatever its dtype
+SEND = {"do": "send", "first": 1, "items": [0], "invitation": None}
 
 
 def new(nbytes: int) -> memoryview:
@@ -257,6 +257,16 @@ def test_a_channel_that_its_dialler_saw_open_first_is_waited_for(dialler, direct
     assert it.requests == ["describe", "send", "done"]
 
 
+@pytest.mark.parametrize("blind", ["receiver", "sender"])
+def test_one_side_may_not_have_noticed_that_the_channel_is_gone(blind, direct, cell):
+    it, site = direct(large(3)), cell("site-1", ports=None)
+    it.pull(site)
+    lost = it.channels.find("site-1") if blind == "receiver" else site.find("server")
+    lost._failure = "the peer closed the connection"
+    assert_equal(it.pull(site), large(3))
+    assert lost not in (it.channels.find("site-1"), site.find("server"))
+
+
 # -- when things break -------------------------------------------------------------------------------------
 
 
@@ -309,7 +319,7 @@ def test_a_sender_whose_channels_are_closed_refuses(direct, cell):
         it.pull(site, progress=it.once_some_are_here(it.channels.close))
 
 
-def test_aborted(direct, cell):
+def test_aborted(direct, cell, caplog):
     it, site = direct(large(200)), cell("site-1")
     stop = threading.Event()
     with pytest.raises(AbortedError, match="the transfer from server was aborted"):
@@ -318,6 +328,7 @@ def test_aborted(direct, cell):
     eventually(lambda: not it.senders, DEADLINE)  # it does not go on
     eventually(lambda: not it.channels.find("site-1")._outbox._messages, DEADLINE)
     assert not it.service.has_served("site-1")
+    assert not [line for line in caplog.records if line.levelno >= logging.ERROR]  # not one for each tensor
     assert_equal(it.pull(site), large(200))  # over the same channel
 
 
@@ -375,6 +386,38 @@ def test_a_new_request_ends_the_one_before(direct, cell):
     assert answer == {"sending": 5}
     eventually(lambda: "nothing expected as 77" in it.ask("site-1")({"do": "report"})["failed"], DEADLINE)
     assert_equal(it.pull(site), large(5))
+
+
+def test_an_end_that_comes_while_a_request_is_answered(direct, cell):
+    it, site = direct(large(1)), cell("site-1")
+    it.ask("site-1")({"do": "describe"})
+    it.channels.dial("site-1", site.invite("server"))
+    link = it.channels.find("site-1")
+    it.channels.await_open = lambda peer: it.service.close() or link
+    assert "the sender has ended the transfer" in it.ask("site-1")(SEND)["refused"]
+    assert not it.senders
+
+
+def test_an_end_that_comes_while_a_tensor_is_offered(direct, cell):
+    """It is in nobody's hands in that moment."""
+    it, site = direct(large(1)), cell("site-1")
+    it.ask("site-1")({"do": "describe"})
+    link = it.channels.dial("site-1", site.invite("server"))
+    offer, withdraw, sendings, withdrawn = link.offer, link.withdraw, [], []
+
+    def offered(*args):
+        sendings.append(offer(*args))
+        it.service.close()
+        return sendings[0]
+
+    def withdrew(sending, reason: str) -> None:
+        withdrawn.append((sending, reason))
+        withdraw(sending, reason)
+
+    link.offer, link.withdraw = offered, withdrew
+    assert it.ask("site-1")(SEND) == {"sending": 1}
+    eventually(lambda: not it.senders, DEADLINE)
+    assert withdrawn[0] == (sendings[0], "the sender has ended the transfer")
 
 
 # -- hostile -----------------------------------------------------------------------------------------------
@@ -436,9 +479,6 @@ def test_a_tensor_that_this_side_has_not_is_told_before_all_is_forgotten(direct,
         with pytest.raises(ProtocolError, match=r"x can't be made of uint8 .* maximum dimension"):
             pull(site, "server", answer, new)
     assert not it.service.has_served("site-1")
-
-
-SEND = {"do": "send", "first": 1, "items": [0], "invitation": None}
 
 
 @pytest.mark.parametrize(
@@ -515,17 +555,14 @@ def test_memory_is_used_again_when_nobody_holds_the_tensors(make, direct, cell):
     assert address(first) != address(second)  # it is held
     part, where = first[10:20], address(first)
     del first
-    gc.collect()
     third = it.pull(site, allocate=memory.take)["x"]
     assert address(third) != where  # a part of it is
     del part
-    gc.collect()
     eventually(lambda: memory.idle_bytes, DEADLINE)
     fourth = it.pull(site, allocate=memory.take)["x"]
     assert address(fourth) == where
     assert_equal({"x": second, "y": third, "z": fourth}, dict.fromkeys("xyz", make(100_000)))
     del second, third, fourth
-    gc.collect()
     eventually(lambda: memory.used_bytes == 0, DEADLINE)
 
 
@@ -537,5 +574,4 @@ def test_what_a_transfer_that_failed_had_is_not_used_while_it_lands(direct, cell
         it.pull(site, allocate=memory.take, aborted=stop.is_set, progress=it.once_some_are_here(stop.set))
     for _ in range(3):
         assert_equal(it.pull(site, allocate=memory.take), large(200))
-    gc.collect()
     eventually(lambda: memory.used_bytes == 0, DEADLINE)

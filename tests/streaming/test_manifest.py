@@ -60,6 +60,7 @@ def but(**fields) -> list:
     [
         5,
         None,
+        {},
         {"x": 1},
         [5],
         ["abcde"],
