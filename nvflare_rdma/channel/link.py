@@ -305,6 +305,11 @@ class Link:
 
     # -- receiving -----------------------------------------------------------------------------------------
 
+    @property
+    def usable(self) -> bool:
+        """Whether it is not about to end; for a link that was opened."""
+        return self._failure is None and not self._closing
+
     def incoming(self) -> dict[int, tuple[int, int]]:
         """Messages that are being received: transfer -> (bytes landed, bytes in all)."""
         with self._lock:
@@ -447,7 +452,8 @@ class Link:
             case events.MessageSent(transfer):
                 self._outbox.finish(transfer, "")
             case events.SendFailed(transfer, reason):
-                level = logging.ERROR if self._core.state is Phase.OPEN else logging.DEBUG
+                told = self._outbox.is_offered(transfer) or self._core.state is not Phase.OPEN
+                level = logging.DEBUG if told else logging.ERROR  # who offers many tells of them once
                 log.log(level, "%s: message %d was not delivered: %s", self.name, transfer, reason)
                 self._outbox.finish(transfer, reason)
             case events.PeerLeft(reason):

@@ -26,6 +26,8 @@ class Sending:
     """Bytes that the peer has not granted yet."""
     reads: int = 0
     """Writes that may still read the message: until there is none it is not the caller's again."""
+    offered: bool = False
+    """By `Link.offer`."""
     over: bool = False
     failure: str = ""
 
@@ -72,6 +74,11 @@ class Outbox:
         entry = self._messages.get(transfer)
         return self._checked or self._sealer is not None or (entry is not None and not entry[0].ready)
 
+    def is_offered(self, transfer: int) -> bool:
+        """Whether it came by `Link.offer`."""
+        entry = self._messages.get(transfer)
+        return entry is not None and entry[1].offered
+
     def wait_for_room(self, length: int, inline: bool, timeout: float) -> bool:
         """Wait once, or not at all if ``length`` bytes fit; False when that woke up and has to look again.
 
@@ -90,7 +97,7 @@ class Outbox:
 
     def add(self, transfer: int, message: Source, windowed: bool = True) -> Sending:
         """``windowed``: what of it waits to be granted counts for `wait_for_room`."""
-        sending = Sending(self._room, transfer, message.nbytes if windowed else 0)
+        sending = Sending(self._room, transfer, message.nbytes if windowed else 0, offered=not windowed)
         self._messages[transfer] = (message, sending)
         self.waiting += sending.waiting
         return sending

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nvflare_rdma.codecs.tensors import is_torch
+from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.fabric.memory import SlotPool
 from nvflare_rdma.streaming.manifest import Item
 
@@ -46,7 +47,18 @@ def to_bytes(tensor: Any) -> memoryview:
 
 
 def from_bytes(item: Item, memory: memoryview) -> Any:
-    """The tensor whose values are in ``memory``, which it keeps."""
+    """The tensor whose values are in ``memory``, which it keeps.
+
+    Raises:
+        ProtocolError: this side's numpy or torch has no such tensors.
+    """
+    try:
+        return _from_bytes(item, memory)
+    except Exception as error:  # what they raise is of all sorts
+        raise ProtocolError(f"{item.name} can't be made of {item.dtype} and {item.shape}: {error}") from error
+
+
+def _from_bytes(item: Item, memory: memoryview) -> Any:
     if not item.torch:
         return np.frombuffer(memory, np.dtype(item.dtype)).reshape(item.shape)
     import torch

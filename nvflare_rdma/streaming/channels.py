@@ -15,6 +15,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,16 +28,18 @@ from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError
-from nvflare_rdma.fabric.interfaces import addresses_of
 from nvflare_rdma.fabric.tcp import TcpFabric
 from nvflare_rdma.process import Process
+from nvflare_rdma.streaming.addresses import TICKET_BYTES, is_loopback, listen, own_hosts, parse_invitation
 
 log = logging.getLogger(__name__)
 
-TICKET_BYTES = 32
 TICKET_SECONDS = 120.0
 MAX_TICKETS = 4096
-MAX_ADDRESSES = 16
+#: For all addresses of a peer together; the last one that is tried may take an `_ADDRESS_SECONDS` longer, and what is
+#: reached has the handshake's deadline besides.
+DIAL_SECONDS = 20.0
+_ADDRESS_SECONDS = 5.0
 _WELCOME = b"\x01"
 _MAX_TENSOR_BYTES = 1 << 48
 
@@ -70,11 +73,14 @@ class DataChannels:
         self._context: LinkContext = replace(process.context, limits=limits)
         self._fabric = process.tcp()
         self._lock = threading.Lock()
-        self._known = threading.Condition(self._lock)
+        self._opened = threading.Condition(self._lock)
         self._door: Door | None = None
         self._pending = Pending()
         self._tickets: dict[bytes, tuple[str, float]] = {}
-        self._links: dict[str, Link] = {}
+        #: Peer -> its channels, the newest last. An older one lives on: a transfer may still use it.
+        self._links: dict[str, list[Link]] = {}
+        #: Peer -> how many of its tickets came whose channel is not there yet.
+        self._opening: Counter[str] = Counter()
         self._sinks: dict[tuple[str, int], Sink] = {}
         self._closed = False
 
@@ -106,9 +112,9 @@ class DataChannels:
             if self._door is None:
                 assert self._ports is not None
                 try:
-                    tls = self._tls(True)
+                    tls = self._secure(True)
                     listener = listen("127.0.0.1" if is_loopback(self._server_host) else "", self._ports)
-                except (OSError, RuntimeError) as error:
+                except OSError as error:
                     raise FabricUnavailable(f"{self.name} can't listen for data: {error}") from error
                 self._door = Door(listener, tls, self._fabric, self._welcome, f"{self.name}'s data port")
                 threading.Thread(target=self._door.serve, name="rdma-data-door", daemon=True).start()
@@ -117,23 +123,54 @@ class DataChannels:
 
     def _welcome(self, sock: socket.socket, stream: ControlStream) -> None:
         """A peer that has dialled: serves it until it goes."""
-        ticket = _read(stream, TICKET_BYTES)
+        with self._pending.hold(sock):
+            ticket = _read(stream, TICKET_BYTES, GREETING_TIMEOUT)
         with self._lock:
             peer, expires = self._tickets.pop(ticket, ("", 0.0))
+            self._opening[peer] += 1
+        try:
+            link = self._admit(sock, stream, peer, expires)
+        finally:
+            with self._opened:
+                self._opening[peer] -= 1
+                self._opened.notify_all()
+        self._run(link, peer)
+
+    def _admit(self, sock: socket.socket, stream: ControlStream, peer: str, expires: float) -> Link:
         if time.monotonic() > expires:
             stream.close()
             raise ProtocolError("its ticket is unknown, used or expired")
         stream.send(stream.protect([_WELCOME]))
-        self._run(self._open(Role.PASSIVE, sock, stream, self._fabric, peer), peer)
+        return self._open(Role.PASSIVE, sock, stream, self._fabric, peer)
+
+    def _secure(self, server_side: bool) -> ssl.SSLContext | None:
+        try:
+            return self._tls(server_side)
+        except Exception as error:  # FLARE's code, which raises what it likes about a wrong file
+            raise FabricUnavailable(f"{self.name} can't use its certificates: {error}") from error
 
     # -- channels ------------------------------------------------------------------------------------------
 
-    def find(self, peer: str, wait: float = 0.0) -> Link | None:
-        """The channel to ``peer``, if there is one within ``wait`` seconds: who has dialled may want to use it a moment
-        before the other side knows of it."""
-        with self._known:
-            self._known.wait_for(lambda: peer in self._links or self._closed, wait)
-            return self._links.get(peer)
+    def find(self, peer: str) -> Link | None:
+        """The channel to ``peer``, if there is one that is not about to end."""
+        with self._lock:
+            return self._find(peer)
+
+    def _find(self, peer: str) -> Link | None:
+        return next((link for link in reversed(self._links.get(peer, [])) if link.usable), None)
+
+    def await_open(self, peer: str) -> Link | None:
+        """As `find`, but if ``peer`` has dialled, this side's end may still be opening: then after that."""
+        with self._opened:
+            self._opened.wait_for(lambda: self._find(peer) or not self._opening[peer], GREETING_TIMEOUT)
+            return self._find(peer)
+
+    def arriving(self, peer: str) -> int:
+        """Bytes that are here of messages that ``peer`` has not finished: more of them, or fewer, show that data
+        moves."""
+        with self._lock:
+            links = list(self._links.get(peer, []))
+        return sum(landed for link in links for landed, _ in link.incoming().values())
 
     def dial(self, peer: str, invitation: Any) -> Link:
         """A new channel to ``peer``, which has sent the invitation.
@@ -144,23 +181,27 @@ class DataChannels:
         hosts, port, ticket = parse_invitation(invitation)
         if self._server_host and self._server_host not in hosts:
             hosts = [self._server_host, *hosts]
-        failures = []
+        failures, deadline = [], time.monotonic() + DIAL_SECONDS
         for host in hosts:
+            if (left := deadline - time.monotonic()) <= 0:
+                failures.append(f"the others were not tried: {DIAL_SECONDS:g} s are over")
+                break
             try:
-                link = self._dial((host, port), ticket, peer)
-            except (OSError, RdmaError) as error:
+                link = self._dial((host, port), ticket, peer, min(left, _ADDRESS_SECONDS))
+            except (OSError, RdmaError, ValueError) as error:  # ValueError: what can't be a host's name
                 failures.append(f"{host}:{port}: {error}")
                 continue
             threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
             return link
         raise FabricError(f"no direct way from {self.name} to {peer}: {'; '.join(failures)}")
 
-    def _dial(self, address: tuple[str, int], ticket: bytes, peer: str) -> Link:
-        sock, stream = dial(address, self._tls(False), self._pending)
+    def _dial(self, address: tuple[str, int], ticket: bytes, peer: str, timeout: float) -> Link:
+        sock, stream = dial(address, self._secure(False), self._pending, timeout)
         try:
-            stream.send(stream.protect([ticket]))
-            if _read(stream, len(_WELCOME)) != _WELCOME:
-                raise ProtocolError("it is no data port of nvflare-rdma")
+            with self._pending.hold(sock):
+                stream.send(stream.protect([ticket]))
+                if _read(stream, len(_WELCOME), timeout) != _WELCOME:
+                    raise ProtocolError("it is no data port of nvflare-rdma")
             way = functools.partial(socket.create_connection, address, GREETING_TIMEOUT)
             return self._open(Role.ACTIVE, sock, stream, self._process.tcp(way), peer)
         except (OSError, RdmaError):
@@ -175,8 +216,8 @@ class DataChannels:
             link.open()
         with self._lock:
             if not self._closed:
-                self._links[peer] = link
-                self._known.notify_all()
+                self._links.setdefault(peer, []).append(link)
+                self._opened.notify_all()
                 return link
         link.close(0.0)
         raise FabricError(f"{self.name} is ending")
@@ -186,7 +227,8 @@ class DataChannels:
             link.run()
         finally:
             with self._lock:
-                if self._links.get(peer) is link:
+                self._links[peer].remove(link)
+                if not self._links[peer]:
                     del self._links[peer]
 
     # -- what is expected ----------------------------------------------------------------------------------
@@ -211,56 +253,21 @@ class DataChannels:
             return self._sinks.pop((peer, label), None)
 
     def close(self) -> None:
-        """End all channels and close the door. Idempotent."""
+        """End all channels at once and close the door. Idempotent."""
         with self._lock:
             self._closed = True
-            self._known.notify_all()
             door, self._door = self._door, None
-            links = list(self._links.values())
+            links = [link for links in self._links.values() for link in links]
         self._pending.close()
         if door is not None:
             door.close()
         for link in links:
-            link.close()
+            link.close(0.0)
 
 
-def parse_invitation(invitation: Any) -> tuple[list[str], int, bytes]:
-    """Hosts, port and ticket of what a peer's `DataChannels.invite` made. Raises ProtocolError."""
-    match invitation:
-        case {"hosts": [*hosts], "port": int(port), "ticket": bytes(ticket)} if (
-            len(hosts) <= MAX_ADDRESSES
-            and all(type(host) is str for host in hosts)
-            and 0 < port < 65536
-            and len(ticket) == TICKET_BYTES
-        ):
-            return hosts, port, ticket
-    raise ProtocolError("malformed invitation to a data channel")
-
-
-def listen(host: str, ports: tuple[int, int]) -> socket.socket:
-    """On the first port of the range (both ends included) that is free. Raises OSError."""
-    for port in range(ports[0], ports[1] + 1):
-        try:
-            return socket.create_server((host, port))
-        except OSError as error:
-            failure = error
-    raise OSError(f"no port of {ports[0]} to {ports[1]} can be listened on (rdma_data_ports): {failure}") from failure
-
-
-def own_hosts() -> list[str]:
-    """What others may reach this host by: its name, and the addresses of its interfaces that are up."""
-    known = [address for _, name in socket.if_nameindex() for address in addresses_of(name)]
-    found = [str(address) for address in known if not (address.is_loopback or address.is_link_local)]
-    return [*dict.fromkeys([*found, socket.gethostname(), "127.0.0.1"])][:MAX_ADDRESSES]
-
-
-def is_loopback(host: str) -> bool:
-    return host == "localhost" or host.startswith("127.") or host == "::1"
-
-
-def _read(stream: ControlStream, size: int) -> bytes:
+def _read(stream: ControlStream, size: int, timeout: float) -> bytes:
     """Exactly ``size`` bytes; the peer sends no more before it has an answer."""
-    deadline, data = time.monotonic() + GREETING_TIMEOUT, b""
+    deadline, data = time.monotonic() + timeout, b""
     while len(data) < size:
         part = stream.receive(max(deadline - time.monotonic(), 0.0))
         if not part:

@@ -62,7 +62,11 @@ def describe(tensors: Mapping[str, Any]) -> list[Item]:
 
 def _describe(name: str, tensor: Any) -> Item:
     if is_torch(tensor):
-        plain = str(tensor.layout) == "torch.strided" and tensor.device.type != "meta" and not tensor.is_quantized
+        import torch
+
+        # Subclasses may have more than one tensor in them, or none.
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+        plain = plain and tensor.device.type != "meta" and not tensor.is_nested
     else:
         plain = type(tensor) is np.ndarray and tensor.dtype.isnative
     if not plain or not width(dtype_name(tensor), is_torch(tensor)) or sys.byteorder != "little":
@@ -87,6 +91,8 @@ def unpack(data: Any) -> list[Item]:
         raise ProtocolError(f"a manifest should be bytes, but is {type(data).__name__}")
     try:
         rows = msgpack.unpackb(data, max_array_len=MAX_ITEMS)
+        if type(rows) is not list:
+            raise ValueError(f"a list is expected, not {type(rows).__name__}")
         items = [_item(*row) for row in rows]
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ProtocolError(f"malformed manifest: {error}") from error
@@ -103,7 +109,8 @@ def _item(name: Any, torch: Any, dtype: Any, shape: Any, content: Any) -> Item:
     if not width(dtype, torch):
         raise ValueError(f"{name!r} has dtype {dtype!r}")
     item = Item(name, torch, dtype, tuple(shape), content)
-    if item.nbytes >= 1 << 48 or (content is None and not item.nbytes):
+    # Neither framework makes an empty tensor of which the rest is too large.
+    if math.prod(n or 1 for n in shape) * width(dtype, torch) >= 1 << 48 or (content is None and not item.nbytes):
         raise ValueError(f"{name!r} has {item.nbytes} bytes")
     if content is not None and (type(content) is not bytes or len(content) != item.nbytes):
         raise ValueError(f"{name!r} has other content than {item.nbytes} bytes")

@@ -5,12 +5,14 @@
                ... each tensor lands over the data channel (`channels`) ...
     report     every few seconds: is it still coming? This also tells FLARE that the transfer lives.
     done       it may be forgotten
+    give up    nothing more need be sent: the receiver has failed
 
 A channel that breaks is opened again, and what is missing is asked for again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nvflare_rdma.channel.bodies import Sink
-from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TransferError
+from nvflare_rdma.errors import FabricUnavailable, ProtocolError, TransferError
 from nvflare_rdma.streaming import manifest
 from nvflare_rdma.streaming.arrays import Allocate, from_bytes, from_content
 from nvflare_rdma.streaming.channels import DataChannels
@@ -29,6 +31,9 @@ log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 2.0
 _LOOK_SECONDS = 0.2
+#: In which nothing at all comes over the channel, and nobody says why: longer than a message may wait for memory.
+STALL_SECONDS = 120.0
+#: In a row, of which nothing came.
 ATTEMPTS = 3
 
 
@@ -43,13 +48,20 @@ class Progress:
 
 
 class Landings:
-    """What is still to come."""
+    """What is still to come in one attempt, and what has come."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: set[int]) -> None:
         self.changed = threading.Condition()
         self.landed: dict[int, memoryview] = {}
-        self.open: set[int] = set()
+        self.nbytes = 0
+        self.open = numbers
         self.failure = ""
+
+    def fail(self, reason: str) -> None:
+        """The first reason counts."""
+        with self.changed:
+            self.failure = self.failure or reason
+            self.changed.notify_all()
 
 
 class TensorSink(Sink):
@@ -69,13 +81,11 @@ class TensorSink(Sink):
         with self._landings.changed:
             self._landings.open.discard(self._number)
             self._landings.landed[self._number] = self._memory
+            self._landings.nbytes += self.nbytes
             self._landings.changed.notify_all()
 
     def failed(self, reason: str) -> None:
-        with self._landings.changed:
-            self._landings.open.discard(self._number)
-            self._landings.failure = reason
-            self._landings.changed.notify_all()
+        self._landings.fail(reason)
 
 
 def pull(
@@ -97,30 +107,10 @@ def pull(
         AbortedError: ``aborted`` said so.
         RdmaError: there is no direct way, or what came over it is no good. Nothing is kept.
     """
-    described = _ask(ask, {"do": "describe"})
-    items = manifest.unpack(described.get("manifest"))
-    large = {number: item for number, item in enumerate(items) if item.content is None}
-    landed: dict[int, memoryview] = {}
-    reason = ""
-    for _ in range(ATTEMPTS if large else 0):
-        missing = {number: item for number, item in large.items() if number not in landed}
-        attempt = _Attempt(channels, peer, ask, allocate, aborted)
-        came, reason = attempt.run(missing, described, landed, items, progress)
-        landed |= came
-        if len(landed) == len(large):
-            break
-        log.warning("%s: %d of %d tensors are missing (%s)", peer, len(large) - len(landed), len(large), reason)
-        described = _ask(ask, {"do": "describe"})
-    if len(landed) != len(large):
-        raise TransferError(f"{len(large) - len(landed)} of {len(large)} tensors did not come from {peer}: {reason}")
-    _ask(ask, {"do": "done"})
-    return {
-        item.name: from_content(item) if item.content is not None else from_bytes(item, landed[number])
-        for number, item in enumerate(items)
-    }
+    return _Pull(channels, peer, ask, allocate, aborted, progress).run()
 
 
-class _Attempt:
+class _Pull:
     def __init__(
         self,
         channels: DataChannels,
@@ -128,39 +118,73 @@ class _Attempt:
         ask: Callable[[dict[str, Any]], Any],
         allocate: Allocate,
         aborted: Callable[[], bool],
+        progress: Callable[[Progress], None],
     ) -> None:
         self._channels = channels
         self._peer = peer
-        self._ask = ask
+        self._ask_peer = ask
         self._allocate = allocate
         self._aborted = aborted
+        self._progress = progress
+        self._landed: dict[int, memoryview] = {}
+        self._landed_bytes = 0
+        self._asked = False
 
-    def run(
-        self,
-        missing: Mapping[int, Item],
-        described: Mapping[str, Any],
-        before: Mapping[int, memoryview],
-        items: list[Item],
-        progress: Callable[[Progress], None],
-    ) -> tuple[dict[int, memoryview], str]:
-        """Land what is missing: what of it came, and why the rest did not."""
+    def run(self) -> dict[str, Any]:
+        """See `pull`."""
+        try:
+            described = self._describe()
+            items = manifest.unpack(described.get("manifest"))
+            self._land({n: item for n, item in enumerate(items) if item.content is None}, described)
+            # First: once the peer has heard "done", nobody else has them.
+            tensors = {item.name: self._tensor(number, item) for number, item in enumerate(items)}
+            self._asked = True
+            self._ask({"do": "done"})
+            return tensors
+        except Exception:
+            if self._asked:
+                with contextlib.suppress(Exception):  # the error is told as it is
+                    self._ask_peer({"do": "give up"})
+            raise
+
+    def _tensor(self, number: int, item: Item) -> Any:
+        return from_content(item) if item.content is not None else from_bytes(item, self._landed[number])
+
+    def _land(self, large: Mapping[int, Item], described: Mapping[str, Any]) -> None:
+        missing, fruitless = dict(large), 0
+        while missing:
+            reason = self._attempt(missing, described)
+            left = {number: item for number, item in missing.items() if number not in self._landed}
+            if not left:
+                return
+            log.warning("%s: %d of %d tensors are missing: %s", self._peer, len(left), len(large), reason)
+            fruitless = fruitless + 1 if len(left) == len(missing) else 0
+            if fruitless == ATTEMPTS:
+                raise TransferError(f"{len(left)} of {len(large)} tensors did not come from {self._peer}: {reason}")
+            missing, described = left, self._describe()
+
+    def _attempt(self, missing: Mapping[int, Item], described: Mapping[str, Any]) -> str:
+        """Land what is missing, and say why not all of it came."""
         invitation = self._find_way(described)
-        landings = Landings()
+        landings = Landings(set(missing))
         sinks = [TensorSink(number, self._allocate(item.nbytes), landings) for number, item in missing.items()]
-        landings.open = set(missing)
         first = self._channels.expect(self._peer, sinks)
         try:
-            request = {"do": "send", "first": first, "items": list(missing), "invitation": invitation}
-            _ask(self._ask, request)
-            self._wait(landings, before, items, progress)  # the peer has dialled by now, if it was to
+            self._asked = True
+            self._ask({"do": "send", "first": first, "items": list(missing), "invitation": invitation})
+            if invitation is not None and self._channels.await_open(self._peer) is None:
+                return "the channel that the peer has dialled did not open"
+            self._wait(landings)
         finally:
             self._channels.forget(self._peer, first, len(sinks))
         with landings.changed:
-            return dict(landings.landed), landings.failure
+            self._landed |= landings.landed
+            self._landed_bytes += landings.nbytes
+            return landings.failure
 
     def _find_way(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
         """See that there is a channel; an invitation if the peer has to make it."""
-        if self._channels.find(self._peer) is not None:
+        if described.get("channel") is True and self._channels.find(self._peer) is not None:
             return None
         theirs = described.get("invitation")
         if theirs is not None:
@@ -171,42 +195,45 @@ class _Attempt:
         except FabricUnavailable as error:
             raise FabricUnavailable(f"neither side has a door: {error}; {described.get('closed')}") from error
 
-    def _wait(
-        self,
-        landings: Landings,
-        before: Mapping[int, memoryview],
-        items: list[Item],
-        progress: Callable[[Progress], None],
-    ) -> None:
-        report_at, known = time.monotonic() + REPORT_SECONDS, -1
+    def _wait(self, landings: Landings) -> None:
+        """Until everything is there, or something is wrong."""
+        now = time.monotonic()
+        report_at, moved_at, known, moved = now + REPORT_SECONDS, now, -1, (0, 0)
         while True:
             with landings.changed:
                 landings.changed.wait_for(lambda: not landings.open or landings.failure, _LOOK_SECONDS)
                 over = not landings.open or bool(landings.failure)
-                done = [*before, *landings.landed]
-            if len(done) != known:
-                known = len(done)
-                progress(Progress(sum(items[number].nbytes for number in done), known))
+                count, nbytes = len(landings.landed), landings.nbytes
+            if count != known:
+                known = count
+                self._progress(Progress(self._landed_bytes + nbytes, len(self._landed) + count))
             if over:
                 return
             if self._aborted():
                 raise AbortedError(f"the transfer from {self._peer} was aborted")
+            now = time.monotonic()
+            if (moving := (nbytes, self._channels.arriving(self._peer))) != moved:
+                moved, moved_at = moving, now
             if self._channels.find(self._peer) is None:
-                landings.failure = "the data channel broke"
-            if time.monotonic() >= report_at:
-                failed = _ask(self._ask, {"do": "report"}).get("failed")
+                landings.fail("the data channel broke")
+            elif now - moved_at > STALL_SECONDS:
+                landings.fail(f"nothing has come for {STALL_SECONDS:g} s")
+            elif now >= report_at:
+                failed = self._ask({"do": "report"}).get("failed")
                 if failed:
-                    landings.failure = str(failed)
+                    landings.fail(str(failed))
                 report_at = time.monotonic() + REPORT_SECONDS
 
+    def _describe(self) -> Mapping[str, Any]:
+        return self._ask({"do": "describe", "channel": self._channels.find(self._peer) is not None})
 
-def _ask(ask: Callable[[dict[str, Any]], Any], request: dict[str, Any]) -> Mapping[str, Any]:
-    answer = ask(request)
-    if not isinstance(answer, Mapping):
-        raise ProtocolError(f"the peer answered {request['do']!r} with {type(answer).__name__}")
-    if answer.get("refused"):
-        raise TransferError(f"the peer refused: {answer['refused']}")
-    return answer
+    def _ask(self, request: dict[str, Any]) -> Mapping[str, Any]:
+        answer = self._ask_peer(request)
+        if not isinstance(answer, Mapping):
+            raise ProtocolError(f"the peer answered {request['do']!r} with {type(answer).__name__}")
+        if answer.get("refused"):
+            raise TransferError(f"the peer refused: {answer['refused']}")
+        return answer
 
 
-__all__ = ["AbortedError", "Progress", "RdmaError", "pull"]
+__all__ = ["AbortedError", "Progress", "pull"]

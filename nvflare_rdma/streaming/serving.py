@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nvflare_rdma.channel.bodies import Source
-from nvflare_rdma.channel.door import GREETING_TIMEOUT
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.outbox import Sending
 from nvflare_rdma.codecs.tensors import is_torch
@@ -24,6 +23,7 @@ log = logging.getLogger(__name__)
 #: Tensors that are offered and not over: enough that their receiver always has the next one to grant.
 _AHEAD = 64
 _SEND_TIMEOUT = 3600.0
+_ENDED = "the sender has ended the transfer"
 
 
 class TensorSource(Source):
@@ -72,22 +72,31 @@ class Service:
         try:
             match what:
                 case "describe":
-                    return self._describe(receiver)
+                    return self._describe(request, receiver)
                 case "send":
                     return self._send(request, receiver)
                 case "report":
-                    sender = self._sendings.get(receiver)
+                    with self._lock:
+                        sender = self._sendings.get(receiver)
                     return {"failed": sender.failure if sender else "nothing is being sent"}
                 case "done":
                     with self._lock:
                         self._served.add(receiver)
                         self._sendings.pop(receiver, None)
                     return {}
+                case "give up":
+                    with self._lock:
+                        self._served.discard(receiver)
+                        sender = self._sendings.pop(receiver, None)
+                    if sender is not None:
+                        sender.stop("the receiver has given up")
+                    return {}
                 case _:
                     raise ProtocolError(f"unknown request {what!r}")
-        except (RdmaError, MemoryError) as error:
-            log.info("%s can't be served directly: %s", receiver, error)
-            return {"refused": str(error)}
+        except Exception as error:  # noqa: BLE001 - whatever it is, FLARE's own path is left
+            expected = isinstance(error, RdmaError | MemoryError)
+            log.log(logging.INFO if expected else logging.ERROR, "%s can't be served directly: %s", receiver, error)
+            return {"refused": str(error) or type(error).__name__}
 
     def has_served(self, receiver: str) -> bool:
         """Whether ``receiver`` has said that it has everything."""
@@ -99,7 +108,7 @@ class Service:
         with self._lock:
             senders, self._sendings, self._tensors = list(self._sendings.values()), {}, None
         for sender in senders:
-            sender.stop("the sender has ended the transfer")
+            sender.stop(_ENDED)
 
     def _open(self) -> tuple[DataChannels, Mapping[str, Any]]:
         channels, tensors = self._channels(), self._tensors
@@ -107,37 +116,43 @@ class Service:
             raise TransferError("the sender has no data channels any more")
         return channels, tensors
 
-    def _describe(self, receiver: str) -> dict[str, Any]:
+    def _describe(self, request: Mapping[str, Any], receiver: str) -> dict[str, Any]:
         channels, tensors = self._open()
         with self._lock:
             if self._items is None:
                 self._items = _with_content(manifest.describe(tensors), tensors)
             packed = manifest.pack(self._items)
-        invitation, closed = None, ""
-        if channels.find(receiver) is None:
+        invitation, closed, channel = None, "", channels.find(receiver) is not None
+        # One side may not have noticed yet that the channel is gone.
+        if not channel or request.get("channel") is not True:
             try:
                 invitation = channels.invite(receiver)
             except FabricUnavailable as error:
                 closed = str(error)
-        return {"manifest": packed, "invitation": invitation, "closed": closed}
+        return {"manifest": packed, "invitation": invitation, "closed": closed, "channel": channel}
 
     def _send(self, request: Mapping[str, Any], receiver: str) -> dict[str, Any]:
         channels, tensors = self._open()
         first, wanted, invitation = request.get("first"), request.get("items"), request.get("invitation")
         if type(first) is not int or not 0 < first < 1 << 63 or not isinstance(wanted, list | tuple):
             raise ProtocolError("malformed request to send")
-        items = self._items or []
+        with self._lock:
+            items = self._items or []
         if any(type(i) is not int or not 0 <= i < len(items) or items[i].content is not None for i in wanted):
             raise ProtocolError("request to send what is not in the manifest")
+        if len(set(wanted)) != len(wanted):
+            raise ProtocolError("request to send the same twice")
         if invitation is not None:
             link = channels.dial(receiver, invitation)
-        elif (found := channels.find(receiver, GREETING_TIMEOUT)) is not None:
+        elif (found := channels.await_open(receiver)) is not None:
             link = found
         else:
             raise TransferError(f"there is no data channel to {receiver}")
         parts = [(first + n, tensors[items[i].name], items[i].nbytes) for n, i in enumerate(wanted)]
         sender = _Sender(link, parts, lambda nbytes: self._moved(receiver, nbytes, 1))
         with self._lock:
+            if self._tensors is None:
+                raise TransferError(_ENDED)
             previous, self._sendings[receiver] = self._sendings.get(receiver), sender
         if previous is not None:
             previous.stop("the receiver has asked again")
@@ -146,45 +161,59 @@ class Service:
 
 
 class _Sender(threading.Thread):
-    """Offers (label, tensor, bytes) one after the other. ``failure`` is "" while nothing went wrong."""
+    """Offers (label, tensor, bytes) one after the other."""
 
     def __init__(self, link: Link, parts: list[tuple[int, Any, int]], moved: Callable[[int], None]) -> None:
         super().__init__(name="rdma-offers", daemon=True)
-        self.failure = ""
         self._link = link
         self._parts = parts
         self._moved = moved
+        self._lock = threading.Lock()
+        self._failure = ""
         self._open: deque[tuple[Sending, int]] = deque()
-        self._stopped = False
+
+    @property
+    def failure(self) -> str:
+        """Why not everything will be sent; "" while nothing went wrong."""
+        with self._lock:
+            return self._failure
 
     def run(self) -> None:
         try:
             for label, tensor, nbytes in self._parts:
-                if self._stopped:
-                    break
                 if len(self._open) >= _AHEAD:
                     self._wait_for_one()
-                self._open.append((self._link.offer(TensorSource(tensor, nbytes), label), nbytes))
+                if self.failure:
+                    break
+                self._offer(label, tensor, nbytes)
             while self._open:
                 self._wait_for_one()
-        except RdmaError as error:
-            self.failure = self.failure or str(error)
-            self._withdraw(self.failure)
+        except Exception as error:  # noqa: BLE001 - the receiver is told, whatever it is
+            self.stop(str(error) or type(error).__name__)
         finally:
             self._parts = []
+
+    def _offer(self, label: int, tensor: Any, nbytes: int) -> None:
+        sending = self._link.offer(TensorSource(tensor, nbytes), label)
+        with self._lock:
+            self._open.append((sending, nbytes))
+            failure = self._failure
+        if failure:  # `stop` did not see it
+            self._link.withdraw(sending, failure)
 
     def _wait_for_one(self) -> None:
         sending, nbytes = self._open[0]
         sending.wait(_SEND_TIMEOUT)
-        self._open.popleft()
+        with self._lock:
+            self._open.popleft()
         self._moved(nbytes)
 
     def stop(self, reason: str) -> None:
-        self._stopped, self.failure = True, reason
-        self._withdraw(reason)
-
-    def _withdraw(self, reason: str) -> None:
-        for sending, _ in list(self._open):
+        """Withdraw what is not over. The first reason counts."""
+        with self._lock:
+            self._failure = reason = self._failure or reason
+            open_now = list(self._open)
+        for sending, _ in open_now:
             self._link.withdraw(sending, reason)
 
 
@@ -198,6 +227,3 @@ def _with_content(items: list[Item], tensors: Mapping[str, Any]) -> list[Item]:
             room -= item.nbytes
         found.append(item)
     return found
-
-
-__all__ = ["Service", "TensorSource"]

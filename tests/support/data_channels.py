@@ -1,0 +1,79 @@
+"""Data channels of several cells in one process, each with settings of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from link_process import resources
+from tcp_pair import DEADLINE
+from waiting import eventually
+
+from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
+from nvflare_rdma.fabric.verbs_memory import RegistrationCache
+from nvflare_rdma.process import Process, _make_context
+from nvflare_rdma.settings import Settings
+from nvflare_rdma.streaming.channels import DataChannels
+
+ANY_PORT = (0, 0)
+_base: dict[tuple[str, ...], Process] = {}
+
+
+def process(fabrics: tuple[str, ...] = ("tcp",)) -> Process:
+    """With a budget of its own."""
+    if fabrics not in _base:
+        settings = Settings(rdma_fabrics=fabrics, rdma_chunk_bytes=64 * 1024)
+        _base[fabrics] = Process(settings, _make_context(settings), RegistrationCache(1 << 20))
+    base = _base[fabrics]
+    return replace(base, context=replace(base.context, budget=MemoryBudget(16 << 20), pool=SlotPool()))
+
+
+def clear(server_side: bool) -> ssl.SSLContext | None:
+    return None
+
+
+class Cells:
+    """Makes the data channels of cells, and closes them."""
+
+    def __init__(self) -> None:
+        self.made: list[DataChannels] = []
+
+    def __call__(
+        self,
+        name: str,
+        ports: tuple[int, int] | None = ANY_PORT,
+        tls: Callable[[bool], ssl.SSLContext | None] = clear,
+        host: str = "127.0.0.1",
+        fabrics: tuple[str, ...] = ("tcp",),
+    ) -> DataChannels:
+        made = DataChannels(name, process(fabrics), tls, host, ports)
+        self.made.append(made)
+        return made
+
+
+@contextlib.contextmanager
+def cells() -> Iterator[Cells]:
+    """Afterwards nothing of them is left."""
+    before = set(threading.enumerate())
+    make = Cells()
+    try:
+        yield make
+    finally:
+        for channels in make.made:
+            channels.close()
+        eventually(lambda: not _left(before), DEADLINE)
+        for channels in make.made:
+            assert channels._process.context.budget.in_use == 0
+            assert not channels._links
+            assert not channels._sinks
+
+
+def _left(before: set[threading.Thread]) -> list[threading.Thread]:
+    return [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("rdma")]
+
+
+def descriptors() -> int:
+    return resources()["descriptors"]
