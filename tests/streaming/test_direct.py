@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from bodies import TestSink
 from data_channels import ANY_PORT
 from tcp_pair import DEADLINE, in_parallel
 from waiting import eventually
@@ -332,6 +333,33 @@ def test_aborted(direct, cell, caplog):
     assert_equal(it.pull(site), large(200))  # over the same channel
 
 
+@pytest.mark.parametrize("how", ["aborted", "ended", "asked again"])
+def test_what_is_being_sent_then_is_not_sent_to_the_end(how, direct, cell, monkeypatch):
+    monkeypatch.setattr(pulling, "REPORT_SECONDS", 0.1)
+    over, stop, read = threading.Event(), threading.Event(), to_bytes
+
+    def slow(tensor) -> memoryview:
+        assert over.wait(DEADLINE)
+        return read(tensor)
+
+    monkeypatch.setattr(serving, "to_bytes", lambda tensor: read(tensor) if tensor.data.contiguous else slow(tensor))
+    it, site = direct({"a": np.zeros(100_000, np.uint8), "b": np.zeros(200_000, np.uint8)[::2]}), cell("site-1")
+
+    def act() -> None:
+        if how == "ended":
+            it.service.close()
+            return
+        if how == "asked again":
+            assert it.ask("site-1")({**SEND, "items": []}) == {"sending": 0}
+        stop.set()
+
+    with pytest.raises(TransferError):
+        it.pull(site, aborted=stop.is_set, progress=lambda done: act() if done.items else None)
+    over.set()
+    eventually(lambda: not it.senders, DEADLINE)
+    assert it.moved == [("site-1", 100_000, 1)]
+
+
 @pytest.mark.parametrize("what", ["allocate", "progress", "done"])
 def test_a_receiver_that_fails_gives_up(what, direct, cell):
     it, site = direct(large(200)), cell("site-1")
@@ -415,8 +443,10 @@ def test_an_end_that_comes_while_a_tensor_is_offered(direct, cell):
         withdraw(sending, reason)
 
     link.offer, link.withdraw = offered, withdrew
-    assert it.ask("site-1")(SEND) == {"sending": 1}
+    label = site.expect("server", [TestSink(100_000)])
+    assert it.ask("site-1")({**SEND, "first": label}) == {"sending": 1}
     eventually(lambda: not it.senders, DEADLINE)
+    site.forget("server", label, 1)
     assert withdrawn[0] == (sendings[0], "the sender has ended the transfer")
 
 
