@@ -1,6 +1,6 @@
 """How far training comes when models travel in few bits: jobs/stdlib_lm with each kind of message, several seeds each.
 
-    python benchmarks/convergence.py [--seeds 3] [--rounds 40] [--at-once 2] [--workspace build/convergence]
+    python benchmarks/convergence.py [--seeds 3] [--rounds 48] [--at-once 2] [--workspace build/convergence]
 
 Every cell is a job of its own in FLARE's simulator, server and sites each a process, of which `results.json` is kept:
 what is there already, with the same settings, is not run again. Writes docs/convergence-table.md and
@@ -150,7 +150,7 @@ def plot(finals: dict[str, Final], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"seeds": 3, "rounds": 40, "sites": 3, "steps": 16, "width": 128, "layers": 2}.items():
+    for name, default in {"seeds": 3, "rounds": 48, "sites": 3, "steps": 16, "width": 128, "layers": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--at-once", type=int, default=2, help="jobs that run side by side")
     parser.add_argument("--workspace", type=Path, default=ROOT / "build" / "convergence")
