@@ -16,7 +16,7 @@ from nvflare_rdma.codecs.on_device import can_encode_on_device, encode_on_device
 
 NAMES = [name for name in CODEC_NAMES if name not in ("adaquant", "lossless")]
 SETTINGS = settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 LARGEST = float(np.finfo(np.float32).max)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

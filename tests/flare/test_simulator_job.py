@@ -17,7 +17,7 @@ TINY = [
     "--steps",
     "2",
     "--width",
-    "64",
+    "256",
     "--layers",
     "1",
     "--quantize",
@@ -27,14 +27,14 @@ TINY = [
 
 # Not FLARE's own "tcp": the simulator uses that whatever it is told, so it would prove nothing.
 @pytest.mark.flare
-@pytest.mark.parametrize("driver", ["grpc", "rdma"])
-def test_job_runs_over_the_chosen_driver_and_counts_its_bytes(tmp_path, driver):
+@pytest.mark.parametrize(("driver", "direct"), [("grpc", True), ("rdma", False)])
+def test_job_runs_over_the_chosen_driver_and_counts_its_bytes(tmp_path, driver, direct):
     command = [sys.executable, str(ROOT / "jobs" / "stdlib_lm" / "job.py"), *TINY]
-    command += ["--driver", driver, "--workspace", str(tmp_path)]
+    command += ["--driver", driver, "--workspace", str(tmp_path), *(["--direct"] if direct else [])]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert f"none over {driver}" in done.stdout
+    assert f"none{', direct' * direct} over {driver}" in done.stdout
 
     results = json.loads((tmp_path / "results.json").read_text())
     (row,) = results["rounds_table"]
@@ -49,4 +49,7 @@ def test_job_runs_over_the_chosen_driver_and_counts_its_bytes(tmp_path, driver):
     for process, side in (("server", "PASSIVE"), ("site-1", "ACTIVE"), ("site-2", "ACTIVE")):
         log = (tmp_path / "stdlib_lm" / process / "log.txt").read_text()
         assert f"{side} {driver}://" in log
+        assert "FLARE's own path" not in log
+        assert ("server.simulate_job listens for data on port" in log) == (direct and process == "server")
+        assert (": data goes over tcp" in log and "data site-" in log) == (direct and process != "server")
     assert "ACTIVE tcp://" not in (tmp_path / "stdlib_lm" / "site-1" / "log.txt").read_text()
