@@ -96,7 +96,7 @@ def add_transfer(target: Any) -> None:
     if not isinstance(target, Recipe | FedJob):
         raise ConfigError(f"a transfer can be added to a FLARE Recipe or FedJob, but not to {type(target).__name__}")
     job = target if isinstance(target, FedJob) else target._job
-    apps = _apps(job)
+    apps = _apps(job, "add_transfer")
     for site, app in apps.items():
         if any(isinstance(component, RdmaTransfer) for component in app.app_config.components.values()):
             raise ConfigError(f"the job already has RdmaTransfer for '{site}': add it once")
@@ -110,11 +110,11 @@ def add_transfer(target: Any) -> None:
         job.to_clients(RdmaTransfer(), id="rdma_transfer")
 
 
-def _apps(job: Any) -> dict[str, Any]:
+def _apps(job: Any, feature: str = "add_quantization") -> dict[str, Any]:
     """The apps of a FedJob by site. FLARE has no public list of them."""
     from nvflare_rdma.flare_compat import require_flare
 
-    require_flare("add_quantization")
+    require_flare(feature)
     apps: dict[str, Any] = job._deploy_map
     return apps
 

@@ -92,7 +92,8 @@ class Inbox:
     ) -> None:
         """Ask for a message's memory, when the lock is released; ``granted`` is followed by `start`."""
         cost, holder = self._cost(length, sink), f"{self._name} ({length} bytes)"
-        deadline = time.monotonic() + self._wait
+        # A frame that waits holds up FLARE's sender; what has a sink waits for its turn among others of its kind.
+        deadline = time.monotonic() + self._wait if sink is None else float("inf")
         reservation = Reservation(self._budget, cost, holder, granted, refused, deadline)
         self._waiting[transfer] = reservation, sink
         self._later(reservation.request)

@@ -127,7 +127,6 @@ class Incoming:
             return
         self._advance(transfer, incoming, Input.ACCEPTED)
         incoming.progress_at, incoming.unit = now, unit
-        incoming.deadline = now + self._limits.stall_timeout + incoming.length / self._limits.min_bytes_per_second
         self._hungry.append(transfer)
         self.plan(now)
 
@@ -189,6 +188,9 @@ class Incoming:
             if incoming.again:
                 incoming.again.popleft()
             else:
+                if not incoming.planned:  # until then it is not the peer that it waits for
+                    limits = self._limits
+                    incoming.deadline = now + limits.stall_timeout + incoming.length / limits.min_bytes_per_second
                 incoming.planned += length
             rail = min(self._load, key=self._load.__getitem__)
             notification = self._new_notification()

@@ -190,6 +190,8 @@ class SlotPool:
         try:
             slot = free.pop()
         except IndexError:
+            if self._keep_bytes is None:
+                self._drop_idle(max(self._busiest - self.used_bytes - size, 0))
             slot = self._allocate(size)
         self._used[size] += 1
         self._busiest = max(self._busiest, self.used_bytes)
@@ -213,10 +215,21 @@ class SlotPool:
     def _release(self, slot: npt.NDArray[np.uint8]) -> None:
         self._used[slot.size] -= 1
         keep = self._busiest - self.used_bytes if self._keep_bytes is None else self._keep_bytes
-        while self.idle_bytes + slot.size > keep:
-            others = [size for size, free in list(self._free.items()) if free and size != slot.size]
-            if not others or slot.size > keep:
+        if slot.size > keep:
+            return
+        self._drop_idle(keep - slot.size, spare=slot.size)
+        if self.idle_bytes + slot.size <= keep:
+            self._free[slot.size].append(slot)
+
+    def _drop_idle(self, keep: int, spare: int = 0) -> None:
+        """Give idle slots back until ``keep`` bytes are left, but none of ``spare`` bytes."""
+        while self.idle_bytes > keep:
+            sizes = [size for size, free in list(self._free.items()) if free and size != spare]
+            if not sizes:
                 return
             with contextlib.suppress(IndexError):
-                self._free[min(others, key=self._last_use.__getitem__)].popleft()
-        self._free[slot.size].append(slot)
+                self._free[min(sizes, key=self._last_use.__getitem__)].popleft()
+
+    def clear(self) -> None:
+        """Give all idle slots back."""
+        self._drop_idle(0)

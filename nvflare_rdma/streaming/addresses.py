@@ -40,7 +40,7 @@ def own_hosts() -> list[str]:
     """What others may reach this host by: its name, and the addresses of its interfaces that are up."""
     known = [address for _, name in socket.if_nameindex() for address in addresses_of(name)]
     found = [str(address) for address in known if not (address.is_loopback or address.is_link_local)]
-    return [*dict.fromkeys([*found, socket.gethostname(), "127.0.0.1"])][:MAX_ADDRESSES]
+    return [*dict.fromkeys([*found, socket.gethostname()])][:MAX_ADDRESSES]
 
 
 def is_loopback(host: str) -> bool:

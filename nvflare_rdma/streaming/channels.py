@@ -34,6 +34,7 @@ from nvflare_rdma.streaming.addresses import TICKET_BYTES, is_loopback, listen, 
 
 log = logging.getLogger(__name__)
 
+SERVER = "server"  # the root of its cells' names
 TICKET_SECONDS = 120.0
 MAX_TICKETS = 4096
 #: For all addresses of a peer together; the last one that is tried may take an `_ADDRESS_SECONDS` longer, and what is
@@ -149,6 +150,12 @@ class DataChannels:
         except Exception as error:  # FLARE's code, which raises what it likes about a wrong file
             raise FabricUnavailable(f"{self.name} can't use its certificates: {error}") from error
 
+    @property
+    def has_door(self) -> bool:
+        """Whether it listens."""
+        with self._lock:
+            return self._door is not None
+
     # -- channels ------------------------------------------------------------------------------------------
 
     def find(self, peer: str) -> Link | None:
@@ -179,7 +186,7 @@ class DataChannels:
             RdmaError: none of its addresses leads there. ProtocolError: ``invitation`` is malformed.
         """
         hosts, port, ticket = parse_invitation(invitation)
-        if self._server_host and self._server_host not in hosts:
+        if self._server_host and peer.split(".")[0] == SERVER and self._server_host not in hosts:
             hosts = [self._server_host, *hosts]
         failures, deadline = [], time.monotonic() + DIAL_SECONDS
         for host in hosts:

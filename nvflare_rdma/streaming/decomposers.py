@@ -28,7 +28,7 @@ from nvflare.fuel.utils.fobs.datum import Datum
 from nvflare_rdma.errors import RdmaError, TransferError
 from nvflare_rdma.streaming.arrays import TensorMemory
 from nvflare_rdma.streaming.progress import DirectProgress, source_progress
-from nvflare_rdma.streaming.pulling import AbortedError, pull
+from nvflare_rdma.streaming.pulling import AbortedError, LostError, pull
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.serving import Service
 
@@ -40,6 +40,10 @@ REF_PREFIX = "rdma1-"
 STATE_KEY = "nvflare_rdma"
 
 memory = TensorMemory()
+
+#: Nothing that is asked takes long, but a sender may have to dial first.
+_ANSWER_SECONDS = 60.0
+_TRIES = 3
 
 
 class _Served:
@@ -114,13 +118,20 @@ class DirectDecomposer:
         channels = registry.of(cell)
         rest = {"secure": secure, "optional": optional, "abort_signal": abort_signal}
         common = {"from_fqcn": from_fqcn, "ref_id": ref_id, "per_request_timeout": per_request_timeout, "cell": cell}
+        prompt = {**common, "per_request_timeout": min(per_request_timeout, _ANSWER_SECONDS)}
         own = functools.partial(super().download, **common, **rest, **others)  # type: ignore[misc]
         if channels is None or not ref_id.startswith(REF_PREFIX) or self.lands_elsewhere(cell, others):
             return own(progress_cb=progress_cb)  # type: ignore[no-any-return]
 
         def ask(request: dict[str, Any]) -> Any:
-            reply = request_download_chunk(state={STATE_KEY: request}, **common, **rest)
-            code = reply.get_header(MessageHeaderKey.RETURN_CODE)
+            # An answer may be lost. What may be said twice is, as FLARE does.
+            for _ in range(1 if request["do"] == "send" else _TRIES):
+                reply = request_download_chunk(state={STATE_KEY: request}, **prompt, **rest)
+                code = reply.get_header(MessageHeaderKey.RETURN_CODE)
+                if code != ReturnCode.TIMEOUT or request["do"] == "report":
+                    break
+            if code == ReturnCode.TIMEOUT:
+                raise LostError(f"{from_fqcn} did not answer {request['do']!r}")
             if code != ReturnCode.OK:
                 raise TransferError(f"{from_fqcn} answered {request['do']!r} with {code}")
             state = reply.payload.get("state") if isinstance(reply.payload, dict) else None
@@ -133,7 +144,10 @@ class DirectDecomposer:
             return own(progress_cb=progress_cb)  # type: ignore[no-any-return]  # FLARE sees it too, and says so to the sender
         except (RdmaError, MemoryError) as error:
             log.warning("tensors from %s come on FLARE's own path: %s", from_fqcn, error)
-            return own(progress_cb=progress_cb)  # type: ignore[no-any-return]
+            failure, items = own(progress_cb=progress.go_on)
+            if not failure and items is None:
+                failure = "the sender takes them for delivered"
+            return failure, items
         consumer = _Delivered()
         download_object(consumer=consumer, progress_cb=progress.finish, **common, **rest)
         return consumer.error, items

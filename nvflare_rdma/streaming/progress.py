@@ -33,6 +33,12 @@ class DirectProgress:
         if event["state"] != "start":
             self._tell(event["state"])
 
+    def go_on(self, **event: Any) -> None:
+        """FLARE's events of a download on its own path, after the direct part has failed."""
+        done = self._done
+        self._done = Progress(max(done.nbytes, event["bytes_done"]), max(done.items, event["items_done"] or 0))
+        self.finish(**event)
+
     def _tell(self, state: str) -> None:
         if self._callback is None:
             return

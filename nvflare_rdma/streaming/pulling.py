@@ -41,6 +41,10 @@ class AbortedError(TransferError):
     """The receiver does not want it any more."""
 
 
+class LostError(TransferError):
+    """No answer to a request came in time."""
+
+
 @dataclass(frozen=True)
 class Progress:
     nbytes: int
@@ -219,10 +223,17 @@ class _Pull:
             elif now - moved_at > STALL_SECONDS:
                 landings.fail(f"nothing has come for {STALL_SECONDS:g} s")
             elif now >= report_at:
-                failed = self._ask({"do": "report"}).get("failed")
-                if failed:
-                    landings.fail(str(failed))
+                self._report(landings)
                 report_at = time.monotonic() + REPORT_SECONDS
+
+    def _report(self, landings: Landings) -> None:
+        try:
+            failed = self._ask({"do": "report"}).get("failed")
+        except LostError as error:
+            log.info("%s: %s", self._peer, error)  # the data shows by itself whether it comes
+            return
+        if failed:
+            landings.fail(str(failed))
 
     def _describe(self) -> Mapping[str, Any]:
         return self._ask({"do": "describe", "channel": self._channels.find(self._peer) is not None})
@@ -236,4 +247,4 @@ class _Pull:
         return answer
 
 
-__all__ = ["AbortedError", "Progress", "pull"]
+__all__ = ["AbortedError", "LostError", "Progress", "pull"]

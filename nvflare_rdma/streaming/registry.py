@@ -32,16 +32,17 @@ class Registry:
             self._runs += 1
             self._make = make
 
-    def stop(self) -> None:
-        """A run has ended; with the last one all channels are closed."""
+    def stop(self) -> bool:
+        """A run has ended; with the last one all channels are closed. Whether it was the last."""
         with self._lock:
             self._runs = max(self._runs - 1, 0)
             if self._runs:
-                return
+                return False
             channels, self._channels, self._make = list(self._channels.values()), {}, None
         for opened in channels:
             if opened is not None:
                 opened.close()
+        return True
 
     def of(self, cell: Any) -> DataChannels | None:
         """Those of ``cell``; None outside of runs, or if they can't be made, which is logged once."""

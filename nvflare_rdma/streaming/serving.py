@@ -12,7 +12,7 @@ from nvflare_rdma.channel.bodies import Source
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.outbox import Sending
 from nvflare_rdma.codecs.tensors import is_torch
-from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TransferError
+from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.streaming import manifest
 from nvflare_rdma.streaming.arrays import to_bytes
 from nvflare_rdma.streaming.channels import DataChannels
@@ -20,8 +20,8 @@ from nvflare_rdma.streaming.manifest import INLINE_BYTES, INLINE_TOTAL, Item
 
 log = logging.getLogger(__name__)
 
-#: Tensors that are offered and not over: enough that their receiver always has the next one to grant.
-_AHEAD = 64
+#: Tensors, and bytes, that are offered and not over: enough that their receiver always has the next one to grant.
+_AHEAD, _AHEAD_BYTES = 64, 64 << 20
 _SEND_TIMEOUT = 3600.0
 _ENDED = "the sender has ended the transfer"
 
@@ -119,6 +119,7 @@ class Service:
     def _describe(self, request: Mapping[str, Any], receiver: str) -> dict[str, Any]:
         channels, tensors = self._open()
         with self._lock:
+            self._served.discard(receiver)  # it begins anew, whatever it has said before
             if self._items is None:
                 self._items = _with_content(manifest.describe(tensors), tensors)
             packed = manifest.pack(self._items)
@@ -143,7 +144,7 @@ class Service:
         if len(set(wanted)) != len(wanted):
             raise ProtocolError("request to send the same twice")
         if invitation is not None:
-            link = channels.dial(receiver, invitation)
+            link = _dial(channels, receiver, invitation)
         elif (found := channels.await_open(receiver)) is not None:
             link = found
         else:
@@ -158,6 +159,17 @@ class Service:
             previous.stop("the receiver has asked again")
         sender.start()
         return {"sending": len(parts)}
+
+
+def _dial(channels: DataChannels, receiver: str, invitation: Any) -> Link:
+    """Only where the receiver can't dial: nobody is to have this side connect to addresses of his choice."""
+    if channels.has_door:
+        raise ProtocolError("an invitation to a side that has a door")
+    try:
+        return channels.dial(receiver, invitation)
+    except FabricError as error:
+        log.warning("%s", error)  # what was tried and how it went is nobody else's business
+        raise FabricUnavailable("the sender can't reach the receiver's data port; its log says why") from error
 
 
 class _Sender(threading.Thread):
@@ -181,7 +193,7 @@ class _Sender(threading.Thread):
     def run(self) -> None:
         try:
             for label, tensor, nbytes in self._parts:
-                if len(self._open) >= _AHEAD:
+                while len(self._open) >= _AHEAD or (len(self._open) > 1 and self._ahead() >= _AHEAD_BYTES):
                     self._wait_for_one()
                 if self.failure:
                     break
@@ -192,6 +204,10 @@ class _Sender(threading.Thread):
             self.stop(str(error) or type(error).__name__)
         finally:
             self._parts = []
+
+    def _ahead(self) -> int:
+        with self._lock:
+            return sum(nbytes for _, nbytes in self._open)
 
     def _offer(self, label: int, tensor: Any, nbytes: int) -> None:
         sending = self._link.offer(TensorSource(tensor, nbytes), label)

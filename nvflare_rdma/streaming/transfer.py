@@ -17,7 +17,7 @@ from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 from nvflare_rdma.flare_compat import replace_decomposer, require_flare
 from nvflare_rdma.process import this_process
 from nvflare_rdma.streaming.channels import DataChannels
-from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
+from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torch_decomposer
 from nvflare_rdma.streaming.registry import registry
 
 _ANY_PORT = (0, 0)
@@ -34,12 +34,19 @@ class RdmaTransfer(FLComponent):
         UnsupportedVersionError: when the run starts, unless FLARE is 2.9. ConfigError: a setting is wrong.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._started = False
+
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """FLARE's hook: channels live as long as the run."""
-        if event_type == EventType.START_RUN:
+        if event_type == EventType.START_RUN and not self._started:
             install()
-        elif event_type == EventType.END_RUN:
-            registry.stop()
+            self._started = True
+        elif event_type == EventType.END_RUN and self._started:
+            self._started = False
+            if registry.stop():
+                memory.clear()
 
 
 def install() -> None:
@@ -55,6 +62,7 @@ def install() -> None:
 def open_channels(cell: Any) -> DataChannels:
     """As the cell's own connections are: with its certificates, if it has any."""
     process, core, name = this_process(), cell.core_cell, cell.get_fqcn()
+    credentials = core.endpoint.conn_props or {}
     ports = process.settings.rdma_data_ports
     if ports == "auto":
         ports = _ANY_PORT if FQCN.get_root(name) == FQCN.ROOT_SERVER else "none"
@@ -62,9 +70,11 @@ def open_channels(cell: Any) -> DataChannels:
     host = urlparse(url or "").hostname or ""
 
     def tls(server_side: bool) -> ssl.SSLContext | None:
-        if not core.secure:
+        # Also where FLARE's own connections are clear because somebody else protects them (connection_security=clear):
+        # that does not protect these.
+        if not (core.secure or credentials.get(DriverParams.CA_CERT.value)):
             return None
-        made: ssl.SSLContext = get_ssl_context({**core.credentials, DriverParams.SECURE.value: True}, server_side)
+        made: ssl.SSLContext = get_ssl_context({**credentials, DriverParams.SECURE.value: True}, server_side)
         return made
 
     return DataChannels(name, process, tls, host, None if isinstance(ports, str) else ports)

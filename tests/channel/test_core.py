@@ -530,3 +530,20 @@ def test_a_sender_that_answers_grants_with_nothing_can_not_hold_memory_for_long(
         passive.settle()
     with pytest.raises(TransferError, match="made no progress for 120 s: 0 of 100000 bytes came"):
         passive.core.check(now=LIMITS.stall_timeout + 1)
+
+
+def test_a_message_that_waits_for_its_turn_has_no_deadline_yet():
+    active, passive = open_pair()
+    for size in (1 << 20, 5000):
+        active.send(message(size))
+    passive.read_wire(1 << 20)
+    passive.take_memory()
+    passive.take_memory()
+    active.read_wire(1 << 20)
+    passive.now = 100.0
+    active.land(0)
+    later = LIMITS.stall_timeout + 30  # more than the second message may take, less than the first
+    passive.core.check(later)
+    passive.now = active.now = later
+    run_to_end(active, passive)
+    assert sorted(passive.received) == sorted([message(1 << 20), message(5000)])

@@ -132,3 +132,16 @@ def _address(view: memoryview) -> int:
     import numpy as np
 
     return np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0]
+
+
+def test_without_a_limit_of_its_own_idle_and_used_stay_within_the_busiest_moment():
+    mib = 1 << 20
+    pool = SlotPool(keep_bytes=None)
+    large = pool.take(8 * mib)
+    del large
+    assert pool.idle_bytes == 8 * mib
+    small = [pool.take(2 * mib) for _ in range(3)]
+    assert pool.idle_bytes + pool.used_bytes <= 8 * mib
+    del small
+    pool.clear()
+    assert pool.idle_bytes == 0

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from certificates import Authority
 from processes import SMALL, run
 
 RAW_TORCH = 5 * 500 * 1000 * 4 + 300 * 300 * 2 + 4
@@ -10,10 +11,15 @@ RAW_NUMPY = 500_000 * 8 + 30
 GOOD = {"code": "ok", "same": True, "finished": ["finished", 2]}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+@pytest.fixture(scope="module", params=["clear", "secure"])
+def results(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cells")
-    done = run(SMALL / "two_cells.py", str(folder), timeout=100, NVFLARE_RDMA_FABRICS="tcp")
+    credentials = {}
+    if request.param == "secure":
+        authority = Authority(folder / "pki")
+        credentials = {"server": authority.issue("server", "server"), "site-1": authority.issue("client", "site-1")}
+    arguments = [str(folder), json.dumps(credentials)]
+    done = run(SMALL / "two_cells.py", *arguments, timeout=100, NVFLARE_RDMA_FABRICS="tcp")
     assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
     print(done.stdout[-4000:])
     return json.loads((folder / "results.json").read_text())

@@ -1,4 +1,5 @@
-"""Two FLARE cells that send each other tensors: two_cells.py FOLDER. What happened is in FOLDER/results.json.
+"""Two FLARE cells that send each other tensors: two_cells.py FOLDER [CREDENTIALS]. What happened is in
+FOLDER/results.json; CREDENTIALS is JSON of each cell's, for TLS between them.
 
 One process, as FLARE's own tests have it; the bytes still go through sockets or shared memory.
 """
@@ -61,10 +62,11 @@ class Lines(logging.Handler):
 
 
 class Pair:
-    def __init__(self) -> None:
-        url = f"tcp://127.0.0.1:{free_port()}"
-        self.server = Cell("server", url, secure=False, credentials={})
-        self.site = Cell("site-1", url, secure=False, credentials={})
+    def __init__(self, credentials: dict[str, dict[str, str]]) -> None:
+        secure = bool(credentials)
+        url = f"{'stcp' if secure else 'tcp'}://127.0.0.1:{free_port()}"
+        self.server = Cell("server", url, secure=secure, credentials=credentials.get("server", {}))
+        self.site = Cell("site-1", url, secure=secure, credentials=credentials.get("site-1", {}))
         for cell in (self.server, self.site):
             cell.start()
         eventually(lambda: self.site.core_cell.is_cell_connected("server"))
@@ -113,7 +115,7 @@ def main() -> None:
     lines = Lines()
     logging.getLogger("nvflare_rdma").addHandler(lines)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-    pair, results = Pair(), {}
+    pair, results = Pair(json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}), {}
     install()
     theirs, own = registry.of(pair.server), registry.of(pair.site)
 
