@@ -5,7 +5,7 @@ VENV   ?= .venv
 PIP_ARGS ?=
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-PYTEST_ARGS ?= -n 3
+PYTEST_ARGS ?= -n 3 --dist worksteal
 
 .PHONY: demo test test-verbs lint format docs clean setup
 .DELETE_ON_ERROR:

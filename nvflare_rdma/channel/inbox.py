@@ -118,10 +118,14 @@ class Inbox:
         if transfer not in self._waiting:
             return 0
         reservation, sink = self._waiting[transfer]
-        if sink is not None:
-            buffer = sink.buffer
-        else:
-            buffer = self._memory(length, endpoint) if self._opener is None else self._pool.take(length)
+        try:
+            if sink is not None:
+                buffer = sink.buffer
+            else:
+                buffer = self._memory(length, endpoint) if self._opener is None else self._pool.take(length)
+        except MemoryError:
+            self._later(reservation.release)  # before the peer hears of it
+            raise
         del self._waiting[transfer]
         self._arriving[transfer] = _Arriving(buffer, reservation, sink)
         return sink.unit if sink is not None else 1

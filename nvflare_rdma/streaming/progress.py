@@ -30,7 +30,7 @@ class DirectProgress:
 
     def finish(self, **event: Any) -> None:
         """FLARE's own events, which know of no bytes."""
-        if event["state"] != "start":
+        if event["state"] != "start" or not self._sequence:
             self._tell(event["state"])
 
     def go_on(self, **event: Any) -> None:
