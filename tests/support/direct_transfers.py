@@ -1,0 +1,80 @@
+"""A message's tensors in one cell, pulled by others: what tests of `Service` and `pull` share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from data_channels import ANY_PORT
+from tcp_pair import DEADLINE
+
+from nvflare_rdma.streaming import pulling
+from nvflare_rdma.streaming.arrays import to_bytes
+from nvflare_rdma.streaming.manifest import INLINE_BYTES
+from nvflare_rdma.streaming.pulling import pull
+from nvflare_rdma.streaming.serving import Service
+
+LARGE = INLINE_BYTES + 1  # values, so that it is no small tensor whatever its dtype
+SEND = {"do": "send", "first": 1, "items": [0], "invitation": None}
+
+
+def new(nbytes: int) -> memoryview:
+    return memoryview(bytearray(nbytes))
+
+
+class Direct:
+    """What the cell "server" holds, and others pull."""
+
+    def __init__(self, cell, tensors, ports=ANY_PORT, **kinds) -> None:
+        self.channels = cell("server", ports=ports, **kinds)
+        self.moved: list[tuple[str, int, int]] = []
+        self.requests: list[str] = []
+        #: While it is not set, the sender does not go on when its first tensors are there.
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self.service = Service(tensors, lambda: self.channels, self._moved)
+
+    def _moved(self, *what) -> None:
+        self.moved.append(what)
+        assert self.go_on.wait(DEADLINE)
+
+    def ask(self, receiver: str) -> Callable[[dict], dict]:
+        def ask(request: dict) -> dict:
+            self.requests.append(request["do"])
+            return self.service.answer(request, receiver)
+
+        return ask
+
+    def pull(self, channels, **kinds) -> dict:
+        allocate = kinds.pop("allocate", new)
+        return pull(channels, "server", self.ask(channels.name), allocate, **kinds)
+
+    def once_some_are_here(self, action: Callable[[], None]) -> Callable[[pulling.Progress], None]:
+        """For `progress`: acts once, when some have landed and not all."""
+        self.go_on.clear()
+
+        def progress(done: pulling.Progress) -> None:
+            if done.items and not self.go_on.is_set():
+                action()
+                self.go_on.set()
+
+        return progress
+
+    @property
+    def senders(self) -> int:
+        return sum(thread.name == "rdma-offers" for thread in threading.enumerate())
+
+
+def large(count: int, size: int = 100_000) -> dict[str, np.ndarray]:
+    return {f"t{i}": np.full(size, i, np.uint8) for i in range(count)}
+
+
+def assert_equal(got, sent) -> None:
+    assert list(got) == list(sent)
+    for name, tensor in sent.items():
+        assert type(got[name]) is (torch.Tensor if isinstance(tensor, torch.Tensor) else np.ndarray), name
+        assert got[name].dtype == tensor.dtype, name
+        assert tuple(got[name].shape) == tuple(tensor.shape), name
+        assert bytes(to_bytes(got[name])) == bytes(to_bytes(tensor)), name
