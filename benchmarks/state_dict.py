@@ -17,6 +17,7 @@ are of the second transfer, of both processes. The tensors that arrive are compa
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from typing import Any
@@ -47,7 +48,7 @@ def make_model(mib: int) -> dict[str, Any]:
     import torch
 
     width = 64
-    while sum(_count(width)) * 4 < mib * MIB:
+    while sum(map(math.prod, _shapes(width))) * 4 < mib * MIB:
         width += 8
     torch.manual_seed(0)
     shapes = dict(zip(_names(), _shapes(width), strict=True))
@@ -63,16 +64,6 @@ def _shapes(width: int) -> list[tuple[int, ...]]:
     w = width
     layer = [(w, w), (w // 4, w), (w // 4, w), (w, w), (4 * w, w), (4 * w, w), (w, 4 * w), (w,), (w,)]
     return [*(shape for _ in range(LAYERS) for shape in layer), (8 * w, w), (w,), (8 * w, w)]
-
-
-def _count(width: int) -> list[int]:
-    counts = []
-    for shape in _shapes(width):
-        count = 1
-        for n in shape:
-            count *= n
-        counts.append(count)
-    return counts
 
 
 class Side:

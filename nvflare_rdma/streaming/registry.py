@@ -56,11 +56,6 @@ class Registry:
                     self._channels[name] = None
             return self._channels.get(name)
 
-    def set(self, cell: Any, channels: DataChannels | None) -> None:
-        """Have ``cell`` use these, or none."""
-        with self._lock:
-            self._channels[cell.get_fqcn()] = channels
-
 
 #: The process's.
 registry = Registry()

@@ -118,6 +118,7 @@ def main() -> None:
     pair, results = Pair(json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}), {}
     install()
     theirs, own = registry.of(pair.server), registry.of(pair.site)
+    known = registry._channels
 
     events: list[dict] = []
     pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: lambda **event: events.append(event)})
@@ -139,12 +140,12 @@ def main() -> None:
         results["aborted"] = {"error": str(error)}
     pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: None})
 
-    registry.set(pair.site, None)
+    known["site-1"] = None
     results["a receiver without this package"] = {**pair.get(), "log": lines.take()}
-    registry.set(pair.site, own)
-    registry.set(pair.server, None)
+    known["site-1"] = own
+    known["server"] = None
     results["a sender that has ended its channels"] = {**pair.get(), "log": lines.take()}
-    registry.set(pair.server, theirs)
+    known["server"] = theirs
     registry.stop()
     os.environ["NVFLARE_RDMA_DATA_PORTS"] = "none"
     install()
