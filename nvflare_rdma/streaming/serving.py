@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nvflare_rdma.channel.bodies import Source
+from nvflare_rdma.channel.bodies import Source, Take
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.outbox import Sending
 from nvflare_rdma.codecs.tensors import is_torch
@@ -36,7 +36,7 @@ class TensorSource(Source):
         self._bytes: memoryview | None = None
         self.ready = tensor.is_contiguous() and tensor.is_cpu if is_torch(tensor) else tensor.flags.c_contiguous
 
-    def read(self, offset: int, length: int) -> memoryview:
+    def read(self, offset: int, length: int, take: Take) -> memoryview:
         with self._lock:
             if self._bytes is None:
                 self._bytes = to_bytes(self._tensor)
