@@ -63,14 +63,15 @@ def this_process() -> Process:
 def _make_context(settings: Settings) -> LinkContext:
     from nvflare.fuel.f3.drivers.net_utils import MAX_FRAME_SIZE
 
-    # A quarter is for what is sent, the rest for what arrives.
-    sending = settings.rdma_memory_budget_bytes // 4
+    # A sixteenth is for chunks that several receivers want (`streaming.encoded.HotChunks`), three for what is sent, the
+    # rest for what arrives.
+    sixteenth = settings.rdma_memory_budget_bytes // 16
     pool = SlotPool(keep_bytes=None)
     return LinkContext(
         limits=ChannelLimits(max_message_bytes=MAX_FRAME_SIZE),
-        budget=MemoryBudget(settings.rdma_memory_budget_bytes - sending),
+        budget=MemoryBudget(12 * sixteenth),
         pool=pool,
-        sending=SendMemory(pool, sending),
+        sending=SendMemory(pool, 3 * sixteenth),
         order=settings.rdma_fabrics,
         unavailable={
             name: state.reason for name, state in probe(settings.verbs, settings.rdma_memory_budget_bytes).items()

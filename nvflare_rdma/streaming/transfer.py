@@ -19,6 +19,7 @@ from nvflare_rdma.process import this_process
 from nvflare_rdma.streaming.channels import DataChannels
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torch_decomposer
 from nvflare_rdma.streaming.registry import registry
+from nvflare_rdma.streaming.serving import hot
 
 _ANY_PORT = (0, 0)
 
@@ -52,7 +53,8 @@ class RdmaTransfer(FLComponent):
 def install() -> None:
     """From now on FLARE's tensors and arrays move over data channels, until `registry.stop`."""
     require_flare("RdmaTransfer")
-    this_process()  # a wrong setting is said now
+    settings = this_process().settings  # a wrong one is said now
+    hot.limit = settings.rdma_memory_budget_bytes // 16
     replace_decomposer(RdmaArrayDecomposer())
     with contextlib.suppress(ImportError):  # a site without torch
         replace_decomposer(torch_decomposer())
