@@ -14,7 +14,7 @@ from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.drivers.driver_params import DriverParams
 from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 
-from nvflare_rdma.flare_compat import replace_decomposer, require_flare
+from nvflare_rdma.flare_compat import TRANSFER_PROP, replace_decomposer, require_flare
 from nvflare_rdma.process import this_process
 from nvflare_rdma.streaming.channels import DataChannels
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torch_decomposer
@@ -43,6 +43,7 @@ class RdmaTransfer(FLComponent):
         """FLARE's hook: channels live as long as the run."""
         if event_type == EventType.START_RUN and not self._started:
             install()
+            fl_ctx.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
             self._started = True
         elif event_type == EventType.END_RUN and self._started:
             self._started = False
