@@ -22,11 +22,14 @@ from nvflare.app_common.np.np_downloader import ArrayDownloadable
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.streaming.cacheable import ItemConsumer
 from nvflare.fuel.f3.streaming.download_service import ProduceRC, download_object, request_download_chunk
+from nvflare.fuel.f3.streaming.transfer_outcome import DownloadStatus
 from nvflare.fuel.utils.fobs import FOBSContextKey
 from nvflare.fuel.utils.fobs.datum import Datum
 
 from nvflare_rdma.errors import RdmaError, TransferError
+from nvflare_rdma.metrics.transfers import Meter, Meters
 from nvflare_rdma.streaming.arrays import TensorMemory
+from nvflare_rdma.streaming.metering import finish, flares_own
 from nvflare_rdma.streaming.progress import DirectProgress, source_progress
 from nvflare_rdma.streaming.pulling import AbortedError, LostError, pull
 from nvflare_rdma.streaming.registry import registry
@@ -51,7 +54,8 @@ class _Served:
 
     def serve(self, tensors: Mapping[str, Any], cell: Any) -> None:
         self._ref_id = ""
-        self._service = Service(tensors, functools.partial(registry.of, cell), self._moved)
+        meters = Meters(cell.get_fqcn() if cell is not None else "")
+        self._service = Service(tensors, functools.partial(registry.of, cell), self._moved, meters)
 
     def set_transaction(self, tx_id: str, ref_id: str) -> None:
         super().set_transaction(tx_id, ref_id)  # type: ignore[misc]
@@ -62,7 +66,17 @@ class _Served:
             return ProduceRC.OK, [], {STATE_KEY: self._service.answer(state[STATE_KEY], requester)}
         if not state and self._service.has_served(requester):
             return ProduceRC.EOF, None, {}
-        return super().produce(state, requester)  # type: ignore[misc,no-any-return]
+        if not state:
+            self._service.meters.begin(requester).fall_back("the receiver asked for no direct transfer")
+        answer: tuple[str, Any, dict[str, Any]] = super().produce(state, requester)  # type: ignore[misc]
+        if (meter := self._service.meters.find(requester)) is not None:
+            meter.wire_bytes += sum(map(len, answer[1] or ()))
+        return answer
+
+    def downloaded_to_one(self, to_receiver: str, status: str) -> None:
+        failure = "" if status == DownloadStatus.SUCCESS else "the receiver did not get it on FLARE's own path"
+        self._service.ended(to_receiver, failure)
+        super().downloaded_to_one(to_receiver, status)  # type: ignore[misc]
 
     def release(self) -> None:
         self._service.close()
@@ -119,9 +133,19 @@ class DirectDecomposer:
         rest = {"secure": secure, "optional": optional, "abort_signal": abort_signal}
         common = {"from_fqcn": from_fqcn, "ref_id": ref_id, "per_request_timeout": per_request_timeout, "cell": cell}
         prompt = {**common, "per_request_timeout": min(per_request_timeout, _ANSWER_SECONDS)}
-        own = functools.partial(super().download, **common, **rest, **others)  # type: ignore[misc]
-        if channels is None or not ref_id.startswith(REF_PREFIX) or self.lands_elsewhere(cell, others):
-            return own(progress_cb=progress_cb)  # type: ignore[no-any-return]
+        flares = functools.partial(super().download, **common, **rest, **others)  # type: ignore[misc]
+        meter = Meter("received", cell.get_fqcn(), from_fqcn)
+
+        def own(reason: str, progress_cb: Callable[..., None] | None) -> tuple[str | None, Any]:
+            return flares_own(meter, reason, flares, progress_cb)
+
+        if channels is None:
+            return own("this process has no data channels", progress_cb)
+        if not ref_id.startswith(REF_PREFIX):
+            return own("the sender answers no direct requests", progress_cb)
+        if self.lands_elsewhere(cell, others):
+            return own("it goes to disk (FLARE's disk offload)", progress_cb)
+        meter.budget = channels.budget.watch()
 
         def ask(request: dict[str, Any]) -> Any:
             # An answer may be lost. What may be said twice is, as FLARE does.
@@ -139,17 +163,20 @@ class DirectDecomposer:
 
         progress = DirectProgress(ref_id, progress_cb)
         try:
-            items = pull(channels, from_fqcn, ask, memory.take, lambda: _is_aborted(abort_signal), progress.moved)
-        except AbortedError:
-            return own(progress_cb=progress_cb)  # type: ignore[no-any-return]  # FLARE sees it too, and says so to the sender
+            items = pull(
+                channels, from_fqcn, ask, memory.take, lambda: _is_aborted(abort_signal), progress.moved, meter
+            )
+        except AbortedError as error:
+            return own(str(error), progress_cb)  # FLARE sees it too, and says so to the sender
         except (RdmaError, MemoryError) as error:
             log.warning("tensors from %s come on FLARE's own path: %s", from_fqcn, error)
-            failure, items = own(progress_cb=progress.go_on)
+            failure, items = own(str(error), progress.go_on)
             if not failure and items is None:
                 failure = "the sender takes them for delivered"
             return failure, items
         consumer = _Delivered()
         download_object(consumer=consumer, progress_cb=progress.finish, **common, **rest)
+        finish(meter, consumer.error, items)
         return consumer.error, items
 
     def lands_elsewhere(self, cell: Any, others: dict[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 
 from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.errors import FabricUnavailable, ProtocolError, TransferError
+from nvflare_rdma.metrics.transfers import Meter
 from nvflare_rdma.streaming import manifest
 from nvflare_rdma.streaming.arrays import Allocate, from_bytes, from_content
 from nvflare_rdma.streaming.channels import DataChannels
@@ -99,6 +100,7 @@ def pull(
     allocate: Allocate,
     aborted: Callable[[], bool] = lambda: False,
     progress: Callable[[Progress], None] = lambda done: None,
+    meter: Meter | None = None,
 ) -> dict[str, Any]:
     """All tensors of a message that ``peer`` holds, by FLARE's item ids.
 
@@ -106,12 +108,14 @@ def pull(
         ask: sends a request to the peer's `Service.answer` and gives what it says.
         allocate: memory for a tensor of so many bytes.
         aborted: whether to stop; it is looked at several times a second.
+        meter: counts what came over channels, and how.
 
     Raises:
         AbortedError: ``aborted`` said so.
         RdmaError: there is no direct way, or what came over it is no good. Nothing is kept.
     """
-    return _Pull(channels, peer, ask, allocate, aborted, progress).run()
+    meter = meter or Meter("received", channels.name, peer)
+    return _Pull(channels, peer, ask, allocate, aborted, progress, meter).run()
 
 
 class _Pull:
@@ -123,6 +127,7 @@ class _Pull:
         allocate: Allocate,
         aborted: Callable[[], bool],
         progress: Callable[[Progress], None],
+        meter: Meter,
     ) -> None:
         self._channels = channels
         self._peer = peer
@@ -130,6 +135,7 @@ class _Pull:
         self._allocate = allocate
         self._aborted = aborted
         self._progress = progress
+        self._meter = meter
         self._landed: dict[int, memoryview] = {}
         self._landed_bytes = 0
         self._asked = False
@@ -139,6 +145,7 @@ class _Pull:
         try:
             described = self._describe()
             items = manifest.unpack(described.get("manifest"))
+            self._meter.wire_bytes += sum(len(item.content) for item in items if item.content is not None)
             self._land({n: item for n, item in enumerate(items) if item.content is None}, described)
             # First: once the peer has heard "done", nobody else has them.
             tensors = {item.name: self._tensor(number, item) for number, item in enumerate(items)}
@@ -180,11 +187,19 @@ class _Pull:
                 return "the channel that the peer has dialled did not open"
             self._wait(landings)
         finally:
+            self._count(sinks, landings)
             self._channels.forget(self._peer, first, len(sinks))
         with landings.changed:
             self._landed |= landings.landed
             self._landed_bytes += landings.nbytes
             return landings.failure
+
+    def _count(self, sinks: list[TensorSink], landings: Landings) -> None:
+        link = self._channels.find(self._peer)
+        self._meter.fabric = link.fabric if link is not None else self._meter.fabric
+        self._meter.resent_chunks += sum(sink.resent_chunks for sink in sinks)
+        with landings.changed:
+            self._meter.wire_bytes += landings.nbytes
 
     def _find_way(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
         """See that there is a channel; an invitation if the peer has to make it."""
