@@ -15,6 +15,7 @@ from nvflare.fuel.f3.drivers.driver_params import DriverParams
 from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 
 from nvflare_rdma.flare_compat import replace_decomposer, require_flare
+from nvflare_rdma.metrics.reporting import TransferReporter
 from nvflare_rdma.process import this_process
 from nvflare_rdma.streaming.channels import DataChannels
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torch_decomposer
@@ -37,16 +38,22 @@ class RdmaTransfer(FLComponent):
     def __init__(self) -> None:
         super().__init__()
         self._started = False
+        self._reporter: TransferReporter | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """FLARE's hook: channels live as long as the run."""
         if event_type == EventType.START_RUN and not self._started:
             install()
             self._started = True
+            self._reporter = TransferReporter(self, fl_ctx)
         elif event_type == EventType.END_RUN and self._started:
             self._started = False
             if registry.stop():
                 memory.clear()
+            if self._reporter is not None:
+                self._reporter.close()
+        elif self._reporter is not None:
+            self._reporter.handle_event(event_type, fl_ctx)
 
 
 def install() -> None:
