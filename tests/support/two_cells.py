@@ -24,6 +24,7 @@ from nvflare.fuel.utils.fobs import FOBSContextKey
 from processes import free_port
 from waiting import eventually
 
+from nvflare_rdma.metrics.transfers import ledger
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.transfer import install
 
@@ -58,6 +59,18 @@ class Lines(logging.Handler):
 
     def take(self) -> list[str]:
         taken, self.lines = self.lines, []
+        return taken
+
+
+class Records:
+    """What the transfers of both cells have done."""
+
+    def __init__(self) -> None:
+        self.records: list[dict] = []
+        ledger.subscribe(lambda record: self.records.append(record.as_dict()))
+
+    def take(self) -> list[dict]:
+        taken, self.records = self.records, []
         return taken
 
 
@@ -115,21 +128,21 @@ def main() -> None:
     lines = Lines()
     logging.getLogger("nvflare_rdma").addHandler(lines)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-    pair, results = Pair(json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}), {}
+    pair, results, records = Pair(json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}), {}, Records()
     install()
     theirs, own = registry.of(pair.server), registry.of(pair.site)
     known = registry._channels
 
     events: list[dict] = []
     pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: lambda **event: events.append(event)})
-    results["down"] = {**pair.get(), "log": lines.take()}
+    results["down"] = {**pair.get(), "log": lines.take(), "records": records.take()}
     results["progress"] = [
         {key: event[key] for key in ("transfer_id", "sequence", "bytes_done", "items_done", "state")}
         for event in events
     ]
     pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: None})
-    results["again"] = {**pair.get(), "log": lines.take()}
-    results["up"] = {**pair.send(), "log": lines.take()}
+    results["again"] = {**pair.get(), "log": lines.take(), "records": records.take()}
+    results["up"] = {**pair.send(), "log": lines.take(), "records": records.take()}
 
     abort = Signal()
     props = {FOBSContextKey.STREAM_PROGRESS_CB: lambda **event: abort.trigger("the job was aborted")}
@@ -137,19 +150,19 @@ def main() -> None:
     try:
         results["aborted"] = pair.get(abort)
     except RuntimeError as error:
-        results["aborted"] = {"error": str(error)}
+        results["aborted"] = {"error": str(error), "records": records.take()}
     pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: None})
 
     known["site-1"] = None
-    results["a receiver without this package"] = {**pair.get(), "log": lines.take()}
+    results["a receiver without this package"] = {**pair.get(), "log": lines.take(), "records": records.take()}
     known["site-1"] = own
     known["server"] = None
-    results["a sender that has ended its channels"] = {**pair.get(), "log": lines.take()}
+    results["a sender that has ended its channels"] = {**pair.get(), "log": lines.take(), "records": records.take()}
     known["server"] = theirs
     registry.stop()
     os.environ["NVFLARE_RDMA_DATA_PORTS"] = "none"
     install()
-    results["no door on either side"] = {**pair.get(), "log": lines.take()}
+    results["no door on either side"] = {**pair.get(), "log": lines.take(), "records": records.take()}
 
     (Path(sys.argv[1]) / "results.json").write_text(json.dumps(results))
 
