@@ -67,7 +67,7 @@ class _Served:
         if not state and self._service.has_served(requester):
             return ProduceRC.EOF, None, {}
         if not state:
-            self._service.meters.begin(requester).fall_back("the receiver asked for no direct transfer")
+            self._service.meters.begin(requester).fall_back("the receiver asked on FLARE's own path")
         answer: tuple[str, Any, dict[str, Any]] = super().produce(state, requester)  # type: ignore[misc]
         if (meter := self._service.meters.find(requester)) is not None:
             meter.wire_bytes += sum(map(len, answer[1] or ()))

@@ -9,7 +9,7 @@ from nvflare.app_common.widgets.streaming import AnalyticsReceiver
 
 
 class ScalarReceiver(AnalyticsReceiver):
-    """[origin, tag, value, step] a line, in scalars.jsonl of the run's folder; TBAnalyticsReceiver needs tensorboard."""
+    """[origin, tag, value, step] a line, in scalars.jsonl of the run's folder. FLARE's own needs tensorboard."""
 
     def __init__(self):
         super().__init__()

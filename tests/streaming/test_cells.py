@@ -109,9 +109,9 @@ def test_sealed_chunks_take_a_share_of_the_budget_and_others_none(results, reque
 @pytest.mark.parametrize(
     ("which", "why_received", "why_sent"),
     [
-        ("a receiver without this package", "no data channels", "asked for no direct transfer"),
+        ("a receiver without this package", "no data channels", "asked on FLARE's own path"),
         ("a sender that has ended its channels", "no data channels any more", "no data channels any more"),
-        ("no door on either side", "neither side has a door", "asked for no direct transfer"),
+        ("no door on either side", "neither side has a door", "asked on FLARE's own path"),
     ],
 )
 def test_flares_own_path_is_recorded_with_the_reason(results, which, why_received, why_sent):
