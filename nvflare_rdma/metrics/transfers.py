@@ -50,7 +50,7 @@ class TransferRecord:
     fabric: str
     """The one in use in the end; "control" is the control stream; "" if no channel was needed, or on FLARE's path."""
     budget_peak_bytes: int
-    """The most that all transfers of the process together held of its memory budget meanwhile."""
+    """The most that all transfers of the process together held meanwhile of its memory budget for what arrives."""
     path: Literal["direct", "flare"]
     reason: str
     """Why it took FLARE's own path; "" if it did not."""

@@ -11,10 +11,12 @@ without this package is served in FLARE's way. See `nvflare.fuel.utils.fobs.deco
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from nvflare.app_common.decomposers.numpy_decomposers import NumpyArrayDecomposer
@@ -29,10 +31,13 @@ from nvflare.fuel.utils.fobs.datum import Datum
 from nvflare_rdma.errors import RdmaError, TransferError
 from nvflare_rdma.metrics.transfers import Meter, Meters
 from nvflare_rdma.streaming.arrays import TensorMemory
+from nvflare_rdma.streaming.landing import Land, in_memory
+from nvflare_rdma.streaming.manifest import unpack
 from nvflare_rdma.streaming.metering import finish, flares_own
 from nvflare_rdma.streaming.progress import DirectProgress, source_progress
-from nvflare_rdma.streaming.pulling import AbortedError, LostError, pull
+from nvflare_rdma.streaming.pulling import AbortedError, LostError, Pull
 from nvflare_rdma.streaming.registry import registry
+from nvflare_rdma.streaming.relay import RelayConsumer, produce
 from nvflare_rdma.streaming.serving import Service
 
 log = logging.getLogger(__name__)
@@ -66,11 +71,17 @@ class _Served:
             return ProduceRC.OK, [], {STATE_KEY: self._service.answer(state[STATE_KEY], requester)}
         if not state and self._service.has_served(requester):
             return ProduceRC.EOF, None, {}
+        meters = self._service.meters
         if not state:
-            self._service.meters.begin(requester).fall_back("the receiver asked on FLARE's own path")
-        answer: tuple[str, Any, dict[str, Any]] = super().produce(state, requester)  # type: ignore[misc]
-        if (meter := self._service.meters.find(requester)) is not None:
-            meter.wire_bytes += sum(map(len, answer[1] or ()))
+            meters.begin(requester).fall_back("the receiver asked on FLARE's own path")
+        if (relayed := self._service.relayed(requester)) is not None:
+            answer = produce(relayed, state)
+        else:
+            if not state:
+                self._service.say_what_is_not_encoded(requester)
+            answer = super().produce(state, requester)  # type: ignore[misc]
+        if (meter := meters.find(requester)) is not None:
+            meter.wire_bytes += sum(len(part) for part in answer[1] or () if not isinstance(part, int))
         return answer
 
     def downloaded_to_one(self, to_receiver: str, status: str) -> None:
@@ -95,6 +106,14 @@ class _Delivered(ItemConsumer):
 
     def consume_items(self, items: list[Any], result: Any) -> Any:
         raise TransferError("the sender sent again what it had sent")
+
+
+@dataclass(frozen=True)
+class Landing:
+    """``give``: what the receiver is given, from what the places gave by item id."""
+
+    land: Land
+    give: Callable[[Any], Any] = lambda items: items
 
 
 class DirectDecomposer:
@@ -143,8 +162,6 @@ class DirectDecomposer:
             return own("this process has no data channels", progress_cb)
         if not ref_id.startswith(REF_PREFIX):
             return own("the sender answers no direct requests", progress_cb)
-        if self.lands_elsewhere(cell, others):
-            return own("it goes to disk (FLARE's disk offload)", progress_cb)
         meter.budget = channels.budget.watch()
 
         def ask(request: dict[str, Any]) -> Any:
@@ -162,26 +179,53 @@ class DirectDecomposer:
             return state.get(STATE_KEY) if isinstance(state, dict) else None
 
         progress = DirectProgress(ref_id, progress_cb)
-        try:
-            items = pull(
-                channels, from_fqcn, ask, memory.take, lambda: _is_aborted(abort_signal), progress.moved, meter
-            )
-        except AbortedError as error:
-            return own(str(error), progress_cb)  # FLARE sees it too, and says so to the sender
-        except (RdmaError, MemoryError) as error:
-            log.warning("tensors from %s come on FLARE's own path: %s", from_fqcn, error)
-            failure, items = own(str(error), progress.go_on)
-            if not failure and items is None:
-                failure = "the sender takes them for delivered"
-            return failure, items
-        consumer = _Delivered()
-        download_object(consumer=consumer, progress_cb=progress.finish, **common, **rest)
-        finish(meter, consumer.error, items)
-        return consumer.error, items
+        with self.landing(cell, others) as landing:
+            aborted = functools.partial(_is_aborted, abort_signal)
+            pull = Pull(channels, from_fqcn, ask, landing.land, aborted, progress.moved, meter)
+            failure: str | None = None
+            try:
+                items = landing.give(pull.run())
+            except AbortedError as error:
+                return own(str(error), progress_cb)  # FLARE sees it too, and says so to the sender
+            except (RdmaError, MemoryError) as error:
+                log.warning("tensors from %s come on FLARE's own path: %s", from_fqcn, error)
+                if any(item.cut is not None for item in pull.items):
+                    take = functools.partial(download_object, progress_cb=progress.go_on, **common, **rest)
+                    meter.fall_back(str(error))
+                    return _relayed(ask, landing, take, meter)
+                failure, items = own(str(error), progress.go_on)
+                if not failure and items is None:
+                    failure = "the sender takes them for delivered"
+                return failure, items
+            delivered = _Delivered()
+            download_object(consumer=delivered, progress_cb=progress.finish, **common, **rest)
+            finish(meter, delivered.error, pull.items)
+            return delivered.error, items
 
-    def lands_elsewhere(self, cell: Any, others: dict[str, Any]) -> bool:
-        """Whether what comes is not to be in memory."""
-        return False
+    @contextlib.contextmanager
+    def landing(self, cell: Any, others: dict[str, Any]) -> Iterator[Landing]:
+        """Where what comes is to land."""
+        yield Landing(in_memory(memory.take))
+
+
+def _relayed(
+    ask: Callable[[dict[str, Any]], Any], landing: Landing, take: Callable[..., None], meter: Meter
+) -> tuple[str | None, Any]:
+    failure: str | None = None
+    items, result = [], None
+    try:
+        answer = ask({"do": "relay"})
+        if not isinstance(answer, Mapping) or "manifest" not in answer:
+            raise TransferError(f"the sender can't relay: {answer}")
+        items = unpack(answer["manifest"])
+        consumer = RelayConsumer(items, landing.land)
+        take(consumer=consumer)
+        failure, meter.wire_bytes = consumer.error, meter.wire_bytes + consumer.nbytes
+        result = None if failure else landing.give(consumer.result)
+    except (RdmaError, OSError, MemoryError) as error:
+        failure = str(error)
+    finish(meter, failure, items)
+    return failure, result
 
 
 def known_as(original: type) -> Callable[[type], type]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nvflare_rdma.codecs.tensors import is_torch
 from nvflare_rdma.metrics.transfers import Meter
+from nvflare_rdma.streaming.manifest import Item
 
 
 def raw_bytes(tensors: Mapping[str, Any]) -> int:
@@ -30,14 +31,17 @@ def flares_own(
         if progress is not None:
             progress(**event)
 
-    failure, items = download(progress_cb=count)
-    finish(meter, failure, items, meter.wire_bytes - before)
-    return failure, items
-
-
-def finish(meter: Meter, failure: str | None, items: Any, on_disk: int = 0) -> None:
-    """End ``meter`` with what a download has given. ``on_disk``: bytes of what is not in memory, and stays so."""
-    if failure or items is None:
+    failure, tensors = download(progress_cb=count)
+    if failure or tensors is None:
         meter.end(failure=failure or "nothing came")
+    else:  # what FLARE has put on disk is not to be loaded for this
+        meter.end(len(tensors), raw_bytes(tensors) if type(tensors) is dict else meter.wire_bytes - before)
+    return failure, tensors
+
+
+def finish(meter: Meter, failure: str | None, items: Sequence[Item]) -> None:
+    """End ``meter``: ``items`` have come, or ``failure`` says why not."""
+    if failure:
+        meter.end(failure=failure)
     else:
-        meter.end(len(items), raw_bytes(items) if type(items) is dict else on_disk)
+        meter.end(len(items), sum(item.nbytes for item in items))

@@ -4,14 +4,17 @@ import numpy as np
 import pytest
 import torch
 from data_channels import ANY_PORT
-from direct_transfers import large
+from direct_transfers import large, new
 from tcp_pair import DEADLINE
 from waiting import eventually
 
+from nvflare_rdma.codecs import get_codec
+from nvflare_rdma.codecs.marks import marked
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.metrics.transfers import Meter, ledger
 from nvflare_rdma.streaming.manifest import INLINE_BYTES
 from nvflare_rdma.streaming.metering import finish, raw_bytes
+from nvflare_rdma.streaming.pulling import Pull
 
 
 @pytest.fixture
@@ -22,14 +25,16 @@ def records():
     unsubscribe()
 
 
-def pull(it, site) -> Meter:
+def pull(it, site, progress=lambda done: None) -> None:
     """As the decomposer does."""
     meter = Meter("received", site.name, "server")
+    meter.budget = site.budget.watch()
+    pulling, failure = Pull(site, "server", it.ask(site.name), new, lambda: False, progress, meter), None
     try:
-        finish(meter, None, it.pull(site, meter=meter))
+        pulling.run()
     except RdmaError as error:
-        finish(meter, str(error), None)
-    return meter
+        failure = str(error)
+    finish(meter, failure, pulling.items)
 
 
 def sides(records):
@@ -61,8 +66,7 @@ def test_a_chunk_that_was_damaged_counts_as_sent_again_on_both_sides(direct, cel
 def test_what_was_landed_before_a_channel_broke_counts_once(direct, cell, records):
     it, site = direct(large(5)), cell("site-1")
     cut = it.once_some_are_here(lambda: site.find("server").close(0.0))
-    meter = Meter("received", "site-1", "server")
-    finish(meter, None, it.pull(site, progress=cut, meter=meter))
+    pull(it, site, progress=cut)
     received = sides(records)["received"]
     assert (received.items, received.raw_bytes, received.outcome) == (5, 500_000, "done")
     assert received.wire_bytes == 500_000
@@ -105,6 +109,17 @@ def test_a_receiver_that_fails_says_why_and_what_came(direct, cell, records):
     (received,) = records
     assert received.outcome.startswith("failed: neither side has a door")
     assert (received.items, received.raw_bytes, received.wire_bytes) == (0, 0, 0)
+
+
+def test_what_is_encoded_on_its_way_is_less_than_what_arrives(direct, cell, records):
+    codec = get_codec("normfloat4")
+    weights = torch.randn(300_000)
+    pull(direct({"w": marked(weights, codec), "b": torch.ones(3)}), cell("site-1"))
+    for record in sides(records).values():
+        assert (record.items, record.raw_bytes, record.outcome) == (2, 1_200_012, "done")
+        assert 150_000 < record.wire_bytes < 170_000 + 12
+    assert len({record.wire_bytes for record in records}) == 1
+    assert 0 < sides(records)["received"].budget_peak_bytes <= 16 << 20
 
 
 def test_several_receivers_share_a_channel_and_no_figures(direct, cell, records):
