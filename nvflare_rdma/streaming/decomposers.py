@@ -81,7 +81,7 @@ class _Served:
                 self._service.say_what_is_not_encoded(requester)
             answer = super().produce(state, requester)  # type: ignore[misc]
         if (meter := meters.find(requester)) is not None:
-            meter.wire_bytes += sum(len(part) for part in answer[1] or () if not isinstance(part, int))
+            meter.wire_bytes += sum(map(len, answer[1] or ()))
         return answer
 
     def downloaded_to_one(self, to_receiver: str, status: str) -> None:

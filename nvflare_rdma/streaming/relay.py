@@ -27,7 +27,7 @@ def produce(relayed: Relayed, state: Mapping[str, Any] | None) -> tuple[str, Any
     if piece is None:
         return ProduceRC.EOF, None, {}
     number, offset, data = piece
-    return ProduceRC.OK, [number, offset, data], {RELAY_KEY: [number, offset + len(data)]}
+    return ProduceRC.OK, [data], {RELAY_KEY: [number, offset + len(data)]}  # FLARE takes the length of each in the list
 
 
 class RelayConsumer(Consumer):
@@ -45,9 +45,9 @@ class RelayConsumer(Consumer):
         self._at = (0, 0)
 
     def consume(self, ref_id: str, state: dict[str, Any], data: Any) -> dict[str, Any]:
-        match data:
-            case [int(number), int(offset), bytes() | bytearray() | memoryview() as piece]:
-                self._land(number, offset, memoryview(piece).cast("B"))
+        match state.get(RELAY_KEY), data:
+            case [int(number), int(end)], [bytes() | bytearray() | memoryview() as piece]:
+                self._land(number, end - len(piece), memoryview(piece).cast("B"))
             case _:
                 raise ProtocolError("malformed piece of a tensor")
         return state

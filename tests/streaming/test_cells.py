@@ -129,6 +129,21 @@ def test_flares_own_path_is_recorded_with_the_reason(results, which, why_receive
     assert on_the_way[0] == on_the_way[1]
 
 
+@pytest.mark.parametrize(("which", "path"), [("few bits", "direct"), ("few bits relayed", "flare")])
+def test_few_bits_are_recorded_as_they_travel(results, which, path):
+    result = results[which]
+    assert 0 < result["error"] < 1
+    found = recorded(result)
+    assert found.keys() == {("sent", "server"), ("received", "site-1")}
+    encoded = 400 * 1000 // 2
+    for (record,) in found.values():
+        assert (record["items"], record["raw_bytes"], record["path"]) == (2, 400 * 1000 * 4 + 12, path)
+        assert encoded < record["wire_bytes"] < 1.2 * encoded
+        assert ("neither side has a door" in record["reason"]) == (
+            path == "flare" and record["direction"] == "received"
+        )
+
+
 def test_an_aborted_transfer_is_recorded_as_failed(results):
     failed = [record for record in results["aborted"]["records"] if record["direction"] == "received"]
     assert failed

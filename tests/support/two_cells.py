@@ -24,6 +24,8 @@ from nvflare.fuel.utils.fobs import FOBSContextKey
 from processes import free_port
 from waiting import eventually
 
+from nvflare_rdma.codecs import get_codec
+from nvflare_rdma.codecs.marks import marked
 from nvflare_rdma.metrics.transfers import ledger
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.transfer import install
@@ -36,6 +38,11 @@ MODEL = {
     "array": np.arange(500_000),
     "half": np.ones((3, 5), np.float16),
 }
+
+
+#: To be encoded on its way.
+WEIGHTS = torch.randn(400, 1000)
+FEW_BITS = {"w": marked(WEIGHTS, get_codec("normfloat4")), "b": torch.ones(3)}
 
 
 def same(got: dict) -> bool:
@@ -87,6 +94,7 @@ class Pair:
         self.done: list = []
         self.finished = threading.Event()
         self.server.register_request_cb(channel="test", topic="get", cb=lambda request: self.reply({"model": MODEL}))
+        self.server.register_request_cb(channel="test", topic="few", cb=lambda request: self.reply(FEW_BITS))
         self.server.register_request_cb(channel="test", topic="put", cb=self.put)
         self.server.update_fobs_context({FOBSContextKey.DOWNLOAD_COMPLETE_CB: self.complete})
 
@@ -117,6 +125,12 @@ class Pair:
             result["finished"] = self.finished.wait(30.0) and self.done[-1]
         return result
 
+    def get_few_bits(self) -> dict:
+        self.finished.clear()
+        request = new_cell_message({}, {})
+        reply = self.site.send_request(channel="test", topic="few", target="server", request=request, timeout=60.0)
+        return {"error": float((reply.payload["w"] - WEIGHTS).abs().max()), "finished": self.finished.wait(30.0)}
+
     def send(self) -> dict:
         request = new_cell_message({}, {"model": MODEL})
         reply = self.site.send_request(channel="test", topic="put", target="server", request=request, timeout=60.0)
@@ -142,6 +156,7 @@ def main() -> None:
     ]
     pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: None})
     results["again"] = {**pair.get(), "log": lines.take(), "records": records.take()}
+    results["few bits"] = {**pair.get_few_bits(), "records": records.take()}
     results["up"] = {**pair.send(), "log": lines.take(), "records": records.take()}
 
     abort = Signal()
@@ -163,6 +178,8 @@ def main() -> None:
     os.environ["NVFLARE_RDMA_DATA_PORTS"] = "none"
     install()
     results["no door on either side"] = {**pair.get(), "log": lines.take(), "records": records.take()}
+
+    results["few bits relayed"] = {**pair.get_few_bits(), "records": records.take()}
 
     (Path(sys.argv[1]) / "results.json").write_text(json.dumps(results))
 
