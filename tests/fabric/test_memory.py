@@ -73,6 +73,19 @@ def test_a_request_that_waits_too_long_is_told_who_has_the_memory():
     assert it.served == ["site-1", "site-2", "site-2"]
 
 
+def test_the_most_that_is_held_is_seen_from_when_one_looks():
+    it = Requests(100)
+    it.ask("before", 90).release()
+    held = it.ask("a", 10)
+    watch = it.budget.watch()
+    assert watch.peak == 10
+    it.ask("b", 50).release()
+    assert watch.peak == 60
+    held.release()
+    assert it.budget.watch().peak == 0
+    assert (watch.peak, it.budget.peak) == (60, 90)
+
+
 def test_a_budget_needs_bytes():
     with pytest.raises(ValueError, match="positive number of bytes, not 0"):
         MemoryBudget(0)
