@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from nvflare_rdma.codecs.base import Array
 from nvflare_rdma.codecs.tensors import is_torch
 from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.fabric.memory import SlotPool
@@ -41,6 +42,18 @@ def to_bytes(tensor: Any) -> memoryview:
     else:
         array = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
     return memoryview(array)
+
+
+def strided(tensor: Any) -> Array:
+    """A view of a tensor on the CPU with its strides, of numbers that are as wide."""
+    if not is_torch(tensor):
+        return np.asarray(tensor)
+    import torch
+
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    wide = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(plain.element_size())
+    view: Array = (plain if wide is None else plain.view(wide)).numpy()
+    return view
 
 
 def from_bytes(item: Item, memory: memoryview) -> Any:

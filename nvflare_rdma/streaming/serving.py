@@ -4,51 +4,25 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from nvflare_rdma.channel.bodies import Source, Take, whole_units
 from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.outbox import Sending
 from nvflare_rdma.codecs.marks import codec_of
-from nvflare_rdma.codecs.tensors import is_torch
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
-from nvflare_rdma.metrics.transfers import Meter, Meters
+from nvflare_rdma.metrics.transfers import Meters
 from nvflare_rdma.streaming import manifest
 from nvflare_rdma.streaming.arrays import to_bytes
 from nvflare_rdma.streaming.channels import DataChannels
-from nvflare_rdma.streaming.encoded import EncodedSource, Encoding, HotChunks, cut_of
+from nvflare_rdma.streaming.encoded import Encoding, cut_of
 from nvflare_rdma.streaming.manifest import INLINE_BYTES, INLINE_TOTAL, Item
 from nvflare_rdma.streaming.metering import raw_bytes
+from nvflare_rdma.streaming.sending import Part, Relayed, Sender, hot
 
 log = logging.getLogger(__name__)
 
-#: Tensors, and bytes, that are offered and not over: enough that their receiver always has the next one to grant.
-_AHEAD, _AHEAD_BYTES = 64, 64 << 20
-_SEND_TIMEOUT = 3600.0
 _ENDED = "the sender has ended the transfer"
-
-#: The process's.
-hot = HotChunks()
-
-
-class TensorSource(Source):
-    """A tensor's bytes. One that lies on a GPU, or is not contiguous, is copied when its turn comes."""
-
-    def __init__(self, tensor: Any, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self._tensor = tensor
-        self._lock = threading.Lock()
-        self._bytes: memoryview | None = None
-        self.ready = tensor.is_contiguous() and tensor.is_cpu if is_torch(tensor) else tensor.flags.c_contiguous
-
-    def read(self, offset: int, length: int, take: Take) -> memoryview:
-        with self._lock:
-            if self._bytes is None:
-                self._bytes = to_bytes(self._tensor)
-        return self._bytes[offset : offset + length]
 
 
 class Service:
@@ -78,7 +52,7 @@ class Service:
         self._items: dict[str, list[Item]] = {}
         #: Marked tensors that the codec can't carry.
         self._exact: set[str] = set()
-        self._sendings: dict[str, _Sender] = {}
+        self._sendings: dict[str, Sender] = {}
         self._relayed: dict[str, Relayed] = {}
         self._served: set[str] = set()
 
@@ -152,7 +126,7 @@ class Service:
             self._count(receiver, sender)
         self.meters.close(_ENDED)
 
-    def _count(self, receiver: str, sender: _Sender | None, given_up: str = "") -> None:
+    def _count(self, receiver: str, sender: Sender | None, given_up: str = "") -> None:
         """``sender`` is not needed any more; ``given_up``: why there is no direct way."""
         meter = self.meters.find(receiver)
         if meter is None:
@@ -234,8 +208,8 @@ class Service:
             link = found
         else:
             raise TransferError(f"there is no data channel to {receiver}")
-        parts = [_Part(first + n, items[i], tensors[items[i].name]) for n, i in enumerate(wanted)]
-        sender = _Sender(link, parts, lambda nbytes: self._moved(receiver, nbytes, 1), self._send_exact)
+        parts = [Part(first + n, items[i], tensors[items[i].name]) for n, i in enumerate(wanted)]
+        sender = Sender(link, parts, lambda nbytes: self._moved(receiver, nbytes, 1), self._send_exact)
         with self._lock:
             if self._tensors is None:
                 raise TransferError(_ENDED)
@@ -256,132 +230,6 @@ def _dial(channels: DataChannels, receiver: str, invitation: Any) -> Link:
     except FabricError as error:
         log.warning("%s", error)  # what was tried and how it went is nobody else's business
         raise FabricUnavailable("the sender can't reach the receiver's data port; its log says why") from error
-
-
-class Relayed:
-    """The tensors that are not in the manifest, as bytes, for one receiver that asks for them piece by piece."""
-
-    def __init__(self, items: list[Item], tensors: Mapping[str, Any]) -> None:
-        self._items = items
-        self._tensors = tensors
-        self._lock = threading.Lock()
-        self._open: tuple[int, Source] | None = None
-
-    def piece(self, number: int, offset: int, most: int) -> tuple[int, int, bytes] | None:
-        """What follows ``offset`` bytes of an item: its number, the offset and at most ``most`` bytes (but one unit at
-        least); None after the last.
-
-        Raises:
-            ProtocolError: there is no such item. CodecError: no piece begins there.
-        """
-        if not 0 <= number <= len(self._items) or offset < 0:
-            raise ProtocolError(f"a request for tensor {number} of {len(self._items)}")
-        while number < len(self._items):
-            item = self._items[number]
-            if item.content is None and offset < item.sent_nbytes:
-                length = whole_units(most, item.cut.unit if item.cut is not None else 1)
-                with self._lock:
-                    if self._open is None or self._open[0] != number:
-                        self._open = number, _source(item, self._tensors[item.name])
-                    source = self._open[1]
-                data = source.read(offset, min(length, item.sent_nbytes - offset), lambda n: memoryview(bytearray(n)))
-                return number, offset, bytes(data)
-            number, offset = number + 1, 0
-        return None
-
-
-@dataclass(frozen=True)
-class _Part:
-    label: int
-    item: Item
-    tensor: Any
-
-
-class _Sender(threading.Thread):
-    """Offers tensors one after the other. ``moved``: told the bytes of each that has arrived; ``exact``: told the name
-    of one that can't be encoded, and why."""
-
-    def __init__(
-        self, link: Link, parts: list[_Part], moved: Callable[[int], None], exact: Callable[[str, str], None]
-    ) -> None:
-        super().__init__(name="rdma-offers", daemon=True)
-        self._link = link
-        self._parts = parts
-        self._moved = moved
-        self._exact = exact
-        self._lock = threading.Lock()
-        self._failure = ""
-        self._open: deque[tuple[Sending, _Part, Source]] = deque()
-        self._offered: list[Sending] = []
-
-    @property
-    def failure(self) -> str:
-        """Why not everything will be sent; "" while nothing went wrong."""
-        with self._lock:
-            return self._failure
-
-    def run(self) -> None:
-        try:
-            for part in self._parts:
-                while len(self._open) >= _AHEAD or (len(self._open) > 1 and self._ahead() >= _AHEAD_BYTES):
-                    self._wait_for_one()
-                if self.failure:
-                    break
-                self._offer(part)
-            while self._open:
-                self._wait_for_one()
-        except Exception as error:  # noqa: BLE001 - the receiver is told, whatever it is
-            self.stop(str(error) or type(error).__name__)
-        finally:
-            self._parts = []
-            self._open.clear()
-
-    def _ahead(self) -> int:
-        with self._lock:
-            return sum(source.nbytes for _, _, source in self._open)
-
-    def _offer(self, part: _Part) -> None:
-        source = _source(part.item, part.tensor)
-        sending = self._link.offer(source, part.label)
-        with self._lock:
-            self._open.append((sending, part, source))
-            self._offered.append(sending)
-            failure = self._failure
-        if failure:  # `stop` did not see it
-            self._link.withdraw(sending, failure)
-
-    def _wait_for_one(self) -> None:
-        sending, part, source = self._open[0]
-        try:
-            sending.wait(_SEND_TIMEOUT)
-        except TransferError:
-            if not (isinstance(source, EncodedSource) and source.encoding.unrepresentable):
-                raise
-            # The receiver misses this one, and asks again.
-            self._exact(part.item.name, source.encoding.unrepresentable)
-        else:
-            self._moved(source.nbytes)
-        with self._lock:
-            self._open.popleft()
-
-    def count(self, meter: Meter) -> None:
-        """Add what the receiver was sent so far."""
-        with self._lock:
-            meter.wire_bytes += sum(sending.reached for sending in self._offered)
-            meter.resent_chunks += sum(sending.resent_chunks for sending in self._offered)
-        meter.fabric = self._link.fabric
-
-    def stop(self, reason: str) -> None:
-        """Withdraw what is not over. The first reason counts."""
-        with self._lock:
-            self._failure = reason = self._failure or reason
-            open_now = list(self._open)
-        for sending, _, _ in open_now:
-            self._link.withdraw(sending, reason)
-
-
-def _source(item: Item, tensor: Any) -> Source:
-    return TensorSource(tensor, item.nbytes) if item.cut is None else EncodedSource(Encoding.of(tensor, item.cut, hot))
 
 
 def _with_content(items: list[Item], tensors: Mapping[str, Any]) -> list[Item]:

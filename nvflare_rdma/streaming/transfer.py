@@ -20,7 +20,7 @@ from nvflare_rdma.process import this_process
 from nvflare_rdma.streaming.channels import DataChannels
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torch_decomposer
 from nvflare_rdma.streaming.registry import registry
-from nvflare_rdma.streaming.serving import hot
+from nvflare_rdma.streaming.sending import hot
 
 _ANY_PORT = (0, 0)
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from bodies import TestSink
 from data_channels import ANY_PORT
-from direct_transfers import LARGE, SEND, assert_equal, large, new
+from direct_transfers import LARGE, SEND, assert_equal, large, new, new_memory
 from tcp_pair import DEADLINE, in_parallel
 from waiting import eventually
 
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.errors import FabricUnavailable, TransferError
-from nvflare_rdma.streaming import manifest, pulling, serving
+from nvflare_rdma.streaming import manifest, pulling, sending, serving
 from nvflare_rdma.streaming.arrays import to_bytes
 from nvflare_rdma.streaming.manifest import INLINE_BYTES
 from nvflare_rdma.streaming.pulling import AbortedError, pull
@@ -256,13 +256,13 @@ def test_aborted(direct, cell):
 @pytest.mark.parametrize("how", ["aborted", "ended", "asked again"])
 def test_what_is_being_sent_then_is_not_sent_to_the_end(how, direct, cell, monkeypatch, caplog):
     monkeypatch.setattr(pulling, "REPORT_SECONDS", 0.1)
-    over, stop, read = threading.Event(), threading.Event(), to_bytes
+    over, stop, read = threading.Event(), threading.Event(), sending.read_run
 
-    def slow(tensor) -> memoryview:
+    def slow(*args) -> None:
         assert over.wait(DEADLINE)
-        return read(tensor)
+        read(*args)
 
-    monkeypatch.setattr(serving, "to_bytes", lambda tensor: read(tensor) if tensor.data.contiguous else slow(tensor))
+    monkeypatch.setattr(sending, "read_run", slow)  # for what is not contiguous
     it, site = direct({"a": np.zeros(100_000, np.uint8), "b": np.zeros(200_000, np.uint8)[::2]}), cell("site-1")
 
     def act() -> None:
@@ -321,7 +321,7 @@ def test_nothing_comes(direct, cell, monkeypatch):
     """The channel lives, and the sender sees nothing wrong."""
     monkeypatch.setattr(pulling, "STALL_SECONDS", 0.05)
     monkeypatch.setattr(pulling, "_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(serving._Sender, "run", lambda self: None)
+    monkeypatch.setattr(serving.Sender, "run", lambda self: None)
     with pytest.raises(TransferError, match=r"1 of 1 tensors did not come from server: nothing has come for 0.05 s"):
         direct(large(1)).pull(cell("site-1"))
 
@@ -369,3 +369,29 @@ def test_an_end_that_comes_while_a_tensor_is_offered(direct, cell):
     eventually(lambda: not it.senders, DEADLINE)
     site.forget("server", label, 1)
     assert withdrawn[0] == (sendings[0], "the sender has ended the transfer")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(300, 301).t(),
+        torch.randn(40, 50, 60).bfloat16().permute(2, 0, 1),
+        torch.randint(0, 99, (300, 301), dtype=torch.uint8).t(),
+        torch.randn(90, 1000, dtype=torch.complex64)[:, ::3].conj(),
+        torch.randn(200, 301, dtype=torch.complex128).t(),
+        np.random.default_rng(1).standard_normal((300, 301))[::-1].T,
+    ],
+    ids=["float32", "bfloat16", "uint8", "conjugated", "complex128", "numpy"],
+)
+def test_what_is_not_contiguous_is_copied_chunk_by_chunk(tensor):
+    source, whole = sending.TensorSource(tensor, tensor.nbytes), bytes(to_bytes(tensor))
+    taken: list[int] = []
+
+    def take(nbytes: int) -> memoryview:
+        taken.append(nbytes)
+        return new_memory(nbytes)
+
+    for length in (tensor.nbytes, 4097):
+        chunks = [source.read(at, min(length, len(whole) - at), take) for at in range(0, len(whole), length)]
+        assert b"".join(chunks) == whole
+    assert max(taken[1:]) <= 4097 + 2 * 16

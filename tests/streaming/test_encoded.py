@@ -19,7 +19,7 @@ from nvflare_rdma.codecs import CODEC_NAMES, FixedSizeCodec, get_codec
 from nvflare_rdma.codecs.marks import codec_of, marked
 from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.errors import ProtocolError, UnrepresentableError
-from nvflare_rdma.streaming import serving
+from nvflare_rdma.streaming import sending
 from nvflare_rdma.streaming.encoded import Cut, EncodedSource, Encoding, HotChunks, decode
 from nvflare_rdma.streaming.landing import OnDisk
 
@@ -55,6 +55,7 @@ def test_a_marked_tensor_arrives_as_its_codec_leaves_it(direct, cell, codec):
     assert np.array_equal(to_flat(got["x"]), as_encoded(sent, codec))
     assert (got["x"].dtype, tuple(got["x"].shape)) == (torch.float32, SHAPE)
     assert_equal({"exact": got["exact"]}, {"exact": sent})
+    eventually(lambda: it.moved)
     assert it.moved[0][1] < sent.nbytes
 
 
@@ -112,7 +113,7 @@ def test_many_receivers_of_one_tensor_at_once(direct, cell):
             assert np.array_equal(to_flat(tensor), expected)
 
     in_parallel(*(lambda site=site: receive(site) for site in ("site-1", "site-2", "site-3")))
-    eventually(lambda: not serving.hot._chunks)  # when no receiver waits for them
+    eventually(lambda: not sending.hot._chunks)  # when no receiver waits for them
 
 
 def test_a_chunk_that_two_receivers_want_is_encoded_once():

@@ -1,0 +1,180 @@
+"""What a sender does for one receiver: tensors become messages of a data channel, or pieces of FLARE's own."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nvflare_rdma.channel.bodies import Source, Take, whole_units
+from nvflare_rdma.channel.link import Link
+from nvflare_rdma.channel.outbox import Sending
+from nvflare_rdma.codecs.runs import read_run
+from nvflare_rdma.codecs.tensors import is_torch
+from nvflare_rdma.errors import ProtocolError, TransferError
+from nvflare_rdma.metrics.transfers import Meter
+from nvflare_rdma.streaming.arrays import strided, to_bytes
+from nvflare_rdma.streaming.encoded import EncodedSource, Encoding, HotChunks
+from nvflare_rdma.streaming.manifest import Item
+
+#: Tensors, and bytes, that are offered and not over: enough that their receiver always has the next one to grant.
+_AHEAD, _AHEAD_BYTES = 64, 64 << 20
+_SEND_TIMEOUT = 3600.0
+
+#: The process's.
+hot = HotChunks()
+
+
+class TensorSource(Source):
+    """A tensor's bytes. Of one that lies on a GPU, or is not contiguous, each chunk is a copy."""
+
+    def __init__(self, tensor: Any, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._tensor = tensor
+        plain = tensor.is_contiguous() and tensor.is_cpu if is_torch(tensor) else tensor.flags.c_contiguous
+        self.ready = bool(plain)
+        self._bytes = to_bytes(tensor) if plain else None
+
+    def read(self, offset: int, length: int, take: Take) -> memoryview:
+        if self._bytes is not None:
+            return self._bytes[offset : offset + length]
+        tensor = self._tensor
+        width = tensor.element_size() if is_torch(tensor) else tensor.itemsize
+        first, last = offset // width, -(-(offset + length) // width)
+        copy = take((last - first) * width)
+        if is_torch(tensor) and not tensor.is_cpu:
+            copy[:] = to_bytes(tensor.detach().reshape(-1)[first:last])
+        else:
+            array = strided(tensor)
+            read_run(array, first, np.frombuffer(copy, array.dtype))
+        return copy[offset - first * width :][:length]
+
+
+class Relayed:
+    """The tensors that are not in the manifest, as bytes, for one receiver that asks for them piece by piece."""
+
+    def __init__(self, items: list[Item], tensors: Mapping[str, Any]) -> None:
+        self._items = items
+        self._tensors = tensors
+        self._lock = threading.Lock()
+        self._open: tuple[int, Source] | None = None
+
+    def piece(self, number: int, offset: int, most: int) -> tuple[int, int, bytes] | None:
+        """What follows ``offset`` bytes of an item: its number, the offset and at most ``most`` bytes (but one unit at
+        least); None after the last.
+
+        Raises:
+            ProtocolError: there is no such item. CodecError: no piece begins there.
+        """
+        if not 0 <= number <= len(self._items) or offset < 0:
+            raise ProtocolError(f"a request for tensor {number} of {len(self._items)}")
+        while number < len(self._items):
+            item = self._items[number]
+            if item.content is None and offset < item.sent_nbytes:
+                length = whole_units(most, item.cut.unit if item.cut is not None else 1)
+                with self._lock:
+                    if self._open is None or self._open[0] != number:
+                        self._open = number, _source(item, self._tensors[item.name])
+                    source = self._open[1]
+                data = source.read(offset, min(length, item.sent_nbytes - offset), lambda n: memoryview(bytearray(n)))
+                return number, offset, bytes(data)
+            number, offset = number + 1, 0
+        return None
+
+
+@dataclass(frozen=True)
+class Part:
+    label: int
+    item: Item
+    tensor: Any
+
+
+class Sender(threading.Thread):
+    """Offers tensors one after the other. ``moved``: told the bytes of each that has arrived; ``exact``: told the name
+    of one that can't be encoded, and why."""
+
+    def __init__(
+        self, link: Link, parts: list[Part], moved: Callable[[int], None], exact: Callable[[str, str], None]
+    ) -> None:
+        super().__init__(name="rdma-offers", daemon=True)
+        self._link = link
+        self._parts = parts
+        self._moved = moved
+        self._exact = exact
+        self._lock = threading.Lock()
+        self._failure = ""
+        self._open: deque[tuple[Sending, Part, Source]] = deque()
+        self._offered: list[Sending] = []
+
+    @property
+    def failure(self) -> str:
+        """Why not everything will be sent; "" while nothing went wrong."""
+        with self._lock:
+            return self._failure
+
+    def run(self) -> None:
+        try:
+            for part in self._parts:
+                while len(self._open) >= _AHEAD or (len(self._open) > 1 and self._ahead() >= _AHEAD_BYTES):
+                    self._wait_for_one()
+                if self.failure:
+                    break
+                self._offer(part)
+            while self._open:
+                self._wait_for_one()
+        except Exception as error:  # noqa: BLE001 - the receiver is told, whatever it is
+            self.stop(str(error) or type(error).__name__)
+        finally:
+            self._parts = []
+            self._open.clear()
+
+    def _ahead(self) -> int:
+        with self._lock:
+            return sum(source.nbytes for _, _, source in self._open)
+
+    def _offer(self, part: Part) -> None:
+        source = _source(part.item, part.tensor)
+        sending = self._link.offer(source, part.label)
+        with self._lock:
+            self._open.append((sending, part, source))
+            self._offered.append(sending)
+            failure = self._failure
+        if failure:  # `stop` did not see it
+            self._link.withdraw(sending, failure)
+
+    def _wait_for_one(self) -> None:
+        sending, part, source = self._open[0]
+        try:
+            sending.wait(_SEND_TIMEOUT)
+        except TransferError:
+            if not (isinstance(source, EncodedSource) and source.encoding.unrepresentable):
+                raise
+            # The receiver misses this one, and asks again.
+            self._exact(part.item.name, source.encoding.unrepresentable)
+        else:
+            self._moved(source.nbytes)
+        with self._lock:
+            self._open.popleft()
+
+    def count(self, meter: Meter) -> None:
+        """Add what the receiver was sent so far."""
+        with self._lock:
+            meter.wire_bytes += sum(sending.reached for sending in self._offered)
+            meter.resent_chunks += sum(sending.resent_chunks for sending in self._offered)
+        meter.fabric = self._link.fabric
+
+    def stop(self, reason: str) -> None:
+        """Withdraw what is not over. The first reason counts."""
+        with self._lock:
+            self._failure = reason = self._failure or reason
+            open_now = list(self._open)
+        for sending, _, _ in open_now:
+            self._link.withdraw(sending, reason)
+
+
+def _source(item: Item, tensor: Any) -> Source:
+    return TensorSource(tensor, item.nbytes) if item.cut is None else EncodedSource(Encoding.of(tensor, item.cut, hot))
