@@ -115,12 +115,12 @@ class DirectDecomposer:
         **others: Any,
     ) -> tuple[str | None, Any]:
         """As FLARE's: (error, items by id)."""
-        channels = registry.of(cell)
+        channels = registry.of(cell) if ref_id.startswith(REF_PREFIX) else None
         rest = {"secure": secure, "optional": optional, "abort_signal": abort_signal}
         common = {"from_fqcn": from_fqcn, "ref_id": ref_id, "per_request_timeout": per_request_timeout, "cell": cell}
         prompt = {**common, "per_request_timeout": min(per_request_timeout, _ANSWER_SECONDS)}
         own = functools.partial(super().download, **common, **rest, **others)  # type: ignore[misc]
-        if channels is None or not ref_id.startswith(REF_PREFIX) or self.lands_elsewhere(cell, others):
+        if channels is None or self.lands_elsewhere(cell, others):
             return own(progress_cb=progress_cb)  # type: ignore[no-any-return]
 
         def ask(request: dict[str, Any]) -> Any:
