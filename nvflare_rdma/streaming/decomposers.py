@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nvflare.apis.signal import Signal
 from nvflare.app_common.decomposers.numpy_decomposers import NumpyArrayDecomposer
 from nvflare.app_common.np.np_downloader import ArrayDownloadable
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
@@ -27,6 +28,7 @@ from nvflare.fuel.utils.fobs.datum import Datum
 
 from nvflare_rdma.errors import RdmaError, TransferError
 from nvflare_rdma.streaming.arrays import TensorMemory
+from nvflare_rdma.streaming.endings import abortable, cancel
 from nvflare_rdma.streaming.progress import DirectProgress, source_progress
 from nvflare_rdma.streaming.pulling import AbortedError, LostError, pull
 from nvflare_rdma.streaming.registry import registry
@@ -116,41 +118,31 @@ class DirectDecomposer:
     ) -> tuple[str | None, Any]:
         """As FLARE's: (error, items by id)."""
         channels = registry.of(cell) if ref_id.startswith(REF_PREFIX) else None
-        rest = {"secure": secure, "optional": optional, "abort_signal": abort_signal}
         common = {"from_fqcn": from_fqcn, "ref_id": ref_id, "per_request_timeout": per_request_timeout, "cell": cell}
-        prompt = {**common, "per_request_timeout": min(per_request_timeout, _ANSWER_SECONDS)}
-        own = functools.partial(super().download, **common, **rest, **others)  # type: ignore[misc]
+        common |= {"secure": secure, "optional": optional}
+        own = functools.partial(super().download, **common, **others)  # type: ignore[misc]
         if channels is None or self.lands_elsewhere(cell, others):
-            return own(progress_cb=progress_cb)  # type: ignore[no-any-return]
-
-        def ask(request: dict[str, Any]) -> Any:
-            # An answer may be lost. What may be said twice is, as FLARE does.
-            for _ in range(1 if request["do"] == "send" else _TRIES):
-                reply = request_download_chunk(state={STATE_KEY: request}, **prompt, **rest)
-                code = reply.get_header(MessageHeaderKey.RETURN_CODE)
-                if code != ReturnCode.TIMEOUT or request["do"] == "report":
-                    break
-            if code == ReturnCode.TIMEOUT:
-                raise LostError(f"{from_fqcn} did not answer {request['do']!r}")
-            if code != ReturnCode.OK:
-                raise TransferError(f"{from_fqcn} answered {request['do']!r} with {code}")
-            state = reply.payload.get("state") if isinstance(reply.payload, dict) else None
-            return state.get(STATE_KEY) if isinstance(state, dict) else None
+            return own(abort_signal=abort_signal, progress_cb=progress_cb)  # type: ignore[no-any-return]
 
         progress = DirectProgress(ref_id, progress_cb)
-        try:
-            items = pull(channels, from_fqcn, ask, memory.take, lambda: _is_aborted(abort_signal), progress.moved)
-        except AbortedError:
-            return own(progress_cb=progress_cb)  # type: ignore[no-any-return]  # FLARE sees it too, and says so to the sender
-        except (RdmaError, MemoryError) as error:
-            log.warning("tensors from %s come on FLARE's own path: %s", from_fqcn, error)
-            failure, items = own(progress_cb=progress.go_on)
-            if not failure and items is None:
-                failure = "the sender takes them for delivered"
-            return failure, items
-        consumer = _Delivered()
-        download_object(consumer=consumer, progress_cb=progress.finish, **common, **rest)
-        return consumer.error, items
+        with abortable(cell, from_fqcn, ref_id, abort_signal) as signal:
+            ask = _asking(signal, **common)
+            try:
+                items = pull(channels, from_fqcn, ask, memory.take, lambda: signal.triggered, progress.moved)
+            except AbortedError as error:
+                log.warning("%s", error)
+                cancel(cell, from_fqcn, ref_id, secure, optional)
+                progress.finish(state="aborted")
+                return str(signal.value or error), None
+            except (RdmaError, MemoryError) as error:
+                log.warning("tensors from %s come on FLARE's own path: %s", from_fqcn, error)
+                failure, items = own(abort_signal=signal, progress_cb=progress.go_on)
+                if not failure and items is None:
+                    failure = "the sender takes them for delivered"
+                return failure, items
+            consumer = _Delivered()
+            download_object(consumer=consumer, progress_cb=progress.finish, abort_signal=signal, **common)
+            return consumer.error, items
 
     def lands_elsewhere(self, cell: Any, others: dict[str, Any]) -> bool:
         """Whether what comes is not to be in memory."""
@@ -181,8 +173,27 @@ def torch_decomposer() -> Any:
     return RdmaTensorDecomposer()
 
 
-def _is_aborted(signal: Any) -> bool:
-    return bool(signal is not None and signal.triggered)
+def _asking(signal: Signal, *, from_fqcn: str, per_request_timeout: float, **common: Any) -> Callable[[Any], Any]:
+    """What sends a sender requests, and gives its answers."""
+    prompt = {**common, "from_fqcn": from_fqcn, "per_request_timeout": min(per_request_timeout, _ANSWER_SECONDS)}
+
+    def ask(request: dict[str, Any]) -> Any:
+        # An answer may be lost. What may be said twice is, as FLARE does.
+        for _ in range(1 if request["do"] == "send" else _TRIES):
+            reply = request_download_chunk(state={STATE_KEY: request}, abort_signal=signal, **prompt)
+            if signal.triggered:
+                raise AbortedError(f"the transfer from {from_fqcn} was aborted")
+            code = reply.get_header(MessageHeaderKey.RETURN_CODE)
+            if code != ReturnCode.TIMEOUT or request["do"] == "report":
+                break
+        if code == ReturnCode.TIMEOUT:
+            raise LostError(f"{from_fqcn} did not answer {request['do']!r}")
+        if code != ReturnCode.OK:
+            raise TransferError(f"{from_fqcn} answered {request['do']!r} with {code}")
+        state = reply.payload.get("state") if isinstance(reply.payload, dict) else None
+        return state.get(STATE_KEY) if isinstance(state, dict) else None
+
+    return ask
 
 
 _OBJECTS = "objects"  # via_downloader._CtxKey.OBJECTS
