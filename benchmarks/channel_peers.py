@@ -24,7 +24,7 @@ from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
-from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
+from nvflare_rdma.fabric.memory import MemoryBudget, SendMemory, SlotPool
 from nvflare_rdma.fabric.shm import ShmFabric
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
 
@@ -57,8 +57,9 @@ def open_link(role: str, options: dict[str, Any], tls: ssl.SSLContext | None, de
     name, make = FABRICS[options["fabric"]]
     host, source = options.get("hosts", (HOST, ""))
     port = options["port"]
+    pool = SlotPool(keep_bytes=None)
     context = LinkContext(
-        *(limits, MemoryBudget(64 * MIB), SlotPool(keep_bytes=None), (name,), {name: ""}),
+        *(limits, MemoryBudget(64 * MIB), pool, SendMemory(pool, 16 * MIB), (name,), {name: ""}),
         host="this",
         chunk_bytes=options["chunk"],
     )

@@ -1,17 +1,18 @@
 """A state dict from a server to a client and back: FLARE's own tensor path, over its tcp and grpc, beside ours.
 
-    python benchmarks/state_dict.py [--mib 1024] [--rounds 5] [--only tcp,grpc,tcp+best,direct-shm,direct-tcp]
+    python benchmarks/state_dict.py [--mib 1024] [--rounds 5] [--only tcp,grpc,tcp+best,direct-shm,...]
 
 Two processes with a FLARE cell each and 255 float32 tensors in the shapes of Llama-3.2-1B's layers, scaled.
 ``down``: the client asks, and the clock runs until it has all tensors of the answer. ``up``: it sends the model, and
-the clock runs until the server's answer, which it gives when it has all of it, and has compared it. FLARE's messages go
+the clock runs until the server's answer, which it gives when it has all of it; it is compared then. FLARE's messages go
 over its tcp driver in every configuration but grpc; ``direct`` has `RdmaTransfer`'s data channels, held to one fabric.
-``+best``: FLARE's streaming window at 16 MiB and a malloc that keeps freed memory.
+``+best``: FLARE's streaming window at 16 MiB and a malloc that keeps freed memory. ``+nf4``: tensors are marked as
+`ModelQuantizer` does with ``normfloat4``, which is encoded and decoded on the way.
 
 Every round starts a fresh pair of processes for every configuration in turn. A pair moves the model twice each way: the
 second transfer is what the table shows, the first one, which meets cold memory, is noted beside it. Peak RSS is what
-VmHWM grew by from the idle, connected process (the server's model is there already) over all four. CPU and page faults
-are of the second transfer, of both processes. The tensors that arrive are compared.
+VmHWM grew by from just before the first transfer (of this way) to its end: for who receives that is the model and
+what it takes besides. CPU and page faults are of the second transfer, of both processes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from measuring import (
 from rich.console import Console
 from rich.table import Table
 
-CONFIGURATIONS = ("tcp", "grpc", "tcp+best", "direct-shm", "direct-tcp")
+CONFIGURATIONS = ("tcp", "grpc", "tcp+best", "direct-shm", "direct-tcp", "direct-shm+nf4", "direct-tcp+nf4")
 TIMEOUT = 300.0
 LAYERS = 28  # and 9 tensors each, and three more: 255
 console = Console(width=150)
@@ -69,14 +70,16 @@ def _shapes(width: int) -> list[tuple[int, ...]]:
 class Side:
     """The server holds the model, the client fetches it and sends it back."""
 
-    def __init__(self, role: str, url: str, mib: int, direct: bool) -> None:
+    def __init__(self, role: str, url: str, mib: int, direct: bool, encoded: bool) -> None:
         from nvflare.app_opt.pt.decomposers import TensorDecomposer
         from nvflare.fuel.f3.cellnet.cell import Cell
         from nvflare.fuel.utils import fobs
 
         fobs.register(TensorDecomposer)
         self._is_server = role == "server"
+        self._encoded = encoded
         self._model: dict[str, Any] = make_model(mib) if self._is_server else {}
+        self._got: dict[str, Any] = {}
         self._name = "server" if self._is_server else "site-1"
         self._cell = Cell(fqcn=self._name, root_url=url, secure=False, credentials={})
         self._cell.register_request_cb(channel="bench", topic="get", cb=self._give)
@@ -88,17 +91,38 @@ class Side:
             install()
         if not self._is_server:
             wait_until(lambda: self._cell.core_cell.is_cell_connected("server"), f"a connection over {url}")
+        if encoded:
+            # Compiled code and its compiler come to some 100 MiB, once in a process.
+            import numpy as np
+
+            from nvflare_rdma.codecs import get_codec
+
+            codec, values = get_codec("normfloat4"), np.zeros(1 << 16, np.float32)
+            codec.encode_into(values, made := np.empty(codec.encoded_nbytes(values.size), np.uint8))
+            codec.decode_into(made, values)
         self._meter = Meter()
 
     def _give(self, request: Any) -> Any:
-        return self._reply({"model": self._model})
+        return self._reply({"model": self._to_send()})
+
+    def _to_send(self) -> dict[str, Any]:
+        if not self._encoded:
+            return self._model
+        from nvflare_rdma.codecs import get_codec
+        from nvflare_rdma.codecs.marks import marked
+
+        codec = get_codec("normfloat4")
+        return {name: marked(tensor, codec) for name, tensor in self._model.items()}
 
     def _take(self, request: Any) -> Any:
+        self._got = request.payload["model"]
+        return self._reply({})
+
+    def _equal(self, got: Any, sent: Any) -> bool:
         import torch
 
-        got = request.payload["model"]
-        equal = got.keys() == self._model.keys() and all(torch.equal(got[name], self._model[name]) for name in got)
-        return self._reply({"equal": equal})
+        # Twice through 4 bits: half the widest gap of its table, of values up to 1, and again.
+        return bool(torch.allclose(got, sent, rtol=0, atol=0.31) if self._encoded else torch.equal(got, sent))
 
     @staticmethod
     def _reply(payload: dict[str, Any]) -> Any:
@@ -119,10 +143,6 @@ class Side:
         self._meter = Meter()
         return {}
 
-    def lap(self) -> dict[str, Any]:
-        self._meter.lap()
-        return {}
-
     def used(self) -> dict[str, Any]:
         return self._meter.read()
 
@@ -134,44 +154,52 @@ class Side:
 
     def up(self) -> dict[str, Any]:
         start = time.perf_counter()
-        equal = self._request("put", {"model": self._model})["equal"]
-        return {"seconds": time.perf_counter() - start, "equal": equal}
+        self._request("put", {"model": self._to_send()})
+        return {"seconds": time.perf_counter() - start}
+
+    def check(self) -> dict[str, Any]:
+        got, self._got = self._got, {}
+        equal = got.keys() == self._model.keys() and all(self._equal(got[name], self._model[name]) for name in got)
+        return {"equal": equal}
 
     def serve(self) -> None:
-        obey({name: getattr(self, name) for name in ("idle", "lap", "used", "down", "up")})
+        obey({name: getattr(self, name) for name in ("idle", "used", "down", "up", "check")})
         self._cell.stop()
 
 
 def environment(configuration: str) -> dict[str, str]:
     base, _, best = configuration.partition("+")
     chosen = {"NVFLARE_RDMA_FABRICS": base.removeprefix("direct-")} if base.startswith("direct") else {}
-    return chosen | (BEST_ENVIRONMENT if best else {})
+    return chosen | (BEST_ENVIRONMENT if best == "best" else {})
 
 
 def run_pair(configuration: str, mib: int) -> dict[str, dict[str, float]]:
     """``down`` and ``up``: the second transfer, with the first one's seconds."""
     direct = configuration.startswith("direct")
     scheme = "grpc" if configuration.startswith("grpc") else "tcp"
-    arguments = [f"{scheme}://127.0.0.1:{free_port()}", str(mib), str(int(direct))]
+    arguments = [
+        f"{scheme}://127.0.0.1:{free_port()}",
+        str(mib),
+        str(int(direct)),
+        str(int(configuration.endswith("+nf4"))),
+    ]
     peers = [Peer(["--peer", role, *arguments], environment(configuration), __file__) for role in ("server", "client")]
     server, client = peers
     try:
         for peer in peers:
             peer.answer()
-        for peer in peers:
-            peer.ask("idle")
-        found: dict[str, dict[str, float]] = {}
-        for _ in range(2):
-            for way in ("down", "up"):
+        found: dict[str, dict[str, float]] = {"down": {}, "up": {}}
+        for again in (False, True):
+            for way, of in found.items():
                 for peer in peers:
-                    peer.ask("lap")
+                    peer.ask("idle")
                 moved = client.ask(way)
-                if not moved.get("equal", True):
-                    raise SystemExit(f"{configuration}: what came back differs from what was sent")
                 used = {"server": server.ask("used"), "client": client.ask("used")}
-                first = found[way]["seconds"] if way in found else 0.0
-                found[way] = {"seconds": moved["seconds"], "first": first}
-                found[way] |= {f"{side}_{key}": u[key] for side, u in used.items() for key in ("cpu", "rss", "faults")}
+                if way == "up" and not server.ask("check")["equal"]:
+                    raise SystemExit(f"{configuration}: what came back differs from what was sent")
+                for side, u in used.items():
+                    of |= {f"{side}_{key}": u[key] for key in (("cpu", "faults") if again else ("rss",))}
+                of["seconds" if again else "first"] = moved["seconds"]
         return found
     finally:
         for peer in peers:
@@ -213,11 +241,11 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(CONFIGURATIONS), help="of " + ",".join(CONFIGURATIONS))
-    parser.add_argument("--peer", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--peer", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
-        role, url, mib, direct = args.peer
-        Side(role, url, int(mib), direct == "1").serve()
+        role, url, mib, direct, encoded = args.peer
+        Side(role, url, int(mib), direct == "1", encoded == "1").serve()
         return
     asked = [name for name in args.only.split(",") if name]
     if unknown := [name for name in asked if name not in CONFIGURATIONS]:

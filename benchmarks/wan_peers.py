@@ -28,7 +28,7 @@ from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
 from nvflare_rdma.fabric.base import Fabric
-from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
+from nvflare_rdma.fabric.memory import MemoryBudget, SendMemory, SlotPool
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
 from nvflare_rdma.fabric.verbs import VerbsFabric
 from nvflare_rdma.fabric.verbs_devices import VerbsOptions
@@ -67,6 +67,7 @@ def make_link(
         ChannelLimits(max_message_bytes=1 << 31),
         MemoryBudget(4 * LONG_MESSAGE),
         _pool,
+        SendMemory(_pool, LONG_MESSAGE),
         order=list(fabrics),
         unavailable=dict.fromkeys(fabrics, ""),
         controller="adaptive" if setting.adaptive else "fixed",

@@ -12,6 +12,9 @@ from nvflare_rdma.errors import UnsupportedVersionError
 
 _KNOWN = (2, 9)
 
+#: Public context property of a run on a side that has `nvflare_rdma.streaming.RdmaTransfer`.
+TRANSFER_PROP = "nvflare_rdma.transfer"
+
 
 def require_flare(feature: str) -> None:
     """Raise `UnsupportedVersionError` unless FLARE 2.9 is installed; `feature` is what needs it."""

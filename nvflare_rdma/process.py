@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.fabric.base import Fabric
-from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
+from nvflare_rdma.fabric.memory import MemoryBudget, SendMemory, SlotPool
 from nvflare_rdma.fabric.selection import host_identity, probe
 from nvflare_rdma.fabric.shm import ShmFabric
 from nvflare_rdma.fabric.tcp import TcpFabric
@@ -63,10 +63,15 @@ def this_process() -> Process:
 def _make_context(settings: Settings) -> LinkContext:
     from nvflare.fuel.f3.drivers.net_utils import MAX_FRAME_SIZE
 
+    # A sixteenth is for chunks that several receivers want (`streaming.encoded.HotChunks`), three for what is sent, the
+    # rest for what arrives.
+    sixteenth = settings.rdma_memory_budget_bytes // 16
+    pool = SlotPool(keep_bytes=None)
     return LinkContext(
         limits=ChannelLimits(max_message_bytes=MAX_FRAME_SIZE),
-        budget=MemoryBudget(settings.rdma_memory_budget_bytes),
-        pool=SlotPool(),
+        budget=MemoryBudget(12 * sixteenth),
+        pool=pool,
+        sending=SendMemory(pool, 3 * sixteenth),
         order=settings.rdma_fabrics,
         unavailable={
             name: state.reason for name, state in probe(settings.verbs, settings.rdma_memory_budget_bytes).items()

@@ -9,11 +9,16 @@ so that both sides can encode and decode each of them on its own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeAlias
 
 from nvflare_rdma.channel.limits import MIN_CHUNK_BYTES
 from nvflare_rdma.errors import LocalProtocolError
 
 MAX_UNIT_BYTES = 1024 * 1024
+
+#: Gives writable memory of so many bytes, for as long as a view of it is left. It may have to wait.
+Take: TypeAlias = Callable[[int], memoryview]
 
 
 class Source(ABC):
@@ -24,9 +29,10 @@ class Source(ABC):
     """Whether `read` does no work."""
 
     @abstractmethod
-    def read(self, offset: int, length: int) -> memoryview:
-        """That part of the message; nothing of it changes until no view of it is left. Called by rail threads, by
-        several at once, for a chunk again if it was lost."""
+    def read(self, offset: int, length: int, take: Take) -> memoryview:
+        """That part of the message; nothing of it changes until no view of it is left. What has to be made for it is
+        made in memory that ``take`` gives: once in a call. Called by rail threads, by several at once, for a chunk
+        again if it was lost. What it raises as RdmaError or OSError fails the message."""
 
 
 class Sink(ABC):
@@ -49,7 +55,7 @@ class Sink(ABC):
 
     @abstractmethod
     def done(self) -> None:
-        """Everything is in."""
+        """Everything is in, and no thread is in `put` any more."""
 
     @abstractmethod
     def failed(self, reason: str) -> None:
@@ -63,7 +69,7 @@ class BufferSource(Source):
         self.nbytes = len(buffer)
         self._buffer = buffer
 
-    def read(self, offset: int, length: int) -> memoryview:
+    def read(self, offset: int, length: int, take: Take) -> memoryview:
         return self._buffer[offset : offset + length]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nvflare_rdma.channel.limits import ChannelLimits
-from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
+from nvflare_rdma.fabric.memory import MemoryBudget, SendMemory, SlotPool
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class LinkContext:
     limits: ChannelLimits
     budget: MemoryBudget
     pool: SlotPool
+    sending: SendMemory
     order: Sequence[str]
     unavailable: Mapping[str, str]
     """Fabric name -> reason why this process can't use it, "" if it can."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -30,10 +31,15 @@ class _Arriving:
     #: Chunks whose answer may still come. Their memory is in use until then, whatever becomes of the message.
     open_chunks: int = 0
     ended: bool = False
+    #: Whom to tell when the message is whole and nothing of it is written or consumed any more.
+    done: Callable[[], None] | None = None
 
     def release_if_over(self) -> None:
         if self.ended and not self.open_chunks:
             self.reservation.release()
+            done, self.done = self.done, None
+            if done is not None:
+                done()
 
 
 @dataclass(slots=True)
@@ -91,10 +97,10 @@ class Inbox:
         refused: Callable[[str], None],
     ) -> None:
         """Ask for a message's memory, when the lock is released; ``granted`` is followed by `start`."""
-        cost, holder = self._cost(length, sink), f"{self._name} ({length} bytes)"
+        cost = self._cost(length, sink)
         # A frame that waits holds up FLARE's sender; what has a sink waits for its turn among others of its kind.
         deadline = time.monotonic() + self._wait if sink is None else float("inf")
-        reservation = Reservation(self._budget, cost, holder, granted, refused, deadline)
+        reservation = Reservation(self._budget, cost, self._name, granted, refused, deadline)
         self._waiting[transfer] = reservation, sink
         self._later(reservation.request)
 
@@ -103,20 +109,25 @@ class Inbox:
         which are sealed or for the sink. They may be sealed only later, over other rails."""
         cost = self._pool.cost(length) if sink is None else 0
         if self._secure or (sink is not None and sink.buffer is None):
-            chunk = min(whole_units(self._controller.chunk_bytes, sink.unit if sink else 1), length)
-            slots = -(-min(self._controller.window_bytes, length) // chunk)
-            cost += slots * self._pool.cost(chunk + sealing.TAG_BYTES)
+            room = self._room(length, sink)
+            chunk = min(whole_units(self._controller.chunk_bytes, sink.unit if sink else 1), room)
+            cost += -(-room // chunk) * self._pool.cost(chunk + sealing.TAG_BYTES)
         return cost
 
-    def start(self, transfer: int, length: int, endpoint: Endpoint | None) -> int:
-        """The message has its share of the budget: take its memory, such that ``endpoint`` can land in it; the unit of
-        its chunks, 0 if it has failed meanwhile.
+    def _room(self, length: int, sink: Sink | None) -> int:
+        """Bytes of a message that may be in slots at once."""
+        return min(whole_units(self._controller.window_bytes, sink.unit if sink else 1), length)
+
+    def start(self, transfer: int, length: int, endpoint: Endpoint | None) -> tuple[int, int] | None:
+        """The message has its share of the budget: take its memory, such that ``endpoint`` can land in it. The unit of
+        its chunks, and how much of it may be on its way at once (0: as much as there is room for); None if it has
+        failed meanwhile.
 
         Raises:
             MemoryError: there is none, whatever the budget says. `finish` is to follow.
         """
         if transfer not in self._waiting:
-            return 0
+            return None
         reservation, sink = self._waiting[transfer]
         try:
             if sink is not None:
@@ -128,7 +139,8 @@ class Inbox:
             raise
         del self._waiting[transfer]
         self._arriving[transfer] = _Arriving(buffer, reservation, sink)
-        return sink.unit if sink is not None else 1
+        in_slots = self._secure or buffer is None
+        return sink.unit if sink is not None else 1, self._room(length, sink) if in_slots else 0
 
     def _memory(self, length: int, endpoint: Endpoint | None) -> memoryview:
         buffer = None
@@ -211,20 +223,31 @@ class Inbox:
 
     # -- ends ----------------------------------------------------------------------------------------------
 
-    def finish(self, transfer: int) -> tuple[memoryview | None, Sink | None]:
-        """The message's buffer and its sink; its memory does not count any more, once nothing is written to it."""
+    def finish(self, transfer: int, failure: str = "") -> memoryview | None:
+        """The message's buffer, unless it has a sink, which is told. Its memory does not count any more, once nothing
+        is written to it."""
         if transfer in self._waiting:
             reservation, sink = self._waiting.pop(transfer)
             self._later(reservation.release)
-            return None, sink
+            self._tell(sink, failure)
+            return None
         arriving = self._arriving.pop(transfer, None)
         if arriving is None:
-            return None, None
+            return None
         if arriving.region is not None:
             arriving.region.close()
         arriving.ended = True
+        if failure:
+            self._tell(arriving.sink, failure)
+        elif arriving.sink is not None:
+            # A chunk whose rail broke while it was consumed has come again over another: two threads are at it.
+            arriving.done = arriving.sink.done
         self._later(arriving.release_if_over)
-        return arriving.buffer, arriving.sink
+        return arriving.buffer if arriving.sink is None else None
+
+    def _tell(self, sink: Sink | None, failure: str) -> None:
+        if sink is not None:
+            self._later(functools.partial(sink.failed, failure))
 
     def clear(self) -> None:
         """The endpoint is closed, or about to be: nothing will be written any more."""
@@ -232,4 +255,4 @@ class Inbox:
             self.closed(landing)
         self._landings.clear()
         for transfer in [*self._arriving, *self._waiting]:
-            self.finish(transfer)
+            self.finish(transfer, "the connection has ended")

@@ -30,6 +30,9 @@ class _Transfer:
     landed: int = 0
     open_chunks: int = 0
     unit: int = 1
+    room: int = 0
+    granted: int = 0
+    """Bytes that may be, and are, granted and have not landed; a room of 0 is no limit."""
     #: (offset, length) of chunks that were planned and have to be granted again
     again: deque[tuple[int, int]] = field(default_factory=deque)
 
@@ -120,13 +123,13 @@ class Incoming:
         self._transfers[offer.transfer] = _Transfer(offer.length, now)
         self._happened(events.MessageOffered(offer.transfer, offer.length, offer.label))
 
-    def accept(self, transfer: int, now: float, unit: int) -> None:
+    def accept(self, transfer: int, now: float, unit: int, room: int) -> None:
         check_unit(unit)
         incoming = self._transfers.get(transfer)
         if incoming is None:
             return
         self._advance(transfer, incoming, Input.ACCEPTED)
-        incoming.progress_at, incoming.unit = now, unit
+        incoming.progress_at, incoming.unit, incoming.room = now, unit, room
         self._hungry.append(transfer)
         self.plan(now)
 
@@ -175,13 +178,9 @@ class Incoming:
     def plan(self, now: float) -> None:
         """Grant as many chunks as the controller and the peer allow, oldest message first."""
         controller = self._controller
-        while self._hungry and self._load:
-            transfer = self._hungry[0]
-            incoming = self._transfers.get(transfer)
-            if incoming is None or not (chunk := self._next_chunk(incoming)):
-                self._hungry.popleft()
-                continue
-            offset, length = chunk
+        while self._load and (chunk := self._next()) is not None:
+            transfer, offset, length = chunk
+            incoming = self._transfers[transfer]
             full = self._in_flight and self._in_flight + length > controller.window_bytes
             if full or len(self._exposures) >= self._max_open:
                 return
@@ -196,6 +195,7 @@ class Incoming:
             notification = self._new_notification()
             self._exposures[notification] = _Exposure(transfer, offset, length, rail, now)
             incoming.open_chunks += 1
+            incoming.granted += length
             self._in_flight += length
             self.most_granted = max(self.most_granted, self._in_flight)
             self._load[rail] += length
@@ -205,8 +205,22 @@ class Incoming:
         if self._load:
             controller.idle(now)
 
+    def _next(self) -> tuple[int, int, int] | None:
+        """The next chunk of the oldest message that has one, and room for it: transfer, offset and length."""
+        place = 0
+        while place < len(self._hungry):
+            transfer = self._hungry[place]
+            incoming = self._transfers.get(transfer)
+            if incoming is None or not (chunk := self._next_chunk(incoming)):
+                del self._hungry[place]
+            elif incoming.room and incoming.granted and incoming.granted + chunk[1] > incoming.room:
+                place += 1
+            else:
+                return transfer, *chunk
+        return None
+
     def _next_chunk(self, incoming: _Transfer) -> tuple[int, int] | None:
-        most = whole_units(self._max_chunk, incoming.unit)
+        most = whole_units(min(self._max_chunk, incoming.room or self._max_chunk), incoming.unit)
         if incoming.again:
             offset, length = incoming.again[0]
             if length > most:  # the rails that are open now carry less at once
@@ -236,6 +250,7 @@ class Incoming:
             self._load[exposure.rail] -= exposure.length
         if (incoming := self._transfers.get(exposure.transfer)) is not None:
             incoming.open_chunks -= 1
+            incoming.granted -= exposure.length
         return exposure
 
     def _lose(self, notification: int, now: float) -> None:

@@ -90,7 +90,7 @@ class Link:
             sealing.TAG_BYTES if self._key else 0,
         )
         self._inbox = Inbox(context, controller, stream.secure, name, self._after.append)
-        self._outbox = Outbox(self._room, context.window_bytes, context.pool, name)
+        self._outbox = Outbox(self._room, context.window_bytes, context.sending.share(), name)
         self._rails: RailSet | None = None
         #: Control messages, or what of them is ready for the socket, and how many bytes are inline messages; None ends
         #: the writer. It has only what could not be sent at once.
@@ -268,8 +268,11 @@ class Link:
 
     def withdraw(self, sending: Sending, reason: str) -> None:
         """Give up a message that is being sent: its `wait` fails with ``reason``, unless the peer has it already."""
+        self._withdraw(sending.transfer, reason)
+
+    def _withdraw(self, transfer: int, reason: str) -> None:
         with self._guarded(), self._lock:
-            self._core.withdraw(sending.transfer, reason)
+            self._core.withdraw(transfer, reason)
             self._pump()
         self._after.run()
 
@@ -279,7 +282,12 @@ class Link:
             if rails is not self._rails:  # the grant is void, and the next rails may be guarded in another way
                 return memoryview(b""), 0
             prepare = self._outbox.find(rails, chunk)
-        return prepare()
+        try:
+            return prepare()
+        except (RdmaError, OSError, MemoryError) as error:
+            # The grant is answered with nothing, as for every message that is withdrawn.
+            self._withdraw(chunk.transfer, f"the sender can't read it: {error}")
+            return memoryview(b""), 0
 
     def written(self, rails: RailSet, notification: int) -> None:
         """A rail reports that a local write has ended."""
@@ -373,13 +381,13 @@ class Link:
 
     def _start(self, transfer: int, length: int) -> None:
         try:
-            unit = self._inbox.start(transfer, length, self._rails.endpoint if self._rails else None)
+            way = self._inbox.start(transfer, length, self._rails.endpoint if self._rails else None)
         except MemoryError as error:
             reason = str(error)
             self._after.append(lambda: self._no_memory(transfer, length, reason))
         else:
-            if unit:
-                self._core.accept(transfer, time.monotonic(), unit)
+            if way is not None:
+                self._core.accept(transfer, time.monotonic(), *way)
 
     def _no_memory(self, transfer: int, length: int, reason: str) -> None:
         log.error("%s: no memory for a message of %d bytes: %s", self.name, length, reason)
@@ -439,16 +447,11 @@ class Link:
             case events.MessageOffered(transfer, length, label):
                 self._offered(transfer, length, label)
             case events.MessageReceived(transfer):
-                buffer, sink = self._inbox.finish(transfer)
-                if sink is not None:
-                    self._after.append(sink.done)
-                elif buffer is not None:
+                if (buffer := self._inbox.finish(transfer)) is not None:
                     self._after.bring(buffer)
             case events.ReceiveFailed(transfer, reason):
                 log.debug("%s: message %d was not received: %s", self.name, transfer, reason)
-                _, sink = self._inbox.finish(transfer)
-                if sink is not None:
-                    self._after.append(functools.partial(sink.failed, reason))
+                self._inbox.finish(transfer, reason)
             case events.MessageSent(transfer):
                 self._outbox.finish(transfer, "")
             case events.SendFailed(transfer, reason):

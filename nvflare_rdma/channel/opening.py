@@ -12,6 +12,7 @@ from nvflare_rdma.channel import events, wire
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control_rail import ControlRail
 from nvflare_rdma.channel.controllers import Controller, make_controller
+from nvflare_rdma.channel.limits import MIN_CHUNK_BYTES
 from nvflare_rdma.channel.rails import FabricChooser, RailOwner, RailSet
 from nvflare_rdma.errors import FabricError, ProtocolError
 from nvflare_rdma.fabric.base import Fabric
@@ -126,7 +127,8 @@ class RailOpener:
             kind = context.controller if name and not self._fabrics[name].private else "fixed"
             # What is on its way to a receiver never exceeds the memory that it may use.
             limit = context.budget.limit
-            self._controllers[name] = make_controller(kind, context.chunk_bytes, context.depth, limit)
+            chunk = min(context.chunk_bytes, max(limit // 4, MIN_CHUNK_BYTES))
+            self._controllers[name] = make_controller(kind, chunk, context.depth, limit)
         return self._controllers[name]
 
     def _check_keys(self, peer: wire.Hello) -> None:

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nvflare_rdma.channel import events, sealing
-from nvflare_rdma.channel.bodies import Source
+from nvflare_rdma.channel.bodies import Source, Take
 from nvflare_rdma.channel.rails import RailSet
 from nvflare_rdma.errors import SendTimeoutError, TransferError
-from nvflare_rdma.fabric.memory import SlotPool
 
 
 @dataclass(eq=False, slots=True)
@@ -51,14 +50,14 @@ class Sending:
 class Outbox:
     """Called under the link's lock, which is ``room``'s."""
 
-    def __init__(self, room: threading.Condition, window: int, pool: SlotPool, name: str) -> None:
+    def __init__(self, room: threading.Condition, window: int, take: Take, name: str) -> None:
         self.waiting = 0
         """Bytes that the peer has not granted yet: what is granted is bounded by the peer's controller."""
         self.queued = 0
         """Bytes of inline messages that the writer has not sent yet."""
         self._room = room
         self._window = window
-        self._pool = pool
+        self._take = take
         self._name = name
         self._messages: dict[int, tuple[Source, Sending]] = {}
         self._reads: dict[tuple[RailSet | None, int], Sending] = {}
@@ -155,9 +154,18 @@ class Outbox:
     def _prepare(
         self, chunk: events.WriteChunk, message: Source, sealer: sealing.Sealer | None, checked: bool
     ) -> tuple[memoryview, int]:
-        source = message.read(chunk.offset, chunk.length)
-        if sealer is not None:
-            slot = self._pool.take(chunk.length + sealing.TAG_BYTES)
-            sealer.seal_into(chunk.transfer, chunk.offset, chunk.notification, source, slot)
-            return slot, 0
-        return source, sealing.checksum(source) if checked else 0
+        if sealer is None:
+            source = message.read(chunk.offset, chunk.length, self._take)
+            return source, sealing.checksum(source) if checked else 0
+        length, both = chunk.length + sealing.TAG_BYTES, list[memoryview]()
+
+        def take(nbytes: int) -> memoryview:
+            """Room for the seal with it: who has one of two slots and waits for the other may wait for ever."""
+            slot = self._take(nbytes + length)
+            both.append(slot[nbytes:])
+            return slot[:nbytes]
+
+        source = message.read(chunk.offset, chunk.length, take)
+        sealed = both[0] if both else self._take(length)
+        sealer.seal_into(chunk.transfer, chunk.offset, chunk.notification, source, sealed)
+        return sealed, 0

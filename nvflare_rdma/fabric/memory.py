@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import mmap
+import queue
 import threading
 import weakref
 from collections import Counter, deque
@@ -34,8 +35,9 @@ class _State(Enum):
 
 @dataclass(eq=False, slots=True)
 class Reservation:
-    """Bytes of a budget. ``granted`` is called when ``holder`` has them (from the thread of `request`, or later from
-    the one that releases some); ``refused``, with the reason, when it has not by ``deadline``."""
+    """Bytes of a budget. ``granted`` is called when ``holder`` (a connection, by name) has them (from the thread of
+    `request`, or later from the one that releases some); ``refused``, with the reason, when it has not by
+    ``deadline``."""
 
     budget: MemoryBudget
     nbytes: int
@@ -44,6 +46,7 @@ class Reservation:
     refused: Callable[[str], None]
     deadline: float = float("inf")
     state: _State = _State.NEW
+    number: int = 0
 
     def request(self) -> None:
         """Ask for the bytes. Does nothing if they were released already."""
@@ -55,10 +58,12 @@ class Reservation:
 
 
 class MemoryBudget:
-    """How many bytes all transfers of a process may hold at once; first come, first served.
+    """How many bytes all transfers of a process may hold at once.
 
-    A request larger than the whole budget is admitted alone, as if it were the size of the budget: a message
-    that has to be contiguous can't be received in less memory than it has, but there is never more than one.
+    Next is who holds the least (of equals, who came first), so that one connection with many messages leaves the
+    others their share. Nobody is passed over because his request is large. A request larger than the whole budget is
+    admitted alone, as if it were the size of the budget: a message that has to be contiguous can't be received in less
+    memory than it has, but there is never more than one.
     """
 
     def __init__(self, limit: int) -> None:
@@ -66,8 +71,10 @@ class MemoryBudget:
             raise ValueError(f"a memory budget needs a positive number of bytes, not {limit}")
         self.limit = limit
         self._lock = threading.Lock()
-        self._waiting: deque[Reservation] = deque()
-        self._holding: set[Reservation] = set()
+        self._numbers = itertools.count()
+        #: By holder, as they came; no holder without any.
+        self._waiting: dict[str, deque[Reservation]] = {}
+        self._held: Counter[str] = Counter()
         self._in_use = 0
         self._peak = 0
 
@@ -84,27 +91,36 @@ class MemoryBudget:
             if reservation.state is not _State.NEW:
                 return
             reservation.nbytes = min(reservation.nbytes, self.limit)
+            reservation.number = next(self._numbers)
             reservation.state = _State.WAITING
-            self._waiting.append(reservation)
+            self._waiting.setdefault(reservation.holder, deque()).append(reservation)
         self._serve()
 
     def _release(self, reservation: Reservation) -> None:
         with self._lock:
             if reservation.state is _State.HELD:
-                self._holding.discard(reservation)
                 self._in_use -= reservation.nbytes
+                self._held[reservation.holder] -= reservation.nbytes
+                if not self._held[reservation.holder]:
+                    del self._held[reservation.holder]
             elif reservation.state is _State.WAITING:
-                self._waiting.remove(reservation)
+                self._no_longer_waits(reservation)
             reservation.state = _State.OVER
         self._serve()
+
+    def _no_longer_waits(self, reservation: Reservation) -> None:
+        line = self._waiting[reservation.holder]
+        line.remove(reservation)
+        if not line:
+            del self._waiting[reservation.holder]
 
     def expire(self, now: float) -> None:
         """Refuse the requests whose deadline has passed."""
         with self._lock:
-            late = [reservation for reservation in self._waiting if now > reservation.deadline]
+            late = [r for line in self._waiting.values() for r in line if now > r.deadline]
             for reservation in late:
                 reservation.state = _State.OVER
-                self._waiting.remove(reservation)
+                self._no_longer_waits(reservation)
         for reservation in late:
             reservation.refused(
                 f"no {reservation.nbytes / _MIB:.1f} MiB came free in time of the memory budget of "
@@ -116,19 +132,21 @@ class MemoryBudget:
     def describe(self) -> str:
         """Who holds what, the largest first."""
         with self._lock:
-            held: Counter[str] = Counter()
-            for reservation in self._holding:
-                held[reservation.holder] += reservation.nbytes
-        return ", ".join(f"{holder}: {nbytes / _MIB:.1f} MiB" for holder, nbytes in held.most_common(8)) or "nobody"
+            held = self._held.most_common(8)
+        return ", ".join(f"{holder}: {nbytes / _MIB:.1f} MiB" for holder, nbytes in held) or "nobody"
 
     def _serve(self) -> None:
         while True:
             with self._lock:
-                if not self._waiting or self._in_use + self._waiting[0].nbytes > self.limit:
+                firsts = [line[0] for line in self._waiting.values()]
+                if not firsts:
                     return
-                reservation = self._waiting.popleft()
+                reservation = min(firsts, key=lambda r: (self._held.get(r.holder, 0), r.number))
+                if self._in_use + reservation.nbytes > self.limit:
+                    return
+                self._no_longer_waits(reservation)
                 reservation.state = _State.HELD
-                self._holding.add(reservation)
+                self._held[reservation.holder] += reservation.nbytes
                 self._in_use += reservation.nbytes
                 self._peak = max(self._peak, self._in_use)
             reservation.granted()
@@ -233,3 +251,64 @@ class SlotPool:
     def clear(self) -> None:
         """Give all idle slots back."""
         self._drop_idle(0)
+
+
+class Allowance:
+    """Bytes that may be out at once; who wants more waits, in the order of coming.
+
+    What comes back may do so from anywhere, also from within a garbage collection: hence the queue, whose `put` needs
+    no lock of this class.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._turn = threading.Lock()
+        self._out = 0
+        self._back: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def take(self, nbytes: int) -> None:
+        """Wait for ``nbytes``. More than the limit is admitted alone."""
+        with self._turn:
+            while self._out and (self._out + nbytes > self._limit or not self._back.empty()):
+                self._out -= self._back.get()
+            self._out += nbytes
+
+    def give(self, nbytes: int) -> None:
+        """They are not needed any more."""
+        self._back.put(nbytes)
+
+
+class SendMemory:
+    """Slots of a pool for what has to be made before it is written (encoded, sealed, read from a file): as many as all
+    connections together may have, and each of them at most a quarter of that. A slot counts until no view of it is
+    left. It is apart from the `MemoryBudget` of what arrives, since two processes that send to each other would
+    otherwise wait for each other's memory.
+    """
+
+    def __init__(self, pool: SlotPool, limit: int) -> None:
+        self._pool = pool
+        self._limit = limit
+        self._allowance = Allowance(limit)
+
+    def share(self) -> Callable[[int], memoryview]:
+        """For one connection: gives writable slots of so many bytes. It may wait for others to be written."""
+        own = Allowance(self._limit // 4)
+
+        def take(nbytes: int) -> memoryview:
+            cost = self._pool.cost(nbytes)
+            own.take(cost)
+            self._allowance.take(cost)
+            try:
+                slot = np.frombuffer(self._pool.take(nbytes), np.uint8)
+            except MemoryError:
+                self._allowance.give(cost)
+                own.give(cost)
+                raise
+            weakref.finalize(slot, self._give, own, cost).atexit = False
+            return slot.data
+
+        return take
+
+    def _give(self, own: Allowance, cost: int) -> None:
+        self._allowance.give(cost)
+        own.give(cost)

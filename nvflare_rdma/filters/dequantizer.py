@@ -61,7 +61,9 @@ class ModelDequantizer(QuantFilter):
             ours.get("tied"),
             decode,
         )
-        self.log_info(fl_ctx, f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {decoded.summary()}")
+        on_the_way = ours.get("on_the_way")
+        done = f"{on_the_way} params were sent encoded and are decoded already. " if type(on_the_way) is int else ""
+        self.log_info(fl_ctx, f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {done}{decoded.summary()}")
         if point.on_server:
             bases_of(fl_ctx).fulfil(point.stream, point.peer)
         else:

@@ -4,6 +4,7 @@
 leaves those be. ``quant_state`` has what `nvflare_rdma.filters.metadata` says.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from nvflare_rdma.codecs import Codec, FixedSizeCodec
 from nvflare_rdma.codecs.base import Array
+from nvflare_rdma.codecs.marks import marked
 from nvflare_rdma.codecs.policy import Decision, Policy
 from nvflare_rdma.codecs.tensors import (
     FLOAT_NAMES,
@@ -47,6 +49,8 @@ class EncodedParams:
         tied: names whose tensors are the same memory as that of another name.
         codecs: the codec of each tensor that was encoded; of tied ones, the first only.
         exact: tensors that travel exact for a reason worth a warning, and the reason.
+        marked: the codec of each tensor that is encoded only when it is sent (`nvflare_rdma.codecs.marks`). For
+            FLARE's metadata it is one that travels exact.
     """
 
     algorithm: str
@@ -56,12 +60,19 @@ class EncodedParams:
     tied: dict[str, str] = field(default_factory=dict)
     codecs: dict[str, Codec] = field(default_factory=dict)
     exact: dict[str, str] = field(default_factory=dict)
+    marked: dict[str, FixedSizeCodec] = field(default_factory=dict)
     before: int = 0
     after: int = 0
     meta: int = 0
 
     def summary(self) -> str:
         """One line for the log: how many tensors, and bytes before and after. Tied tensors count once."""
+        if self.marked:
+            return (
+                f"{len(self.marked)}/{len(self.quant_state)} params are encoded as they are sent, "
+                f"{len(self.codecs)} were encoded now. Before quantization: {self.before / MIB:.2f} MB. "
+                f"After quantization: {self.after / MIB:.2f} MB."
+            )
         return (
             f"{len(self.codecs)}/{len(self.quant_state)} params. Before quantization: {self.before / MIB:.2f} MB. "
             f"After quantization: {self.after / MIB:.2f} MB with meta: {self.meta / MIB:.2f} MB."
@@ -81,11 +92,14 @@ def encode_whole(name: str, codec: Codec, value: Any) -> Array:
     return encoded[: codec.encode_into(values, encoded)]
 
 
-def encode_params(params: dict[str, Any], policy: Policy, encode: Encode = encode_whole) -> EncodedParams:
+def encode_params(
+    params: dict[str, Any], policy: Policy, encode: Encode = encode_whole, mark: bool = False
+) -> EncodedParams:
     """Encode each tensor with the codec that `policy` has for it; the rest is passed on as it is.
 
     `params` is not changed. Tensors that are the same view of the same memory (tied weights) are encoded once, share
-    their codes, and are named in `EncodedParams.tied`.
+    their codes, and are named in `EncodedParams.tied`. ``mark``: tensors whose codec's sizes are known before are
+    not encoded, but marked.
     """
     values = flatten(params)
     result = EncodedParams(policy.codec.name)
@@ -102,7 +116,12 @@ def encode_params(params: dict[str, Any], policy: Policy, encode: Encode = encod
                 result.source_datatype[name] = result.source_datatype[other]
                 continue
         decision, warning = _decide(name, value, policy)
-        if decision.codec is not None:
+        if mark and isinstance(decision.codec, FixedSizeCodec):
+            flat[name] = marked(value, decision.codec)
+            result.marked[name] = decision.codec
+            result.before += value.nbytes
+            result.after += decision.codec.encoded_nbytes(math.prod(value.shape))
+        elif decision.codec is not None:
             warning = _encode_one(name, value, decision.codec, encode, flat, result)
         if warning:
             result.exact[name] = warning

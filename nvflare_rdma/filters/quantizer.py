@@ -20,6 +20,7 @@ from nvflare_rdma.filters.dither import DITHERED
 from nvflare_rdma.filters.params import flatten, rebuild
 from nvflare_rdma.filters.points import FilterPoint, filters_at, is_dequantizer
 from nvflare_rdma.filters.sender import Encoded, Sender
+from nvflare_rdma.flare_compat import TRANSFER_PROP
 
 _OURS = "nvflare_rdma.filters"
 _HANDED_OVER = (EventType.AFTER_SEND_TASK_RESULT, EventType.AFTER_PROCESS_SUBMISSION)
@@ -32,6 +33,10 @@ class ModelQuantizer(QuantFilter):
     torch tensors, on a CPU. Tensors on a CUDA device are encoded there, to the same codes, unless error feedback,
     delta or stochastic rounding is on. The metadata is FLARE's for FLARE's types, so the receiver may have FLARE's own
     ModelDequantizer, unless `delta` or a policy with several codecs is used. What it was given is never changed.
+
+    Where this side and the peer have `nvflare_rdma.streaming.RdmaTransfer`, tensors are only marked here, and encoded
+    piece by piece as they are sent: the encoded model never exists as a whole. (Not with error feedback, delta or
+    stochastic rounding, and not for ``lossless`` and ``adaquant``, whose sizes show only when all is encoded.)
 
     Tensors that the type can't carry travel exact: integers, booleans, float64, empty ones, those that would not get
     smaller, and, with a warning that names them, those with NaN or Inf (unless the type carries them) or beyond the
@@ -123,7 +128,7 @@ class ModelQuantizer(QuantFilter):
         point = FilterPoint.of(self, shareable, fl_ctx)
         root = shareable.get_header(ReservedHeaderKey.MSG_ROOT_ID) or ""
         seed = _seed(root, shareable, fl_ctx)
-        message = self._sender.encode(dxo, point, root, seed, _state_folder(fl_ctx), fl_ctx)
+        message = self._sender.encode(dxo, point, root, seed, _state_folder(fl_ctx), fl_ctx, _goes_directly(fl_ctx))
         self._report(message, fl_ctx)
         encoded = message.params
         meta = self._meta_for_new_dxo(dxo)
@@ -131,7 +136,12 @@ class ModelQuantizer(QuantFilter):
         meta[QUANT_STATE] = dict(encoded.quant_state)
         meta[SOURCE_DATATYPE] = dict(encoded.source_datatype)
         meta[QUANTIZED_FLAG] = True
-        ours = {"tied": dict(encoded.tied), "base": message.base, "leaves": message.leaves}
+        ours = {
+            "tied": dict(encoded.tied),
+            "base": message.base,
+            "leaves": message.leaves,
+            "on_the_way": len(encoded.marked),
+        }
         if any(ours.values()):
             meta[OURS] = {key: value for key, value in ours.items() if value}
         # Dicts of its own: other sites get the same codes, and a later filter may change dicts in place.
@@ -144,6 +154,12 @@ class ModelQuantizer(QuantFilter):
         if encoded.exact:
             listed = "; ".join(f"{name}: {reason}" for name, reason in encoded.exact.items())
             self.log_warning(fl_ctx, f"{len(encoded.exact)} tensor(s) sent exact: {listed}", fire_event=False)
+
+
+def _goes_directly(fl_ctx: FLContext) -> bool:
+    """Whether both sides have `nvflare_rdma.streaming.RdmaTransfer`, which encodes and decodes what is marked."""
+    peer = fl_ctx.get_peer_context()
+    return bool(fl_ctx.get_prop(TRANSFER_PROP) and peer is not None and peer.get_prop(TRANSFER_PROP))
 
 
 def _check_stochastic(policy: Policy, error_feedback: bool) -> None:

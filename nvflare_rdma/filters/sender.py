@@ -59,7 +59,14 @@ class Sender:
         self._apart: set[str] = set()  # streams whose receivers don't all hold the same model
 
     def encode(
-        self, dxo: DXO, point: FilterPoint, message: str, seed: str, folder: str | None, fl_ctx: FLContext
+        self,
+        dxo: DXO,
+        point: FilterPoint,
+        message: str,
+        seed: str,
+        folder: str | None,
+        fl_ctx: FLContext,
+        mark: bool = False,
     ) -> Encoded:
         """Encode `dxo`, or find it encoded already.
 
@@ -67,16 +74,30 @@ class Sender:
             message: FLARE's id of a message that goes to several sites, "" if it goes to one.
             seed: of this round's random rounding.
             folder: where residuals are saved, None if nowhere.
+            mark: leave the encoding to the transfer, unless what arrives has to be known here.
         """
         with self._lock:
+            if mark and not (self._error_feedback or self._delta or self._stochastic):
+                return self._mark(dxo, point, message)
             if self._error_feedback and folder is not None:
                 self.residuals.restore(point.stream, folder)
             if not point.on_server:
                 return self._encode(dxo, point, self._base_for_server(dxo, point, fl_ctx), True, seed, fl_ctx)
-            shared = self._shared.get(point.stream)
-            if not message or shared is None or not shared.is_of(message, dxo.data):
-                shared = self._shared[point.stream] = Shared(message, dxo.data)
-            return self._for_site(shared.results, dxo, point, seed, fl_ctx)
+            return self._for_site(self._shared_by(dxo, point, message).results, dxo, point, seed, fl_ctx)
+
+    def _mark(self, dxo: DXO, point: FilterPoint, message: str) -> Encoded:
+        """All sites get the same views, so that a chunk that one of them wants is there for the others."""
+        results = self._shared_by(dxo, point, message).results if point.on_server else {}
+        if "marked" not in results:
+            results["marked"] = Encoded(encode_params(dxo.data, self._policy, mark=True))
+        marked: Encoded = results["marked"]
+        return marked
+
+    def _shared_by(self, dxo: DXO, point: FilterPoint, message: str) -> Shared:
+        shared = self._shared.get(point.stream)
+        if not message or shared is None or not shared.is_of(message, dxo.data):
+            shared = self._shared[point.stream] = Shared(message, dxo.data)
+        return shared
 
     def _for_site(
         self, results: dict[str, Encoded], dxo: DXO, point: FilterPoint, seed: str, fl_ctx: FLContext

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,6 @@ from nvflare_rdma.fabric.memory import SlotPool
 from nvflare_rdma.streaming.manifest import Item
 
 _GRAIN = 64 * 1024
-
-Allocate = Callable[[int], memoryview]
 
 
 class TensorMemory(SlotPool):
@@ -67,9 +64,3 @@ def _from_bytes(item: Item, memory: memoryview) -> Any:
     if not item.nbytes:
         return torch.empty(item.shape, dtype=dtype)
     return torch.frombuffer(memory, dtype=dtype).reshape(item.shape)
-
-
-def from_content(item: Item) -> Any:
-    """The tensor of an item that has its content."""
-    assert item.content is not None
-    return from_bytes(item, memoryview(bytearray(item.content)))

@@ -11,10 +11,12 @@ without this package is served in FLARE's way. See `nvflare.fuel.utils.fobs.deco
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from nvflare.apis.signal import Signal
@@ -29,9 +31,12 @@ from nvflare.fuel.utils.fobs.datum import Datum
 from nvflare_rdma.errors import RdmaError, TransferError
 from nvflare_rdma.streaming.arrays import TensorMemory
 from nvflare_rdma.streaming.endings import abortable, cancel
+from nvflare_rdma.streaming.landing import Land, in_memory
+from nvflare_rdma.streaming.manifest import unpack
 from nvflare_rdma.streaming.progress import DirectProgress, source_progress
-from nvflare_rdma.streaming.pulling import AbortedError, LostError, pull
+from nvflare_rdma.streaming.pulling import AbortedError, LostError, Pull
 from nvflare_rdma.streaming.registry import registry
+from nvflare_rdma.streaming.relay import RelayConsumer, produce
 from nvflare_rdma.streaming.serving import Service
 
 log = logging.getLogger(__name__)
@@ -64,6 +69,10 @@ class _Served:
             return ProduceRC.OK, [], {STATE_KEY: self._service.answer(state[STATE_KEY], requester)}
         if not state and self._service.has_served(requester):
             return ProduceRC.EOF, None, {}
+        if (relayed := self._service.relayed(requester)) is not None:
+            return produce(relayed, state)
+        if not state:
+            self._service.say_what_is_not_encoded(requester)
         return super().produce(state, requester)  # type: ignore[misc,no-any-return]
 
     def release(self) -> None:
@@ -83,6 +92,14 @@ class _Delivered(ItemConsumer):
 
     def consume_items(self, items: list[Any], result: Any) -> Any:
         raise TransferError("the sender sent again what it had sent")
+
+
+@dataclass(frozen=True)
+class Landing:
+    """``give``: what the receiver is given, from what the places gave by item id."""
+
+    land: Land
+    give: Callable[[Any], Any] = lambda items: items
 
 
 class DirectDecomposer:
@@ -121,14 +138,16 @@ class DirectDecomposer:
         common = {"from_fqcn": from_fqcn, "ref_id": ref_id, "per_request_timeout": per_request_timeout, "cell": cell}
         common |= {"secure": secure, "optional": optional}
         own = functools.partial(super().download, **common, **others)  # type: ignore[misc]
-        if channels is None or self.lands_elsewhere(cell, others):
+        if channels is None:
             return own(abort_signal=abort_signal, progress_cb=progress_cb)  # type: ignore[no-any-return]
 
         progress = DirectProgress(ref_id, progress_cb)
-        with abortable(cell, from_fqcn, ref_id, abort_signal) as signal:
+        with abortable(cell, from_fqcn, ref_id, abort_signal) as signal, self.landing(cell, others) as landing:
             ask = _asking(signal, **common)
+            pull = Pull(channels, from_fqcn, ask, landing.land, lambda: signal.triggered, progress.moved)
+            failure: str | None = None
             try:
-                items = pull(channels, from_fqcn, ask, memory.take, lambda: signal.triggered, progress.moved)
+                items = landing.give(pull.run())
             except AbortedError as error:
                 log.warning("%s", error)
                 cancel(cell, from_fqcn, ref_id, secure, optional)
@@ -136,17 +155,35 @@ class DirectDecomposer:
                 return str(signal.value or error), None
             except (RdmaError, MemoryError) as error:
                 log.warning("tensors from %s come on FLARE's own path: %s", from_fqcn, error)
+                if any(item.cut is not None for item in pull.items):
+                    go_on = functools.partial(download_object, progress_cb=progress.go_on, abort_signal=signal)
+                    return _relayed(ask, landing, functools.partial(go_on, **common))
                 failure, items = own(abort_signal=signal, progress_cb=progress.go_on)
                 if not failure and items is None:
                     failure = "the sender takes them for delivered"
                 return failure, items
-            consumer = _Delivered()
-            download_object(consumer=consumer, progress_cb=progress.finish, abort_signal=signal, **common)
-            return consumer.error, items
+            delivered = _Delivered()
+            download_object(consumer=delivered, progress_cb=progress.finish, abort_signal=signal, **common)
+            return delivered.error, items
 
-    def lands_elsewhere(self, cell: Any, others: dict[str, Any]) -> bool:
-        """Whether what comes is not to be in memory."""
-        return False
+    @contextlib.contextmanager
+    def landing(self, cell: Any, others: dict[str, Any]) -> Iterator[Landing]:
+        """Where what comes is to land."""
+        yield Landing(in_memory(memory.take))
+
+
+def _relayed(
+    ask: Callable[[dict[str, Any]], Any], landing: Landing, take: Callable[..., None]
+) -> tuple[str | None, Any]:
+    try:
+        answer = ask({"do": "relay"})
+        if not isinstance(answer, Mapping) or "manifest" not in answer:
+            return f"the sender can't relay: {answer}", None
+        consumer = RelayConsumer(unpack(answer["manifest"]), landing.land)
+        take(consumer=consumer)
+        return (consumer.error, None) if consumer.error else (None, landing.give(consumer.result))
+    except (RdmaError, OSError, MemoryError) as error:
+        return str(error), None
 
 
 def known_as(original: type) -> Callable[[type], type]:

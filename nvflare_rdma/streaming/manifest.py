@@ -1,7 +1,8 @@
 """What a message's tensors are, told to who receives them before any of their bytes move.
 
 Tensors of up to `INLINE_BYTES` are in the manifest themselves (all together at most `INLINE_TOTAL`); each of the others
-is a message of its own on the data channel. Bytes are the tensor's values in C order, little-endian.
+is a message of its own on the data channel. Bytes are the tensor's values in C order, little-endian, or what a codec
+makes of them piece by piece (see `encoded`).
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
 import numpy as np
 
-from nvflare_rdma.codecs.tensors import dtype_name, is_torch
+from nvflare_rdma.codecs.tensors import FLOAT_NAMES, dtype_name, is_torch
 from nvflare_rdma.errors import ProtocolError, TransferError
+from nvflare_rdma.streaming.encoded import Cut
 
 INLINE_BYTES = 16 * 1024
 INLINE_TOTAL = 1024 * 1024
@@ -33,17 +35,25 @@ _TORCH_WIDTHS = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One tensor. ``name``: FLARE's id of it in its message. ``content``: its bytes, or None if they come apart."""
+    """One tensor. ``name``: FLARE's id of it in its message. ``content``: its bytes, or None if they come apart.
+    ``cut``: how they are encoded then, None if not."""
 
     name: str
     torch: bool
     dtype: str
     shape: tuple[int, ...]
     content: bytes | None = None
+    cut: Cut | None = None
 
     @property
     def nbytes(self) -> int:
+        """Of the tensor."""
         return math.prod(self.shape) * width(self.dtype, self.torch)
+
+    @property
+    def sent_nbytes(self) -> int:
+        """Of its message."""
+        return self.cut.nbytes if self.cut is not None else self.nbytes
 
 
 def width(dtype: str, torch: bool) -> int:
@@ -77,7 +87,12 @@ def _describe(name: str, tensor: Any) -> Item:
 
 def pack(items: list[Item]) -> bytes:
     """For `unpack`."""
-    packed: bytes = msgpack.packb([[i.name, i.torch, i.dtype, list(i.shape), i.content] for i in items])
+    packed: bytes = msgpack.packb(
+        [
+            [i.name, i.torch, i.dtype, list(i.shape), i.content, *([i.cut.codec.name, i.cut.values] if i.cut else [])]
+            for i in items
+        ]
+    )
     return packed
 
 
@@ -101,7 +116,7 @@ def unpack(data: Any) -> list[Item]:
     return items
 
 
-def _item(name: Any, torch: Any, dtype: Any, shape: Any, content: Any) -> Item:
+def _item(name: Any, torch: Any, dtype: Any, shape: Any, content: Any, codec: Any = None, values: Any = 0) -> Item:
     if not (type(name) is type(dtype) is str and type(torch) is bool and type(shape) is list):
         raise ValueError("an item's name and dtype are strings, its shape is a list")
     if len(shape) > MAX_DIMENSIONS or any(type(n) is not int or not 0 <= n < 1 << 48 for n in shape):
@@ -114,4 +129,8 @@ def _item(name: Any, torch: Any, dtype: Any, shape: Any, content: Any) -> Item:
         raise ValueError(f"{name!r} has {item.nbytes} bytes")
     if content is not None and (type(content) is not bytes or len(content) != item.nbytes):
         raise ValueError(f"{name!r} has other content than {item.nbytes} bytes")
+    if codec is not None:
+        if type(codec) is not str or type(values) is not int or content is not None or dtype not in FLOAT_NAMES:
+            raise ValueError(f"{name!r} of dtype {dtype} is encoded with {codec!r}")
+        item = replace(item, cut=Cut.given(codec, math.prod(shape), values))
     return item

@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from nvflare_rdma.channel.bodies import Sink
-from nvflare_rdma.errors import FabricUnavailable, ProtocolError, TransferError
+from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.streaming import manifest
-from nvflare_rdma.streaming.arrays import Allocate, from_bytes, from_content
 from nvflare_rdma.streaming.channels import DataChannels
+from nvflare_rdma.streaming.landing import Land, Landings, Place, TensorSink
 from nvflare_rdma.streaming.manifest import Item
 
 log = logging.getLogger(__name__)
@@ -51,86 +49,48 @@ class Progress:
     items: int
 
 
-class Landings:
-    """What is still to come in one attempt, and what has come."""
-
-    def __init__(self, numbers: set[int]) -> None:
-        self.changed = threading.Condition()
-        self.landed: dict[int, memoryview] = {}
-        self.nbytes = 0
-        self.open = numbers
-        self.failure = ""
-
-    def fail(self, reason: str) -> None:
-        """The first reason counts."""
-        with self.changed:
-            self.failure = self.failure or reason
-            self.changed.notify_all()
-
-
-class TensorSink(Sink):
-    """Where one tensor lands: ``number`` in the manifest, in memory that nobody else has."""
-
-    def __init__(self, number: int, memory: memoryview, landings: Landings) -> None:
-        self.nbytes = len(memory)
-        self._number = number
-        self._memory = memory
-        self._landings = landings
-
-    @property
-    def buffer(self) -> memoryview | None:
-        return self._memory
-
-    def done(self) -> None:
-        with self._landings.changed:
-            self._landings.open.discard(self._number)
-            self._landings.landed[self._number] = self._memory
-            self._landings.nbytes += self.nbytes
-            self._landings.changed.notify_all()
-
-    def failed(self, reason: str) -> None:
-        self._landings.fail(reason)
-
-
 def pull(
     channels: DataChannels,
     peer: str,
     ask: Callable[[dict[str, Any]], Any],
-    allocate: Allocate,
+    land: Land,
     aborted: Callable[[], bool] = lambda: False,
     progress: Callable[[Progress], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """All tensors of a message that ``peer`` holds, by FLARE's item ids.
+    """All tensors of a message that ``peer`` holds, by FLARE's item ids: what their places give.
 
     Args:
         ask: sends a request to the peer's `Service.answer` and gives what it says.
-        allocate: memory for a tensor of so many bytes.
+        land: makes the place of a tensor.
         aborted: whether to stop; it is looked at several times a second.
 
     Raises:
         AbortedError: ``aborted`` said so.
         RdmaError: there is no direct way, or what came over it is no good. Nothing is kept.
     """
-    return _Pull(channels, peer, ask, allocate, aborted, progress).run()
+    return Pull(channels, peer, ask, land, aborted, progress).run()
 
 
-class _Pull:
+class Pull:
+    """What `pull` does. ``items``: what there is, as far as the peer has told."""
+
     def __init__(
         self,
         channels: DataChannels,
         peer: str,
         ask: Callable[[dict[str, Any]], Any],
-        allocate: Allocate,
+        land: Land,
         aborted: Callable[[], bool],
         progress: Callable[[Progress], None],
     ) -> None:
         self._channels = channels
         self._peer = peer
         self._ask_peer = ask
-        self._allocate = allocate
+        self._place = land
         self._aborted = aborted
         self._progress = progress
-        self._landed: dict[int, memoryview] = {}
+        self.items: list[Item] = []
+        self._landed: dict[int, Place] = {}
         self._landed_bytes = 0
         self._asked = False
 
@@ -138,27 +98,33 @@ class _Pull:
         """See `pull`."""
         try:
             described = self._describe()
-            items = manifest.unpack(described.get("manifest"))
-            self._land({n: item for n, item in enumerate(items) if item.content is None}, described)
+            self._land(described)
             # First: once the peer has heard "done", nobody else has them.
-            tensors = {item.name: self._tensor(number, item) for number, item in enumerate(items)}
+            tensors = {item.name: self._finish(number, item) for number, item in enumerate(self.items)}
             self._asked = True
             self._ask({"do": "done"})
             return tensors
-        except Exception:
+        except Exception as error:
             if self._asked:
                 with contextlib.suppress(Exception):  # the error is told as it is
                     self._ask_peer({"do": "give up"})
+            if isinstance(error, OSError) and not isinstance(error, RdmaError):  # where they land, not how they come
+                raise TransferError(f"tensors from {self._peer} can't be stored: {error}") from error
             raise
 
-    def _tensor(self, number: int, item: Item) -> Any:
-        return from_content(item) if item.content is not None else from_bytes(item, self._landed[number])
+    def _finish(self, number: int, item: Item) -> Any:
+        if item.content is None:
+            return self._landed[number].finish()
+        place = self._place(item)
+        place.write(0, memoryview(item.content))
+        return place.finish()
 
-    def _land(self, large: Mapping[int, Item], described: Mapping[str, Any]) -> None:
-        missing, fruitless = dict(large), 0
+    def _land(self, described: Mapping[str, Any]) -> None:
+        large = {number for number, item in enumerate(self.items) if item.content is None}
+        missing, fruitless = large, 0
         while missing:
             reason = self._attempt(missing, described)
-            left = {number: item for number, item in missing.items() if number not in self._landed}
+            left = missing - self._landed.keys()
             if not left:
                 return
             log.warning("%s: %d of %d tensors are missing: %s", self._peer, len(left), len(large), reason)
@@ -167,15 +133,15 @@ class _Pull:
                 raise TransferError(f"{len(left)} of {len(large)} tensors did not come from {self._peer}: {reason}")
             missing, described = left, self._describe()
 
-    def _attempt(self, missing: Mapping[int, Item], described: Mapping[str, Any]) -> str:
+    def _attempt(self, missing: Set[int], described: Mapping[str, Any]) -> str:
         """Land what is missing, and say why not all of it came."""
         invitation = self._find_way(described)
-        landings = Landings(set(missing))
-        sinks = [TensorSink(number, self._allocate(item.nbytes), landings) for number, item in missing.items()]
+        landings, items = Landings(set(missing)), self.items
+        sinks = [TensorSink(n, items[n], self._place(items[n]), landings) for n in sorted(missing)]
         first = self._channels.expect(self._peer, sinks)
         try:
             self._asked = True
-            self._ask({"do": "send", "first": first, "items": list(missing), "invitation": invitation})
+            self._ask({"do": "send", "first": first, "items": sorted(missing), "invitation": invitation})
             if invitation is not None and self._channels.await_open(self._peer) is None:
                 return "the channel that the peer has dialled did not open"
             self._wait(landings)
@@ -184,7 +150,7 @@ class _Pull:
         with landings.changed:
             self._landed |= landings.landed
             self._landed_bytes += landings.nbytes
-            return landings.failure
+            return landings.failure or landings.lost
 
     def _find_way(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
         """See that there is a channel; an invitation if the peer has to make it."""
@@ -202,12 +168,12 @@ class _Pull:
     def _wait(self, landings: Landings) -> None:
         """Until everything is there, or something is wrong."""
         now = time.monotonic()
-        report_at, moved_at, known, moved = now + REPORT_SECONDS, now, -1, (0, 0)
+        report_at, moved_at, known, moved, asked_why = now + REPORT_SECONDS, now, -1, (0, 0), False
         while True:
             with landings.changed:
                 landings.changed.wait_for(lambda: not landings.open or landings.failure, _LOOK_SECONDS)
                 over = not landings.open or bool(landings.failure)
-                count, nbytes = len(landings.landed), landings.nbytes
+                count, nbytes, lost = len(landings.landed), landings.nbytes, landings.lost
             if count != known:
                 known = count
                 self._progress(Progress(self._landed_bytes + nbytes, len(self._landed) + count))
@@ -222,7 +188,8 @@ class _Pull:
                 landings.fail("the data channel broke")
             elif now - moved_at > STALL_SECONDS:
                 landings.fail(f"nothing has come for {STALL_SECONDS:g} s")
-            elif now >= report_at:
+            elif now >= report_at or (lost and not asked_why):
+                asked_why = bool(lost)  # the sender may have stopped, or this may be the only one
                 self._report(landings)
                 report_at = time.monotonic() + REPORT_SECONDS
 
@@ -236,7 +203,15 @@ class _Pull:
             landings.fail(str(failed))
 
     def _describe(self) -> Mapping[str, Any]:
-        return self._ask({"do": "describe", "channel": self._channels.find(self._peer) is not None})
+        described = self._ask({"do": "describe", "channel": self._channels.find(self._peer) is not None})
+        items, known = manifest.unpack(described.get("manifest")), self.items
+        # Again: how they are sent may have changed, but not what they are.
+        if known and [(i.name, i.torch, i.dtype, i.shape) for i in items] != [
+            (i.name, i.torch, i.dtype, i.shape) for i in known
+        ]:
+            raise ProtocolError("the peer has other tensors than it said before")
+        self.items = items
+        return described
 
     def _ask(self, request: dict[str, Any]) -> Mapping[str, Any]:
         answer = self._ask_peer(request)
@@ -247,4 +222,4 @@ class _Pull:
         return answer
 
 
-__all__ = ["AbortedError", "LostError", "Progress", "pull"]
+__all__ = ["AbortedError", "LostError", "Progress", "Pull", "pull"]

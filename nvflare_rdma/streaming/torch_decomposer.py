@@ -1,14 +1,24 @@
-"""`decomposers` for torch tensors."""
+"""`decomposers` for torch tensors, which FLARE may want on disk (its `docs/design/tensor_disk_offload.md`)."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
+from nvflare.app_common.utils.tensor_disk_offload_context import _TENSOR_DISK_OFFLOAD_ROOT_DIR
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
-from nvflare.app_opt.pt.tensor_downloader import TensorDownloadable
+from nvflare.app_opt.pt.lazy_tensor_dict import LazyTensorDict
+from nvflare.app_opt.pt.tensor_downloader import DiskTensorConsumer, TensorDownloadable
 from nvflare.fuel.utils.fobs import FOBSContextKey
 
-from nvflare_rdma.streaming.decomposers import DirectDecomposer, _Served, known_as
+from nvflare_rdma.errors import TransferError
+from nvflare_rdma.streaming.decomposers import DirectDecomposer, Landing, _Served, known_as
+from nvflare_rdma.streaming.landing import OnDisk, Place
+from nvflare_rdma.streaming.manifest import Item
 
 
 class ServedTensors(_Served, TensorDownloadable):
@@ -21,8 +31,45 @@ class RdmaTensorDecomposer(DirectDecomposer, TensorDecomposer):
 
     served = ServedTensors
 
-    def lands_elsewhere(self, cell: Any, others: dict[str, Any]) -> bool:
-        """FLARE's disk offload."""
-        context = others.get("fobs_ctx") or {}
-        default = cell.get_fobs_context().get(FOBSContextKey.TENSOR_DISK_OFFLOAD, False)
-        return bool(context.get(FOBSContextKey.TENSOR_DISK_OFFLOAD, default))
+    @contextlib.contextmanager
+    def landing(self, cell: Any, others: dict[str, Any]) -> Iterator[Landing]:
+        """In memory, or in files where FLARE has a `LazyTensorDict` of them."""
+        default, context = cell.get_fobs_context(), others.get("fobs_ctx") or {}
+        if not context.get(FOBSContextKey.TENSOR_DISK_OFFLOAD, default.get(FOBSContextKey.TENSOR_DISK_OFFLOAD, False)):
+            with super().landing(cell, others) as landing:
+                yield landing
+            return
+        root = context.get(_TENSOR_DISK_OFFLOAD_ROOT_DIR, default.get(_TENSOR_DISK_OFFLOAD_ROOT_DIR))
+        if not root:
+            raise RuntimeError(f"{_TENSOR_DISK_OFFLOAD_ROOT_DIR} is not set in the FOBS context")
+        folder = _Folder(root)
+        try:
+            yield Landing(folder.land, folder.give)
+        finally:
+            folder.close()
+
+
+class _Folder:
+    """Of one message's tensors. FLARE looks for `DiskTensorConsumer`s when it ends a workflow, and removes theirs."""
+
+    def __init__(self, root: str) -> None:
+        self._path = tempfile.mkdtemp(prefix="nvflare_tensors_", dir=root)
+        self._owner = DiskTensorConsumer(self._path)
+        self._numbers = itertools.count()
+        self._given = False
+
+    def land(self, item: Item) -> Place:
+        if not OnDisk.takes(item):
+            raise TransferError(f"safetensors files have no {item.dtype} ({item.name})")
+        return OnDisk(item, os.path.join(self._path, f"tensor_{next(self._numbers)}.safetensors"))
+
+    def give(self, items: Any) -> LazyTensorDict:
+        if not os.path.isdir(self._path):
+            raise TransferError("FLARE has removed the tensors that were to be on disk")
+        self._owner.release()
+        self._given = True
+        return LazyTensorDict(items, self._path)
+
+    def close(self) -> None:
+        if not self._given:
+            self._owner.cleanup()

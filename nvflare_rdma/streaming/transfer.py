@@ -16,11 +16,12 @@ from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.drivers.driver_params import DriverParams
 from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 
-from nvflare_rdma.flare_compat import replace_decomposer, require_flare
+from nvflare_rdma.flare_compat import TRANSFER_PROP, replace_decomposer, require_flare
 from nvflare_rdma.process import this_process
 from nvflare_rdma.streaming.channels import DataChannels
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torch_decomposer
 from nvflare_rdma.streaming.registry import registry
+from nvflare_rdma.streaming.serving import hot
 from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, is_trainer, take_back
 
 _ANY_PORT = (0, 0)
@@ -52,6 +53,7 @@ class RdmaTransfer(FLComponent):
             self._handed_on = hand_on(fl_ctx.get_engine().get_cell())
         elif event_type == EventType.START_RUN and not self._started:
             install()
+            fl_ctx.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
             self._started = True
         elif event_type == EventType.END_RUN and self._started:
             self._started = False
@@ -63,7 +65,8 @@ class RdmaTransfer(FLComponent):
 def install() -> None:
     """From now on FLARE's tensors and arrays move over data channels, until `registry.stop`."""
     require_flare("RdmaTransfer")
-    this_process()  # a wrong setting is said now
+    settings = this_process().settings  # a wrong one is said now
+    hot.limit = settings.rdma_memory_budget_bytes // 16
     replace_decomposer(RdmaArrayDecomposer())
     with contextlib.suppress(ImportError):  # a site without torch
         replace_decomposer(torch_decomposer())

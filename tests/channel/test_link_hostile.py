@@ -245,7 +245,7 @@ def test_small_offers_are_charged_what_they_hold():
         it.greet()
         it.say(*(wire.Offer(i, 70_000) for i in range(1, 100)), wire.Inline(b"x"))
         it.inbox.get(timeout=DEADLINE)
-        eventually(lambda: len(it.context.budget._waiting) == 91)
+        eventually(lambda: sum(map(len, it.context.budget._waiting.values())) == 91)
         assert len(it.link._inbox._arriving) == 8
 
 
@@ -315,5 +315,5 @@ def test_grants_of_a_peer_that_reads_nothing_do_not_pile_up_chunks():
         it.say(wire.Inline(b"x"))
         assert it.inbox.get(timeout=DEADLINE) == b"x"  # so the grants have been read
         it.thread.join(0.3)
-        assert it.link._unsent <= 2
+        assert it.link._unsent < 8
         it.end()

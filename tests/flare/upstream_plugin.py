@@ -12,9 +12,9 @@ import pytest
 
 from nvflare_rdma.flare_compat import replace_decomposer
 from nvflare_rdma.process import this_process
-from nvflare_rdma.streaming import decomposers
 from nvflare_rdma.streaming.channels import DataChannels
 from nvflare_rdma.streaming.decomposers import DirectDecomposer, RdmaArrayDecomposer
+from nvflare_rdma.streaming.pulling import Pull
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.torch_decomposer import RdmaTensorDecomposer
 from nvflare_rdma.streaming.transfer import install
@@ -36,16 +36,16 @@ def _noted(method: Any) -> Any:
     return noting
 
 
-def _count(pull: Any) -> Any:
-    @functools.wraps(pull)
-    def counting(*args: Any, **kinds: Any) -> Any:
+def _counting(run: Any) -> Any:
+    @functools.wraps(run)
+    def counting(pull: Pull) -> Any:
         try:
-            tensors = pull(*args, **kinds)
+            tensors = run(pull)
         except Exception:
             _counted["own_path"] += 1
             raise
         _counted["direct"] += 1
-        _counted["nbytes"] += sum(tensor.nbytes for tensor in tensors.values())
+        _counted["nbytes"] += sum(item.nbytes for item in pull.items)
         return tensors
 
     return counting
@@ -55,7 +55,7 @@ def pytest_configure() -> None:
     """Before FLARE's tests are imported: what they name is ours."""
     install()
     registry.start(_open)
-    decomposers.pull = _count(decomposers.pull)
+    Pull.run = _counting(Pull.run)
     for name in ("to_downloadable", "download"):
         setattr(DirectDecomposer, name, _noted(getattr(DirectDecomposer, name)))
     pt_decomposers.TensorDecomposer = RdmaTensorDecomposer

@@ -1,5 +1,4 @@
-"""One round of FedAvg with quantization both ways and direct transfers, over rdma. The second site trains in a process
-of its own.
+"""One round of FedAvg with quantization both ways, over rdma.
 
 python weights_job.py FOLDER QUANTIZATION_TYPE
 """
@@ -16,7 +15,7 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe  # noqa: E402
 from nvflare.client.config import ExchangeFormat  # noqa: E402
 from weights_model import Awkward  # noqa: E402
 
-from nvflare_rdma.recipe import add_quantization, add_transfer  # noqa: E402
+from nvflare_rdma.recipe import add_quantization  # noqa: E402
 from nvflare_rdma.simulator import RdmaSimEnv  # noqa: E402
 
 if __name__ == "__main__":
@@ -32,8 +31,6 @@ if __name__ == "__main__":
         train_args=str(folder),
         server_expected_format=ExchangeFormat.PYTORCH,
     )
-    recipe.set_per_site_config({"site-1": {}, "site-2": {"launch_external_process": True}})
     everything = [{"quantization_type": sys.argv[2]}]  # small tensors too
-    add_transfer(recipe)
     add_quantization(recipe, sys.argv[2], policy=everything)
     recipe.execute(RdmaSimEnv(num_clients=2, workspace_root=str(folder / "ws"), scheme="rdma"))

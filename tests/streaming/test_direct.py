@@ -226,7 +226,7 @@ def test_a_sender_that_ends_the_transfer_ends_it_for_all(direct, cell, monkeypat
     end = it.once_some_are_here(it.service.close)
 
     def fails(site) -> None:
-        with pytest.raises(TransferError, match="the sender has no data channels any more"):
+        with pytest.raises(TransferError, match="the sender has ended the transfer"):
             it.pull(site, progress=end)
 
     in_parallel(*(lambda site=site: fails(site) for site in sites))

@@ -134,7 +134,7 @@ def test_after_the_end_everything_is_refused(direct, cell):
     it.channels.dial("site-1", site.invite("server"))
     it.service.close()
     for request in ({"do": "describe"}, SEND):
-        assert "no data channels any more" in it.ask("site-1")(request)["refused"]
+        assert "has ended the transfer" in it.ask("site-1")(request)["refused"]
 
 
 # -- memory ------------------------------------------------------------------------------------------------

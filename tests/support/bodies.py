@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 
-from nvflare_rdma.channel.bodies import Sink, Source
+from nvflare_rdma.channel.bodies import Sink, Source, Take
 from nvflare_rdma.errors import CodecError
 
 MASK = 0x5A
@@ -27,7 +27,7 @@ class MaskedSource(Source):
         self._message = message
         self._unit = unit
 
-    def read(self, offset: int, length: int) -> memoryview:
+    def read(self, offset: int, length: int, take: Take) -> memoryview:
         assert offset % self._unit == 0
         return masked(self._message[offset : offset + length])
 

@@ -63,9 +63,9 @@ class Gates:
             return produce(it, index)
 
         @functools.wraps(offer)
-        def _offer(it, label, tensor, nbytes):
-            self._wait(tensor.size)
-            return offer(it, label, tensor, nbytes)
+        def _offer(it, part):
+            self._wait(part.tensor.size)
+            return offer(it, part)
 
         ArrayDownloadable.produce_item, serving._Sender._offer = produce_item, _offer
 

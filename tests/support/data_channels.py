@@ -12,7 +12,7 @@ from link_process import resources
 from tcp_pair import DEADLINE
 from waiting import eventually
 
-from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
+from nvflare_rdma.fabric.memory import MemoryBudget, SendMemory, SlotPool
 from nvflare_rdma.fabric.verbs_memory import RegistrationCache
 from nvflare_rdma.process import Process, _make_context
 from nvflare_rdma.settings import Settings
@@ -28,7 +28,9 @@ def process(fabrics: tuple[str, ...] = ("tcp",)) -> Process:
         settings = Settings(rdma_fabrics=fabrics, rdma_chunk_bytes=64 * 1024)
         _base[fabrics] = Process(settings, _make_context(settings), RegistrationCache(1 << 20))
     base = _base[fabrics]
-    return replace(base, context=replace(base.context, budget=MemoryBudget(16 << 20), pool=SlotPool()))
+    pool = SlotPool()
+    own = {"budget": MemoryBudget(16 << 20), "pool": pool, "sending": SendMemory(pool, 8 << 20)}
+    return replace(base, context=replace(base.context, **own))
 
 
 def clear(server_side: bool) -> ssl.SSLContext | None:
@@ -48,8 +50,9 @@ class Cells:
         tls: Callable[[bool], ssl.SSLContext | None] = clear,
         host: str = "127.0.0.1",
         fabrics: tuple[str, ...] = ("tcp",),
+        trainers: bool = False,
     ) -> DataChannels:
-        made = DataChannels(name, process(fabrics), tls, host, ports)
+        made = DataChannels(name, process(fabrics), tls, host, ports, trainers)
         self.made.append(made)
         return made
 

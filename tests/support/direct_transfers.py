@@ -12,6 +12,7 @@ from tcp_pair import DEADLINE
 
 from nvflare_rdma.streaming import pulling
 from nvflare_rdma.streaming.arrays import to_bytes
+from nvflare_rdma.streaming.landing import in_memory
 from nvflare_rdma.streaming.manifest import INLINE_BYTES
 from nvflare_rdma.streaming.pulling import pull
 from nvflare_rdma.streaming.serving import Service
@@ -20,8 +21,11 @@ LARGE = INLINE_BYTES + 1  # values, so that it is no small tensor whatever its d
 SEND = {"do": "send", "first": 1, "items": [0], "invitation": None}
 
 
-def new(nbytes: int) -> memoryview:
+def new_memory(nbytes: int) -> memoryview:
     return memoryview(bytearray(nbytes))
+
+
+new = in_memory(new_memory)
 
 
 class Direct:
@@ -48,8 +52,8 @@ class Direct:
         return ask
 
     def pull(self, channels, **kinds) -> dict:
-        allocate = kinds.pop("allocate", new)
-        return pull(channels, "server", self.ask(channels.name), allocate, **kinds)
+        land = kinds.pop("land", None) or in_memory(kinds.pop("allocate", new_memory))
+        return pull(channels, "server", self.ask(channels.name), land, **kinds)
 
     def once_some_are_here(self, action: Callable[[], None]) -> Callable[[pulling.Progress], None]:
         """For `progress`: acts once, when some have landed and not all."""

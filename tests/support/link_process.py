@@ -35,7 +35,7 @@ from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
 from nvflare_rdma.errors import TransferError
 from nvflare_rdma.fabric.base import Fabric
-from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
+from nvflare_rdma.fabric.memory import MemoryBudget, SendMemory, SlotPool
 from nvflare_rdma.fabric.shm import ShmFabric
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
 from nvflare_rdma.fabric.verbs_devices import VerbsOptions
@@ -74,10 +74,12 @@ def digest(data: bytes | memoryview) -> str:
 def make_context(options: dict) -> LinkContext:
     name = FABRICS[options["fabric"]][0]
     limits = ChannelLimits(max_message_bytes=2 << 30, stall_timeout=options.get("stall_timeout", 60.0))
+    pool = SlotPool(keep_bytes=options.get("keep_bytes", 64 << 20))
     return LinkContext(
         limits,
         MemoryBudget(options.get("budget", 64 << 20)),
-        SlotPool(keep_bytes=options.get("keep_bytes", 64 << 20)),
+        pool,
+        SendMemory(pool, 16 << 20),
         order=options.get("order", [name]),
         unavailable=dict.fromkeys(options.get("order", [name]), ""),
         host="this host",

@@ -13,7 +13,7 @@ from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
-from nvflare_rdma.fabric.memory import MemoryBudget, SlotPool
+from nvflare_rdma.fabric.memory import MemoryBudget, SendMemory, SlotPool
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
 
 DEADLINE = 20.0
@@ -54,7 +54,8 @@ def context(limits: ChannelLimits | None = None, budget: int = 64 << 20, **field
         "chunk_bytes": 256 * 1024,
         **fields,
     }
-    return LinkContext(limits or ChannelLimits(max_message_bytes=1 << 30), MemoryBudget(budget), SlotPool(), **settings)
+    limits, pool = limits or ChannelLimits(max_message_bytes=1 << 30), SlotPool()
+    return LinkContext(limits, MemoryBudget(budget), pool, SendMemory(pool, 16 << 20), **settings)
 
 
 class LinkPair:

@@ -1,0 +1,89 @@
+"""Tensors that were to be encoded on their way, where there is no direct way: the same pieces on FLARE's own path.
+
+FLARE's `download_object` asks, piece by piece, and relays the answers. The receiver lets the sender know beforehand
+("relay", see `serving`), so that a receiver without this package still gets what FLARE would send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nvflare.fuel.f3.streaming.download_service import Consumer, ProduceRC
+
+from nvflare_rdma.errors import ProtocolError, RdmaError
+from nvflare_rdma.streaming.landing import Land, Landings, Place, TensorSink
+from nvflare_rdma.streaming.manifest import Item
+from nvflare_rdma.streaming.serving import Relayed
+
+RELAY_KEY = "nvflare_rdma_relay"
+PIECE_BYTES = 2 << 20  # as much as FLARE sends at once
+
+
+def produce(relayed: Relayed, state: Mapping[str, Any] | None) -> tuple[str, Any, dict[str, Any]]:
+    """The sender's answer to FLARE's request: the piece that follows the one in ``state``."""
+    number, offset = (state or {}).get(RELAY_KEY) or (0, 0)
+    piece = relayed.piece(int(number), int(offset), PIECE_BYTES)
+    if piece is None:
+        return ProduceRC.EOF, None, {}
+    number, offset, data = piece
+    return ProduceRC.OK, [number, offset, data], {RELAY_KEY: [number, offset + len(data)]}
+
+
+class RelayConsumer(Consumer):
+    """Lands the pieces. ``result``: what the places give, by name; None if it failed, for ``error``."""
+
+    def __init__(self, items: list[Item], land: Land) -> None:
+        super().__init__()
+        self.error: str | None = None
+        self.result: dict[str, Any] | None = None
+        self._items = items
+        self._landings = Landings(set(range(len(items))))
+        self._places: list[Place] = [land(item) for item in items]
+        self._at = (0, 0)
+
+    def consume(self, ref_id: str, state: dict[str, Any], data: Any) -> dict[str, Any]:
+        match data:
+            case [int(number), int(offset), bytes() | bytearray() | memoryview() as piece]:
+                self._land(number, offset, memoryview(piece).cast("B"))
+            case _:
+                raise ProtocolError("malformed piece of a tensor")
+        return state
+
+    def _land(self, number: int, offset: int, piece: memoryview) -> None:
+        self._skip_empty()
+        if (number, offset) != self._at or not piece:
+            raise ProtocolError(f"a piece of tensor {number} at {offset} came where {self._at} was expected")
+        item = self._items[number]
+        sink = TensorSink(number, item, self._places[number], self._landings)
+        end = offset + len(piece)
+        if end > sink.nbytes or (len(piece) % sink.unit and end != sink.nbytes):
+            raise ProtocolError(f"{len(piece)} bytes at {offset} of a tensor of {sink.nbytes}")
+        if item.cut is None:
+            self._places[number].write(offset, piece)
+        else:
+            sink.put(offset, piece)
+        self._at = (number, end) if end < sink.nbytes else (number + 1, 0)
+
+    def _skip_empty(self) -> None:
+        """What has no bytes, or is in the manifest, does not come."""
+        number, offset = self._at
+        while number < len(self._items) and self._items[number].content is not None:
+            number, offset = number + 1, 0
+        self._at = number, offset
+
+    def download_completed(self, ref_id: str) -> None:
+        self._skip_empty()
+        if self._at[0] != len(self._items):
+            self.error = f"tensor {self._at[0]} of {len(self._items)} did not come whole"
+            return
+        try:
+            for item, place in zip(self._items, self._places, strict=True):
+                if item.content is not None:
+                    place.write(0, memoryview(item.content))
+            self.result = {item.name: place.finish() for item, place in zip(self._items, self._places, strict=True)}
+        except (RdmaError, OSError) as error:
+            self.error = str(error)
+
+    def download_failed(self, ref_id: str, reason: str) -> None:
+        self.error, self.result = reason, None
