@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ssl
+import sys
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlparse
@@ -68,8 +69,10 @@ def install() -> None:
     settings = this_process().settings  # a wrong one is said now
     hot.limit = settings.rdma_memory_budget_bytes // 16
     replace_decomposer(RdmaArrayDecomposer())
-    with contextlib.suppress(ImportError):  # a site without torch
-        replace_decomposer(torch_decomposer())
+    # A trainer that exchanges torch tensors has imported torch by now; another need not wait for that.
+    if not is_trainer() or "torch" in sys.modules:
+        with contextlib.suppress(ImportError):  # a site without torch
+            replace_decomposer(torch_decomposer())
     registry.start(open_channels)
 
 
