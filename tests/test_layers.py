@@ -16,7 +16,7 @@ ALLOWED = {
     "fabric": set(),
     "channel": {"fabric"},
     "codecs": set(),
-    "streaming": {"channel", "codecs", "fabric", "filters", "process", "settings", "flare_compat"},
+    "streaming": {"channel", "codecs", "fabric", "filters", "metrics", "process", "settings", "flare_compat"},
     "filters": {"codecs", "flare_compat"},
     "driver": {"channel", "fabric", "process", "settings", "flare_compat"},
     "plugin": {"driver"},

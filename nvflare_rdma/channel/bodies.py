@@ -41,6 +41,8 @@ class Sink(ABC):
 
     nbytes: int
     unit: int = 1
+    resent_chunks: int = 0
+    """Counted by the link: chunks that were asked for again, in whatever pieces."""
 
     @property
     def buffer(self) -> memoryview | None:

@@ -30,6 +30,7 @@ class _Arriving:
     region: Region | None = None
     #: Chunks whose answer may still come. Their memory is in use until then, whatever becomes of the message.
     open_chunks: int = 0
+    reached: int = 0
     ended: bool = False
     #: Whom to tell when the message is whole and nothing of it is written or consumed any more.
     done: Callable[[], None] | None = None
@@ -171,6 +172,9 @@ class Inbox:
             landing = _Landing(chunk, arriving, target, arriving.region, None)
         self._landings[chunk.notification] = landing
         arriving.open_chunks += 1
+        if arriving.sink is not None and chunk.offset < arriving.reached:
+            arriving.sink.resent_chunks += 1
+        arriving.reached = max(arriving.reached, chunk.offset + chunk.length)
         return remote
 
     def revoke(self, event: events.RevokeChunk) -> None:

@@ -430,7 +430,7 @@ class Link:
     def _handle(self, event: events.Event) -> None:
         match event:
             case events.WriteChunk():
-                self._outbox.granted(event.transfer, event.length)
+                self._outbox.granted(event.transfer, event.offset, event.length)
                 if (rails := self._rails) is not None:
                     if rails.endpoint.prompt and not self._outbox.is_work(event.transfer):
                         self._after.append(functools.partial(rails.write, event))

@@ -29,6 +29,10 @@ class Sending:
     """By `Link.offer`."""
     over: bool = False
     failure: str = ""
+    reached: int = 0
+    """Bytes that the peer has granted so far, those that were granted again counted once."""
+    resent_chunks: int = 0
+    """Granted again, because they were lost or damaged."""
 
     @property
     def ended(self) -> bool:
@@ -101,10 +105,13 @@ class Outbox:
         self.waiting += sending.waiting
         return sending
 
-    def granted(self, transfer: int, length: int) -> None:
+    def granted(self, transfer: int, offset: int, length: int) -> None:
         """Chunks that are asked for again count once."""
         if (entry := self._messages.get(transfer)) is not None:
-            self._no_longer_waits(entry[1], min(length, entry[1].waiting))
+            sending = entry[1]
+            sending.resent_chunks += offset < sending.reached
+            sending.reached = max(sending.reached, offset + length)
+            self._no_longer_waits(sending, min(length, sending.waiting))
 
     def _no_longer_waits(self, sending: Sending, nbytes: int) -> None:
         sending.waiting -= nbytes

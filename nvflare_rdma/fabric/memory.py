@@ -57,6 +57,15 @@ class Reservation:
         self.budget._release(self)
 
 
+class Peak:
+    """The most bytes of a budget that were held at once since `MemoryBudget.watch`."""
+
+    __slots__ = ("__weakref__", "peak")
+
+    def __init__(self, peak: int) -> None:
+        self.peak = peak
+
+
 class MemoryBudget:
     """How many bytes all transfers of a process may hold at once.
 
@@ -77,6 +86,7 @@ class MemoryBudget:
         self._held: Counter[str] = Counter()
         self._in_use = 0
         self._peak = 0
+        self._watching: weakref.WeakSet[Peak] = weakref.WeakSet()
 
     @property
     def in_use(self) -> int:
@@ -85,6 +95,13 @@ class MemoryBudget:
     @property
     def peak(self) -> int:
         return self._peak
+
+    def watch(self) -> Peak:
+        """What is held from now on, until nobody refers to the result."""
+        with self._lock:
+            watch = Peak(self._in_use)
+            self._watching.add(watch)
+        return watch
 
     def _request(self, reservation: Reservation) -> None:
         with self._lock:
@@ -149,6 +166,8 @@ class MemoryBudget:
                 self._held[reservation.holder] += reservation.nbytes
                 self._in_use += reservation.nbytes
                 self._peak = max(self._peak, self._in_use)
+                for watch in self._watching:
+                    watch.peak = max(watch.peak, self._in_use)
             reservation.granted()
 
 

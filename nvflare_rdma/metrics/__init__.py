@@ -1,4 +1,8 @@
-"""What a job moved and how long that took: `wire` counts bytes, `recorder` writes lines, `summary` reads them."""
+"""What a job moved and how long that took.
+
+Whole processes, by round: `wire` counts bytes, `recorder` writes lines, `summary` reads them. Single transfers:
+`transfers` has their records, `reporting` shows them (with `pools`).
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
-"""The name that the recorder and the reader of its lines share."""
+"""Names of files in a job's run folder, for those who write them and those who read them."""
 
 FILE_NAME = "traffic.jsonl"
+#: Folder and name.
+TRANSFERS_FILE = ("nvflare_rdma", "transfers.jsonl")

@@ -104,7 +104,7 @@ class TrafficRecorder(FLComponent):
         closed = self._windows.see(event_type, _SITE_WINDOWS)
         if event_type == EventType.BEFORE_TASK_DATA_FILTER:  # the last pull brought this task
             self._windows.keep("pull")
-            self._round = _task_round(fl_ctx)
+            self._round = task_round(fl_ctx)
         if closed and closed[0] != "pull":
             self._windows.keep(closed[0], closed[1])
             if closed[0] == "send":
@@ -158,6 +158,6 @@ def _peer(fl_ctx: FLContext) -> str | None:
     return peer.get_identity_name() if peer else None
 
 
-def _task_round(fl_ctx: FLContext) -> int | None:
+def task_round(fl_ctx: FLContext) -> int | None:
     data = fl_ctx.get_prop(FLContextKey.TASK_DATA)
     return data.get_header(AppConstants.CURRENT_ROUND) if data is not None else None

@@ -28,6 +28,7 @@ from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError
+from nvflare_rdma.fabric.memory import MemoryBudget
 from nvflare_rdma.fabric.tcp import TcpFabric
 from nvflare_rdma.process import Process
 from nvflare_rdma.streaming.addresses import TICKET_BYTES, is_loopback, listen, own_hosts, parse_invitation
@@ -153,6 +154,11 @@ class DataChannels:
             return self._tls(server_side)
         except Exception as error:  # FLARE's code, which raises what it likes about a wrong file
             raise FabricUnavailable(f"{self.name} can't use its certificates: {error}") from error
+
+    @property
+    def budget(self) -> MemoryBudget:
+        """The process's, which what these channels receive is bound by."""
+        return self._context.budget
 
     def _may_come(self, peer: str) -> bool:
         return self._ports is not None or (self._trainers and peer.startswith(f"{self.name}."))

@@ -25,14 +25,17 @@ from nvflare.app_common.np.np_downloader import ArrayDownloadable
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.streaming.cacheable import ItemConsumer
 from nvflare.fuel.f3.streaming.download_service import ProduceRC, download_object, request_download_chunk
+from nvflare.fuel.f3.streaming.transfer_outcome import DownloadStatus
 from nvflare.fuel.utils.fobs import FOBSContextKey
 from nvflare.fuel.utils.fobs.datum import Datum
 
 from nvflare_rdma.errors import RdmaError, TransferError
+from nvflare_rdma.metrics.transfers import Meter, Meters
 from nvflare_rdma.streaming.arrays import TensorMemory
 from nvflare_rdma.streaming.endings import abortable, cancel
 from nvflare_rdma.streaming.landing import Land, in_memory
 from nvflare_rdma.streaming.manifest import unpack
+from nvflare_rdma.streaming.metering import finish, flares_own
 from nvflare_rdma.streaming.progress import DirectProgress, source_progress
 from nvflare_rdma.streaming.pulling import AbortedError, LostError, Pull
 from nvflare_rdma.streaming.registry import registry
@@ -58,7 +61,8 @@ class _Served:
 
     def serve(self, tensors: Mapping[str, Any], cell: Any) -> None:
         self._ref_id = ""
-        self._service = Service(tensors, functools.partial(registry.of, cell), self._moved)
+        meters = Meters(cell.get_fqcn() if cell is not None else "")
+        self._service = Service(tensors, functools.partial(registry.of, cell), self._moved, meters)
 
     def set_transaction(self, tx_id: str, ref_id: str) -> None:
         super().set_transaction(tx_id, ref_id)  # type: ignore[misc]
@@ -69,11 +73,23 @@ class _Served:
             return ProduceRC.OK, [], {STATE_KEY: self._service.answer(state[STATE_KEY], requester)}
         if not state and self._service.has_served(requester):
             return ProduceRC.EOF, None, {}
-        if (relayed := self._service.relayed(requester)) is not None:
-            return produce(relayed, state)
+        meters = self._service.meters
         if not state:
-            self._service.say_what_is_not_encoded(requester)
-        return super().produce(state, requester)  # type: ignore[misc,no-any-return]
+            meters.begin(requester).fall_back("the receiver asked on FLARE's own path")
+        if (relayed := self._service.relayed(requester)) is not None:
+            answer = produce(relayed, state)
+        else:
+            if not state:
+                self._service.say_what_is_not_encoded(requester)
+            answer = super().produce(state, requester)  # type: ignore[misc]
+        if (meter := meters.find(requester)) is not None:
+            meter.wire_bytes += sum(map(len, answer[1] or ()))
+        return answer
+
+    def downloaded_to_one(self, to_receiver: str, status: str) -> None:
+        failure = "" if status == DownloadStatus.SUCCESS else "the receiver did not get it on FLARE's own path"
+        self._service.ended(to_receiver, failure)
+        super().downloaded_to_one(to_receiver, status)  # type: ignore[misc]
 
     def release(self) -> None:
         self._service.close()
@@ -137,14 +153,22 @@ class DirectDecomposer:
         channels = registry.of(cell) if ref_id.startswith(REF_PREFIX) else None
         common = {"from_fqcn": from_fqcn, "ref_id": ref_id, "per_request_timeout": per_request_timeout, "cell": cell}
         common |= {"secure": secure, "optional": optional}
-        own = functools.partial(super().download, **common, **others)  # type: ignore[misc]
+        flares = functools.partial(super().download, **common, **others)  # type: ignore[misc]
+        meter = Meter("received", cell.get_fqcn(), from_fqcn)
+
+        def own(reason: str, progress_cb: Callable[..., None] | None, abort: Any) -> tuple[str | None, Any]:
+            return flares_own(meter, reason, functools.partial(flares, abort_signal=abort), progress_cb)
+
         if channels is None:
-            return own(abort_signal=abort_signal, progress_cb=progress_cb)  # type: ignore[no-any-return]
+            direct = ref_id.startswith(REF_PREFIX)
+            reason = "this process has no data channels" if direct else "the sender answers no direct requests"
+            return own(reason, progress_cb, abort_signal)
+        meter.budget = channels.budget.watch()
 
         progress = DirectProgress(ref_id, progress_cb)
         with abortable(cell, from_fqcn, ref_id, abort_signal) as signal, self.landing(cell, others) as landing:
             ask = _asking(signal, **common)
-            pull = Pull(channels, from_fqcn, ask, landing.land, lambda: signal.triggered, progress.moved)
+            pull = Pull(channels, from_fqcn, ask, landing.land, lambda: signal.triggered, progress.moved, meter)
             failure: str | None = None
             try:
                 items = landing.give(pull.run())
@@ -152,18 +176,22 @@ class DirectDecomposer:
                 log.warning("%s", error)
                 cancel(cell, from_fqcn, ref_id, secure, optional)
                 progress.finish(state="aborted")
-                return str(signal.value or error), None
+                failure = str(signal.value or error)
+                finish(meter, failure, pull.items)
+                return failure, None
             except (RdmaError, MemoryError) as error:
                 log.warning("tensors from %s come on FLARE's own path: %s", from_fqcn, error)
                 if any(item.cut is not None for item in pull.items):
-                    go_on = functools.partial(download_object, progress_cb=progress.go_on, abort_signal=signal)
-                    return _relayed(ask, landing, functools.partial(go_on, **common))
-                failure, items = own(abort_signal=signal, progress_cb=progress.go_on)
+                    take = functools.partial(download_object, progress_cb=progress.go_on, abort_signal=signal)
+                    meter.fall_back(str(error))
+                    return _relayed(ask, landing, functools.partial(take, **common), meter)
+                failure, items = own(str(error), progress.go_on, signal)
                 if not failure and items is None:
                     failure = "the sender takes them for delivered"
                 return failure, items
             delivered = _Delivered()
             download_object(consumer=delivered, progress_cb=progress.finish, abort_signal=signal, **common)
+            finish(meter, delivered.error, pull.items)
             return delivered.error, items
 
     @contextlib.contextmanager
@@ -173,17 +201,23 @@ class DirectDecomposer:
 
 
 def _relayed(
-    ask: Callable[[dict[str, Any]], Any], landing: Landing, take: Callable[..., None]
+    ask: Callable[[dict[str, Any]], Any], landing: Landing, take: Callable[..., None], meter: Meter
 ) -> tuple[str | None, Any]:
+    failure: str | None = None
+    items, result = [], None
     try:
         answer = ask({"do": "relay"})
         if not isinstance(answer, Mapping) or "manifest" not in answer:
-            return f"the sender can't relay: {answer}", None
-        consumer = RelayConsumer(unpack(answer["manifest"]), landing.land)
+            raise TransferError(f"the sender can't relay: {answer}")
+        items = unpack(answer["manifest"])
+        consumer = RelayConsumer(items, landing.land)
         take(consumer=consumer)
-        return (consumer.error, None) if consumer.error else (None, landing.give(consumer.result))
+        failure, meter.wire_bytes = consumer.error, meter.wire_bytes + consumer.nbytes
+        result = None if failure else landing.give(consumer.result)
     except (RdmaError, OSError, MemoryError) as error:
-        return str(error), None
+        failure = str(error)
+    finish(meter, failure, items)
+    return failure, result
 
 
 def known_as(original: type) -> Callable[[type], type]:

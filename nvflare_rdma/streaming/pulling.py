@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TransferError
+from nvflare_rdma.metrics.transfers import Meter
 from nvflare_rdma.streaming import manifest
 from nvflare_rdma.streaming.channels import DataChannels
 from nvflare_rdma.streaming.landing import Land, Landings, Place, TensorSink
@@ -56,6 +57,7 @@ def pull(
     land: Land,
     aborted: Callable[[], bool] = lambda: False,
     progress: Callable[[Progress], None] = lambda done: None,
+    meter: Meter | None = None,
 ) -> dict[str, Any]:
     """All tensors of a message that ``peer`` holds, by FLARE's item ids: what their places give.
 
@@ -63,12 +65,14 @@ def pull(
         ask: sends a request to the peer's `Service.answer` and gives what it says.
         land: makes the place of a tensor.
         aborted: whether to stop; it is looked at several times a second.
+        meter: counts what came over channels, and how.
 
     Raises:
         AbortedError: ``aborted`` said so.
         RdmaError: there is no direct way, or what came over it is no good. Nothing is kept.
     """
-    return Pull(channels, peer, ask, land, aborted, progress).run()
+    meter = meter or Meter("received", channels.name, peer)
+    return Pull(channels, peer, ask, land, aborted, progress, meter).run()
 
 
 class Pull:
@@ -82,6 +86,7 @@ class Pull:
         land: Land,
         aborted: Callable[[], bool],
         progress: Callable[[Progress], None],
+        meter: Meter,
     ) -> None:
         self._channels = channels
         self._peer = peer
@@ -89,6 +94,7 @@ class Pull:
         self._place = land
         self._aborted = aborted
         self._progress = progress
+        self._meter = meter
         self.items: list[Item] = []
         self._landed: dict[int, Place] = {}
         self._landed_bytes = 0
@@ -98,6 +104,7 @@ class Pull:
         """See `pull`."""
         try:
             described = self._describe()
+            self._meter.wire_bytes += sum(len(item.content or b"") for item in self.items)
             self._land(described)
             # First: once the peer has heard "done", nobody else has them.
             tensors = {item.name: self._finish(number, item) for number, item in enumerate(self.items)}
@@ -146,11 +153,19 @@ class Pull:
                 return "the channel that the peer has dialled did not open"
             self._wait(landings)
         finally:
+            self._count(sinks, landings)
             self._channels.forget(self._peer, first, len(sinks))
         with landings.changed:
             self._landed |= landings.landed
             self._landed_bytes += landings.nbytes
             return landings.failure or landings.lost
+
+    def _count(self, sinks: list[TensorSink], landings: Landings) -> None:
+        link = self._channels.find(self._peer)
+        self._meter.fabric = link.fabric if link is not None else self._meter.fabric
+        self._meter.resent_chunks += sum(sink.resent_chunks for sink in sinks)
+        with landings.changed:
+            self._meter.wire_bytes += landings.nbytes
 
     def _find_way(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
         """See that there is a channel; an invitation if the peer has to make it."""

@@ -27,25 +27,27 @@ def produce(relayed: Relayed, state: Mapping[str, Any] | None) -> tuple[str, Any
     if piece is None:
         return ProduceRC.EOF, None, {}
     number, offset, data = piece
-    return ProduceRC.OK, [number, offset, data], {RELAY_KEY: [number, offset + len(data)]}
+    return ProduceRC.OK, [data], {RELAY_KEY: [number, offset + len(data)]}  # FLARE takes the length of each in the list
 
 
 class RelayConsumer(Consumer):
-    """Lands the pieces. ``result``: what the places give, by name; None if it failed, for ``error``."""
+    """Lands the pieces. ``result``: what the places give, by name; None if it failed, for ``error``. ``nbytes``: what
+    has come, with what was in the manifest."""
 
     def __init__(self, items: list[Item], land: Land) -> None:
         super().__init__()
         self.error: str | None = None
         self.result: dict[str, Any] | None = None
+        self.nbytes = sum(len(item.content or b"") for item in items)
         self._items = items
         self._landings = Landings(set(range(len(items))))
         self._places: list[Place] = [land(item) for item in items]
         self._at = (0, 0)
 
     def consume(self, ref_id: str, state: dict[str, Any], data: Any) -> dict[str, Any]:
-        match data:
-            case [int(number), int(offset), bytes() | bytearray() | memoryview() as piece]:
-                self._land(number, offset, memoryview(piece).cast("B"))
+        match state.get(RELAY_KEY), data:
+            case [int(number), int(end)], [bytes() | bytearray() | memoryview() as piece]:
+                self._land(number, end - len(piece), memoryview(piece).cast("B"))
             case _:
                 raise ProtocolError("malformed piece of a tensor")
         return state
@@ -63,6 +65,7 @@ class RelayConsumer(Consumer):
             self._places[number].write(offset, piece)
         else:
             sink.put(offset, piece)
+        self.nbytes += len(piece)
         self._at = (number, end) if end < sink.nbytes else (number + 1, 0)
 
     def _skip_empty(self) -> None:

@@ -15,11 +15,13 @@ from nvflare_rdma.channel.outbox import Sending
 from nvflare_rdma.codecs.marks import codec_of
 from nvflare_rdma.codecs.tensors import is_torch
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
+from nvflare_rdma.metrics.transfers import Meter, Meters
 from nvflare_rdma.streaming import manifest
 from nvflare_rdma.streaming.arrays import to_bytes
 from nvflare_rdma.streaming.channels import DataChannels
 from nvflare_rdma.streaming.encoded import EncodedSource, Encoding, HotChunks, cut_of
 from nvflare_rdma.streaming.manifest import INLINE_BYTES, INLINE_TOTAL, Item
+from nvflare_rdma.streaming.metering import raw_bytes
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class Service:
         tensors: FLARE's item id -> tensor. Not changed.
         channels: this process's; None when there are none (any more).
         moved: told (receiver, bytes, tensors) of what has arrived there.
+        meters: count what goes to each receiver; those of "done" are ended here, others by `ended` or `close`.
     """
 
     def __init__(
@@ -63,7 +66,10 @@ class Service:
         tensors: Mapping[str, Any],
         channels: Callable[[], DataChannels | None],
         moved: Callable[[str, int, int], None] = lambda receiver, nbytes, count: None,
+        meters: Meters | None = None,
     ) -> None:
+        self.meters = meters or Meters("")
+        self._size = len(tensors), raw_bytes(tensors)
         self._tensors: dict[str, Any] | None = dict(tensors)
         self._channels = channels
         self._moved = moved
@@ -94,7 +100,9 @@ class Service:
                 case "done":
                     with self._lock:
                         self._served.add(receiver)
-                        self._sendings.pop(receiver, None)
+                        sender = self._sendings.pop(receiver, None)
+                    self._count(receiver, sender)
+                    self.ended(receiver)
                     return {}
                 case "give up":
                     with self._lock:
@@ -102,13 +110,16 @@ class Service:
                         sender = self._sendings.pop(receiver, None)
                     if sender is not None:
                         sender.stop("the receiver has given up")
+                    self._count(receiver, sender, "the receiver has given up")
                     return {}
                 case _:
                     raise ProtocolError(f"unknown request {what!r}")
         except Exception as error:  # noqa: BLE001 - whatever it is, FLARE's own path is left
             expected = isinstance(error, RdmaError | MemoryError)
             log.log(logging.INFO if expected else logging.ERROR, "%s can't be served directly: %s", receiver, error)
-            return {"refused": str(error) or type(error).__name__}
+            refusal = str(error) or type(error).__name__
+            self._count(receiver, None, refusal)
+            return {"refused": refusal}
 
     def relayed(self, receiver: str) -> Relayed | None:
         """What ``receiver`` wants piece by piece on FLARE's own path."""
@@ -126,13 +137,30 @@ class Service:
         with self._lock:
             return receiver in self._served
 
+    def ended(self, receiver: str, failure: str = "") -> None:
+        """``receiver`` has everything, whichever way; or it will not have it, and why."""
+        items, nbytes = self._size if not failure else (0, 0)
+        self.meters.end(receiver, items, nbytes, failure)
+
     def close(self) -> None:
         """Stop sending and let go of the tensors."""
         with self._lock:
-            senders, self._sendings, self._tensors = list(self._sendings.values()), {}, None
+            senders, self._sendings, self._tensors = self._sendings, {}, None
             self._relayed.clear()
-        for sender in senders:
+        for receiver, sender in senders.items():
             sender.stop(_ENDED)
+            self._count(receiver, sender)
+        self.meters.close(_ENDED)
+
+    def _count(self, receiver: str, sender: _Sender | None, given_up: str = "") -> None:
+        """``sender`` is not needed any more; ``given_up``: why there is no direct way."""
+        meter = self.meters.find(receiver)
+        if meter is None:
+            return
+        if sender is not None:
+            sender.count(meter)
+        if given_up:
+            meter.fall_back(given_up)
 
     def _open(self) -> tuple[DataChannels, Mapping[str, Any]]:
         channels = self._channels()
@@ -146,11 +174,15 @@ class Service:
         return tensors
 
     def _describe(self, request: Mapping[str, Any], receiver: str) -> dict[str, Any]:
+        meter = self.meters.begin(receiver)
         channels, tensors = self._open()
         with self._lock:
             self._served.discard(receiver)  # it begins anew, whatever it has said before
             exact = set(self._exact)
         items = self._items[receiver] = _with_content(self._describe_all(tensors, exact), tensors)
+        if meter.budget is None:
+            meter.budget = channels.budget.watch()
+            meter.wire_bytes += sum(len(item.content or b"") for item in items)
         invitation, closed, channel = None, "", channels.find(receiver) is not None
         # One side may not have noticed yet that the channel is gone.
         if not channel or request.get("channel") is not True:
@@ -169,6 +201,8 @@ class Service:
         items = _with_content(self._describe_all(tensors, set(self._exact)), tensors)
         with self._lock:
             self._relayed[receiver] = Relayed(items, tensors)
+        if (meter := self.meters.find(receiver)) is not None:
+            meter.wire_bytes += sum(len(item.content or b"") for item in items)
         return {"manifest": manifest.pack(items)}
 
     def _describe_all(self, tensors: Mapping[str, Any], exact: set[str]) -> list[Item]:
@@ -208,6 +242,7 @@ class Service:
             previous, self._sendings[receiver] = self._sendings.get(receiver), sender
         if previous is not None:
             previous.stop("the receiver has asked again")
+            self._count(receiver, previous)
         sender.start()
         return {"sending": len(parts)}
 
@@ -277,6 +312,7 @@ class _Sender(threading.Thread):
         self._lock = threading.Lock()
         self._failure = ""
         self._open: deque[tuple[Sending, _Part, Source]] = deque()
+        self._offered: list[Sending] = []
 
     @property
     def failure(self) -> str:
@@ -309,6 +345,7 @@ class _Sender(threading.Thread):
         sending = self._link.offer(source, part.label)
         with self._lock:
             self._open.append((sending, part, source))
+            self._offered.append(sending)
             failure = self._failure
         if failure:  # `stop` did not see it
             self._link.withdraw(sending, failure)
@@ -326,6 +363,13 @@ class _Sender(threading.Thread):
             self._moved(source.nbytes)
         with self._lock:
             self._open.popleft()
+
+    def count(self, meter: Meter) -> None:
+        """Add what the receiver was sent so far."""
+        with self._lock:
+            meter.wire_bytes += sum(sending.reached for sending in self._offered)
+            meter.resent_chunks += sum(sending.resent_chunks for sending in self._offered)
+        meter.fabric = self._link.fabric
 
     def stop(self, reason: str) -> None:
         """Withdraw what is not over. The first reason counts."""

@@ -18,6 +18,7 @@ from nvflare.fuel.f3.drivers.driver_params import DriverParams
 from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 
 from nvflare_rdma.flare_compat import TRANSFER_PROP, replace_decomposer, require_flare
+from nvflare_rdma.metrics.reporting import TransferReporter
 from nvflare_rdma.process import this_process
 from nvflare_rdma.streaming.channels import DataChannels
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torch_decomposer
@@ -45,6 +46,7 @@ class RdmaTransfer(FLComponent):
         super().__init__()
         self._started = False
         self._handed_on: Mapping[str, str | None] = {}
+        self._reporter: TransferReporter | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """FLARE's hook: channels live as long as the run."""
@@ -56,11 +58,16 @@ class RdmaTransfer(FLComponent):
             install()
             fl_ctx.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
             self._started = True
+            self._reporter = TransferReporter(self, fl_ctx)
         elif event_type == EventType.END_RUN and self._started:
             self._started = False
             take_back(self._handed_on)
             if registry.stop():
                 memory.clear()
+            if self._reporter is not None:
+                self._reporter.close()
+        elif self._reporter is not None:
+            self._reporter.handle_event(event_type, fl_ctx)
 
 
 def install() -> None:

@@ -7,7 +7,7 @@ from core_pair import CHUNK, DEPTH, LIMITS, hello, make_pair, open_pair, run_to_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvflare_rdma.channel import wire
+from nvflare_rdma.channel import events, wire
 from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES
 from nvflare_rdma.channel.controllers import make_controller
 from nvflare_rdma.channel.limits import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, ChannelLimits
@@ -547,3 +547,16 @@ def test_a_message_that_waits_for_its_turn_has_no_deadline_yet():
     passive.now = active.now = later
     run_to_end(active, passive)
     assert sorted(passive.received) == sorted([message(1 << 20), message(5000)])
+
+
+def test_no_more_of_a_message_is_granted_than_there_is_room_for_and_the_next_one_goes_on():
+    active, passive = open_pair()
+    for _ in range(2):
+        active.send(message(10 * CHUNK))
+    passive.read_wire(1 << 20)
+    first, second = [offered.transfer for offered in passive.offered]
+    passive.core.accept(first, 0.0, 1, CHUNK)
+    passive.core.accept(second, 0.0)
+    granted = [event for event in passive.core.next_events() if isinstance(event, events.ExposeChunk)]
+    assert [event.length for event in granted if event.transfer == first] == [CHUNK]
+    assert len(granted) == DEPTH

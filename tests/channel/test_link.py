@@ -13,12 +13,14 @@ import time
 import weakref
 
 import pytest
+from bodies import MaskedSource, TestSink
 from certificates import Authority
 from recorder import Recorder
 from tcp_pair import DEADLINE, admitting, context, in_parallel, link_pair
 from waiting import eventually
 
 from nvflare_rdma.channel import events, wire
+from nvflare_rdma.channel.bodies import BufferSource, Source, Take
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
@@ -29,6 +31,7 @@ from nvflare_rdma.errors import (
     RdmaError,
     SendTimeoutError,
     TransferError,
+    UnrepresentableError,
 )
 from nvflare_rdma.fabric.base import RemoteSlice
 from nvflare_rdma.fabric.memory import Reservation
@@ -445,3 +448,61 @@ def test_inline_messages_are_delivered_in_order():
         thief.join(DEADLINE)
         eventually(lambda: len(received) == 3)
         assert received == [b"1", b"2", b"3"]
+
+
+class Unreadable(Source):
+    nbytes = 5 << 20
+    ready = False
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def read(self, offset: int, length: int, take: Take) -> memoryview:
+        if offset >= 2 << 20:
+            raise self._error
+        return take(length)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), UnrepresentableError("it can't carry NaN")])
+def test_a_source_that_can_not_be_read_fails_its_message_and_no_other(secure, tls, error):
+    sinks = {1: TestSink(5 << 20, unit=1), 2: TestSink(3 << 20)}
+    with link_pair(tls=tls if secure else None, sinks=sinks) as pair:
+        broken = pair.active.offer(Unreadable(error), 1)
+        with pytest.raises(TransferError, match=f"can't read it: .*{error.args[-1]}"):
+            broken.wait(DEADLINE)
+        assert sinks[1].ended.wait(DEADLINE)
+        assert str(error.args[-1]) in sinks[1].reason
+        pair.active.offer(BufferSource(memoryview(bytes(3 << 20))), 2).wait(DEADLINE)
+        assert sinks[2].ended.wait(DEADLINE)
+        assert sinks[2].reason == ""
+        eventually(lambda: not pair.passive_context.budget.in_use)
+
+
+def test_a_message_is_done_when_no_thread_consumes_a_chunk_of_it_any_more():
+    """A rail breaks while its chunk is consumed, and the chunk comes again over the other."""
+    stuck, go_on = threading.Event(), threading.Event()
+
+    class SlowSink(TestSink):
+        stuck_at = -1
+
+        def put(self, offset: int, chunk: memoryview) -> None:
+            if not stuck.is_set():
+                self.stuck_at = offset
+                stuck.set()
+                assert go_on.wait(DEADLINE)
+            super().put(offset, chunk)
+
+    sink = SlowSink(3 << 20, unit=1)
+    with link_pair(sinks={1: sink}) as pair:
+        sending = pair.active.offer(MaskedSource(memoryview(pattern(3 << 20)), 1), 1)
+        assert stuck.wait(DEADLINE)
+        exposures = pair.passive._core._incoming._exposures.values()
+        (rail,) = {exposure.rail for exposure in exposures if exposure.offset == sink.stuck_at}
+        pair.passive.rail_down(pair.passive._rails, rail, FabricError("it broke"))
+        sending.wait(DEADLINE)
+        assert not sink.ended.is_set()
+        assert pair.passive_context.budget.in_use
+        go_on.set()
+        assert sink.ended.wait(DEADLINE)
+        assert (sink.reason, bytes(sink.memory)) == ("", pattern(3 << 20))

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import gc
+import queue
+import threading
 
 import pytest
 
-from nvflare_rdma.fabric.memory import MemoryBudget, Reservation, SlotPool
+from nvflare_rdma.fabric.memory import MemoryBudget, Reservation, SendMemory, SlotPool
 
 
 class Requests:
@@ -69,6 +71,19 @@ def test_a_request_that_waits_too_long_is_told_who_has_the_memory():
         "held by site-2: 60.0 MiB, site-1: 40.0 MiB"
     ]
     assert it.served == ["site-1", "site-2", "site-2"]
+
+
+def test_the_most_that_is_held_is_seen_from_when_one_looks():
+    it = Requests(100)
+    it.ask("before", 90).release()
+    held = it.ask("a", 10)
+    watch = it.budget.watch()
+    assert watch.peak == 10
+    it.ask("b", 50).release()
+    assert watch.peak == 60
+    held.release()
+    assert it.budget.watch().peak == 0
+    assert (watch.peak, it.budget.peak) == (60, 90)
 
 
 def test_a_budget_needs_bytes():
@@ -145,3 +160,65 @@ def test_without_a_limit_of_its_own_idle_and_used_stay_within_the_busiest_moment
     del small
     pool.clear()
     assert pool.idle_bytes == 0
+
+
+def test_who_holds_the_least_is_next_and_who_waits_for_much_is_not_passed_over():
+    it = Requests(100)
+    first = [it.ask("busy", 30) for _ in range(6)]
+    other = it.ask("other", 30)
+    large = it.ask("large", 60)
+    assert it.served == ["busy"] * 3
+    first[0].release()
+    assert it.served == ["busy"] * 3 + ["other"]
+    first[1].release()
+    assert it.served == ["busy"] * 3 + ["other"], "it waits for the rest of what is large"
+    first[2].release()
+    assert it.served[4:] == ["busy"], "of two who hold nothing it came first"
+    other.release()
+    assert it.served[5:] == ["large"]
+    large.release()
+    assert it.served[6:] == ["busy", "busy"]
+
+
+def sends(limit: int = 1 << 20) -> tuple[SlotPool, SendMemory]:
+    pool = SlotPool()
+    return pool, SendMemory(pool, limit)
+
+
+def test_what_is_made_to_be_sent_waits_for_what_is_not_sent_yet():
+    pool, memory = sends()
+    shares = [memory.share() for _ in range(6)]
+    held = [take(256 << 10) for take in shares[:4]]  # all there is
+    for take in (shares[0], shares[5]):  # its own share is used up, or all is
+        more: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        waiting = threading.Thread(target=lambda take=take, more=more: more.put(take(100)), daemon=True)
+        waiting.start()
+        waiting.join(0.05)
+        assert more.empty()
+        del held[0]
+        assert len(more.get(timeout=30.0)) == 100
+        held.append(memory.share()(256 << 10))
+    assert pool.used_bytes <= 1 << 20
+
+
+def test_what_is_larger_than_all_that_may_be_sent_at_once_is_sent_alone():
+    _, memory = sends()
+    take = memory.share()
+    slot = take(5 << 20)
+    assert len(slot) == 5 << 20
+    more: queue.SimpleQueue[int] = queue.SimpleQueue()
+    waiting = threading.Thread(target=lambda: more.put(len(memory.share()(10))), daemon=True)
+    waiting.start()
+    waiting.join(0.05)
+    assert more.empty()
+    del slot
+    assert more.get(timeout=30.0) == 10
+
+
+def test_memory_that_can_not_be_had_gives_its_allowance_back():
+    pool, memory = sends()
+    take = memory.share()
+    with pytest.raises(MemoryError):
+        take(1 << 60)
+    take(100)
+    assert pool.used_bytes == 0

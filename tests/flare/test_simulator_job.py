@@ -29,7 +29,7 @@ TINY = [
 @pytest.mark.flare
 @pytest.mark.parametrize(("driver", "direct"), [("grpc", True), ("rdma", False)])
 def test_job_runs_over_the_chosen_driver_and_counts_its_bytes(tmp_path, driver, direct):
-    command = [sys.executable, str(ROOT / "jobs" / "stdlib_lm" / "job.py"), *TINY]
+    command = [sys.executable, str(Path(__file__).parent / "tracked_job.py"), *TINY]
     command += ["--driver", driver, "--workspace", str(tmp_path), *(["--direct"] if direct else [])]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
@@ -53,3 +53,34 @@ def test_job_runs_over_the_chosen_driver_and_counts_its_bytes(tmp_path, driver, 
         assert ("server.simulate_job listens for data on port" in log) == (direct and process == "server")
         assert (": data goes over tcp" in log and "data site-" in log) == (direct and process != "server")
     assert "ACTIVE tcp://" not in (tmp_path / "stdlib_lm" / "site-1" / "log.txt").read_text()
+    if direct:
+        transfers_are_recorded(tmp_path / "stdlib_lm", results["model_bytes"])
+        receivers_of_analytics_get_them(tmp_path / "stdlib_lm", results["model_bytes"])
+
+
+def transfers_are_recorded(folder, model_bytes):
+    for process, peers in (("server", ["site-1", "site-2"]), ("site-1", ["server"]), ("site-2", ["server"])):
+        text = (folder / process / "simulate_job" / "nvflare_rdma" / "transfers.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        names = [(line["direction"], line["cell"], line["peer"]) for line in lines]
+        ways = [(direction, peer) for direction in ("received", "sent") for peer in peers]
+        assert sorted(names) == [(way, f"{process}.simulate_job", f"{peer}.simulate_job") for way, peer in ways]
+        for line in lines:
+            assert (line["round"], line["kind"], line["outcome"]) == (0, "tensors", "done")
+            assert (line["path"], line["reason"], line["fabric"]) == ("direct", "", "tcp")
+            assert line["raw_bytes"] == line["wire_bytes"] == model_bytes
+            assert line["items"] > 1
+            assert 0 < line["seconds"] < 60
+            assert line["goodput"] == pytest.approx(model_bytes / line["seconds"], rel=0.01)
+
+
+def receivers_of_analytics_get_them(folder, model_bytes):
+    """With no more in the job than FLARE's own metrics need."""
+    lines = (folder / "server" / "simulate_job" / "scalars.jsonl").read_text().splitlines()
+    scalars = {(origin, tag): (value, step) for origin, tag, value, step in map(json.loads, lines)}
+    for origin, transfers in (("site-1", 1), ("site-2", 1), ("simulator_server", 2)):
+        for direction in ("sent", "received"):
+            for kind in ("raw", "wire"):
+                assert scalars[origin, f"rdma/{direction}_{kind}_bytes"] == (transfers * model_bytes, 0)
+            assert scalars[origin, f"rdma/{direction}_goodput"][0] > 0
+        assert scalars[origin, "rdma/direct_transfers"] == (2 * transfers, 0)

@@ -72,5 +72,85 @@ def test_without_a_direct_way_flares_own_path_has_the_same_result(results, which
     assert bool(logged(result, "FLARE's own path")) == bool(reason)
 
 
+def recorded(result):
+    """(direction, cell) -> records of what was not aborted."""
+    found = {}
+    for record in result["records"]:
+        if record["outcome"] == "done":
+            found.setdefault((record["direction"], record["cell"]), []).append(record)
+    return found
+
+
+@pytest.mark.parametrize("which", ["down", "again", "up"])
+def test_a_direct_transfer_is_recorded_on_both_sides(results, which):
+    sender, receiver = ("site-1", "server") if which == "up" else ("server", "site-1")
+    found = recorded(results[which])
+    assert found.keys() == {("sent", sender), ("received", receiver)}
+    for (direction, _), records in found.items():
+        assert {record["peer"] for record in records} == {receiver if direction == "sent" else sender}
+        assert sorted((r["items"], r["raw_bytes"], r["wire_bytes"]) for r in records) == [
+            (2, RAW_NUMPY, RAW_NUMPY),
+            (8, RAW_TORCH, RAW_TORCH),
+        ]
+        for record in records:
+            assert (record["kind"], record["path"], record["reason"]) == ("tensors", "direct", "")
+            assert (record["fabric"], record["resent_chunks"]) == ("tcp", 0)
+            assert record["seconds"] > 0
+            assert record["goodput"] == pytest.approx(record["raw_bytes"] / record["seconds"], rel=0.01)
+            assert 0 <= record["budget_peak_bytes"] <= 64 << 20
+
+
+def test_sealed_chunks_take_a_share_of_the_budget_and_others_none(results, request):
+    secure = "secure" in request.node.name
+    received = recorded(results["again"])["received", "site-1"]
+    assert [record["budget_peak_bytes"] > 0 for record in received] == [secure, secure]
+
+
+@pytest.mark.parametrize(
+    ("which", "why_received", "why_sent"),
+    [
+        ("a receiver without this package", "no data channels", "asked on FLARE's own path"),
+        ("a sender that has ended its channels", "no data channels any more", "no data channels any more"),
+        ("no door on either side", "neither side has a door", "asked on FLARE's own path"),
+    ],
+)
+def test_flares_own_path_is_recorded_with_the_reason(results, which, why_received, why_sent):
+    found = recorded(results[which])
+    assert found.keys() == {("sent", "server"), ("received", "site-1")}
+    on_the_way = []
+    for (direction, _), records in found.items():
+        assert sorted((r["items"], r["raw_bytes"]) for r in records) == [(2, RAW_NUMPY), (8, RAW_TORCH)]
+        for record in records:
+            assert record["path"] == "flare"
+            assert (why_sent if direction == "sent" else why_received) in record["reason"]
+            assert record["fabric"] == ""
+            assert record["raw_bytes"] < record["wire_bytes"] < record["raw_bytes"] + 50_000
+        on_the_way.append(sorted(record["wire_bytes"] for record in records))
+    assert on_the_way[0] == on_the_way[1]
+
+
+@pytest.mark.parametrize(("which", "path"), [("few bits", "direct"), ("few bits relayed", "flare")])
+def test_few_bits_are_recorded_as_they_travel(results, which, path):
+    result = results[which]
+    assert 0 < result["error"] < 1
+    found = recorded(result)
+    assert found.keys() == {("sent", "server"), ("received", "site-1")}
+    encoded = 400 * 1000 // 2
+    for (record,) in found.values():
+        assert (record["items"], record["raw_bytes"], record["path"]) == (2, 400 * 1000 * 4 + 12, path)
+        assert encoded < record["wire_bytes"] < 1.2 * encoded
+        assert ("neither side has a door" in record["reason"]) == (
+            path == "flare" and record["direction"] == "received"
+        )
+
+
+def test_an_aborted_transfer_is_recorded_as_failed(results):
+    failed = [record for record in results["aborted"]["records"] if record["direction"] == "received"]
+    assert failed
+    for record in failed:
+        assert record["outcome"].startswith("failed: ")
+        assert (record["items"], record["raw_bytes"], record["goodput"]) == (0, 0, 0)
+
+
 def test_an_aborted_download_fails_as_flares_does(results):
     assert "failed to download from server" in results["aborted"]["error"]

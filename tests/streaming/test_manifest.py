@@ -13,8 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nvflare_rdma.codecs import get_codec
+from nvflare_rdma.codecs.tensors import FLOAT_NAMES
 from nvflare_rdma.errors import ProtocolError, TransferError
 from nvflare_rdma.streaming import manifest
+from nvflare_rdma.streaming.encoded import Cut
 from nvflare_rdma.streaming.manifest import MAX_DIMENSIONS, Item, width
 
 DTYPES = ["bool", "float16", "float32", "float64", "complex64", "complex128", "int8", "uint8", "int64", "uint16"]
@@ -28,7 +31,10 @@ def items(draw: st.DrawFn) -> Item:
     shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
     nbytes = math.prod(shape) * width(dtype, of_torch)
     content = draw(st.none() | st.binary(min_size=nbytes, max_size=nbytes)) if nbytes else b""
-    return Item(draw(st.text("aü\0", max_size=8)), of_torch, dtype, shape, content)
+    cut = None
+    if content is None and nbytes and dtype in FLOAT_NAMES and draw(st.booleans()):
+        cut = Cut.of(get_codec(draw(st.sampled_from(["normfloat4", "int8", "float16"]))), math.prod(shape))
+    return Item(draw(st.text("aü\0", max_size=8)), of_torch, dtype, shape, content, cut)
 
 
 @settings(deadline=None, max_examples=50)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import queue
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.limits import ChannelLimits
@@ -84,8 +85,10 @@ def link_pair(
     tls: tuple | None = None,
     dial: Callable[[], socket.socket] | None = None,
     rails: int = 2,
+    sinks: Mapping[int, Sink] | None = None,
 ) -> Iterator[LinkPair]:
-    """Open links. ``tls``: (client context, server context). ``dial`` replaces how rails are dialled."""
+    """Open links. ``sinks``: of the passive one, by label. ``tls``: (client context, server context). ``dial`` replaces
+    how rails are dialled."""
     contexts = (active_context or context(), passive_context or context())
     client_tls, server_tls = tls or (None, None)
     listening = TcpFabric(rails)
@@ -108,7 +111,13 @@ def link_pair(
             "active",
         )
         passive = Link(
-            streams["passive"], Role.PASSIVE, {"tcp": listening}, contexts[1], inbox["passive"].put, "passive"
+            streams["passive"],
+            Role.PASSIVE,
+            {"tcp": listening},
+            contexts[1],
+            inbox["passive"].put,
+            "passive",
+            (sinks or {}).get,
         )
         in_parallel(active.open, passive.open)
         pair = LinkPair(active, passive, {active: inbox["active"], passive: inbox["passive"]}, contexts)

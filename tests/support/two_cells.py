@@ -24,6 +24,9 @@ from nvflare.fuel.utils.fobs import FOBSContextKey
 from processes import free_port
 from waiting import eventually
 
+from nvflare_rdma.codecs import get_codec
+from nvflare_rdma.codecs.marks import marked
+from nvflare_rdma.metrics.transfers import ledger
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.transfer import install
 
@@ -35,6 +38,11 @@ MODEL = {
     "array": np.arange(500_000),
     "half": np.ones((3, 5), np.float16),
 }
+
+
+#: To be encoded on its way.
+WEIGHTS = torch.randn(400, 1000)
+FEW_BITS = {"w": marked(WEIGHTS, get_codec("normfloat4")), "b": torch.ones(3)}
 
 
 def same(got: dict) -> bool:
@@ -61,6 +69,18 @@ class Lines(logging.Handler):
         return taken
 
 
+class Records:
+    """What the transfers of both cells have done."""
+
+    def __init__(self) -> None:
+        self.records: list[dict] = []
+        ledger.subscribe(lambda record: self.records.append(record.as_dict()))
+
+    def take(self) -> list[dict]:
+        taken, self.records = self.records, []
+        return taken
+
+
 class Pair:
     def __init__(self, credentials: dict[str, dict[str, str]]) -> None:
         secure = bool(credentials)
@@ -74,6 +94,7 @@ class Pair:
         self.done: list = []
         self.finished = threading.Event()
         self.server.register_request_cb(channel="test", topic="get", cb=lambda request: self.reply({"model": MODEL}))
+        self.server.register_request_cb(channel="test", topic="few", cb=lambda request: self.reply(FEW_BITS))
         self.server.register_request_cb(channel="test", topic="put", cb=self.put)
         self.server.update_fobs_context({FOBSContextKey.DOWNLOAD_COMPLETE_CB: self.complete})
 
@@ -104,6 +125,12 @@ class Pair:
             result["finished"] = self.finished.wait(30.0) and self.done[-1]
         return result
 
+    def get_few_bits(self) -> dict:
+        self.finished.clear()
+        request = new_cell_message({}, {})
+        reply = self.site.send_request(channel="test", topic="few", target="server", request=request, timeout=60.0)
+        return {"error": float((reply.payload["w"] - WEIGHTS).abs().max()), "finished": self.finished.wait(30.0)}
+
     def send(self) -> dict:
         request = new_cell_message({}, {"model": MODEL})
         reply = self.site.send_request(channel="test", topic="put", target="server", request=request, timeout=60.0)
@@ -115,21 +142,22 @@ def main() -> None:
     lines = Lines()
     logging.getLogger("nvflare_rdma").addHandler(lines)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-    pair, results = Pair(json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}), {}
+    pair, results, records = Pair(json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}), {}, Records()
     install()
     theirs, own = registry.of(pair.server), registry.of(pair.site)
     known = registry._channels
 
     events: list[dict] = []
     pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: lambda **event: events.append(event)})
-    results["down"] = {**pair.get(), "log": lines.take()}
+    results["down"] = {**pair.get(), "log": lines.take(), "records": records.take()}
     results["progress"] = [
         {key: event[key] for key in ("transfer_id", "sequence", "bytes_done", "items_done", "state")}
         for event in events
     ]
     pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: None})
-    results["again"] = {**pair.get(), "log": lines.take()}
-    results["up"] = {**pair.send(), "log": lines.take()}
+    results["again"] = {**pair.get(), "log": lines.take(), "records": records.take()}
+    results["few bits"] = {**pair.get_few_bits(), "records": records.take()}
+    results["up"] = {**pair.send(), "log": lines.take(), "records": records.take()}
 
     abort = Signal()
     props = {FOBSContextKey.STREAM_PROGRESS_CB: lambda **event: abort.trigger("the job was aborted")}
@@ -137,19 +165,21 @@ def main() -> None:
     try:
         results["aborted"] = pair.get(abort)
     except RuntimeError as error:
-        results["aborted"] = {"error": str(error)}
+        results["aborted"] = {"error": str(error), "records": records.take()}
     pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: None})
 
     known["site-1"] = None
-    results["a receiver without this package"] = {**pair.get(), "log": lines.take()}
+    results["a receiver without this package"] = {**pair.get(), "log": lines.take(), "records": records.take()}
     known["site-1"] = own
     known["server"] = None
-    results["a sender that has ended its channels"] = {**pair.get(), "log": lines.take()}
+    results["a sender that has ended its channels"] = {**pair.get(), "log": lines.take(), "records": records.take()}
     known["server"] = theirs
     registry.stop()
     os.environ["NVFLARE_RDMA_DATA_PORTS"] = "none"
     install()
-    results["no door on either side"] = {**pair.get(), "log": lines.take()}
+    results["no door on either side"] = {**pair.get(), "log": lines.take(), "records": records.take()}
+
+    results["few bits relayed"] = {**pair.get_few_bits(), "records": records.take()}
 
     (Path(sys.argv[1]) / "results.json").write_text(json.dumps(results))
 

@@ -1,0 +1,229 @@
+"""What each transfer of this process did, for whoever wants to know. Knows nothing of FLARE.
+
+Who moves data makes a `Meter`, counts on it, and ends it; the record then goes to the process's `ledger`, and from
+there to its subscribers (`reporting` is one). What is counted belongs to the transfer alone, also where several share a
+channel, but for the budget, which is the process's.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+log = logging.getLogger(__name__)
+
+Direction: TypeAlias = Literal["sent", "received"]
+
+
+class HasPeak(Protocol):
+    """Bytes: see `MemoryBudget.watch`."""
+
+    peak: int
+
+
+@dataclass(frozen=True)
+class TransferRecord:
+    """One transfer to, or from, one peer."""
+
+    time: float
+    """When it ended: seconds since 1970."""
+    direction: Direction
+    cell: str
+    """FQCN of this side's cell."""
+    peer: str
+    """FQCN of the other side's."""
+    kind: str
+    """What was moved: "tensors", "container" or "file"."""
+    items: int
+    """Tensors, entries or files that have arrived; 0 if it failed."""
+    raw_bytes: int
+    """Bytes that they have for their users; 0 if it failed."""
+    wire_bytes: int
+    """Bytes of them as they travel, encoded or not, without headers and seals, and without what was sent again."""
+    seconds: float
+    resent_chunks: int
+    """Chunks that were asked for (received) or written (sent) once more, lost with a rail or damaged."""
+    fabric: str
+    """The one in use in the end; "control" is the control stream; "" if no channel was needed, or on FLARE's path."""
+    budget_peak_bytes: int
+    """The most that all transfers of the process together held meanwhile of its memory budget for what arrives."""
+    path: Literal["direct", "flare"]
+    reason: str
+    """Why it took FLARE's own path; "" if it did not."""
+    outcome: str
+    """"done", or "failed: " and the reason."""
+
+    @property
+    def failed(self) -> bool:
+        return self.outcome != "done"
+
+    @property
+    def goodput(self) -> float:
+        """Raw bytes a second."""
+        return self.raw_bytes / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the fields and ``goodput``, with sensible digits."""
+        times = {"time": round(self.time, 3), "seconds": round(self.seconds, 6), "goodput": round(self.goodput)}
+        return {**asdict(self), **times}
+
+
+class Ledger:
+    """Takes records from any thread and hands them to its subscribers."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._subscribers: list[Callable[[TransferRecord], None]] = []
+        self._failed: set[Callable[[TransferRecord], None]] = set()
+
+    def subscribe(self, callback: Callable[[TransferRecord], None]) -> Callable[[], None]:
+        """``callback`` gets every record from now on, in the thread in which the transfer ends; what is returned ends
+        that."""
+        with self._lock:
+            self._subscribers.append(callback)
+
+        def unsubscribe() -> None:
+            with self._lock:
+                if callback in self._subscribers:
+                    self._subscribers.remove(callback)
+                self._failed.discard(callback)
+
+        return unsubscribe
+
+    def record(self, record: TransferRecord) -> None:
+        """A transfer has ended. A subscriber that fails is logged once, and disturbs nobody."""
+        with self._lock:
+            subscribers = list(self._subscribers)
+        for callback in subscribers:
+            try:
+                callback(record)
+            except Exception:
+                with self._lock:
+                    first = callback not in self._failed
+                    self._failed.add(callback)
+                if first:
+                    log.exception("a transfer could not be reported; further failures of this kind are not logged")
+
+
+#: The process's.
+ledger = Ledger()
+
+
+class Meter:
+    """One transfer as it goes on. Whoever moves the data sets and adds to what is public; `end` makes the record."""
+
+    def __init__(
+        self, direction: Direction, cell: str, peer: str, kind: str = "tensors", ledger: Ledger = ledger
+    ) -> None:
+        self.wire_bytes = 0
+        self.resent_chunks = 0
+        self.fabric = ""
+        #: To look at the budget while the transfer lasts; None where there is none.
+        self.budget: HasPeak | None = None
+        self._direction, self._cell, self._peer, self._kind, self._ledger = direction, cell, peer, kind, ledger
+        self._reason = ""
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def fall_back(self, reason: str) -> None:
+        """It goes on FLARE's own path. The first reason counts."""
+        self._reason, self.fabric = self._reason or reason, ""
+
+    def end(self, items: int = 0, raw_bytes: int = 0, failure: str = "") -> None:
+        """It is over; what arrived, or why nothing did. Only the first call does anything."""
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
+        self._ledger.record(
+            TransferRecord(
+                time=time.time(),
+                direction=self._direction,
+                cell=self._cell,
+                peer=self._peer,
+                kind=self._kind,
+                items=items,
+                raw_bytes=raw_bytes,
+                wire_bytes=self.wire_bytes,
+                seconds=time.monotonic() - self._began,
+                resent_chunks=self.resent_chunks,
+                fabric=self.fabric,
+                budget_peak_bytes=self.budget.peak if self.budget is not None else 0,
+                path="flare" if self._reason else "direct",
+                reason=self._reason,
+                outcome=f"failed: {failure}" if failure else "done",
+            )
+        )
+
+
+class Meters:
+    """A sender's, one for each receiver that has begun and not ended."""
+
+    def __init__(self, cell: str, kind: str = "tensors", ledger: Ledger = ledger) -> None:
+        self._cell, self._kind, self._ledger = cell, kind, ledger
+        self._lock = threading.Lock()
+        self._open: dict[str, Meter] = {}
+
+    def begin(self, receiver: str) -> Meter:
+        """Its meter; a new one if there is none."""
+        with self._lock:
+            if receiver not in self._open:
+                self._open[receiver] = Meter("sent", self._cell, receiver, self._kind, self._ledger)
+            return self._open[receiver]
+
+    def find(self, receiver: str) -> Meter | None:
+        """Its meter, if it has begun."""
+        with self._lock:
+            return self._open.get(receiver)
+
+    def end(self, receiver: str, items: int = 0, raw_bytes: int = 0, failure: str = "") -> None:
+        """See `Meter.end`. Does nothing for one that has not begun."""
+        with self._lock:
+            meter = self._open.pop(receiver, None)
+        if meter is not None:
+            meter.end(items, raw_bytes, failure)
+
+    def close(self, failure: str) -> None:
+        """Those that are left have failed."""
+        with self._lock:
+            receivers = list(self._open)
+        for receiver in receivers:
+            self.end(receiver, failure=failure)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Several transfers, of one direction, together."""
+
+    transfers: int = 0
+    raw_bytes: int = 0
+    wire_bytes: int = 0
+    seconds: float = 0.0
+    """In which at least one of them was under way."""
+    resent_chunks: int = 0
+
+    @property
+    def goodput(self) -> float:
+        """Raw bytes a second."""
+        return self.raw_bytes / self.seconds if self.seconds else 0.0
+
+
+def total(records: Iterable[TransferRecord]) -> Totals:
+    """Add them up."""
+    records = list(records)
+    seconds, until = 0.0, float("-inf")
+    for begin, end in sorted((record.time - record.seconds, record.time) for record in records):
+        seconds += max(end - max(begin, until), 0.0)
+        until = max(until, end)
+    return Totals(
+        len(records),
+        sum(record.raw_bytes for record in records),
+        sum(record.wire_bytes for record in records),
+        seconds,
+        sum(record.resent_chunks for record in records),
+    )

@@ -1,0 +1,104 @@
+"""With `RdmaTransfer` on both sides tensors are marked, not encoded; what the receiver then gets is left as it is."""
+
+import numpy as np
+import pytest
+import torch
+from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import ReservedHeaderKey, make_copy
+from nvflare.app_opt.pt.quantization.dequantizer import ModelDequantizer as FlareDequantizer
+
+from nvflare_rdma.codecs.marks import codec_of
+from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+from nvflare_rdma.flare_compat import TRANSFER_PROP
+
+
+def model() -> dict:
+    shared = torch.randn(200, 300)
+    return {
+        "w": torch.randn(200, 300),
+        "tied": {"a": shared, "b": shared},
+        "half": torch.randn(100, 100).half(),
+        "array": np.ones((50, 60), np.float32),
+        "steps": torch.tensor(3),
+    }
+
+
+def contexts(at, quantizer, here=True, there=True, point="server out") -> FLContext:
+    ctx, peer = at(point, quantizer), FLContext()
+    for side, present in ((ctx, here), (peer, there)):
+        if present:
+            side.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
+    ctx.set_peer_context(peer)
+    return ctx
+
+
+def message(params) -> object:
+    shareable = DXO(DataKind.WEIGHTS, data=params).to_shareable()
+    shareable.set_header(ReservedHeaderKey.MSG_ROOT_ID, "task-1")
+    return shareable
+
+
+@pytest.mark.parametrize("point", ["server out", "client out"])
+def test_tensors_are_marked_and_share_their_memory(at, point):
+    quantizer, params = ModelQuantizer("normfloat4", one_way=True), model()
+    made = from_shareable(quantizer.process(message(params), contexts(at, quantizer, point=point)))
+    for got, sent in ((made.data["w"], params["w"]), (made.data["array"], params["array"])):
+        assert codec_of(got).name == "normfloat4"
+        assert codec_of(sent) is None
+        assert np.shares_memory(np.asarray(got), np.asarray(sent))
+    assert made.data["tied"]["a"] is made.data["tied"]["b"]
+    assert made.data["steps"] is params["steps"]
+    assert made.meta[MetaKey.PROCESSED_ALGORITHM] == "normfloat4"
+
+
+@pytest.mark.parametrize("dequantizer", [ModelDequantizer, FlareDequantizer])
+def test_a_dequantizer_finds_it_done(at, dequantizer):
+    quantizer, params = ModelQuantizer("normfloat4", one_way=True), model()
+    del params["tied"]  # FLARE's takes no dicts
+    made = quantizer.process(message(params), contexts(at, quantizer))
+    into = dequantizer()
+    got = from_shareable(into.process(made, at("client in", into)))
+    for name, sent in params.items():
+        assert np.array_equal(np.asarray(got.data[name]), np.asarray(sent)), name
+    assert "quant_state" not in (got.meta or {})
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "kinds"),
+    [
+        (True, False, {}),
+        (False, True, {}),
+        (True, True, {"error_feedback": True, "delta": True}),
+        (True, True, {"quantization_type": "lossless"}),
+        (True, True, {"quantization_type": "int8", "stochastic_rounding": True}),
+    ],
+)
+def test_all_else_is_encoded_at_once(at, here, there, kinds):
+    quantizer = ModelQuantizer(**{"quantization_type": "normfloat4", "one_way": True, **kinds})
+    made = from_shareable(quantizer.process(message(model()), contexts(at, quantizer, here, there)))
+    assert codec_of(made.data["w"]) is None
+    assert made.meta["quant_state"]["w"]
+
+
+def test_all_sites_get_the_same_views_and_one_without_transfer_gets_codes(at):
+    quantizer, task = ModelQuantizer("normfloat4", one_way=True), message(model())
+    first, second = (
+        from_shareable(quantizer.process(make_copy(task), contexts(at, quantizer))).data["w"] for _ in range(2)
+    )
+    assert first is second
+    plain = from_shareable(quantizer.process(make_copy(task), contexts(at, quantizer, there=False)))
+    assert plain.data["w"].dtype == torch.uint8
+
+
+def test_a_mixed_policy_marks_what_can_be_cut_and_encodes_the_rest(at):
+    policy = [{"name": "half", "quantization_type": "lossless"}]
+    quantizer, params = ModelQuantizer("normfloat4", one_way=True, policy=policy), model()
+    made = quantizer.process(message(params), contexts(at, quantizer))
+    data = from_shareable(made).data
+    assert codec_of(data["w"]).name == "normfloat4"
+    assert data["half"].dtype == torch.uint8
+    into = ModelDequantizer()
+    got = from_shareable(into.process(made, at("client in", into))).data
+    assert torch.equal(got["half"], params["half"])
+    assert torch.equal(got["w"], params["w"])
