@@ -63,6 +63,7 @@ class Result:
 
 def lay_out(source: Path, ref: str | None, folder: Path) -> None:
     """Put FLARE's unit tests, and nothing else of it, in ``folder``."""
+    folder.mkdir(exist_ok=True)
     if ref is None and (source / ROOT).is_dir():
         shutil.copytree(source / ROOT, folder / ROOT)
         return
