@@ -48,8 +48,9 @@ class Cells:
         host: str = "127.0.0.1",
         fabrics: tuple[str, ...] = ("tcp",),
         budget: int = 16 << 20,
+        trainers: bool = False,
     ) -> DataChannels:
-        made = DataChannels(name, process(fabrics, budget), tls, host, ports)
+        made = DataChannels(name, process(fabrics, budget), tls, host, ports, trainers)
         self.made.append(made)
         return made
 
