@@ -40,7 +40,7 @@ class Used:
 
 
 class ProcessTree:
-    """Watches the processes that descend from `roots` while the block under ``with`` runs, and ends all of them then."""
+    """Watches the processes that descend from `roots` during a ``with`` block, and ends them all when it is left."""
 
     def __init__(self, roots: list[subprocess.Popen[bytes]]) -> None:
         self.used: dict[str, Used] = {}
@@ -84,11 +84,9 @@ class ProcessTree:
                 for process in (parent, *parent.children(recursive=True)):
                     self._seen.setdefault(process.pid, process)
         for pid, process in self._seen.items():
-            if pid not in self._roles:
-                with contextlib.suppress(psutil.Error):
-                    role = _role(process.cmdline())
-                    if role:
-                        self._roles[pid] = role
+            with contextlib.suppress(psutil.Error):
+                if role := _role(process.cmdline()):
+                    self._roles[pid] = role  # anew each time: between fork and exec it has its parent's command line
 
     def _sample(self, pid: int, role: str) -> None:
         try:
