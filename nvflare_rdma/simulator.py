@@ -174,7 +174,7 @@ def use_scheme(scheme: str) -> None:
     from nvflare.private.fed.app.deployer import simulator_deployer
     from nvflare.private.fed.app.simulator import simulator_runner
 
-    class SchemeDeployer(simulator_deployer.SimulatorDeployer):  # type: ignore[misc]
+    class SchemeDeployer(simulator_deployer.SimulatorDeployer):
         """SimulatorDeployer builds both configs with a fixed scheme; the sites take theirs from the client's."""
 
         def _create_simulator_server_config(self, admin_storage: str, max_clients: int) -> dict[str, Any]:
