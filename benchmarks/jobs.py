@@ -23,6 +23,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -183,6 +184,7 @@ def main() -> None:
     jobs, places = chosen(parser, args.jobs, JOBS), chosen(parser, args.where, WHERE)
     configurations = chosen(parser, args.only, CONFIGURATIONS)
     alone = own_loopback()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what has been started is ended
     console.print(f"$ {command_line()}\n{machine()}", highlight=False)
     console.print(versions("nvflare", "nvflare-rdma", "torch", "transformers", "grpcio"), highlight=False)
     with tempfile.TemporaryDirectory() as temporary:
