@@ -197,6 +197,7 @@ def main() -> None:
                     exported = export(job, configuration, args.rounds, args.quantize, folder)
                     run = in_simulator if where == "simulator" else in_poc
                     runs[configuration] = run(exported, environment(configuration), folder)
+                    console.print(f"{folder.name}: {runs[configuration]}", style="dim", highlight=False)
                 show(job, where, args.rounds, runs, alone)
 
 
