@@ -189,6 +189,7 @@ class DirectDecomposer:
                 if not failure and items is None:
                     failure = "the sender takes them for delivered"
                 return failure, items
+            memory.keep_for(item.nbytes for item in pull.items)
             delivered = _Delivered()
             download_object(consumer=delivered, progress_cb=progress.finish, abort_signal=signal, **common)
             finish(meter, delivered.error, pull.items)
