@@ -139,6 +139,11 @@ class Policy:
         given = [] if rules is None else [*rules, *DEFAULT_RULES]
         self.rules = (*(Rule.parse(raw) for raw in given), Rule(self.codec.name))
 
+    @property
+    def codecs(self) -> list[Codec]:
+        """All that it may choose."""
+        return [get_codec(rule.quantization_type) for rule in self.rules if rule.quantization_type != EXACT]
+
     def decide(self, name: str, dtype: str, shape: Sequence[int]) -> Decision:
         """The codec for the tensor called `name` with `dtype` (a name, such as ``float32``) and `shape`."""
         name, n = str(name), math.prod(shape)  # FLARE's filter takes numbers for names

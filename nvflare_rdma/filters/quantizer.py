@@ -13,6 +13,7 @@ from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.app_common.app_constant import AppConstants
 
 from nvflare_rdma.codecs.policy import Policy
+from nvflare_rdma.codecs.warming import warm_up
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters.base import OURS, QUANT_STATE, QUANTIZED_FLAG, SOURCE_DATATYPE, QuantFilter
 from nvflare_rdma.filters.bases import answer_clients
@@ -86,8 +87,9 @@ class ModelQuantizer(QuantFilter):
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Learn from FLARE's events what became of the messages."""
-        if event_type == EventType.START_RUN and self.delta:
-            if self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
+        if event_type == EventType.START_RUN:
+            warm_up(self._sender.codecs)
+            if self.delta and self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
                 answer_clients(fl_ctx)
         elif event_type in _HANDED_OVER and self.error_feedback:
             task, aborted = fl_ctx.get_prop(FLContextKey.TASK_NAME), fl_ctx.get_run_abort_signal()

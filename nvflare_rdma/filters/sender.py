@@ -49,6 +49,7 @@ class Sender:
 
     def __init__(self, policy: Policy, error_feedback: bool, delta: bool, stochastic: bool) -> None:
         self.residuals = Residuals()
+        self.codecs = policy.codecs
         self._policy = policy
         self._error_feedback = error_feedback
         self._delta = delta

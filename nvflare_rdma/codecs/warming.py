@@ -1,0 +1,23 @@
+"""Codecs' compiled code, loaded before it is needed: the first use of a codec in a process takes seconds otherwise."""
+
+import threading
+from collections.abc import Iterable
+
+import numpy as np
+
+from nvflare_rdma.codecs.base import Codec
+
+
+def warm_up(codecs: Iterable[Codec]) -> threading.Thread:
+    """Use each codec once, in a thread of its own, which is returned."""
+    each = {codec.name: codec for codec in codecs}
+
+    def use() -> None:
+        values = np.zeros(4096, np.float32)
+        for codec in each.values():
+            encoded = np.empty(codec.encoded_nbytes(values.size), np.uint8)
+            codec.decode_into(encoded[: codec.encode_into(values, encoded)], values)
+
+    thread = threading.Thread(target=use, name="rdma-codecs", daemon=True)
+    thread.start()
+    return thread
