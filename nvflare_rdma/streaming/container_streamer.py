@@ -22,6 +22,7 @@ from nvflare.fuel.utils.validation_utils import check_positive_number
 
 from nvflare_rdma.codecs.tensors import is_torch
 from nvflare_rdma.errors import ProtocolError, RdmaError, TransferError
+from nvflare_rdma.flare_compat import require_flare
 from nvflare_rdma.metrics.transfers import Meter, Meters
 from nvflare_rdma.streaming import manifest, streams
 from nvflare_rdma.streaming.channels import DataChannels
@@ -31,6 +32,8 @@ from nvflare_rdma.streaming.metering import raw_bytes
 from nvflare_rdma.streaming.pulling import AbortedError, pull
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.serving import Service
+
+require_flare("ContainerStreamer")  # names of FLARE's that it keeps to itself
 
 _ENTRY_TIMEOUT = 60.0
 #: Of entries that are no tensors, in one message: as many, or as many bytes as they seem to have.

@@ -17,12 +17,11 @@ import xxhash
 
 from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES, Source, Take
 from nvflare_rdma.errors import ProtocolError, SourceError
+from nvflare_rdma.streaming.manifest import MAX_ITEMS
 
 BLOCK_BYTES = MAX_UNIT_BYTES
 #: What is sent again after an interruption, at most, for each file that was moving.
 PART_BYTES = 64 * BLOCK_BYTES
-#: Of the file, as one message can't be more on a channel.
-MAX_FILE_BYTES = 1 << 46
 _SAMPLES, _SAMPLE_BYTES = 16, 64 * 1024
 
 
@@ -69,8 +68,10 @@ class FileIdentity:
         check_name(found.name)
         if any(type(n) is not int for n in (found.size, found.mtime_ns, found.part_bytes)):
             raise ProtocolError("malformed description of a file: its numbers")
+        if found.part_bytes > 0 and found.parts > MAX_ITEMS:
+            raise ProtocolError(f"a file of {found.size} bytes in {found.parts} parts can't be received")
         whole_blocks = 0 < found.part_bytes <= PART_BYTES and found.part_bytes % BLOCK_BYTES == 0
-        if not 0 <= found.size <= MAX_FILE_BYTES or not whole_blocks:
+        if found.size < 0 or not whole_blocks:
             raise ProtocolError(f"a file of {found.size} bytes in parts of {found.part_bytes} can't be received")
         return found
 

@@ -8,6 +8,7 @@ A file is a message of `serving` whose tensors are its parts (`file_parts`); bes
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 from collections.abc import Callable, Mapping, Set
 from typing import Any
@@ -23,6 +24,8 @@ from nvflare_rdma.streaming.partial_file import PartialFile
 from nvflare_rdma.streaming.pulling import LostError, Progress, Pull
 from nvflare_rdma.streaming.serving import Service
 
+log = logging.getLogger(__name__)
+
 
 class FileService(Service):
     """For one file and all its receivers."""
@@ -36,11 +39,14 @@ class FileService(Service):
 
     def answer(self, request: Any, receiver: str) -> dict[str, Any]:
         """See `Service.answer`."""
+        what = request.get("do") if isinstance(request, Mapping) else None
         try:
-            self._file.check()
-            if isinstance(request, Mapping) and request.get("do") == "digests":
+            if what not in ("done", "give up"):
+                self._file.check()
+            if what == "digests":
                 return {"digests": self._digests(request.get("items"))}
-        except Exception as error:  # noqa: BLE001 - the receiver is told, whatever it is
+        except (RdmaError, OSError) as error:
+            log.info("%s is refused: %s", receiver, error)
             return {"refused": str(error)}
         answer = super().answer(request, receiver)
         if "manifest" in answer:

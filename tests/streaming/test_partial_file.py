@@ -283,6 +283,7 @@ def test_a_source_that_can_not_be_read(kind, tmp_path):
     [
         *({"name": name} for name in ("", ".", "..", "a/b", "/etc/passwd", "..\\x", "a\0b", "x" * 256, 5, None)),
         *({"size": size} for size in (-1, 1 << 60, "5", None)),
+        {"size": 1 << 42, "part_bytes": BLOCK_BYTES},  # too many parts
         *({"part_bytes": part} for part in (0, -1, BLOCK_BYTES + 1, 1 << 40)),
         {"mtime_ns": 5.0},
         {"content": "0"},
