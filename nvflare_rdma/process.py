@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.limits import ChannelLimits
@@ -63,15 +64,9 @@ def this_process() -> Process:
 def _make_context(settings: Settings) -> LinkContext:
     from nvflare.fuel.f3.drivers.net_utils import MAX_FRAME_SIZE
 
-    # A sixteenth is for chunks that several receivers want (`streaming.encoded.HotChunks`), three for what is sent, the
-    # rest for what arrives.
-    sixteenth = settings.rdma_memory_budget_bytes // 16
-    pool = SlotPool(keep_bytes=None)
     return LinkContext(
         limits=ChannelLimits(max_message_bytes=MAX_FRAME_SIZE),
-        budget=MemoryBudget(12 * sixteenth),
-        pool=pool,
-        sending=SendMemory(pool, 3 * sixteenth),
+        **make_memory(settings.rdma_memory_budget_bytes),
         order=settings.rdma_fabrics,
         unavailable={
             name: state.reason for name, state in probe(settings.verbs, settings.rdma_memory_budget_bytes).items()
@@ -81,3 +76,10 @@ def _make_context(settings: Settings) -> LinkContext:
         chunk_bytes=settings.rdma_chunk_bytes,
         integrity=settings.rdma_integrity,
     )
+
+
+def make_memory(budget: int) -> dict[str, Any]:
+    """The parts of a `LinkContext` that hold memory, together at most ``budget`` bytes: a sixteenth is left for chunks
+    that several receivers want (`streaming.encoded.HotChunks`), three are for what is sent, twelve for what arrives."""
+    sixteenth, pool = budget // 16, SlotPool(keep_bytes=None)
+    return {"budget": MemoryBudget(12 * sixteenth), "pool": pool, "sending": SendMemory(pool, 3 * sixteenth)}

@@ -79,7 +79,7 @@ def add_quantization(
 
 def add_transfer(target: Any) -> None:
     """Move tensors and arrays directly between the processes that hold and want them: add `RdmaTransfer` to the server
-    and to every site of a recipe or job. Call it once, after the recipe has been made.
+    and to every site of a recipe or job. Call it once, after the recipe has been made and configured per site.
 
     Args:
         target: a FLARE `Recipe`, or a `FedJob`; in a FedJob with client apps per site, every site gets the component.
@@ -97,6 +97,8 @@ def add_transfer(target: Any) -> None:
         raise ConfigError(f"a transfer can be added to a FLARE Recipe or FedJob, but not to {type(target).__name__}")
     job = target if isinstance(target, FedJob) else target._job
     apps = _apps(job, "add_transfer")
+    if isinstance(target, Recipe):
+        target._ensure_client_apps_prepared()  # each site's own, if it has been given any
     for site, app in apps.items():
         if any(isinstance(component, RdmaTransfer) for component in app.app_config.components.values()):
             raise ConfigError(f"the job already has RdmaTransfer for '{site}': add it once")

@@ -137,11 +137,20 @@ def load_settings() -> Settings:
     Raises:
         ConfigError: as `parse_settings`.
     """
+    return parse_settings(_present())
+
+
+def settings_environment() -> dict[str, str]:
+    """The environment that gives another process, which does not read this one's configuration, the same settings."""
+    return {_ENV_PREFIX + name[len(PREFIX) :].upper(): str(value) for name, value in _present().items()}
+
+
+def _present() -> dict[str, Any]:
     from nvflare.fuel.f3.comm_config import CommConfigurator
 
     configurator = CommConfigurator()
     config = configurator.get_config() or {}
     present = {key for key in config if key.startswith(PREFIX)}
     present |= {PREFIX + key[len(_ENV_PREFIX) :].lower() for key in os.environ if key.startswith(_ENV_PREFIX)}
-    # get_str_var applies FLARE's precedence; numbers are checked here, where the message can say the range.
-    return parse_settings({key: configurator.get_str_var(key) for key in sorted(present)})
+    # get_str_var applies FLARE's precedence; parse_settings checks numbers: its message can say the range.
+    return {key: configurator.get_str_var(key) for key in sorted(present)}

@@ -17,11 +17,13 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ SCHEMES = ("rdma", "tcp", "grpc")
 _DRIVER_PATH_VAR = "NVFLARE_COMM_DRIVER_PATH"
 _STOP_SECONDS = 10
 _WATCH_SECONDS = 1.0
+_HELD_PORTS = 256
 
 
 def check_scheme(scheme: str) -> str:
@@ -140,14 +143,38 @@ def _end_with(parent: int) -> None:
     os.killpg(0, signal.SIGTERM)
 
 
+class _HeldPorts:
+    """FLARE's `get_open_ports`, whose ports nobody else gets.
+
+    The simulator closes the port that it has found and has a site's process listen there, which takes that some
+    seconds to begin with. Where another process was given the port meanwhile, the site dies and the job hangs. A bound
+    socket that does not listen keeps the kernel from giving the port away, and as both set SO_REUSEADDR, the site can
+    listen there nonetheless (Linux; see socket(7)).
+    """
+
+    def __init__(self) -> None:
+        # The simulator may start a process for each task. The oldest port is listened to, or of no use any more.
+        self._held: deque[socket.socket] = deque(maxlen=_HELD_PORTS)
+
+    def __call__(self, number: int) -> list[int]:
+        found = []
+        for _ in range(number):
+            holder = socket.socket()
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(("", 0))
+            self._held.append(holder)
+            found.append(int(holder.getsockname()[1]))
+        return found
+
+
 def use_scheme(scheme: str) -> None:
     """Make the simulator of this process, and the sites it will start, use `scheme`."""
     check_scheme(scheme)
     require_flare("nvflare_rdma.simulator")
-    from nvflare.private.fed.app.deployer.simulator_deployer import SimulatorDeployer
+    from nvflare.private.fed.app.deployer import simulator_deployer
     from nvflare.private.fed.app.simulator import simulator_runner
 
-    class SchemeDeployer(SimulatorDeployer):
+    class SchemeDeployer(simulator_deployer.SimulatorDeployer):
         """SimulatorDeployer builds both configs with a fixed scheme; the sites take theirs from the client's."""
 
         def _create_simulator_server_config(self, admin_storage: str, max_clients: int) -> dict[str, Any]:
@@ -162,6 +189,7 @@ def use_scheme(scheme: str) -> None:
             return config, build_ctx
 
     simulator_runner.SimulatorDeployer = SchemeDeployer
+    simulator_deployer.get_open_ports = simulator_runner.get_open_ports = _HeldPorts()
     if scheme == "rdma":
         # Read by FLARE when a cell starts; the sites' processes inherit it.
         folders = [str(Path(__file__).parent / "plugin"), os.environ.get(_DRIVER_PATH_VAR)]

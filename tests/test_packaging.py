@@ -23,3 +23,4 @@ def test_a_wheel_has_every_module_and_the_plugin(tmp_path):
     files = {p.relative_to(tmp_path).as_posix() for p in (tmp_path / "nvflare_rdma").rglob("*") if p.is_file()}
     assert inside == files
     assert "nvflare_rdma/plugin/rdma_driver.py" in inside
+    assert "nvflare_rdma/trainer_plugin/nvflare_rdma_trainer.py" in inside

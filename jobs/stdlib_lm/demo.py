@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [p for p in (str(HERE), str(HERE.parents[1])) if p not in sys.path]
+sys.path[:0] = [p for p in (str(HERE), str(HERE.parent)) if p not in sys.path]
 
-from job import DRIVERS  # noqa: E402
+from common import DRIVERS  # noqa: E402
 from report import title, write_json, write_plot  # noqa: E402
 
 RUNS = ("none", "normfloat4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,15 @@ _GRAIN = 64 * 1024
 
 class TensorMemory(SlotPool):
     """Memory of received tensors. It comes back when nobody holds the tensor any more, so that the next round's lands
-    where this one's was, on warm pages. It never holds more than was in use at once."""
+    where this one's was, on warm pages. What is idle is enough for the largest message that has come, and no more: who
+    receives from many does not keep the memory of all."""
 
     def __init__(self) -> None:
-        super().__init__(keep_bytes=None)
+        super().__init__(keep_bytes=0)
+
+    def keep_for(self, sizes: Iterable[int]) -> None:
+        """A message has come with tensors of so many bytes."""
+        self._keep_bytes = max(self._keep_bytes or 0, sum(map(self.cost, sizes)))
 
     def take(self, nbytes: int) -> memoryview:
         """As `SlotPool.take`; small tensors have memory of their own."""

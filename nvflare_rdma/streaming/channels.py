@@ -56,6 +56,8 @@ class DataChannels:
         server_host: how this side's FLARE reaches the server, "" if it is unknown; tried before the addresses that a
             peer names.
         ports: what the door may listen on, (0, 0) for any port; None for no door.
+        trainers: without ``ports``, whether there is a door on the loopback device for the cells below this one: the
+            Client API's processes.
     """
 
     def __init__(
@@ -65,12 +67,14 @@ class DataChannels:
         tls: Callable[[bool], ssl.SSLContext | None],
         server_host: str,
         ports: tuple[int, int] | None,
+        trainers: bool = False,
     ) -> None:
         self.name = name
         self._process = process
         self._tls = tls
         self._server_host = server_host
         self._ports = ports
+        self._trainers = trainers
         limits = ChannelLimits(max_message_bytes=_MAX_TENSOR_BYTES)
         self._context: LinkContext = replace(process.context, limits=limits)
         self._fabric = process.tcp()
@@ -94,7 +98,7 @@ class DataChannels:
         Raises:
             FabricUnavailable: this side has no door.
         """
-        if self._ports is None:
+        if not self._may_come(peer):
             raise FabricUnavailable(f"{self.name} does not listen for data (rdma_data_ports)")
         door = self._open_door()
         ticket, now = secrets.token_bytes(TICKET_BYTES), time.monotonic()
@@ -112,10 +116,10 @@ class DataChannels:
             if self._closed:
                 raise FabricUnavailable(f"{self.name} is ending")
             if self._door is None:
-                assert self._ports is not None
+                inside = self._ports is None or is_loopback(self._server_host)
                 try:
                     tls = self._secure(True)
-                    listener = listen("127.0.0.1" if is_loopback(self._server_host) else "", self._ports)
+                    listener = listen("127.0.0.1" if inside else "", self._ports or (0, 0))
                 except OSError as error:
                     raise FabricUnavailable(f"{self.name} can't listen for data: {error}") from error
                 self._door = Door(listener, tls, self._fabric, self._welcome, f"{self.name}'s data port")
@@ -156,11 +160,13 @@ class DataChannels:
         """The process's, which what these channels receive is bound by."""
         return self._context.budget
 
-    @property
-    def has_door(self) -> bool:
-        """Whether it listens."""
+    def _may_come(self, peer: str) -> bool:
+        return self._ports is not None or (self._trainers and peer.startswith(f"{self.name}."))
+
+    def has_door_for(self, peer: str) -> bool:
+        """Whether it listens, and ``peer`` may be invited: then this side never dials where ``peer`` says."""
         with self._lock:
-            return self._door is not None
+            return self._door is not None and self._may_come(peer)
 
     # -- channels ------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nvflare.apis.signal import Signal
 from nvflare.app_common.decomposers.numpy_decomposers import NumpyArrayDecomposer
 from nvflare.app_common.np.np_downloader import ArrayDownloadable
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
@@ -31,6 +32,7 @@ from nvflare.fuel.utils.fobs.datum import Datum
 from nvflare_rdma.errors import RdmaError, TransferError
 from nvflare_rdma.metrics.transfers import Meter, Meters
 from nvflare_rdma.streaming.arrays import TensorMemory
+from nvflare_rdma.streaming.endings import abortable, cancel
 from nvflare_rdma.streaming.landing import Land, in_memory
 from nvflare_rdma.streaming.manifest import unpack
 from nvflare_rdma.streaming.metering import finish, flares_own
@@ -148,57 +150,48 @@ class DirectDecomposer:
         **others: Any,
     ) -> tuple[str | None, Any]:
         """As FLARE's: (error, items by id)."""
-        channels = registry.of(cell)
-        rest = {"secure": secure, "optional": optional, "abort_signal": abort_signal}
+        channels = registry.of(cell) if ref_id.startswith(REF_PREFIX) else None
         common = {"from_fqcn": from_fqcn, "ref_id": ref_id, "per_request_timeout": per_request_timeout, "cell": cell}
-        prompt = {**common, "per_request_timeout": min(per_request_timeout, _ANSWER_SECONDS)}
-        flares = functools.partial(super().download, **common, **rest, **others)  # type: ignore[misc]
+        common |= {"secure": secure, "optional": optional}
+        flares = functools.partial(super().download, **common, **others)  # type: ignore[misc]
         meter = Meter("received", cell.get_fqcn(), from_fqcn)
 
-        def own(reason: str, progress_cb: Callable[..., None] | None) -> tuple[str | None, Any]:
-            return flares_own(meter, reason, flares, progress_cb)
+        def own(reason: str, progress_cb: Callable[..., None] | None, abort: Any) -> tuple[str | None, Any]:
+            return flares_own(meter, reason, functools.partial(flares, abort_signal=abort), progress_cb)
 
         if channels is None:
-            return own("this process has no data channels", progress_cb)
-        if not ref_id.startswith(REF_PREFIX):
-            return own("the sender answers no direct requests", progress_cb)
+            direct = ref_id.startswith(REF_PREFIX)
+            reason = "this process has no data channels" if direct else "the sender answers no direct requests"
+            return own(reason, progress_cb, abort_signal)
         meter.budget = channels.budget.watch()
 
-        def ask(request: dict[str, Any]) -> Any:
-            # An answer may be lost. What may be said twice is, as FLARE does.
-            for _ in range(1 if request["do"] == "send" else _TRIES):
-                reply = request_download_chunk(state={STATE_KEY: request}, **prompt, **rest)
-                code = reply.get_header(MessageHeaderKey.RETURN_CODE)
-                if code != ReturnCode.TIMEOUT or request["do"] == "report":
-                    break
-            if code == ReturnCode.TIMEOUT:
-                raise LostError(f"{from_fqcn} did not answer {request['do']!r}")
-            if code != ReturnCode.OK:
-                raise TransferError(f"{from_fqcn} answered {request['do']!r} with {code}")
-            state = reply.payload.get("state") if isinstance(reply.payload, dict) else None
-            return state.get(STATE_KEY) if isinstance(state, dict) else None
-
         progress = DirectProgress(ref_id, progress_cb)
-        with self.landing(cell, others) as landing:
-            aborted = functools.partial(_is_aborted, abort_signal)
-            pull = Pull(channels, from_fqcn, ask, landing.land, aborted, progress.moved, meter)
+        with abortable(cell, from_fqcn, ref_id, abort_signal) as signal, self.landing(cell, others) as landing:
+            ask = _asking(signal, **common)
+            pull = Pull(channels, from_fqcn, ask, landing.land, lambda: signal.triggered, progress.moved, meter)
             failure: str | None = None
             try:
                 items = landing.give(pull.run())
             except AbortedError as error:
-                return own(str(error), progress_cb)  # FLARE sees it too, and says so to the sender
+                log.warning("%s", error)
+                cancel(cell, from_fqcn, ref_id, secure, optional)
+                progress.finish(state="aborted")
+                failure = str(signal.value or error)
+                finish(meter, failure, pull.items)
+                return failure, None
             except (RdmaError, MemoryError) as error:
                 log.warning("tensors from %s come on FLARE's own path: %s", from_fqcn, error)
                 if any(item.cut is not None for item in pull.items):
-                    take = functools.partial(download_object, progress_cb=progress.go_on, **common, **rest)
+                    take = functools.partial(download_object, progress_cb=progress.go_on, abort_signal=signal)
                     meter.fall_back(str(error))
-                    return _relayed(ask, landing, take, meter)
-                failure, items = own(str(error), progress.go_on)
+                    return _relayed(ask, landing, functools.partial(take, **common), meter)
+                failure, items = own(str(error), progress.go_on, signal)
                 if not failure and items is None:
                     failure = "the sender takes them for delivered"
                 return failure, items
+            memory.keep_for(item.nbytes for item in pull.items)
             delivered = _Delivered()
-            download_object(consumer=delivered, progress_cb=progress.finish, **common, **rest)
+            download_object(consumer=delivered, progress_cb=progress.finish, abort_signal=signal, **common)
             finish(meter, delivered.error, pull.items)
             return delivered.error, items
 
@@ -252,8 +245,27 @@ def torch_decomposer() -> Any:
     return RdmaTensorDecomposer()
 
 
-def _is_aborted(signal: Any) -> bool:
-    return bool(signal is not None and signal.triggered)
+def _asking(signal: Signal, *, from_fqcn: str, per_request_timeout: float, **common: Any) -> Callable[[Any], Any]:
+    """What sends a sender requests, and gives its answers."""
+    prompt = {**common, "from_fqcn": from_fqcn, "per_request_timeout": min(per_request_timeout, _ANSWER_SECONDS)}
+
+    def ask(request: dict[str, Any]) -> Any:
+        # An answer may be lost. What may be said twice is, as FLARE does.
+        for _ in range(1 if request["do"] == "send" else _TRIES):
+            reply = request_download_chunk(state={STATE_KEY: request}, abort_signal=signal, **prompt)
+            if signal.triggered:
+                raise AbortedError(f"the transfer from {from_fqcn} was aborted")
+            code = reply.get_header(MessageHeaderKey.RETURN_CODE)
+            if code != ReturnCode.TIMEOUT or request["do"] == "report":
+                break
+        if code == ReturnCode.TIMEOUT:
+            raise LostError(f"{from_fqcn} did not answer {request['do']!r}")
+        if code != ReturnCode.OK:
+            raise TransferError(f"{from_fqcn} answered {request['do']!r} with {code}")
+        state = reply.payload.get("state") if isinstance(reply.payload, dict) else None
+        return state.get(STATE_KEY) if isinstance(state, dict) else None
+
+    return ask
 
 
 _OBJECTS = "objects"  # via_downloader._CtxKey.OBJECTS

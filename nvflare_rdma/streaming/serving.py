@@ -226,7 +226,7 @@ class Service:
 
 def _dial(channels: DataChannels, receiver: str, invitation: Any) -> Link:
     """Only where the receiver can't dial: nobody is to have this side connect to addresses of his choice."""
-    if channels.has_door:
+    if channels.has_door_for(receiver):
         raise ProtocolError("an invitation to a side that has a door")
     try:
         return channels.dial(receiver, invitation)

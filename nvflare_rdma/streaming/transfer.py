@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ssl
+import sys
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlparse
 
@@ -21,6 +24,7 @@ from nvflare_rdma.streaming.channels import DataChannels
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torch_decomposer
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.sending import hot
+from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, is_trainer, take_back
 
 _ANY_PORT = (0, 0)
 
@@ -28,6 +32,8 @@ _ANY_PORT = (0, 0)
 class RdmaTransfer(FLComponent):
     """Moves torch tensors and numpy arrays of a job's messages directly between the processes that hold and want them,
     from memory to memory. Add it to the server and to the clients of a job (`nvflare_rdma.recipe.add_transfer` does).
+
+    A trainer that FLARE starts in a process of its own (`launch_external_process`) gets it from the site's job process.
 
     Where there is no direct way (a firewall, a peer without this package or component), they go on FLARE's own path,
     and one log line says why.
@@ -39,17 +45,23 @@ class RdmaTransfer(FLComponent):
     def __init__(self) -> None:
         super().__init__()
         self._started = False
+        self._handed_on: Mapping[str, str | None] = {}
         self._reporter: TransferReporter | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """FLARE's hook: channels live as long as the run."""
-        if event_type == EventType.START_RUN and not self._started:
+        if event_type == EventType.ABOUT_TO_START_RUN:
+            # Clients only, before START_RUN starts the trainer.
+            require_flare("RdmaTransfer")
+            self._handed_on = hand_on(fl_ctx.get_engine().get_cell())
+        elif event_type == EventType.START_RUN and not self._started:
             install()
             fl_ctx.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
             self._started = True
             self._reporter = TransferReporter(self, fl_ctx)
         elif event_type == EventType.END_RUN and self._started:
             self._started = False
+            take_back(self._handed_on)
             if registry.stop():
                 memory.clear()
             if self._reporter is not None:
@@ -64,27 +76,34 @@ def install() -> None:
     settings = this_process().settings  # a wrong one is said now
     hot.limit = settings.rdma_memory_budget_bytes // 16
     replace_decomposer(RdmaArrayDecomposer())
-    with contextlib.suppress(ImportError):  # a site without torch
-        replace_decomposer(torch_decomposer())
+    # A trainer that exchanges torch tensors has imported torch by now; another need not wait for that.
+    if not is_trainer() or "torch" in sys.modules:
+        with contextlib.suppress(ImportError):  # a site without torch
+            replace_decomposer(torch_decomposer())
     registry.start(open_channels)
 
 
+def install_in_trainer() -> None:
+    """`install` for as long as the process lives, if FLARE has started it as a Client API trainer."""
+    if is_trainer():
+        install()
+        atexit.register(registry.stop)
+
+
 def open_channels(cell: Any) -> DataChannels:
-    """As the cell's own connections are: with its certificates, if it has any."""
-    process, core, name = this_process(), cell.core_cell, cell.get_fqcn()
-    credentials = core.endpoint.conn_props or {}
-    ports = process.settings.rdma_data_ports
+    """As the cell's own connections are: with its certificates, if it has any. A trainer's are its site's."""
+    process, name = this_process(), cell.get_fqcn()
+    site = inherited_site() or Site.of(cell)
+    ports, trainers = process.settings.rdma_data_ports, False
     if ports == "auto":
-        ports = _ANY_PORT if FQCN.get_root(name) == FQCN.ROOT_SERVER else "none"
-    url = core.root_url[0] if isinstance(core.root_url, list) else core.root_url
-    host = urlparse(url or "").hostname or ""
+        server = FQCN.get_root(name) == FQCN.ROOT_SERVER
+        ports, trainers = (_ANY_PORT, False) if server else ("none", True)
+    host = urlparse(site.url).hostname or ""
 
     def tls(server_side: bool) -> ssl.SSLContext | None:
-        # Also where FLARE's own connections are clear because somebody else protects them (connection_security=clear):
-        # that does not protect these.
-        if not (core.secure or credentials.get(DriverParams.CA_CERT.value)):
+        if not site.secure:
             return None
-        made: ssl.SSLContext = get_ssl_context({**credentials, DriverParams.SECURE.value: True}, server_side)
+        made: ssl.SSLContext = get_ssl_context({**site.credentials, DriverParams.SECURE.value: True}, server_side)
         return made
 
-    return DataChannels(name, process, tls, host, None if isinstance(ports, str) else ports)
+    return DataChannels(name, process, tls, host, None if isinstance(ports, str) else ports, trainers)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
-from nvflare.recipe import SimEnv
 
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
 from nvflare_rdma.recipe import add_quantization
+from nvflare_rdma.simulator import RdmaSimEnv
 
 
 def main() -> None:
@@ -33,7 +33,9 @@ def main() -> None:
         )
         recipe.add_server_input_filter(ModelDequantizer(), tasks=["train"])
     threads = 1 if mode == "feedback" else 2
-    run = recipe.execute(SimEnv(num_clients=2, num_threads=threads, workspace_root=str(folder / "ws")))
+    run = recipe.execute(
+        RdmaSimEnv(scheme="tcp", num_clients=2, num_threads=threads, workspace_root=str(folder / "ws"))
+    )
     print("JOB STATUS", run.get_status())
 
 

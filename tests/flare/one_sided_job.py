@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
-from nvflare.recipe import SimEnv
 
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+from nvflare_rdma.simulator import RdmaSimEnv
 
 ADD = {
     "server-out": lambda recipe: recipe.add_server_output_filter(ModelQuantizer("blockwise8"), tasks=["train"]),
@@ -31,7 +31,7 @@ def main() -> None:
     )
     for point in points:
         ADD[point](recipe)
-    run = recipe.execute(SimEnv(num_clients=2, workspace_root=workspace))
+    run = recipe.execute(RdmaSimEnv(scheme="tcp", num_clients=2, workspace_root=workspace))
     print("JOB STATUS", run.get_status())
 
 

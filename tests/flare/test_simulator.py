@@ -1,9 +1,12 @@
 import os
+import socket
 import subprocess
 import sys
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import pytest
+from nvflare.private.fed.app.deployer import simulator_deployer
 from nvflare.private.fed.app.simulator import simulator_runner
 
 from nvflare_rdma import simulator
@@ -97,9 +100,23 @@ def test_the_simulators_output_goes_to_the_console_file(tmp_path):
     assert sorted((tmp_path / "console.log").read_text().split()) == ["err", "out"]
 
 
+def test_a_port_for_a_site_is_the_sites_alone():
+    get_open_ports = simulator._HeldPorts()
+    ports = get_open_ports(2)
+    assert len(set(ports)) == 2
+    for port in ports:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with Listener(("localhost", port)) as site, Client(("localhost", port)) as server:  # as FLARE's processes do
+            server.send("config")
+            assert site.accept().recv() == "config"
+
+
 @pytest.mark.parametrize("scheme", ["rdma", "grpc"])
 def test_server_and_sites_get_the_scheme(scheme, monkeypatch):
     monkeypatch.setattr(simulator_runner, "SimulatorDeployer", simulator_runner.SimulatorDeployer)
+    for module in (simulator_runner, simulator_deployer):
+        monkeypatch.setattr(module, "get_open_ports", module.get_open_ports)
     monkeypatch.setenv("NVFLARE_COMM_DRIVER_PATH", "/others")
     simulator.use_scheme(scheme)
     deployer = simulator_runner.SimulatorDeployer()
@@ -108,6 +125,8 @@ def test_server_and_sites_get_the_scheme(scheme, monkeypatch):
     config, build_ctx = deployer._create_simulator_client_config("site-1", args)
     assert config["servers"][0]["service"]["scheme"] == scheme
     assert build_ctx["server_config"][0]["service"]["scheme"] == scheme
+    for module in (simulator_runner, simulator_deployer):
+        assert isinstance(module.get_open_ports, simulator._HeldPorts)
     folders = os.environ["NVFLARE_COMM_DRIVER_PATH"].split(os.pathsep)
     plugin = str(Path(simulator.__file__).parent / "plugin")
     assert folders == ([plugin, "/others"] if scheme == "rdma" else ["/others"])

@@ -129,9 +129,20 @@ def test_flares_own_path_is_recorded_with_the_reason(results, which, why_receive
     assert on_the_way[0] == on_the_way[1]
 
 
-@pytest.mark.parametrize(("which", "path"), [("few bits", "direct"), ("few bits relayed", "flare")])
+@pytest.mark.parametrize(
+    ("which", "path"),
+    [
+        ("few bits", "direct"),
+        ("few bits relayed", "flare"),
+        ("few bits on disk", "direct"),
+        ("few bits relayed to disk", "flare"),
+    ],
+)
 def test_few_bits_are_recorded_as_they_travel(results, which, path):
     result = results[which]
+    on_disk = "disk" in which
+    assert (result["kind"], result["finished"]) == ("_LazyRef" if on_disk else "Tensor", True)
+    assert (result.get("files"), result.get("left")) == ((2, []) if on_disk else (None, None))
     assert 0 < result["error"] < 1
     found = recorded(result)
     assert found.keys() == {("sent", "server"), ("received", "site-1")}

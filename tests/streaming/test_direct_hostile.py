@@ -147,6 +147,7 @@ def address(tensor) -> int:
 @pytest.mark.parametrize("make", [torch.ones, np.ones])
 def test_memory_is_used_again_when_nobody_holds_the_tensors(make, direct, cell):
     memory, site = TensorMemory(), cell("site-1")
+    memory.keep_for([100_000 * 8])
     it = direct({"x": make(100_000)})
     first = it.pull(site, allocate=memory.take)["x"]
     second = it.pull(site, allocate=memory.take)["x"]
@@ -162,6 +163,16 @@ def test_memory_is_used_again_when_nobody_holds_the_tensors(make, direct, cell):
     assert_equal({"x": second, "y": third, "z": fourth}, dict.fromkeys("xyz", make(100_000)))
     del second, third, fourth
     eventually(lambda: memory.used_bytes == 0, DEADLINE)
+
+
+def test_only_as_much_memory_is_kept_as_one_message_takes():
+    memory = TensorMemory()
+    held = [memory.take(1 << 20) for _ in range(3)]
+    memory.keep_for([1 << 20, 10])
+    del held
+    assert memory.idle_bytes == 1 << 20
+    memory.keep_for([5])  # a smaller one
+    assert len(memory.take(1 << 20)) == 1 << 20
 
 
 def test_what_a_transfer_that_failed_had_is_not_used_while_it_lands(direct, cell):

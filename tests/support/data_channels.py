@@ -12,9 +12,8 @@ from link_process import resources
 from tcp_pair import DEADLINE
 from waiting import eventually
 
-from nvflare_rdma.fabric.memory import MemoryBudget, SendMemory, SlotPool
 from nvflare_rdma.fabric.verbs_memory import RegistrationCache
-from nvflare_rdma.process import Process, _make_context
+from nvflare_rdma.process import Process, _make_context, make_memory
 from nvflare_rdma.settings import Settings
 from nvflare_rdma.streaming.channels import DataChannels
 
@@ -22,15 +21,13 @@ ANY_PORT = (0, 0)
 _base: dict[tuple[str, ...], Process] = {}
 
 
-def process(fabrics: tuple[str, ...] = ("tcp",)) -> Process:
+def process(fabrics: tuple[str, ...] = ("tcp",), budget: int = 16 << 20) -> Process:
     """With a budget of its own."""
+    settings = Settings(rdma_fabrics=fabrics, rdma_chunk_bytes=64 * 1024, rdma_memory_budget_bytes=budget)
     if fabrics not in _base:
-        settings = Settings(rdma_fabrics=fabrics, rdma_chunk_bytes=64 * 1024)
         _base[fabrics] = Process(settings, _make_context(settings), RegistrationCache(1 << 20))
     base = _base[fabrics]
-    pool = SlotPool()
-    own = {"budget": MemoryBudget(16 << 20), "pool": pool, "sending": SendMemory(pool, 8 << 20)}
-    return replace(base, context=replace(base.context, **own))
+    return replace(base, settings=settings, context=replace(base.context, **make_memory(budget)))
 
 
 def clear(server_side: bool) -> ssl.SSLContext | None:
@@ -50,8 +47,10 @@ class Cells:
         tls: Callable[[bool], ssl.SSLContext | None] = clear,
         host: str = "127.0.0.1",
         fabrics: tuple[str, ...] = ("tcp",),
+        budget: int = 16 << 20,
+        trainers: bool = False,
     ) -> DataChannels:
-        made = DataChannels(name, process(fabrics), tls, host, ports)
+        made = DataChannels(name, process(fabrics, budget), tls, host, ports, trainers)
         self.made.append(made)
         return made
 

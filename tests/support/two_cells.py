@@ -4,10 +4,12 @@ FOLDER/results.json; CREDENTIALS is JSON of each cell's, for TLS between them.
 One process, as FLARE's own tests have it; the bytes still go through sockets or shared memory.
 """
 
+import gc
 import json
 import logging
 import os
 import sys
+import tempfile
 import threading
 import traceback
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from nvflare.apis.signal import Signal
+from nvflare.app_common.utils.tensor_disk_offload_context import _TENSOR_DISK_OFFLOAD_ROOT_DIR
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.f3.cellnet.cell import Cell
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
@@ -129,7 +132,24 @@ class Pair:
         self.finished.clear()
         request = new_cell_message({}, {})
         reply = self.site.send_request(channel="test", topic="few", target="server", request=request, timeout=60.0)
-        return {"error": float((reply.payload["w"] - WEIGHTS).abs().max()), "finished": self.finished.wait(30.0)}
+        got = reply.payload["w"]
+        result = {"kind": type(got).__name__, "finished": self.finished.wait(30.0)}
+        if result["kind"] != "Tensor":
+            result["files"] = sum(len(files) for _, _, files in os.walk(self.folder))
+            got = got.materialize()
+        return {**result, "error": float((got - WEIGHTS).abs().max())}
+
+    def get_few_bits_to_disk(self) -> dict:
+        """As a workflow with ``enable_tensor_disk_offload`` has it."""
+        self.folder = tempfile.mkdtemp(dir=sys.argv[1])
+        to_disk = {FOBSContextKey.TENSOR_DISK_OFFLOAD: True, _TENSOR_DISK_OFFLOAD_ROOT_DIR: self.folder}
+        self.site.update_fobs_context(to_disk)
+        try:
+            result = self.get_few_bits()
+            gc.collect()
+            return {**result, "left": os.listdir(self.folder)}
+        finally:
+            self.site.update_fobs_context(dict.fromkeys(to_disk))
 
     def send(self) -> dict:
         request = new_cell_message({}, {"model": MODEL})
@@ -157,6 +177,7 @@ def main() -> None:
     pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: None})
     results["again"] = {**pair.get(), "log": lines.take(), "records": records.take()}
     results["few bits"] = {**pair.get_few_bits(), "records": records.take()}
+    results["few bits on disk"] = {**pair.get_few_bits_to_disk(), "records": records.take(), "log": lines.take()}
     results["up"] = {**pair.send(), "log": lines.take(), "records": records.take()}
 
     abort = Signal()
@@ -180,6 +201,7 @@ def main() -> None:
     results["no door on either side"] = {**pair.get(), "log": lines.take(), "records": records.take()}
 
     results["few bits relayed"] = {**pair.get_few_bits(), "records": records.take()}
+    results["few bits relayed to disk"] = {**pair.get_few_bits_to_disk(), "records": records.take()}
 
     (Path(sys.argv[1]) / "results.json").write_text(json.dumps(results))
 

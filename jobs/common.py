@@ -1,0 +1,151 @@
+"""What the jobs here have in common: options, the parts that they choose, the simulator, and what is said of failures.
+
+Import it before FLARE: importing FLARE takes its own options out of sys.argv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPORT = "--export" in sys.argv  # FLARE's own option: write the job and stop
+
+sys.path[:0] = [p for p in (str(ROOT),) if p not in sys.path]
+
+from nvflare_rdma.codecs import CODEC_NAMES  # noqa: E402
+
+QUANTIZE = ("none", *CODEC_NAMES)
+DRIVERS = ("rdma", "tcp", "grpc")
+
+
+def natural(text: str) -> int:
+    """0, 1, 2 ..., for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is less than 0")
+    return value
+
+
+def positive(text: str) -> int:
+    """1, 2, 3 ..., for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def multiple_of_64(text: str) -> int:
+    """64, 128, 192 ..., for argparse."""
+    value = positive(text)
+    if value % 64:
+        raise argparse.ArgumentTypeError(f"{value} is not a multiple of 64")
+    return value
+
+
+def parser(description: str, name: str, rounds: int, sites: int) -> argparse.ArgumentParser:
+    """A parser with the options of all jobs; the job's own numbers of rounds and sites are the defaults."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quantize", choices=QUANTIZE, default="normfloat4", help="how weights travel")
+    made.add_argument("--error-feedback", action="store_true", help="add what a message lost to the next one")
+    made.add_argument("--delta", action="store_true", help="send the sites what has changed, not the whole model")
+    made.add_argument("--driver", choices=DRIVERS, default="rdma", help="what they travel over")
+    made.add_argument("--direct", action="store_true", help="tensors go directly from process to process")
+    made.add_argument("--rounds", type=positive, default=rounds)
+    made.add_argument("--sites", type=positive, default=sites)
+    made.add_argument("--workspace", type=Path, default=Path(f"{name}_workspace"))
+    made.add_argument("--verbose", action="store_true", help="show FLARE's log")
+    return made
+
+
+def check(made: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """`args`, unless they contradict each other."""
+    if args.quantize == "none" and (args.error_feedback or args.delta):
+        made.error("--error-feedback and --delta are for messages of few bits: choose one with --quantize")
+    return args
+
+
+def add_parts(recipe: Any, args: argparse.Namespace) -> None:
+    """Put what `args` ask for on the recipe, and count what moves."""
+    from nvflare_rdma.metrics import add_traffic_recorder
+    from nvflare_rdma.recipe import add_quantization, add_transfer
+
+    add_traffic_recorder(recipe)
+    if args.direct:
+        add_transfer(recipe)
+    if args.quantize != "none":
+        add_quantization(recipe, args.quantize, error_feedback=args.error_feedback, delta=args.delta)
+
+
+def simulator(args: argparse.Namespace) -> Any:
+    """FLARE's simulator over ``args.driver`` in ``args.workspace``."""
+    from nvflare_rdma.simulator import RdmaSimEnv
+
+    workspace = args.workspace.resolve()
+    return RdmaSimEnv(
+        num_clients=args.sites,
+        workspace_root=str(workspace),
+        scheme=args.driver,
+        console=None if args.verbose else workspace / "console.log",
+    )
+
+
+@contextlib.contextmanager
+def environment(args: argparse.Namespace, **defaults: str) -> Iterator[None]:
+    """What the server's and the sites' processes inherit; ``defaults`` are for variables that aren't set."""
+    before = dict(os.environ)
+    # A FLARE job finds this package installed; run from a source tree it is found by this path.
+    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), before.get("PYTHONPATH")) if p)
+    if args.driver == "rdma" or args.direct:
+        # All processes are on one host, where they could use shared memory, which no kernel counter sees.
+        os.environ.setdefault("NVFLARE_RDMA_FABRICS", "tcp")
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def last_errors(workspace: Path, name: str, count: int = 8) -> str:
+    """The log of a failed run of the job `name`, and the last lines in it that tell of an error."""
+    logs = [workspace / "console.log", *sorted((workspace / name).rglob("log.txt"))]
+    logs = [log for log in logs if log.is_file() and log.stat().st_size]
+    found: list[str] = []
+    for log in logs:
+        lines = log.read_text(errors="replace").splitlines()
+        errors = [line for line in lines if "ERROR" in line or "Error:" in line]
+        found = [f"{log}:", *(f"  {line}" for line in errors[-count:])]
+        if errors:
+            break
+    return "\n".join(found) or f"no log was written under {workspace}"
+
+
+def print_traffic(folder: Path, title: str, rounds: int) -> None:
+    """A row a round of what `TrafficRecorder` has written in the job's workspace: bytes and seconds, each way.
+
+    Raises:
+        RuntimeError: there are fewer than ``rounds``: the job did not get there.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from nvflare_rdma.metrics.summary import read_lines, summarize
+
+    rows = summarize(read_lines(folder)).rounds
+    if len(rows) < rounds:
+        raise RuntimeError(f"only {len(rows)} of {rounds} rounds are recorded in {folder}")
+    table = Table(title=title)
+    for heading in ("round", "server->sites MB", "sites->server MB", "s down", "s up", "s codec"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        moved = (f"{nbytes / 1e6:.1f}" for nbytes in (row.bytes_down, row.bytes_up))
+        seconds = (f"{value:.2f}" for value in (row.seconds_down, row.seconds_up, row.seconds_codec))
+        table.add_row(str(row.round + 1), *moved, *seconds)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)

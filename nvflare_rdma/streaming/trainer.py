@@ -1,0 +1,85 @@
+"""The Client API's own process (`launch_external_process=True`), which loads no components of the job.
+
+FLARE starts the trainer from the site's job process, with its environment, and gives it a cell below that process's.
+A process with a cell imports what lies in the folders of `comm_driver_path`. So the job process adds a folder to that
+path, whose one file installs the transfer, and hands on what the trainer's cell does not know: how the site reaches
+the server, its certificates, and its settings. The command, and the script, stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nvflare.client.cell.bootstrap import BOOTSTRAP_FILE_ENV_VAR
+from nvflare.fuel.f3.drivers.driver_params import DriverParams
+
+from nvflare_rdma.settings import settings_environment
+
+_DRIVER_PATH = "NVFLARE_COMM_DRIVER_PATH"
+#: JSON of a `Site`. No NVFLARE_RDMA_ name: those are settings.
+_SITE = "RDMA_TRANSFER_SITE"
+_FOLDER = str(Path(__file__).parents[1] / "trainer_plugin")
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a cell's data channels need to know of where it is. ``url``: how the server is reached, "" if unknown;
+    ``credentials``: FLARE's connection parameters, with the paths of certificates."""
+
+    url: str
+    secure: bool
+    credentials: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, cell: Any) -> Site:
+        """As the cell's own connections are."""
+        core = cell.core_cell
+        credentials = dict(core.endpoint.conn_props or {})
+        url = core.root_url[0] if isinstance(core.root_url, list) else core.root_url
+        # Also where FLARE's own connections are clear because somebody else protects them (connection_security=clear):
+        # that does not protect these.
+        return cls(url or "", bool(core.secure or credentials.get(DriverParams.CA_CERT.value)), credentials)
+
+
+def hand_on(cell: Any) -> dict[str, str | None]:
+    """Have trainers that this process starts from now on install the transfer, too.
+
+    Returns:
+        What `take_back` needs to undo it.
+    """
+    site = Site.of(cell)
+    credentials = {name: value for name, value in site.credentials.items() if isinstance(value, str)}
+    folders = [folder for folder in os.environ.get(_DRIVER_PATH, "").split(os.pathsep) if folder and folder != _FOLDER]
+    handed = {
+        **settings_environment(),  # the site's configuration files are not the trainer's
+        _DRIVER_PATH: os.pathsep.join([*folders, _FOLDER]),
+        _SITE: json.dumps(asdict(Site(site.url, site.secure, credentials))),
+    }
+    before = {name: os.environ.get(name) for name in handed}
+    os.environ.update(handed)
+    return before
+
+
+def take_back(before: Mapping[str, str | None]) -> None:
+    """Undo `hand_on`."""
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def is_trainer() -> bool:
+    """Whether FLARE has started this process as a Client API trainer."""
+    return BOOTSTRAP_FILE_ENV_VAR in os.environ
+
+
+def inherited_site() -> Site | None:
+    """What the site's job process has handed on; None if this is no trainer, or it was not started with one."""
+    text = os.environ.get(_SITE) if is_trainer() else None
+    return Site(**json.loads(text)) if text else None

@@ -1,0 +1,76 @@
+"""pytest plugin: what runs is FLARE's, with this package's transfer installed. See `upstream.py`."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from typing import Any
+
+import nvflare.app_common.decomposers.numpy_decomposers as numpy_decomposers
+import nvflare.app_opt.pt.decomposers as pt_decomposers
+import pytest
+
+from nvflare_rdma.flare_compat import replace_decomposer
+from nvflare_rdma.process import this_process
+from nvflare_rdma.streaming.channels import DataChannels
+from nvflare_rdma.streaming.decomposers import DirectDecomposer, RdmaArrayDecomposer
+from nvflare_rdma.streaming.pulling import Pull
+from nvflare_rdma.streaming.registry import registry
+from nvflare_rdma.streaming.torch_decomposer import RdmaTensorDecomposer
+from nvflare_rdma.streaming.transfer import install
+
+_counted: Counter[str] = Counter()
+
+
+def _open(cell: Any) -> DataChannels:
+    """As `open_channels`, but every cell listens: only few of those in FLARE's tests are called server."""
+    return DataChannels(cell.get_fqcn(), this_process(), lambda server_side: None, "127.0.0.1", (0, 0))
+
+
+def _noted(method: Any) -> Any:
+    @functools.wraps(method)
+    def noting(*args: Any, **kinds: Any) -> Any:
+        _counted["reached"] += 1
+        return method(*args, **kinds)
+
+    return noting
+
+
+def _counting(run: Any) -> Any:
+    @functools.wraps(run)
+    def counting(pull: Pull) -> Any:
+        try:
+            tensors = run(pull)
+        except Exception:
+            _counted["own_path"] += 1
+            raise
+        _counted["direct"] += 1
+        _counted["nbytes"] += sum(item.nbytes for item in pull.items)
+        return tensors
+
+    return counting
+
+
+def pytest_configure() -> None:
+    """Before FLARE's tests are imported: what they name is ours."""
+    install()
+    registry.start(_open)
+    Pull.run = _counting(Pull.run)
+    for name in ("to_downloadable", "download"):
+        setattr(DirectDecomposer, name, _noted(getattr(DirectDecomposer, name)))
+    pt_decomposers.TensorDecomposer = RdmaTensorDecomposer
+    numpy_decomposers.NumpyArrayDecomposer = RdmaArrayDecomposer
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Some tests reset FLARE's register."""
+    replace_decomposer(RdmaArrayDecomposer())
+    replace_decomposer(RdmaTensorDecomposer())
+    _counted.clear()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """What upstream.py reads in the report."""
+    item.user_properties.extend((name, count) for name, count in _counted.items())
