@@ -32,6 +32,7 @@ from nvflare_rdma.streaming.metering import raw_bytes
 from nvflare_rdma.streaming.pulling import AbortedError, pull
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.serving import Service
+from nvflare_rdma.streaming.stream_receiving import PREFIX, Receiving, register
 
 require_flare("ContainerStreamer")  # names of FLARE's that it keeps to itself
 
@@ -41,7 +42,7 @@ _ROWS, _ROW_BYTES = 4096, 1 << 20
 #: Without any message from the sender.
 _WAIT_SECONDS = 120.0
 _LOOK_SECONDS = 0.2
-_PORTIONS = streams.PREFIX + "portions"
+_PORTIONS = PREFIX + "portions"
 
 
 class ContainerStreamer(flare.ContainerStreamer):
@@ -54,7 +55,7 @@ class ContainerStreamer(flare.ContainerStreamer):
         """See FLARE's."""
         flare.ContainerStreamer.register_stream_processing(fl_ctx, channel, topic, stream_done_cb, **cb_kwargs)
         callbacks = {"stream_done_cb": stream_done_cb, **cb_kwargs}
-        streams.register(fl_ctx.get_engine(), channel, topic, ContainerReceiving, callbacks)
+        register(fl_ctx.get_engine(), channel, topic, ContainerReceiving, callbacks)
 
     @staticmethod
     def stream_container(
@@ -174,7 +175,7 @@ class _Offer(streams.Offer):
             ]
 
 
-class ContainerReceiving(streams.Receiving):
+class ContainerReceiving(Receiving):
     """Puts a container together."""
 
     kind = "container"
@@ -193,7 +194,7 @@ class ContainerReceiving(streams.Receiving):
         self._heard_at = time.monotonic()
 
     def take(self, what: Any) -> None:
-        """See `streams.Receiving`."""
+        """See `stream_receiving.Receiving`."""
         if not isinstance(what, list | tuple):
             raise ProtocolError("malformed entries")
         with self._changed:
@@ -213,7 +214,7 @@ class ContainerReceiving(streams.Receiving):
         aborted: Callable[[], bool],
         meter: Meter,
     ) -> None:
-        """See `streams.Receiving`."""
+        """See `stream_receiving.Receiving`."""
         tensors = pull(channels, peer, ask, in_memory(memory.take), aborted, meter=meter)
         self.size = self._size, raw_bytes(tensors)
         with self._changed:
@@ -251,7 +252,7 @@ class ContainerReceiving(streams.Receiving):
         return isinstance(error, RdmaError) and not isinstance(error, AbortedError | ProtocolError)
 
     def finish(self, stream_ctx: dict[str, Any]) -> None:
-        """See `streams.Receiving`."""
+        """See `stream_receiving.Receiving`."""
         stream_ctx[flare._CTX_RESULT] = self._container
 
 

@@ -23,9 +23,10 @@ from nvflare_rdma.streaming.file_transfer import FileService, pull_file
 from nvflare_rdma.streaming.partial_file import forget
 from nvflare_rdma.streaming.pulling import AbortedError
 from nvflare_rdma.streaming.registry import registry
+from nvflare_rdma.streaming.stream_receiving import PREFIX, Receiving, register
 
 _CHUNK_TIMEOUT = 5.0
-_IDENTITY = streams.PREFIX + "file"
+_IDENTITY = PREFIX + "file"
 
 
 class FileStreamer(flare.FileStreamer):
@@ -54,7 +55,7 @@ class FileStreamer(flare.FileStreamer):
         )
         callbacks = {"stream_done_cb": stream_done_cb, "consumed_cb": chunk_consumed_cb, **cb_kwargs}
         make = functools.partial(FileReceiving, folder=folder)
-        streams.register(fl_ctx.get_engine(), channel, topic, make, callbacks)
+        register(fl_ctx.get_engine(), channel, topic, make, callbacks)
 
     @staticmethod
     def stream_file(
@@ -121,7 +122,7 @@ class _Offer(streams.Offer):
         return self._file.broken
 
 
-class FileReceiving(streams.Receiving):
+class FileReceiving(Receiving):
     """Puts a file into ``folder``, under a name of its own."""
 
     kind = "file"
@@ -144,7 +145,7 @@ class FileReceiving(streams.Receiving):
         aborted: Callable[[], bool],
         meter: Meter,
     ) -> None:
-        """See `streams.Receiving`."""
+        """See `stream_receiving.Receiving`."""
         pull_file(channels, peer, ask, self._identity, self._folder, self._path, self._site, aborted, meter)
 
     def may_come_otherwise(self, error: Exception) -> bool:
@@ -153,9 +154,9 @@ class FileReceiving(streams.Receiving):
         return isinstance(error, RdmaError) and not hopeless
 
     def dismiss(self) -> None:
-        """See `streams.Receiving`."""
+        """See `stream_receiving.Receiving`."""
         forget(self._folder, self._identity, self._site)
 
     def finish(self, stream_ctx: dict[str, Any]) -> None:
-        """See `streams.Receiving`."""
+        """See `stream_receiving.Receiving`."""
         stream_ctx[flare.KEY_FILE_LOCATION] = self._path

@@ -24,7 +24,7 @@ from waiting import eventually
 from nvflare_rdma.metrics.transfers import ledger
 from nvflare_rdma.streaming import ContainerRetriever, ContainerStreamer, FileRetriever, FileStreamer
 from nvflare_rdma.streaming.registry import registry
-from nvflare_rdma.streaming.streams import KEY, PREFIX
+from nvflare_rdma.streaming.stream_receiving import KEY, PREFIX
 from nvflare_rdma.streaming.transfer import install
 
 SITES = ["site-1", "site-2"]
