@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _JOURNAL, _PART = ".rdma-journal", ".rdma-part"
-LOCK_SECONDS = 15.0
+#: More than what a transfer whose sender is gone may wait for an answer.
+LOCK_SECONDS = 30.0
 _LOOK_SECONDS = 0.05
 _KEEP_SECONDS = 7 * 24 * 3600.0
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
