@@ -42,6 +42,14 @@ class IntegrityError(TransferError):
     """A chunk's contents do not match its seal or checksum."""
 
 
+class SourceError(TransferError, OSError):
+    """A file that is being sent can't be read, or has changed meanwhile."""
+
+
+class StorageError(TransferError, OSError):
+    """A received file can't be kept: the disk is full, or refuses it."""
+
+
 class TlsError(RdmaError, ConnectionError):
     """The peers could not agree on TLS: a certificate is missing, expired or from another authority."""
 

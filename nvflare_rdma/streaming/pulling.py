@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
+from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.metrics.transfers import Meter
 from nvflare_rdma.streaming import manifest
@@ -128,7 +129,7 @@ class Pull:
 
     def _land(self, described: Mapping[str, Any]) -> None:
         large = {number for number, item in enumerate(self.items) if item.content is None}
-        missing, fruitless = large, 0
+        missing, fruitless = large - self._landed.keys(), 0
         while missing:
             reason = self._attempt(missing, described)
             left = missing - self._landed.keys()
@@ -143,8 +144,8 @@ class Pull:
     def _attempt(self, missing: Set[int], described: Mapping[str, Any]) -> str:
         """Land what is missing, and say why not all of it came."""
         invitation = self._find_way(described)
-        landings, items = Landings(set(missing)), self.items
-        sinks = [TensorSink(n, items[n], self._place(items[n]), landings) for n in sorted(missing)]
+        landings = Landings(set(missing))
+        sinks = [self._sink(number, landings) for number in sorted(missing)]
         first = self._channels.expect(self._peer, sinks)
         try:
             self._asked = True
@@ -160,12 +161,16 @@ class Pull:
             self._landed_bytes += landings.nbytes
             return landings.failure or landings.lost
 
-    def _count(self, sinks: list[TensorSink], landings: Landings) -> None:
+    def _count(self, sinks: list[Sink], landings: Landings) -> None:
         link = self._channels.find(self._peer)
         self._meter.fabric = link.fabric if link is not None else self._meter.fabric
         self._meter.resent_chunks += sum(sink.resent_chunks for sink in sinks)
         with landings.changed:
             self._meter.wire_bytes += landings.nbytes
+
+    def _sink(self, number: int, landings: Landings) -> Sink:
+        item = self.items[number]
+        return TensorSink(number, item, self._place(item), landings)
 
     def _find_way(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
         """See that there is a channel; an invitation if the peer has to make it."""

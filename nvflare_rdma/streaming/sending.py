@@ -177,4 +177,6 @@ class Sender(threading.Thread):
 
 
 def _source(item: Item, tensor: Any) -> Source:
+    if isinstance(tensor, Source):
+        return tensor
     return TensorSource(tensor, item.nbytes) if item.cut is None else EncodedSource(Encoding.of(tensor, item.cut, hot))

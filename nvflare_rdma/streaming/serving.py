@@ -153,7 +153,7 @@ class Service:
         with self._lock:
             self._served.discard(receiver)  # it begins anew, whatever it has said before
             exact = set(self._exact)
-        items = self._items[receiver] = _with_content(self._describe_all(tensors, exact), tensors)
+        items = self._items[receiver] = self._manifest(tensors, exact)
         if meter.budget is None:
             meter.budget = channels.budget.watch()
             meter.wire_bytes += sum(len(item.content or b"") for item in items)
@@ -172,12 +172,15 @@ class Service:
         for item in self._describe_all(tensors, set(self._exact)):
             if item.cut is not None and (reason := Encoding(tensors[item.name], item.cut, hot).try_all()):
                 self._send_exact(item.name, reason)
-        items = _with_content(self._describe_all(tensors, set(self._exact)), tensors)
+        items = self._manifest(tensors, set(self._exact))
         with self._lock:
             self._relayed[receiver] = Relayed(items, tensors)
         if (meter := self.meters.find(receiver)) is not None:
             meter.wire_bytes += sum(len(item.content or b"") for item in items)
         return {"manifest": manifest.pack(items)}
+
+    def _manifest(self, tensors: Mapping[str, Any], exact: set[str]) -> list[Item]:
+        return _with_content(self._describe_all(tensors, exact), tensors)
 
     def _describe_all(self, tensors: Mapping[str, Any], exact: set[str]) -> list[Item]:
         items = manifest.describe(tensors)

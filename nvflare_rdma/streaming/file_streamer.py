@@ -1,0 +1,162 @@
+"""FLARE's `FileStreamer`, from disk to disk over data channels: see `streams` and `file_transfer`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.streaming import StreamableEngine
+from nvflare.app_common.streamers import file_streamer as flare
+from nvflare.fuel.utils.validation_utils import check_positive_int, check_positive_number
+
+from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, StorageError
+from nvflare_rdma.metrics.transfers import Meter, Meters
+from nvflare_rdma.streaming import streams
+from nvflare_rdma.streaming.channels import DataChannels
+from nvflare_rdma.streaming.file_parts import FileIdentity, OpenFile
+from nvflare_rdma.streaming.file_transfer import FileService, pull_file
+from nvflare_rdma.streaming.partial_file import forget
+from nvflare_rdma.streaming.pulling import AbortedError
+from nvflare_rdma.streaming.registry import registry
+from nvflare_rdma.streaming.stream_receiving import PREFIX, Receiving, register
+
+_CHUNK_TIMEOUT = 5.0
+_IDENTITY = PREFIX + "file"
+
+
+class FileStreamer(flare.FileStreamer):
+    """Streams files, with the methods, arguments, callbacks and results of FLARE's.
+
+    What arrives is compared with what was read (xxh3-128 of each part), and appears under its name, a random one in
+    ``dest_dir`` as FLARE's, when all of it is on disk. If the transfer is interrupted, also by the end of a process,
+    the next one of the same file (name, size, time of change, samples of its content) to the same ``dest_dir`` goes on
+    from what is there under a hidden name. A full disk is an error before bytes move, and nothing is left of the file.
+    """
+
+    @staticmethod
+    def register_stream_processing(
+        fl_ctx: FLContext,
+        channel: str,
+        topic: str,
+        dest_dir: str | None = None,
+        stream_done_cb: Any = None,
+        chunk_consumed_cb: Any = None,
+        **cb_kwargs: Any,
+    ) -> None:
+        """See FLARE's. ``chunk_consumed_cb`` is called for the stream's messages: every few seconds, and at the end."""
+        folder = dest_dir if dest_dir else tempfile.gettempdir()
+        flare.FileStreamer.register_stream_processing(
+            fl_ctx, channel, topic, folder, stream_done_cb, chunk_consumed_cb, **cb_kwargs
+        )
+        callbacks = {"stream_done_cb": stream_done_cb, "consumed_cb": chunk_consumed_cb, **cb_kwargs}
+        make = functools.partial(FileReceiving, folder=folder)
+        register(fl_ctx.get_engine(), channel, topic, make, callbacks)
+
+    @staticmethod
+    def stream_file(
+        channel: str,
+        topic: str,
+        stream_ctx: Any,
+        targets: list[str],
+        file_name: str,
+        fl_ctx: FLContext,
+        chunk_size: int | None = None,
+        chunk_timeout: float | None = None,
+        optional: bool = False,
+        secure: bool = False,
+    ) -> tuple[str, Any]:
+        """See FLARE's. ``chunk_size`` is that of FLARE's own path; over a channel, receivers choose. A chunk's timeout
+        is that of a message; the file may take as long as it moves.
+
+        Raises:
+            SourceError: it can't be read.
+        """
+        if not os.path.isfile(file_name):
+            raise ValueError(f"file {file_name} is not a valid file")
+        if chunk_size:
+            check_positive_int("chunk_size", chunk_size)
+        if not chunk_timeout:
+            chunk_timeout = _CHUNK_TIMEOUT
+        check_positive_number("chunk_timeout", chunk_timeout)
+        if not isinstance(fl_ctx.get_engine(), StreamableEngine):
+            raise RuntimeError(f"engine must be StreamableEngine but got {type(fl_ctx.get_engine())}")
+        file = OpenFile(file_name)
+        stream_ctx = stream_ctx if stream_ctx else {}
+        stream_ctx[flare.KEY_FILE_SIZE] = file.identity.size
+        stream_ctx[flare.KEY_FILE_NAME] = file.identity.name
+
+        def own(to: Any) -> Any:
+            return flare.FileStreamer.stream_file(
+                channel, topic, stream_ctx, to, file_name, fl_ctx, chunk_size, chunk_timeout, optional, secure
+            )
+
+        code, replies = streams.stream(
+            fl_ctx,
+            channel,
+            topic,
+            stream_ctx,
+            {_IDENTITY: file.identity.pack()},
+            targets,
+            lambda cell: _Offer(file, cell),
+            own,
+            file_name,
+            chunk_timeout,
+            optional=optional,
+            secure=secure,
+        )
+        return code, replies if code == flare.ReturnCode.OK else False
+
+
+class _Offer(streams.Offer):
+    def __init__(self, file: OpenFile, cell: Any) -> None:
+        self._file = file
+        self.service = FileService(file, functools.partial(registry.of, cell), Meters(cell.get_fqcn(), "file"))
+
+    @property
+    def broken(self) -> str:
+        return self._file.broken
+
+
+class FileReceiving(Receiving):
+    """Puts a file into ``folder``, under a name of its own."""
+
+    kind = "file"
+
+    def __init__(self, stream_ctx: dict[str, Any], site: str, folder: str) -> None:
+        self._identity = FileIdentity.unpack(stream_ctx.pop(_IDENTITY, None))
+        announced = stream_ctx.get(flare.KEY_FILE_NAME), stream_ctx.get(flare.KEY_FILE_SIZE)
+        if announced != (self._identity.name, self._identity.size):
+            raise ProtocolError(f"a stream of {announced} offers {self._identity}")
+        self.size = 1, self._identity.size
+        self._site = site
+        self._folder = folder
+        self._path = os.path.join(folder, str(uuid.uuid4()))
+
+    def run(
+        self,
+        channels: DataChannels,
+        peer: str,
+        ask: Callable[[dict[str, Any]], Any],
+        aborted: Callable[[], bool],
+        meter: Meter,
+    ) -> None:
+        """See `stream_receiving.Receiving`."""
+        pull_file(channels, peer, ask, self._identity, self._folder, self._path, self._site, aborted, meter)
+
+    def may_come_otherwise(self, error: Exception) -> bool:
+        """Not if the disk is full, or the data wrong."""
+        hopeless = isinstance(error, StorageError | IntegrityError | ProtocolError | AbortedError)
+        return isinstance(error, RdmaError) and not hopeless
+
+    def dismiss(self) -> None:
+        """See `stream_receiving.Receiving`."""
+        forget(self._folder, self._identity, self._site)
+
+    def finish(self, stream_ctx: dict[str, Any]) -> None:
+        """See `stream_receiving.Receiving`."""
+        stream_ctx[flare.KEY_FILE_LOCATION] = self._path

@@ -1,0 +1,75 @@
+"""A file's sender or receiver is killed in the middle (SIGKILL), started again, and goes on: real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from processes import SMALL, background, free_port
+from stream_peer import PART
+from waiting import eventually
+
+PARTS, STALL = 12, 8
+DEADLINE = 60.0
+
+
+class Pair:
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.folder, self._stack = folder, stack
+        self.url = f"tcp://127.0.0.1:{free_port()}"
+
+    def start(self, name: str) -> subprocess.Popen[bytes]:
+        known = len(self.told(name, "ready"))
+        log = self.folder / f"{name}-{known}.err"
+        arguments = [name, self.url, str(self.folder), str(STALL)]
+        process = self._stack.enter_context(
+            background(SMALL / "stream_peer.py", *arguments, log=log, NVFLARE_RDMA_FABRICS="tcp")
+        )
+        eventually(lambda: len(self.told(name, "ready")) > known, DEADLINE)
+        return process
+
+    def told(self, name: str, what: str) -> list:
+        path = self.folder / f"{name}.log"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if what in line]
+
+    def journal(self) -> int:
+        """Parts that are whole, as the journal says."""
+        found = [path.read_text().count("\n") - 1 for path in self.folder.glob(".*.rdma-journal")]
+        return found[0] if found else 0
+
+
+@pytest.fixture
+def pair(tmp_path):
+    with contextlib.ExitStack() as stack:
+        yield Pair(tmp_path, stack)
+
+
+def stream(server: subprocess.Popen[bytes]) -> None:
+    server.stdin.write(b"stream\n")
+    server.stdin.flush()
+
+
+@pytest.mark.parametrize("victim", ["server", "site-1"])
+def test_a_killed_side_goes_on_from_what_is_on_disk(victim, pair):
+    content = os.urandom(PARTS * PART - 7)
+    (pair.folder / "source").write_bytes(content)
+    sides = {name: pair.start(name) for name in ("server", "site-1")}
+    stream(sides["server"])
+    eventually(lambda: pair.journal() >= STALL - 2, DEADLINE)
+    assert not pair.told("site-1", "done")
+    sides[victim].kill()
+    sides[victim].wait()
+    sides[victim] = pair.start(victim)
+    assert pair.journal() >= STALL - 2
+    (pair.folder / "go").touch()
+    stream(sides["server"])
+    eventually(lambda: {"streamed": "OK"} in pair.told("server", "streamed"), DEADLINE)
+    done = [event for event in pair.told("site-1", "done") if event["done"] == "OK"]
+    assert [Path(event["location"]).read_bytes() == content for event in done] == [True]
+    assert [event for event in pair.told("site-1", "log") if f"of {PARTS} parts are here already" in event["log"]]
+    assert not list(pair.folder.glob(".*"))

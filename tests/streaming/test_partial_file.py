@@ -1,0 +1,298 @@
+"""What is on disk of a file that is being received."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nvflare_rdma.errors import ProtocolError, SourceError, StorageError, TransferError
+from nvflare_rdma.streaming import partial_file
+from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, OpenFile, PartDigests
+from nvflare_rdma.streaming.partial_file import PartialFile, forget
+
+PART = 2 * BLOCK_BYTES
+CONTENT = os.urandom(BLOCK_BYTES + 5) * 5  # five blocks and a piece: three parts
+
+
+def identity(**changes) -> FileIdentity:
+    fields = {"name": "model.bin", "size": len(CONTENT), "mtime_ns": 5, "content": "0" * 32, "part_bytes": PART}
+    return FileIdentity(**{**fields, **changes})
+
+
+def receive(file: PartialFile, *parts: int) -> None:
+    for part in parts:
+        data = memoryview(CONTENT)[part * PART : (part + 1) * PART]
+        digests = PartDigests(len(data))
+        for offset in (BLOCK_BYTES, 0):  # in any order
+            block = data[offset : offset + BLOCK_BYTES]
+            file.write(part, offset, block)
+            digests.add(offset, block)
+        file.add(part, digests.whole())
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """A folder in which two parts of three are."""
+    file = PartialFile(str(tmp_path), identity())
+    receive(file, 0, 2)
+    file.keep()
+    assert len(hidden(tmp_path)) == 2
+    return tmp_path
+
+
+def finish(folder: Path, *missing: int) -> None:
+    file = PartialFile(str(folder), identity())
+    assert file.whole == {0, 1, 2} - set(missing)
+    receive(file, *missing)
+    file.finish(str(folder / "whole"))
+    assert (folder / "whole").read_bytes() == CONTENT
+    assert not hidden(folder)
+
+
+def test_it_appears_when_it_is_whole(tmp_path):
+    file = PartialFile(str(tmp_path), identity())
+    receive(file, 1, 0)
+    with pytest.raises(TransferError, match=r"2 of 3 parts of model\.bin are here"):
+        file.finish(str(tmp_path / "whole"))
+    assert not (tmp_path / "whole").exists()
+    receive(file, 2)
+    file.finish(str(tmp_path / "whole"))
+    assert (tmp_path / "whole").read_bytes() == CONTENT
+    assert not hidden(tmp_path)
+
+
+def test_what_is_here_is_taken_up(interrupted):
+    finish(interrupted, 1)
+
+
+def test_only_what_has_its_digest(interrupted):
+    part = next(interrupted.glob(".*.rdma-part"))
+    with open(part, "r+b") as file:
+        file.seek(17)
+        file.write(b"\0" if CONTENT[17] else b"\1")
+    finish(interrupted, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "tail", [b"1 0123", b"1 " + b"0" * 32 + b"\n", b"99 " + b"0" * 32 + b"\n", b"\xff\n", b"1 x y\n"]
+)
+def test_a_journal_with_a_damaged_end(tail, interrupted):
+    with open(next(interrupted.glob(".*.rdma-journal")), "ab") as file:
+        file.write(tail)
+    finish(interrupted, 1)
+
+
+def test_a_journal_without_its_file(interrupted):
+    next(interrupted.glob(".*.rdma-part")).unlink()
+    finish(interrupted, 0, 1, 2)
+
+
+def test_a_file_without_its_journal(interrupted):
+    os.truncate(next(interrupted.glob(".*.rdma-journal")), 0)
+    finish(interrupted, 0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "change", [{"mtime_ns": 6}, {"content": "1" * 32}, {"name": "other"}, {"size": len(CONTENT) - 1}]
+)
+def test_another_file_begins_anew(change, interrupted):
+    file = PartialFile(str(interrupted), identity(**change))
+    assert not file.whole
+    file.keep()  # nothing is whole: nothing is kept
+    assert len(hidden(interrupted)) == 2
+    finish(interrupted, 1)
+
+
+def test_the_same_file_for_another_site(interrupted):
+    file = PartialFile(str(interrupted), identity(), "site-2")
+    assert not file.whole
+    file.discard()
+    finish(interrupted, 1)
+
+
+def test_one_that_is_about_to_end_is_waited_for(interrupted):
+    first = PartialFile(str(interrupted), identity())
+    threading.Timer(0.1, first.keep).start()
+    finish(interrupted, 1)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(partial_file, "LOCK_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_same_file_twice_at_once(interrupted):
+    first = PartialFile(str(interrupted), identity())
+    second = PartialFile(str(interrupted), identity())
+    assert not second.whole
+    receive(second, 0, 1, 2)
+    second.finish(str(interrupted / "second"))
+    forget(str(interrupted), identity())  # not while somebody works on it
+    receive(first, 1)
+    first.finish(str(interrupted / "first"))
+    assert (interrupted / "first").read_bytes() == (interrupted / "second").read_bytes() == CONTENT
+    assert not hidden(interrupted)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_one_that_could_not_be_gone_on_with_is_not_kept(interrupted):
+    first = PartialFile(str(interrupted), identity())
+    second = PartialFile(str(interrupted), identity())
+    receive(second, 0)
+    second.keep()
+    assert len(hidden(interrupted)) == 2
+    first.keep()
+    finish(interrupted, 1)
+
+
+def test_what_nobody_takes_up_is_removed(interrupted):
+    journal = next(interrupted.glob(".*.rdma-journal"))
+    PartialFile(str(interrupted), identity(name="a")).keep()
+    assert journal.exists()
+    long_ago = time.time() - partial_file._KEEP_SECONDS - 60
+    os.utime(journal, (long_ago, long_ago))
+    PartialFile(str(interrupted), identity(name="b")).keep()
+    assert not hidden(interrupted)
+
+
+def test_what_is_late_is_not_written(tmp_path):
+    file = PartialFile(str(tmp_path), identity())
+    file.keep()
+    with pytest.raises(StorageError, match=r"model\.bin is not being received any more"):
+        file.write(0, 0, memoryview(b"x"))
+
+
+def test_an_empty_file(tmp_path):
+    file = PartialFile(str(tmp_path), identity(size=0))
+    file.finish(str(tmp_path / "empty"))
+    assert (tmp_path / "empty").read_bytes() == b""
+
+
+# -- disks that refuse ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("only root can mount a small file system")
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_shows_before_anything_is_written(small_disk):
+    with pytest.raises(StorageError) as caught:
+        PartialFile(str(small_disk), identity())
+    assert str(caught.value).startswith(f"model.bin can't be kept in {small_disk}: it needs {len(CONTENT)} bytes, ")
+    assert " bytes are free there (No space left on device)" in str(caught.value)
+    assert not hidden(small_disk)
+
+
+def test_a_disk_that_fills_up_meanwhile(small_disk, monkeypatch):
+    def cannot(*args) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not here")
+
+    monkeypatch.setattr(os, "posix_fallocate", cannot)
+    with pytest.raises(StorageError, match="No space left on device"):
+        PartialFile(str(small_disk), identity())
+    assert not hidden(small_disk)
+    monkeypatch.setattr(PartialFile, "_free", lambda self: 1 << 40)  # what was free is taken by somebody else
+    file = PartialFile(str(small_disk), identity())
+    with pytest.raises(StorageError, match="No space left on device"):
+        receive(file, 0, 1, 2)
+    with pytest.raises(StorageError, match="No space left on device"):
+        file.write(0, 0, memoryview(b"x"))
+    file.keep()
+    assert not hidden(small_disk)
+
+
+def test_a_file_larger_than_files_may_be(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK_BYTES, hard))
+    try:
+        with pytest.raises(StorageError, match=r"which is more than a file may have here \(File too large\)"):
+            PartialFile(str(tmp_path), identity())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not hidden(tmp_path)
+
+
+def test_a_folder_that_is_gone(tmp_path):
+    with pytest.raises(StorageError, match="No such file or directory"):
+        PartialFile(str(tmp_path / "gone"), identity())
+
+
+# -- the source ----------------------------------------------------------------------------------------------
+
+
+def test_identities_tell_files_apart(tmp_path):
+    path = tmp_path / "source"
+    path.write_bytes(CONTENT)
+    first = OpenFile(str(path)).identity
+    assert first == OpenFile(str(path)).identity
+    assert FileIdentity.unpack(first.pack()) == first
+    at = path.stat().st_mtime_ns
+    path.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
+    os.utime(path, ns=(at, at))  # a file system with coarse times
+    assert OpenFile(str(path)).identity.key("") != first.key("")
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter", "touched"])
+def test_a_source_that_changes(change, tmp_path):
+    path = tmp_path / "source"
+    path.write_bytes(CONTENT)
+    file = OpenFile(str(path))
+    if change == "touched":
+        os.utime(path, ns=(1, 1))
+    else:
+        os.truncate(path, len(CONTENT) + (1 if change == "longer" else -1))
+    with pytest.raises(SourceError, match=f"{path} changed while it was sent"):
+        file.read_into(memoryview(bytearray(100)), 0)
+    with pytest.raises(SourceError, match=f"{path} changed while it was sent"):
+        file.check()
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder"])
+def test_a_source_that_can_not_be_read(kind, tmp_path):
+    with pytest.raises(SourceError, match="no regular file" if kind == "folder" else "can't be read"):
+        OpenFile(str(tmp_path if kind == "folder" else tmp_path / "x"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"name": name} for name in ("", ".", "..", "a/b", "/etc/passwd", "..\\x", "a\0b", "x" * 256, 5, None)),
+        *({"size": size} for size in (-1, 1 << 60, "5", None)),
+        {"size": 1 << 42, "part_bytes": BLOCK_BYTES},  # too many parts
+        *({"part_bytes": part} for part in (0, -1, BLOCK_BYTES + 1, 1 << 40)),
+        {"mtime_ns": 5.0},
+        {"content": "0"},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_descriptions_that_lie(change):
+    with pytest.raises(ProtocolError):
+        FileIdentity.unpack({**identity().pack(), **change})
+    with pytest.raises(ProtocolError):
+        FileIdentity.unpack(None)

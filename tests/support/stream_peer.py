@@ -1,0 +1,72 @@
+"""One side of a file stream in a process of its own: stream_peer.py NAME URL FOLDER STALL. The server streams
+FOLDER/source to site-1 for every line on stdin; site-1 receives to FOLDER. What happens is appended to
+FOLDER/NAME.log, a line of JSON each. STALL: from that part on the server reads only when there is FOLDER/go. Ends with
+stdin."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+
+from stream_engine import StreamEngine
+from waiting import eventually
+
+from nvflare_rdma.streaming import FileStreamer, file_streamer
+from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, OpenFile
+from nvflare_rdma.streaming.transfer import install
+
+PART = 2 * BLOCK_BYTES
+
+
+def main() -> None:
+    name, url, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    stall = int(sys.argv[4])
+    logging.basicConfig(level=logging.INFO)
+
+    def tell(**event) -> None:
+        with open(folder / f"{name}.log", "a") as file:
+            file.write(json.dumps(event) + "\n")
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tell(log=record.getMessage())
+
+    class SmallParts(OpenFile):
+        def __init__(self, path: str) -> None:
+            super().__init__(path)
+            self.identity = FileIdentity(**{**self.identity.pack(), "part_bytes": PART})
+
+        def read_into(self, memory: memoryview, offset: int) -> None:
+            if offset >= stall * PART:
+                eventually((folder / "go").exists)
+            super().read_into(memory, offset)
+
+    file_streamer.OpenFile = SmallParts
+    logging.getLogger("nvflare_rdma").addHandler(Lines())
+    engine = StreamEngine(name, url)
+    install()
+    if name != "server":
+
+        def done(stream_ctx, fl_ctx) -> None:
+            tell(done=stream_ctx["__RC__"], location=FileStreamer.get_file_location(stream_ctx))
+
+        FileStreamer.register_stream_processing(engine.new_context(), "app", "file", str(folder), done)
+        eventually(lambda: engine.cell.core_cell.is_cell_connected("server"))
+    tell(ready=True)
+
+    def stream() -> None:
+        eventually(lambda: engine.cell.core_cell.is_cell_connected("site-1"))
+        code, _ = FileStreamer.stream_file("app", "file", {}, ["site-1"], str(folder / "source"), engine.new_context())
+        tell(streamed=code)
+
+    for _ in sys.stdin:
+        threading.Thread(target=stream, daemon=True).start()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
