@@ -116,7 +116,9 @@ def test_a_client_whose_certificate_is_of_another_authority_is_refused(tmp_path)
     """It trusts the server, but the server does not trust it."""
     authority, other = Authority(tmp_path / "pki"), Authority(tmp_path / "other", "another-project")
     server = {"credentials": authority.issue("server", "server")}
-    client = {"credentials": {**other.issue("client", "site-1"), "ca_cert": authority.root}}
+    # FLARE itself looks at the other pair; a client's connections use this one.
+    own = {**authority.issue("server", "site-1"), **other.issue("client", "site-1"), "ca_cert": authority.root}
+    client = {"credentials": own}
     result, client_log, server_log = exchange(tmp_path, server, client, "srdma", connect_deadline=3.0)
     assert not result["connected"]
     assert "the client's certificate is not trusted here" in server_log
