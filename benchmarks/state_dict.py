@@ -9,10 +9,10 @@ over its tcp driver in every configuration but grpc; ``direct`` has `RdmaTransfe
 ``+best``: FLARE's streaming window at 16 MiB and a malloc that keeps freed memory. ``+nf4``: tensors are marked as
 `ModelQuantizer` does with ``normfloat4``, which is encoded and decoded on the way.
 
-Every round starts a fresh pair of processes for every configuration in turn. A pair moves the model twice each way: the
-second transfer is what the table shows, the first one, which meets cold memory, is noted beside it. Peak RSS is what
-VmHWM grew by from just before the first transfer (of this way) to its end: for who receives that is the model and
-what it takes besides. CPU and page faults are of the second transfer, of both processes.
+Every round starts a fresh pair of processes for every configuration in turn. A pair moves the model three times each
+way: the last transfer is what the table shows, the first one, which meets cold memory, is noted beside it. Peak RSS is
+what VmHWM grew by from just before the first transfer (of this way) to its end: for who receives that is the model and
+what it takes besides. CPU and page faults are of the last transfer, of both processes.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from rich.table import Table
 
 CONFIGURATIONS = ("tcp", "grpc", "tcp+best", "direct-shm", "direct-tcp", "direct-shm+nf4", "direct-tcp+nf4")
 TIMEOUT = 300.0
+TURNS = 3
 LAYERS = 28  # and 9 tensors each, and three more: 255
 console = Console(width=150)
 
@@ -174,7 +175,7 @@ def environment(configuration: str) -> dict[str, str]:
 
 
 def run_pair(configuration: str, mib: int) -> dict[str, dict[str, float]]:
-    """``down`` and ``up``: the second transfer, with the first one's seconds."""
+    """``down`` and ``up``: the last transfer, with the first one's seconds."""
     direct = configuration.startswith("direct")
     scheme = "grpc" if configuration.startswith("grpc") else "tcp"
     arguments = [
@@ -189,7 +190,7 @@ def run_pair(configuration: str, mib: int) -> dict[str, dict[str, float]]:
         for peer in peers:
             peer.answer()
         found: dict[str, dict[str, float]] = {"down": {}, "up": {}}
-        for again in (False, True):
+        for turn in range(TURNS):
             for way, of in found.items():
                 for peer in peers:
                     peer.ask("idle")
@@ -198,8 +199,8 @@ def run_pair(configuration: str, mib: int) -> dict[str, dict[str, float]]:
                 if way == "up" and not server.ask("check")["equal"]:
                     raise SystemExit(f"{configuration}: what came back differs from what was sent")
                 for side, u in used.items():
-                    of |= {f"{side}_{key}": u[key] for key in (("cpu", "faults") if again else ("rss",))}
-                of["seconds" if again else "first"] = moved["seconds"]
+                    of |= {f"{side}_{key}": u[key] for key in (("cpu", "faults") if turn else ("rss",))}
+                of["seconds" if turn else "first"] = moved["seconds"]
         return found
     finally:
         for peer in peers:
