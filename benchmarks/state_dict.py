@@ -69,7 +69,7 @@ def _shapes(width: int) -> list[tuple[int, ...]]:
 
 
 class Side:
-    """The server holds the model, the client fetches it and sends it back."""
+    """The server (``role``) holds the model; a site, called by its role, fetches it and sends it back."""
 
     def __init__(self, role: str, url: str, mib: int, direct: bool, encoded: bool) -> None:
         from nvflare.app_opt.pt.decomposers import TensorDecomposer
@@ -81,8 +81,7 @@ class Side:
         self._encoded = encoded
         self._model: dict[str, Any] = make_model(mib) if self._is_server else {}
         self._got: dict[str, Any] = {}
-        self._name = "server" if self._is_server else "site-1"
-        self._cell = Cell(fqcn=self._name, root_url=url, secure=False, credentials={})
+        self._cell = Cell(fqcn=role, root_url=url, secure=False, credentials={})
         self._cell.register_request_cb(channel="bench", topic="get", cb=self._give)
         self._cell.register_request_cb(channel="bench", topic="put", cb=self._take)
         self._cell.start()
@@ -144,6 +143,10 @@ class Side:
         self._meter = Meter()
         return {}
 
+    def lap(self) -> dict[str, Any]:
+        self._meter.lap()
+        return {}
+
     def used(self) -> dict[str, Any]:
         return self._meter.read()
 
@@ -164,7 +167,7 @@ class Side:
         return {"equal": equal}
 
     def serve(self) -> None:
-        obey({name: getattr(self, name) for name in ("idle", "used", "down", "up", "check")})
+        obey({name: getattr(self, name) for name in ("idle", "lap", "used", "down", "up", "check")})
         self._cell.stop()
 
 
@@ -184,7 +187,7 @@ def run_pair(configuration: str, mib: int) -> dict[str, dict[str, float]]:
         str(int(direct)),
         str(int(configuration.endswith("+nf4"))),
     ]
-    peers = [Peer(["--peer", role, *arguments], environment(configuration), __file__) for role in ("server", "client")]
+    peers = [Peer(["--peer", role, *arguments], environment(configuration), __file__) for role in ("server", "site-1")]
     server, client = peers
     try:
         for peer in peers:
