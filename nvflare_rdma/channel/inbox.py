@@ -35,13 +35,6 @@ class _Arriving:
     #: Whom to tell when the message is whole and nothing of it is written or consumed any more.
     done: Callable[[], None] | None = None
 
-    def release_if_over(self) -> None:
-        if self.ended and not self.open_chunks:
-            self.reservation.release()
-            done, self.done = self.done, None
-            if done is not None:
-                done()
-
 
 @dataclass(slots=True)
 class _Landing:
@@ -75,7 +68,8 @@ class Inbox:
         self._later = later
         self._arriving: dict[int, _Arriving] = {}
         self._landings: dict[int, _Landing] = {}
-        self._waiting: dict[int, tuple[Reservation, Sink | None]] = {}
+        #: With how many bytes of the message may be in slots at once.
+        self._waiting: dict[int, tuple[Reservation, Sink | None, int]] = {}
         self._opener: sealing.Sealer | None = None
         self._checked = False
 
@@ -98,26 +92,27 @@ class Inbox:
         refused: Callable[[str], None],
     ) -> None:
         """Ask for a message's memory, when the lock is released; ``granted`` is followed by `start`."""
-        cost = self._cost(length, sink)
+        cost, room = self._cost(length, sink)
         # A frame that waits holds up FLARE's sender; what has a sink waits for its turn among others of its kind.
         deadline = time.monotonic() + self._wait if sink is None else float("inf")
         reservation = Reservation(self._budget, cost, self._name, granted, refused, deadline)
-        self._waiting[transfer] = reservation, sink
+        self._waiting[transfer] = reservation, sink, room
         self._later(reservation.request)
 
-    def _cost(self, length: int, sink: Sink | None) -> int:
+    def _cost(self, length: int, sink: Sink | None) -> tuple[int, int]:
         """What receiving a message holds: its buffer, unless that is the sink's, and the slots that chunks land in
-        which are sealed or for the sink. They may be sealed only later, over other rails."""
+        which are sealed or for the sink (they may be sealed only later, over other rails); and how many of its bytes
+        may be in slots at once, 0 for any number."""
         cost = self._pool.cost(length) if sink is None else 0
-        if self._secure or (sink is not None and sink.buffer is None):
-            room = self._room(length, sink)
-            chunk = min(whole_units(self._controller.chunk_bytes, sink.unit if sink else 1), room)
-            cost += -(-room // chunk) * self._pool.cost(chunk + sealing.TAG_BYTES)
-        return cost
-
-    def _room(self, length: int, sink: Sink | None) -> int:
-        """Bytes of a message that may be in slots at once."""
-        return min(whole_units(self._controller.window_bytes, sink.unit if sink else 1), length)
+        if not self._secure and (sink is None or sink.buffer is not None):
+            return cost, 0
+        unit, limit = sink.unit if sink is not None else 1, self._budget.limit
+        room = min(whole_units(self._controller.window_bytes, unit), length)
+        chunk = min(whole_units(self._controller.chunk_bytes, unit), room)
+        each = self._pool.cost(chunk + sealing.TAG_BYTES)
+        # Of what is alone in the budget there is no more than that.
+        slots = min(-(-room // chunk), max((limit - min(cost, limit)) // each, 1))
+        return cost + slots * each, min(slots * chunk, room)
 
     def start(self, transfer: int, length: int, endpoint: Endpoint | None) -> tuple[int, int] | None:
         """The message has its share of the budget: take its memory, such that ``endpoint`` can land in it. The unit of
@@ -129,7 +124,7 @@ class Inbox:
         """
         if transfer not in self._waiting:
             return None
-        reservation, sink = self._waiting[transfer]
+        reservation, sink, room = self._waiting[transfer]
         try:
             if sink is not None:
                 buffer = sink.buffer
@@ -140,8 +135,7 @@ class Inbox:
             raise
         del self._waiting[transfer]
         self._arriving[transfer] = _Arriving(buffer, reservation, sink)
-        in_slots = self._secure or buffer is None
-        return sink.unit if sink is not None else 1, self._room(length, sink) if in_slots else 0
+        return sink.unit if sink is not None else 1, room
 
     def _memory(self, length: int, endpoint: Endpoint | None) -> memoryview:
         buffer = None
@@ -217,8 +211,15 @@ class Inbox:
         if landing.slot is not None:
             landing.region.close()
         landing.arriving.open_chunks -= 1
-        if landing.arriving.ended:
-            self._later(landing.arriving.release_if_over)
+        self._settle(landing.arriving)
+
+    def _settle(self, arriving: _Arriving) -> None:
+        """A message has ended, or a chunk of it has: if both, its memory is free."""
+        if arriving.ended and not arriving.open_chunks:
+            self._later(arriving.reservation.release)
+            if arriving.done is not None:
+                self._later(arriving.done)
+                arriving.done = None
 
     def rails_lost(self) -> None:
         """Regions belong to an endpoint that is closed; the chunks in them are exposed anew."""
@@ -231,7 +232,7 @@ class Inbox:
         """The message's buffer, unless it has a sink, which is told. Its memory does not count any more, once nothing
         is written to it."""
         if transfer in self._waiting:
-            reservation, sink = self._waiting.pop(transfer)
+            reservation, sink, _ = self._waiting.pop(transfer)
             self._later(reservation.release)
             self._tell(sink, failure)
             return None
@@ -246,7 +247,7 @@ class Inbox:
         elif arriving.sink is not None:
             # A chunk whose rail broke while it was consumed has come again over another: two threads are at it.
             arriving.done = arriving.sink.done
-        self._later(arriving.release_if_over)
+        self._settle(arriving)
         return arriving.buffer if arriving.sink is None else None
 
     def _tell(self, sink: Sink | None, failure: str) -> None:

@@ -284,7 +284,9 @@ class Link:
             prepare = self._outbox.find(rails, chunk)
         try:
             return prepare()
-        except (RdmaError, OSError, MemoryError) as error:
+        except Exception as error:
+            if not isinstance(error, RdmaError | OSError | MemoryError):
+                log.exception("%s: message %d can't be read", self.name, chunk.transfer)
             # The grant is answered with nothing, as for every message that is withdrawn.
             self._withdraw(chunk.transfer, f"the sender can't read it: {error}")
             return memoryview(b""), 0
@@ -337,21 +339,30 @@ class Link:
                 landing = self._inbox.landed(notification) if rails is self._rails else None
             if landing is None:
                 return  # the rails are not these any more, or the link is ending
+            intact, closed = True, False
             try:
-                intact = self._inbox.verify(landing, length, digest)
-            except (RdmaError, OSError) as error:
-                self.refuse(landing.chunk.transfer, f"what came can't be used: {error}")
-                length, intact = 0, True
-            with self._lock:
-                self._inbox.closed(landing)
-                if rails is self._rails and self._core.state is Phase.OPEN:
-                    now = time.monotonic()
-                    if intact:
-                        self._core.landed(notification, length, now)
-                    else:
-                        log.warning("%s: a chunk of %d bytes arrived damaged; asking for it again", self.name, length)
-                        self._core.damaged(notification, now)
-                    self._pump()
+                try:
+                    intact = self._inbox.verify(landing, length, digest)
+                except (RdmaError, OSError, MemoryError) as error:
+                    self.refuse(landing.chunk.transfer, f"what came can't be used: {error}")
+                    length = 0
+                with self._lock:
+                    self._inbox.closed(landing)
+                    closed = True
+                    if rails is self._rails and self._core.state is Phase.OPEN:
+                        now = time.monotonic()
+                        if intact:
+                            self._core.landed(notification, length, now)
+                        else:
+                            log.warning(
+                                "%s: a chunk of %d bytes arrived damaged; asking for it again", self.name, length
+                            )
+                            self._core.damaged(notification, now)
+                        self._pump()
+            finally:
+                if not closed:  # an error of this side: the link ends, and what it holds has to be given back
+                    with self._lock:
+                        self._inbox.closed(landing)
             self._after.run()
 
     def _data_arrived(self, event: events.DataArrived) -> None:

@@ -46,6 +46,17 @@ def float_bits(name: str) -> int:
     return _BITS[name]
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a numpy array or torch tensor is dense and nothing but its values, plain numbers in native byte order."""
+    if is_torch(value):
+        import torch
+
+        # Subclasses may have more than one tensor in them, or none.
+        plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
+        return bool(plain and value.device.type != "meta" and not value.is_nested and not value.is_quantized)
+    return type(value) is np.ndarray and value.dtype.isnative and value.dtype.kind in "biufc" and value.itemsize <= 16
+
+
 def is_encodable(value: Any) -> bool:
     """Whether a codec can take it: a dense float32/float16/bfloat16 tensor with values, in native byte order."""
     if is_torch(value):

@@ -13,7 +13,6 @@ import numpy as np
 
 from nvflare_rdma.codecs import Codec, FixedSizeCodec
 from nvflare_rdma.codecs.base import Array
-from nvflare_rdma.codecs.marks import marked
 from nvflare_rdma.codecs.policy import Decision, Policy
 from nvflare_rdma.codecs.tensors import (
     FLOAT_NAMES,
@@ -36,6 +35,9 @@ MIB = 1 << 20
 
 #: A tensor's name, its codec and the tensor -> the encoded bytes that count, uint8, in CPU memory.
 Encode = Callable[[str, Codec, Any], Array]
+
+#: A tensor's name, its codec and the tensor -> a view of it that is marked (`nvflare_rdma.codecs.marks`).
+Mark = Callable[[str, FixedSizeCodec, Any], Any]
 
 
 @dataclass
@@ -93,13 +95,13 @@ def encode_whole(name: str, codec: Codec, value: Any) -> Array:
 
 
 def encode_params(
-    params: dict[str, Any], policy: Policy, encode: Encode = encode_whole, mark: bool = False
+    params: dict[str, Any], policy: Policy, encode: Encode = encode_whole, mark: Mark | None = None
 ) -> EncodedParams:
     """Encode each tensor with the codec that `policy` has for it; the rest is passed on as it is.
 
     `params` is not changed. Tensors that are the same view of the same memory (tied weights) are encoded once, share
-    their codes, and are named in `EncodedParams.tied`. ``mark``: tensors whose codec's sizes are known before are
-    not encoded, but marked.
+    their codes, and are named in `EncodedParams.tied`. ``mark``: marks tensors whose codec's sizes are known before;
+    they are not encoded then.
     """
     values = flatten(params)
     result = EncodedParams(policy.codec.name)
@@ -116,8 +118,8 @@ def encode_params(
                 result.source_datatype[name] = result.source_datatype[other]
                 continue
         decision, warning = _decide(name, value, policy)
-        if mark and isinstance(decision.codec, FixedSizeCodec):
-            flat[name] = marked(value, decision.codec)
+        if mark is not None and isinstance(decision.codec, FixedSizeCodec):
+            flat[name] = mark(name, decision.codec, value)
             result.marked[name] = decision.codec
             result.before += value.nbytes
             result.after += decision.codec.encoded_nbytes(math.prod(value.shape))

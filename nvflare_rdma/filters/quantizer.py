@@ -36,7 +36,8 @@ class ModelQuantizer(QuantFilter):
     ModelDequantizer, unless `delta` or a policy with several codecs is used. What it was given is never changed.
 
     Where this side and the peer have `nvflare_rdma.streaming.RdmaTransfer`, tensors are only marked here, and encoded
-    piece by piece as they are sent: the encoded model never exists as a whole. (Not with error feedback, delta or
+    piece by piece as they are sent: the encoded model never exists as a whole. They must not change until the message
+    has been received, as with all that FLARE downloads. (Not with error feedback, delta or
     stochastic rounding, and not for ``lossless`` and ``adaquant``, whose sizes show only when all is encoded.)
 
     Tensors that the type can't carry travel exact: integers, booleans, float64, empty ones, those that would not get

@@ -1,6 +1,7 @@
 """What a quantizer knows about the messages before: residuals, base models, and the encoding that sites share."""
 
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,15 +9,17 @@ import numpy as np
 from nvflare.apis.dxo import DXO, DataKind
 from nvflare.apis.fl_context import FLContext
 
-from nvflare_rdma.codecs import Codec
+from nvflare_rdma.codecs import Codec, FixedSizeCodec
 from nvflare_rdma.codecs.base import Array
+from nvflare_rdma.codecs.marks import marked
 from nvflare_rdma.codecs.policy import Policy
-from nvflare_rdma.codecs.tensors import to_array
+from nvflare_rdma.codecs.tensors import is_plain, is_tensor, to_array
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.filters.bases import Base, bases_of, held_by_peer, server_holds
 from nvflare_rdma.filters.correction import Corrected, encode_corrected
 from nvflare_rdma.filters.dither import DITHERED, dither_of
 from nvflare_rdma.filters.encoding import EncodedParams, encode_params, encode_whole
+from nvflare_rdma.filters.params import flatten
 from nvflare_rdma.filters.points import FilterPoint
 from nvflare_rdma.filters.residuals import Residuals, fitting
 from nvflare_rdma.filters.sharing import Shared
@@ -78,7 +81,8 @@ class Sender:
             mark: leave the encoding to the transfer, unless what arrives has to be known here.
         """
         with self._lock:
-            if mark and not (self._error_feedback or self._delta or self._stochastic):
+            forgetful = not (self._error_feedback or self._delta or self._stochastic)
+            if mark and forgetful and all(is_plain(v) for v in flatten(dxo.data).values() if is_tensor(v)):
                 return self._mark(dxo, point, message)
             if self._error_feedback and folder is not None:
                 self.residuals.restore(point.stream, folder)
@@ -87,12 +91,27 @@ class Sender:
             return self._for_site(self._shared_by(dxo, point, message).results, dxo, point, seed, fl_ctx)
 
     def _mark(self, dxo: DXO, point: FilterPoint, message: str) -> Encoded:
-        """All sites get the same views, so that a chunk that one of them wants is there for the others."""
-        results = self._shared_by(dxo, point, message).results if point.on_server else {}
-        if "marked" not in results:
-            results["marked"] = Encoded(encode_params(dxo.data, self._policy, mark=True))
-        marked: Encoded = results["marked"]
-        return marked
+        """All sites get the same views while one of them has them, so that a chunk that is encoded for one is there for
+        the others. None is kept here: a numpy view would keep the model alive."""
+        views: dict[str, Any] = {}
+        codes: dict[str, Array] = {}
+        if point.on_server:
+            results = self._shared_by(dxo, point, message).results
+            views, codes = results.setdefault("views", views), results.setdefault("codes", codes)
+
+        def mark(name: str, codec: FixedSizeCodec, value: Any) -> Any:
+            known = views[name]() if name in views else None
+            if known is None:
+                known = marked(value, codec)
+                views[name] = weakref.ref(known)
+            return known
+
+        def encode(name: str, codec: Codec, value: Any) -> Array:
+            if name not in codes:
+                codes[name] = encode_whole(name, codec, value)
+            return codes[name]
+
+        return Encoded(encode_params(dxo.data, self._policy, encode, mark))
 
     def _shared_by(self, dxo: DXO, point: FilterPoint, message: str) -> Shared:
         shared = self._shared.get(point.stream)

@@ -107,8 +107,9 @@ class HotChunks:
             if key not in self._chunks:
                 self._chunks[key] = copy
                 self._held += len(copy)
-            while self._held > self.limit:
-                self._held -= len(self._chunks.popitem(last=False)[1])
+            while self._chunks and self._held > self.limit:
+                _, oldest = self._chunks.popitem(last=False)
+                self._held -= len(oldest)
 
     def forget(self, owner: int) -> None:
         """What was encoded of a tensor is of no more use."""
@@ -140,6 +141,7 @@ class Encoding:
         """Why not; the tensor has to travel exact then."""
         self.sources: weakref.WeakSet[EncodedSource] = weakref.WeakSet()
         self._hot = hot
+        self._flat: Any = None
         self._array = None if is_on_gpu(tensor) else to_array(tensor)
         weakref.finalize(self, hot.forget, id(self)).atexit = False
 
@@ -160,23 +162,14 @@ class Encoding:
             self._hot.put(key, chunk)
         return chunk
 
-    def try_all(self) -> str:
-        """Encode all of it for nothing but to learn why that can't be done; "" if it can."""
-        memory = memoryview(bytearray(self.cut.unit))
-        try:
-            for first in range(0, self.cut.n, self.cut.values):
-                last = min(first + self.cut.values, self.cut.n)
-                self._encode(first, last, memory[: self.cut.codec.encoded_nbytes(last - first)])
-        except UnrepresentableError as error:
-            return str(error)
-        return ""
-
     def _encode(self, first: int, last: int, out: memoryview) -> None:
         codec, array = self.cut.codec, self._array
         if array is None:
             from nvflare_rdma.codecs.on_device import can_encode_on_device, encode_on_device
 
-            piece = self.tensor.detach().reshape(-1)[first:last]
+            if self._flat is None:
+                self._flat = self.tensor.detach().reshape(-1)  # a copy on its device if it is not contiguous, once
+            piece = self._flat[first:last]
             if can_encode_on_device(codec):
                 out[:] = encode_on_device(codec, piece).data
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -73,7 +74,7 @@ class OnDisk(Place):
     """Gives (path, name in it) of a safetensors file with this one tensor.
 
     Raises:
-        OSError: it can't be written; a full disk is seen at once where the file system can tell.
+        OSError: it can't be written; a full disk is seen before anything is, where the file system can tell.
     """
 
     def __init__(self, item: Item, path: str) -> None:
@@ -90,10 +91,11 @@ class OnDisk(Place):
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
         self._fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        self._close = weakref.finalize(self, os.close, self._fd)
+        self._abandon = weakref.finalize(self, _abandon, self._fd, path)
         os.pwrite(self._fd, struct.pack("<Q", len(text)) + text, 0)
-        if item.nbytes:
-            os.posix_fallocate(self._fd, self._start, item.nbytes)
+        self._nbytes = item.nbytes
+        self._allocating = threading.Lock()
+        self._allocated = not item.nbytes
 
     @staticmethod
     def takes(item: Item) -> bool:
@@ -101,13 +103,24 @@ class OnDisk(Place):
         return item.torch and item.dtype in _SAFETENSORS and item.name != "__metadata__"
 
     def write(self, offset: int, data: memoryview) -> None:
+        with self._allocating:  # when something comes, and not because somebody has said so
+            if not self._allocated:
+                os.posix_fallocate(self._fd, self._start, self._nbytes)
+                self._allocated = True
         while data:
             done = os.pwrite(self._fd, data, self._start + offset)
             offset, data = offset + done, data[done:]
 
     def finish(self) -> Any:
-        self._close()
+        if self._abandon.detach():
+            os.close(self._fd)
         return self.path, self._name
+
+
+def _abandon(fd: int, path: str) -> None:
+    os.close(fd)
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 
 class Landings:

@@ -16,7 +16,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from nvflare_rdma.codecs.tensors import FLOAT_NAMES, dtype_name, is_torch
+from nvflare_rdma.codecs.tensors import FLOAT_NAMES, dtype_name, is_plain, is_torch
 from nvflare_rdma.errors import ProtocolError, TransferError
 from nvflare_rdma.streaming.encoded import Cut
 
@@ -71,15 +71,7 @@ def describe(tensors: Mapping[str, Any]) -> list[Item]:
 
 
 def _describe(name: str, tensor: Any) -> Item:
-    if is_torch(tensor):
-        import torch
-
-        # Subclasses may have more than one tensor in them, or none.
-        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-        plain = plain and tensor.device.type != "meta" and not tensor.is_nested
-    else:
-        plain = type(tensor) is np.ndarray and tensor.dtype.isnative
-    if not plain or not width(dtype_name(tensor), is_torch(tensor)) or sys.byteorder != "little":
+    if not is_plain(tensor) or not width(dtype_name(tensor), is_torch(tensor)) or sys.byteorder != "little":
         what = f"{type(tensor).__name__} of dtype {getattr(tensor, 'dtype', None)}"
         raise TransferError(f"{name} is a {what}, which is no plain dense tensor")
     return Item(name, is_torch(tensor), dtype_name(tensor), tuple(tensor.shape))

@@ -226,9 +226,7 @@ class Pull:
         described = self._ask({"do": "describe", "channel": self._channels.find(self._peer) is not None})
         items, known = manifest.unpack(described.get("manifest")), self.items
         # Again: how they are sent may have changed, but not what they are.
-        if known and [(i.name, i.torch, i.dtype, i.shape) for i in items] != [
-            (i.name, i.torch, i.dtype, i.shape) for i in known
-        ]:
+        if known and list(map(_identity, items)) != list(map(_identity, known)):
             raise ProtocolError("the peer has other tensors than it said before")
         self.items = items
         return described
@@ -240,6 +238,10 @@ class Pull:
         if answer.get("refused"):
             raise TransferError(f"the peer refused: {answer['refused']}")
         return answer
+
+
+def _identity(item: Item) -> tuple[Any, ...]:
+    return item.name, item.torch, item.dtype, item.shape, item.content is None
 
 
 __all__ = ["AbortedError", "LostError", "Progress", "Pull", "pull"]

@@ -7,6 +7,7 @@ FLARE's `download_object` asks, piece by piece, and relays the answers. The rece
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nvflare.fuel.f3.streaming.download_service import Consumer, ProduceRC
@@ -22,12 +23,13 @@ PIECE_BYTES = 2 << 20  # as much as FLARE sends at once
 
 def produce(relayed: Relayed, state: Mapping[str, Any] | None) -> tuple[str, Any, dict[str, Any]]:
     """The sender's answer to FLARE's request: the piece that follows the one in ``state``."""
-    number, offset = (state or {}).get(RELAY_KEY) or (0, 0)
-    piece = relayed.piece(int(number), int(offset), PIECE_BYTES)
+    number, offset, exact = (state or {}).get(RELAY_KEY) or (0, 0, False)
+    piece = relayed.piece(int(number), int(offset), bool(exact), PIECE_BYTES)
     if piece is None:
         return ProduceRC.EOF, None, {}
-    number, offset, data = piece
-    return ProduceRC.OK, [data], {RELAY_KEY: [number, offset + len(data)]}  # FLARE takes the length of each in the list
+    number, offset, exact, data = piece
+    # FLARE takes the length of each in the list.
+    return ProduceRC.OK, [data], {RELAY_KEY: [number, offset + len(data), exact]}
 
 
 class RelayConsumer(Consumer):
@@ -39,21 +41,25 @@ class RelayConsumer(Consumer):
         self.error: str | None = None
         self.result: dict[str, Any] | None = None
         self.nbytes = sum(len(item.content or b"") for item in items)
-        self._items = items
+        self._items = list(items)
         self._landings = Landings(set(range(len(items))))
         self._places: list[Place] = [land(item) for item in items]
         self._at = (0, 0)
 
     def consume(self, ref_id: str, state: dict[str, Any], data: Any) -> dict[str, Any]:
         match state.get(RELAY_KEY), data:
-            case [int(number), int(end)], [bytes() | bytearray() | memoryview() as piece]:
-                self._land(number, end - len(piece), memoryview(piece).cast("B"))
+            case [int(number), int(end), bool(exact)], [bytes() | bytearray() | memoryview() as piece]:
+                self._land(number, end - len(piece), exact, memoryview(piece).cast("B"))
             case _:
                 raise ProtocolError("malformed piece of a tensor")
         return state
 
-    def _land(self, number: int, offset: int, piece: memoryview) -> None:
+    def _land(self, number: int, offset: int, exact: bool, piece: memoryview) -> None:
         self._skip_empty()
+        if exact and self._at[0] == number < len(self._items) and self._items[number].cut is not None:
+            # What its codec can't carry shows in the middle of it.
+            self._items[number] = replace(self._items[number], cut=None)
+            self._at = number, 0
         if (number, offset) != self._at or not piece:
             raise ProtocolError(f"a piece of tensor {number} at {offset} came where {self._at} was expected")
         item = self._items[number]

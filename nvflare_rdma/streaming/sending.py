@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.outbox import Sending
 from nvflare_rdma.codecs.runs import read_run
 from nvflare_rdma.codecs.tensors import is_torch
-from nvflare_rdma.errors import ProtocolError, TransferError
+from nvflare_rdma.errors import ProtocolError, TransferError, UnrepresentableError
 from nvflare_rdma.metrics.transfers import Meter
 from nvflare_rdma.streaming.arrays import strided, to_bytes
 from nvflare_rdma.streaming.encoded import EncodedSource, Encoding, HotChunks
@@ -43,6 +43,8 @@ class TensorSource(Source):
         if self._bytes is not None:
             return self._bytes[offset : offset + length]
         tensor = self._tensor
+        if is_torch(tensor) and not tensor.is_cpu and not tensor.is_contiguous():
+            tensor = self._tensor = tensor.detach().contiguous()  # on its device, once
         width = tensor.element_size() if is_torch(tensor) else tensor.itemsize
         first, last = offset // width, -(-(offset + length) // width)
         copy = take((last - first) * width)
@@ -57,33 +59,44 @@ class TensorSource(Source):
 class Relayed:
     """The tensors that are not in the manifest, as bytes, for one receiver that asks for them piece by piece."""
 
-    def __init__(self, items: list[Item], tensors: Mapping[str, Any]) -> None:
-        self._items = items
+    def __init__(self, items: list[Item], tensors: Mapping[str, Any], exact: Callable[[str, str], None]) -> None:
+        self._items = list(items)
         self._tensors = tensors
+        self._exact = exact
         self._lock = threading.Lock()
         self._open: tuple[int, Source] | None = None
 
-    def piece(self, number: int, offset: int, most: int) -> tuple[int, int, bytes] | None:
-        """What follows ``offset`` bytes of an item: its number, the offset and at most ``most`` bytes (but one unit at
-        least); None after the last.
+    def piece(self, number: int, offset: int, exact: bool, most: int) -> tuple[int, int, bool, bytes] | None:
+        """What follows ``offset`` bytes of an item: its number, the offset, whether the item is not encoded (any more:
+        it then begins anew), and at most ``most`` bytes (but one unit at least); None after the last.
 
         Raises:
             ProtocolError: there is no such item. CodecError: no piece begins there.
         """
         if not 0 <= number <= len(self._items) or offset < 0:
             raise ProtocolError(f"a request for tensor {number} of {len(self._items)}")
-        while number < len(self._items):
-            item = self._items[number]
-            if item.content is None and offset < item.sent_nbytes:
-                length = whole_units(most, item.cut.unit if item.cut is not None else 1)
-                with self._lock:
-                    if self._open is None or self._open[0] != number:
-                        self._open = number, _source(item, self._tensors[item.name])
-                    source = self._open[1]
-                data = source.read(offset, min(length, item.sent_nbytes - offset), lambda n: memoryview(bytearray(n)))
-                return number, offset, bytes(data)
-            number, offset = number + 1, 0
+        with self._lock:
+            while number < len(self._items):
+                item = self._items[number]
+                if item.cut is None and item.content is None and not exact and offset:
+                    offset = 0  # what has come of it was encoded
+                if item.content is None and offset < item.sent_nbytes:
+                    try:
+                        return number, offset, item.cut is None, self._read(number, offset, most)
+                    except UnrepresentableError as error:
+                        self._exact(item.name, str(error))
+                        self._items[number], self._open, offset = replace(item, cut=None), None, 0
+                        continue
+                number, offset, exact = number + 1, 0, False
         return None
+
+    def _read(self, number: int, offset: int, most: int) -> bytes:
+        item = self._items[number]
+        if self._open is None or self._open[0] != number:
+            self._open = number, _source(item, self._tensors[item.name])
+        length = whole_units(most, item.cut.unit if item.cut is not None else 1)
+        left = item.sent_nbytes - offset
+        return bytes(self._open[1].read(offset, min(length, left), lambda nbytes: memoryview(bytearray(nbytes))))
 
 
 @dataclass(frozen=True)
@@ -138,8 +151,8 @@ class Sender(threading.Thread):
 
     def _offer(self, part: Part) -> None:
         source = _source(part.item, part.tensor)
-        sending = self._link.offer(source, part.label)
-        with self._lock:
+        with self._lock:  # the receiver may have it, and have said so, before this goes on
+            sending = self._link.offer(source, part.label)
             self._open.append((sending, part, source))
             self._offered.append(sending)
             failure = self._failure

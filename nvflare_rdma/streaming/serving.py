@@ -15,10 +15,10 @@ from nvflare_rdma.metrics.transfers import Meters
 from nvflare_rdma.streaming import manifest
 from nvflare_rdma.streaming.arrays import to_bytes
 from nvflare_rdma.streaming.channels import DataChannels
-from nvflare_rdma.streaming.encoded import Encoding, cut_of
+from nvflare_rdma.streaming.encoded import cut_of
 from nvflare_rdma.streaming.manifest import INLINE_BYTES, INLINE_TOTAL, Item
 from nvflare_rdma.streaming.metering import raw_bytes
-from nvflare_rdma.streaming.sending import Part, Relayed, Sender, hot
+from nvflare_rdma.streaming.sending import Part, Relayed, Sender
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class Service:
                 case "give up":
                     with self._lock:
                         self._served.discard(receiver)
+                        self._relayed.pop(receiver, None)
                         sender = self._sendings.pop(receiver, None)
                     if sender is not None:
                         sender.stop("the receiver has given up")
@@ -104,7 +105,9 @@ class Service:
         """``receiver`` takes everything on FLARE's own path, and has nothing that could decode."""
         plain = sum(codec_of(tensor) is not None for tensor in (self._tensors or {}).values())
         if plain:
-            log.warning("%d tensors go to %s as they are, not encoded: it has no RdmaTransfer", plain, receiver)
+            log.warning(
+                "%d tensors go to %s as they are, not encoded: it takes them on FLARE's own path", plain, receiver
+            )
 
     def has_served(self, receiver: str) -> bool:
         """Whether ``receiver`` has said that it has everything."""
@@ -167,14 +170,10 @@ class Service:
         return {"manifest": manifest.pack(items), "invitation": invitation, "closed": closed, "channel": channel}
 
     def _relay(self, receiver: str) -> dict[str, Any]:
-        """What comes piece by piece can't begin anew: see first what can be encoded."""
         tensors = self._open_tensors()
-        for item in self._describe_all(tensors, set(self._exact)):
-            if item.cut is not None and (reason := Encoding(tensors[item.name], item.cut, hot).try_all()):
-                self._send_exact(item.name, reason)
         items = self._manifest(tensors, set(self._exact))
         with self._lock:
-            self._relayed[receiver] = Relayed(items, tensors)
+            self._relayed[receiver] = Relayed(items, tensors, self._send_exact)
         if (meter := self.meters.find(receiver)) is not None:
             meter.wire_bytes += sum(len(item.content or b"") for item in items)
         return {"manifest": manifest.pack(items)}

@@ -506,3 +506,19 @@ def test_a_message_is_done_when_no_thread_consumes_a_chunk_of_it_any_more():
         go_on.set()
         assert sink.ended.wait(DEADLINE)
         assert (sink.reason, bytes(sink.memory)) == ("", pattern(3 << 20))
+
+
+@pytest.mark.parametrize(("error", "ends"), [(MemoryError("no room"), False), (RuntimeError("a bug"), True)])
+def test_a_sink_that_fails_leaves_nothing_of_the_budget_taken(error, ends):
+    class BrokenSink(TestSink):
+        def put(self, offset: int, chunk: memoryview) -> None:
+            raise error
+
+    sink = BrokenSink(3 << 20, unit=1)
+    with link_pair(sinks={1: sink}) as pair:
+        sending = pair.active.offer(BufferSource(memoryview(pattern(3 << 20))), 1)
+        with pytest.raises(TransferError):
+            sending.wait(DEADLINE)
+        assert sink.ended.wait(DEADLINE)
+        eventually(lambda: not pair.passive_context.budget.in_use)
+        assert pair.passive.usable is not ends

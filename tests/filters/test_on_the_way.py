@@ -1,5 +1,8 @@
 """With `RdmaTransfer` on both sides tensors are marked, not encoded; what the receiver then gets is left as it is."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -102,3 +105,24 @@ def test_a_mixed_policy_marks_what_can_be_cut_and_encodes_the_rest(at):
     got = from_shareable(into.process(made, at("client in", into))).data
     assert torch.equal(got["half"], params["half"])
     assert torch.equal(got["w"], params["w"])
+
+
+@pytest.mark.parametrize("as_torch", [True, False])
+def test_a_model_is_not_kept_alive_by_its_marks(at, as_torch):
+    values = np.ones((200, 300), np.float32)
+    quantizer, params = (
+        ModelQuantizer("normfloat4", one_way=True),
+        {"w": torch.from_numpy(values) if as_torch else values},
+    )
+    alive = weakref.ref(params["w"])
+    made = quantizer.process(message(params), contexts(at, quantizer))
+    del params, values, made
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_message_with_what_is_no_plain_tensor_is_encoded_at_once(at):
+    quantizer = ModelQuantizer("normfloat4", one_way=True)
+    params = {"w": torch.randn(200, 300), "names": np.array(["a", "b"])}
+    made = from_shareable(quantizer.process(message(params), contexts(at, quantizer)))
+    assert made.data["w"].dtype == torch.uint8
