@@ -228,7 +228,7 @@ def hostile(job: Job) -> dict:
             reply = replies["site-2"]
             self.codes.append((reply.get(KEY) or {}).get("state") or reply.get_return_code())
 
-    start = {"do": "start", "stream": "nobody's", "peer": "server"}
+    start = {"do": "start", "stream": "nobody's", "peer": "server", "timeout": 12.0}
     dict_ctx = {"ContainerStreamer.type": "dict", "ContainerStreamer.size": 3, PREFIX + "portions": 1}
     cases = {
         "nothing": ("container", dict_ctx, [None]),
