@@ -78,7 +78,7 @@ class FileIdentity:
 
 def check_name(name: Any) -> None:
     """Raise ProtocolError unless ``name`` is a plain file name: nobody is to choose another folder."""
-    if type(name) is not str or name in ("", ".", "..") or len(name) > 255 or set(name) & {"/", "\\", "\0"}:
+    if type(name) is not str or name in ("", ".", "..") or len(name) > 255 or set(name) & {"/", "\0"}:
         raise ProtocolError(f"{name!r} is no plain file name")
 
 

@@ -15,6 +15,7 @@ import fcntl
 import json
 import logging
 import os
+import stat
 import threading
 import time
 import uuid
@@ -31,7 +32,13 @@ _JOURNAL, _PART = ".rdma-journal", ".rdma-part"
 LOCK_SECONDS = 30.0
 _LOOK_SECONDS = 0.05
 _KEEP_SECONDS = 7 * 24 * 3600.0
-_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+_OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe is not waited for
+_CREATE = _OPEN | os.O_CREAT
+#: What opening somebody else's file says, or one that is none.
+_FOREIGN = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EISDIR, errno.ENODEV)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+#: Of a folder, where the file system has no such thing.
+_NO_FSYNC = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 class PartialFile:
@@ -80,23 +87,46 @@ class PartialFile:
                     remove(journal)
 
     def _open(self, key: str) -> None:
-        while True:
-            self._journal_path, self._data_path = _paths(self._folder, key)
-            self._journal = os.open(self._journal_path, _FLAGS, 0o600)
-            if not self._wait_for_lock():
-                os.close(self._journal)  # the same file comes twice at once: one of them can't be resumed
-                self._journal, key = -1, f"{key}-{uuid.uuid4().hex}"
-                self._resumable = False
-                continue
-            if os.fstat(self._journal).st_nlink:
-                break
-            os.close(self._journal)  # its last owner has just removed it
-        self._data = os.open(self._data_path, _FLAGS, 0o666)
+        self._journal_path, self._data_path = _paths(self._folder, key)
+        if self._open_shared():
+            return
+        # It comes twice at once, or somebody else has these names, or nothing can be locked here: under names of its
+        # own it can't be resumed.
+        self._resumable = False
+        self._journal_path, self._data_path = _paths(self._folder, f"{key}-{uuid.uuid4().hex}")
+        self._journal = os.open(self._journal_path, _CREATE | os.O_EXCL, 0o600)
+        with contextlib.suppress(OSError):
+            _lock(self._journal)
+        self._data = os.open(self._data_path, _CREATE | os.O_EXCL, 0o666)
 
-    def _wait_for_lock(self) -> bool:
+    def _open_shared(self) -> bool:
+        """Open what has the names that another attempt has, too; False if that can't be."""
+        while (journal := _open_own(self._journal_path, 0o600)) >= 0:
+            try:
+                if not self._wait_for_lock(journal):
+                    return False
+                if not os.fstat(journal).st_nlink:
+                    continue  # its last owner has just removed it
+                self._data = _open_own(self._data_path, 0o666)
+                if self._data >= 0:
+                    self._journal, journal = journal, -1
+                    return True
+                self._journal_path.unlink()
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                self._journal_path.unlink(missing_ok=True)
+                return False
+            finally:
+                if journal >= 0:
+                    _release(journal)
+        return False
+
+    def _wait_for_lock(self, journal: int) -> bool:
         """An earlier transfer whose sender is gone may not have noticed yet."""
         deadline = time.monotonic() + LOCK_SECONDS
-        while not (locked := _lock(self._journal)) and time.monotonic() < deadline:
+        while not (locked := _lock(journal)) and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
         return locked
 
@@ -192,10 +222,10 @@ class PartialFile:
             raise TransferError(f"{len(self.whole)} of {self.identity.parts} parts of {self.identity.name} are here")
         try:
             os.fsync(self._data)
-            os.rename(self._data_path, path)
             folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                os.fsync(folder)
+                os.rename(self._data_path, path)
+                _sync_folder(folder, path)
             finally:
                 os.close(folder)
         except OSError as error:
@@ -214,9 +244,10 @@ class PartialFile:
         with self._idle:  # what is late writes to no descriptor that is somebody else's by then
             self._closed = True
             self._idle.wait_for(lambda: not self._writing)
-        for fd in (self._data, self._journal):  # the lock goes last
-            if fd >= 0:
-                os.close(fd)
+        if self._data >= 0:
+            os.close(self._data)
+        if self._journal >= 0:  # the lock goes last
+            _release(self._journal)
         self._data = self._journal = -1
 
     def discard(self) -> None:
@@ -251,23 +282,67 @@ def forget(folder: str, identity: FileIdentity, owner: str = "") -> None:
 
 
 def remove(journal: Path) -> None:
-    """And what it is about, unless somebody works on it."""
-    with contextlib.suppress(FileNotFoundError):
-        fd = os.open(journal, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    """And what it is about, unless somebody works on it, or it is somebody else's."""
+    try:
+        fd = os.open(journal, _OPEN)
         try:
-            if _lock(fd):
+            if _is_own(fd) and _lock(fd):
                 journal.with_suffix(_PART).unlink(missing_ok=True)
                 journal.unlink()
         finally:
-            os.close(fd)
+            _release(fd)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, *_FOREIGN, *_NO_LOCKS):
+            raise
 
 
 def _paths(folder: Path, key: str) -> tuple[Path, Path]:
     return folder / f".{key}{_JOURNAL}", folder / f".{key}{_PART}"
 
 
+def _open_own(path: Path, mode: int) -> int:
+    """Open or create it; -1 if it is somebody else's, or no plain file: anybody may write to some folders."""
+    try:
+        fd = os.open(path, _CREATE, mode)
+    except OSError as error:
+        if error.errno not in _FOREIGN:
+            raise
+        return -1
+    if _is_own(fd):
+        return fd
+    os.close(fd)
+    return -1
+
+
+def _is_own(fd: int) -> bool:
+    found = os.fstat(fd)
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink <= 1
+
+
+def _sync_folder(folder: int, path: str) -> None:
+    """What has just got the name ``path`` keeps it, or is removed."""
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            raise
+
+
+def _release(fd: int) -> None:
+    """Close it without its lock: a process that was forked meanwhile has the descriptor, too, and does not know."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
 def _lock(fd: int) -> bool:
-    """Whether nobody else has it. The system takes it back when the process ends, however it does."""
+    """Whether nobody else has it. The system takes it back when the process ends, however it does.
+
+    Raises:
+        OSError: one of `_NO_LOCKS`, where the file system has no locks.
+    """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
