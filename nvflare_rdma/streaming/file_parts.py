@@ -194,6 +194,18 @@ class PartSource(Source):
         self._file = file
         self._start = part * identity.part_bytes
 
+    def digest(self) -> bytes:
+        """What `digests` would be of, if it was not read yet.
+
+        Raises:
+            SourceError: it can't be read, or has changed.
+        """
+        block = memoryview(bytearray(min(self.nbytes, BLOCK_BYTES)))
+        while (digest := self.digests.whole()) is None:
+            for offset in range(0, self.nbytes, BLOCK_BYTES):
+                self.read(offset, min(BLOCK_BYTES, self.nbytes - offset), lambda length: block[:length])
+        return digest
+
     def read(self, offset: int, length: int, take: Take) -> memoryview:
         slot = take(length)
         self._file.read_into(slot, self._start + offset)

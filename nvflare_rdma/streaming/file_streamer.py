@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import tempfile
@@ -135,7 +136,8 @@ class FileReceiving(Receiving):
         self.size = 1, self._identity.size
         self._site = site
         self._folder = folder
-        self._path = os.path.join(folder, str(uuid.uuid4()))
+        # As FLARE's: callbacks know where it will be.
+        self._path = stream_ctx[flare.KEY_FILE_LOCATION] = os.path.join(folder, str(uuid.uuid4()))
 
     def run(
         self,
@@ -157,6 +159,7 @@ class FileReceiving(Receiving):
         """See `stream_receiving.Receiving`."""
         forget(self._folder, self._identity, self._site)
 
-    def finish(self, stream_ctx: dict[str, Any]) -> None:
+    def undo(self) -> None:
         """See `stream_receiving.Receiving`."""
-        stream_ctx[flare.KEY_FILE_LOCATION] = self._path
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)

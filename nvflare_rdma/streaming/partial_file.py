@@ -59,7 +59,7 @@ class PartialFile:
         self._idle = threading.Condition(self._lock)
         self._writing = 0
         self._closed = False
-        self._whole: set[int] = set()
+        self._whole: dict[int, bytes] = {}
         self._data = self._journal = -1
         self._resumable = True
         try:
@@ -75,8 +75,12 @@ class PartialFile:
     @property
     def whole(self) -> frozenset[int]:
         """Parts that need not be sent."""
+        return frozenset(self.digests())
+
+    def digests(self) -> dict[int, bytes]:
+        """Of those parts."""
         with self._lock:
-            return frozenset(self._whole)
+            return dict(self._whole)
 
     # -- opening -------------------------------------------------------------------------------------------
 
@@ -136,10 +140,10 @@ class PartialFile:
         with open(self._journal, "rb", closefd=False) as file:
             first, *lines = file.read().split(b"\n")
         found = dict(filter(None, map(self._parse, lines))) if first == header else {}
-        self._whole = {part for part, digest in found.items() if self._digest(part) == digest}
+        self._whole = {part: digest for part, digest in found.items() if self._digest(part) == digest}
         if found:
             log.info("%s: %d of %d parts are here already", self.identity.name, len(self._whole), self.identity.parts)
-        rest = b"".join(b"%d %s\n" % (part, found[part].hex().encode()) for part in sorted(self._whole))
+        rest = b"".join(b"%d %s\n" % (part, self._whole[part].hex().encode()) for part in sorted(self._whole))
         os.ftruncate(self._journal, 0)
         os.lseek(self._journal, 0, os.SEEK_SET)
         os.write(self._journal, header + b"\n" + rest)
@@ -203,12 +207,17 @@ class PartialFile:
     def add(self, part: int, digest: bytes) -> None:
         """A part is whole and verified."""
         with self._lock:
-            self._whole.add(part)
+            self._whole[part] = digest
             try:
                 os.write(self._journal, b"%d %s\n" % (part, digest.hex().encode()))
             except OSError as error:
                 self.error = self.error or self._failure(error)
                 raise self.error from error
+
+    def drop(self, part: int) -> None:
+        """It is not what the sender has. The journal's next line about it counts."""
+        with self._lock:
+            del self._whole[part]
 
     # -- ends ----------------------------------------------------------------------------------------------
 

@@ -58,9 +58,13 @@ class Receiving(ABC):
     ) -> None:
         """Receive it. Raises RdmaError, OSError or MemoryError."""
 
-    @abstractmethod
     def finish(self, stream_ctx: dict[str, Any]) -> None:
         """Everything is here: make it known."""
+        return
+
+    def undo(self) -> None:
+        """Everything is here, but its stream has ended with an error."""
+        return
 
     @abstractmethod
     def may_come_otherwise(self, error: Exception) -> bool:
@@ -82,6 +86,8 @@ class _Consumer(ObjectConsumer):
         self._fl_ctx: Any = None
         self._receiving: Receiving | None = None
         self._state, self._reason = "running", ""
+        self._lock = threading.Lock()  # for these, and:
+        self._failed = False
         self._ended, self._over = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._heard_at, self._patience = time.monotonic(), _LONELY_SECONDS
@@ -139,7 +145,9 @@ class _Consumer(ObjectConsumer):
         except Exception:
             log.exception("receiving a stream failed")
         finally:  # the sender asks until it is not "running"
-            self._state, self._reason = state, reason
+            with self._lock:
+                self._state, self._reason = state, reason
+                self._undo_if_failed()
             self._over.set()
         if self._is_left_alone():
             # The sender is gone, and nobody else ends the stream.
@@ -190,8 +198,16 @@ class _Consumer(ObjectConsumer):
     def finalize(self, stream_ctx: dict[str, Any], fl_ctx: Any) -> None:
         """FLARE's: the stream is over, however it went."""
         self._ended.set()
+        with self._lock:
+            self._failed = stream_ctx.get(StreamContextKey.RC) != ReturnCode.OK
+            self._undo_if_failed()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._over.wait(TURN_SECONDS)
+
+    def _undo_if_failed(self) -> None:
+        """Whichever comes last: what is received, or the end of its stream."""
+        if self._failed and self._state == "done" and self._receiving is not None:
+            self._receiving.undo()
 
 
 def _reply(state: str, reason: str) -> Any:

@@ -92,6 +92,25 @@ def test_it_waits_as_long_as_its_sender_lives(timeout, patience, clock):
     assert stream.context["finished"]
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("code", "undone"), [("OK", 0), ("TASK_ABORTED", 1)])
+def test_what_came_goes_if_its_stream_fails(code, undone, late, monkeypatch):
+    monkeypatch.setattr(stream_receiving, "TURN_SECONDS", 0.01)  # what finalize waits is not enough
+    going, calls = threading.Event(), []
+    receiving = _Quick()
+    receiving.run = lambda *args: going.wait(DEADLINE)
+    receiving.undo = lambda: calls.append(1)
+    stream = Stream(receiving)
+    stream.say(START)
+    if not late:
+        going.set()
+        stream.wait()
+    stream.finalize(code)
+    going.set()
+    stream.consumer._thread.join(DEADLINE)
+    assert len(calls) == undone
+
+
 @pytest.mark.parametrize("timeout", [None, 0, -1, "5", float("nan"), float("inf"), True])
 def test_timeouts_that_lie(timeout):
     with pytest.raises(TransferError, match="a stream begins with a timeout"):
