@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
-import stat
 import threading
 import time
 import uuid
 from pathlib import Path
 
 from nvflare_rdma.errors import StorageError, TransferError
+from nvflare_rdma.streaming import owned_files as owned
 from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, PartDigests
 
 log = logging.getLogger(__name__)
@@ -30,15 +29,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _JOURNAL, _PART = ".rdma-journal", ".rdma-part"
 #: More than what a transfer whose sender is gone may wait for an answer.
 LOCK_SECONDS = 30.0
-_LOOK_SECONDS = 0.05
 _KEEP_SECONDS = 7 * 24 * 3600.0
-_OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe is not waited for
-_CREATE = _OPEN | os.O_CREAT
-#: What opening somebody else's file says, or one that is none.
-_FOREIGN = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EISDIR, errno.ENODEV)
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-#: Of a folder, where the file system has no such thing.
-_NO_FSYNC = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 class PartialFile:
@@ -98,41 +89,34 @@ class PartialFile:
         # own it can't be resumed.
         self._resumable = False
         self._journal_path, self._data_path = _paths(self._folder, f"{key}-{uuid.uuid4().hex}")
-        self._journal = os.open(self._journal_path, _CREATE | os.O_EXCL, 0o600)
+        self._journal = os.open(self._journal_path, owned.CREATE | os.O_EXCL, 0o600)
         with contextlib.suppress(OSError):
-            _lock(self._journal)
-        self._data = os.open(self._data_path, _CREATE | os.O_EXCL, 0o666)
+            owned.lock(self._journal)
+        self._data = os.open(self._data_path, owned.CREATE | os.O_EXCL, 0o666)
 
     def _open_shared(self) -> bool:
         """Open what has the names that another attempt has, too; False if that can't be."""
-        while (journal := _open_own(self._journal_path, 0o600)) >= 0:
+        while (journal := owned.open_own(self._journal_path, 0o600)) >= 0:
             try:
-                if not self._wait_for_lock(journal):
+                if not owned.wait_for_lock(journal, LOCK_SECONDS):
                     return False
                 if not os.fstat(journal).st_nlink:
                     continue  # its last owner has just removed it
-                self._data = _open_own(self._data_path, 0o666)
+                self._data = owned.open_own(self._data_path, 0o666)
                 if self._data >= 0:
                     self._journal, journal = journal, -1
                     return True
                 self._journal_path.unlink()
                 return False
             except OSError as error:
-                if error.errno not in _NO_LOCKS:
+                if error.errno not in owned.NO_LOCKS:
                     raise
                 self._journal_path.unlink(missing_ok=True)
                 return False
             finally:
                 if journal >= 0:
-                    _release(journal)
+                    owned.release(journal)
         return False
-
-    def _wait_for_lock(self, journal: int) -> bool:
-        """An earlier transfer whose sender is gone may not have noticed yet."""
-        deadline = time.monotonic() + LOCK_SECONDS
-        while not (locked := _lock(journal)) and time.monotonic() < deadline:
-            time.sleep(_LOOK_SECONDS)
-        return locked
 
     def _take_up(self) -> None:
         """What the journal says is there, as far as it is."""
@@ -234,7 +218,7 @@ class PartialFile:
             folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.rename(self._data_path, path)
-                _sync_folder(folder, path)
+                owned.sync_folder(folder, path)
             finally:
                 os.close(folder)
         except OSError as error:
@@ -256,7 +240,7 @@ class PartialFile:
         if self._data >= 0:
             os.close(self._data)
         if self._journal >= 0:  # the lock goes last
-            _release(self._journal)
+            owned.release(self._journal)
         self._data = self._journal = -1
 
     def discard(self) -> None:
@@ -293,67 +277,17 @@ def forget(folder: str, identity: FileIdentity, owner: str = "") -> None:
 def remove(journal: Path) -> None:
     """And what it is about, unless somebody works on it, or it is somebody else's."""
     try:
-        fd = os.open(journal, _OPEN)
+        fd = os.open(journal, owned.OPEN)
         try:
-            if _is_own(fd) and _lock(fd):
+            if owned.is_own(fd) and owned.lock(fd):
                 journal.with_suffix(_PART).unlink(missing_ok=True)
                 journal.unlink()
         finally:
-            _release(fd)
+            owned.release(fd)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, *_FOREIGN, *_NO_LOCKS):
+        if error.errno not in (errno.ENOENT, *owned.FOREIGN, *owned.NO_LOCKS):
             raise
 
 
 def _paths(folder: Path, key: str) -> tuple[Path, Path]:
     return folder / f".{key}{_JOURNAL}", folder / f".{key}{_PART}"
-
-
-def _open_own(path: Path, mode: int) -> int:
-    """Open or create it; -1 if it is somebody else's, or no plain file: anybody may write to some folders."""
-    try:
-        fd = os.open(path, _CREATE, mode)
-    except OSError as error:
-        if error.errno not in _FOREIGN:
-            raise
-        return -1
-    if _is_own(fd):
-        return fd
-    os.close(fd)
-    return -1
-
-
-def _is_own(fd: int) -> bool:
-    found = os.fstat(fd)
-    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink <= 1
-
-
-def _sync_folder(folder: int, path: str) -> None:
-    """What has just got the name ``path`` keeps it, or is removed."""
-    try:
-        os.fsync(folder)
-    except OSError as error:
-        if error.errno not in _NO_FSYNC:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            raise
-
-
-def _release(fd: int) -> None:
-    """Close it without its lock: a process that was forked meanwhile has the descriptor, too, and does not know."""
-    with contextlib.suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_UN)
-    os.close(fd)
-
-
-def _lock(fd: int) -> bool:
-    """Whether nobody else has it. The system takes it back when the process ends, however it does.
-
-    Raises:
-        OSError: one of `_NO_LOCKS`, where the file system has no locks.
-    """
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

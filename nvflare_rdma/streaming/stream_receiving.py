@@ -122,8 +122,9 @@ class _Consumer(ObjectConsumer):
         stream, peer = message.get("stream"), message.get("peer")
         if type(stream) is not str or type(peer) is not str:
             raise TransferError("a stream begins with a malformed message")
-        timeout = message.get("timeout")
-        if type(timeout) not in (int, float) or not 0 < timeout <= _MAX_TIMEOUT:
+        timeout: Any = message.get("timeout")
+        number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+        if not number or not 0 < timeout <= _MAX_TIMEOUT:
             raise TransferError(f"a stream begins with a timeout of {timeout!r} s")
         self._patience = max(_LONELY_SECONDS, _LONELY_TURNS * timeout)
         self._receiving = self._make(self._stream_ctx, fl_ctx.get_identity_name())
