@@ -36,8 +36,8 @@ class FileStreamer(flare.FileStreamer):
     What arrives is compared with what was read (xxh3-128 of each part), and appears under its name, a random one in
     ``dest_dir`` as FLARE's, when all of it is on disk. If the transfer is interrupted, also by the end of a process,
     the next one of the same file (name, size, time of change, samples of its content) to the same ``dest_dir`` goes on
-    from what is there under a hidden name, as far as the sender has the same. A full disk
-    is an error before bytes move, and nothing is left of the file.
+    from what is there under a hidden name, as far as the sender has the same. A full disk is
+    an error before bytes move, and nothing is left of the file.
     """
 
     @staticmethod

@@ -117,7 +117,7 @@ class Job:
         content = path.read_bytes() if path.is_file() else None
         return {
             "result": [code, ends],
-            "same": [bool(place) and Path(place).read_bytes() == content for place in places],
+            "same": [bool(place) and Path(place).is_file() and Path(place).read_bytes() == content for place in places],
             "folders": [
                 bool(place) and Path(place).parent == self.folder / s for place, s in zip(places, targets, strict=True)
             ],
