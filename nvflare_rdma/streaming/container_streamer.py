@@ -7,6 +7,7 @@ and all other entries go with FLARE's messages, some at a time; what is in them 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import threading
 import time
@@ -37,7 +38,9 @@ from nvflare_rdma.streaming.stream_receiving import PREFIX, Receiving, register
 require_flare("ContainerStreamer")  # names of FLARE's that it keeps to itself
 
 _ENTRY_TIMEOUT = 60.0
-#: Of entries that are no tensors, in one message: as many, or as many bytes as they seem to have.
+#: Of entries that are no tensors, in one message: as many, or as many bytes. Of other types than these nobody knows
+#: how many bytes are in them: each goes alone.
+_SMALL = (int, float, bool, str, bytes, type(None))
 _ROWS, _ROW_BYTES = 4096, 1 << 20
 #: Without any message from the sender.
 _WAIT_SECONDS = 120.0
@@ -120,21 +123,25 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
+def _size(value: Any) -> float:
+    small = type(value) in _SMALL or isinstance(value, np.number | np.bool_)
+    return sys.getsizeof(value) if small else math.inf
+
+
 def _portions(entries: list[Any], tensors: set[int], keyed: bool) -> list[list[int]]:
     """Numbers of the entries of which something goes with messages."""
     found: list[list[int]] = [[]]
-    nbytes = 0
+    nbytes = 0.0
     for number, entry in enumerate(entries):
         if number in tensors and not keyed:
             continue
-        size = (
-            sys.getsizeof(entry[0]) + (0 if number in tensors else sys.getsizeof(entry[1]))
-            if keyed
-            else sys.getsizeof(entry)
-        )
+        goes = entry if keyed else (entry,)
+        if number in tensors:
+            goes = goes[:1]
+        size = sum(map(_size, goes))
         if len(found[-1]) == _ROWS or (found[-1] and nbytes + size > _ROW_BYTES):
             found.append([])
-            nbytes = 0
+            nbytes = 0.0
         found[-1].append(number)
         nbytes += size
     return [portion for portion in found if portion]

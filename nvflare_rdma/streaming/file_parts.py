@@ -78,7 +78,7 @@ class FileIdentity:
 
 def check_name(name: Any) -> None:
     """Raise ProtocolError unless ``name`` is a plain file name: nobody is to choose another folder."""
-    if type(name) is not str or name in ("", ".", "..") or len(name) > 255 or set(name) & {"/", "\\", "\0"}:
+    if type(name) is not str or name in ("", ".", "..") or len(name) > 255 or set(name) & {"/", "\0"}:
         raise ProtocolError(f"{name!r} is no plain file name")
 
 
@@ -193,6 +193,18 @@ class PartSource(Source):
         self.digests = PartDigests(self.nbytes)
         self._file = file
         self._start = part * identity.part_bytes
+
+    def digest(self) -> bytes:
+        """What `digests` would be of, if it was not read yet.
+
+        Raises:
+            SourceError: it can't be read, or has changed.
+        """
+        block = memoryview(bytearray(min(self.nbytes, BLOCK_BYTES)))
+        while (digest := self.digests.whole()) is None:
+            for offset in range(0, self.nbytes, BLOCK_BYTES):
+                self.read(offset, min(BLOCK_BYTES, self.nbytes - offset), lambda length: block[:length])
+        return digest
 
     def read(self, offset: int, length: int, take: Take) -> memoryview:
         slot = take(length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import tempfile
@@ -35,7 +36,8 @@ class FileStreamer(flare.FileStreamer):
     What arrives is compared with what was read (xxh3-128 of each part), and appears under its name, a random one in
     ``dest_dir`` as FLARE's, when all of it is on disk. If the transfer is interrupted, also by the end of a process,
     the next one of the same file (name, size, time of change, samples of its content) to the same ``dest_dir`` goes on
-    from what is there under a hidden name. A full disk is an error before bytes move, and nothing is left of the file.
+    from what is there under a hidden name, as far as the sender has the same. A full disk is
+    an error before bytes move, and nothing is left of the file.
     """
 
     @staticmethod
@@ -135,7 +137,8 @@ class FileReceiving(Receiving):
         self.size = 1, self._identity.size
         self._site = site
         self._folder = folder
-        self._path = os.path.join(folder, str(uuid.uuid4()))
+        # As FLARE's: callbacks know where it will be.
+        self._path = stream_ctx[flare.KEY_FILE_LOCATION] = os.path.join(folder, str(uuid.uuid4()))
 
     def run(
         self,
@@ -157,6 +160,7 @@ class FileReceiving(Receiving):
         """See `stream_receiving.Receiving`."""
         forget(self._folder, self._identity, self._site)
 
-    def finish(self, stream_ctx: dict[str, Any]) -> None:
+    def undo(self) -> None:
         """See `stream_receiving.Receiving`."""
-        stream_ctx[flare.KEY_FILE_LOCATION] = self._path
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)

@@ -3,6 +3,7 @@
 A file is a message of `serving` whose tensors are its parts (`file_parts`); besides, a receiver may ask for
 
     digests    those of parts that have come, as the sender has read them
+    compare    those of parts that an earlier transfer has left, which the sender reads now
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError
 from nvflare_rdma.metrics.transfers import Meter, Meters
 from nvflare_rdma.streaming.channels import DataChannels
-from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, OpenFile, PartDigests, sources
+from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, OpenFile, PartDigests, PartSource, sources
 from nvflare_rdma.streaming.landing import Landings, Place
 from nvflare_rdma.streaming.manifest import Item
 from nvflare_rdma.streaming.partial_file import PartialFile
-from nvflare_rdma.streaming.pulling import LostError, Progress, Pull
+from nvflare_rdma.streaming.pulling import AbortedError, LostError, Progress, Pull
 from nvflare_rdma.streaming.serving import Service
 
 log = logging.getLogger(__name__)
+
+#: Parts in a request: they are read before it is answered. If that takes too long, they are sent.
+_COMPARED = 2
 
 
 class FileService(Service):
@@ -44,7 +48,9 @@ class FileService(Service):
             if what not in ("done", "give up"):
                 self._file.check()
             if what == "digests":
-                return {"digests": self._digests(request.get("items"))}
+                return {"digests": [part.digests.whole() for part in self._parts(request.get("items"))]}
+            if what == "compare":
+                return {"digests": [part.digest() for part in self._parts(request.get("items"))[:_COMPARED]]}
         except (RdmaError, OSError) as error:
             log.info("%s is refused: %s", receiver, error)
             return {"refused": str(error)}
@@ -56,11 +62,11 @@ class FileService(Service):
     def _manifest(self, tensors: Mapping[str, Any], exact: set[str]) -> list[Item]:
         return _items(self._file.identity)
 
-    def _digests(self, wanted: Any) -> list[bytes | None]:
+    def _parts(self, wanted: Any) -> list[PartSource]:
         tensors = self._tensors
         if tensors is None or not isinstance(wanted, list | tuple) or any(str(n) not in tensors for n in wanted):
             raise ProtocolError("request for digests of what is not being sent")
-        return [tensors[str(n)].digests.whole() for n in wanted]
+        return [tensors[str(n)] for n in wanted]
 
 
 class _Here(Place):
@@ -172,11 +178,38 @@ class _FilePull(Pull):
             raise ProtocolError(f"{self._peer} sends other parts than those of {identity}")
         self._file = PartialFile(self._folder, identity, self._owner)
         try:
+            self._compare()
             self._landed = dict.fromkeys(self._file.whole, _HERE)
             self._land(described)
+            if self._aborted():
+                raise AbortedError(f"the transfer from {self._peer} was aborted")
             self._file.finish(self._path)
         finally:
             self._file.keep()
+
+    def _compare(self) -> None:
+        """Keep of what was here those parts that the sender has, too: its file may be another than it looks."""
+        ours, theirs = self._file.digests(), dict[int, Any]()
+        parts = sorted(ours)
+        try:
+            for start in range(0, len(parts), _COMPARED):
+                if self._aborted():
+                    raise AbortedError(f"the transfer from {self._peer} was aborted")
+                asked = parts[start : start + _COMPARED]
+                theirs |= zip(asked, self._digests("compare", asked), strict=True)
+        except LostError as error:
+            log.info("%s: %s", self._peer, error)
+        wrong = [part for part in parts if theirs.get(part) != ours[part]]
+        if wrong:
+            log.warning("%s: %d parts of those here will be sent again", self._expected.name, len(wrong))
+        for part in wrong:
+            self._file.drop(part)
+
+    def _digests(self, what: str, parts: list[int]) -> list[Any] | tuple[Any, ...]:
+        found = self._ask({"do": what, "items": parts}).get("digests")
+        if not isinstance(found, list | tuple) or len(found) != len(parts):
+            raise ProtocolError(f"{self._peer} answered with no digests")
+        return found
 
     def _attempt(self, missing: Set[int], described: Mapping[str, Any]) -> str:
         reason = super()._attempt(missing, described)
@@ -197,15 +230,13 @@ class _FilePull(Pull):
         if not came:
             return
         try:
-            theirs = self._ask({"do": "digests", "items": list(came)}).get("digests")
+            theirs = self._digests("digests", list(came))
         except LostError:
             if progress is None:
                 raise
             for entry in came.items():  # later
                 self._unchecked.put(entry)
             return
-        if not isinstance(theirs, list | tuple) or len(theirs) != len(came):
-            raise ProtocolError(f"{self._peer} answered with no digests")
         for (part, digest), read in zip(came.items(), theirs, strict=True):
             if read != digest:
                 raise IntegrityError(

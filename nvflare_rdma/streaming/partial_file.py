@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ import uuid
 from pathlib import Path
 
 from nvflare_rdma.errors import StorageError, TransferError
+from nvflare_rdma.streaming import owned_files as owned
 from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, PartDigests
 
 log = logging.getLogger(__name__)
@@ -29,9 +29,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _JOURNAL, _PART = ".rdma-journal", ".rdma-part"
 #: More than what a transfer whose sender is gone may wait for an answer.
 LOCK_SECONDS = 30.0
-_LOOK_SECONDS = 0.05
 _KEEP_SECONDS = 7 * 24 * 3600.0
-_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class PartialFile:
@@ -52,7 +50,7 @@ class PartialFile:
         self._idle = threading.Condition(self._lock)
         self._writing = 0
         self._closed = False
-        self._whole: set[int] = set()
+        self._whole: dict[int, bytes] = {}
         self._data = self._journal = -1
         self._resumable = True
         try:
@@ -68,8 +66,12 @@ class PartialFile:
     @property
     def whole(self) -> frozenset[int]:
         """Parts that need not be sent."""
+        return frozenset(self.digests())
+
+    def digests(self) -> dict[int, bytes]:
+        """Of those parts."""
         with self._lock:
-            return frozenset(self._whole)
+            return dict(self._whole)
 
     # -- opening -------------------------------------------------------------------------------------------
 
@@ -80,25 +82,41 @@ class PartialFile:
                     remove(journal)
 
     def _open(self, key: str) -> None:
-        while True:
-            self._journal_path, self._data_path = _paths(self._folder, key)
-            self._journal = os.open(self._journal_path, _FLAGS, 0o600)
-            if not self._wait_for_lock():
-                os.close(self._journal)  # the same file comes twice at once: one of them can't be resumed
-                self._journal, key = -1, f"{key}-{uuid.uuid4().hex}"
-                self._resumable = False
-                continue
-            if os.fstat(self._journal).st_nlink:
-                break
-            os.close(self._journal)  # its last owner has just removed it
-        self._data = os.open(self._data_path, _FLAGS, 0o666)
+        self._journal_path, self._data_path = _paths(self._folder, key)
+        if self._open_shared():
+            return
+        # It comes twice at once, or somebody else has these names, or nothing can be locked here: under names of its
+        # own it can't be resumed.
+        self._resumable = False
+        self._journal_path, self._data_path = _paths(self._folder, f"{key}-{uuid.uuid4().hex}")
+        self._journal = os.open(self._journal_path, owned.CREATE | os.O_EXCL, 0o600)
+        with contextlib.suppress(OSError):
+            owned.lock(self._journal)
+        self._data = os.open(self._data_path, owned.CREATE | os.O_EXCL, 0o666)
 
-    def _wait_for_lock(self) -> bool:
-        """An earlier transfer whose sender is gone may not have noticed yet."""
-        deadline = time.monotonic() + LOCK_SECONDS
-        while not (locked := _lock(self._journal)) and time.monotonic() < deadline:
-            time.sleep(_LOOK_SECONDS)
-        return locked
+    def _open_shared(self) -> bool:
+        """Open what has the names that another attempt has, too; False if that can't be."""
+        while (journal := owned.open_own(self._journal_path, 0o600)) >= 0:
+            try:
+                if not owned.wait_for_lock(journal, LOCK_SECONDS):
+                    return False
+                if not os.fstat(journal).st_nlink:
+                    continue  # its last owner has just removed it
+                self._data = owned.open_own(self._data_path, 0o666)
+                if self._data >= 0:
+                    self._journal, journal = journal, -1
+                    return True
+                self._journal_path.unlink()
+                return False
+            except OSError as error:
+                if error.errno not in owned.NO_LOCKS:
+                    raise
+                self._journal_path.unlink(missing_ok=True)
+                return False
+            finally:
+                if journal >= 0:
+                    owned.release(journal)
+        return False
 
     def _take_up(self) -> None:
         """What the journal says is there, as far as it is."""
@@ -106,10 +124,10 @@ class PartialFile:
         with open(self._journal, "rb", closefd=False) as file:
             first, *lines = file.read().split(b"\n")
         found = dict(filter(None, map(self._parse, lines))) if first == header else {}
-        self._whole = {part for part, digest in found.items() if self._digest(part) == digest}
+        self._whole = {part: digest for part, digest in found.items() if self._digest(part) == digest}
         if found:
             log.info("%s: %d of %d parts are here already", self.identity.name, len(self._whole), self.identity.parts)
-        rest = b"".join(b"%d %s\n" % (part, found[part].hex().encode()) for part in sorted(self._whole))
+        rest = b"".join(b"%d %s\n" % (part, self._whole[part].hex().encode()) for part in sorted(self._whole))
         os.ftruncate(self._journal, 0)
         os.lseek(self._journal, 0, os.SEEK_SET)
         os.write(self._journal, header + b"\n" + rest)
@@ -173,12 +191,17 @@ class PartialFile:
     def add(self, part: int, digest: bytes) -> None:
         """A part is whole and verified."""
         with self._lock:
-            self._whole.add(part)
+            self._whole[part] = digest
             try:
                 os.write(self._journal, b"%d %s\n" % (part, digest.hex().encode()))
             except OSError as error:
                 self.error = self.error or self._failure(error)
                 raise self.error from error
+
+    def drop(self, part: int) -> None:
+        """It is not what the sender has. The journal's next line about it counts."""
+        with self._lock:
+            del self._whole[part]
 
     # -- ends ----------------------------------------------------------------------------------------------
 
@@ -192,10 +215,10 @@ class PartialFile:
             raise TransferError(f"{len(self.whole)} of {self.identity.parts} parts of {self.identity.name} are here")
         try:
             os.fsync(self._data)
-            os.rename(self._data_path, path)
             folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                os.fsync(folder)
+                os.rename(self._data_path, path)
+                owned.sync_folder(folder, path)
             finally:
                 os.close(folder)
         except OSError as error:
@@ -214,9 +237,10 @@ class PartialFile:
         with self._idle:  # what is late writes to no descriptor that is somebody else's by then
             self._closed = True
             self._idle.wait_for(lambda: not self._writing)
-        for fd in (self._data, self._journal):  # the lock goes last
-            if fd >= 0:
-                os.close(fd)
+        if self._data >= 0:
+            os.close(self._data)
+        if self._journal >= 0:  # the lock goes last
+            owned.release(self._journal)
         self._data = self._journal = -1
 
     def discard(self) -> None:
@@ -251,25 +275,19 @@ def forget(folder: str, identity: FileIdentity, owner: str = "") -> None:
 
 
 def remove(journal: Path) -> None:
-    """And what it is about, unless somebody works on it."""
-    with contextlib.suppress(FileNotFoundError):
-        fd = os.open(journal, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    """And what it is about, unless somebody works on it, or it is somebody else's."""
+    try:
+        fd = os.open(journal, owned.OPEN)
         try:
-            if _lock(fd):
+            if owned.is_own(fd) and owned.lock(fd):
                 journal.with_suffix(_PART).unlink(missing_ok=True)
                 journal.unlink()
         finally:
-            os.close(fd)
+            owned.release(fd)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, *owned.FOREIGN, *owned.NO_LOCKS):
+            raise
 
 
 def _paths(folder: Path, key: str) -> tuple[Path, Path]:
     return folder / f".{key}{_JOURNAL}", folder / f".{key}{_PART}"
-
-
-def _lock(fd: int) -> bool:
-    """Whether nobody else has it. The system takes it back when the process ends, however it does."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -24,8 +25,11 @@ KEY = "nvflare_rdma"
 _SILENT = PREFIX + "silent"  # in a receiver's stream context: FLARE's own stream follows, or came before
 #: How long a receiver waits for its data to come before it answers that it is still coming.
 TURN_SECONDS = 2.0
-#: A receiver that is ready hears no more of its sender.
-_LONELY_SECONDS = 120.0
+#: A receiver whose own part is over hears no more of its sender: at least, and in turns of the sender's, which waits
+#: for the slowest of its targets.
+_LONELY_SECONDS, _LONELY_TURNS = 120.0, 4
+_LOOK_SECONDS = 1.0
+_MAX_TIMEOUT = 7 * 24 * 3600.0
 
 
 class Receiving(ABC):
@@ -54,9 +58,13 @@ class Receiving(ABC):
     ) -> None:
         """Receive it. Raises RdmaError, OSError or MemoryError."""
 
-    @abstractmethod
     def finish(self, stream_ctx: dict[str, Any]) -> None:
         """Everything is here: make it known."""
+        return
+
+    def undo(self) -> None:
+        """Everything is here, but its stream has ended with an error."""
+        return
 
     @abstractmethod
     def may_come_otherwise(self, error: Exception) -> bool:
@@ -78,11 +86,14 @@ class _Consumer(ObjectConsumer):
         self._fl_ctx: Any = None
         self._receiving: Receiving | None = None
         self._state, self._reason = "running", ""
+        self._lock = threading.Lock()  # for these, and:
+        self._failed = False
         self._ended, self._over = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+        self._heard_at, self._patience = time.monotonic(), _LONELY_SECONDS
 
     def consume(self, shareable: Any, stream_ctx: dict[str, Any], fl_ctx: Any) -> tuple[bool, Any]:
-        self._fl_ctx = fl_ctx
+        self._fl_ctx, self._heard_at = fl_ctx, time.monotonic()
         message = shareable.get(KEY)
         what = message.get("do") if isinstance(message, dict) else None
         if what == "hello":
@@ -111,6 +122,11 @@ class _Consumer(ObjectConsumer):
         stream, peer = message.get("stream"), message.get("peer")
         if type(stream) is not str or type(peer) is not str:
             raise TransferError("a stream begins with a malformed message")
+        timeout: Any = message.get("timeout")
+        number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+        if not number or not 0 < timeout <= _MAX_TIMEOUT:
+            raise TransferError(f"a stream begins with a timeout of {timeout!r} s")
+        self._patience = max(_LONELY_SECONDS, _LONELY_TURNS * timeout)
         self._receiving = self._make(self._stream_ctx, fl_ctx.get_identity_name())
         cell = fl_ctx.get_engine().get_cell()
         abort = fl_ctx.get_run_abort_signal()
@@ -124,6 +140,27 @@ class _Consumer(ObjectConsumer):
         self._thread.start()
 
     def _receive(self, receiving: Receiving, channels: Any, peer: str, ask: Any, aborted: Callable[[], bool]) -> None:
+        state, reason = "failed", "receiving it broke, and this side's log says how"
+        try:
+            state, reason = self._run(receiving, channels, peer, ask, aborted)
+        except Exception:
+            log.exception("receiving a stream failed")
+        finally:  # the sender asks until it is not "running"
+            with self._lock:
+                self._state, self._reason = state, reason
+                self._undo_if_failed()
+            self._over.set()
+        if self._is_left_alone():
+            # The sender is gone, and nobody else ends the stream.
+            code = ReturnCode.OK if state == "done" else ReturnCode.EXECUTION_EXCEPTION
+            if state == "done":
+                receiving.finish(self._stream_ctx)
+            self._stream_ctx[StreamContextKey.END_STREAM](code, self._fl_ctx)
+
+    def _run(
+        self, receiving: Receiving, channels: Any, peer: str, ask: Any, aborted: Callable[[], bool]
+    ) -> tuple[str, str]:
+        """State and reason."""
         state, reason = "done", ""
         meter = Meter("received", self._fl_ctx.get_engine().get_cell().get_fqcn(), peer, receiving.kind)
         try:
@@ -138,14 +175,14 @@ class _Consumer(ObjectConsumer):
             log.exception("receiving a stream failed")
             state, reason = "failed", f"{type(error).__name__}: {error}"
         meter.end(failure=reason)
-        self._state, self._reason = state, reason
-        self._over.set()
-        if not self._ended.wait(_LONELY_SECONDS):
-            # The sender is gone, and nobody else ends the stream.
-            code = ReturnCode.OK if state == "done" else ReturnCode.EXECUTION_EXCEPTION
-            if state == "done":
-                receiving.finish(self._stream_ctx)
-            self._stream_ctx[StreamContextKey.END_STREAM](code, self._fl_ctx)
+        return state, reason
+
+    def _is_left_alone(self) -> bool:
+        """Whether the sender falls silent before the stream ends."""
+        while not self._ended.wait(_LOOK_SECONDS):
+            if time.monotonic() - self._heard_at > self._patience:
+                return True
+        return False
 
     def _end(self, gone: bool) -> Any:
         assert self._receiving is not None
@@ -162,8 +199,16 @@ class _Consumer(ObjectConsumer):
     def finalize(self, stream_ctx: dict[str, Any], fl_ctx: Any) -> None:
         """FLARE's: the stream is over, however it went."""
         self._ended.set()
+        with self._lock:
+            self._failed = stream_ctx.get(StreamContextKey.RC) != ReturnCode.OK
+            self._undo_if_failed()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._over.wait(TURN_SECONDS)
+
+    def _undo_if_failed(self) -> None:
+        """Whichever comes last: what is received, or the end of its stream."""
+        if self._failed and self._state == "done" and self._receiving is not None:
+            self._receiving.undo()
 
 
 def _reply(state: str, reason: str) -> Any:

@@ -159,8 +159,10 @@ def stream(
     if direct:
         made = offer(cell)
         name = desk.open(cell, made.service)
-        start = {"do": "start", "stream": name, "peer": cell.get_fqcn(), "secure": bool(flags.get("secure"))}
-        tickets = _Tickets(made, start, direct, timeout + TURN_SECONDS)
+        timeout += TURN_SECONDS
+        secure = bool(flags.get("secure"))
+        start = {"do": "start", "stream": name, "peer": cell.get_fqcn(), "secure": secure, "timeout": timeout}
+        tickets = _Tickets(made, start, direct, timeout)
         try:
             code = run(tickets, direct)
         finally:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,32 +47,59 @@ class Site:
         return cls(url or "", bool(core.secure or credentials.get(DriverParams.CA_CERT.value)), credentials)
 
 
-def hand_on(cell: Any) -> dict[str, str | None]:
-    """Have trainers that this process starts from now on install the transfer, too.
+class _Environment:
+    """This process's, with what is handed on, as long as any of its runs needs that."""
 
-    Returns:
-        What `take_back` needs to undo it.
-    """
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs = 0
+        self._before: dict[str, str | None] = {}
+
+    def add(self, handed: Callable[[], Mapping[str, str]]) -> None:
+        """For one run more."""
+        with self._lock:
+            for name, value in handed().items():
+                self._before.setdefault(name, os.environ.get(name))
+                os.environ[name] = value
+            self._runs += 1
+
+    def remove(self) -> None:
+        """For one run less; with the last, it is as it was before the first."""
+        with self._lock:
+            self._runs -= 1
+            if self._runs:
+                return
+            before, self._before = self._before, {}
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+_environment = _Environment()
+
+
+def hand_on(cell: Any) -> None:
+    """Have trainers that this process starts from now on install the transfer, too, until as many `take_back`."""
     site = Site.of(cell)
     credentials = {name: value for name, value in site.credentials.items() if isinstance(value, str)}
-    folders = [folder for folder in os.environ.get(_DRIVER_PATH, "").split(os.pathsep) if folder and folder != _FOLDER]
-    handed = {
-        **settings_environment(),  # the site's configuration files are not the trainer's
-        _DRIVER_PATH: os.pathsep.join([*folders, _FOLDER]),
-        _SITE: json.dumps(asdict(Site(site.url, site.secure, credentials))),
-    }
-    before = {name: os.environ.get(name) for name in handed}
-    os.environ.update(handed)
-    return before
+
+    def handed() -> dict[str, str]:
+        path = os.environ.get(_DRIVER_PATH, "")
+        folders = [folder for folder in path.split(os.pathsep) if folder and folder != _FOLDER]
+        return {
+            **settings_environment(),  # the site's configuration files are not the trainer's
+            _DRIVER_PATH: os.pathsep.join([*folders, _FOLDER]),
+            _SITE: json.dumps(asdict(Site(site.url, site.secure, credentials))),
+        }
+
+    _environment.add(handed)
 
 
-def take_back(before: Mapping[str, str | None]) -> None:
-    """Undo `hand_on`."""
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+def take_back() -> None:
+    """Undo one `hand_on`."""
+    _environment.remove()
 
 
 def is_trainer() -> bool:

@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import ssl
 import sys
-from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlparse
 
@@ -45,15 +44,19 @@ class RdmaTransfer(FLComponent):
     def __init__(self) -> None:
         super().__init__()
         self._started = False
-        self._handed_on: Mapping[str, str | None] = {}
+        self._handed_on = False
         self._reporter: TransferReporter | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """FLARE's hook: channels live as long as the run."""
-        if event_type == EventType.ABOUT_TO_START_RUN:
+        if event_type == EventType.END_RUN and self._handed_on:  # also of a run that did not start
+            self._handed_on = False
+            take_back()
+        if event_type == EventType.ABOUT_TO_START_RUN and not self._handed_on:
             # Clients only, before START_RUN starts the trainer.
             require_flare("RdmaTransfer")
-            self._handed_on = hand_on(fl_ctx.get_engine().get_cell())
+            hand_on(fl_ctx.get_engine().get_cell())
+            self._handed_on = True
         elif event_type == EventType.START_RUN and not self._started:
             install()
             fl_ctx.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
@@ -61,7 +64,6 @@ class RdmaTransfer(FLComponent):
             self._reporter = TransferReporter(self, fl_ctx)
         elif event_type == EventType.END_RUN and self._started:
             self._started = False
-            take_back(self._handed_on)
             if registry.stop():
                 memory.clear()
             if self._reporter is not None:

@@ -13,11 +13,11 @@ from waiting import eventually
 
 from nvflare_rdma.errors import FabricUnavailable, IntegrityError, ProtocolError, StorageError, TransferError
 from nvflare_rdma.streaming import pulling
-from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, OpenFile
+from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, OpenFile, PartDigests
 from nvflare_rdma.streaming.file_transfer import FileService, pull_file
 from nvflare_rdma.streaming.manifest import Item, pack
 from nvflare_rdma.streaming.partial_file import PartialFile
-from nvflare_rdma.streaming.pulling import AbortedError
+from nvflare_rdma.streaming.pulling import AbortedError, LostError
 
 PART = 2 * BLOCK_BYTES
 
@@ -128,6 +128,49 @@ def test_an_interrupted_transfer_goes_on_from_what_is_there(files, cell):
     it.open()  # also the sender begins anew
     it.pull(site)
     assert it.asked() == [sorted(set(range(8)) - there)]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_was_here_is_compared_with_what_the_sender_has(lost, files, cell, monkeypatch):
+    it, site = files(content(5)), cell("site-1")
+    found = PartialFile(str(it.folder), it.file.identity, site.name)
+    for part in (0, 1, 3):
+        data = memoryview(it.content)[part * PART : (part + 1) * PART]
+        digests = PartDigests(PART)
+        digests.add(0, data)
+        found.write(part, 0, data)
+        found.add(part, digests.whole())
+    found.keep()
+    with open(it.source, "r+b") as file:  # where no sample is
+        file.seek(PART + 100_000)
+        file.write(bytes(1000))
+    it.content = it.source.read_bytes()
+    os.utime(it.source, ns=(it.file.identity.mtime_ns, it.file.identity.mtime_ns))
+    announced = it.file.identity
+    it.open()
+    assert it.file.identity == announced
+
+    def ask(request: dict) -> dict:
+        if lost and request["do"] == "compare":
+            raise LostError("no answer")
+        return it.ask(site.name)(request)
+
+    it.pull(site, ask)
+    assert it.asked() == [[0, 1, 2, 3, 4] if lost else [1, 2, 4]]
+
+
+def test_what_is_aborted_at_the_very_end_does_not_appear(files, cell):
+    it, site, gone = files(content(1)), cell("site-1"), threading.Event()
+
+    def ask(request: dict) -> dict:
+        answer = it.ask(site.name)(request)
+        if request["do"] == "digests":
+            gone.set()
+        return answer
+
+    with pytest.raises(AbortedError):
+        it.pull(site, ask, aborted=gone.is_set)
+    assert not (it.folder / "whole").exists()
 
 
 def test_a_channel_that_breaks_is_opened_again(files, cell):
@@ -267,7 +310,8 @@ def test_another_file_than_was_announced(change, files, cell):
 @pytest.mark.parametrize("wanted", [None, [5], [-1], ["x"], [None], "0 1"])
 def test_requests_for_digests_of_what_is_not_there(wanted, files):
     it = files(content(2))
-    assert "refused" in it.ask("site-1")({"do": "digests", "items": wanted})
+    for what in ("digests", "compare"):
+        assert "refused" in it.ask("site-1")({"do": what, "items": wanted})
 
 
 def test_digests_of_what_was_not_read(files):

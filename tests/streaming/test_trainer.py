@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nvflare.apis.event_type import EventType
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
 from nvflare.client.cell.bootstrap import BOOTSTRAP_FILE_ENV_VAR
 
 from nvflare_rdma.errors import ConfigError, FabricUnavailable
 from nvflare_rdma.recipe import add_transfer
 from nvflare_rdma.settings import load_settings
-from nvflare_rdma.streaming import RdmaTransfer
+from nvflare_rdma.streaming import RdmaTransfer, trainer
 from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, take_back
 
 CREDENTIALS = {"ca_cert": "/site/startup/rootCA.pem", "client_key": "/site/startup/client.key"}
@@ -27,6 +28,7 @@ def flare_cell(credentials, url="grpc://fl.example.org:8002", secure=True):
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """Its changes go with the test."""
+    monkeypatch.setattr(trainer, "_environment", trainer._Environment())
     monkeypatch.setattr(os, "environ", os.environ.copy())
     for name in (BOOTSTRAP_FILE_ENV_VAR, "NVFLARE_COMM_DRIVER_PATH", "RDMA_TRANSFER_SITE"):
         os.environ.pop(name, None)
@@ -37,14 +39,14 @@ def test_a_trainer_knows_its_site(environment):
     environment["NVFLARE_RDMA_RAILS"] = "3"
     settings = load_settings()
     before = dict(environment)
-    undo = hand_on(flare_cell(CREDENTIALS))
+    hand_on(flare_cell(CREDENTIALS))
     assert environment["NVFLARE_COMM_DRIVER_PATH"].endswith("nvflare_rdma/trainer_plugin")
     assert inherited_site() is None  # the site's job process is none
     environment[BOOTSTRAP_FILE_ENV_VAR] = "/site/app/bootstrap.json"
     assert inherited_site() == Site("grpc://fl.example.org:8002", True, CREDENTIALS)
     assert load_settings() == settings
     del environment[BOOTSTRAP_FILE_ENV_VAR]
-    take_back(undo)
+    take_back()
     assert environment == before
 
 
@@ -56,6 +58,25 @@ def test_folders_of_other_drivers_stay_and_this_one_comes_once(environment):
     assert others == "/others"
     # FLARE imports all of them by name, into a process that may be anybody's.
     assert {path.name for path in Path(ours).glob("**/*.py")} == {"nvflare_rdma_trainer.py"}
+
+
+def _fire(component: RdmaTransfer, event: str) -> None:
+    engine = types.SimpleNamespace(get_cell=lambda: flare_cell(CREDENTIALS))
+    component.handle_event(event, types.SimpleNamespace(get_engine=lambda: engine))
+
+
+def test_the_last_of_several_runs_takes_it_back(environment):
+    before = dict(environment)
+    first, second = RdmaTransfer(), RdmaTransfer()
+    _fire(first, EventType.ABOUT_TO_START_RUN)
+    handed = dict(environment)
+    assert handed != before
+    _fire(second, EventType.ABOUT_TO_START_RUN)
+    for _ in range(2):
+        _fire(first, EventType.END_RUN)  # which has not started
+        assert environment == handed
+    _fire(second, EventType.END_RUN)
+    assert environment == before
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ class Job:
         content = path.read_bytes() if path.is_file() else None
         return {
             "result": [code, ends],
-            "same": [bool(place) and Path(place).read_bytes() == content for place in places],
+            "same": [bool(place) and Path(place).is_file() and Path(place).read_bytes() == content for place in places],
             "folders": [
                 bool(place) and Path(place).parent == self.folder / s for place, s in zip(places, targets, strict=True)
             ],
@@ -228,7 +228,7 @@ def hostile(job: Job) -> dict:
             reply = replies["site-2"]
             self.codes.append((reply.get(KEY) or {}).get("state") or reply.get_return_code())
 
-    start = {"do": "start", "stream": "nobody's", "peer": "server"}
+    start = {"do": "start", "stream": "nobody's", "peer": "server", "timeout": 12.0}
     dict_ctx = {"ContainerStreamer.type": "dict", "ContainerStreamer.size": 3, PREFIX + "portions": 1}
     cases = {
         "nothing": ("container", dict_ctx, [None]),

@@ -1,0 +1,79 @@
+"""Files that this process's user owns, in a folder that anybody may write to, and their locks."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import time
+from pathlib import Path
+
+OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe is not waited for
+CREATE = OPEN | os.O_CREAT
+#: What opening somebody else's file says, or one that is none.
+FOREIGN = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EISDIR, errno.ENODEV)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+#: Of a folder, where the file system has no such thing.
+_NO_FSYNC = (errno.EINVAL, errno.EOPNOTSUPP)
+_LOOK_SECONDS = 0.05
+
+
+def open_own(path: Path, mode: int) -> int:
+    """Open or create it; -1 if it is somebody else's, or no plain file: anybody may write to some folders."""
+    try:
+        fd = os.open(path, CREATE, mode)
+    except OSError as error:
+        if error.errno not in FOREIGN:
+            raise
+        return -1
+    if is_own(fd):
+        return fd
+    os.close(fd)
+    return -1
+
+
+def is_own(fd: int) -> bool:
+    """Whether it is a plain file of this user's, under one name."""
+    found = os.fstat(fd)
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink <= 1
+
+
+def sync_folder(folder: int, path: str) -> None:
+    """What has just got the name ``path`` keeps it, or is removed."""
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            raise
+
+
+def release(fd: int) -> None:
+    """Close it without its lock: a process that was forked meanwhile has the descriptor, too, and does not know."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
+def lock(fd: int) -> bool:
+    """Whether nobody else has it. The system takes it back when the process ends, however it does.
+
+    Raises:
+        OSError: one of `NO_LOCKS`, where the file system has no locks.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def wait_for_lock(fd: int, seconds: float) -> bool:
+    """`lock`, as soon as it can be had: an earlier transfer whose sender is gone may not have noticed yet."""
+    deadline = time.monotonic() + seconds
+    while not (locked := lock(fd)) and time.monotonic() < deadline:
+        time.sleep(_LOOK_SECONDS)
+    return locked
