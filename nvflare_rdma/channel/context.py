@@ -24,6 +24,9 @@ class LinkContext:
     """Equal for two processes that can use shared memory."""
     controller: str = "fixed"
     chunk_bytes: int = 1024 * 1024
+    private_factor: int = 1
+    """Of ``chunk_bytes`` in private memory: a chunk is one copy there and costs its messages; no link is to be kept
+    busy."""
     depth: int = 4
     integrity: str = "auto"
     window_bytes: int = 4 * 1024 * 1024

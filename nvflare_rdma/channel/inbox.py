@@ -110,8 +110,9 @@ class Inbox:
         room = min(whole_units(self._controller.window_bytes, unit), length)
         chunk = min(whole_units(self._controller.chunk_bytes, unit), room)
         each = self._pool.cost(chunk + sealing.TAG_BYTES)
-        # Of what is alone in the budget there is no more than that.
-        slots = min(-(-room // chunk), max((limit - min(cost, limit)) // each, 1))
+        slots = -(-room // chunk)
+        if not cost:  # what is alone in the budget holds no more than that, unless it has to lie in memory whole anyway
+            slots = min(slots, max(limit // each, 1))
         return cost + slots * each, min(slots * chunk, room)
 
     def start(self, transfer: int, length: int, endpoint: Endpoint | None) -> tuple[int, int] | None:

@@ -19,8 +19,6 @@ from nvflare_rdma.fabric.base import Fabric
 
 log = logging.getLogger(__name__)
 
-_PRIVATE_FACTOR = 4
-
 
 @dataclass(slots=True)
 class Opening:
@@ -129,8 +127,7 @@ class RailOpener:
             kind = context.controller if name and not self._fabrics[name].private else "fixed"
             # What is on its way to a receiver never exceeds the memory that it may use.
             limit = context.budget.limit
-            # A chunk in private memory is one copy, and costs its messages: there is no link to keep busy.
-            wanted = context.chunk_bytes * (_PRIVATE_FACTOR if name and self._fabrics[name].private else 1)
+            wanted = context.chunk_bytes * (context.private_factor if name and self._fabrics[name].private else 1)
             chunk = min(wanted, max(limit // 4, MIN_CHUNK_BYTES))
             self._controllers[name] = make_controller(kind, chunk, context.depth, limit)
         return self._controllers[name]

@@ -44,6 +44,8 @@ DIAL_SECONDS = 20.0
 _ADDRESS_SECONDS = 5.0
 _WELCOME = b"\x01"
 _MAX_TENSOR_BYTES = 1 << 48
+#: See `LinkContext`; tensors are large.
+_PRIVATE_FACTOR = 4
 
 
 class DataChannels:
@@ -76,7 +78,7 @@ class DataChannels:
         self._ports = ports
         self._trainers = trainers
         limits = ChannelLimits(max_message_bytes=_MAX_TENSOR_BYTES)
-        self._context: LinkContext = replace(process.context, limits=limits)
+        self._context: LinkContext = replace(process.context, limits=limits, private_factor=_PRIVATE_FACTOR)
         self._fabric = process.tcp()
         self._lock = threading.Lock()
         self._opened = threading.Condition(self._lock)

@@ -118,7 +118,7 @@ class Sender(threading.Thread):
         self._parts = parts
         self._moved = moved
         self._exact = exact
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what an offer sets off may stop it
         self._failure = ""
         self._open: deque[tuple[Sending, Part, Source]] = deque()
         self._offered: list[Sending] = []
