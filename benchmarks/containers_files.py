@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from measuring import MIB, Meter, Peer, command_line, free_port, machine, obey, versions, wait_until
+from measuring import MIB, Measured, Meter, Peer, command_line, free_port, machine, obey, versions, wait_until
 from rich.console import Console
 from rich.table import Table
 from state_dict import make_model
@@ -40,7 +40,7 @@ MAX_CONTAINER_GIB = 4
 console = Console(width=150)
 
 
-class Side:
+class Side(Measured):
     """The server streams, the client receives."""
 
     def __init__(self, role: str, url: str, direct: bool, folder: str, kind: str, mib: int) -> None:
@@ -77,17 +77,6 @@ class Side:
     def _received(self, stream_ctx: Any, fl_ctx: Any) -> None:
         self._model = self._containers.get_result(stream_ctx)
         self._location = self._files.get_file_location(stream_ctx)
-
-    def idle(self) -> dict[str, Any]:
-        self._meter = Meter()
-        return {}
-
-    def lap(self) -> dict[str, Any]:
-        self._meter.lap()
-        return {}
-
-    def used(self) -> dict[str, Any]:
-        return self._meter.read()
 
     def stream(self) -> dict[str, Any]:
         start, context = time.perf_counter(), self._engine.new_context()

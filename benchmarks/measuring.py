@@ -66,6 +66,23 @@ class Meter:
         }
 
 
+class Measured:
+    """The commands of a peer that say what it used; ``_meter`` is made by `idle`, or before."""
+
+    _meter: Meter
+
+    def idle(self) -> dict[str, Any]:
+        self._meter = Meter()
+        return {}
+
+    def lap(self) -> dict[str, Any]:
+        self._meter.lap()
+        return {}
+
+    def used(self) -> dict[str, Any]:
+        return self._meter.read()
+
+
 class Peer:
     """A process that runs the script with ``arguments`` and answers a line of JSON for each command."""
 

@@ -26,6 +26,7 @@ from typing import Any
 from measuring import (
     BEST_ENVIRONMENT,
     MIB,
+    Measured,
     Meter,
     Peer,
     command_line,
@@ -68,7 +69,7 @@ def _shapes(width: int) -> list[tuple[int, ...]]:
     return [*(shape for _ in range(LAYERS) for shape in layer), (8 * w, w), (w,), (8 * w, w)]
 
 
-class Side:
+class Side(Measured):
     """The server (``role``) holds the model; a site, called by its role, fetches it and sends it back."""
 
     def __init__(self, role: str, url: str, mib: int, direct: bool, encoded: bool) -> None:
@@ -138,17 +139,6 @@ class Side:
         return self._cell.send_request(
             channel="bench", topic=topic, target="server", request=request, timeout=TIMEOUT
         ).payload
-
-    def idle(self) -> dict[str, Any]:
-        self._meter = Meter()
-        return {}
-
-    def lap(self) -> dict[str, Any]:
-        self._meter.lap()
-        return {}
-
-    def used(self) -> dict[str, Any]:
-        return self._meter.read()
 
     def down(self) -> dict[str, Any]:
         self._model = {}  # the last one; a site has trained it, and loads the next
