@@ -238,6 +238,7 @@ def test_a_source_port_that_is_in_use_is_passed_over(offered, network, monkeypat
         monkeypatch.setattr(verbs_cm, "make_identifier", make_identifier)
         passive.check()
     assert len(made) > 1
+    assert held()[f"{passive.device}: cm_id"] == 1
 
 
 def test_source_ports_that_are_all_in_use_are_an_error(offered, network):
