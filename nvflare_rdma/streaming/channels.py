@@ -42,6 +42,10 @@ MAX_TICKETS = 4096
 #: reached has the handshake's deadline besides.
 DIAL_SECONDS = 20.0
 _ADDRESS_SECONDS = 5.0
+#: A peer that was so slow to be out of reach, as behind a firewall that answers nothing, is not dialled again for a
+#: while, which doubles each time, up to a limit.
+_SLOW_SECONDS = 1.0
+_AVOID_SECONDS, _MAX_AVOID_SECONDS = 60.0, 3600.0
 _WELCOME = b"\x01"
 _MAX_TENSOR_BYTES = 1 << 48
 #: See `LinkContext`; tensors are large.
@@ -90,6 +94,8 @@ class DataChannels:
         #: Peer -> how many of its tickets came whose channel is not there yet.
         self._opening: Counter[str] = Counter()
         self._sinks: dict[tuple[str, int], Sink] = {}
+        #: Peer -> how often in a row it was slow to be out of reach, when it was last, and how.
+        self._unreachable: dict[str, tuple[int, float, str]] = {}
         self._closed = False
 
     # -- doors ---------------------------------------------------------------------------------------------
@@ -197,12 +203,15 @@ class DataChannels:
         """A new channel to ``peer``, which has sent the invitation.
 
         Raises:
-            RdmaError: none of its addresses leads there. ProtocolError: ``invitation`` is malformed.
+            RdmaError: none of its addresses leads there, or led there lately. ProtocolError: ``invitation`` is
+                malformed.
         """
         hosts, port, ticket = parse_invitation(invitation)
+        began = time.monotonic()
+        self._avoid(peer, began)
         if self._server_host and peer.split(".")[0] == SERVER and self._server_host not in hosts:
             hosts = [self._server_host, *hosts]
-        failures, deadline = [], time.monotonic() + DIAL_SECONDS
+        failures, deadline = [], began + DIAL_SECONDS
         for host in hosts:
             if (left := deadline - time.monotonic()) <= 0:
                 failures.append(f"the others were not tried: {DIAL_SECONDS:g} s are over")
@@ -213,8 +222,21 @@ class DataChannels:
                 failures.append(f"{host}:{port}: {error}")
                 continue
             threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
+            with self._lock:
+                self._unreachable.pop(peer, None)
             return link
-        raise FabricError(f"no direct way from {self.name} to {peer}: {'; '.join(failures)}")
+        reason, now = f"no direct way from {self.name} to {peer}: {'; '.join(failures)}", time.monotonic()
+        if now - began > _SLOW_SECONDS:
+            with self._lock:
+                self._unreachable[peer] = self._unreachable.get(peer, (0, 0.0, ""))[0] + 1, now, reason
+        raise FabricError(reason)
+
+    def _avoid(self, peer: str, now: float) -> None:
+        with self._lock:
+            count, since, reason = self._unreachable.get(peer, (0, 0.0, ""))
+        left = since + min(_AVOID_SECONDS * 2 ** (count - 1), _MAX_AVOID_SECONDS) - now
+        if count and left > 0:
+            raise FabricUnavailable(f"{reason} (tried {now - since:.0f} s ago, and again in {left:.0f} s)")
 
     def _dial(self, address: tuple[str, int], ticket: bytes, peer: str, timeout: float) -> Link:
         sock, stream = dial(address, self._secure(False), self._pending, timeout)

@@ -93,8 +93,9 @@ def ask(folder: Path) -> int:
         code, model = got.get_header(MessageHeaderKey.RETURN_CODE), got.payload
         return {"code": code, "same": torch.equal(model["w"], MODEL["w"]), "log": lines.take()}
 
-    results = {"firewall": get()}
+    results = {"firewall": get(), "again": get()}
     request("open")
+    channels._AVOID_SECONDS = 0.0
     results["open"] = get()
     (folder / "results.json").write_text(json.dumps(results))
     return 0
