@@ -164,10 +164,10 @@ class Sender(threading.Thread):
         try:
             sending.wait(_SEND_TIMEOUT)
         except TransferError:
-            if not (isinstance(source, EncodedSource) and source.encoding.unrepresentable):
+            if not (why := getattr(source, "unrepresentable", "")):
                 raise
             # The receiver misses this one, and asks again.
-            self._exact(part.item.name, source.encoding.unrepresentable)
+            self._exact(part.item.name, why)
         else:
             self._moved(source.nbytes)
         with self._lock:

@@ -13,7 +13,8 @@ from waiting import eventually
 
 from nvflare_rdma.errors import FabricUnavailable, IntegrityError, ProtocolError, StorageError, TransferError
 from nvflare_rdma.streaming import pulling
-from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, OpenFile, PartDigests
+from nvflare_rdma.streaming.file_layout import Layout, plan
+from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, DIGEST_BYTES, FileIdentity, OpenFile, PartDigests
 from nvflare_rdma.streaming.file_transfer import FileService, pull_file
 from nvflare_rdma.streaming.manifest import Item, pack
 from nvflare_rdma.streaming.partial_file import PartialFile
@@ -53,6 +54,10 @@ class Files:
         assert path.read_bytes() == self.content
         assert sorted(p.name for p in self.folder.iterdir() if p.name.startswith(".")) == []
         return path
+
+    def partial(self, owner: str) -> PartialFile:
+        identity = self.file.identity
+        return PartialFile(str(self.folder), Layout(identity, [item for item, _ in plan(identity)]), owner)
 
     def asked(self, what: str = "send") -> list:
         return [request["items"] for request in self.requests if request["do"] == what]
@@ -120,7 +125,7 @@ def test_an_interrupted_transfer_goes_on_from_what_is_there(files, cell):
         it.pull(site, aborted=lambda: bool(it.asked("digests")))
     stop.set()
     assert len(list(it.folder.iterdir())) == 2
-    found = PartialFile(str(it.folder), it.file.identity, site.name)
+    found = it.partial(site.name)
     there = set(found.whole)
     assert there
     found.keep()
@@ -133,13 +138,13 @@ def test_an_interrupted_transfer_goes_on_from_what_is_there(files, cell):
 @pytest.mark.parametrize("lost", [False, True])
 def test_what_was_here_is_compared_with_what_the_sender_has(lost, files, cell, monkeypatch):
     it, site = files(content(5)), cell("site-1")
-    found = PartialFile(str(it.folder), it.file.identity, site.name)
+    found = it.partial(site.name)
     for part in (0, 1, 3):
         data = memoryview(it.content)[part * PART : (part + 1) * PART]
         digests = PartDigests(PART)
         digests.add(0, data)
         found.write(part, 0, data)
-        found.add(part, digests.whole())
+        found.add(part, digests.whole(), digests.whole())
     found.keep()
     with open(it.source, "r+b") as file:  # where no sample is
         file.seek(PART + 100_000)
@@ -209,7 +214,7 @@ def test_a_source_that_changes_is_an_error_that_names_it(when, files, cell):
 
 def test_a_source_that_reads_differently_the_second_time(files, cell):
     it, site = files(content(1)), cell("site-1", ports=None)
-    it.service._tensors["0"].read(0, BLOCK_BYTES, lambda n: memoryview(bytearray(n)))
+    it.service._tensors["0"].source(True).read(0, BLOCK_BYTES, lambda n: memoryview(bytearray(n)))
     with open(it.source, "r+b") as file:
         file.write(b"\0" * 64)
     os.utime(it.source, ns=(it.file.identity.mtime_ns, it.file.identity.mtime_ns))
@@ -320,9 +325,9 @@ def test_digests_of_what_was_not_read(files):
 
 def test_pieces_of_blocks_have_no_digest(files):
     it = files(content(1))
-    source = it.service._tensors["0"]
-    for start in range(0, PART, BLOCK_BYTES // 4):
-        source.read(start, BLOCK_BYTES // 4, lambda n: memoryview(bytearray(n)))
+    source = it.service._tensors["0"].source(True)
+    for start in range(0, PART, DIGEST_BYTES // 2):
+        source.read(start, DIGEST_BYTES // 2, lambda n: memoryview(bytearray(n)))
     assert source.digests.whole() is None
 
 

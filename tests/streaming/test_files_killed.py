@@ -20,12 +20,13 @@ DEADLINE = 60.0
 class Pair:
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self.folder, self._stack = folder, stack
+        self.quantization_type = ""
         self.url = f"tcp://127.0.0.1:{free_port()}"
 
     def start(self, name: str) -> subprocess.Popen[bytes]:
         known = len(self.told(name, "ready"))
         log = self.folder / f"{name}-{known}.err"
-        arguments = [name, self.url, str(self.folder), str(STALL)]
+        arguments = [name, self.url, str(self.folder), str(STALL), self.quantization_type]
         process = self._stack.enter_context(
             background(SMALL / "stream_peer.py", *arguments, log=log, NVFLARE_RDMA_FABRICS="tcp")
         )
