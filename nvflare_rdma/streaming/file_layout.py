@@ -32,10 +32,13 @@ class Layout:
         self.identity = identity
         for number, item in enumerate(items):
             if not _is_part(identity, number, item):
-                raise ProtocolError(f"{item} is no part {number} of {identity}")
+                how = f", encoded as {item.cut.codec.name}" if item.cut is not None else ""
+                raise ProtocolError(
+                    f"part {number} of {identity.name} can't be {item.name}, {item.dtype} of shape {item.shape}{how}"
+                )
         self._starts = list(accumulate((item.nbytes for item in items), initial=0))
         if self._starts[-1] != identity.size:
-            raise ProtocolError(f"parts of {self._starts[-1]} bytes in all are not those of {identity}")
+            raise ProtocolError(f"parts of {self._starts[-1]} bytes in all are no file of {identity.size}")
 
     def __len__(self) -> int:
         return len(self._starts) - 1

@@ -14,18 +14,16 @@ from typing import Any
 
 import xxhash
 
-from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES
 from nvflare_rdma.codecs import CODEC_NAMES, FixedSizeCodec, get_codec
 from nvflare_rdma.errors import ConfigError, ProtocolError, SourceError
 from nvflare_rdma.streaming.encoded import PIECE_VALUES
 from nvflare_rdma.streaming.manifest import MAX_ITEMS
 from nvflare_rdma.streaming.safetensors_header import StoredTensor, read_header
 
-BLOCK_BYTES = MAX_UNIT_BYTES
-#: In a block of the file that has a digest of its own: of values of 16 bits, a piece; of others, a part of one.
-DIGEST_BYTES = 2 * PIECE_VALUES
+#: What has a digest of its own: a piece of values of 16 bits, or a half of one of float32.
+BLOCK_BYTES = 2 * PIECE_VALUES
 #: What is sent again after an interruption, at most, for each file that was moving.
-PART_BYTES = 64 * BLOCK_BYTES
+PART_BYTES = 256 * BLOCK_BYTES
 _SAMPLES, _SAMPLE_BYTES = 16, 64 * 1024
 
 
@@ -121,10 +119,10 @@ class OpenFile:
     """
 
     def __init__(self, path: str, quantization_type: str = "") -> None:
-        codec = codec_for_files(quantization_type) if quantization_type else None
         self.path = path
         self.broken = ""
         self._fd = -1
+        codec = codec_for_files(quantization_type) if quantization_type else None
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             found = os.fstat(self._fd)
@@ -197,7 +195,7 @@ class OpenFile:
 class PartDigests:
     """Of the blocks of ``nbytes`` as they come, in any order. ``block``: their length."""
 
-    def __init__(self, nbytes: int, block: int = DIGEST_BYTES) -> None:
+    def __init__(self, nbytes: int, block: int = BLOCK_BYTES) -> None:
         self._nbytes = nbytes
         self._block = block
         self._lock = threading.Lock()

@@ -11,7 +11,7 @@ from nvflare_rdma.channel.bodies import Sink, Source, Take
 from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.streaming.encoded import decode
-from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, DIGEST_BYTES, OpenFile, PartDigests
+from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, OpenFile, PartDigests
 from nvflare_rdma.streaming.landing import Landings, Place, own_memory
 from nvflare_rdma.streaming.manifest import Item
 from nvflare_rdma.streaming.partial_file import PartialFile
@@ -29,7 +29,7 @@ class PartSource(Source):
         self._file = file
         self._start = start
         self._item = item
-        self.digests = PartDigests(self.nbytes, item.cut.unit if item.cut is not None else DIGEST_BYTES)
+        self.digests = PartDigests(self.nbytes, item.cut.unit if item.cut is not None else BLOCK_BYTES)
 
     def digest(self) -> bytes:
         """What `digests` would be of, if it was not read yet.

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from direct_transfers import assert_equal
+from direct_transfers import as_encoded, assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcp_pair import in_parallel
@@ -34,18 +34,6 @@ def weights(dtype=torch.float32, shape=SHAPE) -> torch.Tensor:
 
 def new(nbytes: int) -> memoryview:
     return memoryview(bytearray(nbytes))
-
-
-def as_encoded(tensor, codec: str) -> np.ndarray:
-    """What arrives of a tensor: its pieces decoded, flat."""
-    flat, made = to_flat(tensor), get_codec(codec)
-    cut, out = Cut.of(made, flat.size), np.empty_like(flat)
-    for first in range(0, flat.size, cut.values):
-        piece = flat[first : first + cut.values]
-        encoded = np.empty(made.encoded_nbytes(piece.size), np.uint8)
-        made.encode_into(piece, encoded)
-        made.decode_into(encoded, out[first : first + cut.values])
-    return out
 
 
 @pytest.mark.parametrize("codec", FIXED)

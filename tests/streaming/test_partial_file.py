@@ -292,13 +292,13 @@ def test_a_folder_that_fails_has_no_file(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Of 4 MiB."""
+    """Of 1 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if os.geteuid() != 0 or not shutil.which("mount"):
         pytest.skip("only root can mount a small file system")
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True
     )
     if done.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")

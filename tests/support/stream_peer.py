@@ -1,7 +1,7 @@
 """One side of a file stream in a process of its own: stream_peer.py NAME URL FOLDER STALL TYPE. The server streams
 FOLDER/source, as quantization type TYPE if that is not "", to site-1 for every line on stdin; site-1 receives to
-FOLDER. What happens is appended to FOLDER/NAME.log, a line of JSON each. STALL: from that multiple of a part's length on
-the server reads only when there is FOLDER/go. Ends with stdin."""
+FOLDER. What happens is appended to FOLDER/NAME.log, a line of JSON each. STALL: what comes after so many parts of the
+longest, the server reads only when there is FOLDER/go. Ends with stdin."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nvflare_rdma.streaming import FileStreamer, file_streamer
 from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, OpenFile
 from nvflare_rdma.streaming.transfer import install
 
-PART = 2 * BLOCK_BYTES
+PART = 8 * BLOCK_BYTES
 
 
 def main() -> None:
