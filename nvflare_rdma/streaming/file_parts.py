@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 import threading
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -94,9 +95,11 @@ def codec_for_files(quantization_type: str) -> FixedSizeCodec:
     """What encodes the tensors of a file on its way: always to the same bytes, of a number that is known before.
 
     Raises:
-        ConfigError: no such codec.
+        ConfigError: no such codec, or a machine with another byte order than the file.
     """
     codec = get_codec(quantization_type)
+    if sys.byteorder != "little":
+        raise ConfigError(f"quantization_type {quantization_type!r} is for files on little-endian machines only")
     if isinstance(codec, FixedSizeCodec):
         return codec
     allowed = ", ".join(name for name in CODEC_NAMES if isinstance(get_codec(name), FixedSizeCodec))

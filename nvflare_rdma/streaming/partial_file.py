@@ -4,8 +4,8 @@
     .KEY.rdma-journal   a line of JSON with that identity, then "NUMBER CAME KEPT" for every part that is whole:
                         digests of what came, and of what is in the file; locked while somebody works on it
 
-Lines are added without fsync: who goes on reads those parts again, and takes what has its digest. What came and what is
-in the file differ if it was encoded on the way.
+Lines are added without fsync: who goes on reads those parts again, and takes what has its digest. What came differs
+from what is kept if it was encoded on the way.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class PartialFile:
         self._whole = {part: digests for part, digests in found.items() if self._digest(part) == digests[1]}
         if found:
             log.info("%s: %d of %d parts are here already", self.identity.name, len(self._whole), len(self._layout))
-        rest = b"".join(_line(part, self._whole[part]) for part in sorted(self._whole))
+        rest = b"".join(self._line(part) for part in sorted(self._whole))
         os.ftruncate(self._journal, 0)
         os.lseek(self._journal, 0, os.SEEK_SET)
         os.write(self._journal, header + b"\n" + rest)
@@ -142,6 +142,10 @@ class PartialFile:
             if len(came) == len(kept) == 32 and 0 <= int(part) < len(self._layout):
                 return int(part), (bytes.fromhex(came), bytes.fromhex(kept))
         return None  # it was being written when its writer ended
+
+    def _line(self, part: int) -> bytes:
+        came, kept = self._whole[part]
+        return f"{part} {came.hex()} {kept.hex()}\n".encode()
 
     def _digest(self, part: int) -> bytes | None:
         """Of what is on disk."""
@@ -197,7 +201,7 @@ class PartialFile:
         with self._lock:
             self._whole[part] = came, kept
             try:
-                os.write(self._journal, _line(part, self._whole[part]))
+                os.write(self._journal, self._line(part))
             except OSError as error:
                 self.error = self.error or self._failure(error)
                 raise self.error from error
@@ -291,10 +295,6 @@ def remove(journal: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOENT, *owned.FOREIGN, *owned.NO_LOCKS):
             raise
-
-
-def _line(part: int, digests: tuple[bytes, bytes]) -> bytes:
-    return f"{part} {digests[0].hex()} {digests[1].hex()}\n".encode()
 
 
 def _paths(folder: Path, key: str) -> tuple[Path, Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -217,6 +218,14 @@ def test_types_that_files_are_not_sent_as(kind, why, tmp_path):
         OpenFile(str(tmp_path), kind)
     with pytest.raises(ConfigError, match=why):
         FileRetriever(str(tmp_path), quantization_type=kind)
+
+
+def test_machines_of_another_byte_order_send_files_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "byteorder", "big")
+    (tmp_path / "model").write_bytes(b"anything")
+    with pytest.raises(ConfigError, match="'int8' is for files on little-endian machines only"):
+        OpenFile(str(tmp_path / "model"), "int8")
+    OpenFile(str(tmp_path / "model"))
 
 
 def test_a_source_that_changes(encoded, cell):
