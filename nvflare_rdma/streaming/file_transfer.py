@@ -51,7 +51,7 @@ class FileService(Service):
                 self._file.check()
             if what == "digests":
                 parts = self._wanted(request.get("items"))
-                return {"digests": [part.source(self._is_exact(part)).digests.whole() for part in parts]}
+                return {"digests": [part.source(bool(part.unrepresentable)).digests.whole() for part in parts]}
             if what == "compare":
                 return {"digests": [self._digest(part) for part in self._wanted(request.get("items"))[:_COMPARED]]}
         except (RdmaError, OSError) as error:
@@ -63,27 +63,26 @@ class FileService(Service):
         return answer
 
     def _digest(self, part: FilePart) -> bytes:
-        try:
-            return part.source(self._is_exact(part)).digest()
-        except UnrepresentableError as error:
-            self._send_exact(part.item.name, str(error))
-            return part.source(True).digest()
-
-    def _is_exact(self, part: FilePart) -> bool:
-        with self._lock:
-            return part.item.name in self._exact
+        with contextlib.suppress(UnrepresentableError):
+            return part.source(bool(part.unrepresentable)).digest()
+        return part.source(True).digest()
 
     def _send_exact(self, name: str, reason: str) -> None:
-        part: FilePart = self._open_tensors()[name]
-        with self._lock:
-            known = name in self._exact
-            self._exact.add(name)
-        if not known:
-            what = f"{part.item.shape[0]} values of tensor {part.tensor}"
-            log.warning("%s: %s are sent exact: %s", self._file.identity.name, what, reason)
+        """The part knows it, and had to before its receiver could ask again."""
 
     def _manifest(self, tensors: Mapping[str, Any], exact: set[str]) -> list[Item]:
-        return [part.exact_item if name in exact else part.item for name, part in tensors.items()]
+        return [self._item(part) for part in tensors.values()]
+
+    def _item(self, part: FilePart) -> Item:
+        if not part.unrepresentable:
+            return part.item
+        with self._lock:
+            known = part.item.name in self._exact
+            self._exact.add(part.item.name)
+        if not known:
+            what = f"{part.item.shape[0]} values of tensor {part.tensor}"
+            log.warning("%s: %s are sent exact: %s", self._file.identity.name, what, part.unrepresentable)
+        return part.exact_item
 
     def _body(self, item: Item, tensors: Mapping[str, Any]) -> PartSource:
         part: FilePart = tensors[item.name]

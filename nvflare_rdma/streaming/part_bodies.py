@@ -86,6 +86,11 @@ class FilePart:
         self._exact = PartSource(file, start, self.exact_item)
         self._encoded = PartSource(file, start, item) if item.cut is not None else self._exact
 
+    @property
+    def unrepresentable(self) -> str:
+        """Why it has to travel exact, as far as it was read."""
+        return self._encoded.unrepresentable
+
     def source(self, exact: bool) -> PartSource:
         """What is sent, and has the digests of that."""
         return self._exact if exact else self._encoded

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nvflare_rdma.codecs import CODEC_NAMES, FixedSizeCodec, get_codec
@@ -48,6 +48,8 @@ SHAPES = st.lists(
 
 
 @settings(deadline=None)
+@example(shapes=[("float32", [1500, 1400]), ("int64", [3]), ("bfloat16", [1500, 1400])], header=99, kind="int8")
+@example(shapes=[("float32", [1500, 1400])], header=99, kind="ternary")
 @given(shapes=SHAPES, header=st.integers(8, 5_000_000), kind=st.sampled_from(["", *FIXED]))
 def test_parts_are_the_file_and_encoded_ones_are_in_their_tensors(shapes, header, kind):
     tensors = stored(shapes, header)
