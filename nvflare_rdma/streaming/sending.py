@@ -173,6 +173,14 @@ class Sender(threading.Thread):
         with self._lock:
             self._open.popleft()
 
+    def tell_exact(self) -> None:
+        """Of those that turned out to be so, also before this has waited for them."""
+        with self._lock:
+            open_now = list(self._open)
+        for _, part, source in open_now:
+            if why := getattr(source, "unrepresentable", ""):
+                self._exact(part.item.name, why)
+
     def count(self, meter: Meter) -> None:
         """Add what the receiver was sent so far."""
         with self._lock:

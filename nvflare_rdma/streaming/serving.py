@@ -154,6 +154,10 @@ class Service:
         meter = self.meters.begin(receiver)
         channels, tensors = self._open()
         with self._lock:
+            sender = self._sendings.get(receiver)
+        if sender is not None:  # it may hear later than the receiver what could not be encoded
+            sender.tell_exact()
+        with self._lock:
             self._served.discard(receiver)  # it begins anew, whatever it has said before
             exact = set(self._exact)
         items = self._items[receiver] = self._manifest(tensors, exact)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from direct_transfers import as_encoded, assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcp_pair import in_parallel
+from tcp_pair import DEADLINE, in_parallel
 from waiting import eventually
 
 from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES
@@ -77,6 +78,16 @@ def test_what_the_codec_can_not_carry_travels_exact_and_the_rest_encoded(direct,
         for name in "ac":
             assert np.array_equal(to_flat(got[name]), as_encoded(weights(), "normfloat4"))
     assert caplog.text.count("is sent exact: normfloat4 can't carry NaN or Inf") == 1
+
+
+def test_a_receiver_that_asks_again_before_the_sender_knows_why(direct, cell, monkeypatch):
+    broken, here = weights(), threading.Event()
+    broken[600, 7] = math.nan
+    wait = sending.Sender._wait_for_one
+    monkeypatch.setattr(sending.Sender, "_wait_for_one", lambda self: (here.wait(DEADLINE), wait(self)))
+    it = direct({"b": marked(broken, get_codec("normfloat4"))})
+    assert_equal(it.pull(cell("site-1")), {"b": broken})
+    here.set()
 
 
 def test_it_lands_in_files_as_well(direct, cell, tmp_path):
