@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.channel.bodies import Sink, Source, Take
+from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES, Sink, Source, Take
 from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.streaming.encoded import decode
@@ -117,7 +117,8 @@ class PartSink(Sink):
     ) -> None:
         cut = item.cut
         self.nbytes = item.sent_nbytes
-        self.unit = cut.unit if cut is not None else BLOCK_BYTES
+        # Small chunks cost more time than they save memory.
+        self.unit = cut.unit if cut is not None else MAX_UNIT_BYTES
         self._file = file
         self._item = item
         self._number = int(item.name)
