@@ -25,6 +25,7 @@ from nvflare_rdma.errors import FabricError, ProtocolError
 from nvflare_rdma.fabric import shm_setup
 from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Fabric, RemoteSlice
 from nvflare_rdma.fabric.process_memory import address_of, read_into
+from nvflare_rdma.fabric.shm_reads import LARGE_BYTES, Read, Reads
 from nvflare_rdma.fabric.shm_regions import Exposures, ShmRegion
 from nvflare_rdma.fabric.shm_slots import PeerSlots, SlotOwner
 from nvflare_rdma.fabric.shm_wire import ACKNOWLEDGE, FORGET, MAP, WRITE, Message, Wire
@@ -34,9 +35,8 @@ log = logging.getLogger(__name__)
 #: How long a write waits for the memory it goes to: the exposure may arrive before the descriptor does.
 SLOT_TIMEOUT = 10.0
 
-#: Small writes are acknowledged together while more of them wait: each message wakes a thread of the sender.
-ACKNOWLEDGE_WRITES = 16
-ACKNOWLEDGE_BYTES = 1024 * 1024
+#: One copies a large write while another receives.
+_RECEIVERS = 2
 
 
 class ShmEndpoint(Endpoint):
@@ -44,15 +44,18 @@ class ShmEndpoint(Endpoint):
         self._handler = handler
         self._exposures = Exposures()
         self._unread: deque[tuple[int, memoryview]] = deque()  # direct writes that the peer has not acknowledged
-        self._read_writes = self._read_bytes = self._last_read = 0  # read from the peer, not yet acknowledged
         self._state = threading.Lock()
         self._wire: Wire  # as soon as there is a peer
+        self._reads: Reads
         self._peer: shm_setup.Peer | None = None
         self._up = False
         self._closed = False
         self._reason: Exception | None = None
         self._peer_slots = PeerSlots()
-        self._thread: threading.Thread | None = None
+        self._receiving = threading.Lock()  # who holds it receives
+        self._receivers: list[threading.Thread] = []
+        self._active = 0  # those that have not left
+        self._broken: Exception | None = None  # why they leave
         self.listener: shm_setup.Listener | None = None
 
     def attach(self, peer: shm_setup.Peer, passive: bool) -> None:
@@ -64,14 +67,14 @@ class ShmEndpoint(Endpoint):
                 return
             try:
                 # The receiving thread sends the greeting: when the peer gets it, everything here is in place.
-                self._wire = Wire(peer.sock, self._idle, shm_setup.READY if passive else b"")
-                self._thread = threading.Thread(target=self._run, name=f"rdma-shm-rx-{peer.pid}", daemon=True)
+                wire = self._wire = Wire(peer.sock, self._idle, shm_setup.READY if passive else b"")
+                self._reads = Reads(lambda count, last: wire.post(Message(ACKNOWLEDGE, last, length=count)))
                 if peer.receive == "memfd":
                     self._exposures.slots = SlotOwner(self._wire.share, self._wire.forget, self._wire.wake.set)
                 self._peer, self._up = peer, True
-                self._thread.start()
+                self._add_receiver()
             except (OSError, RuntimeError) as error:
-                self._peer, self._up, self._thread = None, False, None
+                self._peer, self._up = None, False
                 raise FabricError(f"can't open the shm rail: {error}") from error
             undo.pop_all()
         log.info("shm to process %d: receives by %s, sends by %s", peer.pid, peer.receive, peer.send)
@@ -99,24 +102,31 @@ class ShmEndpoint(Endpoint):
     def register(self, buffer: memoryview) -> ShmRegion:
         return self._exposures.register(buffer)
 
-    def _land(self, message: Message) -> None:
-        self._exposures.land(message, self._read)
-        self._handler.landed(message.notification, message.length, message.digest)
-        if self.paths["receive"] == "direct":
-            self._read_writes += 1
-            self._read_bytes += message.length
-            self._last_read = message.notification
-            if self._read_writes >= ACKNOWLEDGE_WRITES or self._read_bytes >= ACKNOWLEDGE_BYTES:
-                self._acknowledge()
+    def _receive(self) -> tuple[Message, Read | None]:
+        """A write that is to land, with what is to be acknowledged then; one receiver at a time."""
+        while True:
+            message, fd = self._wire.receive()
+            if message.op == WRITE:
+                direct = self.paths["receive"] == "direct"
+                return message, self._reads.begin(message.notification, message.length) if direct else None
+            if message.op == ACKNOWLEDGE:
+                self._acknowledged(message.length, message.notification)
+            elif message.op == MAP:
+                self._peer_slots.add(message.key, message.length, fd)
+            elif message.op == FORGET:
+                self._peer_slots.forget(message.key)
+            else:
+                raise ProtocolError(f"the peer sent an unknown shm message ({message.op})")
 
-    def _acknowledge(self) -> None:
-        if self._read_writes:
-            self._wire.post(Message(ACKNOWLEDGE, self._last_read, length=self._read_writes))
-            self._read_writes = self._read_bytes = 0
+    def _land(self, message: Message, read: Read | None) -> None:
+        self._exposures.land(message, self._read)
+        if read is not None:
+            self._reads.end(read)
+        self._handler.landed(message.notification, message.length, message.digest)
 
     def _idle(self) -> None:
-        """The receiving thread is about to wait."""
-        self._acknowledge()
+        """The thread that receives is about to wait."""
+        self._reads.flush()
         if self._exposures.slots is not None:
             self._exposures.slots.settle()
 
@@ -185,29 +195,51 @@ class ShmEndpoint(Endpoint):
 
     # -- life --------------------------------------------------------------------------------------------------
 
+    def _add_receiver(self) -> None:
+        """Holds the state's lock. Raises RuntimeError: there are too many threads."""
+        assert self._peer is not None
+        thread = threading.Thread(target=self._run, name=f"rdma-shm-rx-{self._peer.pid}", daemon=True)
+        thread.start()
+        self._receivers.append(thread)
+        self._active += 1
+
+    def _share_work(self) -> None:
+        """Have another thread receive while this one copies."""
+        with self._state:
+            if self._up and len(self._receivers) < _RECEIVERS:
+                try:
+                    self._add_receiver()
+                except RuntimeError as error:
+                    log.debug("shm: one thread receives all: %s", error)
+
     def _run(self) -> None:
         try:
             while True:
-                message, fd = self._wire.receive()
-                if message.op == WRITE:
-                    self._land(message)
-                elif message.op == ACKNOWLEDGE:
-                    self._acknowledged(message.length, message.notification)
-                elif message.op == MAP:
-                    self._peer_slots.add(message.key, message.length, fd)
-                elif message.op == FORGET:
-                    self._peer_slots.forget(message.key)
-                else:
-                    raise ProtocolError(f"the peer sent an unknown shm message ({message.op})")
+                with self._receiving:
+                    if self._broken is not None:
+                        break
+                    message, read = self._receive()
+                    small = read is None or message.length < LARGE_BYTES
+                    if small:
+                        self._land(message, read)
+                if not small:
+                    self._share_work()
+                    self._land(message, read)
         except Exception as error:  # noqa: BLE001 - all of them end the rail, and are reported
-            self._end(error)
-
-    def _end(self, error: Exception) -> None:
-        """The receiving thread's last act."""
-        assert self._peer is not None
+            with self._state:
+                self._broken, self._up = self._broken or self._reason or error, False
+            self._wire.shut_down()
         with self._state:
-            self._up = False
-            error = self._reason or error
+            self._active -= 1
+            last = not self._active
+        if last:
+            self._end()
+
+    def _end(self) -> None:
+        """The last receiver's last act."""
+        error, self._broken = self._broken, None  # its traceback refers to this
+        assert self._peer is not None
+        assert error is not None
         self._wire.close()
         self._peer_slots.close()
         self._exposures.close()
@@ -236,12 +268,13 @@ class ShmEndpoint(Endpoint):
     def close(self) -> None:
         with self._state:
             self._closed = True
-            thread = self._thread
+            receivers = list(self._receivers)
         if self.listener is not None:
             self.listener.close()
         self._stop(FabricError("closed"))
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout=5.0)
+        for thread in receivers:
+            if thread is not threading.current_thread():
+                thread.join(timeout=5.0)
         self._exposures.close()
 
 

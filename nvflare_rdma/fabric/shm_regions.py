@@ -55,7 +55,9 @@ class Exposures:
         self.slots: SlotOwner | None = None
         self._keys = itertools.count(1)
         self._open: dict[int, _Exposure] = {}
-        self._landing = threading.Lock()  # held during a copy into a slice, so that `revoke` waits for its end
+        #: Notification -> what is copied to now; `revoke` waits for the copy's end.
+        self._landing: dict[int, _Exposure] = {}
+        self._landed = threading.Condition()
         self._closed = False
 
     def register(self, buffer: memoryview) -> ShmRegion:
@@ -85,20 +87,24 @@ class Exposures:
     def revoke(self, region: ShmRegion, notification: int | None) -> None:
         """One exposure of ``region``, or all. When this returns, nothing is copied to the region any more (but the
         peer may write into a slot until it has answered)."""
-        with self._landing:
+        with self._landed:
             for number in list(self._open) if notification is None else [notification]:
                 exposure = self._open.get(number)
                 if exposure is not None and exposure.region is region:
                     exposure.region = exposure.target = None
+            self._landed.wait_for(
+                lambda: not any(e.region is region for n, e in self._landing.items() if notification in (None, n))
+            )
 
     def land(self, message: Message, read: Callable[[int, memoryview], None]) -> None:
-        """Take the peer's answer to an exposure. ``read(address, target)`` copies from the peer's memory.
+        """Take the peer's answer to an exposure. ``read(address, target)`` copies from the peer's memory. Several
+        threads may be at it.
 
         Raises:
             ProtocolError: nothing like it is exposed. OSError: the copy failed.
         """
         number, length = message.notification, message.length
-        with self._landing:
+        with self._landed:
             exposure = self._open.pop(number, None)
             if exposure is None:
                 raise ProtocolError(f"the peer wrote {length} bytes to slice {number}, which is not exposed")
@@ -110,11 +116,17 @@ class Exposures:
                 )
             if not length or exposure.target is None:
                 return
+            self._landing[number] = exposure
             target = exposure.target[:length]
+        try:
             if exposure.shared is None:
                 read(message.source, target)
             elif exposure.shared is not exposure.target:
                 np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(exposure.shared[:length], np.uint8))
+        finally:
+            with self._landed:
+                del self._landing[number]
+                self._landed.notify_all()
 
     def close(self) -> None:
         """The rail is down: nothing lands any more, and no slot is recycled."""

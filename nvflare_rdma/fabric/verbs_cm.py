@@ -9,6 +9,7 @@ because pyverbs keeps the GIL: event channels are set not to block and are polle
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import select
 import socket
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 #: For all rails of a peer. Longer than devices wait for the peer's answer (siw: 10 s): an identifier that is destroyed
 #: before that waits for it in the kernel, and no thread of this process runs meanwhile.
 CONNECT_TIMEOUT = 20.0
+#: So many source ports are tried. Of the usual 28,000 a few hundred are in use at most.
+_CONNECT_ATTEMPTS = 5
 _HINTS = {
     ce.RDMA_CM_EVENT_ADDR_ERROR: "there is no route to it, or no neighbour with that address answers",
     ce.RDMA_CM_EVENT_ROUTE_ERROR: "there is no route to it",
@@ -116,9 +119,33 @@ def connect_by_cm(port: Port, remote: RemoteRail, deadline: float, queue_pair: Q
     if not remote.port.service:
         raise ProtocolError("the peer offers an iWARP rail, but not where it listens for it")
     device, address = port.info.device, remote.port.gid.address
-    peer = f"{address} port {remote.port.service}"
     events = Events(device)
     queue_pair.keep(events)
+    parameters = ConnParam(qp_num=queue_pair.number, data_len=len(remote.ticket))
+    parameters.set_private_data(remote.ticket)
+    identifier = _find_way(events, port, remote, deadline, queue_pair)
+    with contextlib.ExitStack() as passed_over, _tried(port, address, remote.port.service, deadline):
+        what = f"connecting a queue pair to {address} port {remote.port.service}"
+        # rdma_cm chooses a source port that no identifier has, and siw then binds a TCP socket to it. TCP refuses if it
+        # has given the port away meanwhile: to anyone's socket, to the trial here, or to one that was closed less than
+        # a minute ago (TIME_WAIT), as each rail's trial was.
+        for attempt in range(1, _CONNECT_ATTEMPTS + 1):
+            try:
+                with translated(device, what):
+                    identifier.cmid.connect(parameters)
+                break
+            except FabricError as error:
+                if attempt == _CONNECT_ATTEMPTS or not _address_in_use(error):
+                    raise
+                passed_over.callback(identifier.close)  # not yet: it has the port, so the next one gets another
+                identifier = _find_way(events, port, remote, deadline, queue_pair)
+        events.expect(ce.RDMA_CM_EVENT_ESTABLISHED, what, deadline)
+
+
+def _find_way(events: Events, port: Port, remote: RemoteRail, deadline: float, queue_pair: QueuePair) -> Identifier:
+    """An identifier that can connect to the peer. ``queue_pair`` keeps it."""
+    device, address = port.info.device, remote.port.gid.address
+    peer = f"{address} port {remote.port.service}"
     identifier = make_identifier(events, device)
     queue_pair.keep(identifier)
     cmid, what = identifier.cmid, f"finding a way from {port.gid.address} to {peer}"
@@ -132,13 +159,11 @@ def connect_by_cm(port: Port, remote: RemoteRail, deadline: float, queue_pair: Q
     with translated(device, what), descriptors:
         cmid.resolve_route(_milliseconds(deadline))
     events.expect(ce.RDMA_CM_EVENT_ROUTE_RESOLVED, what, deadline)
-    parameters = ConnParam(qp_num=queue_pair.number, data_len=len(remote.ticket))
-    parameters.set_private_data(remote.ticket)
-    with _tried(port, address, remote.port.service, deadline):
-        what = f"connecting a queue pair to {peer}"
-        with translated(device, what):
-            cmid.connect(parameters)
-        events.expect(ce.RDMA_CM_EVENT_ESTABLISHED, what, deadline)
+    return identifier
+
+
+def _address_in_use(error: FabricError) -> bool:
+    return getattr(error.__cause__, "error_code", None) == errno.EADDRINUSE
 
 
 def _milliseconds(deadline: float) -> int:

@@ -223,6 +223,7 @@ class ContainerReceiving(Receiving):
     ) -> None:
         """See `stream_receiving.Receiving`."""
         tensors = pull(channels, peer, ask, in_memory(memory.take), aborted, meter=meter)
+        memory.keep_for(tensor.nbytes for tensor in tensors.values())
         self.size = self._size, raw_bytes(tensors)
         with self._changed:
             while self._portions > 0:

@@ -135,13 +135,18 @@ class Landings:
             self.open.discard(number)
             self.landed[number] = place
             self.nbytes += nbytes
-            self.changed.notify_all()
+            self._tell_if_over()
 
     def lose(self, number: int, reason: str) -> None:
         """One will not come in this attempt."""
         with self.changed:
             self.open.discard(number)
             self.lost = self.lost or reason
+            self._tell_if_over()
+
+    def _tell_if_over(self) -> None:
+        """And not of each: who waits takes this interpreter's time from those who receive."""
+        if not self.open:
             self.changed.notify_all()
 
 

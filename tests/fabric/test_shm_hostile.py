@@ -14,14 +14,13 @@ import threading
 from pathlib import Path
 
 import pytest
-from recorder import Recorder
+from shm_liar import liar, message
 from shm_peer import DEADLINE, Peer, RemotePeer, digest, mappings, pattern
 
 from nvflare_rdma.errors import ProtocolError
-from nvflare_rdma.fabric import shm, shm_regions, shm_setup, shm_slots
+from nvflare_rdma.fabric import shm, shm_regions, shm_slots
 from nvflare_rdma.fabric.base import RemoteSlice
 from nvflare_rdma.fabric.process_memory import SIZE_SEALS, sealed_memory
-from nvflare_rdma.fabric.shm import ShmEndpoint
 from nvflare_rdma.fabric.shm_wire import ACKNOWLEDGE, FORGET, MAP, WRITE
 
 EACH_PATH = pytest.mark.parametrize("path", ["direct", "memfd"])
@@ -38,25 +37,6 @@ def pair(path):
     finally:
         far.end()
         near.close()
-
-
-@contextlib.contextmanager
-def liar(receive, send):
-    """An endpoint that has agreed on the paths with this test, which holds the other end of its socket."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    events = Recorder()
-    endpoint = ShmEndpoint(events)
-    endpoint.attach(shm_setup.Peer(theirs, os.getpid(), receive, send, False), passive=False)
-    ours.settimeout(DEADLINE)
-    with ours:
-        try:
-            yield ours, endpoint, events
-        finally:
-            endpoint.close()
-
-
-def message(op, notification=0, key=0, address=0, length=0, source=0, digest=0):
-    return struct.pack("=IIQQQQQ", op, notification, key, address, length, source, digest)
 
 
 def send_fds(sock, data, *fds):

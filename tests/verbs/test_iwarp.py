@@ -14,12 +14,13 @@ import pytest
 
 pytest.importorskip("pyverbs.device", reason="pyverbs is not installed for this Python")
 
+from crowded_ports import crowded_ports
 from recorder import Recorder
 from verbs_pair import DEADLINE, VerbsPair, buffer, fabric, held, numbered, verbs_pair
 from waiting import eventually
 
 from nvflare_rdma.errors import FabricError, ProtocolError
-from nvflare_rdma.fabric import verbs_endpoint, verbs_listener
+from nvflare_rdma.fabric import verbs_cm, verbs_endpoint, verbs_listener
 from nvflare_rdma.fabric.verbs_devices import list_ports
 from nvflare_rdma.fabric.verbs_rail import VerbsRail
 from nvflare_rdma.fabric.verbs_setup import TICKET_BYTES
@@ -220,6 +221,30 @@ def test_an_address_that_does_not_answer_stops_no_other_thread(offered, network,
         subprocess.run(["sh", network, "up"], check=True, timeout=DEADLINE)
     watcher.join(DEADLINE)
     assert max(gaps) < 2
+    passive.check()
+
+
+def test_a_source_port_that_is_in_use_is_passed_over(offered, network, monkeypatch):
+    """siw has to bind it for TCP, of which rdma_cm, that chooses it, knows nothing."""
+    passive, make, made = offered(), verbs_cm.make_identifier, []
+    with crowded_ports(passive.near) as others:
+
+        def make_identifier(*arguments):
+            if made:
+                others.close()
+            made.append(make(*arguments))
+            return made[-1]
+
+        monkeypatch.setattr(verbs_cm, "make_identifier", make_identifier)
+        passive.check()
+    assert len(made) > 1
+    assert held()[f"{passive.device}: cm_id"] == 1
+
+
+def test_source_ports_that_are_all_in_use_are_an_error(offered, network):
+    passive = offered()
+    with crowded_ports(passive.near), pytest.raises(FabricError, match="Address already in use"):
+        passive.dial()
     passive.check()
 
 

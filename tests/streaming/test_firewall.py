@@ -1,0 +1,43 @@
+"""A firewall that lets FLARE's own connection through, and drops what comes to the data ports."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from processes import SMALL, environment
+
+#: As root of a network of its own, which this machine's does not touch.
+APART = ["unshare", "--user", "--map-root-user", "--net", "--"]
+NEEDED = "ip link add near type veth peer name far && ip rule add pref 50 ipproto tcp dport 1-2 blackhole"
+
+
+@pytest.fixture
+def apart():
+    try:
+        done = subprocess.run([*APART, "sh", "-c", NEEDED], capture_output=True, text=True, timeout=20, check=False)
+    except FileNotFoundError as error:
+        pytest.skip(f"two networks can't be made here: {error} (packages util-linux, iproute2)")
+    if done.returncode:
+        pytest.skip(f"two networks and a rule that drops packets can't be made here: {done.stderr.strip()}")
+
+
+def test_data_ports_that_answer_nothing(apart, tmp_path):
+    done = subprocess.run(
+        [*APART, sys.executable, str(SMALL / "cells_apart.py"), str(tmp_path)],
+        env=environment(NVFLARE_RDMA_DATA_PORTS="20000-20010", NVFLARE_RDMA_FABRICS="tcp"),
+        cwd=SMALL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    dropped, through = results["firewall"], results["open"]
+    assert (dropped["code"], dropped["same"]) == (through["code"], through["same"]) == ("ok", True)
+    (line,) = dropped["log"]
+    assert "tensors from server come on FLARE's own path" in line
+    assert "10.9.0.1:20000: timed out" in line
+    (line,) = through["log"]  # nothing but the firewall was in the way
+    assert "data goes over tcp" in line
