@@ -207,7 +207,7 @@ class PartialFile:
                 raise self.error from error
         with contextlib.suppress(OSError):
             # Its writing to disk begins now (fadvise(2)), and not when all are here and `finish` waits for it.
-            start, nbytes = part * self.identity.part_bytes, self.identity.nbytes(part)
+            start, nbytes = self._layout.start(part), self._layout.nbytes(part)
             os.posix_fadvise(self._data, start, nbytes, os.POSIX_FADV_DONTNEED)
 
     def drop(self, part: int) -> None:
