@@ -192,6 +192,11 @@ class EncodedSource(Source):
         self.encoding = encoding
         encoding.sources.add(self)
 
+    @property
+    def unrepresentable(self) -> str:
+        """Why it has to travel exact, "" as long as it need not."""
+        return self.encoding.unrepresentable
+
     def read(self, offset: int, length: int, take: Take) -> memoryview:
         return self.encoding.read(offset, length, take)
 

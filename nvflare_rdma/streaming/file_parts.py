@@ -1,52 +1,54 @@
-"""A file as parts of `PART_BYTES`, and what tells whether two sides have the same.
+"""A file that is sent in parts, and what tells whether two sides have the same.
 
-Digests are xxh3-128 (xxhash): of each block of `BLOCK_BYTES`, so that blocks may be read and written in any order; a
-part's is that of its blocks' digests. They find what broke, not attackers.
+Digests are xxh3-128 (xxhash): of each block, so that blocks may be read and written in any order; a part's is that of
+its blocks' digests. They find what broke, not attackers.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+import sys
 import threading
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import xxhash
 
-from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES, Source, Take
-from nvflare_rdma.errors import ProtocolError, SourceError
+from nvflare_rdma.codecs import CODEC_NAMES, FixedSizeCodec, get_codec
+from nvflare_rdma.errors import ConfigError, ProtocolError, SourceError
+from nvflare_rdma.streaming.encoded import PIECE_VALUES
 from nvflare_rdma.streaming.manifest import MAX_ITEMS
+from nvflare_rdma.streaming.safetensors_header import StoredTensor, read_header
 
-BLOCK_BYTES = MAX_UNIT_BYTES
+#: What has a digest of its own: a piece of values of 16 bits, or a half of one of float32.
+BLOCK_BYTES = 2 * PIECE_VALUES
 #: What is sent again after an interruption, at most, for each file that was moving.
-PART_BYTES = 64 * BLOCK_BYTES
+PART_BYTES = 256 * BLOCK_BYTES
 _SAMPLES, _SAMPLE_BYTES = 16, 64 * 1024
 
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Which file, and in which state. ``content``: digest (hex) of samples of it, as a file system may not tell times
-    apart."""
+    """Which file, in which state, and how it is sent. ``content``: digest (hex) of samples of it, as a file system may
+    not tell times apart. ``part_bytes``: the longest part. ``quantization_type``: see `codec_for_files`, "" for none.
+    """
 
     name: str
     size: int
     mtime_ns: int
     content: str
     part_bytes: int = PART_BYTES
+    quantization_type: str = ""
 
     @property
-    def parts(self) -> int:
-        return -(-self.size // self.part_bytes)
+    def codec(self) -> FixedSizeCodec | None:
+        """What its tensors are encoded with."""
+        return codec_for_files(self.quantization_type) if self.quantization_type else None
 
     def key(self, owner: str) -> str:
         """For names of files of ``owner``: nothing of them is the sender's choice."""
         return xxhash.xxh3_128_hexdigest(repr([owner, *sorted(asdict(self).items())]).encode())
-
-    def nbytes(self, part: int) -> int:
-        """Length of a part."""
-        return min(self.part_bytes, self.size - part * self.part_bytes)
 
     def pack(self) -> dict[str, Any]:
         """For `unpack`."""
@@ -63,13 +65,20 @@ class FileIdentity:
             found = cls(**data)
         except TypeError as error:
             raise ProtocolError(f"malformed description of a file: {error}") from error
-        if not (type(found.name) is type(found.content) is str and len(found.content) == 32):
-            raise ProtocolError("malformed description of a file: its name or content")
+        texts = found.name, found.content, found.quantization_type
+        if any(type(text) is not str for text in texts) or len(found.content) != 32:
+            raise ProtocolError("malformed description of a file: its name, content or quantization_type")
         check_name(found.name)
         if any(type(n) is not int for n in (found.size, found.mtime_ns, found.part_bytes)):
             raise ProtocolError("malformed description of a file: its numbers")
-        if found.part_bytes > 0 and found.parts > MAX_ITEMS:
-            raise ProtocolError(f"a file of {found.size} bytes in {found.parts} parts can't be received")
+        try:
+            known = found.codec is None or found.codec.name == found.quantization_type
+        except ConfigError as error:
+            raise ProtocolError(f"malformed description of a file: {error}") from error
+        if not known:
+            raise ProtocolError(f"malformed description of a file: quantization_type {found.quantization_type!r}")
+        if found.part_bytes > 0 and found.size > MAX_ITEMS * found.part_bytes:
+            raise ProtocolError(f"a file of {found.size} bytes in parts of {found.part_bytes} can't be received")
         whole_blocks = 0 < found.part_bytes <= PART_BYTES and found.part_bytes % BLOCK_BYTES == 0
         if found.size < 0 or not whole_blocks:
             raise ProtocolError(f"a file of {found.size} bytes in parts of {found.part_bytes} can't be received")
@@ -82,19 +91,41 @@ def check_name(name: Any) -> None:
         raise ProtocolError(f"{name!r} is no plain file name")
 
 
+def codec_for_files(quantization_type: str) -> FixedSizeCodec:
+    """What encodes the tensors of a file on its way: always to the same bytes, of a number that is known before.
+
+    Raises:
+        ConfigError: no such codec, or a machine with another byte order than the file.
+    """
+    codec = get_codec(quantization_type)
+    if sys.byteorder != "little":
+        raise ConfigError(f"quantization_type {quantization_type!r} is for files on little-endian machines only")
+    if isinstance(codec, FixedSizeCodec):
+        return codec
+    allowed = ", ".join(name for name in CODEC_NAMES if isinstance(get_codec(name), FixedSizeCodec))
+    raise ConfigError(
+        f"quantization_type {quantization_type!r} can't be used for files, as its sizes show only when all is encoded; "
+        f"use one of: {allowed}"
+    )
+
+
 class OpenFile:
     """A file that is read, with its identity when it was opened. It is closed when nothing reads it any more.
 
-    ``broken``: why it can't be sent, "" as long as it can.
+    ``broken``: why it can't be sent, "" as long as it can. ``tensors``: which it has, if it is to be encoded.
+
+    Args:
+        quantization_type: see `codec_for_files`; "" to send it as it is.
 
     Raises:
-        SourceError: it can't be read.
+        SourceError: it can't be read, or is to be encoded and no safetensors file. ConfigError: no such type.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, quantization_type: str = "") -> None:
         self.path = path
         self.broken = ""
         self._fd = -1
+        codec = codec_for_files(quantization_type) if quantization_type else None
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             found = os.fstat(self._fd)
@@ -104,7 +135,18 @@ class OpenFile:
             raise SourceError(f"{path} can't be read: {error}") from error
         if not content:
             raise SourceError(f"{path} is no regular file")
-        self.identity = FileIdentity(os.path.basename(path), *self._state, content)
+        self.identity = FileIdentity(
+            os.path.basename(path), *self._state, content, quantization_type=codec.name if codec is not None else ""
+        )
+        self.tensors: list[StoredTensor] = []
+        if codec is not None:
+            try:
+                self.tensors = read_header(self.identity.size, self.read_into)
+            except ValueError as error:
+                raise SourceError(
+                    f"{path} can't be encoded as {codec.name}: it is no safetensors file, as {error}; leave out "
+                    "quantization_type to send it as it is"
+                ) from error
 
     def __del__(self) -> None:
         if self._fd >= 0:
@@ -154,66 +196,30 @@ class OpenFile:
 
 
 class PartDigests:
-    """Of a part's blocks as they come, in any order."""
+    """Of the blocks of ``nbytes`` as they come, in any order. ``block``: their length."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, block: int = BLOCK_BYTES) -> None:
         self._nbytes = nbytes
+        self._block = block
         self._lock = threading.Lock()
         self._blocks: dict[int, bytes] = {}
 
     def add(self, offset: int, data: memoryview) -> bool:
         """Blocks of ``data``, which lies at ``offset``; False if one was another before. Pieces of blocks don't
         count."""
-        found = {}
-        for start in range(-offset % BLOCK_BYTES, len(data), BLOCK_BYTES):
-            block = data[start : start + BLOCK_BYTES]
-            if len(block) == BLOCK_BYTES or offset + len(data) == self._nbytes:
-                found[(offset + start) // BLOCK_BYTES] = xxhash.xxh3_128_digest(block)
+        found, size = {}, self._block
+        for start in range(-offset % size, len(data), size):
+            block = data[start : start + size]
+            if len(block) == size or offset + len(data) == self._nbytes:
+                found[(offset + start) // size] = xxhash.xxh3_128_digest(block)
         with self._lock:
             same = all(self._blocks.get(block, digest) == digest for block, digest in found.items())
             self._blocks |= found
         return same
 
     def whole(self) -> bytes | None:
-        """The part's digest, when all of it was there."""
+        """The digest, when all of it was there."""
         with self._lock:
-            if len(self._blocks) != -(-self._nbytes // BLOCK_BYTES):
+            if len(self._blocks) != -(-self._nbytes // self._block):
                 return None
             return xxhash.xxh3_128_digest(b"".join(self._blocks[n] for n in sorted(self._blocks)))
-
-
-class PartSource(Source):
-    """One part of a file, read when it is written to the peer."""
-
-    ready = False
-
-    def __init__(self, file: OpenFile, part: int) -> None:
-        identity = file.identity
-        self.nbytes = identity.nbytes(part)
-        self.digests = PartDigests(self.nbytes)
-        self._file = file
-        self._start = part * identity.part_bytes
-
-    def digest(self) -> bytes:
-        """What `digests` would be of, if it was not read yet.
-
-        Raises:
-            SourceError: it can't be read, or has changed.
-        """
-        block = memoryview(bytearray(min(self.nbytes, BLOCK_BYTES)))
-        while (digest := self.digests.whole()) is None:
-            for offset in range(0, self.nbytes, BLOCK_BYTES):
-                self.read(offset, min(BLOCK_BYTES, self.nbytes - offset), lambda length: block[:length])
-        return digest
-
-    def read(self, offset: int, length: int, take: Take) -> memoryview:
-        slot = take(length)
-        self._file.read_into(slot, self._start + offset)
-        if not self.digests.add(offset, slot):
-            raise self._file.failure("changed while it was sent: it reads differently the second time")
-        return slot
-
-
-def sources(file: OpenFile) -> Mapping[str, PartSource]:
-    """All of a file's parts, by number."""
-    return {str(part): PartSource(file, part) for part in range(file.identity.parts)}

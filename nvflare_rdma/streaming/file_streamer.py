@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import tempfile
 import uuid
@@ -15,6 +16,7 @@ from nvflare.apis.streaming import StreamableEngine
 from nvflare.app_common.streamers import file_streamer as flare
 from nvflare.fuel.utils.validation_utils import check_positive_int, check_positive_number
 
+from nvflare_rdma.codecs.warming import warm_up
 from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, StorageError
 from nvflare_rdma.metrics.transfers import Meter, Meters
 from nvflare_rdma.streaming import streams
@@ -25,6 +27,8 @@ from nvflare_rdma.streaming.partial_file import forget
 from nvflare_rdma.streaming.pulling import AbortedError
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.stream_receiving import PREFIX, Receiving, register
+
+log = logging.getLogger(__name__)
 
 _CHUNK_TIMEOUT = 5.0
 _IDENTITY = PREFIX + "file"
@@ -71,12 +75,20 @@ class FileStreamer(flare.FileStreamer):
         chunk_timeout: float | None = None,
         optional: bool = False,
         secure: bool = False,
+        quantization_type: str | None = None,
     ) -> tuple[str, Any]:
         """See FLARE's. ``chunk_size`` is that of FLARE's own path; over a channel, receivers choose. A chunk's timeout
         is that of a message; the file may take as long as it moves.
 
+        Args:
+            quantization_type: a codec's name, as `nvflare_rdma.filters.ModelQuantizer` takes it: the tensors of a
+                safetensors file travel encoded, and what appears has the same header and size, and their decoded
+                values. Tensors that the codec can't carry, those of up to 16 KiB, and all on FLARE's own path, travel
+                exact. None: the file as it is.
+
         Raises:
-            SourceError: it can't be read.
+            SourceError: it can't be read, or encoded. ConfigError: an unknown type, or one whose sizes are not known
+                before (``lossless``, ``adaquant``).
         """
         if not os.path.isfile(file_name):
             raise ValueError(f"file {file_name} is not a valid file")
@@ -87,12 +99,17 @@ class FileStreamer(flare.FileStreamer):
         check_positive_number("chunk_timeout", chunk_timeout)
         if not isinstance(fl_ctx.get_engine(), StreamableEngine):
             raise RuntimeError(f"engine must be StreamableEngine but got {type(fl_ctx.get_engine())}")
-        file = OpenFile(file_name)
+        file = OpenFile(file_name, quantization_type or "")
+        _warm_up(file.identity)
         stream_ctx = stream_ctx if stream_ctx else {}
         stream_ctx[flare.KEY_FILE_SIZE] = file.identity.size
         stream_ctx[flare.KEY_FILE_NAME] = file.identity.name
 
         def own(to: Any) -> Any:
+            if quantization_type:
+                log.warning(
+                    "%s goes exact, not as %s: FLARE's own path has nothing that decodes", file_name, quantization_type
+                )
             return flare.FileStreamer.stream_file(
                 channel, topic, stream_ctx, to, file_name, fl_ctx, chunk_size, chunk_timeout, optional, secure
             )
@@ -112,6 +129,11 @@ class FileStreamer(flare.FileStreamer):
             secure=secure,
         )
         return code, replies if code == flare.ReturnCode.OK else False
+
+
+def _warm_up(identity: FileIdentity) -> None:
+    if identity.codec is not None:
+        warm_up([identity.codec])
 
 
 class _Offer(streams.Offer):
@@ -134,6 +156,7 @@ class FileReceiving(Receiving):
         announced = stream_ctx.get(flare.KEY_FILE_NAME), stream_ctx.get(flare.KEY_FILE_SIZE)
         if announced != (self._identity.name, self._identity.size):
             raise ProtocolError(f"a stream of {announced} offers {self._identity}")
+        _warm_up(self._identity)
         self.size = 1, self._identity.size
         self._site = site
         self._folder = folder

@@ -1,6 +1,6 @@
 """Both halves of a direct file transfer, from disk to disk through slots of the pool.
 
-A file is a message of `serving` whose tensors are its parts (`file_parts`); besides, a receiver may ask for
+A file is a message of `serving` whose tensors are its parts (`file_layout`); besides, a receiver may ask for
 
     digests    those of parts that have come, as the sender has read them
     compare    those of parts that an earlier transfer has left, which the sender reads now
@@ -15,12 +15,14 @@ from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from nvflare_rdma.channel.bodies import Sink
-from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError
+from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, UnrepresentableError
 from nvflare_rdma.metrics.transfers import Meter, Meters
 from nvflare_rdma.streaming.channels import DataChannels
-from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, OpenFile, PartDigests, PartSource, sources
-from nvflare_rdma.streaming.landing import Landings, Place
+from nvflare_rdma.streaming.file_layout import Layout, plan
+from nvflare_rdma.streaming.file_parts import FileIdentity, OpenFile
+from nvflare_rdma.streaming.landing import Landings
 from nvflare_rdma.streaming.manifest import Item
+from nvflare_rdma.streaming.part_bodies import HERE, FilePart, PartSink, PartSource
 from nvflare_rdma.streaming.partial_file import PartialFile
 from nvflare_rdma.streaming.pulling import AbortedError, LostError, Progress, Pull
 from nvflare_rdma.streaming.serving import Service
@@ -37,7 +39,7 @@ class FileService(Service):
     def __init__(
         self, file: OpenFile, channels: Callable[[], DataChannels | None], meters: Meters | None = None
     ) -> None:
-        super().__init__(sources(file), channels, meters=meters)
+        super().__init__(_parts(file), channels, meters=meters)
         self._size = 1, file.identity.size
         self._file = file
 
@@ -48,9 +50,10 @@ class FileService(Service):
             if what not in ("done", "give up"):
                 self._file.check()
             if what == "digests":
-                return {"digests": [part.digests.whole() for part in self._parts(request.get("items"))]}
+                parts = self._wanted(request.get("items"))
+                return {"digests": [part.source(bool(part.unrepresentable)).digests.whole() for part in parts]}
             if what == "compare":
-                return {"digests": [part.digest() for part in self._parts(request.get("items"))[:_COMPARED]]}
+                return {"digests": [self._digest(part) for part in self._wanted(request.get("items"))[:_COMPARED]]}
         except (RdmaError, OSError) as error:
             log.info("%s is refused: %s", receiver, error)
             return {"refused": str(error)}
@@ -59,58 +62,43 @@ class FileService(Service):
             answer["file"] = self._file.identity.pack()
         return answer
 
+    def _digest(self, part: FilePart) -> bytes:
+        with contextlib.suppress(UnrepresentableError):
+            return part.source(bool(part.unrepresentable)).digest()
+        return part.source(True).digest()
+
+    def _send_exact(self, name: str, reason: str) -> None:
+        """The part knows it, and had to before its receiver could ask again."""
+
     def _manifest(self, tensors: Mapping[str, Any], exact: set[str]) -> list[Item]:
-        return _items(self._file.identity)
+        return [self._item(part) for part in tensors.values()]
 
-    def _parts(self, wanted: Any) -> list[PartSource]:
+    def _item(self, part: FilePart) -> Item:
+        if not part.unrepresentable:
+            return part.item
+        with self._lock:
+            known = part.item.name in self._exact
+            self._exact.add(part.item.name)
+        if not known:
+            what = f"{part.item.shape[0]} values of tensor {part.tensor}"
+            log.warning("%s: %s are sent exact: %s", self._file.identity.name, what, part.unrepresentable)
+        return part.exact_item
+
+    def _body(self, item: Item, tensors: Mapping[str, Any]) -> PartSource:
+        part: FilePart = tensors[item.name]
+        return part.source(item.cut is None)
+
+    def _wanted(self, numbers: Any) -> list[FilePart]:
         tensors = self._tensors
-        if tensors is None or not isinstance(wanted, list | tuple) or any(str(n) not in tensors for n in wanted):
+        if tensors is None or not isinstance(numbers, list | tuple) or any(str(n) not in tensors for n in numbers):
             raise ProtocolError("request for digests of what is not being sent")
-        return [tensors[str(n)] for n in wanted]
+        return [tensors[str(n)] for n in numbers]
 
 
-class _Here(Place):
-    """Of a part: it is on disk."""
-
-    def write(self, offset: int, data: memoryview) -> None:
-        raise NotImplementedError
-
-    def finish(self) -> None:
-        pass
-
-
-_HERE = _Here()
-
-
-class PartSink(Sink):
-    """Writes a part to disk as it comes. ``landed``: told its number and digest."""
-
-    unit = BLOCK_BYTES
-
-    def __init__(
-        self, file: PartialFile, number: int, landings: Landings, landed: Callable[[int, bytes], None]
-    ) -> None:
-        self.nbytes = file.identity.nbytes(number)
-        self._file = file
-        self._number = number
-        self._digests = PartDigests(self.nbytes)
-        self._landings = landings
-        self._landed = landed
-
-    def put(self, offset: int, chunk: memoryview) -> None:
-        self._digests.add(offset, chunk)
-        self._file.write(self._number, offset, chunk)
-
-    def done(self) -> None:
-        digest = self._digests.whole()
-        if digest is None:
-            self._landings.lose(self._number, f"part {self._number} came in pieces that can't be verified")
-            return
-        self._landed(self._number, digest)
-        self._landings.came(self._number, _HERE, self.nbytes)
-
-    def failed(self, reason: str) -> None:
-        self._landings.lose(self._number, reason)
+def _parts(file: OpenFile) -> dict[str, FilePart]:
+    planned = plan(file.identity, file.tensors)
+    layout = Layout(file.identity, [item for item, _ in planned])
+    return {item.name: FilePart(file, layout.start(n), item, name) for n, (item, name) in enumerate(planned)}
 
 
 def pull_file(
@@ -150,14 +138,15 @@ class _FilePull(Pull):
         aborted: Callable[[], bool],
         meter: Meter,
     ) -> None:
-        super().__init__(channels, peer, ask, lambda item: _HERE, aborted, self._check, meter)
+        super().__init__(channels, peer, ask, lambda item: HERE, aborted, self._check, meter)
         self._expected = expected
         self._folder = folder
         self._path = path
         self._owner = owner
+        self._layout: Layout
         self._file: PartialFile
-        #: Parts that are here, with the digest of what came, and not compared yet.
-        self._unchecked: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
+        #: Parts that are here, with digests of what came and of what was written, and not compared yet.
+        self._unchecked: queue.SimpleQueue[tuple[int, bytes, bytes]] = queue.SimpleQueue()
 
     def receive(self) -> None:
         """See `pull_file`."""
@@ -170,16 +159,19 @@ class _FilePull(Pull):
         with contextlib.suppress(RdmaError):  # it is here, whoever knows
             self._ask({"do": "done"})
 
-    def _receive(self, described: Mapping[str, Any]) -> None:
+    def _describe(self) -> Mapping[str, Any]:
+        described = super()._describe()
         identity = FileIdentity.unpack(described.get("file"))
         if identity != self._expected:
             raise ProtocolError(f"{self._peer} announced {self._expected}, but sends {identity}")
-        if self.items != _items(identity):
-            raise ProtocolError(f"{self._peer} sends other parts than those of {identity}")
-        self._file = PartialFile(self._folder, identity, self._owner)
+        self._layout = Layout(identity, self.items)
+        return described
+
+    def _receive(self, described: Mapping[str, Any]) -> None:
+        self._file = PartialFile(self._folder, self._layout, self._owner)
         try:
             self._compare()
-            self._landed = dict.fromkeys(self._file.whole, _HERE)
+            self._landed = dict.fromkeys(self._file.whole, HERE)
             self._land(described)
             if self._aborted():
                 raise AbortedError(f"the transfer from {self._peer} was aborted")
@@ -219,14 +211,14 @@ class _FilePull(Pull):
         return reason
 
     def _sink(self, number: int, landings: Landings) -> Sink:
-        return PartSink(self._file, number, landings, lambda part, digest: self._unchecked.put((part, digest)))
+        return PartSink(self._file, self.items[number], landings, lambda *landed: self._unchecked.put(landed))
 
     def _check(self, progress: Progress | None = None) -> None:
         """Compare what has come with what the sender has read."""
-        came: dict[int, bytes] = {}
+        came: dict[int, tuple[bytes, bytes]] = {}
         while not self._unchecked.empty():
-            part, digest = self._unchecked.get()
-            came[part] = digest
+            part, digest, kept = self._unchecked.get()
+            came[part] = digest, kept
         if not came:
             return
         try:
@@ -234,17 +226,13 @@ class _FilePull(Pull):
         except LostError:
             if progress is None:
                 raise
-            for entry in came.items():  # later
-                self._unchecked.put(entry)
+            for part, digests in came.items():  # later
+                self._unchecked.put((part, *digests))
             return
-        for (part, digest), read in zip(came.items(), theirs, strict=True):
+        for (part, (digest, kept)), read in zip(came.items(), theirs, strict=True):
             if read != digest:
                 raise IntegrityError(
                     f"part {part} of {self._expected.name} differs from what {self._peer} has read: digest "
                     f"{digest.hex()}, {read.hex() if isinstance(read, bytes) else read} there"
                 )
-            self._file.add(part, digest)
-
-
-def _items(identity: FileIdentity) -> list[Item]:
-    return [Item(str(part), False, "uint8", (identity.nbytes(part),)) for part in range(identity.parts)]
+            self._file.add(part, digest, kept)

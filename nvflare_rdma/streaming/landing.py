@@ -19,20 +19,7 @@ from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.streaming.arrays import from_bytes
 from nvflare_rdma.streaming.encoded import Cut, decode
 from nvflare_rdma.streaming.manifest import Item
-
-# What safetensors calls the dtypes: https://huggingface.co/docs/safetensors
-_SAFETENSORS = {
-    "bool": "BOOL",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    **{f"{sign}int{bits}": f"{sign[:1].upper() or 'I'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
-}
-
+from nvflare_rdma.streaming.safetensors_header import SAFETENSORS_DTYPES
 
 Land: TypeAlias = "Callable[[Item], Place]"
 
@@ -82,7 +69,7 @@ class OnDisk(Place):
         self._name = item.name
         header = {
             item.name: {
-                "dtype": _SAFETENSORS[item.dtype],
+                "dtype": SAFETENSORS_DTYPES[item.dtype],
                 "shape": list(item.shape),
                 "data_offsets": [0, item.nbytes],
             }
@@ -100,7 +87,7 @@ class OnDisk(Place):
     @staticmethod
     def takes(item: Item) -> bool:
         """Whether such files have tensors of its dtype."""
-        return item.torch and item.dtype in _SAFETENSORS and item.name != "__metadata__"
+        return item.torch and item.dtype in SAFETENSORS_DTYPES and item.name != "__metadata__"
 
     def write(self, offset: int, data: memoryview) -> None:
         with self._allocating:  # when something comes, and not because somebody has said so
@@ -190,7 +177,7 @@ class TensorSink(Sink):
                 out = place.memory[first * width : last * width]
                 decode(cut, self._item.dtype, first, last, chunk[part], out)
             else:
-                out = memoryview(_own(cut.values * width))[: (last - first) * width]
+                out = memoryview(own_memory(cut.values * width))[: (last - first) * width]
                 decode(cut, self._item.dtype, first, last, chunk[part], out)
                 place.write(first * width, out)
 
@@ -208,8 +195,8 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _own(nbytes: int) -> Any:
-    """The thread's memory for a decoded piece."""
+def own_memory(nbytes: int) -> Any:
+    """The thread's memory for a piece before it is encoded, or when it is decoded. It has what was left there."""
     if _scratch.memory.size < nbytes:
         _scratch.memory = np.empty(nbytes, np.uint8)
     return _scratch.memory

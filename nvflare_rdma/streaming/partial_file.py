@@ -1,10 +1,11 @@
 """A file that is being received: on disk under a hidden name until it is whole, with a journal to go on from.
 
     .KEY.rdma-part      the file, as long as it will be; KEY tells the source's identity, and which site receives it
-    .KEY.rdma-journal   a line of JSON with that identity, then "NUMBER DIGEST" for every part that is whole; locked
-                        while somebody works on it
+    .KEY.rdma-journal   a line of JSON with that identity, then "NUMBER CAME KEPT" for every part that is whole:
+                        digests of what came, and of what is in the file; locked while somebody works on it
 
-Lines are added without fsync: who goes on reads those parts again, and takes what has its digest.
+Lines are added without fsync: who goes on reads those parts again, and takes what has its digest. What came differs
+from what is kept if it was encoded on the way.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from nvflare_rdma.errors import StorageError, TransferError
 from nvflare_rdma.streaming import owned_files as owned
+from nvflare_rdma.streaming.file_layout import Layout
 from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, PartDigests
 
 log = logging.getLogger(__name__)
@@ -41,8 +43,9 @@ class PartialFile:
         StorageError: there is no room for it, or ``folder`` can't be written. Nothing of it is left.
     """
 
-    def __init__(self, folder: str, identity: FileIdentity, owner: str = "") -> None:
-        self.identity = identity
+    def __init__(self, folder: str, layout: Layout, owner: str = "") -> None:
+        self.identity = identity = layout.identity
+        self._layout = layout
         self.error: StorageError | None = None
         """The first; nothing can be done about it here."""
         self._folder = Path(folder)
@@ -50,7 +53,8 @@ class PartialFile:
         self._idle = threading.Condition(self._lock)
         self._writing = 0
         self._closed = False
-        self._whole: dict[int, bytes] = {}
+        #: Part -> digests of what came, and of what is kept.
+        self._whole: dict[int, tuple[bytes, bytes]] = {}
         self._data = self._journal = -1
         self._resumable = True
         try:
@@ -69,9 +73,9 @@ class PartialFile:
         return frozenset(self.digests())
 
     def digests(self) -> dict[int, bytes]:
-        """Of those parts."""
+        """Of those parts, as they came."""
         with self._lock:
-            return dict(self._whole)
+            return {part: came for part, (came, _) in self._whole.items()}
 
     # -- opening -------------------------------------------------------------------------------------------
 
@@ -124,24 +128,28 @@ class PartialFile:
         with open(self._journal, "rb", closefd=False) as file:
             first, *lines = file.read().split(b"\n")
         found = dict(filter(None, map(self._parse, lines))) if first == header else {}
-        self._whole = {part: digest for part, digest in found.items() if self._digest(part) == digest}
+        self._whole = {part: digests for part, digests in found.items() if self._digest(part) == digests[1]}
         if found:
-            log.info("%s: %d of %d parts are here already", self.identity.name, len(self._whole), self.identity.parts)
-        rest = b"".join(b"%d %s\n" % (part, self._whole[part].hex().encode()) for part in sorted(self._whole))
+            log.info("%s: %d of %d parts are here already", self.identity.name, len(self._whole), len(self._layout))
+        rest = b"".join(self._line(part) for part in sorted(self._whole))
         os.ftruncate(self._journal, 0)
         os.lseek(self._journal, 0, os.SEEK_SET)
         os.write(self._journal, header + b"\n" + rest)
 
-    def _parse(self, line: bytes) -> tuple[int, bytes] | None:
+    def _parse(self, line: bytes) -> tuple[int, tuple[bytes, bytes]] | None:
         with contextlib.suppress(ValueError):
-            part, digest = line.decode().split()
-            if len(digest) == 32 and 0 <= int(part) < self.identity.parts:
-                return int(part), bytes.fromhex(digest)
+            part, came, kept = line.decode().split()
+            if len(came) == len(kept) == 32 and 0 <= int(part) < len(self._layout):
+                return int(part), (bytes.fromhex(came), bytes.fromhex(kept))
         return None  # it was being written when its writer ended
+
+    def _line(self, part: int) -> bytes:
+        came, kept = self._whole[part]
+        return f"{part} {came.hex()} {kept.hex()}\n".encode()
 
     def _digest(self, part: int) -> bytes | None:
         """Of what is on disk."""
-        nbytes, start = self.identity.nbytes(part), part * self.identity.part_bytes
+        nbytes, start = self._layout.nbytes(part), self._layout.start(part)
         digests, block = PartDigests(nbytes), memoryview(bytearray(BLOCK_BYTES))
         for offset in range(0, nbytes, BLOCK_BYTES):
             count = os.preadv(self._data, [block[: nbytes - offset]], start + offset)
@@ -176,7 +184,7 @@ class PartialFile:
             if self._closed or self.error is not None:
                 raise self.error or StorageError(f"{self.identity.name} is not being received any more")
             self._writing += 1
-        position, done = part * self.identity.part_bytes + offset, 0
+        position, done = self._layout.start(part) + offset, 0
         try:
             while done < len(data):
                 done += os.pwrite(self._data, data[done:], position + done)
@@ -188,18 +196,18 @@ class PartialFile:
                 self._writing -= 1
                 self._idle.notify_all()
 
-    def add(self, part: int, digest: bytes) -> None:
-        """A part is whole and verified."""
+    def add(self, part: int, came: bytes, kept: bytes) -> None:
+        """A part is whole and verified: digests of what came, and of what was written."""
         with self._lock:
-            self._whole[part] = digest
+            self._whole[part] = came, kept
             try:
-                os.write(self._journal, b"%d %s\n" % (part, digest.hex().encode()))
+                os.write(self._journal, self._line(part))
             except OSError as error:
                 self.error = self.error or self._failure(error)
                 raise self.error from error
         with contextlib.suppress(OSError):
             # Its writing to disk begins now (fadvise(2)), and not when all are here and `finish` waits for it.
-            start, nbytes = part * self.identity.part_bytes, self.identity.nbytes(part)
+            start, nbytes = self._layout.start(part), self._layout.nbytes(part)
             os.posix_fadvise(self._data, start, nbytes, os.POSIX_FADV_DONTNEED)
 
     def drop(self, part: int) -> None:
@@ -215,8 +223,8 @@ class PartialFile:
         Raises:
             StorageError: the disk does not take it. TransferError: it is not whole.
         """
-        if len(self.whole) != self.identity.parts:
-            raise TransferError(f"{len(self.whole)} of {self.identity.parts} parts of {self.identity.name} are here")
+        if len(self.whole) != len(self._layout):
+            raise TransferError(f"{len(self.whole)} of {len(self._layout)} parts of {self.identity.name} are here")
         try:
             os.fsync(self._data)
             folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -164,14 +164,22 @@ class Sender(threading.Thread):
         try:
             sending.wait(_SEND_TIMEOUT)
         except TransferError:
-            if not (isinstance(source, EncodedSource) and source.encoding.unrepresentable):
+            if not (why := getattr(source, "unrepresentable", "")):
                 raise
             # The receiver misses this one, and asks again.
-            self._exact(part.item.name, source.encoding.unrepresentable)
+            self._exact(part.item.name, why)
         else:
             self._moved(source.nbytes)
         with self._lock:
             self._open.popleft()
+
+    def tell_exact(self) -> None:
+        """Of those that turned out to be so, also before this has waited for them."""
+        with self._lock:
+            open_now = list(self._open)
+        for _, part, source in open_now:
+            if why := getattr(source, "unrepresentable", ""):
+                self._exact(part.item.name, why)
 
     def count(self, meter: Meter) -> None:
         """Add what the receiver was sent so far."""

@@ -154,6 +154,10 @@ class Service:
         meter = self.meters.begin(receiver)
         channels, tensors = self._open()
         with self._lock:
+            sender = self._sendings.get(receiver)
+        if sender is not None:  # it may hear later than the receiver what could not be encoded
+            sender.tell_exact()
+        with self._lock:
             self._served.discard(receiver)  # it begins anew, whatever it has said before
             exact = set(self._exact)
         items = self._items[receiver] = self._manifest(tensors, exact)
@@ -193,6 +197,10 @@ class Service:
                 log.warning("tensor %s is sent exact: %s", name, reason)
             self._exact.add(name)
 
+    def _body(self, item: Item, tensors: Mapping[str, Any]) -> Any:
+        """A tensor, or the `Source` to send in its place."""
+        return tensors[item.name]
+
     def _send(self, request: Mapping[str, Any], receiver: str) -> dict[str, Any]:
         channels, tensors = self._open()
         first, wanted, invitation = request.get("first"), request.get("items"), request.get("invitation")
@@ -210,7 +218,7 @@ class Service:
             link = found
         else:
             raise TransferError(f"there is no data channel to {receiver}")
-        parts = [Part(first + n, items[i], tensors[items[i].name]) for n, i in enumerate(wanted)]
+        parts = [Part(first + n, items[i], self._body(items[i], tensors)) for n, i in enumerate(wanted)]
         sender = Sender(link, parts, lambda nbytes: self._moved(receiver, nbytes, 1), self._send_exact)
         with self._lock:
             if self._tensors is None:

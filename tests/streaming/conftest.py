@@ -1,6 +1,9 @@
+import threading
+
 import pytest
 from data_channels import cells
 from direct_transfers import Direct
+from file_transfers import Files
 from tcp_pair import DEADLINE
 from waiting import eventually
 
@@ -25,3 +28,18 @@ def direct(cell):
     for it in made:
         it.service.close()
         eventually(lambda it=it: not it.senders, DEADLINE)
+
+
+@pytest.fixture
+def files(cell, tmp_path):
+    """files(content, ...) -> Files"""
+    made = []
+
+    def make(content: bytes, **kinds) -> Files:
+        made.append(Files(cell, tmp_path, content, **kinds))
+        return made[-1]
+
+    yield make
+    for it in made:
+        it.service.close()
+    eventually(lambda: not any(thread.name == "rdma-offers" for thread in threading.enumerate()), DEADLINE)

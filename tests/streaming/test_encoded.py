@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import pytest
 import torch
-from direct_transfers import assert_equal
+from direct_transfers import as_encoded, assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcp_pair import in_parallel
+from tcp_pair import DEADLINE, in_parallel
 from waiting import eventually
 
 from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES
@@ -34,18 +35,6 @@ def weights(dtype=torch.float32, shape=SHAPE) -> torch.Tensor:
 
 def new(nbytes: int) -> memoryview:
     return memoryview(bytearray(nbytes))
-
-
-def as_encoded(tensor, codec: str) -> np.ndarray:
-    """What arrives of a tensor: its pieces decoded, flat."""
-    flat, made = to_flat(tensor), get_codec(codec)
-    cut, out = Cut.of(made, flat.size), np.empty_like(flat)
-    for first in range(0, flat.size, cut.values):
-        piece = flat[first : first + cut.values]
-        encoded = np.empty(made.encoded_nbytes(piece.size), np.uint8)
-        made.encode_into(piece, encoded)
-        made.decode_into(encoded, out[first : first + cut.values])
-    return out
 
 
 @pytest.mark.parametrize("codec", FIXED)
@@ -89,6 +78,16 @@ def test_what_the_codec_can_not_carry_travels_exact_and_the_rest_encoded(direct,
         for name in "ac":
             assert np.array_equal(to_flat(got[name]), as_encoded(weights(), "normfloat4"))
     assert caplog.text.count("is sent exact: normfloat4 can't carry NaN or Inf") == 1
+
+
+def test_a_receiver_that_asks_again_before_the_sender_knows_why(direct, cell, monkeypatch):
+    broken, here = weights(), threading.Event()
+    broken[600, 7] = math.nan
+    wait = sending.Sender._wait_for_one
+    monkeypatch.setattr(sending.Sender, "_wait_for_one", lambda self: (here.wait(DEADLINE), wait(self)))
+    it = direct({"b": marked(broken, get_codec("normfloat4"))})
+    assert_equal(it.pull(cell("site-1")), {"b": broken})
+    here.set()
 
 
 def test_it_lands_in_files_as_well(direct, cell, tmp_path):

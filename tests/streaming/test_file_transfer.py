@@ -4,73 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from pathlib import Path
 
 import pytest
-from data_channels import ANY_PORT
+from file_transfers import PART
 from tcp_pair import DEADLINE, in_parallel
-from waiting import eventually
 
 from nvflare_rdma.errors import FabricUnavailable, IntegrityError, ProtocolError, StorageError, TransferError
 from nvflare_rdma.streaming import pulling
-from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, OpenFile, PartDigests
-from nvflare_rdma.streaming.file_transfer import FileService, pull_file
+from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, PartDigests
+from nvflare_rdma.streaming.file_transfer import pull_file
 from nvflare_rdma.streaming.manifest import Item, pack
-from nvflare_rdma.streaming.partial_file import PartialFile
 from nvflare_rdma.streaming.pulling import AbortedError, LostError
-
-PART = 2 * BLOCK_BYTES
-
-
-class Files:
-    """The cell "server" holds a file, others pull it."""
-
-    def __init__(self, cell, folder: Path, content: bytes, ports=ANY_PORT, **kinds) -> None:
-        self.source, self.folder = folder / "model.bin", folder / "received"
-        self.folder.mkdir(exist_ok=True)
-        self.source.write_bytes(content)
-        self.content = content
-        self.channels = cell("server", ports=ports, **kinds)
-        self.requests: list[dict] = []
-        self.open()
-
-    def open(self) -> None:
-        self.file = OpenFile(str(self.source))
-        self.file.identity = FileIdentity(**{**self.file.identity.pack(), "part_bytes": PART})
-        self.service = FileService(self.file, lambda: self.channels)
-
-    def ask(self, receiver: str):
-        def ask(request: dict) -> dict:
-            self.requests.append(request)
-            return self.service.answer(request, receiver)
-
-        return ask
-
-    def pull(self, site, ask=None, name: str = "whole", **kinds) -> Path:
-        path = self.folder / name
-        asks = ask or self.ask(site.name)
-        pull_file(site, "server", asks, self.file.identity, str(self.folder), str(path), site.name, **kinds)
-        assert path.read_bytes() == self.content
-        assert sorted(p.name for p in self.folder.iterdir() if p.name.startswith(".")) == []
-        return path
-
-    def asked(self, what: str = "send") -> list:
-        return [request["items"] for request in self.requests if request["do"] == what]
-
-
-@pytest.fixture
-def files(cell, tmp_path):
-    """files(content, ...) -> Files"""
-    made = []
-
-    def make(content: bytes, **kinds) -> Files:
-        made.append(Files(cell, tmp_path, content, **kinds))
-        return made[-1]
-
-    yield make
-    for it in made:
-        it.service.close()
-    eventually(lambda: not any(thread.name == "rdma-offers" for thread in threading.enumerate()), DEADLINE)
 
 
 def content(parts: float) -> bytes:
@@ -120,7 +64,7 @@ def test_an_interrupted_transfer_goes_on_from_what_is_there(files, cell):
         it.pull(site, aborted=lambda: bool(it.asked("digests")))
     stop.set()
     assert len(list(it.folder.iterdir())) == 2
-    found = PartialFile(str(it.folder), it.file.identity, site.name)
+    found = it.partial(site.name)
     there = set(found.whole)
     assert there
     found.keep()
@@ -133,13 +77,13 @@ def test_an_interrupted_transfer_goes_on_from_what_is_there(files, cell):
 @pytest.mark.parametrize("lost", [False, True])
 def test_what_was_here_is_compared_with_what_the_sender_has(lost, files, cell, monkeypatch):
     it, site = files(content(5)), cell("site-1")
-    found = PartialFile(str(it.folder), it.file.identity, site.name)
+    found = it.partial(site.name)
     for part in (0, 1, 3):
         data = memoryview(it.content)[part * PART : (part + 1) * PART]
         digests = PartDigests(PART)
         digests.add(0, data)
         found.write(part, 0, data)
-        found.add(part, digests.whole())
+        found.add(part, digests.whole(), digests.whole())
     found.keep()
     with open(it.source, "r+b") as file:  # where no sample is
         file.seek(PART + 100_000)
@@ -209,7 +153,7 @@ def test_a_source_that_changes_is_an_error_that_names_it(when, files, cell):
 
 def test_a_source_that_reads_differently_the_second_time(files, cell):
     it, site = files(content(1)), cell("site-1", ports=None)
-    it.service._tensors["0"].read(0, BLOCK_BYTES, lambda n: memoryview(bytearray(n)))
+    it.service._tensors["0"].source(True).read(0, BLOCK_BYTES, lambda n: memoryview(bytearray(n)))
     with open(it.source, "r+b") as file:
         file.write(b"\0" * 64)
     os.utime(it.source, ns=(it.file.identity.mtime_ns, it.file.identity.mtime_ns))
@@ -320,9 +264,9 @@ def test_digests_of_what_was_not_read(files):
 
 def test_pieces_of_blocks_have_no_digest(files):
     it = files(content(1))
-    source = it.service._tensors["0"]
-    for start in range(0, PART, BLOCK_BYTES // 4):
-        source.read(start, BLOCK_BYTES // 4, lambda n: memoryview(bytearray(n)))
+    source = it.service._tensors["0"].source(True)
+    for start in range(0, PART, BLOCK_BYTES // 2):
+        source.read(start, BLOCK_BYTES // 2, lambda n: memoryview(bytearray(n)))
     assert source.digests.whole() is None
 
 

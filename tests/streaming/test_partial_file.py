@@ -17,6 +17,7 @@ import pytest
 
 from nvflare_rdma.errors import ProtocolError, SourceError, StorageError, TransferError
 from nvflare_rdma.streaming import partial_file
+from nvflare_rdma.streaming.file_layout import Layout, plan
 from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, OpenFile, PartDigests
 from nvflare_rdma.streaming.partial_file import PartialFile, forget
 
@@ -29,6 +30,10 @@ def identity(**changes) -> FileIdentity:
     return FileIdentity(**{**fields, **changes})
 
 
+def partial(folder: Path, of: FileIdentity, owner: str = "") -> PartialFile:
+    return PartialFile(str(folder), Layout(of, [item for item, _ in plan(of)]), owner)
+
+
 def receive(file: PartialFile, *parts: int) -> None:
     for part in parts:
         data = memoryview(CONTENT)[part * PART : (part + 1) * PART]
@@ -37,7 +42,7 @@ def receive(file: PartialFile, *parts: int) -> None:
             block = data[offset : offset + BLOCK_BYTES]
             file.write(part, offset, block)
             digests.add(offset, block)
-        file.add(part, digests.whole())
+        file.add(part, digests.whole(), digests.whole())
 
 
 def hidden(folder: Path) -> list[str]:
@@ -47,7 +52,7 @@ def hidden(folder: Path) -> list[str]:
 @pytest.fixture
 def interrupted(tmp_path):
     """A folder in which two parts of three are."""
-    file = PartialFile(str(tmp_path), identity())
+    file = partial(tmp_path, identity())
     receive(file, 0, 2)
     file.keep()
     assert len(hidden(tmp_path)) == 2
@@ -55,7 +60,7 @@ def interrupted(tmp_path):
 
 
 def finish(folder: Path, *missing: int) -> None:
-    file = PartialFile(str(folder), identity())
+    file = partial(folder, identity())
     assert file.whole == {0, 1, 2} - set(missing)
     receive(file, *missing)
     file.finish(str(folder / "whole"))
@@ -64,7 +69,7 @@ def finish(folder: Path, *missing: int) -> None:
 
 
 def test_it_appears_when_it_is_whole(tmp_path):
-    file = PartialFile(str(tmp_path), identity())
+    file = partial(tmp_path, identity())
     receive(file, 1, 0)
     with pytest.raises(TransferError, match=r"2 of 3 parts of model\.bin are here"):
         file.finish(str(tmp_path / "whole"))
@@ -88,7 +93,15 @@ def test_only_what_has_its_digest(interrupted):
 
 
 @pytest.mark.parametrize(
-    "tail", [b"1 0123", b"1 " + b"0" * 32 + b"\n", b"99 " + b"0" * 32 + b"\n", b"\xff\n", b"1 x y\n"]
+    "tail",
+    [
+        b"1 0123",
+        b"1 " + b"0" * 32 + b"\n",
+        b"1 " + b"0" * 32 + b" " + b"0" * 32 + b"\n",
+        b"99 " + b"0" * 32 + b" " + b"0" * 32 + b"\n",
+        b"\xff\n",
+        b"1 x y\n",
+    ],
 )
 def test_a_journal_with_a_damaged_end(tail, interrupted):
     with open(next(interrupted.glob(".*.rdma-journal")), "ab") as file:
@@ -110,7 +123,7 @@ def test_a_file_without_its_journal(interrupted):
     "change", [{"mtime_ns": 6}, {"content": "1" * 32}, {"name": "other"}, {"size": len(CONTENT) - 1}]
 )
 def test_another_file_begins_anew(change, interrupted):
-    file = PartialFile(str(interrupted), identity(**change))
+    file = partial(interrupted, identity(**change))
     assert not file.whole
     file.keep()  # nothing is whole: nothing is kept
     assert len(hidden(interrupted)) == 2
@@ -118,14 +131,14 @@ def test_another_file_begins_anew(change, interrupted):
 
 
 def test_the_same_file_for_another_site(interrupted):
-    file = PartialFile(str(interrupted), identity(), "site-2")
+    file = partial(interrupted, identity(), "site-2")
     assert not file.whole
     file.discard()
     finish(interrupted, 1)
 
 
 def test_one_that_is_about_to_end_is_waited_for(interrupted):
-    first = PartialFile(str(interrupted), identity())
+    first = partial(interrupted, identity())
     threading.Timer(0.1, first.keep).start()
     finish(interrupted, 1)
 
@@ -137,8 +150,8 @@ def impatient(monkeypatch):
 
 @pytest.mark.usefixtures("impatient")
 def test_the_same_file_twice_at_once(interrupted):
-    first = PartialFile(str(interrupted), identity())
-    second = PartialFile(str(interrupted), identity())
+    first = partial(interrupted, identity())
+    second = partial(interrupted, identity())
     assert not second.whole
     receive(second, 0, 1, 2)
     second.finish(str(interrupted / "second"))
@@ -151,8 +164,8 @@ def test_the_same_file_twice_at_once(interrupted):
 
 @pytest.mark.usefixtures("impatient")
 def test_one_that_could_not_be_gone_on_with_is_not_kept(interrupted):
-    first = PartialFile(str(interrupted), identity())
-    second = PartialFile(str(interrupted), identity())
+    first = partial(interrupted, identity())
+    second = partial(interrupted, identity())
     receive(second, 0)
     second.keep()
     assert len(hidden(interrupted)) == 2
@@ -162,23 +175,23 @@ def test_one_that_could_not_be_gone_on_with_is_not_kept(interrupted):
 
 def test_what_nobody_takes_up_is_removed(interrupted):
     journal = next(interrupted.glob(".*.rdma-journal"))
-    PartialFile(str(interrupted), identity(name="a")).keep()
+    partial(interrupted, identity(name="a")).keep()
     assert journal.exists()
     long_ago = time.time() - partial_file._KEEP_SECONDS - 60
     os.utime(journal, (long_ago, long_ago))
-    PartialFile(str(interrupted), identity(name="b")).keep()
+    partial(interrupted, identity(name="b")).keep()
     assert not hidden(interrupted)
 
 
 def test_what_is_late_is_not_written(tmp_path):
-    file = PartialFile(str(tmp_path), identity())
+    file = partial(tmp_path, identity())
     file.keep()
     with pytest.raises(StorageError, match=r"model\.bin is not being received any more"):
         file.write(0, 0, memoryview(b"x"))
 
 
 def test_an_empty_file(tmp_path):
-    file = PartialFile(str(tmp_path), identity(size=0))
+    file = partial(tmp_path, identity(size=0))
     file.finish(str(tmp_path / "empty"))
     assert (tmp_path / "empty").read_bytes() == b""
 
@@ -188,11 +201,11 @@ def test_an_empty_file(tmp_path):
 
 def _is_not_touched(folder: Path) -> None:
     before = {path.name: path.lstat() for path in folder.iterdir()}
-    file = PartialFile(str(folder), identity())
+    file = partial(folder, identity())
     assert not file.whole
     receive(file, 0, 1)
     file.keep()  # it could not be gone on with
-    file = PartialFile(str(folder), identity())
+    file = partial(folder, identity())
     receive(file, 0, 1, 2)
     file.finish(str(folder / "whole"))
     assert (folder / "whole").read_bytes() == CONTENT
@@ -236,7 +249,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 def test_a_forked_process_does_not_keep_the_lock(interrupted, monkeypatch):
     monkeypatch.setattr(partial_file, "LOCK_SECONDS", 0.0)
-    file = PartialFile(str(interrupted), identity())
+    file = partial(interrupted, identity())
     child = os.dup(file._journal)  # shares the lock as a forked child's descriptor does
     file.keep()
     try:
@@ -253,7 +266,7 @@ def _finish_where_folders_fail(folder: Path, monkeypatch, code: int) -> None:
             raise OSError(code, os.strerror(code))
         fsync(fd)
 
-    file = PartialFile(str(folder), identity())
+    file = partial(folder, identity())
     receive(file, 0, 1, 2)
     monkeypatch.setattr(os, "fsync", fail)
     try:
@@ -279,13 +292,13 @@ def test_a_folder_that_fails_has_no_file(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Of 4 MiB."""
+    """Of 1 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if os.geteuid() != 0 or not shutil.which("mount"):
         pytest.skip("only root can mount a small file system")
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True
     )
     if done.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
@@ -295,7 +308,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_shows_before_anything_is_written(small_disk):
     with pytest.raises(StorageError) as caught:
-        PartialFile(str(small_disk), identity())
+        partial(small_disk, identity())
     assert str(caught.value).startswith(f"model.bin can't be kept in {small_disk}: it needs {len(CONTENT)} bytes, ")
     assert " bytes are free there (No space left on device)" in str(caught.value)
     assert not hidden(small_disk)
@@ -307,10 +320,10 @@ def test_a_disk_that_fills_up_meanwhile(small_disk, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", cannot)
     with pytest.raises(StorageError, match="No space left on device"):
-        PartialFile(str(small_disk), identity())
+        partial(small_disk, identity())
     assert not hidden(small_disk)
     monkeypatch.setattr(PartialFile, "_free", lambda self: 1 << 40)  # what was free is taken by somebody else
-    file = PartialFile(str(small_disk), identity())
+    file = partial(small_disk, identity())
     with pytest.raises(StorageError, match="No space left on device"):
         receive(file, 0, 1, 2)
     with pytest.raises(StorageError, match="No space left on device"):
@@ -324,7 +337,7 @@ def test_a_file_larger_than_files_may_be(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK_BYTES, hard))
     try:
         with pytest.raises(StorageError, match=r"which is more than a file may have here \(File too large\)"):
-            PartialFile(str(tmp_path), identity())
+            partial(tmp_path, identity())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not hidden(tmp_path)
@@ -332,7 +345,7 @@ def test_a_file_larger_than_files_may_be(tmp_path):
 
 def test_a_folder_that_is_gone(tmp_path):
     with pytest.raises(StorageError, match="No such file or directory"):
-        PartialFile(str(tmp_path / "gone"), identity())
+        partial(tmp_path / "gone", identity())
 
 
 # -- the source ----------------------------------------------------------------------------------------------
@@ -382,6 +395,7 @@ def test_a_source_that_can_not_be_read(kind, tmp_path):
         {"size": 1 << 42, "part_bytes": BLOCK_BYTES},  # too many parts
         *({"part_bytes": part} for part in (0, -1, BLOCK_BYTES + 1, 1 << 40)),
         {"mtime_ns": 5.0},
+        *({"quantization_type": kind} for kind in ("zip", "lossless", "Int8", 5, None, False)),
         {"content": "0"},
         {"more": 1},
     ],

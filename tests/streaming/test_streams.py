@@ -82,6 +82,32 @@ def test_retrievers(results):
     assert not own_path(found)
 
 
+def test_encoded_files(results):
+    result = results["encoded"]
+    assert result["result"] == ["OK", THANKS]
+    assert result["same"] == result["folders"] == [True, True]
+    assert result["left"] == [[], []]
+    assert not own_path(result)
+    (size,) = {context["FileStreamer.file_size"] for context in result["contexts"]}
+    assert size > 600_000
+    assert {record["raw_bytes"] for record in result["records"]} == {size}
+    (wire,) = {record["wire_bytes"] for record in result["records"]}
+    assert len(result["records"]) == 4
+    assert 75_000 < wire < 90_000
+    refused, told = result["refused"]
+    assert "data.bin can't be encoded as normfloat4: it is no safetensors file, as " in refused
+    assert not told
+    assert result["retrieved"] == [["OK", True], ["EXECUTION_EXCEPTION", None]]
+
+
+def test_flares_own_path_does_not_encode(results):
+    result = results["exact"]
+    assert result["result"][0] == "OK"
+    assert result["same"] == [True]
+    assert len(own_path(result)) == 1
+    assert len([line for line in result["log"] if "goes exact, not as normfloat4" in line]) == 1
+
+
 @pytest.mark.parametrize(
     ("which", "reason"),
     [

@@ -10,8 +10,11 @@ import torch
 from data_channels import ANY_PORT
 from tcp_pair import DEADLINE
 
+from nvflare_rdma.codecs import get_codec
+from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.streaming import pulling
 from nvflare_rdma.streaming.arrays import to_bytes
+from nvflare_rdma.streaming.encoded import Cut
 from nvflare_rdma.streaming.landing import in_memory
 from nvflare_rdma.streaming.manifest import INLINE_BYTES
 from nvflare_rdma.streaming.pulling import pull
@@ -82,3 +85,15 @@ def assert_equal(got, sent) -> None:
         assert got[name].dtype == tensor.dtype, name
         assert tuple(got[name].shape) == tuple(tensor.shape), name
         assert bytes(to_bytes(got[name])) == bytes(to_bytes(tensor)), name
+
+
+def as_encoded(tensor, codec: str) -> np.ndarray:
+    """What arrives of a tensor: its pieces decoded, flat."""
+    flat, made = to_flat(tensor), get_codec(codec)
+    cut, out = Cut.of(made, flat.size), np.empty_like(flat)
+    for first in range(0, flat.size, cut.values):
+        piece = flat[first : first + cut.values]
+        encoded = np.empty(made.encoded_nbytes(piece.size), np.uint8)
+        made.encode_into(piece, encoded)
+        made.decode_into(encoded, out[first : first + cut.values])
+    return out

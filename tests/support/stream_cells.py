@@ -11,16 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from file_transfers import as_received
 from nvflare.apis.event_type import EventType
 from nvflare.app_common.decomposers.numpy_decomposers import NumpyArrayDecomposer
 from nvflare.app_common.streamers import container_streamer, file_streamer
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 from processes import free_port
+from safetensors.torch import save_file
 from stream_engine import StreamEngine
 from two_cells import Lines
 from waiting import eventually
 
+from nvflare_rdma.errors import SourceError
 from nvflare_rdma.metrics.transfers import ledger
 from nvflare_rdma.streaming import ContainerRetriever, ContainerStreamer, FileRetriever, FileStreamer
 from nvflare_rdma.streaming.registry import registry
@@ -107,14 +110,16 @@ class Job:
             **self.contexts(targets, sent),
         }
 
-    def file(self, path: Path, targets=SITES, streamer=FileStreamer) -> dict:
+    def file(self, path: Path, targets=SITES, streamer=FileStreamer, content=None, **kinds) -> dict:
+        """``content``: what is to arrive, if it is not the file's."""
         self.done.clear()
         self.consumed.clear()
         sent = {"mine": 5}
-        code, replies = streamer.stream_file("app", "file", sent, targets, str(path), self.server.new_context())
+        context = self.server.new_context()
+        code, replies = streamer.stream_file("app", "file", sent, targets, str(path), context, **kinds)
         places = [FileStreamer.get_file_location(self.done.get(site, {})) for site in targets]
         ends = {site: reply.get_header("ObjectStreamer.END_RESULT") for site, reply in (replies or {}).items()}
-        content = path.read_bytes() if path.is_file() else None
+        content = content or path.read_bytes()
         return {
             "result": [code, ends],
             "same": [bool(place) and Path(place).is_file() and Path(place).read_bytes() == content for place in places],
@@ -135,6 +140,30 @@ class Job:
             "sent": plain(sent),
             "log": self.lines.take(),
         }
+
+    def encoded(self, path: Path, other: Path) -> dict:
+        """A safetensors file, also by retrieving, and a file that is none."""
+        records: list = []
+        stop = ledger.subscribe(records.append)
+        result = self.file(path, content=as_received(path.read_bytes(), "normfloat4"), quantization_type="NormFloat4")
+        stop()
+        result["records"] = [record.as_dict() for record in records]
+        try:
+            self.file(other, quantization_type="normfloat4")
+        except SourceError as error:
+            result["refused"] = [str(error), list(self.done)]
+        retrievers = {}
+        for name, engine in {"server": self.server, **self.sites}.items():
+            made = FileRetriever(str(path.parent), "encoded", dest_dir=str(self.folder), quantization_type="normfloat4")
+            made.handle_event(EventType.START_RUN, engine.new_context())
+            retrievers[name] = made
+        context = self.sites["site-2"].new_context()
+        found = [retrievers["site-2"].retrieve_file("server", context, 30.0, it.name) for it in (path, other)]
+        result["retrieved"] = [
+            [code, place and Path(place).read_bytes() == as_received(path.read_bytes(), "normfloat4")]
+            for code, place in found
+        ]
+        return result
 
     def retrieve(self, folder: Path, data: Path) -> dict:
         """Site 2 from the server."""
@@ -179,9 +208,14 @@ def main() -> None:
     results["file"], results["empty"] = job.file(data), job.file(empty)
     results["retrieved"] = job.retrieve(folder, data)
 
+    model = folder / "model.safetensors"
+    save_file({"weight": torch.randn(500, 300), "bias": torch.randn(100), "steps": torch.arange(9)}, model)
+    results["encoded"] = job.encoded(model, data)
+
     own = registry._channels["site-2"]
     registry._channels["site-2"] = None
     results["mixed"] = [job.container(STATE), job.file(data)]
+    results["exact"] = job.file(model, ["site-2"], quantization_type="normfloat4")
     registry._channels["site-2"] = own
 
     os.rename(folder / "site-1", folder / "gone")  # its disk fails

@@ -1,7 +1,7 @@
-"""One side of a file stream in a process of its own: stream_peer.py NAME URL FOLDER STALL. The server streams
-FOLDER/source to site-1 for every line on stdin; site-1 receives to FOLDER. What happens is appended to
-FOLDER/NAME.log, a line of JSON each. STALL: from that part on the server reads only when there is FOLDER/go. Ends with
-stdin."""
+"""One side of a file stream in a process of its own: stream_peer.py NAME URL FOLDER STALL TYPE. The server streams
+FOLDER/source, as quantization type TYPE if that is not "", to site-1 for every line on stdin; site-1 receives to
+FOLDER. What happens is appended to FOLDER/NAME.log, a line of JSON each. STALL: what comes after so many parts of the
+longest, the server reads only when there is FOLDER/go. Ends with stdin."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from nvflare_rdma.streaming import FileStreamer, file_streamer
 from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, OpenFile
 from nvflare_rdma.streaming.transfer import install
 
-PART = 2 * BLOCK_BYTES
+PART = 8 * BLOCK_BYTES
 
 
 def main() -> None:
     name, url, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    stall = int(sys.argv[4])
+    stall, quantization_type = int(sys.argv[4]), sys.argv[5]
     logging.basicConfig(level=logging.INFO)
 
     def tell(**event) -> None:
@@ -36,8 +36,8 @@ def main() -> None:
             tell(log=record.getMessage())
 
     class SmallParts(OpenFile):
-        def __init__(self, path: str) -> None:
-            super().__init__(path)
+        def __init__(self, path: str, quantization_type: str) -> None:
+            super().__init__(path, quantization_type)
             self.identity = FileIdentity(**{**self.identity.pack(), "part_bytes": PART})
 
         def read_into(self, memory: memoryview, offset: int) -> None:
@@ -60,7 +60,15 @@ def main() -> None:
 
     def stream() -> None:
         eventually(lambda: engine.cell.core_cell.is_cell_connected("site-1"))
-        code, _ = FileStreamer.stream_file("app", "file", {}, ["site-1"], str(folder / "source"), engine.new_context())
+        code, _ = FileStreamer.stream_file(
+            "app",
+            "file",
+            {},
+            ["site-1"],
+            str(folder / "source"),
+            engine.new_context(),
+            quantization_type=quantization_type or None,
+        )
         tell(streamed=code)
 
     for _ in sys.stdin:
