@@ -29,7 +29,7 @@ def test_a_message_of_any_size_arrives(size):
     assert bool(active.sent) == (size > LIMITS.inline_bytes)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_whatever_the_order_and_the_losses_every_message_arrives_exactly_once(data):
     """Control bytes come in any pieces, writes land in any order or damaged, rails break and come back."""

@@ -25,13 +25,13 @@ def main() -> None:
     recipe = NumpyFedAvgRecipe(
         name="one_sided",
         model=np.linspace(-1, 1, 64 * 100, dtype=np.float32).reshape(64, 100).tolist(),
-        min_clients=2,
+        min_clients=1,
         num_rounds=2,
         train_script=str(Path(__file__).with_name("one_sided_client.py")),
     )
     for point in points:
         ADD[point](recipe)
-    run = recipe.execute(RdmaSimEnv(scheme="tcp", num_clients=2, workspace_root=workspace))
+    run = recipe.execute(RdmaSimEnv(scheme="tcp", num_clients=1, workspace_root=workspace))
     print("JOB STATUS", run.get_status())
 
 
