@@ -22,6 +22,10 @@ class FabricUnavailable(FabricError):
     """A fabric can't be used here; the message says why and what would make it usable."""
 
 
+class UnreachableError(FabricUnavailable):
+    """Nothing answers at an address: a firewall drops what is sent there, or there is no such host."""
+
+
 class ProtocolError(RdmaError):
     """The peer broke the channel protocol. The connection is closed; nothing of the message is kept."""
 

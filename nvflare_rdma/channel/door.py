@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
-from nvflare_rdma.errors import ProtocolError, RdmaError, TlsError
+from nvflare_rdma.errors import ProtocolError, RdmaError, TlsError, UnreachableError
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric
 
 log = logging.getLogger(__name__)
@@ -172,9 +172,13 @@ def dial(
     """A new control stream to the door at ``address``, and its socket. ``pending.close()`` ends the greeting.
 
     Raises:
-        TlsError: the peers don't trust each other. OSError: nobody listens, or it did not greet within ``timeout``.
+        TlsError: the peers don't trust each other. UnreachableError: nothing answered within ``timeout``. OSError:
+            nobody listens, or it did not greet within ``timeout``.
     """
-    sock = socket.create_connection(address, timeout)
+    try:
+        sock = socket.create_connection(address, timeout)
+    except TimeoutError as error:
+        raise UnreachableError(f"timed out: nothing answered within {timeout:g} s") from error
     try:
         with pending.hold(sock):
             if tls is None:

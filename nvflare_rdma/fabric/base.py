@@ -39,7 +39,7 @@ class CompletionHandler(Protocol):
         with the ``digest`` that it gave to `Endpoint.write`. The slice is closed again."""
 
     def written(self, notification: int) -> None:
-        """A local write has ended: its source may be changed or freed. If it landed, the receiver knows."""
+        """A local write has ended: its source may be changed or freed. If it landed, it is in the receiver's memory."""
 
     def rail_down(self, rail: int, error: Exception) -> None:
         """A rail broke. What landed over it was reported before this, nothing will be after; the writes queued

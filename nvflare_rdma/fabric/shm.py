@@ -52,7 +52,9 @@ class ShmEndpoint(Endpoint):
         self._closed = False
         self._reason: Exception | None = None
         self._peer_slots = PeerSlots()
-        self._receiving = threading.Lock()  # who holds it receives
+        #: One receiver at a time receives: it has the turn.
+        self._turn = threading.Condition()
+        self._taken = False
         self._receivers: list[threading.Thread] = []
         self._active = 0  # those that have not left
         self._broken: Exception | None = None  # why they leave
@@ -66,7 +68,7 @@ class ShmEndpoint(Endpoint):
             if self._closed or self._peer is not None:
                 return
             try:
-                # The receiving thread sends the greeting: when the peer gets it, everything here is in place.
+                # A receiver sends the greeting: when the peer gets it, everything here is in place.
                 wire = self._wire = Wire(peer.sock, self._idle, shm_setup.READY if passive else b"")
                 self._reads = Reads(lambda count, last: wire.post(Message(ACKNOWLEDGE, last, length=count)))
                 if peer.receive == "memfd":
@@ -102,14 +104,18 @@ class ShmEndpoint(Endpoint):
     def register(self, buffer: memoryview) -> ShmRegion:
         return self._exposures.register(buffer)
 
-    def _receive(self) -> tuple[Message, Read | None]:
-        """A write that is to land, with what is to be acknowledged then; one receiver at a time."""
+    def _receive(self) -> tuple[Message, Read]:
+        """Take what comes, up to a large write, which another receiver need not wait for: it is for `_land`."""
         while True:
             message, fd = self._wire.receive()
             if message.op == WRITE:
-                direct = self.paths["receive"] == "direct"
-                return message, self._reads.begin(message.notification, message.length) if direct else None
-            if message.op == ACKNOWLEDGE:
+                read = None
+                if self.paths["receive"] == "direct":
+                    read = self._reads.begin(message.notification, message.length)
+                    if message.length >= LARGE_BYTES:
+                        return message, read
+                self._land(message, read)
+            elif message.op == ACKNOWLEDGE:
                 self._acknowledged(message.length, message.notification)
             elif message.op == MAP:
                 self._peer_slots.add(message.key, message.length, fd)
@@ -159,7 +165,7 @@ class ShmEndpoint(Endpoint):
         try:
             with self._state:  # the peer acknowledges in the order in which it was told
                 if self._up:
-                    self._unread.append((message.notification, source))  # the receiving thread reports it
+                    self._unread.append((message.notification, source))  # a receiver reports it
                     self._wire.post(message)
                 return self._up
         except struct.error:
@@ -206,7 +212,7 @@ class ShmEndpoint(Endpoint):
     def _share_work(self) -> None:
         """Have another thread receive while this one copies."""
         with self._state:
-            if self._up and len(self._receivers) < _RECEIVERS:
+            if self._up and self._reason is None and not self._closed and len(self._receivers) < _RECEIVERS:
                 try:
                     self._add_receiver()
                 except RuntimeError as error:
@@ -214,30 +220,47 @@ class ShmEndpoint(Endpoint):
 
     def _run(self) -> None:
         try:
-            while True:
-                with self._receiving:
-                    if self._broken is not None:
-                        break
+            while self._take_turn():
+                try:
                     message, read = self._receive()
-                    small = read is None or message.length < LARGE_BYTES
-                    if small:
-                        self._land(message, read)
-                if not small:
-                    self._share_work()
-                    self._land(message, read)
+                finally:
+                    self._pass_turn()
+                self._share_work()
+                self._land(message, read)
         except Exception as error:  # noqa: BLE001 - all of them end the rail, and are reported
             with self._state:
-                self._broken, self._up = self._broken or self._reason or error, False
+                self._up = False
+                if self._broken is None or isinstance(error, ProtocolError):  # the other one may just have seen its end
+                    self._broken = error
             self._wire.shut_down()
+            with self._turn:
+                self._turn.notify_all()
         with self._state:
             self._active -= 1
             last = not self._active
         if last:
             self._end()
 
+    def _take_turn(self) -> bool:
+        """False if the rail ends: whoever has the turn then may wait for the others' end."""
+        with self._turn:
+            self._turn.wait_for(lambda: not self._taken or self._ends)
+            self._taken = self._taken or not self._ends
+            return not self._ends
+
+    def _pass_turn(self) -> None:
+        with self._turn:
+            self._taken = False
+            self._turn.notify_all()
+
+    @property
+    def _ends(self) -> bool:
+        return self._reason is not None or self._broken is not None
+
     def _end(self) -> None:
         """The last receiver's last act."""
-        error, self._broken = self._broken, None  # its traceback refers to this
+        # Not where the error's traceback leads to, and no longer in this: it would not be freed.
+        error, self._broken = self._reason or self._broken, None
         assert self._peer is not None
         assert error is not None
         self._wire.close()
@@ -259,6 +282,8 @@ class ShmEndpoint(Endpoint):
                 return
             self._reason = self._reason or reason
         self._wire.shut_down()
+        with self._turn:
+            self._turn.notify_all()
 
     def drop(self, rail: int) -> None:
         if rail != 0:

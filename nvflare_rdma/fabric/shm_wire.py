@@ -3,9 +3,9 @@
 That type keeps messages whole (unix(7)), so two threads can send without a lock around a send that blocks, and a
 descriptor (SCM_RIGHTS) belongs to one message.
 
-No deadlock through full sockets: the receiving thread never waits to send. What it and `Wire.post` can't send at
-once waits in a backlog, and the receiving thread goes on receiving until the socket takes it. So the peer's
-sends end, hence its receiving thread is never far from receiving, and so on. The backlog is bounded by what the
+No deadlock through full sockets: who receives never waits to send. What it and `Wire.post` can't send at
+once waits in a backlog, and who receives goes on receiving until the socket takes it. So the peer's
+sends end, hence somebody there is never far from receiving, and so on. The backlog is bounded by what the
 two sides may do: one acknowledgement per exposure, two messages per slot, and one per direct write.
 """
 
@@ -72,7 +72,7 @@ class Wake:
 
 
 class Wire:
-    """``idle`` is called in the receiving thread whenever it has nothing more to receive, and after `wake`;
+    """``idle`` is called by who receives whenever there is nothing more, and after `wake`;
     ``greeting`` is what it sends first."""
 
     def __init__(self, sock: socket.socket, idle: Callable[[], None], greeting: bytes = b"") -> None:
@@ -108,7 +108,7 @@ class Wire:
         self.post(Message(FORGET, key=key))
 
     def receive(self) -> tuple[Message, int]:
-        """The next message, with a descriptor or -1. One thread calls it.
+        """The next message, with a descriptor or -1. One thread at a time calls it.
 
         Raises:
             ConnectionError: the peer is gone. ProtocolError: that was no message.
@@ -173,7 +173,7 @@ class Wire:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Free the descriptors. Only the thread that receives calls it, last."""
+        """Free the descriptors. Called when nobody receives any more."""
         self.shut_down()
         with self._sending, self._backlog_lock:  # a send that waits has been ended by the shutdown
             self._sock.close()

@@ -137,7 +137,7 @@ def connect_by_cm(port: Port, remote: RemoteRail, deadline: float, queue_pair: Q
             except FabricError as error:
                 if attempt == _CONNECT_ATTEMPTS or not _address_in_use(error):
                     raise
-                passed_over.callback(identifier.close)  # not yet: it has the port, so the next one gets another
+                passed_over.callback(_give_up, identifier)  # not yet: it has the port, so the next one gets another
                 identifier = _find_way(events, port, remote, deadline, queue_pair)
         events.expect(ce.RDMA_CM_EVENT_ESTABLISHED, what, deadline)
 
@@ -160,6 +160,11 @@ def _find_way(events: Events, port: Port, remote: RemoteRail, deadline: float, q
         cmid.resolve_route(_milliseconds(deadline))
     events.expect(ce.RDMA_CM_EVENT_ROUTE_RESOLVED, what, deadline)
     return identifier
+
+
+def _give_up(identifier: Identifier) -> None:
+    with contextlib.suppress(PyverbsError):  # another one is connected; the queue pair closes this one again
+        identifier.close()
 
 
 def _address_in_use(error: FabricError) -> bool:

@@ -27,7 +27,7 @@ from nvflare_rdma.channel.door import GREETING_TIMEOUT, Door, Pending, dial
 from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
-from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError
+from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, UnreachableError
 from nvflare_rdma.fabric.memory import MemoryBudget
 from nvflare_rdma.fabric.tcp import TcpFabric
 from nvflare_rdma.process import Process
@@ -42,10 +42,9 @@ MAX_TICKETS = 4096
 #: reached has the handshake's deadline besides.
 DIAL_SECONDS = 20.0
 _ADDRESS_SECONDS = 5.0
-#: A peer that was so slow to be out of reach, as behind a firewall that answers nothing, is not dialled again for a
-#: while, which doubles each time, up to a limit.
-_SLOW_SECONDS = 1.0
-_AVOID_SECONDS, _MAX_AVOID_SECONDS = 60.0, 3600.0
+#: A peer that does not answer, as behind a firewall that drops what comes, is not dialled again for so long, twice as
+#: long the next time, and so on.
+_AVOID_SECONDS, _AVOID_DOUBLINGS = 60.0, 6
 _WELCOME = b"\x01"
 _MAX_TENSOR_BYTES = 1 << 48
 #: See `LinkContext`; tensors are large.
@@ -94,7 +93,7 @@ class DataChannels:
         #: Peer -> how many of its tickets came whose channel is not there yet.
         self._opening: Counter[str] = Counter()
         self._sinks: dict[tuple[str, int], Sink] = {}
-        #: Peer -> how often in a row it was slow to be out of reach, when it was last, and how.
+        #: Peer -> how often in a row it did not answer, when that was last, and what was tried.
         self._unreachable: dict[str, tuple[int, float, str]] = {}
         self._closed = False
 
@@ -203,15 +202,15 @@ class DataChannels:
         """A new channel to ``peer``, which has sent the invitation.
 
         Raises:
-            RdmaError: none of its addresses leads there, or led there lately. ProtocolError: ``invitation`` is
-                malformed.
+            RdmaError: none of its addresses leads there, or did lately: then none is tried. ProtocolError:
+                ``invitation`` is malformed.
         """
         hosts, port, ticket = parse_invitation(invitation)
         began = time.monotonic()
         self._avoid(peer, began)
         if self._server_host and peer.split(".")[0] == SERVER and self._server_host not in hosts:
             hosts = [self._server_host, *hosts]
-        failures, deadline = [], began + DIAL_SECONDS
+        failures, deadline, silent = [], began + DIAL_SECONDS, False
         for host in hosts:
             if (left := deadline - time.monotonic()) <= 0:
                 failures.append(f"the others were not tried: {DIAL_SECONDS:g} s are over")
@@ -220,21 +219,22 @@ class DataChannels:
                 link = self._dial((host, port), ticket, peer, min(left, _ADDRESS_SECONDS))
             except (OSError, RdmaError, ValueError) as error:  # ValueError: what can't be a host's name
                 failures.append(f"{host}:{port}: {error}")
+                silent = silent or isinstance(error, UnreachableError)
                 continue
             threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
-            with self._lock:
-                self._unreachable.pop(peer, None)
             return link
-        reason, now = f"no direct way from {self.name} to {peer}: {'; '.join(failures)}", time.monotonic()
-        if now - began > _SLOW_SECONDS:
+        reason = f"no direct way from {self.name} to {peer}: {'; '.join(failures)}"
+        if silent:
             with self._lock:
-                self._unreachable[peer] = self._unreachable.get(peer, (0, 0.0, ""))[0] + 1, now, reason
+                count, since, _ = self._unreachable.get(peer, (0, 0.0, ""))
+                # Several that dial at once have found out the same.
+                self._unreachable[peer] = count + (since <= began), time.monotonic(), reason
         raise FabricError(reason)
 
     def _avoid(self, peer: str, now: float) -> None:
         with self._lock:
             count, since, reason = self._unreachable.get(peer, (0, 0.0, ""))
-        left = since + min(_AVOID_SECONDS * 2 ** (count - 1), _MAX_AVOID_SECONDS) - now
+        left = since + _AVOID_SECONDS * 2 ** min(count - 1, _AVOID_DOUBLINGS) - now
         if count and left > 0:
             raise FabricUnavailable(f"{reason} (tried {now - since:.0f} s ago, and again in {left:.0f} s)")
 
@@ -260,6 +260,7 @@ class DataChannels:
         with self._lock:
             if not self._closed:
                 self._links.setdefault(peer, []).append(link)
+                self._unreachable.pop(peer, None)
                 self._opened.notify_all()
                 return link
         link.close(0.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from nvflare_rdma.codecs import FixedSizeCodec
@@ -78,7 +79,9 @@ def plan(identity: FileIdentity, tensors: Sequence[StoredTensor] = ()) -> list[t
     def add(name: str, dtype: str, n: int, cut: Cut | None) -> None:
         if len(found) == MAX_ITEMS:
             raise SourceError(f"{identity.name} has more than {MAX_ITEMS} parts: send it as it is")
-        found.append((Item(str(len(found)), cut is not None, dtype, (n,), None, cut), name))
+        item = Item(str(len(found)), bool(name), dtype, (n,), None, cut)
+        # The few values at the end of a tensor may not get smaller.
+        found.append((item if item.sent_nbytes < item.nbytes else replace(item, cut=None), name))
 
     def add_bytes(nbytes: int) -> None:
         for start in range(0, nbytes, identity.part_bytes):

@@ -8,6 +8,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReturnCode, Shareable
 from nvflare.app_common.streamers import file_retriever as flare
 
+from nvflare_rdma.streaming.file_layout import plan
 from nvflare_rdma.streaming.file_parts import OpenFile, codec_for_files
 from nvflare_rdma.streaming.file_streamer import FileStreamer
 
@@ -48,7 +49,8 @@ class FileRetriever(flare.FileRetriever):
         """See FLARE's. A file that can't be encoded is refused here, or who asks would wait for it."""
         code, path = super().validate_request(request, fl_ctx)
         if code == ReturnCode.OK and self.quantization_type:
-            OpenFile(path, self.quantization_type)
+            file = OpenFile(path, self.quantization_type)
+            plan(file.identity, file.tensors)
         return code, path
 
     def do_stream(

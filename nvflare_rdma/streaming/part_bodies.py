@@ -32,7 +32,7 @@ class PartSource(Source):
         self.digests = PartDigests(self.nbytes, item.cut.unit if item.cut is not None else BLOCK_BYTES)
 
     def digest(self) -> bytes:
-        """What `digests` would be of, if it was not read yet.
+        """The part's digest; reads it if it was not read yet.
 
         Raises:
             SourceError: it can't be read, or has changed. UnrepresentableError: it has to travel exact.

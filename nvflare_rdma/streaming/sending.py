@@ -143,6 +143,7 @@ class Sender(threading.Thread):
             self.stop(str(error) or type(error).__name__)
         finally:
             self._parts = []
+            self.tell_exact()
             self._open.clear()
 
     def _ahead(self) -> int:

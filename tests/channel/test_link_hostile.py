@@ -72,7 +72,7 @@ class Peer:
         """The link must end by itself now; nothing of it may stay."""
         self.thread.join(DEADLINE)
         assert not self.thread.is_alive(), "the link did not end"
-        self.link._writer.join(DEADLINE)  # a send that waits for the peer ends when the stream is closed, a little later
+        self.link._writer.join(DEADLINE)  # a send that waits ends when the stream is closed
         assert not self.link._writer.is_alive(), "its writer did not end"
         assert self.context.budget.in_use == 0, "it keeps memory of the budget"
         assert not self.link._inbox._arriving

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import socket
 import threading
 
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from recorder import Recorder
 from shm_liar import liar, message
 from shm_peer import DEADLINE, Peer, RemotePeer, digest, pattern
+from waiting import eventually
 
 from nvflare_rdma.errors import FabricError
 from nvflare_rdma.fabric.process_memory import address_of
@@ -59,8 +62,11 @@ def test_a_revoked_slice_is_waited_for_and_others_are_not():
         copying.set()
         assert go_on.wait(DEADLINE)
 
+    landed = threading.Event()
+
     def land():
         exposures.land(Message(WRITE, 0, remotes[0].key, remotes[0].address, 10), read)
+        landed.set()
 
     def revoke():
         regions[0].revoke(0)
@@ -75,6 +81,7 @@ def test_a_revoked_slice_is_waited_for_and_others_are_not():
     assert not revoked.is_set()
     go_on.set()
     assert revoked.wait(DEADLINE)
+    assert landed.wait(DEADLINE)
     for thread in threads:
         thread.join(DEADLINE)
 
@@ -127,8 +134,7 @@ def test_a_rail_is_down_when_nobody_is_at_it_any_more():
         far.write(1, near.expose(1, 1, 0, 1 << 20), 1, 1 << 20)
         assert near.events.in_it.wait(DEADLINE)
         far.close()
-        while near.endpoint._up:  # until the other receiver has seen it
-            near.endpoint._receivers[-1].join(0.01)
+        eventually(lambda: not near.endpoint._up, DEADLINE)  # the other receiver has seen it
         assert near.events.down.empty()
         near.events.go_on.set()
         assert near.landed()[0] == 1
@@ -137,6 +143,52 @@ def test_a_rail_is_down_when_nobody_is_at_it_any_more():
         near.events.go_on.set()
         far.end()
         near.close()
+
+
+class Closing(Recorder):
+    """Closes its endpoint when something small lands, as a link does that finds an error then."""
+
+    def __init__(self):
+        super().__init__()
+        self.endpoint = None
+        self.left = queue.Queue()
+
+    def landed(self, notification, length, digest):
+        if length < LARGE_BYTES:
+            self.endpoint.close()
+            others = [thread for thread in self.endpoint._receivers if thread is not threading.current_thread()]
+            self.left.put([thread.is_alive() for thread in others])
+        super().landed(notification, length, digest)
+
+
+def test_a_receiver_that_closes_the_rail_sees_the_other_one_end():
+    near, far = Peer(), RemotePeer()
+    near.events = Closing()
+    try:
+        far.connect(near.offer("direct"), "direct")
+        near.events.endpoint = near.endpoint
+        for number, size in ((1, 1 << 20), (2, 10)):
+            near.buffer(number, size)
+            far.write(number, near.expose(number, number, 0, size), number, size)
+            near.landed()
+        assert near.events.left.get(timeout=DEADLINE) == [False]
+    finally:
+        far.end()
+        near.close()
+
+
+def test_a_broken_rule_counts_though_the_peer_leaves_at_once():
+    for _ in range(20):
+        with liar("direct", "direct") as (sock, endpoint, events):
+            region = endpoint.register(memoryview(bytearray(LARGE_BYTES)))
+            remote, source = region.expose(1, 0, LARGE_BYTES, 0), bytearray(LARGE_BYTES)
+            # So that there are two receivers.
+            sock.send(message(WRITE, 1, remote.key, remote.address, LARGE_BYTES, address_of(memoryview(source))))
+            sock.recv(64)
+            sock.send(message(WRITE, 2, remote.key, remote.address, LARGE_BYTES, address_of(memoryview(source))))
+            sock.shutdown(socket.SHUT_RDWR)
+            assert "not exposed" in str(events.failures.get(timeout=DEADLINE))
+            assert events.down.empty()
 
 
 def test_a_single_large_write_is_acknowledged_while_the_other_receiver_waits():

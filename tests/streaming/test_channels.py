@@ -161,6 +161,48 @@ def test_a_dialling_side_that_finds_nobody_says_where_it_looked(cell):
         cell("site-1").dial("server", {**GOOD, "hosts": ["127.0.0.2"], "port": port})
 
 
+@contextlib.contextmanager
+def unanswered():
+    """A port that drops who comes, as a firewall would: more wait there than it takes."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(8):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        yield {**GOOD, "hosts": ["127.0.0.1"], "port": full.getsockname()[1]}
+
+
+def test_a_peer_that_does_not_answer_is_not_dialled_again_for_a_while(cell, monkeypatch):
+    monkeypatch.setattr(channels_module, "_ADDRESS_SECONDS", 0.2)
+    site, server = cell("site-1", ports=(0, 0)), cell("server", ports=(0, 0))
+    with unanswered() as invitation:
+        failures = []
+
+        def dial():
+            with pytest.raises(FabricError) as caught:
+                site.dial("server", invitation)
+            failures.append(str(caught.value))
+
+        threads = [threading.Thread(target=dial) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+        assert len(failures) == 4
+        assert all("timed out: nothing answered within 0.2 s" in failure for failure in failures)
+        with pytest.raises(FabricUnavailable, match=r"nothing answered.* \(tried \d s ago, and again in \d\d s\)"):
+            site.dial("server", invitation)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(channels_module, "_AVOID_SECONDS", 0.0)
+            dial()
+        with pytest.raises(FabricUnavailable, match=r"again in 1\d\d s"):
+            site.dial("server", invitation)
+    server.dial("site-1", site.invite("server"))
+    eventually(lambda: site.find("server") is not None)  # so there is a way
+    assert site.dial("server", server.invite("site-1")).usable
+
+
 def test_dialling_has_one_deadline_for_all_addresses(cell, monkeypatch):
     monkeypatch.setattr(channels_module, "DIAL_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(FabricError) as caught:
