@@ -211,7 +211,8 @@ class _FilePull(Pull):
         return reason
 
     def _sink(self, number: int, landings: Landings) -> Sink:
-        return PartSink(self._file, self.items[number], landings, lambda *landed: self._unchecked.put(landed))
+        budget = self._channels.budget.limit
+        return PartSink(self._file, self.items[number], landings, lambda *landed: self._unchecked.put(landed), budget)
 
     def _check(self, progress: Progress | None = None) -> None:
         """Compare what has come with what the sender has read."""

@@ -17,6 +17,10 @@ from nvflare_rdma.streaming.manifest import Item
 from nvflare_rdma.streaming.partial_file import PartialFile
 
 
+#: So many large chunks have to fit into the budget.
+_ROOMY = 4
+
+
 class PartSource(Source):
     """One part of a file, which begins at ``start`` there. ``digests``: of what was sent."""
 
@@ -110,15 +114,22 @@ HERE = _Here()
 
 
 class PartSink(Sink):
-    """Writes a part to disk as it comes. ``landed``: told its number, and digests of what came and of what is there."""
+    """Writes a part to disk as it comes. ``landed``: told its number, and digests of what came and of what is there;
+    ``budget``: bytes that chunks may take, of this and all else that comes."""
 
     def __init__(
-        self, file: PartialFile, item: Item, landings: Landings, landed: Callable[[int, bytes, bytes], None]
+        self,
+        file: PartialFile,
+        item: Item,
+        landings: Landings,
+        landed: Callable[[int, bytes, bytes], None],
+        budget: int,
     ) -> None:
         cut = item.cut
         self.nbytes = item.sent_nbytes
-        # Small chunks cost more time than they save memory.
-        self.unit = cut.unit if cut is not None else MAX_UNIT_BYTES
+        # Small chunks cost more time than they save memory, unless that is little.
+        unit = MAX_UNIT_BYTES if budget >= _ROOMY * MAX_UNIT_BYTES else BLOCK_BYTES
+        self.unit = cut.unit if cut is not None else unit
         self._file = file
         self._item = item
         self._number = int(item.name)

@@ -32,6 +32,16 @@ def test_files_of_all_sizes(size, fabrics, files, cell):
     assert it.service.has_served("site-1")
 
 
+def test_a_file_in_the_smallest_budget(files, cell):
+    it = files(os.urandom(6 << 20), fabrics=("tcp",), budget=1 << 20)
+    site = cell("site-1", fabrics=("tcp",), budget=1 << 20)
+    it.pull(site)
+    for side in (it.channels, site):
+        context = side._process.context
+        assert 0 < context.pool._busiest <= 1 << 20
+        assert context.budget.peak <= context.budget.limit
+
+
 def _umask() -> int:
     value = os.umask(0)
     os.umask(value)
