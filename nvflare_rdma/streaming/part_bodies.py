@@ -16,7 +16,6 @@ from nvflare_rdma.streaming.landing import Landings, Place, own_memory
 from nvflare_rdma.streaming.manifest import Item
 from nvflare_rdma.streaming.partial_file import PartialFile
 
-
 #: So many large chunks have to fit into the budget.
 _ROOMY = 4
 
