@@ -81,6 +81,7 @@ class Side(Measured):
         self._is_server = role == "server"
         self._encoded = encoded
         self._model: dict[str, Any] = make_model(mib) if self._is_server else {}
+        self._marked: tuple[Any, dict[str, Any]] = None, {}
         self._got: dict[str, Any] = {}
         self._cell = Cell(fqcn=role, root_url=url, secure=False, credentials={})
         self._cell.register_request_cb(channel="bench", topic="get", cb=self._give)
@@ -112,8 +113,11 @@ class Side(Measured):
         from nvflare_rdma.codecs import get_codec
         from nvflare_rdma.codecs.marks import marked
 
-        codec = get_codec("normfloat4")
-        return {name: marked(tensor, codec) for name, tensor in self._model.items()}
+        codec, (model, found) = get_codec("normfloat4"), self._marked
+        if model is not self._model:  # once for all receivers, as `ModelQuantizer` does
+            found = {name: marked(tensor, codec) for name, tensor in self._model.items()}
+            self._marked = self._model, found
+        return found
 
     def _take(self, request: Any) -> Any:
         self._got = request.payload["model"]
@@ -141,7 +145,7 @@ class Side(Measured):
         ).payload
 
     def down(self) -> dict[str, Any]:
-        self._model = {}  # the last one; a site has trained it, and loads the next
+        self._model, self._marked = {}, (None, {})  # the last one; a site has trained it, and loads the next
         start = time.perf_counter()
         self._model = self._request("get", {})["model"]
         return {"seconds": time.perf_counter() - start}

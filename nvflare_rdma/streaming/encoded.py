@@ -93,10 +93,17 @@ class HotChunks:
         self._lock = threading.RLock()  # `forget` may run inside any allocation
         self._chunks: OrderedDict[tuple[int, int, int], memoryview] = OrderedDict()
         self._held = 0
+        #: For those that are being encoded now.
+        self._making: weakref.WeakValueDictionary[tuple[int, int, int], Any] = weakref.WeakValueDictionary()
 
     def get(self, key: tuple[int, int, int]) -> memoryview | None:
         with self._lock:
             return self._chunks.get(key)
+
+    def making(self, key: tuple[int, int, int]) -> Any:
+        """A lock to encode it under: who waits for it finds it here afterwards."""
+        with self._lock:
+            return self._making.setdefault(key, threading.Lock())
 
     def put(self, key: tuple[int, int, int], chunk: memoryview) -> None:
         """Keep a copy."""
@@ -148,18 +155,25 @@ class Encoding:
     def read(self, offset: int, length: int, take: Take) -> memoryview:
         """See `Source.read`."""
         key = id(self), offset, length
-        shared = len(self.sources) > 1
-        if shared and (chunk := self._hot.get(key)) is not None:
+        if len(self.sources) < 2:
+            return self._fill(offset, take(length))
+        if (chunk := self._hot.get(key)) is not None:
             return chunk
-        chunk = take(length)
+        # Not under the lock: who waits for room would hold up all others.
+        slot = take(length)
+        with self._hot.making(key):
+            if (chunk := self._hot.get(key)) is None:
+                chunk = self._fill(offset, slot)
+                self._hot.put(key, chunk)
+        return chunk
+
+    def _fill(self, offset: int, chunk: memoryview) -> memoryview:
         try:
-            for first, last, place in self.cut.pieces(offset, length):
+            for first, last, place in self.cut.pieces(offset, len(chunk)):
                 self._encode(first, last, chunk[place])
         except UnrepresentableError as error:
             self.unrepresentable = str(error)
             raise
-        if shared:
-            self._hot.put(key, chunk)
         return chunk
 
     def _encode(self, first: int, last: int, out: memoryview) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import queue
 import threading
 
 import numpy as np
@@ -132,6 +133,40 @@ def test_a_chunk_that_two_receivers_want_is_encoded_once():
     del one, other, encoding
     assert not hot._chunks
     assert hot._held == 0
+
+
+def test_who_wants_a_chunk_that_is_being_encoded_waits_for_it(monkeypatch):
+    tensor, codec, hot = weights(), get_codec("normfloat4"), HotChunks()
+    cut = Cut.of(codec, tensor.numel())
+    sources = [EncodedSource(Encoding.of(tensor, cut, hot)) for _ in range(2)]
+    encode, begun, go_on, calls = Encoding._encode, threading.Event(), threading.Event(), []
+
+    def slowly(self, first, last, out):
+        calls.append(first)
+        begun.set()
+        assert go_on.wait(DEADLINE)
+        encode(self, first, last, out)
+
+    monkeypatch.setattr(Encoding, "_encode", slowly)
+    found, taken = queue.SimpleQueue(), threading.Event()
+
+    def take(nbytes):
+        taken.set()
+        return new(nbytes)
+
+    threads = [
+        threading.Thread(target=lambda take=take, source=source: found.put(bytes(source.read(0, cut.unit, take))))
+        for source, take in zip(sources, (new, take), strict=True)
+    ]
+    threads[0].start()
+    assert begun.wait(DEADLINE)
+    threads[1].start()
+    assert taken.wait(DEADLINE)  # it has looked, and found nothing
+    go_on.set()
+    assert found.get(timeout=DEADLINE) == found.get(timeout=DEADLINE)
+    assert calls == [0]
+    for thread in threads:
+        thread.join(DEADLINE)
 
 
 def test_hot_chunks_stay_within_their_limit():
