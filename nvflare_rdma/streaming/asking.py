@@ -17,7 +17,7 @@ from nvflare_rdma.streaming.serving import Service
 
 _CHANNEL, _TOPIC = "nvflare_rdma", "stream"
 #: Nothing that is asked takes long, but a sender may have to dial first.
-_ANSWER_SECONDS = {"describe": 60.0, "send": 60.0}
+_ANSWER_SECONDS = {"describe": 20.0, "send": 60.0}
 _PROMPT_SECONDS = 5.0
 _TRIES = 3
 

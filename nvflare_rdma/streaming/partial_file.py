@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _JOURNAL, _PART = ".rdma-journal", ".rdma-part"
-#: More than what a transfer whose sender is gone may wait for an answer.
-LOCK_SECONDS = 30.0
+#: More than what a transfer whose sender is gone may wait for answers (`asking`).
+LOCK_SECONDS = 90.0
 _KEEP_SECONDS = 7 * 24 * 3600.0
 
 
