@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from measuring import MIB, Meter, obey, pattern
+from measuring import MIB, Measured, Meter, obey, pattern
 
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import ControlStream
@@ -103,7 +103,7 @@ def admit_rails(listener: socket.socket, fabric: Any) -> None:
         fabric.admit(sock, bytes(preamble[len(RAIL_MAGIC) :]))
 
 
-class LinkSide:
+class LinkSide(Measured):
     def __init__(self, role: str, options: dict[str, Any]) -> None:
         self._total, self._size = options["total"], options["message"]
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -116,14 +116,6 @@ class LinkSide:
         self.link = open_link(role, options, tls, self._inbox.put)
         self._meter = Meter()
 
-    def idle(self) -> dict[str, Any]:
-        self._meter = Meter()
-        return {}
-
-    def lap(self) -> dict[str, Any]:
-        self._meter.lap()
-        return {}
-
     def send(self) -> dict[str, Any]:
         start = time.monotonic()
         for _ in range(self._total // self._size):
@@ -135,9 +127,6 @@ class LinkSide:
         for _ in range(self._total // self._size):
             self._inbox.get(timeout=TIMEOUT)
         return {"at": time.monotonic()}
-
-    def used(self) -> dict[str, Any]:
-        return dict(self._meter.read())
 
     def send_one(self) -> dict[str, Any]:
         self.link.send(self._data, TIMEOUT)

@@ -51,7 +51,7 @@ class FileService(Service):
                 self._file.check()
             if what == "digests":
                 parts = self._wanted(request.get("items"))
-                return {"digests": [part.source(bool(part.unrepresentable)).digests.whole() for part in parts]}
+                return {"digests": [part.current().digests.whole() for part in parts]}
             if what == "compare":
                 return {"digests": [self._digest(part) for part in self._wanted(request.get("items"))[:_COMPARED]]}
         except (RdmaError, OSError) as error:
@@ -64,7 +64,7 @@ class FileService(Service):
 
     def _digest(self, part: FilePart) -> bytes:
         with contextlib.suppress(UnrepresentableError):
-            return part.source(bool(part.unrepresentable)).digest()
+            return part.current().digest()
         return part.source(True).digest()
 
     def _send_exact(self, name: str, reason: str) -> None:

@@ -98,12 +98,16 @@ class FilePart:
         """What is sent, and has the digests of that."""
         return self._exact if exact else self._encoded
 
+    def current(self) -> PartSource:
+        """The one that is sent, as far as is known."""
+        return self.source(bool(self.unrepresentable))
+
 
 class _Here(Place):
     """Of a part: it is on disk."""
 
     def write(self, offset: int, data: memoryview) -> None:
-        raise NotImplementedError
+        raise NotImplementedError("a part is written by its PartSink")
 
     def finish(self) -> None:
         pass
