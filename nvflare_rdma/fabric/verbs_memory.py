@@ -119,6 +119,7 @@ class RegistrationCache:
                 if not self._busy[domain]:
                     # Its turn all the same. Many peers may come to that: no more than what is sent now.
                     keys, kept = [(domain, start, end - start)], False
+                    self._make_room(keys)  # the pieces of before were left alone
                     break
                 self._room.wait(1.0)
             try:

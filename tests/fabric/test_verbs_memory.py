@@ -472,3 +472,15 @@ def test_a_turn_beyond_the_limit_takes_what_is_sent_and_no_more():
     for lease in leases:
         cache.release(lease)
     assert cache.pinned <= cache.limit
+
+
+def test_a_turn_beyond_the_limit_leaves_nothing_idle():
+    """Idle pieces of its own array are no use to a write that registers just what it sends."""
+    cache, own, other, data = RegistrationCache(8 * PAGE, 2 * PAGE), Device(), Device(), array(5)
+    cache.release(acquire(cache, own, data[:1]))
+    busy = acquire(cache, other, data)
+    lease = acquire(cache, own, data[: 2 * PAGE + 1])
+    assert cache.pinned <= cache.limit
+    assert covered(lease, own)
+    for each in (busy, lease):
+        cache.release(each)
