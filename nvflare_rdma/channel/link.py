@@ -90,7 +90,7 @@ class Link:
             sealing.TAG_BYTES if self._key else 0,
         )
         self._inbox = Inbox(context, controller, stream.secure, name, self._after.append)
-        self._outbox = Outbox(self._room, context.window_bytes, context.sending.share(), name)
+        self._outbox = Outbox(self._lock, self._room, context.window_bytes, context.sending.share(), name)
         self._rails: RailSet | None = None
         #: Control messages, or what of them is ready for the socket, and how many bytes are inline messages; None ends
         #: the writer. It has only what could not be sent at once.
@@ -245,7 +245,7 @@ class Link:
             if inline:
                 self._core.send_inline(view)
                 self._pump(inline_bytes=len(view))
-                return Sending(self._room, 0, over=True)
+                return Sending(threading.Condition(self._lock), 0, over=True)
             transfer = self._core.submit(len(view), time.monotonic())
             sending = self._outbox.add(transfer, BufferSource(view))
             self._pump()

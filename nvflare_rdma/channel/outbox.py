@@ -18,7 +18,8 @@ from nvflare_rdma.errors import SendTimeoutError, TransferError
 class Sending:
     """A message that was handed to `Link.send`."""
 
-    room: threading.Condition
+    done: threading.Condition
+    """Its own: what waits for one message is not to wake up for each chunk of the others."""
     transfer: int
     """0 for a message that went on the control stream at once."""
     waiting: int = 0
@@ -44,21 +45,22 @@ class Sending:
         Raises:
             TransferError: it will not have it. SendTimeoutError: not within ``timeout`` seconds.
         """
-        with self.room:
-            if not self.room.wait_for(lambda: self.ended, timeout):
+        with self.done:
+            if not self.done.wait_for(lambda: self.ended, timeout):
                 raise SendTimeoutError(f"transfer {self.transfer} was not over within {timeout:g} s")
         if self.failure:
             raise TransferError(f"transfer {self.transfer} failed: {self.failure}")
 
 
 class Outbox:
-    """Called under the link's lock, which is ``room``'s."""
+    """Called under the link's ``lock``, which is ``room``'s."""
 
-    def __init__(self, room: threading.Condition, window: int, take: Take, name: str) -> None:
+    def __init__(self, lock: threading.Lock, room: threading.Condition, window: int, take: Take, name: str) -> None:
         self.waiting = 0
         """Bytes that the peer has not granted yet: what is granted is bounded by the peer's controller."""
         self.queued = 0
         """Bytes of inline messages that the writer has not sent yet."""
+        self._lock = lock
         self._room = room
         self._window = window
         self._take = take
@@ -100,7 +102,9 @@ class Outbox:
 
     def add(self, transfer: int, message: Source, windowed: bool = True) -> Sending:
         """``windowed``: what of it waits to be granted counts for `wait_for_room`."""
-        sending = Sending(self._room, transfer, message.nbytes if windowed else 0, offered=not windowed)
+        sending = Sending(
+            threading.Condition(self._lock), transfer, message.nbytes if windowed else 0, offered=not windowed
+        )
         self._messages[transfer] = (message, sending)
         self.waiting += sending.waiting
         return sending
@@ -116,7 +120,8 @@ class Outbox:
     def _no_longer_waits(self, sending: Sending, nbytes: int) -> None:
         sending.waiting -= nbytes
         self.waiting -= nbytes
-        self._room.notify_all()
+        if nbytes:
+            self._room.notify_all()
 
     def finish(self, transfer: int, failure: str) -> None:
         entry = self._messages.pop(transfer, None)
@@ -124,6 +129,14 @@ class Outbox:
             _, sending = entry
             sending.over, sending.failure = True, failure
             self._no_longer_waits(sending, sending.waiting)
+            self._look(sending)
+            if not self._messages:
+                self._room.notify_all()
+
+    @staticmethod
+    def _look(sending: Sending) -> None:
+        if sending.ended:
+            sending.done.notify_all()
 
     def clear(self, failure: str) -> None:
         for transfer in list(self._messages):
@@ -141,7 +154,7 @@ class Outbox:
         sending = self._reads.pop((rails, notification), None)
         if sending is not None:
             sending.reads -= 1
-            self._room.notify_all()
+            self._look(sending)
 
     def rails_closed(self, rails: RailSet) -> None:
         """Nothing reads for them any more."""

@@ -4,7 +4,7 @@
     send       "that and that, under these labels"
                ... each tensor lands over the data channel (`channels`) ...
     report     every few seconds: is it still coming? This also tells FLARE that the transfer lives.
-    done       it may be forgotten
+    done       it may be forgotten                          (unless FLARE's next message says that)
     give up    nothing more need be sent: the receiver has failed
 
 A channel that breaks is opened again, and what is missing is asked for again.
@@ -77,7 +77,8 @@ def pull(
 
 
 class Pull:
-    """What `pull` does. ``items``: what there is, as far as the peer has told."""
+    """What `pull` does. ``items``: what there is, as far as the peer has told. ``confirmed``: the peer is asked next
+    whether it `has_served`, and need not be told what it sees."""
 
     def __init__(
         self,
@@ -88,7 +89,9 @@ class Pull:
         aborted: Callable[[], bool],
         progress: Callable[[Progress], None],
         meter: Meter,
+        confirmed: bool = False,
     ) -> None:
+        self._confirmed = confirmed
         self._channels = channels
         self._peer = peer
         self._ask_peer = ask
@@ -109,8 +112,10 @@ class Pull:
             self._land(described)
             # First: once the peer has heard "done", nobody else has them.
             tensors = {item.name: self._finish(number, item) for number, item in enumerate(self.items)}
-            self._asked = True
-            self._ask({"do": "done"})
+            # A sender whose channel lives sees for itself what has arrived.
+            if not (self._confirmed and self._asked and self._channels.find(self._peer)):
+                self._asked = True
+                self._ask({"do": "done"})
             return tensors
         except Exception as error:
             if self._asked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ from nvflare_rdma.streaming.manifest import Item
 
 #: Tensors, and bytes, that are offered and not over: enough that their receiver always has the next one to grant.
 _AHEAD, _AHEAD_BYTES = 64, 64 << 20
+#: How long who waits for the first of them may sleep on when that is over, so that it is not woken for each.
+_DOZE_SECONDS = 0.05
 _SEND_TIMEOUT = 3600.0
 
 #: The process's.
@@ -122,6 +125,7 @@ class Sender(threading.Thread):
         self._failure = ""
         self._open: deque[tuple[Sending, Part, Source]] = deque()
         self._offered: list[Sending] = []
+        self._missing = len(parts)
 
     @property
     def failure(self) -> str:
@@ -133,12 +137,12 @@ class Sender(threading.Thread):
         try:
             for part in self._parts:
                 while len(self._open) >= _AHEAD or (len(self._open) > 1 and self._ahead() >= _AHEAD_BYTES):
-                    self._wait_for_one()
+                    self._wait_for_some(len(self._open) // 2)
                 if self.failure:
                     break
                 self._offer(part)
             while self._open:
-                self._wait_for_one()
+                self._wait_for_some(len(self._open))
         except Exception as error:  # noqa: BLE001 - the receiver is told, whatever it is
             self.stop(str(error) or type(error).__name__)
         finally:
@@ -160,6 +164,19 @@ class Sender(threading.Thread):
         if failure:  # `stop` did not see it
             self._link.withdraw(sending, failure)
 
+    def has_arrived(self, timeout: float) -> bool:
+        """Whether everything has, if that is known within ``timeout`` seconds."""
+        self.join(timeout)
+        return not self.is_alive() and not self._missing and not self.failure
+
+    def _wait_for_some(self, count: int) -> None:
+        """Until the first one is over, and ``count`` of them where they go fast."""
+        with contextlib.suppress(TransferError):  # each is told of in its turn
+            self._open[count - 1][0].wait(_DOZE_SECONDS)
+        self._wait_for_one()
+        while self._open and self._open[0][0].ended:
+            self._wait_for_one()
+
     def _wait_for_one(self) -> None:
         sending, part, source = self._open[0]
         try:
@@ -170,6 +187,7 @@ class Sender(threading.Thread):
             # The receiver misses this one, and asks again.
             self._exact(part.item.name, why)
         else:
+            self._missing -= 1
             self._moved(source.nbytes)
         with self._lock:
             self._open.popleft()

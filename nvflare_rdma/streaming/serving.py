@@ -23,6 +23,8 @@ from nvflare_rdma.streaming.sending import Part, Relayed, Sender
 log = logging.getLogger(__name__)
 
 _ENDED = "the sender has ended the transfer"
+#: In which the sender hears that a message has arrived, once its receiver has it.
+_NOTICE_SECONDS = 5.0
 
 
 class Service:
@@ -72,11 +74,7 @@ class Service:
                 case "relay":
                     return self._relay(receiver)
                 case "done":
-                    with self._lock:
-                        self._served.add(receiver)
-                        sender = self._sendings.pop(receiver, None)
-                    self._count(receiver, sender)
-                    self.ended(receiver)
+                    self._done(receiver)
                     return {}
                 case "give up":
                     with self._lock:
@@ -110,9 +108,23 @@ class Service:
             )
 
     def has_served(self, receiver: str) -> bool:
-        """Whether ``receiver`` has said that it has everything."""
+        """Whether ``receiver`` has everything: it has said so, or took what it had asked for and has not given up.
+        Waits for what is on its way."""
         with self._lock:
-            return receiver in self._served
+            sender = self._sendings.get(receiver)
+            if sender is None:
+                return receiver in self._served
+        if not sender.has_arrived(_NOTICE_SECONDS):
+            return False
+        self._done(receiver)
+        return True
+
+    def _done(self, receiver: str) -> None:
+        with self._lock:
+            self._served.add(receiver)
+            sender = self._sendings.pop(receiver, None)
+        self._count(receiver, sender)
+        self.ended(receiver)
 
     def ended(self, receiver: str, failure: str = "") -> None:
         """``receiver`` has everything, whichever way; or it will not have it, and why."""
