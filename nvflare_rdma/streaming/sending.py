@@ -167,7 +167,7 @@ class Sender(threading.Thread):
     def has_arrived(self, timeout: float) -> bool:
         """Whether everything has, if that is known within ``timeout`` seconds."""
         self.join(timeout)
-        return not self.is_alive() and not self._missing and not self.failure
+        return not self._missing
 
     def _wait_for_some(self, count: int) -> None:
         """Until the first one is over, and ``count`` of them where they go fast."""

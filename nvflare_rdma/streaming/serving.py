@@ -54,6 +54,8 @@ class Service:
         self._items: dict[str, list[Item]] = {}
         #: Marked tensors that the codec can't carry.
         self._exact: set[str] = set()
+        #: What is told to those who come, and what was exact then.
+        self._described: tuple[set[str] | None, list[Item]] = None, []
         self._sendings: dict[str, Sender] = {}
         self._relayed: dict[str, Relayed] = {}
         self._served: set[str] = set()
@@ -195,12 +197,16 @@ class Service:
         return {"manifest": manifest.pack(items)}
 
     def _manifest(self, tensors: Mapping[str, Any], exact: set[str]) -> list[Item]:
-        return _with_content(self._describe_all(tensors, exact), tensors)
+        known, items = self._described
+        if known != exact:  # else all receivers share one, and the content in it
+            items = _with_content(self._describe_all(tensors, exact), tensors)
+            self._described = exact, items
+        return items
 
     def _describe_all(self, tensors: Mapping[str, Any], exact: set[str]) -> list[Item]:
         items = manifest.describe(tensors)
         cuts = {name: cut_of(tensor, codec_of(tensor)) for name, tensor in tensors.items() if name not in exact}
-        return [replace(item, cut=cuts.get(item.name)) for item in items]
+        return [item if (cut := cuts.get(item.name)) is None else replace(item, cut=cut) for item in items]
 
     def _send_exact(self, name: str, reason: str) -> None:
         """A marked tensor turned out to be one that its codec can't carry."""

@@ -43,6 +43,10 @@ def test_the_channel_serves_what_comes_later_either_way(results, which):
     assert not any(logged(results[which], text) for text in ("listens", "data goes over", "FLARE's own path"))
 
 
+def test_what_comes_again_because_its_sender_has_not_heard_that_it_arrived_does_no_harm(results):
+    assert results["a sender that has not heard what arrived"] == GOOD
+
+
 def test_progress_counts_what_came_directly(results):
     by_transfer = {}
     for event in results["progress"]:

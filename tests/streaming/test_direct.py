@@ -17,10 +17,11 @@ from waiting import eventually
 
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.errors import FabricUnavailable, TransferError
+from nvflare_rdma.metrics.transfers import Meter
 from nvflare_rdma.streaming import manifest, pulling, sending, serving
 from nvflare_rdma.streaming.arrays import to_bytes
 from nvflare_rdma.streaming.manifest import INLINE_BYTES
-from nvflare_rdma.streaming.pulling import AbortedError, pull
+from nvflare_rdma.streaming.pulling import AbortedError, Pull, pull
 from nvflare_rdma.streaming.serving import Service
 
 # -- what arrives is what was sent -------------------------------------------------------------------------
@@ -251,6 +252,58 @@ def test_aborted(direct, cell):
     eventually(lambda: not it.channels.find("site-1")._outbox._messages, DEADLINE)
     assert not it.service.has_served("site-1")
     assert_equal(it.pull(site), large(200))  # over the same channel
+
+
+def confirmed(it, site, **kinds) -> dict:
+    """As `DirectDecomposer.download` pulls."""
+    progress = kinds.pop("progress", lambda done: None)
+    meter = Meter("received", site.name, "server")
+    return Pull(site, "server", it.ask(site.name), new, lambda: False, progress, meter, confirmed=True).run()
+
+
+def test_a_sender_sees_for_itself_what_has_arrived(direct, cell):
+    sent = large(200) | {"small": np.ones(3)}
+    it, site = direct(sent), cell("site-1")
+    assert not it.service.has_served("site-1")
+    assert_equal(confirmed(it, site), sent)
+    assert it.requests == ["describe", "send"]
+    assert it.service.has_served("site-1")
+    assert len(it.moved) == 200
+    it.ask("site-1")({"do": "describe"})
+    assert not it.service.has_served("site-1")  # it begins anew
+
+
+def test_a_sender_that_can_not_see_it_is_told(direct, cell):
+    it, site = direct({"small": np.ones(3)}), cell("site-1")
+    assert_equal(confirmed(it, site), {"small": np.ones(3)})
+    assert it.requests == ["describe", "done"]
+
+    it, site = direct(large(200)), cell("site-2")
+
+    def break_it(done: pulling.Progress) -> None:
+        if done.items == 200:
+            it.channels.close()
+            eventually(lambda: site.find("server") is None, DEADLINE)
+
+    assert_equal(confirmed(it, site, progress=break_it), large(200))
+    assert it.requests == ["describe", "send", "done"]
+    assert it.service.has_served("site-2")
+
+
+def test_a_sender_does_not_take_for_served_who_may_miss_something(direct, cell, monkeypatch):
+    monkeypatch.setattr(serving, "_NOTICE_SECONDS", 0.05)
+    it, site = direct(large(5)), cell("site-1")
+    it.go_on.clear()
+    assert_equal(confirmed(it, site), large(5))
+    assert not it.service.has_served("site-1")  # it is still at the first
+    it.go_on.set()
+    monkeypatch.setattr(serving, "_NOTICE_SECONDS", DEADLINE)
+    assert it.service.has_served("site-1")
+
+    it, site = direct(large(200)), cell("site-2", ports=None)
+    with pytest.raises(FabricUnavailable, match="neither side has a door"):
+        confirmed(it, site, progress=it.once_some_are_here(it.channels.close))
+    assert not it.service.has_served("site-2")
 
 
 @pytest.mark.parametrize("how", ["aborted", "ended", "asked again"])

@@ -31,6 +31,7 @@ from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.marks import marked
 from nvflare_rdma.metrics.transfers import ledger
 from nvflare_rdma.streaming.registry import registry
+from nvflare_rdma.streaming.sending import Sender
 from nvflare_rdma.streaming.transfer import install
 
 MODEL = {
@@ -179,6 +180,11 @@ def main() -> None:
     results["few bits"] = {**pair.get_few_bits(), "records": records.take()}
     results["few bits on disk"] = {**pair.get_few_bits_to_disk(), "records": records.take(), "log": lines.take()}
     results["up"] = {**pair.send(), "log": lines.take(), "records": records.take()}
+
+    knows, Sender.has_arrived = Sender.has_arrived, lambda self, timeout: False
+    results["a sender that has not heard what arrived"] = pair.get()
+    Sender.has_arrived = knows
+    lines.take(), records.take()
 
     abort = Signal()
     props = {FOBSContextKey.STREAM_PROGRESS_CB: lambda **event: abort.trigger("the job was aborted")}
