@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-bnb = pytest.importorskip("bitsandbytes.functional")
+from nvflare_rdma.codecs import get_codec
+from nvflare_rdma.codecs.runs import TILE
 
-from nvflare_rdma.codecs import get_codec  # noqa: E402
-from nvflare_rdma.codecs.runs import TILE  # noqa: E402
+torch = pytest.importorskip("torch")
 
 RNG = np.random.default_rng(20)
 
@@ -42,6 +41,11 @@ CASES = {
 FOUR_BIT = [("float4", "fp4"), ("normfloat4", "nf4")]
 
 
+@pytest.fixture(scope="module")
+def bnb():
+    return pytest.importorskip("bitsandbytes.functional")  # slow to import
+
+
 def encode(name, x):
     """Everything that `x` is encoded to, and its parts."""
     codec = get_codec(name)
@@ -61,7 +65,7 @@ def assert_decodes_like(codec, encoded, wanted):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_blockwise8_equals_bitsandbytes(case):
+def test_blockwise8_equals_bitsandbytes(case, bnb):
     x = CASES[case].astype(np.float32)
     wanted, state = bnb.quantize_blockwise(torch.from_numpy(x.copy()), blocksize=4096)
     codec, encoded, parts = encode("blockwise8", x)
@@ -72,7 +76,7 @@ def test_blockwise8_equals_bitsandbytes(case):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("name", "quant_type"), FOUR_BIT)
-def test_4_bit_types_equal_bitsandbytes(name, quant_type, case):
+def test_4_bit_types_equal_bitsandbytes(name, quant_type, case, bnb):
     x = CASES[case].astype(np.float32)
     wanted, state = bnb.quantize_4bit(torch.from_numpy(x.copy()), quant_type=quant_type, blocksize=64)
     codec, encoded, parts = encode(name, x)
@@ -84,7 +88,7 @@ def test_4_bit_types_equal_bitsandbytes(name, quant_type, case):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("name", "quant_type"), FOUR_BIT)
-def test_double_quantized_types_equal_bitsandbytes_given_its_mean(name, quant_type, case):
+def test_double_quantized_types_equal_bitsandbytes_given_its_mean(name, quant_type, case, bnb):
     x = CASES[case].astype(np.float32)
     wanted, state = bnb.quantize_4bit(
         torch.from_numpy(x.copy()), quant_type=quant_type, blocksize=64, compress_statistics=True
@@ -106,7 +110,7 @@ def test_double_quantized_types_equal_bitsandbytes_given_its_mean(name, quant_ty
 
 
 @pytest.mark.parametrize(("name", "quant_type"), FOUR_BIT)
-def test_values_at_every_threshold_of_the_4_bit_types(name, quant_type):
+def test_values_at_every_threshold_of_the_4_bit_types(name, quant_type, bnb):
     table = np.sort(get_codec(name).table)
     middles = (table[:-1] + table[1:]) / np.float32(2)
     near = np.concatenate([np.nextafter(middles, -2), middles, np.nextafter(middles, 2), table])
@@ -117,7 +121,7 @@ def test_values_at_every_threshold_of_the_4_bit_types(name, quant_type):
     assert_same_bits(encode(name, blocks)[2]["codes"], wanted.numpy())
 
 
-def test_tables_equal_those_of_bitsandbytes():
+def test_tables_equal_those_of_bitsandbytes(bnb):
     assert_same_bits(get_codec("blockwise8").table, bnb.create_dynamic_map().numpy())
     for name, quant_type in FOUR_BIT:
         assert_same_bits(get_codec(name).table, bnb.get_4bit_type(quant_type, device="cpu").numpy())

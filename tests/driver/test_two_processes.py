@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from certificates import Authority
-from processes import background, environment, free_port, run
+from processes import SMALL, background, environment, free_port, run
 
 PEER = Path(__file__).with_name("echo_peer.py")
 SIZES = [0, 1, 64 * 1024, 64 * 1024 + 1, 1024 * 1024 + 300, 9 * 1024 * 1024 + 7]
@@ -42,7 +42,9 @@ def test_flare_connects_again_when_the_server_was_killed_and_is_back(tmp_path, f
     url, env = f"rdma://127.0.0.1:{free_port()}", environment(NVFLARE_RDMA_FABRICS=fabrics)
     command = [sys.executable, str(PEER), "ask_twice", url, "{}"]
     with open(tmp_path / "client.log", "wb") as log:
-        client = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+        client = subprocess.Popen(
+            command, env=env, cwd=SMALL, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        )
     assert client.stdin is not None
     assert client.stdout is not None
     try:

@@ -24,6 +24,12 @@ KIB, MIB = 1 << 10, 1 << 20
 every_fabric = pytest.mark.parametrize("fabric", [name for name in FABRICS if not name.startswith("verbs")])
 
 
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    authority = Authority(tmp_path_factory.mktemp("pki"))
+    return {**authority.issue("server", "server"), **authority.issue("client", "client")}
+
+
 @pytest.fixture
 def connect(tmp_path):
     return lambda **options: link_peer(tmp_path / "peer.log", **{"fabric": "tcp", **options})
@@ -48,7 +54,7 @@ def chunks(size):
 
 @pytest.mark.parametrize("direction", ["there", "back"])
 def test_one_rail_closed_in_the_middle_costs_its_unfinished_chunks_only(connect, direction):
-    size = 512 * MIB
+    size = 256 * MIB
     with connect(rails=3) as peer:
         if direction == "there":
             peer.link.send(pattern(size), DEADLINE)
@@ -72,14 +78,13 @@ def test_one_rail_closed_in_the_middle_costs_its_unfinished_chunks_only(connect,
 
 @pytest.mark.parametrize("secure", [False, True], ids=["clear", "sealed"])
 @pytest.mark.parametrize("times", [1, 2])
-def test_all_rails_closed_are_dialled_again_and_the_transfer_goes_on(connect, tmp_path, times, secure):
-    size = 512 * MIB
-    authority = Authority(tmp_path)
-    tls = {**authority.issue("server", "server"), **authority.issue("client", "client")} if secure else None
+def test_all_rails_closed_are_dialled_again_and_the_transfer_goes_on(connect, certificates, times, secure):
+    size = 256 * MIB
+    tls = certificates if secure else None
     with connect(tls=tls) as peer:
         peer.tell("send", size=size, seed=0)
         for i in range(times):
-            eventually(lambda i=i: landed(peer) > (i + 1) * 50 * MIB)
+            eventually(lambda i=i: landed(peer) > (i + 1) * 30 * MIB)
             endpoint = peer.link._rails.endpoint
             for rail in range(2):
                 cut(peer, rail)
@@ -114,11 +119,10 @@ def test_rails_that_can_not_be_dialled_again_leave_the_control_stream(connect):
 
 @pytest.mark.parametrize("secure", [False, True], ids=["clear", "secure"])
 @pytest.mark.parametrize("fabric", ["shm-direct", "shm-memfd"])
-def test_a_transfer_goes_on_over_another_fabric(connect, tmp_path, fabric, secure):
+def test_a_transfer_goes_on_over_another_fabric(connect, certificates, fabric, secure):
     """Shared memory that keeps breaking is given up for tcp, where chunks are sealed if TLS is asked for."""
-    size = 1024 * MIB
-    authority = Authority(tmp_path)
-    tls = {**authority.issue("server", "server"), **authority.issue("client", "client")} if secure else None
+    size = 512 * MIB
+    tls = certificates if secure else None
     with connect(fabric=fabric, order=["shm", "tcp"], tls=tls, depth=2) as peer:
         assert peer.link.fabric == "shm"
         peer.tell("send", size=size, seed=0)
@@ -168,13 +172,13 @@ def test_a_peer_that_is_killed_in_the_middle(connect, fabric, victim):
 def test_a_peer_that_is_stopped_beyond_the_deadline(connect, fabric, direction):
     with connect(fabric=fabric, stall_timeout=1.5) as peer:
         if direction == "there":
-            sending = peer.link.send(pattern(1024 * MIB), DEADLINE)
+            sending = peer.link.send(pattern(512 * MIB), DEADLINE)
             eventually(lambda: peer.ask()["granted_chunks"] > 20)
             peer.process.send_signal(signal.SIGSTOP)
             with pytest.raises(TransferError, match=r"made no progress for 1.5 s|has read nothing .* for 1.5 s"):
                 sending.wait(DEADLINE)
         else:
-            peer.tell("send", size=1024 * MIB, seed=0)
+            peer.tell("send", size=512 * MIB, seed=0)
             eventually(lambda: landed(peer) > 20 * MIB)
             peer.process.send_signal(signal.SIGSTOP)
             peer.runner.join(DEADLINE)
@@ -188,10 +192,9 @@ def test_a_peer_that_is_stopped_beyond_the_deadline(connect, fabric, direction):
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["clear", "sealed"])
-def test_a_bit_flipped_on_the_wire_costs_one_chunk(connect, tmp_path, secure):
+def test_a_bit_flipped_on_the_wire_costs_one_chunk(connect, certificates, secure):
     size = 64 * MIB
-    authority = Authority(tmp_path)
-    tls = {**authority.issue("server", "server"), **authority.issue("client", "client")} if secure else None
+    tls = certificates if secure else None
     # In the second and the fifth chunk that go over the rail.
     chunk = HEADER_BYTES + MIB + (16 if secure else 0)
     positions = [PREAMBLE_BYTES + chunk + HEADER_BYTES + 17, PREAMBLE_BYTES + 4 * chunk + HEADER_BYTES + MIB - 1]
@@ -231,8 +234,8 @@ def test_a_bit_flipped_in_a_header_costs_the_rail(connect):
 
 
 @every_fabric
-def test_half_a_gibibyte_through_a_budget_of_one_mebibyte(connect, fabric):
-    size = 512 * MIB
+def test_a_message_128_times_the_budget(connect, fabric):
+    size = 128 * MIB
     with connect(fabric=fabric, budget=MIB, keep_bytes=MIB) as peer:
         before = peer.ask()
         peer.there(size)

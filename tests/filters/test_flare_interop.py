@@ -3,14 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from flares_filters import flares_dequantizer, flares_quantizer
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
-
-pytest.importorskip("bitsandbytes")
-
-from nvflare.app_opt.pt.quantization.dequantizer import ModelDequantizer as FlareDequantizer
-from nvflare.app_opt.pt.quantization.quantizer import ModelQuantizer as FlareQuantizer
 
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
 
@@ -58,16 +54,16 @@ def restore_shape(decoded, sent):
 @pytest.mark.parametrize("name", SHARED_TYPES)
 def test_all_four_pairs_give_the_same_tensors(name, as_torch):
     params = model(as_torch)
-    _, reference = through(FlareQuantizer(name), FlareDequantizer(), params)
+    _, reference = through(flares_quantizer(name), flares_dequantizer(), params)
     reference.data = {k: restore_shape(v, params[k]) for k, v in reference.data.items()}
     for quantizer, dequantizer in (
-        (ModelQuantizer, FlareDequantizer),
-        (FlareQuantizer, ModelDequantizer),
+        (ModelQuantizer, flares_dequantizer),
+        (flares_quantizer, ModelDequantizer),
         (ModelQuantizer, ModelDequantizer),
     ):
         _, got = through(quantizer(name), dequantizer(), params)
         for key, sent in params.items():
-            value = restore_shape(got.data[key], sent) if dequantizer is FlareDequantizer else got.data[key]
+            value = restore_shape(got.data[key], sent) if dequantizer is flares_dequantizer else got.data[key]
             assert equal(value, reference.data[key]), (quantizer, dequantizer, key)
         assert "quant_state" not in got.meta
 
@@ -77,7 +73,7 @@ def test_all_four_pairs_give_the_same_tensors(name, as_torch):
 def test_codes_and_metadata_are_those_of_flare(name, as_torch):
     params = model(as_torch)
     theirs = from_shareable(
-        FlareQuantizer(name).process(DXO(DataKind.WEIGHTS, data=dict(params)).to_shareable(), FLContext())
+        flares_quantizer(name).process(DXO(DataKind.WEIGHTS, data=dict(params)).to_shareable(), FLContext())
     )
     ours = from_shareable(
         ModelQuantizer(name).process(DXO(DataKind.WEIGHTS, data=dict(params)).to_shareable(), FLContext())
@@ -114,7 +110,7 @@ def test_flare_leaves_our_exact_tensors_alone(name, as_torch):
     }
     if not as_torch:
         params = {k: v.numpy() for k, v in params.items()}
-    _, got = through(ModelQuantizer(name), FlareDequantizer(), params)
+    _, got = through(ModelQuantizer(name), flares_dequantizer(), params)
     got.data = {k: restore_shape(v, params[k]) for k, v in got.data.items()}
     for key, sent in params.items():
         assert got.data[key].dtype == sent.dtype
@@ -131,11 +127,11 @@ def test_adaquant_goes_both_ways(as_torch):
     params = model(as_torch) | {"constant": np.full((30, 40), 0.25, np.float32)}
     if as_torch:
         params = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in params.items()}
-    sent, reference = through(FlareQuantizer("adaquant"), FlareDequantizer(), params)
+    sent, reference = through(flares_quantizer("adaquant"), flares_dequantizer(), params)
     assert "compressed_tensor" in sent.meta["quant_state"]["big"]
     for quantizer, dequantizer in (
-        (ModelQuantizer, FlareDequantizer),
-        (FlareQuantizer, ModelDequantizer),
+        (ModelQuantizer, flares_dequantizer),
+        (flares_quantizer, ModelDequantizer),
         (ModelQuantizer, ModelDequantizer),
     ):
         _, got = through(quantizer("adaquant"), dequantizer(), params)
@@ -147,29 +143,29 @@ def test_adaquant_goes_both_ways(as_torch):
 
 def test_adaquants_tensor_without_levels_is_not_nan():
     """FLARE finds no level for a range as small as this one, and its own dequantizer divides zero by zero."""
-    sent, theirs = through(FlareQuantizer("adaquant"), FlareDequantizer(), {"w": torch.linspace(1, 1 + 1e-5, 50)})
+    sent, theirs = through(flares_quantizer("adaquant"), flares_dequantizer(), {"w": torch.linspace(1, 1 + 1e-5, 50)})
     assert sent.meta["quant_state"]["w"]["quantization_level"] == 0
     assert theirs.data["w"].isnan().all()
-    _, ours = through(FlareQuantizer("adaquant"), ModelDequantizer(), {"w": torch.linspace(1, 1 + 1e-5, 50)})
+    _, ours = through(flares_quantizer("adaquant"), ModelDequantizer(), {"w": torch.linspace(1, 1 + 1e-5, 50)})
     assert torch.allclose(ours.data["w"], torch.ones(50), atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["int8", "normfloat4_dq"])
 def test_flare_refuses_what_it_does_not_know(name):
     with pytest.raises(ValueError, match="Invalid quantization type"):
-        through(ModelQuantizer(name), FlareDequantizer(), {"w": torch.randn(64, 64)})
+        through(ModelQuantizer(name), flares_dequantizer(), {"w": torch.randn(64, 64)})
 
 
 def test_flare_refuses_a_policy_of_several_codecs():
     mixed = ModelQuantizer("normfloat4", policy=[{"name": "a", "quantization_type": "float16"}])
     with pytest.raises(ValueError, match="Invalid quantization type: mixed"):
-        through(mixed, FlareDequantizer(), {"a": torch.randn(64, 64), "b": torch.randn(64, 64)})
+        through(mixed, flares_dequantizer(), {"a": torch.randn(64, 64), "b": torch.randn(64, 64)})
 
 
 def test_flare_reads_a_policy_of_one_codec_and_ties():
     tied = torch.randn(64, 64)
     params = {"embed.weight": tied, "head.weight": tied, "norm.weight": torch.randn(64), "x.bias": torch.randn(4096)}
-    sent, got = through(ModelQuantizer("blockwise8", policy=[]), FlareDequantizer(), params)
+    sent, got = through(ModelQuantizer("blockwise8", policy=[]), flares_dequantizer(), params)
     assert sent.data["embed.weight"] is sent.data["head.weight"]
     for key in ("norm.weight", "x.bias"):
         assert torch.equal(got.data[key], params[key])

@@ -6,10 +6,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from flares_filters import flares_dequantizer
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, make_copy
-from nvflare.app_opt.pt.quantization.dequantizer import ModelDequantizer as FlareDequantizer
 
 from nvflare_rdma.codecs.marks import codec_of
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
@@ -55,7 +55,7 @@ def test_tensors_are_marked_and_share_their_memory(at, point):
     assert made.meta[MetaKey.PROCESSED_ALGORITHM] == "normfloat4"
 
 
-@pytest.mark.parametrize("dequantizer", [ModelDequantizer, FlareDequantizer])
+@pytest.mark.parametrize("dequantizer", [ModelDequantizer, flares_dequantizer])
 def test_a_dequantizer_finds_it_done(at, dequantizer):
     quantizer, params = ModelQuantizer("normfloat4", one_way=True), model()
     del params["tied"]  # FLARE's takes no dicts

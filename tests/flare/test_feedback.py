@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import run
+from processes import WITHOUT_TORCH, run
 
 from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.filters.correction import encode_corrected
@@ -19,7 +19,7 @@ def own(site):
 
 @pytest.mark.flare
 def test_residuals_survive_a_new_process_for_each_task(tmp_path):
-    done = run(JOB, str(tmp_path), "feedback", timeout=200)
+    done = run(JOB, str(tmp_path), "feedback", timeout=200, **WITHOUT_TORCH)
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-8000:]
     means, residuals = [], dict.fromkeys(SITES)
@@ -41,7 +41,7 @@ def test_residuals_survive_a_new_process_for_each_task(tmp_path):
 
 @pytest.mark.flare
 def test_both_directions_send_differences(tmp_path):
-    done = run(JOB, str(tmp_path), "delta", timeout=200)
+    done = run(JOB, str(tmp_path), "delta", timeout=200, **WITHOUT_TORCH)
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-8000:]
     lines = [line for line in log.splitlines() if "Quantized to int8" in line]

@@ -1,15 +1,11 @@
 """Real FLARE jobs whose quantization config is one-sided: the job stops and says what to change."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import WITHOUT_TORCH, run
 
-import nvflare_rdma
-
-HERE = Path(__file__).parent
+JOB = Path(__file__).with_name("one_sided_job.py")
 CASES = {
     "server does not decode results": (
         ["server-out", "client-in", "client-out"],
@@ -34,19 +30,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_job_stops_and_names_key_and_fix(case, tmp_path):
     points, expected, trains = CASES[case]
-    root = str(Path(nvflare_rdma.__file__).parents[1])
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run(
-        [sys.executable, str(HERE / "one_sided_job.py"), str(tmp_path / "ws"), *points],
-        env=env,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    log = done.stdout
+    done = run(JOB, str(tmp_path / "ws"), *points, timeout=120, **WITHOUT_TORCH)
+    log = done.stdout + done.stderr
     errors = "\n".join(line for line in log.splitlines() if "ERROR" in line)
     for text in expected:
         assert text in errors, log[-8000:]

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import run
+from processes import WITHOUT_TORCH, run
 
 JOB = Path(__file__).with_name("trainer_job.py")
 
 
 @pytest.mark.flare
 def test_a_trainers_model_comes_from_the_server_and_goes_there(tmp_path):
-    done = run(JOB, str(tmp_path), timeout=120)
+    done = run(JOB, str(tmp_path), timeout=120, **WITHOUT_TORCH)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     initial, received, sent = (np.load(tmp_path / f"{name}.npy") for name in ("initial", "received", "sent"))
     np.testing.assert_array_equal(received, initial)

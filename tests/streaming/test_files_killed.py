@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from file_transfers import as_received
-from processes import SMALL, background, free_port
+from processes import SMALL, WITHOUT_TORCH, background, free_port
 from stream_peer import PART
 from waiting import eventually
 
@@ -31,7 +31,7 @@ class Pair:
         log = self.folder / f"{name}-{known}.err"
         arguments = [name, self.url, str(self.folder), str(STALL), self.quantization_type]
         process = self._stack.enter_context(
-            background(SMALL / "stream_peer.py", *arguments, log=log, NVFLARE_RDMA_FABRICS="tcp")
+            background(SMALL / "stream_peer.py", *arguments, log=log, NVFLARE_RDMA_FABRICS="tcp", **WITHOUT_TORCH)
         )
         eventually(lambda: len(self.told(name, "ready")) > known, DEADLINE)
         return process

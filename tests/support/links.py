@@ -118,13 +118,15 @@ class _Wire:
         if mean > 50:
             return max(0, round(self._rng.gauss(mean, math.sqrt(mean))))
         count, level = 0, self._rng.random()  # Poisson, the limit of the binomial at small loss
-        while level > math.exp(-mean):
+        none = math.exp(-mean)
+        while level > none:
             level *= self._rng.random()
             count += 1
         return count
 
     def _serve(self, nbytes: float, now: float) -> float:
-        self._free_at = max(self._free_at, now) + nbytes / self.link.bandwidth
+        start = self._free_at if self._free_at > now else now
+        self._free_at = start + nbytes / self.link.bandwidth
         return self._free_at
 
     def send(self, length: int, now: float, rail: int) -> tuple[str, float]:
@@ -149,8 +151,8 @@ class _Wire:
 
     def _send_tcp(self, length: int, now: float, rail: _Rail) -> float:
         link = self.link
-        start = max(now, rail.free_at)
         limited = rail.free_at >= now
+        start = rail.free_at if limited else now
         full = (link.bdp + link.queue) / link.rails
         ceiling = min(full, link.tcp_window)
         rail.window = min(rail.window, ceiling)
@@ -214,10 +216,12 @@ def simulate(
 
     while True:
         while queue:
-            length = int(min(controller.chunk_bytes, queue[0]))
+            length = controller.chunk_bytes
+            if length > queue[0]:
+                length = int(queue[0])
             if in_flight and in_flight + length > controller.window_bytes:
                 break
-            rail = load.index(min(load))
+            rail = load.index(min(load)) if len(load) > 1 else 0
             controller.granted(length, now, rail)
             load[rail] += length
             in_flight += length

@@ -15,6 +15,8 @@ from nvflare_rdma.cli import driver_path
 ROOT = Path(__file__).resolve().parents[2]
 #: FLARE looks for its configuration in all of the working directory, file by file: a small one saves seconds.
 SMALL = Path(__file__).resolve().parent
+#: For `run` and `background`: processes that find no torch, whose loading takes longer than most jobs here.
+WITHOUT_TORCH = {"PYTHONPATH": str(SMALL / "without_torch")}
 
 
 def environment(**extra: str) -> dict[str, str]:
