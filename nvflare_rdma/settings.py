@@ -27,7 +27,7 @@ KIB, MIB = 1024, 1024 * 1024
 @dataclass(frozen=True)
 class Settings:
     """``rdma_fabrics``: allowed fabrics, best first. ``rdma_chunk_bytes``: size of one granted chunk (of tensors in
-    shared memory: four). ``rdma_rails``: parallel TCP connections per peer. ``rdma_memory_budget_bytes``: what all
+    shared memory: six). ``rdma_rails``: parallel TCP connections per peer. ``rdma_memory_budget_bytes``: what all
     messages of the process may hold until they are handed over, or sent. ``rdma_controller``: who decides how much is
     granted, ``adaptive`` (follows the link) or ``fixed`` (4 chunks). ``rdma_integrity``: checksum of each chunk,
     ``auto`` (over tcp), ``on`` or ``off``; sealed chunks need none. ``rdma_tcp_congestion``: the kernel's congestion

@@ -332,11 +332,11 @@ class Channel:
 
     # -- receiving -----------------------------------------------------------------------------------------
 
-    def accept(self, transfer: int, now: float, unit: int = 1, room: int = 0) -> None:
+    def accept(self, transfer: int, now: float, unit: int = 1, room: int = 0, most: int = 0) -> None:
         """There is memory for the message: start to grant, in chunks that begin at multiples of ``unit`` (see
-        `bodies`), as long as no more than ``room`` bytes of it (0: any number) are granted and have not landed. Does
-        nothing if the transfer has failed meanwhile."""
-        self._incoming.accept(transfer, now, unit, room)
+        `bodies`) and are no longer than ``most`` bytes, as long as no more than ``room`` bytes of it are granted and
+        have not landed (0: any number, of both). Does nothing if the transfer has failed meanwhile."""
+        self._incoming.accept(transfer, now, unit, room, most)
 
     def refuse(self, transfer: int, reason: str) -> None:
         """Don't take the message, or not the rest of it. Does nothing if it has ended already."""

@@ -12,6 +12,7 @@ from nvflare_rdma.channel import events, sealing
 from nvflare_rdma.channel.bodies import Sink, whole_units
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.controllers import Controller
+from nvflare_rdma.channel.limits import MIN_CHUNK_BYTES
 from nvflare_rdma.errors import FabricError, IntegrityError
 from nvflare_rdma.fabric.base import Endpoint, Region, RemoteSlice
 from nvflare_rdma.fabric.memory import Reservation
@@ -63,13 +64,14 @@ class Inbox:
         self._pool = context.pool
         self._wait = context.memory_wait
         self._controller = controller
+        self._private = False
         self._secure = secure
         self._name = name
         self._later = later
         self._arriving: dict[int, _Arriving] = {}
         self._landings: dict[int, _Landing] = {}
-        #: With how many bytes of the message may be in slots at once.
-        self._waiting: dict[int, tuple[Reservation, Sink | None, int]] = {}
+        #: With how many bytes of the message may be in slots at once, and in one.
+        self._waiting: dict[int, tuple[Reservation, Sink | None, int, int]] = {}
         self._opener: sealing.Sealer | None = None
         self._checked = False
 
@@ -77,9 +79,9 @@ class Inbox:
         """How chunks that are exposed from now on are verified."""
         self._opener, self._checked = opener, checked
 
-    def steer(self, controller: Controller) -> None:
-        """See `Channel.steer`."""
-        self._controller = controller
+    def steer(self, controller: Controller, private: bool) -> None:
+        """See `Channel.steer`; ``private``: in memory of this host."""
+        self._controller, self._private = controller, private
 
     # -- memory for a message ------------------------------------------------------------------------------
 
@@ -92,40 +94,46 @@ class Inbox:
         refused: Callable[[str], None],
     ) -> None:
         """Ask for a message's memory, when the lock is released; ``granted`` is followed by `start`."""
-        cost, room = self._cost(length, sink)
+        cost, room, most = self._cost(length, sink)
         # A frame that waits holds up FLARE's sender; what has a sink waits for its turn among others of its kind.
         deadline = time.monotonic() + self._wait if sink is None else float("inf")
         reservation = Reservation(self._budget, cost, self._name, granted, refused, deadline)
-        self._waiting[transfer] = reservation, sink, room
+        self._waiting[transfer] = reservation, sink, room, most
         self._later(reservation.request)
 
-    def _cost(self, length: int, sink: Sink | None) -> tuple[int, int]:
+    def _cost(self, length: int, sink: Sink | None) -> tuple[int, int, int]:
         """What receiving a message holds: its buffer, unless that is the sink's, and the slots that chunks land in
         which are sealed or for the sink (they may be sealed only later, over other rails); and how many of its bytes
-        may be in slots at once, 0 for any number."""
+        may be in slots at once, and how many in one, 0 for any number."""
         cost = self._pool.cost(length) if sink is None else 0
         if not self._secure and (sink is None or sink.buffer is not None):
-            return cost, 0
+            return cost, 0, 0
         unit, limit = sink.unit if sink is not None else 1, self._budget.limit
-        room = min(whole_units(self._controller.window_bytes, unit), length)
-        chunk = min(whole_units(self._controller.chunk_bytes, unit), room)
+        window, chunk, most = self._controller.window_bytes, self._controller.chunk_bytes, 0
+        if self._private:
+            # Chunks are long there, and many of them on their way, for what takes no slots. What takes some is to leave
+            # room for the next, here, where its sender makes it, and where that keeps it for other receivers.
+            window, chunk = min(window, limit // 3), min(chunk, max(limit // 12, MIN_CHUNK_BYTES))
+            most = whole_units(chunk, unit) if sink is not None and sink.buffer is None else 0
+        room = min(whole_units(window, unit), length)
+        chunk = min(whole_units(chunk, unit), room)
         each = self._pool.cost(chunk + sealing.TAG_BYTES)
         slots = -(-room // chunk)
         if not cost:  # what is alone in the budget holds no more than that, unless it has to lie in memory whole anyway
             slots = min(slots, max(limit // each, 1))
-        return cost + slots * each, min(slots * chunk, room)
+        return cost + slots * each, min(slots * chunk, room), most
 
-    def start(self, transfer: int, length: int, endpoint: Endpoint | None) -> tuple[int, int] | None:
+    def start(self, transfer: int, length: int, endpoint: Endpoint | None) -> tuple[int, int, int] | None:
         """The message has its share of the budget: take its memory, such that ``endpoint`` can land in it. The unit of
-        its chunks, and how much of it may be on its way at once (0: as much as there is room for); None if it has
-        failed meanwhile.
+        its chunks, how much of it may be on its way at once (0: as much as there is room for), and in one chunk (0: as
+        much as the controller says); None if it has failed meanwhile.
 
         Raises:
             MemoryError: there is none, whatever the budget says. `finish` is to follow.
         """
         if transfer not in self._waiting:
             return None
-        reservation, sink, room = self._waiting[transfer]
+        reservation, sink, room, most = self._waiting[transfer]
         try:
             if sink is not None:
                 buffer = sink.buffer
@@ -136,7 +144,7 @@ class Inbox:
             raise
         del self._waiting[transfer]
         self._arriving[transfer] = _Arriving(buffer, reservation, sink)
-        return sink.unit if sink is not None else 1, room
+        return sink.unit if sink is not None else 1, room, most
 
     def _memory(self, length: int, endpoint: Endpoint | None) -> memoryview:
         buffer = None
@@ -233,7 +241,7 @@ class Inbox:
         """The message's buffer, unless it has a sink, which is told. Its memory does not count any more, once nothing
         is written to it."""
         if transfer in self._waiting:
-            reservation, sink, _ = self._waiting.pop(transfer)
+            reservation, sink, *_ = self._waiting.pop(transfer)
             self._later(reservation.release)
             self._tell(sink, failure)
             return None

@@ -30,6 +30,8 @@ class _Transfer:
     landed: int = 0
     open_chunks: int = 0
     unit: int = 1
+    most: int = 0
+    """Bytes of a chunk; 0 is no limit."""
     room: int = 0
     granted: int = 0
     """Bytes that may be, and are, granted and have not landed; a room of 0 is no limit."""
@@ -123,13 +125,13 @@ class Incoming:
         self._transfers[offer.transfer] = _Transfer(offer.length, now)
         self._happened(events.MessageOffered(offer.transfer, offer.length, offer.label))
 
-    def accept(self, transfer: int, now: float, unit: int, room: int) -> None:
+    def accept(self, transfer: int, now: float, unit: int, room: int, most: int) -> None:
         check_unit(unit)
         incoming = self._transfers.get(transfer)
         if incoming is None:
             return
         self._advance(transfer, incoming, Input.ACCEPTED)
-        incoming.progress_at, incoming.unit, incoming.room = now, unit, room
+        incoming.progress_at, incoming.unit, incoming.room, incoming.most = now, unit, room, most
         self._hungry.append(transfer)
         self.plan(now)
 
@@ -220,7 +222,8 @@ class Incoming:
         return None
 
     def _next_chunk(self, incoming: _Transfer) -> tuple[int, int] | None:
-        most = whole_units(min(self._max_chunk, incoming.room or self._max_chunk), incoming.unit)
+        limits = (self._max_chunk, incoming.room, incoming.most)
+        most = whole_units(min(limit for limit in limits if limit), incoming.unit)
         if incoming.again:
             offset, length = incoming.again[0]
             if length > most:  # the rails that are open now carry less at once

@@ -245,7 +245,7 @@ class Link:
             if inline:
                 self._core.send_inline(view)
                 self._pump(inline_bytes=len(view))
-                return Sending(threading.Condition(self._lock), 0, over=True)
+                return Sending(self._lock, 0, over=True)
             transfer = self._core.submit(len(view), time.monotonic())
             sending = self._outbox.add(transfer, BufferSource(view))
             self._pump()
@@ -550,7 +550,7 @@ class Link:
     def _adopt(self, opening: Opening, peer: wire.Hello) -> None:
         self._rails, self.fabric = opening.rails, opening.name or "control"
         self._core.steer(opening.controller)
-        self._inbox.steer(opening.controller)
+        self._inbox.steer(opening.controller, opening.private)
         self._outbox.guard(sealing.Sealer(self._key) if opening.sealed else None, opening.checked)
         self._inbox.guard(sealing.Sealer(peer.seal_key) if opening.sealed else None, opening.checked)
 

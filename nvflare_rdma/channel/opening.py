@@ -29,6 +29,8 @@ class Opening:
     controller: Controller
     sealed: bool
     checked: bool
+    private: bool = False
+    """Memory of one host, see `Fabric`."""
     offer: Mapping[str, Any] = field(default_factory=dict)
     count: int = 0
     reason: str = ""
@@ -82,7 +84,7 @@ class RailOpener:
         sealed = self._seals(fabric)
         needed = not self._secure and (fabric is None or fabric.checked)
         checked = not sealed and _is_checked(needed, self._context.integrity, peer.integrity)
-        return Opening(rails, name, self.controller(name), sealed, checked, offer)
+        return Opening(rails, name, self.controller(name), sealed, checked, self._is_private(name), offer)
 
     def dial(self, peer: wire.Hello, offered: events.OpenRails) -> Opening:
         """Active side. Blocks. Rails that can't be opened are no error: the passive side chooses something else.
@@ -104,7 +106,8 @@ class RailOpener:
         if self._context.integrity == "on" and not (offered.checked or offered.sealed or self._secure):
             raise ProtocolError("the peer does not check its chunks, though rdma_integrity=on here")
         rails = RailSet(self._owner, self._name)
-        opening = Opening(rails, name, self.controller(name), offered.sealed, offered.checked)
+        private = self._is_private(name)
+        opening = Opening(rails, name, self.controller(name), offered.sealed, offered.checked, private)
         if fabric is None:
             rails.endpoint = ControlRail(self._send_on_control)
             return opening
@@ -124,13 +127,16 @@ class RailOpener:
         """Each fabric's own. There is nothing to adapt to in private memory, nor on the control stream."""
         if name not in self._controllers:
             context = self._context
-            kind = context.controller if name and not self._fabrics[name].private else "fixed"
+            kind = context.controller if name and not self._is_private(name) else "fixed"
             # What is on its way to a receiver never exceeds the memory that it may use.
             limit = context.budget.limit
-            wanted = context.chunk_bytes * (context.private_factor if name and self._fabrics[name].private else 1)
+            wanted = context.chunk_bytes * (context.private_factor if self._is_private(name) else 1)
             chunk = min(wanted, max(limit // 4, MIN_CHUNK_BYTES))
             self._controllers[name] = make_controller(kind, chunk, context.depth, limit)
         return self._controllers[name]
+
+    def _is_private(self, name: str) -> bool:
+        return bool(name) and self._fabrics[name].private
 
     def _check_keys(self, peer: wire.Hello) -> None:
         if bool(peer.seal_key) != self._secure:

@@ -18,8 +18,7 @@ from nvflare_rdma.errors import SendTimeoutError, TransferError
 class Sending:
     """A message that was handed to `Link.send`."""
 
-    done: threading.Condition
-    """Its own: what waits for one message is not to wake up for each chunk of the others."""
+    lock: threading.Lock
     transfer: int
     """0 for a message that went on the control stream at once."""
     waiting: int = 0
@@ -34,6 +33,8 @@ class Sending:
     """Bytes that the peer has granted so far, those that were granted again counted once."""
     resent_chunks: int = 0
     """Granted again, because they were lost or damaged."""
+    waiter: threading.Condition | None = None
+    """Its own, if somebody waits: who does is not to wake up for each chunk of the others."""
 
     @property
     def ended(self) -> bool:
@@ -45,8 +46,9 @@ class Sending:
         Raises:
             TransferError: it will not have it. SendTimeoutError: not within ``timeout`` seconds.
         """
-        with self.done:
-            if not self.done.wait_for(lambda: self.ended, timeout):
+        with self.lock:
+            self.waiter = self.waiter or threading.Condition(self.lock)
+            if not self.waiter.wait_for(lambda: self.ended, timeout):
                 raise SendTimeoutError(f"transfer {self.transfer} was not over within {timeout:g} s")
         if self.failure:
             raise TransferError(f"transfer {self.transfer} failed: {self.failure}")
@@ -102,9 +104,7 @@ class Outbox:
 
     def add(self, transfer: int, message: Source, windowed: bool = True) -> Sending:
         """``windowed``: what of it waits to be granted counts for `wait_for_room`."""
-        sending = Sending(
-            threading.Condition(self._lock), transfer, message.nbytes if windowed else 0, offered=not windowed
-        )
+        sending = Sending(self._lock, transfer, message.nbytes if windowed else 0, offered=not windowed)
         self._messages[transfer] = (message, sending)
         self.waiting += sending.waiting
         return sending
@@ -135,8 +135,8 @@ class Outbox:
 
     @staticmethod
     def _look(sending: Sending) -> None:
-        if sending.ended:
-            sending.done.notify_all()
+        if sending.ended and sending.waiter is not None:
+            sending.waiter.notify_all()
 
     def clear(self, failure: str) -> None:
         for transfer in list(self._messages):

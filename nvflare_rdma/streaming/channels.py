@@ -47,8 +47,8 @@ _ADDRESS_SECONDS = 5.0
 _AVOID_SECONDS, _AVOID_DOUBLINGS = 60.0, 6
 _WELCOME = b"\x01"
 _MAX_TENSOR_BYTES = 1 << 48
-#: See `LinkContext`; tensors are large. Twice as much still fits into what is for sending: of a tensor that is staged
-#: chunk by chunk (from a GPU) one is copied out while the other is copied over.
+#: See `LinkContext`; tensors are large. The end of one may be in the last chunk, twice as long, which still fits into
+#: what is for sending, if it has to be staged (as from a GPU).
 _PRIVATE_FACTOR = 6
 
 

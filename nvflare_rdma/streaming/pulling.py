@@ -103,6 +103,7 @@ class Pull:
         self._landed: dict[int, Place] = {}
         self._landed_bytes = 0
         self._asked = False
+        self._seen = False
 
     def run(self) -> dict[str, Any]:
         """See `pull`."""
@@ -112,8 +113,8 @@ class Pull:
             self._land(described)
             # First: once the peer has heard "done", nobody else has them.
             tensors = {item.name: self._finish(number, item) for number, item in enumerate(self.items)}
-            # A sender whose channel lives sees for itself what has arrived.
-            if not (self._confirmed and self._asked and self._channels.find(self._peer)):
+            # A sender that says so sees for itself what has arrived, while the channel lives.
+            if not (self._confirmed and self._seen and self._channels.find(self._peer)):
                 self._asked = True
                 self._ask({"do": "done"})
             return tensors
@@ -154,7 +155,8 @@ class Pull:
         first = self._channels.expect(self._peer, sinks)
         try:
             self._asked = True
-            self._ask({"do": "send", "first": first, "items": sorted(missing), "invitation": invitation})
+            request = {"do": "send", "first": first, "items": sorted(missing), "invitation": invitation}
+            self._seen = self._ask(request).get("sees") is True
             if invitation is not None and self._channels.await_open(self._peer) is None:
                 return "the channel that the peer has dialled did not open"
             self._wait(landings)

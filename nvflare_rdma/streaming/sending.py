@@ -166,6 +166,8 @@ class Sender(threading.Thread):
 
     def has_arrived(self, timeout: float) -> bool:
         """Whether everything has, if that is known within ``timeout`` seconds."""
+        if self.ident is None:
+            return False
         self.join(timeout)
         return not self._missing
 

@@ -59,6 +59,8 @@ class Service:
         self._sendings: dict[str, Sender] = {}
         self._relayed: dict[str, Relayed] = {}
         self._served: set[str] = set()
+        #: Receivers to whom the sender in `_sendings` sends what they want now.
+        self._asked: set[str] = set()
 
     def answer(self, request: Any, receiver: str) -> dict[str, Any]:
         """What to say to a `pulling` receiver's request; ``refused`` has the reason if it can't be served directly."""
@@ -81,6 +83,7 @@ class Service:
                 case "give up":
                     with self._lock:
                         self._served.discard(receiver)
+                        self._asked.discard(receiver)
                         self._relayed.pop(receiver, None)
                         sender = self._sendings.pop(receiver, None)
                     if sender is not None:
@@ -113,17 +116,21 @@ class Service:
         """Whether ``receiver`` has everything: it has said so, or took what it had asked for and has not given up.
         Waits for what is on its way."""
         with self._lock:
-            sender = self._sendings.get(receiver)
+            sender = self._sendings.get(receiver) if receiver in self._asked else None
             if sender is None:
                 return receiver in self._served
         if not sender.has_arrived(_NOTICE_SECONDS):
             return False
+        with self._lock:
+            if self._sendings.get(receiver) is not sender:
+                return False  # it has asked again
         self._done(receiver)
         return True
 
     def _done(self, receiver: str) -> None:
         with self._lock:
             self._served.add(receiver)
+            self._asked.discard(receiver)
             sender = self._sendings.pop(receiver, None)
         self._count(receiver, sender)
         self.ended(receiver)
@@ -173,6 +180,7 @@ class Service:
             sender.tell_exact()
         with self._lock:
             self._served.discard(receiver)  # it begins anew, whatever it has said before
+            self._asked.discard(receiver)
             exact = set(self._exact)
         items = self._items[receiver] = self._manifest(tensors, exact)
         if meter.budget is None:
@@ -191,6 +199,7 @@ class Service:
         tensors = self._open_tensors()
         items = self._manifest(tensors, set(self._exact))
         with self._lock:
+            self._asked.discard(receiver)
             self._relayed[receiver] = Relayed(items, tensors, self._send_exact)
         if (meter := self.meters.find(receiver)) is not None:
             meter.wire_bytes += sum(len(item.content or b"") for item in items)
@@ -242,11 +251,12 @@ class Service:
             if self._tensors is None:
                 raise TransferError(_ENDED)
             previous, self._sendings[receiver] = self._sendings.get(receiver), sender
+            self._asked.add(receiver)
         if previous is not None:
             previous.stop("the receiver has asked again")
             self._count(receiver, previous)
         sender.start()
-        return {"sending": len(parts)}
+        return {"sending": len(parts), "sees": True}
 
 
 def _dial(channels: DataChannels, receiver: str, invitation: Any) -> Link:

@@ -560,3 +560,13 @@ def test_no_more_of_a_message_is_granted_than_there_is_room_for_and_the_next_one
     granted = [event for event in passive.core.next_events() if isinstance(event, events.ExposeChunk)]
     assert [event.length for event in granted if event.transfer == first] == [CHUNK]
     assert len(granted) == DEPTH
+
+
+def test_a_chunk_is_no_longer_than_its_slot_not_even_the_last():
+    active, passive = open_pair()
+    active.send(message(3 * CHUNK + CHUNK // 2))
+    passive.read_wire(1 << 20)
+    passive.core.accept(passive.offered[0].transfer, 0.0, 1, 0, CHUNK)
+    granted = [event for event in passive.core.next_events() if isinstance(event, events.ExposeChunk)]
+    assert max(event.length for event in granted) == CHUNK
+    assert len(granted) == min(DEPTH, 4)

@@ -54,7 +54,7 @@ def chunks(size):
 
 @pytest.mark.parametrize("direction", ["there", "back"])
 def test_one_rail_closed_in_the_middle_costs_its_unfinished_chunks_only(connect, direction):
-    size = 256 * MIB
+    size = 512 * MIB
     with connect(rails=3) as peer:
         if direction == "there":
             peer.link.send(pattern(size), DEADLINE)
@@ -79,12 +79,12 @@ def test_one_rail_closed_in_the_middle_costs_its_unfinished_chunks_only(connect,
 @pytest.mark.parametrize("secure", [False, True], ids=["clear", "sealed"])
 @pytest.mark.parametrize("times", [1, 2])
 def test_all_rails_closed_are_dialled_again_and_the_transfer_goes_on(connect, certificates, times, secure):
-    size = 256 * MIB
+    size = 512 * MIB
     tls = certificates if secure else None
     with connect(tls=tls) as peer:
         peer.tell("send", size=size, seed=0)
         for i in range(times):
-            eventually(lambda i=i: landed(peer) > (i + 1) * 30 * MIB)
+            eventually(lambda i=i: landed(peer) > (i + 1) * 50 * MIB)
             endpoint = peer.link._rails.endpoint
             for rail in range(2):
                 cut(peer, rail)
@@ -121,7 +121,7 @@ def test_rails_that_can_not_be_dialled_again_leave_the_control_stream(connect):
 @pytest.mark.parametrize("fabric", ["shm-direct", "shm-memfd"])
 def test_a_transfer_goes_on_over_another_fabric(connect, certificates, fabric, secure):
     """Shared memory that keeps breaking is given up for tcp, where chunks are sealed if TLS is asked for."""
-    size = 512 * MIB
+    size = 1024 * MIB
     tls = certificates if secure else None
     with connect(fabric=fabric, order=["shm", "tcp"], tls=tls, depth=2) as peer:
         assert peer.link.fabric == "shm"
@@ -172,13 +172,13 @@ def test_a_peer_that_is_killed_in_the_middle(connect, fabric, victim):
 def test_a_peer_that_is_stopped_beyond_the_deadline(connect, fabric, direction):
     with connect(fabric=fabric, stall_timeout=1.5) as peer:
         if direction == "there":
-            sending = peer.link.send(pattern(512 * MIB), DEADLINE)
+            sending = peer.link.send(pattern(1024 * MIB), DEADLINE)
             eventually(lambda: peer.ask()["granted_chunks"] > 20)
             peer.process.send_signal(signal.SIGSTOP)
             with pytest.raises(TransferError, match=r"made no progress for 1.5 s|has read nothing .* for 1.5 s"):
                 sending.wait(DEADLINE)
         else:
-            peer.tell("send", size=512 * MIB, seed=0)
+            peer.tell("send", size=1024 * MIB, seed=0)
             eventually(lambda: landed(peer) > 20 * MIB)
             peer.process.send_signal(signal.SIGSTOP)
             peer.runner.join(DEADLINE)
@@ -234,8 +234,8 @@ def test_a_bit_flipped_in_a_header_costs_the_rail(connect):
 
 
 @every_fabric
-def test_a_message_128_times_the_budget(connect, fabric):
-    size = 128 * MIB
+def test_a_message_256_times_the_budget(connect, fabric):
+    size = 256 * MIB
     with connect(fabric=fabric, budget=MIB, keep_bytes=MIB) as peer:
         before = peer.ask()
         peer.there(size)

@@ -44,7 +44,9 @@ def test_the_channel_serves_what_comes_later_either_way(results, which):
 
 
 def test_what_comes_again_because_its_sender_has_not_heard_that_it_arrived_does_no_harm(results):
-    assert results["a sender that has not heard what arrived"] == GOOD
+    result = results["a sender that has not heard what arrived"]
+    assert GOOD.items() <= result.items()
+    assert logged(result, "that are here came again")
 
 
 def test_progress_counts_what_came_directly(results):

@@ -272,6 +272,10 @@ def test_a_sender_sees_for_itself_what_has_arrived(direct, cell):
     it.ask("site-1")({"do": "describe"})
     assert not it.service.has_served("site-1")  # it begins anew
 
+    assert_equal(confirmed(it, site), sent)
+    it.ask("site-1")({"do": "describe"})
+    assert not it.service.has_served("site-1")  # although the last sender has sent it all
+
 
 def test_a_sender_that_can_not_see_it_is_told(direct, cell):
     it, site = direct({"small": np.ones(3)}), cell("site-1")
@@ -323,7 +327,7 @@ def test_what_is_being_sent_then_is_not_sent_to_the_end(how, direct, cell, monke
             it.service.close()
             return
         if how == "asked again":
-            assert it.ask("site-1")({**SEND, "items": []}) == {"sending": 0}
+            assert it.ask("site-1")({**SEND, "items": []}) == {"sending": 0, "sees": True}
         stop.set()
 
     with pytest.raises(TransferError):
@@ -385,7 +389,7 @@ def test_a_new_request_ends_the_one_before(direct, cell):
     it.channels.dial("site-1", site.invite("server"))
     it.ask("site-1")({"do": "describe"})
     answer = it.ask("site-1")({"do": "send", "first": 77, "items": list(range(5)), "invitation": None})
-    assert answer == {"sending": 5}
+    assert answer["sending"] == 5
     eventually(lambda: "nothing expected as 77" in it.ask("site-1")({"do": "report"})["failed"], DEADLINE)
     assert_equal(it.pull(site), large(5))
 
@@ -418,7 +422,7 @@ def test_an_end_that_comes_while_a_tensor_is_offered(direct, cell):
 
     link.offer, link.withdraw = offered, withdrew
     label = site.expect("server", [TestSink(100_000)])
-    assert it.ask("site-1")({**SEND, "first": label}) == {"sending": 1}
+    assert it.ask("site-1")({**SEND, "first": label}) == {"sending": 1, "sees": True}
     eventually(lambda: not it.senders, DEADLINE)
     site.forget("server", label, 1)
     assert withdrawn[0] == (sendings[0], "the sender has ended the transfer")

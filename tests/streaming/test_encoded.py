@@ -117,6 +117,19 @@ def test_many_receivers_of_one_tensor_at_once(direct, cell):
     eventually(lambda: not sending.hot._chunks)  # when no receiver waits for them
 
 
+def test_chunks_in_shared_memory_are_not_too_long_for_other_receivers(direct, cell, monkeypatch):
+    """Raw ones are longer, and one that is longer than `HotChunks` takes would be encoded for each."""
+    lengths, read = [], Encoding.read
+    monkeypatch.setattr(Encoding, "read", lambda self, *what: (lengths.append(what[1]), read(self, *what))[1])
+    kinds = {"fabrics": ("shm", "tcp"), "budget": 4 << 20}
+    values = torch.ones(10 << 20)
+    it, site = direct({"t": marked(values, get_codec("normfloat4"))}, **kinds), cell("site-1", **kinds)
+    it.pull(site)
+    assert site.find("server").fabric == "shm"
+    assert sum(lengths) > values.numel() // 2
+    assert max(lengths) <= kinds["budget"] // 16  # what `transfer.install` leaves it
+
+
 def test_a_chunk_that_two_receivers_want_is_encoded_once():
     tensor, codec, hot = weights(), get_codec("normfloat4"), HotChunks()
     view, cut = marked(tensor, codec), Cut.of(codec, tensor.numel())
