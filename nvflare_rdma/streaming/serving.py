@@ -121,19 +121,19 @@ class Service:
                 return receiver in self._served
         if not sender.has_arrived(_NOTICE_SECONDS):
             return False
-        with self._lock:
-            if self._sendings.get(receiver) is not sender:
-                return False  # it has asked again
-        self._done(receiver)
-        return True
+        return self._done(receiver, sender)
 
-    def _done(self, receiver: str) -> None:
+    def _done(self, receiver: str, seen: Sender | None = None) -> bool:
+        """``receiver`` has everything; if that is what ``seen`` says, unless it has asked for more since."""
         with self._lock:
+            if seen is not None and (receiver not in self._asked or self._sendings.get(receiver) is not seen):
+                return False
             self._served.add(receiver)
             self._asked.discard(receiver)
             sender = self._sendings.pop(receiver, None)
         self._count(receiver, sender)
         self.ended(receiver)
+        return True
 
     def ended(self, receiver: str, failure: str = "") -> None:
         """``receiver`` has everything, whichever way; or it will not have it, and why."""

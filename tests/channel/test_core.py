@@ -569,4 +569,4 @@ def test_a_chunk_is_no_longer_than_its_slot_not_even_the_last():
     passive.core.accept(passive.offered[0].transfer, 0.0, 1, 0, CHUNK)
     granted = [event for event in passive.core.next_events() if isinstance(event, events.ExposeChunk)]
     assert max(event.length for event in granted) == CHUNK
-    assert len(granted) == min(DEPTH, 4)
+    assert len(granted) == DEPTH

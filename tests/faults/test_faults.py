@@ -234,8 +234,8 @@ def test_a_bit_flipped_in_a_header_costs_the_rail(connect):
 
 
 @every_fabric
-def test_a_message_256_times_the_budget(connect, fabric):
-    size = 256 * MIB
+def test_half_a_gibibyte_through_a_budget_of_one_mebibyte(connect, fabric):
+    size = 512 * MIB
     with connect(fabric=fabric, budget=MIB, keep_bytes=MIB) as peer:
         before = peer.ask()
         peer.there(size)
