@@ -24,15 +24,7 @@ from nvflare_rdma.streaming.safetensors_header import SAFETENSORS_DTYPES
 Land: TypeAlias = "Callable[[Item], Place]"
 
 
-class Landed(ABC):
-    """Something that has come whole."""
-
-    @abstractmethod
-    def finish(self) -> Any:
-        """Everything is there: what the receiver is given. Raises ProtocolError, OSError."""
-
-
-class Place(Landed):
+class Place(ABC):
     """Of one tensor. ``memory``: of all its bytes, for them to land in; None if they are to be given to `write`."""
 
     memory: memoryview | None = None
@@ -40,6 +32,10 @@ class Place(Landed):
     @abstractmethod
     def write(self, offset: int, data: memoryview) -> None:
         """Put those bytes there. By several threads at once, and perhaps the same bytes twice. Raises OSError."""
+
+    @abstractmethod
+    def finish(self) -> Any:
+        """Everything is there: what the receiver is given. Raises ProtocolError, OSError."""
 
 
 class InMemory(Place):
@@ -119,7 +115,7 @@ class Landings:
 
     def __init__(self, numbers: set[int]) -> None:
         self.changed = threading.Condition()
-        self.landed: dict[int, Landed] = {}
+        self.landed: dict[int, Place] = {}
         self.nbytes = 0
         self.open = numbers
         self.failure = ""
@@ -133,7 +129,7 @@ class Landings:
             self.failure = self.failure or reason
             self.changed.notify_all()
 
-    def came(self, number: int, place: Landed, nbytes: int) -> None:
+    def came(self, number: int, place: Place, nbytes: int) -> None:
         """One is whole, of which ``nbytes`` were sent."""
         with self.changed:
             self.open.discard(number)

@@ -12,7 +12,7 @@ from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.streaming.encoded import decode
 from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, OpenFile, PartDigests
-from nvflare_rdma.streaming.landing import Landed, Landings, own_memory
+from nvflare_rdma.streaming.landing import Landings, Place, own_memory
 from nvflare_rdma.streaming.manifest import Item
 from nvflare_rdma.streaming.partial_file import PartialFile
 
@@ -103,8 +103,11 @@ class FilePart:
         return self.source(bool(self.unrepresentable))
 
 
-class _Here(Landed):
+class _Here(Place):
     """Of a part: it is on disk."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        raise NotImplementedError("a part is written by its PartSink")
 
     def finish(self) -> None:
         pass

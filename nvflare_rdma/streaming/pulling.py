@@ -24,7 +24,7 @@ from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, Tra
 from nvflare_rdma.metrics.transfers import Meter
 from nvflare_rdma.streaming import manifest
 from nvflare_rdma.streaming.channels import DataChannels
-from nvflare_rdma.streaming.landing import Land, Landed, Landings, TensorSink
+from nvflare_rdma.streaming.landing import Land, Landings, Place, TensorSink
 from nvflare_rdma.streaming.manifest import Item
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Pull:
         self._progress = progress
         self._meter = meter
         self.items: list[Item] = []
-        self._landed: dict[int, Landed] = {}
+        self._landed: dict[int, Place] = {}
         self._landed_bytes = 0
         self._asked = False
         self._seen = False
