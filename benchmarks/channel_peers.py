@@ -24,8 +24,10 @@ from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
-from nvflare_rdma.fabric.memory import MemoryBudget, SendMemory, SlotPool
-from nvflare_rdma.fabric.shm import ShmFabric
+from nvflare_rdma.fabric.budget import MemoryBudget
+from nvflare_rdma.fabric.send_memory import SendMemory
+from nvflare_rdma.fabric.shm.fabric import ShmFabric
+from nvflare_rdma.fabric.slots import SlotPool
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
 
 HOST, NAME, TIMEOUT = "127.0.0.1", "bench", 120.0
@@ -41,14 +43,17 @@ FABRICS: dict[str, tuple[str, Callable[[dict[str, Any], Dial], Any]]] = {
 
 
 def make_verbs(options: dict[str, Any], dial: Dial) -> Any:
-    """``devices``: the receiver's, the sender's. ``in_place``: see `verbs_endpoint.IN_PLACE_BYTES`."""
-    from nvflare_rdma.fabric import verbs, verbs_devices, verbs_endpoint, verbs_memory  # needs pyverbs
+    """``devices``: the receiver's, the sender's. ``in_place``: see `endpoint.IN_PLACE_BYTES`."""
+    from nvflare_rdma.fabric.options import VerbsOptions
+    from nvflare_rdma.fabric.verbs import endpoint
+    from nvflare_rdma.fabric.verbs.fabric import VerbsFabric, address_on
+    from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache
 
-    verbs_endpoint.IN_PLACE_BYTES = options["in_place"]
+    endpoint.IN_PLACE_BYTES = options["in_place"]
     end = int(dial is not None)
-    chosen = verbs_devices.VerbsOptions((options["devices"][end],))
-    near = verbs.address_on(options["hosts"][end])
-    return verbs.VerbsFabric(options["rails"], chosen, verbs_memory.RegistrationCache(64 * MIB), near)
+    chosen = VerbsOptions((options["devices"][end],))
+    near = address_on(options["hosts"][end])
+    return VerbsFabric(options["rails"], chosen, RegistrationCache(64 * MIB), near)
 
 
 def open_link(role: str, options: dict[str, Any], tls: ssl.SSLContext | None, deliver: Callable[[Any], None]) -> Link:

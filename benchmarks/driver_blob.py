@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nvflare_rdma.cli import driver_path
-from nvflare_rdma.fabric.selection import probe
+from nvflare_rdma.fabric.registry import probe
 from nvflare_rdma.settings import Settings
 
 CHANNEL, TOPIC = "bench", "blob"
@@ -216,7 +216,7 @@ def main() -> None:
     console.print(f"$ {command_line()}\n{machine()}", highlight=False)
     console.print(versions("nvflare", "nvflare-rdma", "grpcio", "numpy"), highlight=False)
     console.print("+best: " + " ".join(f"{k}={v}" for k, v in BEST_ENVIRONMENT.items()), highlight=False)
-    available = probe(Settings().verbs, Settings().rdma_memory_budget_bytes)
+    available = probe(Settings().fabric_options)
     for base, fabric in OURS.items():
         if not available[fabric].usable and any(name.startswith(base) for name in asked):
             console.print(f"{base} is skipped: {available[fabric].reason}", highlight=False)

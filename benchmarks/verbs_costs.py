@@ -58,7 +58,7 @@ def timed(step: Callable[[], object], at_least: float = 0.05) -> float:
 
 def pages(nbytes: int, huge: bool) -> memoryview:
     """Memory that is touched, in huge pages if the kernel has them, or in small ones."""
-    from nvflare_rdma.fabric.process_memory import address_of
+    from nvflare_rdma.fabric.shm.process_memory import address_of
 
     memory = mmap.mmap(-1, nbytes + 2 * MIB)
     memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
@@ -69,10 +69,11 @@ def pages(nbytes: int, huge: bool) -> memoryview:
 
 
 def registration(device: str, repeats: int) -> None:
-    from nvflare_rdma.fabric.process_memory import address_of
-    from nvflare_rdma.fabric.verbs_api import Access, Port
-    from nvflare_rdma.fabric.verbs_devices import VerbsOptions, choose_gid, choose_ports, list_ports
-    from nvflare_rdma.fabric.verbs_memory import RegistrationCache
+    from nvflare_rdma.fabric.options import VerbsOptions
+    from nvflare_rdma.fabric.shm.process_memory import address_of
+    from nvflare_rdma.fabric.verbs.devices import choose_gid, choose_ports, list_ports
+    from nvflare_rdma.fabric.verbs.ports import Access, Port
+    from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache
 
     options = VerbsOptions((device,))
     info = choose_ports(list_ports(), options)[0]
@@ -108,11 +109,12 @@ def registration(device: str, repeats: int) -> None:
 
 def posting(devices: list[str], repeats: int) -> None:
     """Writes of 64 bytes, so that what a request costs is seen and not what it carries."""
-    from nvflare_rdma.fabric.process_memory import address_of
-    from nvflare_rdma.fabric.verbs_api import Access, Port
-    from nvflare_rdma.fabric.verbs_devices import VerbsOptions, choose_gid, choose_ports, list_ports
-    from nvflare_rdma.fabric.verbs_memory import Segment
-    from nvflare_rdma.fabric.verbs_queue_pair import QueuePair, Work
+    from nvflare_rdma.fabric.options import VerbsOptions
+    from nvflare_rdma.fabric.shm.process_memory import address_of
+    from nvflare_rdma.fabric.verbs.devices import choose_gid, choose_ports, list_ports
+    from nvflare_rdma.fabric.verbs.ports import Access, Port
+    from nvflare_rdma.fabric.verbs.queue_pair import QueuePair, Work
+    from nvflare_rdma.fabric.verbs.registration_cache import Segment
 
     ports, pairs, memory = [], [], pages(2 * MIB, True)
     for device in devices:

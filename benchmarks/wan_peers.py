@@ -28,11 +28,13 @@ from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
 from nvflare_rdma.fabric.base import Fabric
-from nvflare_rdma.fabric.memory import MemoryBudget, SendMemory, SlotPool
+from nvflare_rdma.fabric.budget import MemoryBudget
+from nvflare_rdma.fabric.options import VerbsOptions
+from nvflare_rdma.fabric.send_memory import SendMemory
+from nvflare_rdma.fabric.slots import SlotPool
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
-from nvflare_rdma.fabric.verbs import VerbsFabric
-from nvflare_rdma.fabric.verbs_devices import VerbsOptions
-from nvflare_rdma.fabric.verbs_memory import RegistrationCache
+from nvflare_rdma.fabric.verbs.fabric import VerbsFabric
+from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache
 
 PORT = 7471
 TIMEOUT = 30.0

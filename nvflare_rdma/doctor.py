@@ -10,23 +10,17 @@ import os
 import platform
 import re
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from nvflare_rdma.errors import ConfigError, FabricUnavailable, UnsupportedVersionError
-from nvflare_rdma.fabric.memlock import memlock_limit, memlock_needed, memlock_reason
-from nvflare_rdma.fabric.selection import device_file_reason, probe, pyverbs_reason
-from nvflare_rdma.fabric.verbs_devices import (
-    DEVICE_FILES,
-    SYSFS,
-    PortInfo,
-    choose_gid,
-    choose_ports,
-    device_file,
-    list_ports,
-)
+from nvflare_rdma.fabric.options import DEVICE_FILES, SYSFS
+from nvflare_rdma.fabric.registry import probe
+from nvflare_rdma.fabric.verbs.availability import device_file_reason, pyverbs_reason
+from nvflare_rdma.fabric.verbs.devices import PortInfo, choose_gid, choose_ports, device_file, list_ports
+from nvflare_rdma.fabric.verbs.memlock import memlock_limit, memlock_needed, memlock_reason
 from nvflare_rdma.flare_compat import require_flare
 from nvflare_rdma.settings import Settings, load_settings
 from nvflare_rdma.version import __version__
@@ -114,7 +108,7 @@ def examine(workspace: Path | None = None, sysfs: Path = SYSFS, files: Path = DE
     settings, settings_from, problems = read_settings(workspace)
     budget = settings.rdma_memory_budget_bytes
     loaded = [name for name in MODULES if (sysfs / "module" / name).is_dir()]
-    fabrics = probe(settings.verbs, budget, sysfs, files)
+    fabrics = probe(replace(settings.fabric_options, sysfs=sysfs, device_files=files))
     no_pyverbs = pyverbs_reason()
     return Report(
         __version__,
@@ -238,7 +232,7 @@ def roce_packet_bytes(mtu: int) -> int:
 def _packet_bytes(port: PortInfo) -> tuple[int | None, str]:
     """The MTU in force (active_mtu, ibv_query_port(3)), or why it can't be told."""
     try:
-        from nvflare_rdma.fabric.verbs_import import Context
+        from nvflare_rdma.fabric.verbs.pyverbs import Context
 
         with Context(name=port.device) as context:
             return 128 << context.query_port(port.number).active_mtu, ""

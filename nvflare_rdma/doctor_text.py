@@ -6,7 +6,8 @@ import textwrap
 from collections.abc import Iterator
 
 from nvflare_rdma.doctor import ROCE_HEADERS, PortReport, Report, roce_packet_bytes
-from nvflare_rdma.fabric.verbs_devices import DEVICE_FILES, ROCE
+from nvflare_rdma.fabric.options import DEVICE_FILES
+from nvflare_rdma.fabric.verbs.devices import ROCE
 
 WIDTH = 100
 _SLOWER = (

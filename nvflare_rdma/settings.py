@@ -16,8 +16,8 @@ from nvflare_rdma.channel.controllers import CONTROLLERS
 from nvflare_rdma.channel.wire import INTEGRITY
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.fabric.base import MAX_RAILS
-from nvflare_rdma.fabric.selection import FABRICS, parse_fabrics
-from nvflare_rdma.fabric.verbs_devices import VerbsOptions
+from nvflare_rdma.fabric.options import FabricOptions, VerbsOptions
+from nvflare_rdma.fabric.registry import FABRICS, parse_fabrics
 
 PREFIX = "rdma_"
 _ENV_PREFIX = "NVFLARE_RDMA_"
@@ -36,7 +36,7 @@ class Settings:
     ``rdma_ack_timeout`` and ``rdma_retry_count``: see `VerbsOptions`. ``rdma_data_ports``: where this side listens for
     direct data channels: ``auto`` (the server on any free port, clients nowhere), ``none``, a port or a range."""
 
-    rdma_fabrics: tuple[str, ...] = FABRICS
+    rdma_fabrics: tuple[str, ...] = tuple(FABRICS)
     rdma_chunk_bytes: int = MIB
     rdma_rails: int = 2
     rdma_memory_budget_bytes: int = 64 * MIB
@@ -60,6 +60,11 @@ class Settings:
             self.rdma_ack_timeout,
             self.rdma_retry_count,
         )
+
+    @property
+    def fabric_options(self) -> FabricOptions:
+        """What the fabrics are told."""
+        return FabricOptions(self.rdma_rails, self.rdma_memory_budget_bytes, self.rdma_tcp_congestion, self.verbs)
 
 
 _RANGES = {

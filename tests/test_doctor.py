@@ -16,7 +16,7 @@ from fake_sysfs import FakeSysfs
 from nvflare_rdma.cli import main
 from nvflare_rdma.doctor import Report, examine, roce_packet_bytes, to_json
 from nvflare_rdma.doctor_text import WIDTH, to_text
-from nvflare_rdma.fabric import memlock, selection
+from nvflare_rdma.fabric.verbs import availability, memlock
 from nvflare_rdma.settings import Settings
 
 
@@ -57,7 +57,7 @@ def device_files(sysfs: FakeSysfs, mode: int = 0o666) -> None:
 
 @pytest.fixture
 def all_else_is_well(monkeypatch):
-    monkeypatch.setattr(selection, "pyverbs_reason", lambda: "")
+    monkeypatch.setattr(availability, "pyverbs_reason", lambda: "")
     monkeypatch.setattr(memlock, "memlock_limit", lambda: None)
 
 
@@ -233,7 +233,7 @@ def test_a_port_on_which_no_rail_can_be_made_is_told(sysfs):
 
 
 def test_the_limit_of_locked_memory_is_shown_with_the_command(sysfs, monkeypatch):
-    monkeypatch.setattr(selection, "pyverbs_reason", lambda: "")
+    monkeypatch.setattr(availability, "pyverbs_reason", lambda: "")
     monkeypatch.setattr(memlock, "memlock_limit", lambda: 64 * 1024)
     connectx(sysfs)
     device_files(sysfs)
@@ -282,7 +282,7 @@ class TestDeviceFiles:
             try:
                 if user == 0:
                     os.seteuid(65534)
-                reason = selection.device_file_reason("mlx5_0", sysfs.root, Path(folder))
+                reason = availability.device_file_reason("mlx5_0", sysfs.root, Path(folder))
             finally:
                 os.seteuid(user)
         assert f"{file} can't be opened: Permission denied; it is mode " in reason

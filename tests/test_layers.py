@@ -16,9 +16,9 @@ ALLOWED = {
     "fabric": set(),
     "channel": {"fabric"},
     "codecs": set(),
-    "streaming": {"channel", "codecs", "fabric", "filters", "metrics", "process", "settings", "flare_compat"},
+    "streaming": {"channel", "codecs", "fabric", "filters", "metrics", "runtime", "settings", "flare_compat"},
     "filters": {"codecs", "flare_compat"},
-    "driver": {"channel", "fabric", "process", "settings", "flare_compat"},
+    "driver": {"channel", "fabric", "runtime", "settings", "flare_compat"},
     "plugin": {"driver"},
     "metrics": {"flare_compat"},
 }

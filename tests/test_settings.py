@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nvflare_rdma.errors import ConfigError
-from nvflare_rdma.fabric.verbs_devices import VerbsOptions
+from nvflare_rdma.fabric.options import VerbsOptions
 from nvflare_rdma.settings import Settings, parse_settings
 
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nvflare_rdma.channel.limits import ChannelLimits
-from nvflare_rdma.fabric.memory import MemoryBudget, SendMemory, SlotPool
+from nvflare_rdma.fabric.budget import MemoryBudget
+from nvflare_rdma.fabric.send_memory import SendMemory
+from nvflare_rdma.fabric.slots import SlotPool
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class LinkContext:
     """Equal for two processes that can use shared memory."""
     controller: str = "fixed"
     chunk_bytes: int = 1024 * 1024
-    private_factor: int = 1
-    """Of ``chunk_bytes`` in private memory: a chunk is one copy there and costs its messages; no link is to be kept
-    busy."""
+    same_host_factor: int = 1
+    """Times `chunk_bytes` in memory of the same host: a chunk is one copy there and costs its messages, and no link has
+    to be kept busy."""
     depth: int = 4
     integrity: str = "auto"
     window_bytes: int = 4 * 1024 * 1024

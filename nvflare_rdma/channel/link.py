@@ -443,7 +443,7 @@ class Link:
             case events.WriteChunk():
                 self._outbox.granted(event.transfer, event.offset, event.length)
                 if (rails := self._rails) is not None:
-                    if rails.endpoint.prompt and not self._outbox.is_work(event.transfer):
+                    if rails.endpoint.write_is_nonblocking and not self._outbox.is_work(event.transfer):
                         self._after.append(functools.partial(rails.write, event))
                     else:
                         rails.post(event)
@@ -550,7 +550,7 @@ class Link:
     def _adopt(self, opening: Opening, peer: wire.Hello) -> None:
         self._rails, self.fabric = opening.rails, opening.name or "control"
         self._core.steer(opening.controller)
-        self._inbox.steer(opening.controller, opening.private)
+        self._inbox.steer(opening.controller, opening.same_host)
         self._outbox.guard(sealing.Sealer(self._key) if opening.sealed else None, opening.checked)
         self._inbox.guard(sealing.Sealer(peer.seal_key) if opening.sealed else None, opening.checked)
 

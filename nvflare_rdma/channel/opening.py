@@ -29,7 +29,7 @@ class Opening:
     controller: Controller
     sealed: bool
     checked: bool
-    private: bool = False
+    same_host: bool = False
     """Memory of one host, see `Fabric`."""
     offer: Mapping[str, Any] = field(default_factory=dict)
     count: int = 0
@@ -84,7 +84,7 @@ class RailOpener:
         sealed = self._seals(fabric)
         needed = not self._secure and (fabric is None or fabric.checked)
         checked = not sealed and _is_checked(needed, self._context.integrity, peer.integrity)
-        return Opening(rails, name, self.controller(name), sealed, checked, self._is_private(name), offer)
+        return Opening(rails, name, self.controller(name), sealed, checked, self._is_same_host(name), offer)
 
     def dial(self, peer: wire.Hello, offered: events.OpenRails) -> Opening:
         """Active side. Blocks. Rails that can't be opened are no error: the passive side chooses something else.
@@ -98,16 +98,16 @@ class RailOpener:
             self._chooser.require_tcp()
         elif self._own.get(name, "unknown"):
             raise ProtocolError(f"the peer chose the fabric {name!r}, which this side did not offer")
-        if name == "shm" and not self._context.host == peer.host != "":
-            raise ProtocolError("the peer chose shared memory, but it is on another host")
         fabric = self._fabrics[name] if name else None
+        if fabric is not None and fabric.same_host and not self._context.host == peer.host != "":
+            raise ProtocolError(f"the peer chose {name}, which needs one host, but it is on another one")
         if offered.sealed != self._seals(fabric):
             raise ProtocolError(f"the peer {'seals' if offered.sealed else 'does not seal'} its chunks over {name!r}")
         if self._context.integrity == "on" and not (offered.checked or offered.sealed or self._secure):
             raise ProtocolError("the peer does not check its chunks, though rdma_integrity=on here")
         rails = RailSet(self._owner, self._name)
-        private = self._is_private(name)
-        opening = Opening(rails, name, self.controller(name), offered.sealed, offered.checked, private)
+        same_host = self._is_same_host(name)
+        opening = Opening(rails, name, self.controller(name), offered.sealed, offered.checked, same_host)
         if fabric is None:
             rails.endpoint = ControlRail(self._send_on_control)
             return opening
@@ -124,27 +124,27 @@ class RailOpener:
         self._chooser.rule_out(name, reason)
 
     def controller(self, name: str) -> Controller:
-        """Each fabric's own. There is nothing to adapt to in private memory, nor on the control stream."""
+        """Each fabric's own. There is nothing to adapt to in memory of the same host, nor on the control stream."""
         if name not in self._controllers:
             context = self._context
-            kind = context.controller if name and not self._is_private(name) else "fixed"
+            kind = context.controller if name and not self._is_same_host(name) else "fixed"
             # What is on its way to a receiver never exceeds the memory that it may use.
             limit = context.budget.limit
-            wanted = context.chunk_bytes * (context.private_factor if self._is_private(name) else 1)
+            wanted = context.chunk_bytes * (context.same_host_factor if self._is_same_host(name) else 1)
             chunk = min(wanted, max(limit // 4, MIN_CHUNK_BYTES))
             self._controllers[name] = make_controller(kind, chunk, context.depth, limit)
         return self._controllers[name]
 
-    def _is_private(self, name: str) -> bool:
-        return bool(name) and self._fabrics[name].private
+    def _is_same_host(self, name: str) -> bool:
+        return bool(name) and self._fabrics[name].same_host
 
     def _check_keys(self, peer: wire.Hello) -> None:
         if bool(peer.seal_key) != self._secure:
             raise ProtocolError("one side seals its chunks and the other does not")
 
     def _seals(self, fabric: Fabric | None) -> bool:
-        """Whether chunks are sealed. On the control stream TLS does it; private memory needs no seal."""
-        return self._secure and fabric is not None and not fabric.private
+        """Whether chunks are sealed. On the control stream TLS does it; memory of the same host needs no seal."""
+        return self._secure and fabric is not None and not fabric.same_host
 
 
 def _is_checked(needed: bool, own: str, peer: str) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from nvflare_rdma.channel import events, wire
 from nvflare_rdma.errors import FabricError, FabricUnavailable
 from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Fabric
-from nvflare_rdma.fabric.selection import choose
+from nvflare_rdma.fabric.registry import choose
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class FabricChooser:
     ) -> tuple[str, str, Mapping[str, Any]]:
         """`next`, until one can be offered: its endpoint is in ``rails`` then, and its offer is the last result."""
         while True:
-            name, passed_over = self.next(peer, failure, opened)
+            name, passed_over = self.next(peer, failure, opened, {n for n, f in fabrics.items() if f.same_host})
             if not name:
                 return name, passed_over, {}
             try:
@@ -145,9 +145,10 @@ class FabricChooser:
             except FabricError as error:
                 failure, opened = str(error), False
 
-    def next(self, peer: wire.Hello, failure: str, opened: bool) -> tuple[str, str]:
+    def next(self, peer: wire.Hello, failure: str, opened: bool, same_host: Collection[str] = ()) -> tuple[str, str]:
         """Name of the fabric ("" for the control stream) and why better ones were passed over. ``failure``: what
         happened to the one that was chosen before, which is no use again if it could not even be ``opened``.
+        ``same_host``: names of the fabrics that need both sides on one host.
 
         Raises:
             FabricUnavailable: there is none that both sides allow.
@@ -158,7 +159,7 @@ class FabricChooser:
             self._failures[self._current] = 1 if lasted else self._failures.get(self._current, 0) + 1
             if not opened or self._failures[self._current] >= _MAX_FAILURES:
                 self.rule_out(self._current, failure)
-        name, passed_over = choose(self._order, self._own, peer.fabrics, self._host == peer.host != "")
+        name, passed_over = choose(self._order, self._own, peer.fabrics, self._host == peer.host != "", same_host)
         if not name and not (failure and "tcp" in self._order):
             raise FabricUnavailable(
                 f"no fabric that both sides allow (rdma_fabrics={','.join(self._order)}): {passed_over}"

@@ -30,7 +30,7 @@ from nvflare_rdma.driver.connection import RdmaConnection
 from nvflare_rdma.errors import ConfigError, RdmaError, TlsError, UnsupportedVersionError
 from nvflare_rdma.fabric.tcp import TcpFabric
 from nvflare_rdma.flare_compat import require_flare
-from nvflare_rdma.process import Process, this_process
+from nvflare_rdma.runtime import Runtime, this_runtime
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class _Prepared:
     host: str
     port: int
     tls: ssl.SSLContext | None
-    process: Process
+    runtime: Runtime
 
 
 def _parse_port(params: dict[str, Any]) -> int:
@@ -87,7 +87,7 @@ class RdmaDriver(BaseDriver):
         self.connector = connector
         prepared = self._prepare(connector, ssl_server=True)
         fabric = TcpFabric(
-            prepared.process.settings.rdma_rails, congestion=prepared.process.settings.rdma_tcp_congestion
+            prepared.runtime.settings.rdma_rails, congestion=prepared.runtime.settings.rdma_tcp_congestion
         )
 
         def welcome(sock: socket.socket, stream: ControlStream) -> None:
@@ -108,7 +108,7 @@ class RdmaDriver(BaseDriver):
             with sock:
                 dial_rail = functools.partial(socket.create_connection, address, GREETING_TIMEOUT)
                 fabric = TcpFabric(
-                    prepared.process.settings.rdma_rails, dial_rail, prepared.process.settings.rdma_tcp_congestion
+                    prepared.runtime.settings.rdma_rails, dial_rail, prepared.runtime.settings.rdma_tcp_congestion
                 )
                 self._run(sock, stream, Role.ACTIVE, connector, fabric, prepared)
         except (OSError, RdmaError) as error:
@@ -149,7 +149,7 @@ class RdmaDriver(BaseDriver):
                 params.get(DriverParams.HOST.value) or "",
                 _parse_port(params),
                 get_ssl_context(params, ssl_server),
-                this_process(),
+                this_runtime(),
             )
         except (ConfigError, UnsupportedVersionError, CommError) as error:
             connector.stopped.set()
@@ -200,8 +200,8 @@ class RdmaDriver(BaseDriver):
             certificate = stream.peer_certificate()
             properties[DriverParams.PEER_CN.value] = get_certificate_common_name(certificate) if certificate else "N/A"
         connection = RdmaConnection(connector, properties)
-        fabrics = prepared.process.fabrics(fabric, sock)
-        connection.link = Link(stream, role, fabrics, prepared.process.context, connection.receive, connection.name)
+        fabrics = prepared.runtime.fabrics(fabric, sock)
+        connection.link = Link(stream, role, fabrics, prepared.runtime.context, connection.receive, connection.name)
         try:
             connection.link.open()
         except ssl.SSLError as error:

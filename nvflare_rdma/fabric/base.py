@@ -89,7 +89,7 @@ class Endpoint(ABC):
         raise ProtocolError("the peer answered an offer that asks for nothing")
 
     @property
-    def prompt(self) -> bool:
+    def write_is_nonblocking(self) -> bool:
         """Whether `write` only tells somebody else to move the bytes, so that a thread of its own is not worth it.
         Then it never blocks, and any thread may call it."""
         return False
@@ -127,12 +127,13 @@ class Endpoint(ABC):
 class Fabric(ABC):
     """A way to reach a peer. The passive side offers, the active side connects.
 
-    ``private``: the bytes never leave the memory of this host, so they are not sealed. ``checked``: nothing below
-    protects the bytes well (TCP's 16-bit sum), so chunks carry a checksum unless `rdma_integrity` says otherwise.
+    ``same_host``: it works on one host only, whose memory the bytes never leave, so they are not sealed.
+    ``checked``: nothing below protects the bytes well (TCP's 16-bit sum), so chunks carry a checksum
+    unless `rdma_integrity` says otherwise.
     """
 
     name: ClassVar[str]
-    private: ClassVar[bool] = False
+    same_host: ClassVar[bool] = False
     checked: ClassVar[bool] = False
 
     @abstractmethod

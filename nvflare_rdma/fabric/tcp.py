@@ -21,6 +21,8 @@ from typing import Any
 
 from nvflare_rdma.errors import ConfigError, FabricError, ProtocolError
 from nvflare_rdma.fabric.base import MAX_RAILS, CompletionHandler, Endpoint, Fabric, Region, RemoteSlice
+from nvflare_rdma.fabric.options import Availability, FabricOptions
+from nvflare_rdma.fabric.registry import LinkEnd
 
 RAIL_MAGIC = b"NVFRAIL2"
 TICKET_BYTES = 32
@@ -310,3 +312,13 @@ class TcpFabric(Fabric):
             sock.close()
             raise
         return sock
+
+
+def probe(options: FabricOptions) -> Availability:
+    """See `nvflare_rdma.fabric.registry`: TCP is always there."""
+    return Availability(True)
+
+
+def factory(options: FabricOptions) -> Callable[[LinkEnd], TcpFabric]:
+    """See `nvflare_rdma.fabric.registry`."""
+    return lambda end: TcpFabric(options.rails, end.dial, options.congestion)

@@ -28,9 +28,9 @@ from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, UnreachableError
-from nvflare_rdma.fabric.memory import MemoryBudget
+from nvflare_rdma.fabric.budget import MemoryBudget
 from nvflare_rdma.fabric.tcp import TcpFabric
-from nvflare_rdma.process import Process
+from nvflare_rdma.runtime import Runtime
 from nvflare_rdma.streaming.addresses import TICKET_BYTES, is_loopback, listen, own_hosts, parse_invitation
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ _WELCOME = b"\x01"
 _MAX_TENSOR_BYTES = 1 << 48
 #: See `LinkContext`; tensors are large. The end of one may be in the last chunk, twice as long, which still fits into
 #: what is for sending, if it has to be staged (as from a GPU).
-_PRIVATE_FACTOR = 6
+_SAME_HOST_FACTOR = 6
 
 
 class DataChannels:
@@ -57,7 +57,7 @@ class DataChannels:
 
     Args:
         name: the cell's FQCN.
-        process: what all channels of the process share.
+        runtime: what all channels of the process share.
         tls: makes the context for the listening side (True) or the dialling one; gives None where FLARE is not secure.
         server_host: how this side's FLARE reaches the server, "" if it is unknown; tried before the addresses that a
             peer names.
@@ -69,21 +69,21 @@ class DataChannels:
     def __init__(
         self,
         name: str,
-        process: Process,
+        runtime: Runtime,
         tls: Callable[[bool], ssl.SSLContext | None],
         server_host: str,
         ports: tuple[int, int] | None,
         trainers: bool = False,
     ) -> None:
         self.name = name
-        self._process = process
+        self._runtime = runtime
         self._tls = tls
         self._server_host = server_host
         self._ports = ports
         self._trainers = trainers
         limits = ChannelLimits(max_message_bytes=_MAX_TENSOR_BYTES)
-        self._context: LinkContext = replace(process.context, limits=limits, private_factor=_PRIVATE_FACTOR)
-        self._fabric = process.tcp()
+        self._context: LinkContext = replace(runtime.context, limits=limits, same_host_factor=_SAME_HOST_FACTOR)
+        self._fabric = runtime.tcp()
         self._lock = threading.Lock()
         self._opened = threading.Condition(self._lock)
         self._door: Door | None = None
@@ -247,14 +247,14 @@ class DataChannels:
                 if _read(stream, len(_WELCOME), timeout) != _WELCOME:
                     raise ProtocolError("it is no data port of nvflare-rdma")
             way = functools.partial(socket.create_connection, address, GREETING_TIMEOUT)
-            return self._open(Role.ACTIVE, sock, stream, self._process.tcp(way), peer)
+            return self._open(Role.ACTIVE, sock, stream, self._runtime.tcp(way), peer)
         except (OSError, RdmaError):
             stream.close()
             raise
 
     def _open(self, role: Role, sock: socket.socket, stream: ControlStream, tcp: TcpFabric, peer: str) -> Link:
         place = functools.partial(self._place, peer)
-        fabrics = self._process.fabrics(tcp, sock)
+        fabrics = self._runtime.fabrics(tcp, sock)
         link = Link(stream, role, fabrics, self._context, _unexpected, f"data {self.name} - {peer}", place)
         with self._pending.hold(sock):
             link.open()

@@ -18,7 +18,7 @@ from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 
 from nvflare_rdma.flare_compat import TRANSFER_PROP, replace_decomposer, require_flare
 from nvflare_rdma.metrics.reporting import TransferReporter
-from nvflare_rdma.process import this_process
+from nvflare_rdma.runtime import this_runtime
 from nvflare_rdma.streaming.channels import DataChannels
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torch_decomposer
 from nvflare_rdma.streaming.registry import registry
@@ -75,7 +75,7 @@ class RdmaTransfer(FLComponent):
 def install() -> None:
     """From now on FLARE's tensors and arrays move over data channels, until `registry.stop`."""
     require_flare("RdmaTransfer")
-    settings = this_process().settings  # a wrong one is said now
+    settings = this_runtime().settings  # a wrong one is said now
     hot.limit = settings.rdma_memory_budget_bytes // 16
     replace_decomposer(RdmaArrayDecomposer())
     # A trainer that exchanges torch tensors has imported torch by now; another need not wait for that.
@@ -94,9 +94,9 @@ def install_in_trainer() -> None:
 
 def open_channels(cell: Any) -> DataChannels:
     """As the cell's own connections are: with its certificates, if it has any. A trainer's are its site's."""
-    process, name = this_process(), cell.get_fqcn()
+    runtime, name = this_runtime(), cell.get_fqcn()
     site = inherited_site() or Site.of(cell)
-    ports, trainers = process.settings.rdma_data_ports, False
+    ports, trainers = runtime.settings.rdma_data_ports, False
     if ports == "auto":
         server = FQCN.get_root(name) == FQCN.ROOT_SERVER
         ports, trainers = (_ANY_PORT, False) if server else ("none", True)
@@ -108,4 +108,4 @@ def open_channels(cell: Any) -> DataChannels:
         made: ssl.SSLContext = get_ssl_context({**site.credentials, DriverParams.SECURE.value: True}, server_side)
         return made
 
-    return DataChannels(name, process, tls, host, None if isinstance(ports, str) else ports, trainers)
+    return DataChannels(name, runtime, tls, host, None if isinstance(ports, str) else ports, trainers)

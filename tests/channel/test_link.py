@@ -34,7 +34,7 @@ from nvflare_rdma.errors import (
     UnrepresentableError,
 )
 from nvflare_rdma.fabric.base import RemoteSlice
-from nvflare_rdma.fabric.memory import Reservation
+from nvflare_rdma.fabric.budget import Reservation
 from nvflare_rdma.fabric.tcp import TcpFabric
 
 SIZES = [0, 1, 65_536, 65_537, 256 * 1024 + 1, 5_000_003]

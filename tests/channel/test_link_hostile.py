@@ -21,7 +21,7 @@ from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
 from nvflare_rdma.errors import FabricError, RdmaError, TransferError
 from nvflare_rdma.fabric.base import RemoteSlice
-from nvflare_rdma.fabric.memory import MemoryBudget, Reservation
+from nvflare_rdma.fabric.budget import MemoryBudget, Reservation
 from nvflare_rdma.fabric.tcp import TcpFabric
 
 LIMITS = ChannelLimits(max_message_bytes=1 << 30, stall_timeout=1.0, handshake_timeout=1.0)

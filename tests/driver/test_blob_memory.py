@@ -10,7 +10,7 @@ from nvflare.fuel.f3.streaming import blob_streamer
 from nvflare.fuel.f3.streaming.stream_types import BlobSizeError, StreamFuture
 
 from nvflare_rdma.driver.blob_memory import HugePageBlobTask, use_huge_pages
-from nvflare_rdma.fabric.memory import HUGE_PAGE_BYTES
+from nvflare_rdma.fabric.slots import HUGE_PAGE_BYTES
 
 CHUNK = 1 << 20
 

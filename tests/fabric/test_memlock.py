@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nvflare_rdma.fabric import memlock
-from nvflare_rdma.fabric.memlock import memlock_needed, memlock_reason
+from nvflare_rdma.fabric.verbs import memlock
+from nvflare_rdma.fabric.verbs.memlock import memlock_needed, memlock_reason
 
 KIB, MIB = 1024, 1024 * 1024
 NOBODY = 65534
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 CODE = """
 import os, resource, sys
 sys.path.insert(0, sys.argv[3])
-from nvflare_rdma.fabric import memlock  # now: the other user may not be able to see it
+from nvflare_rdma.fabric.verbs import memlock  # now: the other user may not be able to see it
 limit, user = int(sys.argv[1]), int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
 if user:

@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from nvflare_rdma.fabric import process_memory
-from nvflare_rdma.fabric.process_memory import address_of, map_shared, read_into, sealed_memory
+from nvflare_rdma.fabric.shm import process_memory
+from nvflare_rdma.fabric.shm.process_memory import address_of, map_shared, read_into, sealed_memory
 
 
 def test_a_copy_that_the_kernel_does_in_pieces_is_complete(monkeypatch):

@@ -18,10 +18,12 @@ from shm_liar import liar, message
 from shm_peer import DEADLINE, Peer, RemotePeer, digest, mappings, pattern
 
 from nvflare_rdma.errors import ProtocolError
-from nvflare_rdma.fabric import shm, shm_regions, shm_slots
 from nvflare_rdma.fabric.base import RemoteSlice
-from nvflare_rdma.fabric.process_memory import SIZE_SEALS, sealed_memory
-from nvflare_rdma.fabric.shm_wire import ACKNOWLEDGE, FORGET, MAP, WRITE
+from nvflare_rdma.fabric.shm import endpoint as shm_endpoint
+from nvflare_rdma.fabric.shm import slots
+from nvflare_rdma.fabric.shm.exposures import Exposures
+from nvflare_rdma.fabric.shm.process_memory import SIZE_SEALS, sealed_memory
+from nvflare_rdma.fabric.shm.wire import ACKNOWLEDGE, FORGET, MAP, WRITE
 
 EACH_PATH = pytest.mark.parametrize("path", ["direct", "memfd"])
 MIB = 1 << 20
@@ -103,7 +105,7 @@ def test_a_write_that_waits_in_a_full_socket_ends_with_the_endpoint():
 def test_a_prompt_write_never_waits_for_a_peer_that_reads_nothing():
     """It is made in the thread that has the deadlines, or in one that the peer's writes wait for."""
     with liar("direct", "direct") as (sock, endpoint, events):
-        assert endpoint.prompt
+        assert endpoint.write_is_nonblocking
 
         def fill():
             for i in range(5000):
@@ -154,7 +156,7 @@ def test_a_chunk_of_a_sender_that_has_left_is_not_taken_for_good(monkeypatch):
         def read_into(pid, address, target):
             sock.shutdown(socket.SHUT_RDWR)
 
-        monkeypatch.setattr(shm, "read_into", read_into)
+        monkeypatch.setattr(shm_endpoint, "read_into", read_into)
         sock.send(message(WRITE, 7, remote.key, remote.address, 10, id(source)))
         assert "left while its memory was read" in str(events.down.get(timeout=DEADLINE)[1])
         assert events.landings.empty()
@@ -188,7 +190,7 @@ def test_revoking_waits_for_a_copy_that_is_under_way(monkeypatch):
         copying.set()
         assert go_on.wait(DEADLINE)
 
-    monkeypatch.setattr(shm, "read_into", read_into)
+    monkeypatch.setattr(shm_endpoint, "read_into", read_into)
     with liar("direct", "direct") as (sock, endpoint, events):
         region = endpoint.register(memoryview(bytearray(10)))
         remote = region.expose(7, 0, 10, 0)
@@ -291,7 +293,7 @@ def test_a_slot_shared_twice_is_refused():
 
 
 def test_more_slots_than_allowed_are_refused(monkeypatch):
-    monkeypatch.setattr(shm_slots, "MAX_SLOTS", 3)
+    monkeypatch.setattr(slots, "MAX_SLOTS", 3)
     with liar("direct", "memfd") as (sock, _, events):
         mapped = mappings()
         for key in range(1, 5):
@@ -318,12 +320,12 @@ def test_a_slice_whose_numbers_fit_no_message_is_refused_by_the_writer():
 
 
 def test_a_write_waits_for_memory_that_comes_late_and_gives_up_at_last(monkeypatch):
-    monkeypatch.setattr(shm, "SLOT_TIMEOUT", 0.2)
+    monkeypatch.setattr(shm_endpoint, "SLOT_TIMEOUT", 0.2)
     with liar("direct", "memfd") as (sock, endpoint, events):
         endpoint.write(0, memoryview(b"x"), RemoteSlice(1, 0, 1), 7, 0)
         assert "did not share it within 0.2 s" in str(events.down.get(timeout=DEADLINE)[1])
         assert events.writes.get(timeout=DEADLINE) == 7
-    monkeypatch.setattr(shm, "SLOT_TIMEOUT", DEADLINE)
+    monkeypatch.setattr(shm_endpoint, "SLOT_TIMEOUT", DEADLINE)
     with liar("direct", "memfd") as (sock, endpoint, events):
         arguments = (0, memoryview(b"late"), RemoteSlice(1, 0, 4), 7, 5)
         writer = threading.Thread(target=endpoint.write, args=arguments, daemon=True)
@@ -356,7 +358,7 @@ def test_running_out_of_descriptors_or_slots_is_an_error_that_spoils_nothing(mon
     with pair("memfd") as (near, far, _):
         near.buffer(1, 10)
         with monkeypatch.context() as limited:
-            limited.setattr(shm_slots, "MAX_SLOTS", 1)
+            limited.setattr(slots, "MAX_SLOTS", 1)
             with pytest.raises(MemoryError, match="1 slots already"):
                 near.endpoint.allocate(200_000)
         with monkeypatch.context() as limited:
@@ -364,7 +366,7 @@ def test_running_out_of_descriptors_or_slots_is_an_error_that_spoils_nothing(mon
             def full(nbytes):
                 raise OSError(24, "Too many open files")
 
-            limited.setattr(shm_slots, "sealed_memory", full)
+            limited.setattr(slots, "sealed_memory", full)
             with pytest.raises(OSError, match="ulimit -n"):
                 near.endpoint.allocate(200_000)
             region = near.endpoint.register(memoryview(bytearray(200_000)))
@@ -381,7 +383,7 @@ def test_running_out_of_descriptors_or_slots_is_an_error_that_spoils_nothing(mon
 
 
 def test_an_exposed_notification_can_not_be_exposed_again():
-    exposures = shm_regions.Exposures()
+    exposures = Exposures()
     region = exposures.register(memoryview(bytearray(10)))
     region.expose(7, 0, 10, 0)
     with pytest.raises(ValueError, match="exposed already"):

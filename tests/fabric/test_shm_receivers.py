@@ -14,10 +14,10 @@ from shm_peer import DEADLINE, Peer, RemotePeer, digest, pattern
 from waiting import eventually
 
 from nvflare_rdma.errors import FabricError
-from nvflare_rdma.fabric.process_memory import address_of
-from nvflare_rdma.fabric.shm_reads import LARGE_BYTES, Reads
-from nvflare_rdma.fabric.shm_regions import Exposures
-from nvflare_rdma.fabric.shm_wire import WRITE, Message
+from nvflare_rdma.fabric.shm.exposures import Exposures
+from nvflare_rdma.fabric.shm.process_memory import address_of
+from nvflare_rdma.fabric.shm.reads import LARGE_BYTES, Reads
+from nvflare_rdma.fabric.shm.wire import WRITE, Message
 
 
 @st.composite

@@ -8,8 +8,9 @@ import pytest
 from fake_sysfs import FakeSysfs
 
 from nvflare_rdma.errors import FabricUnavailable
-from nvflare_rdma.fabric import verbs_devices
-from nvflare_rdma.fabric.verbs_devices import VerbsOptions, choose_gid, list_ports
+from nvflare_rdma.fabric.options import VerbsOptions
+from nvflare_rdma.fabric.verbs import devices
+from nvflare_rdma.fabric.verbs.devices import choose_gid, list_ports
 
 FOUR, SIX, LINK = "192.0.2.1", "2001:db8::1", "fe80::1"
 
@@ -21,7 +22,7 @@ def port(tmp_path, monkeypatch):
     def made(*addresses):
         FakeSysfs(tmp_path).siw()
         have = {"vc": [ipaddress.ip_address(address) for address in addresses]}
-        monkeypatch.setattr(verbs_devices, "addresses_of", lambda interface: have.get(interface, []))
+        monkeypatch.setattr(devices, "addresses_of", lambda interface: have.get(interface, []))
         (found,) = list_ports(tmp_path)
         return found
 

@@ -9,8 +9,8 @@ import msgpack
 import pytest
 
 from nvflare_rdma.errors import ProtocolError
-from nvflare_rdma.fabric.verbs_devices import Gid
-from nvflare_rdma.fabric.verbs_setup import TICKET_BYTES, RemotePort, RemoteRail, describe, parse
+from nvflare_rdma.fabric.verbs.description import TICKET_BYTES, RemotePort, RemoteRail, describe, parse
+from nvflare_rdma.fabric.verbs.devices import Gid
 
 TICKETS = [bytes([n]) * TICKET_BYTES for n in (1, 2)]
 IWARP = RemotePort(

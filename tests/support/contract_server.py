@@ -24,7 +24,7 @@ from nvflare.fuel.utils.fobs.decomposers.via_downloader import _collect_lazy_dow
 from processes import free_port
 from waiting import eventually
 
-from nvflare_rdma.process import this_process
+from nvflare_rdma.runtime import this_runtime
 from nvflare_rdma.streaming.transfer import install
 
 TRAINER = "site-1.trainer"
@@ -157,7 +157,7 @@ def main() -> None:
         results = run(server, sites)
         eventually(lambda: not any(thread.name == "rdma-offers" for thread in threading.enumerate()), DEADLINE)
         results["made on FLARE's own path"] = server.gates.made
-        results["budget left in use"] = this_process().context.budget.in_use
+        results["budget left in use"] = this_runtime().context.budget.in_use
         (folder / "results.json").write_text(json.dumps(results))
     finally:
         for process in sites.values():

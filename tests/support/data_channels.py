@@ -12,20 +12,20 @@ from link_process import resources
 from tcp_pair import DEADLINE
 from waiting import eventually
 
-from nvflare_rdma.fabric.verbs_memory import RegistrationCache
-from nvflare_rdma.process import Process, _make_context, make_memory
+from nvflare_rdma.fabric.registry import factories
+from nvflare_rdma.runtime import Runtime, _make_context, make_memory
 from nvflare_rdma.settings import Settings
 from nvflare_rdma.streaming.channels import DataChannels
 
 ANY_PORT = (0, 0)
-_base: dict[tuple[str, ...], Process] = {}
+_base: dict[tuple[str, ...], Runtime] = {}
 
 
-def process(fabrics: tuple[str, ...] = ("tcp",), budget: int = 16 << 20) -> Process:
+def runtime(fabrics: tuple[str, ...] = ("tcp",), budget: int = 16 << 20) -> Runtime:
     """With a budget of its own."""
     settings = Settings(rdma_fabrics=fabrics, rdma_chunk_bytes=64 * 1024, rdma_memory_budget_bytes=budget)
     if fabrics not in _base:
-        _base[fabrics] = Process(settings, _make_context(settings), RegistrationCache(1 << 20))
+        _base[fabrics] = Runtime(settings, _make_context(settings), factories(settings.fabric_options))
     base = _base[fabrics]
     return replace(base, settings=settings, context=replace(base.context, **make_memory(budget)))
 
@@ -50,7 +50,7 @@ class Cells:
         budget: int = 16 << 20,
         trainers: bool = False,
     ) -> DataChannels:
-        made = DataChannels(name, process(fabrics, budget), tls, host, ports, trainers)
+        made = DataChannels(name, runtime(fabrics, budget), tls, host, ports, trainers)
         self.made.append(made)
         return made
 
@@ -67,7 +67,7 @@ def cells() -> Iterator[Cells]:
             channels.close()
         eventually(lambda: not _left(before), DEADLINE)
         for channels in make.made:
-            assert channels._process.context.budget.in_use == 0
+            assert channels._runtime.context.budget.in_use == 0
             assert not channels._links
             assert not channels._sinks
 

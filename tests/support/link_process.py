@@ -35,11 +35,13 @@ from nvflare_rdma.channel.state import Role
 from nvflare_rdma.channel.wire import CONTROL_MAGIC
 from nvflare_rdma.errors import TransferError
 from nvflare_rdma.fabric.base import Fabric
-from nvflare_rdma.fabric.memory import MemoryBudget, SendMemory, SlotPool
-from nvflare_rdma.fabric.shm import ShmFabric
+from nvflare_rdma.fabric.budget import MemoryBudget
+from nvflare_rdma.fabric.options import VerbsOptions
+from nvflare_rdma.fabric.send_memory import SendMemory
+from nvflare_rdma.fabric.shm.fabric import ShmFabric
+from nvflare_rdma.fabric.slots import SlotPool
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
-from nvflare_rdma.fabric.verbs_devices import VerbsOptions
-from nvflare_rdma.fabric.verbs_memory import RegistrationCache
+from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache
 
 Dial = Callable[[], socket.socket] | None
 
@@ -55,7 +57,7 @@ FABRICS: dict[str, tuple[str, Callable[[Dial, int], Fabric]]] = {
 
 
 def make_verbs(device: str, rails: int) -> Fabric:
-    from nvflare_rdma.fabric.verbs import VerbsFabric  # needs pyverbs
+    from nvflare_rdma.fabric.verbs.fabric import VerbsFabric  # needs pyverbs
 
     options = VerbsOptions((device,), ack_timeout=14, retries=6)
     return VerbsFabric(rails, options, RegistrationCache(64 << 20))

@@ -10,8 +10,8 @@ import struct
 from recorder import Recorder
 from shm_peer import DEADLINE
 
-from nvflare_rdma.fabric import shm_setup
-from nvflare_rdma.fabric.shm import ShmEndpoint
+from nvflare_rdma.fabric.shm import handshake
+from nvflare_rdma.fabric.shm.endpoint import ShmEndpoint
 
 
 @contextlib.contextmanager
@@ -20,7 +20,7 @@ def liar(receive, send):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     events = Recorder()
     endpoint = ShmEndpoint(events)
-    endpoint.attach(shm_setup.Peer(theirs, os.getpid(), receive, send, False), passive=False)
+    endpoint.attach(handshake.Peer(theirs, os.getpid(), receive, send, False), passive=False)
     ours.settimeout(DEADLINE)
     with ours:
         try:

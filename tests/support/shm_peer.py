@@ -21,9 +21,10 @@ import numpy as np
 from numpy.random import default_rng  # now: it can't be imported by a user who may not read the package
 from recorder import Recorder
 
-from nvflare_rdma.fabric import process_memory, shm_setup
 from nvflare_rdma.fabric.base import RemoteSlice
-from nvflare_rdma.fabric.shm import ShmEndpoint, ShmFabric
+from nvflare_rdma.fabric.shm import handshake, process_memory
+from nvflare_rdma.fabric.shm.endpoint import ShmEndpoint
+from nvflare_rdma.fabric.shm.fabric import ShmFabric
 
 DEADLINE = 20.0
 
@@ -134,7 +135,7 @@ class Peer:
                 raise refusal
             process_memory.read_into(pid, address, target)
 
-        shm_setup.read_into = read_into
+        handshake.read_into = read_into
 
     def become(self, user: int) -> None:
         os.setgroups([])
@@ -148,7 +149,7 @@ class Peer:
             sock.settimeout(DEADLINE)
             sock.connect("\0" + offer["name"])
             try:
-                sock.send(shm_setup.MAGIC + bytes.fromhex(offer["ticket"]))
+                sock.send(handshake.MAGIC + bytes.fromhex(offer["ticket"]))
                 return sock.recv(64).decode()
             except ConnectionError:
                 return ""

@@ -14,7 +14,9 @@ from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.state import Role
-from nvflare_rdma.fabric.memory import MemoryBudget, SendMemory, SlotPool
+from nvflare_rdma.fabric.budget import MemoryBudget
+from nvflare_rdma.fabric.send_memory import SendMemory
+from nvflare_rdma.fabric.slots import SlotPool
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
 
 DEADLINE = 20.0

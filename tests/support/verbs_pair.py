@@ -12,11 +12,11 @@ import msgpack
 import numpy as np
 from recorder import Recorder
 
-from nvflare_rdma.fabric.process_memory import address_of
-from nvflare_rdma.fabric.verbs import VerbsFabric
-from nvflare_rdma.fabric.verbs_devices import VerbsOptions
-from nvflare_rdma.fabric.verbs_endpoint import VerbsEndpoint
-from nvflare_rdma.fabric.verbs_memory import RegistrationCache
+from nvflare_rdma.fabric.options import VerbsOptions
+from nvflare_rdma.fabric.shm.process_memory import address_of
+from nvflare_rdma.fabric.verbs.endpoint import VerbsEndpoint
+from nvflare_rdma.fabric.verbs.fabric import VerbsFabric
+from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache
 
 DEADLINE = 30.0
 

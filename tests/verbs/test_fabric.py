@@ -20,9 +20,9 @@ from verbs_pair import DEADLINE, buffer, fabric, held, numbered, verbs_pair
 
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice
-from nvflare_rdma.fabric.verbs_devices import IWARP
-from nvflare_rdma.fabric.verbs_endpoint import IN_PLACE_BYTES
-from nvflare_rdma.fabric.verbs_memory import EXTENT_BYTES
+from nvflare_rdma.fabric.verbs.devices import IWARP
+from nvflare_rdma.fabric.verbs.endpoint import IN_PLACE_BYTES
+from nvflare_rdma.fabric.verbs.registration_cache import EXTENT_BYTES
 
 MIB = 1 << 20
 

@@ -169,13 +169,13 @@ def test_a_stopped_peer_breaks_no_rail_before_the_deadline(connect):
 LIMITED = """
 import os, resource, sys
 sys.path.insert(0, sys.argv[2])
-from nvflare_rdma.fabric.selection import probe
+from nvflare_rdma.fabric.registry import probe
 from nvflare_rdma.errors import FabricError
-from nvflare_rdma.fabric.verbs_devices import VerbsOptions
+from nvflare_rdma.fabric.options import FabricOptions, VerbsOptions
 from verbs_pair import buffer, verbs_pair, numbered
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (64 << 10, 64 << 10))
 os.setgid(65534), os.setuid(65534)
-print(probe(VerbsOptions((sys.argv[1],)), 64 << 20)["verbs"].reason)
+print(probe(FabricOptions(verbs=VerbsOptions((sys.argv[1],))))["verbs"].reason)
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (int(sys.argv[3]), 64 << 10))
 try:
     with verbs_pair((sys.argv[1], sys.argv[1]), rails=1) as pair:  # without having looked

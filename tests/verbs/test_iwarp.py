@@ -20,10 +20,10 @@ from verbs_pair import DEADLINE, VerbsPair, buffer, fabric, held, numbered, verb
 from waiting import eventually
 
 from nvflare_rdma.errors import FabricError, ProtocolError
-from nvflare_rdma.fabric import verbs_cm, verbs_endpoint, verbs_listener
-from nvflare_rdma.fabric.verbs_devices import list_ports
-from nvflare_rdma.fabric.verbs_rail import VerbsRail
-from nvflare_rdma.fabric.verbs_setup import TICKET_BYTES
+from nvflare_rdma.fabric.verbs import endpoint, iwarp_connect, iwarp_listen
+from nvflare_rdma.fabric.verbs.description import TICKET_BYTES
+from nvflare_rdma.fabric.verbs.devices import list_ports
+from nvflare_rdma.fabric.verbs.rail import VerbsRail
 
 REFUSED = "refused the rail's ticket"
 
@@ -123,7 +123,7 @@ def test_a_ticket_is_good_for_one_device(offered, iwarp_devices):
 
 
 def test_after_their_time_tickets_are_void(offered, monkeypatch):
-    monkeypatch.setattr(verbs_listener, "TICKET_LIFETIME", 0.3)
+    monkeypatch.setattr(iwarp_listen, "TICKET_LIFETIME", 0.3)
     passive = offered()
     eventually(lambda: not passive.passive._listener._thread.is_alive(), DEADLINE)
     with pytest.raises(FabricError, match=r"\d port \d+ does not answer: .*refused"):
@@ -195,7 +195,7 @@ def test_the_passive_side_holds_its_writes_until_the_active_side_has_spoken(iwar
 
 def test_an_address_that_does_not_answer_stops_no_other_thread(offered, network, monkeypatch):
     """What a firewall looks like that lets the control stream through, and nothing else."""
-    monkeypatch.setattr(verbs_endpoint, "CONNECT_TIMEOUT", 3.0)
+    monkeypatch.setattr(endpoint, "CONNECT_TIMEOUT", 3.0)
     passive = offered()
     gaps, over = [], threading.Event()
 
@@ -226,7 +226,7 @@ def test_an_address_that_does_not_answer_stops_no_other_thread(offered, network,
 
 def test_a_source_port_that_is_in_use_is_passed_over(offered, network, monkeypatch):
     """siw has to bind it for TCP, of which rdma_cm, that chooses it, knows nothing."""
-    passive, make, made = offered(), verbs_cm.make_identifier, []
+    passive, make, made = offered(), iwarp_connect.make_identifier, []
     with crowded_ports(passive.near) as others:
 
         def make_identifier(*arguments):
@@ -235,7 +235,7 @@ def test_a_source_port_that_is_in_use_is_passed_over(offered, network, monkeypat
             made.append(make(*arguments))
             return made[-1]
 
-        monkeypatch.setattr(verbs_cm, "make_identifier", make_identifier)
+        monkeypatch.setattr(iwarp_connect, "make_identifier", make_identifier)
         passive.check()
     assert len(made) > 1
     assert held()[f"{passive.device}: cm_id"] == 1

@@ -9,9 +9,9 @@ import pytest
 from processes import ROOT
 
 from nvflare_rdma.errors import ConfigError
-from nvflare_rdma.fabric import process_memory
-from nvflare_rdma.fabric.selection import Availability, choose, host_identity, parse_fabrics, probe
-from nvflare_rdma.fabric.verbs_devices import VerbsOptions
+from nvflare_rdma.fabric.options import Availability, FabricOptions
+from nvflare_rdma.fabric.registry import choose, host_identity, parse_fabrics, probe
+from nvflare_rdma.fabric.shm import process_memory
 
 OK, NO_DEVICE = "", "no device"
 
@@ -32,13 +32,20 @@ def test_the_best_common_fabric_is_chosen_and_the_others_are_explained(own, peer
 
 def test_the_reason_of_the_peer_comes_before_another_host():
     table = {"shm": OK, "tcp": OK}
-    assert choose(("shm", "tcp"), table, table, True) == ("shm", "")
-    assert choose(("shm", "tcp"), table, table, False) == ("tcp", "shm: different host (or container network)")
-    assert choose(("shm", "tcp"), table, {"shm": "no memfd", "tcp": OK}, False) == ("tcp", "shm: peer: no memfd")
+    assert choose(("shm", "tcp"), table, table, True, {"shm"}) == ("shm", "")
+    one_host = {"shm"}
+    assert choose(("shm", "tcp"), table, table, False, one_host) == (
+        "tcp",
+        "shm: different host (or container network)",
+    )
+    assert choose(("shm", "tcp"), table, {"shm": "no memfd", "tcp": OK}, False, one_host) == (
+        "tcp",
+        "shm: peer: no memfd",
+    )
 
 
 def test_the_identity_of_a_host_is_the_same_in_another_process_of_the_user_only():
-    code = "from nvflare_rdma.fabric import selection; print(selection.host_identity())"
+    code = "from nvflare_rdma.fabric import registry; print(registry.host_identity())"
     run = [sys.executable, "-c", code]
     mine = host_identity()
     assert len(mine) == 32
@@ -49,20 +56,20 @@ def test_the_identity_of_a_host_is_the_same_in_another_process_of_the_user_only(
 
 
 def test_shared_memory_is_usable_here_or_says_what_is_forbidden(monkeypatch):
-    assert probe(VerbsOptions(), 64 << 20)["shm"] == Availability(True)
+    assert probe(FabricOptions())["shm"] == Availability(True)
 
     def forbidden(*_):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(process_memory, "read_into", forbidden)
-    assert probe(VerbsOptions(), 64 << 20)["shm"].usable
+    assert probe(FabricOptions())["shm"].usable
     monkeypatch.setattr(process_memory, "sealed_memory", forbidden)
-    assert "seccomp" in probe(VerbsOptions(), 64 << 20)["shm"].reason
-    assert not probe(VerbsOptions(), 64 << 20)["shm"].usable
+    assert "seccomp" in probe(FabricOptions())["shm"].reason
+    assert not probe(FabricOptions())["shm"].usable
 
 
 def test_every_fabric_has_a_reason_or_is_usable():
-    table = probe(VerbsOptions(), 64 << 20)
+    table = probe(FabricOptions())
     assert table["tcp"].usable
     assert all(state.usable or state.reason for state in table.values())
 
@@ -82,7 +89,7 @@ def test_a_pyverbs_that_is_broken_is_a_reason_and_no_crash(error, tmp_path):
     """Compiled modules that were not built for each other raise what they like."""
     (tmp_path / "pyverbs").mkdir()
     (tmp_path / "pyverbs/__init__.py").write_text(f"raise {error}")
-    script = "from nvflare_rdma.fabric.selection import pyverbs_reason; print(pyverbs_reason())"
+    script = "from nvflare_rdma.fabric.verbs.availability import pyverbs_reason; print(pyverbs_reason())"
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("pyverbs can't be loaded by Python")

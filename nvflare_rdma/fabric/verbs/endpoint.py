@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Region, RemoteSlice
-from nvflare_rdma.fabric.process_memory import address_of
-from nvflare_rdma.fabric.verbs_api import Access, MemoryRegion, Port
-from nvflare_rdma.fabric.verbs_cm import CONNECT_TIMEOUT, connect_by_cm
-from nvflare_rdma.fabric.verbs_devices import IWARP
-from nvflare_rdma.fabric.verbs_listener import Listener
-from nvflare_rdma.fabric.verbs_memory import Lease
-from nvflare_rdma.fabric.verbs_queue_pair import QueuePair
-from nvflare_rdma.fabric.verbs_rail import VerbsRail
-from nvflare_rdma.fabric.verbs_setup import TICKET_BYTES, RemotePort, RemoteRail, describe, parse
+from nvflare_rdma.fabric.shm.process_memory import address_of
+from nvflare_rdma.fabric.verbs.description import TICKET_BYTES, RemotePort, RemoteRail, describe, parse
+from nvflare_rdma.fabric.verbs.devices import IWARP
+from nvflare_rdma.fabric.verbs.iwarp_connect import CONNECT_TIMEOUT, connect_by_cm
+from nvflare_rdma.fabric.verbs.iwarp_listen import Listener
+from nvflare_rdma.fabric.verbs.ports import Access, MemoryRegion, Port
+from nvflare_rdma.fabric.verbs.queue_pair import QueuePair
+from nvflare_rdma.fabric.verbs.rail import VerbsRail
+from nvflare_rdma.fabric.verbs.registration_cache import Lease
 
 if TYPE_CHECKING:
-    from nvflare_rdma.fabric.verbs import VerbsFabric
+    from nvflare_rdma.fabric.verbs.fabric import VerbsFabric
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class VerbsEndpoint(Endpoint):
         self._closing_ports = threading.Lock()
         self._closed = False
         self._rails: list[VerbsRail] = []
-        #: What iWARP rails are connected with: see `verbs_cm`.
+        #: What iWARP rails are connected with: see `iwarp_connect`.
         self._tickets: dict[int, bytes] = {}
         self._listener: Listener | None = None
         self._started: set[int] = set()

@@ -24,8 +24,15 @@ from typing import Any
 import numpy as np
 
 from nvflare_rdma.errors import FabricError, ProtocolError
-from nvflare_rdma.fabric.process_memory import TRACER, address_of, check_sealed, map_shared, read_into, sealed_memory
-from nvflare_rdma.fabric.shm_wire import Wake
+from nvflare_rdma.fabric.shm.process_memory import (
+    TRACER,
+    address_of,
+    check_sealed,
+    map_shared,
+    read_into,
+    sealed_memory,
+)
+from nvflare_rdma.fabric.shm.wire import Wake
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from nvflare_rdma.errors import FabricUnavailable
 from nvflare_rdma.fabric.interfaces import IPAddress, addresses_of
+from nvflare_rdma.fabric.options import SYSFS, VerbsOptions
 
-SYSFS = Path("/sys")
-DEVICE_FILES = Path("/dev/infiniband")
 INFINIBAND, ROCE, IWARP = "InfiniBand", "RoCE", "iWARP"
 _LINK_LAYERS = {"InfiniBand": INFINIBAND, "Ethernet": ROCE}
 _ROCE_V2 = "RoCE v2"
@@ -76,20 +75,6 @@ class PortInfo:
     def __str__(self) -> str:
         kind = f"software {self.transport}" if self.software else self.transport
         return f"{self.device} port {self.number} ({kind}, {self.rate})"
-
-
-@dataclass(frozen=True, slots=True)
-class VerbsOptions:
-    """``devices``: names, or name:port, that rails are spread over; () for the best one. ``software``: it may be one
-    that the kernel emulates. ``ack_timeout``: 4.096 us * 2^n without an answer, then a queue pair sends again (a device
-    may wait up to four times as long); it has to be longer than the round trip. ``retries``: so often before it fails;
-    7 is without end for some devices."""
-
-    devices: tuple[str, ...] = ()
-    gid_index: int | None = None
-    software: bool = False
-    ack_timeout: int = 16
-    retries: int = 6
 
 
 def list_ports(sysfs: Path = SYSFS) -> list[PortInfo]:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nvflare_rdma.errors import FabricError
-from nvflare_rdma.fabric.process_memory import address_of
+from nvflare_rdma.fabric.shm.process_memory import address_of
 
 #: Large buffers are registered in pieces of at most this size, so that a tensor larger than the limit can be sent from
 #: where it is, and what is pinned for it stays bounded.

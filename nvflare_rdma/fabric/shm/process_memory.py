@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nvflare_rdma.errors import FabricError
-from nvflare_rdma.fabric.memory import HUGE_PAGE_BYTES
+from nvflare_rdma.fabric.slots import HUGE_PAGE_BYTES
 
 _MFD_NOEXEC_SEAL = 0x0008  # Linux 6.3; it implies MFD_ALLOW_SEALING
 _PR_SET_PTRACER = 0x59616D61

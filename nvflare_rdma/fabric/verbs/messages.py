@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from nvflare_rdma.fabric.base import RemoteSlice
-from nvflare_rdma.fabric.verbs_api import Access, Port
-from nvflare_rdma.fabric.verbs_memory import Segment
-from nvflare_rdma.fabric.verbs_queue_pair import Work
+from nvflare_rdma.fabric.verbs.ports import Access, Port
+from nvflare_rdma.fabric.verbs.queue_pair import Work
+from nvflare_rdma.fabric.verbs.registration_cache import Segment
 
 _NOTICE = struct.Struct("!IIQ")
 MESSAGE_BYTES = _NOTICE.size

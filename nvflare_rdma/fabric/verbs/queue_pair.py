@@ -1,7 +1,7 @@
 """Queue pairs and their completions through pyverbs.
 
 Sources: ibv_create_qp(3), ibv_modify_qp(3), ibv_post_send(3), ibv_get_cq_event(3), and IB specification vol. 1, ch. 10
-and 11. Nothing here waits, see `verbs_api`.
+and 11. Nothing here waits, see `ports`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nvflare_rdma.fabric.verbs_api import Closable, Port, close_all, nothing_came, translated, with_descriptor
-from nvflare_rdma.fabric.verbs_devices import INFINIBAND, IWARP, Gid, PortInfo, VerbsOptions
-from nvflare_rdma.fabric.verbs_import import (
+from nvflare_rdma.fabric.options import VerbsOptions
+from nvflare_rdma.fabric.verbs.devices import INFINIBAND, IWARP, Gid, PortInfo
+from nvflare_rdma.fabric.verbs.ports import Closable, Port, close_all, nothing_came, translated, with_descriptor
+from nvflare_rdma.fabric.verbs.pyverbs import (
     CQ,
     GID,
     QP,
@@ -30,7 +31,7 @@ from nvflare_rdma.fabric.verbs_import import (
     SendWR,
     e,
 )
-from nvflare_rdma.fabric.verbs_memory import Segment
+from nvflare_rdma.fabric.verbs.registration_cache import Segment
 
 _HINTS = {
     "RETRY_EXC_ERR": "the peer did not answer in time: is it there, does the network pass RoCE (UDP port 4791), is "

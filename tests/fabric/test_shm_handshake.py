@@ -15,8 +15,9 @@ from shm_peer import DEADLINE, Peer, RemotePeer, digest, pattern
 from waiting import eventually
 
 from nvflare_rdma.errors import FabricError, ProtocolError
-from nvflare_rdma.fabric import process_memory, shm_setup
-from nvflare_rdma.fabric.shm import ShmFabric
+from nvflare_rdma.fabric.shm import process_memory
+from nvflare_rdma.fabric.shm import handshake
+from nvflare_rdma.fabric.shm.fabric import ShmFabric
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="changes the user of a process")
 NOBODY = 65534
@@ -74,7 +75,7 @@ def test_a_wrong_ticket_is_refused_and_the_right_one_still_works():
 
 
 def test_an_offer_expires(monkeypatch):
-    monkeypatch.setattr(shm_setup, "OFFER_LIFETIME", 0.05)
+    monkeypatch.setattr(handshake, "OFFER_LIFETIME", 0.05)
     with peers() as (near, far):
         offer = near.offer()
         eventually(lambda: not listening(offer["name"]))
@@ -92,13 +93,13 @@ def test_closing_the_endpoint_withdraws_its_offer():
 
 
 def test_closing_the_endpoint_ends_a_set_up_that_hangs(monkeypatch):
-    monkeypatch.setattr(shm_setup, "STEP_TIMEOUT", 10 * DEADLINE)
+    monkeypatch.setattr(handshake, "STEP_TIMEOUT", 10 * DEADLINE)
     near = Peer()
     offer = near.offer()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
         silent.settimeout(DEADLINE)
         silent.connect(f"\0{offer['name']}")
-        silent.send(shm_setup.MAGIC + bytes.fromhex(offer["ticket"]))
+        silent.send(handshake.MAGIC + bytes.fromhex(offer["ticket"]))
         assert silent.recv(64) == b"admitted"
         closer = threading.Thread(target=near.close, daemon=True)
         closer.start()
@@ -189,7 +190,7 @@ def test_without_memfds_the_reason_names_them(monkeypatch):
 
     with peers() as (near, far):
         offer = far.offer()
-        monkeypatch.setattr(shm_setup, "sealed_memory", full)
+        monkeypatch.setattr(handshake, "sealed_memory", full)
         with pytest.raises(FabricError, match=r"memfd.*Too many open files"):
             near.connect(offer, "memfd")
 
@@ -198,8 +199,8 @@ def test_a_process_with_other_contents_there_is_not_the_peer():
     """A process number means another process in another namespace."""
     token = bytearray(b"x" * 32)
     address = process_memory.address_of(memoryview(token))
-    assert shm_setup._try_reading(os.getpid(), address, bytes(token))[0] == b"yes"
-    assert shm_setup._try_reading(os.getpid(), address, b"y" * 32)[0] == b"no"
+    assert handshake._try_reading(os.getpid(), address, bytes(token))[0] == b"yes"
+    assert handshake._try_reading(os.getpid(), address, b"y" * 32)[0] == b"no"
 
 
 # -- Yama: a peer is declared the tracer ---------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """Devices and registered memory through pyverbs (rdma-core's Python binding, package python3-pyverbs), and the one
-place that translates its errors. What else calls it: `verbs_queue_pair`, `verbs_cm`.
+place that translates its errors. What else calls it: `queue_pair`, `iwarp_connect`.
 
 Sources: ibv_open_device(3), ibv_get_async_event(3), ibv_reg_mr(3). pyverbs never releases the GIL, so nothing here
 waits: event channels are polled for by their descriptor, and are set not to block.
@@ -16,8 +16,8 @@ from enum import Enum
 from typing import Any, Protocol, TypeVar
 
 from nvflare_rdma.errors import FabricError
-from nvflare_rdma.fabric.verbs_devices import IWARP, Gid, PortInfo
-from nvflare_rdma.fabric.verbs_import import MR, PD, Context, PyverbsError, e
+from nvflare_rdma.fabric.verbs.devices import IWARP, Gid, PortInfo
+from nvflare_rdma.fabric.verbs.pyverbs import MR, PD, Context, PyverbsError, e
 
 _Made = TypeVar("_Made", bound="Closable")
 

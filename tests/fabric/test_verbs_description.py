@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.fabric.base import MAX_RAILS
-from nvflare_rdma.fabric.verbs_devices import Gid
-from nvflare_rdma.fabric.verbs_setup import MIN_MESSAGE, TICKET_BYTES, RemotePort, RemoteRail, describe, parse
+from nvflare_rdma.fabric.verbs.description import MIN_MESSAGE, TICKET_BYTES, RemotePort, RemoteRail, describe, parse
+from nvflare_rdma.fabric.verbs.devices import Gid
 
 KINDS = [("InfiniBand", "IB"), ("RoCE", "RoCE v1"), ("RoCE", "RoCE v2"), ("iWARP", "iWARP")]
 numbers24 = st.integers(0, (1 << 24) - 1)

@@ -19,7 +19,7 @@ from typing import Any
 
 from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.fabric.base import MAX_RAILS
-from nvflare_rdma.fabric.verbs_devices import INFINIBAND, IWARP, ROCE, Gid
+from nvflare_rdma.fabric.verbs.devices import INFINIBAND, IWARP, ROCE, Gid
 
 _KINDS = {INFINIBAND: ("IB",), ROCE: ("RoCE v1", "RoCE v2"), IWARP: ("iWARP",)}
 MIN_MESSAGE = 64 * 1024

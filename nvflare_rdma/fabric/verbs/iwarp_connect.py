@@ -2,7 +2,7 @@
 5044) are the device's. It connects and does no more: queue pairs are made in a context of this package, and what they
 flush tells when a connection has ended.
 
-The active side connects, here, to where the passive side listens (`verbs_listener`). Nothing may wait in librdmacm,
+The active side connects, here, to where the passive side listens (`iwarp_listen`). Nothing may wait in librdmacm,
 because pyverbs keeps the GIL: event channels are set not to block and are polled.
 """
 
@@ -19,10 +19,10 @@ from typing import Any
 
 from nvflare_rdma.errors import FabricError, ProtocolError
 from nvflare_rdma.fabric.interfaces import IPAddress
-from nvflare_rdma.fabric.verbs_api import Port, descriptors, nothing_came, translated, with_descriptor
-from nvflare_rdma.fabric.verbs_import import CMID, AddrInfo, CMEvent, CMEventChannel, ConnParam, PyverbsError, ce
-from nvflare_rdma.fabric.verbs_queue_pair import QueuePair
-from nvflare_rdma.fabric.verbs_setup import RemoteRail
+from nvflare_rdma.fabric.verbs.description import RemoteRail
+from nvflare_rdma.fabric.verbs.ports import Port, descriptors, nothing_came, translated, with_descriptor
+from nvflare_rdma.fabric.verbs.pyverbs import CMID, AddrInfo, CMEvent, CMEventChannel, ConnParam, PyverbsError, ce
+from nvflare_rdma.fabric.verbs.queue_pair import QueuePair
 
 log = logging.getLogger(__name__)
 

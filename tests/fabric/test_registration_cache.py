@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from waiting import eventually
 
 from nvflare_rdma.errors import FabricError
-from nvflare_rdma.fabric.process_memory import address_of
-from nvflare_rdma.fabric.verbs_memory import RegistrationCache, owner_of
+from nvflare_rdma.fabric.shm.process_memory import address_of
+from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache, owner_of
 
 PAGE = 4096
 

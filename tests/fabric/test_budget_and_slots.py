@@ -6,7 +6,9 @@ import threading
 
 import pytest
 
-from nvflare_rdma.fabric.memory import MemoryBudget, Reservation, SendMemory, SlotPool
+from nvflare_rdma.fabric.budget import MemoryBudget, Reservation
+from nvflare_rdma.fabric.send_memory import SendMemory
+from nvflare_rdma.fabric.slots import SlotPool
 
 
 class Requests:

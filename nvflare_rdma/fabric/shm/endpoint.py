@@ -1,7 +1,7 @@
 """One-sided writes between two processes of one user on one host.
 
 A write is a 48-byte message on a Unix socket (the one rail), and one copy of the bytes. Who copies depends on how
-the receiving side can receive, which the two find out by trying when they meet (`shm_setup.agree`):
+the receiving side can receive, which the two find out by trying when they meet (`handshake.agree`):
 
 ``direct``  the message says where the bytes are in the sender, and the receiver copies them from there into the
             exposed slice (process_vm_readv(2)). Any memory can receive, and only its owner ever writes it.
@@ -16,19 +16,18 @@ import logging
 import struct
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
 from nvflare_rdma.errors import FabricError, ProtocolError
-from nvflare_rdma.fabric import shm_setup
-from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Fabric, RemoteSlice
-from nvflare_rdma.fabric.process_memory import address_of, read_into
-from nvflare_rdma.fabric.shm_reads import LARGE_BYTES, Read, Reads
-from nvflare_rdma.fabric.shm_regions import Exposures, ShmRegion
-from nvflare_rdma.fabric.shm_slots import PeerSlots, SlotOwner
-from nvflare_rdma.fabric.shm_wire import ACKNOWLEDGE, FORGET, MAP, WRITE, Message, Wire
+from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, RemoteSlice
+from nvflare_rdma.fabric.shm import handshake
+from nvflare_rdma.fabric.shm.exposures import Exposures, ShmRegion
+from nvflare_rdma.fabric.shm.process_memory import address_of, read_into
+from nvflare_rdma.fabric.shm.reads import LARGE_BYTES, Read, Reads
+from nvflare_rdma.fabric.shm.slots import PeerSlots, SlotOwner
+from nvflare_rdma.fabric.shm.wire import ACKNOWLEDGE, FORGET, MAP, WRITE, Message, Wire
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class ShmEndpoint(Endpoint):
         self._state = threading.Lock()
         self._wire: Wire  # as soon as there is a peer
         self._reads: Reads
-        self._peer: shm_setup.Peer | None = None
+        self._peer: handshake.Peer | None = None
         self._up = False
         self._closed = False
         self._reason: Exception | None = None
@@ -58,9 +57,9 @@ class ShmEndpoint(Endpoint):
         self._receivers: list[threading.Thread] = []
         self._active = 0  # those that have not left
         self._broken: Exception | None = None  # why they leave
-        self.listener: shm_setup.Listener | None = None
+        self.listener: handshake.Listener | None = None
 
-    def attach(self, peer: shm_setup.Peer, passive: bool) -> None:
+    def attach(self, peer: handshake.Peer, passive: bool) -> None:
         """Open the rail on a connection whose set-up is over. Raises FabricError: this process is out of means."""
         with self._state, contextlib.ExitStack() as undo:
             undo.callback(peer.sock.close)
@@ -69,7 +68,7 @@ class ShmEndpoint(Endpoint):
                 return
             try:
                 # A receiver sends the greeting: when the peer gets it, everything here is in place.
-                wire = self._wire = Wire(peer.sock, self._idle, shm_setup.READY if passive else b"")
+                wire = self._wire = Wire(peer.sock, self._idle, handshake.READY if passive else b"")
                 self._reads = Reads(lambda count, last: wire.post(Message(ACKNOWLEDGE, last, length=count)))
                 if peer.receive == "memfd":
                     self._exposures.slots = SlotOwner(self._wire.share, self._wire.forget, self._wire.wake.set)
@@ -91,7 +90,7 @@ class ShmEndpoint(Endpoint):
         return {} if self._peer is None else {"receive": self._peer.receive, "send": self._peer.send}
 
     @property
-    def prompt(self) -> bool:
+    def write_is_nonblocking(self) -> bool:
         return self.paths.get("send") == "direct"
 
     # -- receiving ---------------------------------------------------------------------------------------------
@@ -301,27 +300,3 @@ class ShmEndpoint(Endpoint):
             if thread is not threading.current_thread():
                 thread.join(timeout=5.0)
         self._exposures.close()
-
-
-class ShmFabric(Fabric):
-    """``paths``: how this side may receive, best first; for tests, "direct" or "memfd" alone."""
-
-    name = "shm"
-    private = True
-
-    def __init__(self, paths: Sequence[str] = shm_setup.PATHS) -> None:
-        if not paths or set(paths) - set(shm_setup.PATHS):
-            raise ValueError(f"shm paths are {' and '.join(shm_setup.PATHS)}, not {paths!r}")
-        self._paths = tuple(paths)
-
-    def offer(self, handler: CompletionHandler) -> tuple[ShmEndpoint, Mapping[str, Any]]:
-        endpoint = ShmEndpoint(handler)
-        endpoint.listener = shm_setup.Listener(
-            self._paths, lambda peer: endpoint.attach(peer, passive=True), shm_setup.OFFER_LIFETIME
-        )
-        return endpoint, endpoint.listener.offer
-
-    def connect(self, offer: Mapping[str, Any], handler: CompletionHandler) -> ShmEndpoint:
-        endpoint = ShmEndpoint(handler)
-        endpoint.attach(shm_setup.dial(offer, self._paths), passive=False)
-        return endpoint

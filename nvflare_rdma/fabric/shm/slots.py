@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nvflare_rdma.errors import FabricError, ProtocolError
-from nvflare_rdma.fabric.memory import slot_bytes
-from nvflare_rdma.fabric.process_memory import address_of, check_sealed, map_shared, sealed_memory
+from nvflare_rdma.fabric.shm.process_memory import address_of, check_sealed, map_shared, sealed_memory
+from nvflare_rdma.fabric.slots import slot_bytes
 
 #: Mappings per peer; a process may have 65,530 of all kinds (vm.max_map_count).
 MAX_SLOTS = 8192

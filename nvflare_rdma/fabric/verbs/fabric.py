@@ -15,12 +15,13 @@ from typing import Any
 
 from nvflare_rdma.fabric.base import CompletionHandler, Fabric
 from nvflare_rdma.fabric.interfaces import IPAddress
-from nvflare_rdma.fabric.memory import SlotPool
-from nvflare_rdma.fabric.verbs_api import Port
-from nvflare_rdma.fabric.verbs_devices import VerbsOptions, choose_gid, choose_ports, list_ports
-from nvflare_rdma.fabric.verbs_endpoint import VerbsEndpoint
-from nvflare_rdma.fabric.verbs_memory import RegistrationCache
-from nvflare_rdma.fabric.verbs_setup import parse
+from nvflare_rdma.fabric.options import VerbsOptions
+from nvflare_rdma.fabric.slots import SlotPool
+from nvflare_rdma.fabric.verbs.description import parse
+from nvflare_rdma.fabric.verbs.devices import choose_gid, choose_ports, list_ports
+from nvflare_rdma.fabric.verbs.endpoint import VerbsEndpoint
+from nvflare_rdma.fabric.verbs.ports import Port
+from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache
 
 log = logging.getLogger(__name__)
 

@@ -1,5 +1,5 @@
-"""The passive side of iWARP rails: listens, and lets in whoever presents a ticket, once. `verbs_setup` tells the peer
-where, and the tickets. See `verbs_cm`.
+"""The passive side of iWARP rails: listens, and lets in whoever presents a ticket, once. `description` tells the peer
+where, and the tickets. See `iwarp_connect`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Mapping
 
 from nvflare_rdma.errors import FabricError, FabricUnavailable
 from nvflare_rdma.fabric.interfaces import IPAddress
-from nvflare_rdma.fabric.verbs_api import Port, close_all, descriptors, make_event, translated
-from nvflare_rdma.fabric.verbs_cm import Events, Identifier, make_identifier
-from nvflare_rdma.fabric.verbs_import import CMID, AddrInfo, ConnParam, ce
-from nvflare_rdma.fabric.verbs_queue_pair import QueuePair
+from nvflare_rdma.fabric.verbs.iwarp_connect import Events, Identifier, make_identifier
+from nvflare_rdma.fabric.verbs.ports import Port, close_all, descriptors, make_event, translated
+from nvflare_rdma.fabric.verbs.pyverbs import CMID, AddrInfo, ConnParam, ce
+from nvflare_rdma.fabric.verbs.queue_pair import QueuePair
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.fabric.base import Region, RemoteSlice
-from nvflare_rdma.fabric.shm_slots import SlotOwner
-from nvflare_rdma.fabric.shm_wire import Message
+from nvflare_rdma.fabric.shm.slots import SlotOwner
+from nvflare_rdma.fabric.shm.wire import Message
 
 
 @dataclass(slots=True, eq=False)

@@ -23,10 +23,10 @@ from typing import Protocol
 
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice
-from nvflare_rdma.fabric.verbs_api import Access, MemoryRegion, Port, make_event
-from nvflare_rdma.fabric.verbs_memory import Lease
-from nvflare_rdma.fabric.verbs_messages import GREETING, MESSAGE_BYTES, MessageRing, Notice, read, writes_of
-from nvflare_rdma.fabric.verbs_queue_pair import Completion, QueuePair, Work, messages_wait, writes_carry_immediates
+from nvflare_rdma.fabric.verbs.messages import GREETING, MESSAGE_BYTES, MessageRing, Notice, read, writes_of
+from nvflare_rdma.fabric.verbs.ports import Access, MemoryRegion, Port, make_event
+from nvflare_rdma.fabric.verbs.queue_pair import Completion, QueuePair, Work, messages_wait, writes_carry_immediates
+from nvflare_rdma.fabric.verbs.registration_cache import Lease
 
 log = logging.getLogger(__name__)
 
