@@ -20,10 +20,10 @@ from measuring import MIB, Measured, Meter, obey, pattern
 
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import ControlStream
-from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.state import Role
-from nvflare_rdma.channel.wire import CONTROL_MAGIC
+from nvflare_rdma.channel.protocol.limits import ChannelLimits
+from nvflare_rdma.channel.protocol.state import Role
+from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
 from nvflare_rdma.fabric.budget import MemoryBudget
 from nvflare_rdma.fabric.send_memory import SendMemory
 from nvflare_rdma.fabric.shm.fabric import ShmFabric

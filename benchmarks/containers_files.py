@@ -65,7 +65,7 @@ class Side(Measured):
         elif not is_server:
             wait_until(lambda: self._engine.cell.core_cell.is_cell_connected("server"), f"a connection over {url}")
         if direct:
-            from nvflare_rdma.streaming.transfer import install
+            from nvflare_rdma.streaming.component import install
 
             install()
         if not is_server:

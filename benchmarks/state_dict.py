@@ -88,7 +88,7 @@ class Side(Measured):
         self._cell.register_request_cb(channel="bench", topic="put", cb=self._take)
         self._cell.start()
         if direct:
-            from nvflare_rdma.streaming.transfer import install
+            from nvflare_rdma.streaming.component import install
 
             install()
         if not self._is_server:

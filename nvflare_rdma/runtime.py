@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nvflare_rdma.channel.context import LinkContext
-from nvflare_rdma.channel.limits import ChannelLimits
+from nvflare_rdma.channel.protocol.limits import ChannelLimits
 from nvflare_rdma.fabric.base import Fabric
 from nvflare_rdma.fabric.budget import MemoryBudget
 from nvflare_rdma.fabric.registry import FabricFactory, LinkEnd, factories, host_identity, probe

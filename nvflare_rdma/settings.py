@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from nvflare_rdma.channel.controllers import CONTROLLERS
-from nvflare_rdma.channel.wire import INTEGRITY
+from nvflare_rdma.channel.protocol.wire import INTEGRITY
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.fabric.base import MAX_RAILS
 from nvflare_rdma.fabric.options import FabricOptions, VerbsOptions

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeAlias
 
-from nvflare_rdma.channel.limits import MIN_CHUNK_BYTES
+from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES
 from nvflare_rdma.errors import LocalProtocolError
 
 MAX_UNIT_BYTES = 1024 * 1024

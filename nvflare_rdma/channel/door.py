@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from nvflare_rdma.channel.control import ControlStream
-from nvflare_rdma.channel.wire import CONTROL_MAGIC
+from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
 from nvflare_rdma.errors import ProtocolError, RdmaError, TlsError, UnreachableError
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric
 

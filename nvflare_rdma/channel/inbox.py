@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nvflare_rdma.channel import events, sealing
+from nvflare_rdma.channel import sealing
 from nvflare_rdma.channel.bodies import Sink, whole_units
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.controllers import Controller
-from nvflare_rdma.channel.limits import MIN_CHUNK_BYTES
+from nvflare_rdma.channel.protocol import events
+from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES
 from nvflare_rdma.errors import FabricError, IntegrityError
 from nvflare_rdma.fabric.base import Endpoint, Region, RemoteSlice
 from nvflare_rdma.fabric.budget import Reservation

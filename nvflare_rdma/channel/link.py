@@ -20,18 +20,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from nvflare_rdma.channel import events, sealing, wire
-from nvflare_rdma.channel.afterwards import Afterwards, Delivery
+from nvflare_rdma.channel import sealing
 from nvflare_rdma.channel.bodies import BufferSource, Sink, Source
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.control_rail import ControlRail
-from nvflare_rdma.channel.core import Channel
+from nvflare_rdma.channel.deferred import Afterwards, Delivery
 from nvflare_rdma.channel.inbox import Inbox
 from nvflare_rdma.channel.opening import Opening, RailOpener
 from nvflare_rdma.channel.outbox import Outbox, Sending
+from nvflare_rdma.channel.protocol import events, wire
+from nvflare_rdma.channel.protocol.connection import Channel
+from nvflare_rdma.channel.protocol.state import Phase, Role
 from nvflare_rdma.channel.rails import RailSet
-from nvflare_rdma.channel.state import Phase, Role
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.fabric.base import Fabric
 

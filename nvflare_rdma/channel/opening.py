@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nvflare_rdma.channel import events, wire
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control_rail import ControlRail
 from nvflare_rdma.channel.controllers import Controller, make_controller
-from nvflare_rdma.channel.limits import MIN_CHUNK_BYTES
+from nvflare_rdma.channel.protocol import events, wire
+from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES
 from nvflare_rdma.channel.rails import FabricChooser, RailOwner, RailSet
 from nvflare_rdma.errors import FabricError, ProtocolError
 from nvflare_rdma.fabric.base import Fabric

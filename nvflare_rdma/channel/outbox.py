@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nvflare_rdma.channel import events, sealing
+from nvflare_rdma.channel import sealing
 from nvflare_rdma.channel.bodies import Source, Take
+from nvflare_rdma.channel.protocol import events
 from nvflare_rdma.channel.rails import RailSet
 from nvflare_rdma.errors import SendTimeoutError, TransferError
 

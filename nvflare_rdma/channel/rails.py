@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-from nvflare_rdma.channel import events, wire
+from nvflare_rdma.channel.protocol import events, wire
 from nvflare_rdma.errors import FabricError, FabricUnavailable
 from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Fabric
 from nvflare_rdma.fabric.registry import choose

@@ -122,3 +122,18 @@ def identity(value: Any) -> tuple[Any, ...]:
         lazy = value.is_neg(), value.is_conj()  # done when it is read, not in memory
         return ("torch", value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, lazy)
     return ("numpy", value.__array_interface__["data"][0], value.shape, value.strides, value.dtype.str)
+
+
+MAX_DIMENSIONS = 64
+#: What numpy and torch both have in memory as plain numbers, and the bytes of one.
+_WIDTHS = {
+    **{name: np.dtype(name).itemsize for name in ("bool", "float16", "float32", "float64", "complex64", "complex128")},
+    **{f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+#: Those that only torch has.
+_TORCH_WIDTHS = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1}
+
+
+def width(dtype: str, torch: bool) -> int:
+    """Bytes of one value; 0 if tensors of that dtype can't be sent."""
+    return _WIDTHS.get(dtype, 0) or (_TORCH_WIDTHS.get(dtype, 0) if torch else 0)

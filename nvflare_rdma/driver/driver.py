@@ -24,7 +24,7 @@ from nvflare.fuel.hci.security import get_certificate_common_name
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.door import GREETING_TIMEOUT, Door, Pending, address_of, dial, explain_tls
 from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.state import Role
+from nvflare_rdma.channel.protocol.state import Role
 from nvflare_rdma.driver.blob_memory import use_huge_pages
 from nvflare_rdma.driver.connection import RdmaConnection
 from nvflare_rdma.errors import ConfigError, RdmaError, TlsError, UnsupportedVersionError

@@ -13,8 +13,8 @@ from nvflare_rdma.codecs.base import Array
 from nvflare_rdma.codecs.tensors import FLOAT_NAMES, float_bits, from_flat, is_torch, new_flat
 from nvflare_rdma.errors import CodecError
 from nvflare_rdma.filters.encoding import EXACT, MIB, MIXED, has_memory
+from nvflare_rdma.filters.flat_params import flatten, rebuild
 from nvflare_rdma.filters.metadata import Received, codec_for, from_message
-from nvflare_rdma.filters.params import flatten, rebuild
 
 # Values that a message may stand for beyond those that its codes are counted for: constants take no codes at all, and
 # lossless and compressed ones few. 4096 is more than any of them reaches on weights.

@@ -9,12 +9,12 @@ from nvflare.apis.shareable import Shareable
 
 from nvflare_rdma.codecs.base import Array
 from nvflare_rdma.errors import CodecError, ConfigError
-from nvflare_rdma.filters.base import OURS, QUANT_META, QUANT_STATE, SOURCE_DATATYPE, QuantFilter
-from nvflare_rdma.filters.bases import Base, bases_of, tell_held
 from nvflare_rdma.filters.correction import add_base
 from nvflare_rdma.filters.decoding import decode_params
+from nvflare_rdma.filters.delta_base import Base, bases_of, tell_held
 from nvflare_rdma.filters.metadata import Received, require
 from nvflare_rdma.filters.points import FilterPoint
+from nvflare_rdma.filters.quant_filter import OURS, QUANT_META, QUANT_STATE, SOURCE_DATATYPE, QuantFilter
 
 
 class ModelDequantizer(QuantFilter):

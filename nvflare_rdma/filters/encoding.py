@@ -26,8 +26,8 @@ from nvflare_rdma.codecs.tensors import (
     to_array,
 )
 from nvflare_rdma.errors import UnrepresentableError
+from nvflare_rdma.filters.flat_params import flatten, rebuild
 from nvflare_rdma.filters.metadata import to_message
-from nvflare_rdma.filters.params import flatten, rebuild
 
 EXACT = "bool"  # the source_datatype that makes FLARE's dequantizer skip a tensor
 MIXED = "mixed"  # the algorithm of a message whose tensors name their codecs themselves

@@ -15,12 +15,12 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare_rdma.codecs.policy import Policy
 from nvflare_rdma.codecs.warming import warm_up
 from nvflare_rdma.errors import ConfigError
-from nvflare_rdma.filters.base import OURS, QUANT_STATE, QUANTIZED_FLAG, SOURCE_DATATYPE, QuantFilter
-from nvflare_rdma.filters.bases import answer_clients
+from nvflare_rdma.filters.delta_base import answer_clients
 from nvflare_rdma.filters.dither import DITHERED
-from nvflare_rdma.filters.params import flatten, rebuild
+from nvflare_rdma.filters.flat_params import flatten, rebuild
+from nvflare_rdma.filters.message_encoder import Encoded, Sender
 from nvflare_rdma.filters.points import FilterPoint, filters_at, is_dequantizer
-from nvflare_rdma.filters.sender import Encoded, Sender
+from nvflare_rdma.filters.quant_filter import OURS, QUANT_STATE, QUANTIZED_FLAG, SOURCE_DATATYPE, QuantFilter
 from nvflare_rdma.flare_compat import TRANSFER_PROP
 
 _OURS = "nvflare_rdma.filters"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nvflare_rdma.codecs.tensors import is_tensor
-from nvflare_rdma.filters.params import flatten
+from nvflare_rdma.filters.flat_params import flatten
 
 
 class Shared:

@@ -33,7 +33,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 from nvflare_rdma.metrics.names import FILE_NAME
-from nvflare_rdma.metrics.wire import TcpByteCounter, WireBytes
+from nvflare_rdma.metrics.tcp_counters import TcpByteCounter, WireBytes
 
 # (event that opens a window, event that closes it, name of its seconds)
 _SITE_WINDOWS = (

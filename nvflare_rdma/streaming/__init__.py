@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
-    "ContainerRetriever": "container_retriever",
-    "ContainerStreamer": "container_streamer",
-    "FileRetriever": "file_retriever",
-    "FileStreamer": "file_streamer",
-    "RdmaTransfer": "transfer",
+    "ContainerRetriever": "streams.containers",
+    "ContainerStreamer": "streams.containers",
+    "FileRetriever": "streams.files",
+    "FileStreamer": "streams.files",
+    "RdmaTransfer": "component",
 }
 __all__ = ["ContainerRetriever", "ContainerStreamer", "FileRetriever", "FileStreamer", "RdmaTransfer"]
 

@@ -30,17 +30,17 @@ from nvflare.fuel.utils.fobs import FOBSContextKey
 from nvflare.fuel.utils.fobs.datum import Datum
 
 from nvflare_rdma.errors import RdmaError, TransferError
-from nvflare_rdma.metrics.transfers import Meter, Meters
-from nvflare_rdma.streaming.arrays import TensorMemory
-from nvflare_rdma.streaming.endings import abortable, cancel
-from nvflare_rdma.streaming.landing import Land, in_memory
-from nvflare_rdma.streaming.manifest import unpack
-from nvflare_rdma.streaming.metering import finish, flares_own
+from nvflare_rdma.streaming.abort import abortable, cancel
+from nvflare_rdma.streaming.fallback import finish, flares_own
 from nvflare_rdma.streaming.progress import DirectProgress, source_progress
-from nvflare_rdma.streaming.pulling import AbortedError, LostError, Pull
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.relay import RelayConsumer, produce
-from nvflare_rdma.streaming.serving import Service
+from nvflare_rdma.transfer.arrays import TensorMemory
+from nvflare_rdma.transfer.manifest import unpack
+from nvflare_rdma.transfer.receiver import AbortedError, LostError, Pull
+from nvflare_rdma.transfer.records import Meter, Meters
+from nvflare_rdma.transfer.service import Service
+from nvflare_rdma.transfer.sinks import Land, in_memory
 
 log = logging.getLogger(__name__)
 

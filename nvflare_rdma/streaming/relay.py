@@ -13,9 +13,9 @@ from typing import Any
 from nvflare.fuel.f3.streaming.download_service import Consumer, ProduceRC
 
 from nvflare_rdma.errors import ProtocolError, RdmaError
-from nvflare_rdma.streaming.landing import Land, Landings, Place, TensorSink
-from nvflare_rdma.streaming.manifest import Item
-from nvflare_rdma.streaming.sending import Relayed
+from nvflare_rdma.transfer.manifest import Item
+from nvflare_rdma.transfer.sender import Relayed
+from nvflare_rdma.transfer.sinks import Land, Landings, Place, TensorSink
 
 RELAY_KEY = "nvflare_rdma_relay"
 PIECE_BYTES = 2 << 20  # as much as FLARE sends at once

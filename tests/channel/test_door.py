@@ -21,8 +21,8 @@ from nvflare_rdma.channel import door as door_module
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.door import Door, Pending, dial
 from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.state import Role
-from nvflare_rdma.channel.wire import CONTROL_MAGIC
+from nvflare_rdma.channel.protocol.state import Role
+from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
 from nvflare_rdma.errors import TlsError, TransferError
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric
 

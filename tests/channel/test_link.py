@@ -19,11 +19,11 @@ from recorder import Recorder
 from tcp_pair import DEADLINE, admitting, context, in_parallel, link_pair
 from waiting import eventually
 
-from nvflare_rdma.channel import events, wire
 from nvflare_rdma.channel.bodies import BufferSource, Source, Take
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.state import Role
+from nvflare_rdma.channel.protocol import events, wire
+from nvflare_rdma.channel.protocol.state import Role
 from nvflare_rdma.errors import (
     FabricError,
     FabricUnavailable,

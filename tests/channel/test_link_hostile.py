@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tcp_pair import DEADLINE, context
 from waiting import eventually
 
-from nvflare_rdma.channel import wire
 from nvflare_rdma.channel.control import ControlStream
-from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.state import Role
+from nvflare_rdma.channel.protocol import wire
+from nvflare_rdma.channel.protocol.limits import ChannelLimits
+from nvflare_rdma.channel.protocol.state import Role
 from nvflare_rdma.errors import FabricError, RdmaError, TransferError
 from nvflare_rdma.fabric.base import RemoteSlice
 from nvflare_rdma.fabric.budget import MemoryBudget, Reservation

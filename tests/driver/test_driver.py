@@ -15,7 +15,7 @@ from nvflare.fuel.f3.drivers.net_utils import parse_url
 from processes import free_port
 from waiting import eventually
 
-from nvflare_rdma.channel.wire import CONTROL_MAGIC, Hello, encode
+from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC, Hello, encode
 from nvflare_rdma.driver import RdmaDriver
 
 DEADLINE = 20.0

@@ -15,7 +15,7 @@ from nvflare.fuel.utils import fobs
 
 from nvflare_rdma.errors import CodecError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
-from nvflare_rdma.filters.bases import HELD, TOPIC, Base, Bases
+from nvflare_rdma.filters.delta_base import HELD, TOPIC, Base, Bases
 
 DATA, RESULT = FilterChainType.TASK_DATA_CHAIN, FilterChainType.TASK_RESULT_CHAIN
 

@@ -287,7 +287,7 @@ def test_a_result_that_comes_while_the_next_message_is_encoded_changes_nothing_i
         stream.sent()
         return encode_corrected(*args)
 
-    monkeypatch.setattr("nvflare_rdma.filters.sender.encode_corrected", late)
+    monkeypatch.setattr("nvflare_rdma.filters.message_encoder.encode_corrected", late)
     got = decoded(stream.encode(w))
     for name in w:
         np.testing.assert_array_equal(got[name], expected[name])

@@ -11,14 +11,14 @@ from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, make_copy
 
-from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer, sender
+from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer, message_encoder
 
 
 @pytest.fixture
 def encodings(monkeypatch):
     """The params of every call that really encodes."""
-    calls, encode = [], sender.encode_params
-    monkeypatch.setattr(sender, "encode_params", lambda *args: calls.append(args[0]) or encode(*args))
+    calls, encode = [], message_encoder.encode_params
+    monkeypatch.setattr(message_encoder, "encode_params", lambda *args: calls.append(args[0]) or encode(*args))
     return calls
 
 

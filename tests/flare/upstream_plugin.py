@@ -12,12 +12,12 @@ import pytest
 
 from nvflare_rdma.flare_compat import replace_decomposer
 from nvflare_rdma.runtime import this_runtime
-from nvflare_rdma.streaming.channels import DataChannels
+from nvflare_rdma.streaming.component import install
 from nvflare_rdma.streaming.decomposers import DirectDecomposer, RdmaArrayDecomposer
-from nvflare_rdma.streaming.pulling import Pull
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.torch_decomposer import RdmaTensorDecomposer
-from nvflare_rdma.streaming.transfer import install
+from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer.receiver import Pull
 
 _counted: Counter[str] = Counter()
 

@@ -13,7 +13,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 from nvflare_rdma.metrics.recorder import TrafficRecorder
-from nvflare_rdma.metrics.wire import WireBytes
+from nvflare_rdma.metrics.tcp_counters import WireBytes
 
 
 class Run:

@@ -22,7 +22,7 @@ from transfer_records import record
 
 from nvflare_rdma.metrics import pools
 from nvflare_rdma.metrics.reporting import TransferReporter, summarize
-from nvflare_rdma.metrics.transfers import ledger
+from nvflare_rdma.transfer.records import ledger
 
 
 class Run:

@@ -10,8 +10,8 @@ import pytest
 from tcp_pair import DEADLINE
 
 from nvflare_rdma.errors import TransferError
-from nvflare_rdma.streaming import container_streamer, stream_receiving
-from nvflare_rdma.streaming.stream_receiving import KEY, Receiving, _Consumer
+from nvflare_rdma.streaming.streams import containers, receiver
+from nvflare_rdma.streaming.streams.receiver import KEY, Receiving, _Consumer
 
 START = {"do": "start", "stream": "x", "peer": "server", "timeout": 12.0}
 
@@ -36,7 +36,7 @@ class Stream:
         self.over = threading.Event()
         self.codes: list[str] = []
         self.context = {"__END_STREAM__": None}
-        self.context[stream_receiving.StreamContextKey.END_STREAM] = self._end
+        self.context[receiver.StreamContextKey.END_STREAM] = self._end
         self.consumer = _Consumer(self.context, lambda context, site: receiving or _Quick())
         cell = types.SimpleNamespace(get_fqcn=lambda: "site-1")
         self.fl_ctx = types.SimpleNamespace(
@@ -51,7 +51,7 @@ class Stream:
         self.over.set()
 
     def finalize(self, code) -> None:
-        self.context[stream_receiving.StreamContextKey.RC] = code
+        self.context[receiver.StreamContextKey.RC] = code
         self.consumer.finalize(self.context, self.fl_ctx)
 
     def say(self, message: dict):
@@ -66,15 +66,15 @@ class Stream:
 @pytest.fixture
 def clock(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(stream_receiving, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(stream_receiving, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(receiver, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(receiver, "_LOOK_SECONDS", 0.01)
     return now
 
 
 @pytest.fixture(autouse=True)
 def channels(monkeypatch):
     found = types.SimpleNamespace(budget=types.SimpleNamespace(watch=lambda: None))
-    monkeypatch.setattr(stream_receiving, "registry", types.SimpleNamespace(of=lambda cell: found))
+    monkeypatch.setattr(receiver, "registry", types.SimpleNamespace(of=lambda cell: found))
 
 
 @pytest.mark.parametrize(("timeout", "patience"), [(12.0, 120), (100, 400)])
@@ -95,7 +95,7 @@ def test_it_waits_as_long_as_its_sender_lives(timeout, patience, clock):
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(("code", "undone"), [("OK", 0), ("TASK_ABORTED", 1)])
 def test_what_came_goes_if_its_stream_fails(code, undone, late, monkeypatch):
-    monkeypatch.setattr(stream_receiving, "TURN_SECONDS", 0.01)  # what finalize waits is not enough
+    monkeypatch.setattr(receiver, "TURN_SECONDS", 0.01)  # what finalize waits is not enough
     going, calls = threading.Event(), []
     receiving = _Quick()
     receiving.run = lambda *args: going.wait(DEADLINE)
@@ -121,7 +121,7 @@ def test_whatever_breaks_it_is_told(monkeypatch):
     def broken(*args):
         raise RuntimeError("no meter")
 
-    monkeypatch.setattr(stream_receiving, "Meter", broken)
+    monkeypatch.setattr(receiver, "Meter", broken)
     stream = Stream()
     stream.say(START)
     assert stream.wait() == "failed"
@@ -131,5 +131,5 @@ def test_whatever_breaks_it_is_told(monkeypatch):
 def test_only_entries_of_known_size_share_a_message():
     arrays = {"a": np.zeros(10)}
     entries = [("a", 1), ("b", "x"), ("c", arrays), ("d", arrays), ("e", 2.0), ("f", np.float32(1)), ((1, 2), 3)]
-    assert container_streamer._portions(entries, set(), True) == [[0, 1], [2], [3], [4, 5], [6]]
-    assert container_streamer._portions([value for _, value in entries], {0}, False) == [[1], [2], [3], [4, 5, 6]]
+    assert containers._portions(entries, set(), True) == [[0, 1], [2], [3], [4, 5], [6]]
+    assert containers._portions([value for _, value in entries], {0}, False) == [[1], [2], [3], [4, 5, 6]]

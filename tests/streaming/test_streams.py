@@ -9,7 +9,7 @@ import torch
 from processes import SMALL, run
 
 from nvflare_rdma.errors import ProtocolError
-from nvflare_rdma.streaming.container_streamer import ContainerReceiving
+from nvflare_rdma.streaming.streams.containers import ContainerReceiving
 
 OWN = "on FLARE's own path"
 THANKS = {"site-1": "thanks from site-1", "site-2": "thanks from site-2"}

@@ -19,8 +19,8 @@ from nvflare.fuel.utils import fobs
 from two_cells import Lines
 from waiting import eventually
 
-from nvflare_rdma.streaming import channels
-from nvflare_rdma.streaming.transfer import install
+from nvflare_rdma.streaming.component import install
+from nvflare_rdma.transfer import peers
 
 SERVER, SITE = "10.9.0.1", "10.9.0.2"
 URL = f"tcp://{SERVER}:8002"
@@ -81,7 +81,7 @@ def ask(folder: Path) -> int:
     cell = Cell("site-1", URL, secure=False, credentials={})
     cell.start()
     eventually(lambda: cell.core_cell.is_cell_connected("server"))
-    channels._ADDRESS_SECONDS = 1.0  # for a test's sake
+    peers._ADDRESS_SECONDS = 1.0  # for a test's sake
     install()
 
     def request(topic: str):
@@ -95,7 +95,7 @@ def ask(folder: Path) -> int:
 
     results = {"firewall": get(), "again": get()}
     request("open")
-    channels._AVOID_SECONDS = 0.0
+    peers._AVOID_SECONDS = 0.0
     results["open"] = get()
     (folder / "results.json").write_text(json.dumps(results))
     return 0

@@ -28,9 +28,9 @@ from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message  # noqa: 
 from nvflare.fuel.f3.streaming.download_service import DownloadService  # noqa: E402
 from nvflare.fuel.utils.fobs.decomposers.via_downloader import materialize_lazy_download_refs  # noqa: E402
 
-from nvflare_rdma.streaming import sending  # noqa: E402
+from nvflare_rdma.streaming.component import install  # noqa: E402
 from nvflare_rdma.streaming.trainer import hand_on  # noqa: E402
-from nvflare_rdma.streaming.transfer import install  # noqa: E402
+from nvflare_rdma.transfer import sender  # noqa: E402
 
 DEADLINE = 40.0
 CHANNEL = "contracts"
@@ -54,7 +54,7 @@ class Gates:
         self.made = 0  # bytes of an array, on FLARE's path
         self._shut: dict[int, threading.Event] = {}
         self._reached: dict[int, threading.Event] = {}
-        produce, offer = ArrayDownloadable.produce_item, sending.Sender._offer
+        produce, offer = ArrayDownloadable.produce_item, sender.Sender._offer
 
         @functools.wraps(produce)
         def produce_item(it, index):
@@ -67,7 +67,7 @@ class Gates:
             self._wait(part.tensor.size)
             return offer(it, part)
 
-        ArrayDownloadable.produce_item, sending.Sender._offer = produce_item, _offer
+        ArrayDownloadable.produce_item, sender.Sender._offer = produce_item, _offer
 
     def shut(self, kind: int) -> None:
         self._reached[_LAST + kind], self._shut[_LAST + kind] = threading.Event(), threading.Event()

@@ -25,7 +25,7 @@ from processes import free_port
 from waiting import eventually
 
 from nvflare_rdma.runtime import this_runtime
-from nvflare_rdma.streaming.transfer import install
+from nvflare_rdma.streaming.component import install
 
 TRAINER = "site-1.trainer"
 EVERYONE, ABORTED, BUDGETS, PASSED, GIVEN, DIED = range(6)

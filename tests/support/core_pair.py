@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 
-from nvflare_rdma.channel import events, wire
 from nvflare_rdma.channel.controllers import make_controller
-from nvflare_rdma.channel.core import Channel
-from nvflare_rdma.channel.limits import ChannelLimits
-from nvflare_rdma.channel.state import Phase, RailState, Role
+from nvflare_rdma.channel.protocol import events, wire
+from nvflare_rdma.channel.protocol.connection import Channel
+from nvflare_rdma.channel.protocol.limits import ChannelLimits
+from nvflare_rdma.channel.protocol.state import Phase, RailState, Role
 from nvflare_rdma.fabric.base import RemoteSlice
 
 CHUNK, DEPTH = 1000, 3

@@ -15,7 +15,7 @@ from waiting import eventually
 from nvflare_rdma.fabric.registry import factories
 from nvflare_rdma.runtime import Runtime, _make_context, make_memory
 from nvflare_rdma.settings import Settings
-from nvflare_rdma.streaming.channels import DataChannels
+from nvflare_rdma.transfer.peers import DataChannels
 
 ANY_PORT = (0, 0)
 _base: dict[tuple[str, ...], Runtime] = {}

@@ -12,13 +12,13 @@ from tcp_pair import DEADLINE
 
 from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.tensors import to_flat
-from nvflare_rdma.streaming import pulling
-from nvflare_rdma.streaming.arrays import to_bytes
-from nvflare_rdma.streaming.encoded import Cut
-from nvflare_rdma.streaming.landing import in_memory
-from nvflare_rdma.streaming.manifest import INLINE_BYTES
-from nvflare_rdma.streaming.pulling import pull
-from nvflare_rdma.streaming.serving import Service
+from nvflare_rdma.transfer import receiver
+from nvflare_rdma.transfer.arrays import to_bytes
+from nvflare_rdma.transfer.manifest import INLINE_BYTES
+from nvflare_rdma.transfer.pieces import Cut
+from nvflare_rdma.transfer.receiver import pull
+from nvflare_rdma.transfer.service import Service
+from nvflare_rdma.transfer.sinks import in_memory
 
 LARGE = INLINE_BYTES + 1  # values, so that it is no small tensor whatever its dtype
 SEND = {"do": "send", "first": 1, "items": [0], "invitation": None}
@@ -58,11 +58,11 @@ class Direct:
         land = kinds.pop("land", None) or in_memory(kinds.pop("allocate", new_memory))
         return pull(channels, "server", self.ask(channels.name), land, **kinds)
 
-    def once_some_are_here(self, action: Callable[[], None]) -> Callable[[pulling.Progress], None]:
+    def once_some_are_here(self, action: Callable[[], None]) -> Callable[[receiver.Progress], None]:
         """For `progress`: acts once, when some have landed and not all."""
         self.go_on.clear()
 
-        def progress(done: pulling.Progress) -> None:
+        def progress(done: receiver.Progress) -> None:
             if done.items and not self.go_on.is_set():
                 action()
                 self.go_on.set()

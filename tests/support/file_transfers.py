@@ -11,12 +11,12 @@ from direct_transfers import as_encoded
 
 from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.tensors import FLOAT_NAMES, dtype_name
-from nvflare_rdma.streaming.encoded import PIECE_VALUES
-from nvflare_rdma.streaming.file_layout import Layout, plan
-from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, OpenFile
-from nvflare_rdma.streaming.file_transfer import FileService, pull_file
-from nvflare_rdma.streaming.manifest import INLINE_BYTES
-from nvflare_rdma.streaming.partial_file import PartialFile
+from nvflare_rdma.transfer.files.layout import Layout, plan
+from nvflare_rdma.transfer.files.partial_file import PartialFile
+from nvflare_rdma.transfer.files.source import BLOCK_BYTES, FileIdentity, OpenFile
+from nvflare_rdma.transfer.files.transfer import FileService, pull_file
+from nvflare_rdma.transfer.manifest import INLINE_BYTES
+from nvflare_rdma.transfer.pieces import PIECE_VALUES
 
 PART = 8 * BLOCK_BYTES
 

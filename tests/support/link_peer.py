@@ -19,8 +19,8 @@ from processes import ROOT
 from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.state import Role
-from nvflare_rdma.channel.wire import CONTROL_MAGIC
+from nvflare_rdma.channel.protocol.state import Role
+from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
 
 #: How many times slower than others this machine is, as an emulated CPU: see `tests/guest`.
 PATIENCE = int(os.environ.get("RDMA_TEST_PATIENCE", "1"))

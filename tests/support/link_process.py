@@ -29,10 +29,10 @@ from waiting import eventually
 from nvflare_rdma.channel.bodies import BufferSource
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import ControlStream
-from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.state import Role
-from nvflare_rdma.channel.wire import CONTROL_MAGIC
+from nvflare_rdma.channel.protocol.limits import ChannelLimits
+from nvflare_rdma.channel.protocol.state import Role
+from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
 from nvflare_rdma.errors import TransferError
 from nvflare_rdma.fabric.base import Fabric
 from nvflare_rdma.fabric.budget import MemoryBudget

@@ -24,11 +24,11 @@ from two_cells import Lines
 from waiting import eventually
 
 from nvflare_rdma.errors import SourceError
-from nvflare_rdma.metrics.transfers import ledger
 from nvflare_rdma.streaming import ContainerRetriever, ContainerStreamer, FileRetriever, FileStreamer
+from nvflare_rdma.streaming.component import install
 from nvflare_rdma.streaming.registry import registry
-from nvflare_rdma.streaming.stream_receiving import KEY, PREFIX
-from nvflare_rdma.streaming.transfer import install
+from nvflare_rdma.streaming.streams.receiver import KEY, PREFIX
+from nvflare_rdma.transfer.records import ledger
 
 SITES = ["site-1", "site-2"]
 STATE = OrderedDict(

@@ -15,9 +15,10 @@ from pathlib import Path
 from stream_engine import StreamEngine
 from waiting import eventually
 
-from nvflare_rdma.streaming import FileStreamer, file_streamer
-from nvflare_rdma.streaming.file_parts import BLOCK_BYTES, FileIdentity, OpenFile
-from nvflare_rdma.streaming.transfer import install
+from nvflare_rdma.streaming import FileStreamer
+from nvflare_rdma.streaming.component import install
+from nvflare_rdma.streaming.streams import files
+from nvflare_rdma.transfer.files.source import BLOCK_BYTES, FileIdentity, OpenFile
 
 PART = 8 * BLOCK_BYTES
 
@@ -45,7 +46,7 @@ def main() -> None:
                 eventually((folder / "go").exists)
             super().read_into(memory, offset)
 
-    file_streamer.OpenFile = SmallParts
+    files.OpenFile = SmallParts
     logging.getLogger("nvflare_rdma").addHandler(Lines())
     engine = StreamEngine(name, url)
     install()

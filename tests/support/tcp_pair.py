@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import ControlStream
-from nvflare_rdma.channel.limits import ChannelLimits
 from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.state import Role
+from nvflare_rdma.channel.protocol.limits import ChannelLimits
+from nvflare_rdma.channel.protocol.state import Role
 from nvflare_rdma.fabric.budget import MemoryBudget
 from nvflare_rdma.fabric.send_memory import SendMemory
 from nvflare_rdma.fabric.slots import SlotPool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nvflare_rdma.metrics.transfers import TransferRecord
+from nvflare_rdma.transfer.records import TransferRecord
 
 
 def record(**fields: Any) -> TransferRecord:

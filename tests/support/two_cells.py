@@ -29,10 +29,10 @@ from waiting import eventually
 
 from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.marks import marked
-from nvflare_rdma.metrics.transfers import ledger
+from nvflare_rdma.streaming.component import install
 from nvflare_rdma.streaming.registry import registry
-from nvflare_rdma.streaming.sending import Sender
-from nvflare_rdma.streaming.transfer import install
+from nvflare_rdma.transfer.records import ledger
+from nvflare_rdma.transfer.sender import Sender
 
 MODEL = {
     **{f"w{i}": torch.randn(500, 1000) for i in range(5)},

@@ -1,0 +1,162 @@
+"""What the channel core asks of, or tells, whoever runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from nvflare_rdma.channel.protocol.wire import Hello
+from nvflare_rdma.fabric.base import RemoteSlice
+
+
+@dataclass(frozen=True, slots=True)
+class ChooseFabric:
+    """Passive: pick a fabric that both sides can use and call `Channel.choose`. ``reason`` says what went wrong
+    with the last one; it is "" the first time. ``opened``: the last one had rails, and they broke."""
+
+    peer: Hello
+    reason: str = ""
+    opened: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRails:
+    """Active: open rails as offered and call `Channel.dialled`."""
+
+    fabric: str
+    offer: Mapping[str, Any]
+    sealed: bool
+    checked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Data can move now, for the first time or again. ``rails`` is 0 when everything has to use the control
+    stream, and why. ``answer``, on the passive side: for `Endpoint.accept`."""
+
+    rails: int
+    reason: str
+    answer: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RailsLost:
+    """Every grant is void, and so is every region: close the endpoint. New rails are on their way."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropRail:
+    """The peer says that this rail is broken: close it, and report it down when nothing can land over it."""
+
+    rail: int
+
+
+@dataclass(frozen=True, slots=True)
+class InlineReceived:
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MessageOffered:
+    """Find ``length`` bytes, or what the message with that ``label`` is for, then call `Channel.accept`; or
+    `Channel.refuse`."""
+
+    transfer: int
+    length: int
+    label: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExposeChunk:
+    """Expose memory for ``length`` bytes of the message at ``offset``, then call `Channel.exposed`."""
+
+    transfer: int
+    offset: int
+    length: int
+    notification: int
+    rail: int
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeChunk:
+    """Take back what was exposed under ``notification``. ``answered``: its write may still come, so keep the
+    memory from others until it has."""
+
+    notification: int
+    answered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WriteChunk:
+    """Write ``length`` bytes of the message at ``offset`` over ``rail``; nothing if the message was given up.
+    Call `Channel.written` when the source is free again."""
+
+    transfer: int
+    offset: int
+    length: int
+    remote: RemoteSlice
+    notification: int
+    rail: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataArrived:
+    """A chunk came on the control stream: put it where ``notification`` points and call `Channel.landed`."""
+
+    notification: int
+    digest: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReceived:
+    transfer: int
+
+
+@dataclass(frozen=True, slots=True)
+class MessageSent:
+    """The peer has everything; the source buffer may be freed."""
+
+    transfer: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendFailed:
+    transfer: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveFailed:
+    transfer: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLeft:
+    """The peer said goodbye; ``reason`` is "" when nothing was wrong."""
+
+    reason: str
+
+
+Event: TypeAlias = (
+    ChooseFabric
+    | OpenRails
+    | Opened
+    | RailsLost
+    | DropRail
+    | InlineReceived
+    | MessageOffered
+    | ExposeChunk
+    | RevokeChunk
+    | WriteChunk
+    | DataArrived
+    | MessageReceived
+    | MessageSent
+    | SendFailed
+    | ReceiveFailed
+    | PeerLeft
+)

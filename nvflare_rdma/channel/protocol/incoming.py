@@ -1,0 +1,314 @@
+"""The receiving half of a channel: which chunks are granted, where they are, and which are still missing.
+
+What has landed is never asked for again; what was granted over a rail that broke, or arrived damaged, is granted
+anew. That set is all there is to resuming a transfer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from nvflare_rdma.channel.bodies import check_unit, whole_units
+from nvflare_rdma.channel.controllers import Controller
+from nvflare_rdma.channel.protocol import events, wire
+from nvflare_rdma.channel.protocol.limits import ChannelLimits
+from nvflare_rdma.channel.protocol.state import RECEIVE, Input, Receive, illegal
+from nvflare_rdma.errors import ProtocolError, TransferError
+from nvflare_rdma.fabric.base import RemoteSlice
+
+
+@dataclass(slots=True)
+class _Transfer:
+    length: int
+    progress_at: float
+    state: Receive = Receive.OFFERED
+    deadline: float = float("inf")
+    planned: int = 0
+    landed: int = 0
+    open_chunks: int = 0
+    unit: int = 1
+    most: int = 0
+    """Bytes of a chunk; 0 is no limit."""
+    room: int = 0
+    granted: int = 0
+    """Bytes that may be, and are, granted and have not landed; a room of 0 is no limit."""
+    #: (offset, length) of chunks that were planned and have to be granted again
+    again: deque[tuple[int, int]] = field(default_factory=deque)
+
+
+@dataclass(frozen=True, slots=True)
+class _Exposure:
+    transfer: int
+    offset: int
+    length: int
+    rail: int
+    granted_at: float
+
+
+class Incoming:
+    """``emit`` takes control messages, ``happened`` takes events, both in order."""
+
+    def __init__(
+        self,
+        limits: ChannelLimits,
+        controller: Controller,
+        emit: Callable[[wire.Message], None],
+        happened: Callable[[events.Event], None],
+    ) -> None:
+        self.granted_chunks = 0
+        self.lost_chunks = 0
+        self.most_granted = 0  # bytes that were granted and had not landed
+        self._limits = limits
+        self._controller = controller
+        self._emit = emit
+        self._happened = happened
+        self._transfers: dict[int, _Transfer] = {}
+        self._hungry: deque[int] = deque()  # transfers with something left to grant, in the order of acceptance
+        #: Notification -> what is exposed under it. Those of a failed transfer stay until the sender answers.
+        self._exposures: dict[int, _Exposure] = {}
+        self._in_flight = 0
+        self._load: dict[int, int] = {}  # rail -> bytes granted over it and not landed
+        self._overhead = 0
+        self._max_chunk = 0
+        self._max_open = 0
+        self._last_offered = 0
+        self._last_notification = 0
+        self._damaged_in_a_row = 0
+
+    # -- rails ---------------------------------------------------------------------------------------------
+
+    def steer(self, controller: Controller) -> None:
+        """Another controller, for another fabric; nothing is granted now."""
+        self._controller = controller
+
+    def open(self, rails: Iterable[int], overhead: int, max_chunk: int, max_open: int, now: float) -> None:
+        """Rails are up: grant over them. ``overhead``: bytes that sealing adds to a chunk; ``max_chunk``: the longest
+        chunk they carry; ``max_open``: grants that the peer works on at once."""
+        self._load = dict.fromkeys(rails, 0)
+        self._overhead, self._max_chunk, self._max_open = overhead, max_chunk, max_open
+        self.plan(now)
+
+    def rail_down(self, rail: int, now: float) -> None:
+        """Nothing lands over ``rail`` any more: its unfinished chunks are granted again."""
+        self._load.pop(rail, None)
+        for notification, exposure in list(self._exposures.items()):
+            if exposure.rail == rail:
+                self._happened(events.RevokeChunk(notification, answered=False))
+                self._lose(notification, now)
+        self.plan(now)
+
+    def void(self, now: float) -> None:
+        """All rails are gone."""
+        rails = list(self._load)
+        self._load.clear()  # so that nothing is granted over the next while one is taken away
+        for rail in rails:
+            self.rail_down(rail, now)
+
+    # -- what the peer and the runner say ------------------------------------------------------------------
+
+    def offered(self, offer: wire.Offer, now: float) -> None:
+        limits = self._limits
+        if offer.transfer <= self._last_offered:
+            raise ProtocolError(f"transfer {offer.transfer} is offered after {self._last_offered}")
+        inline = 0 if offer.label else limits.inline_bytes
+        if not inline < offer.length <= limits.max_message_bytes:
+            raise ProtocolError(
+                f"a message of {offer.length} bytes is offered; {inline} go inline, "
+                f"{limits.max_message_bytes} are the most"
+            )
+        if len(self._transfers) >= limits.max_incoming:
+            raise ProtocolError(f"more than {limits.max_incoming} messages are offered at once")
+        self._last_offered = offer.transfer
+        self._transfers[offer.transfer] = _Transfer(offer.length, now)
+        self._happened(events.MessageOffered(offer.transfer, offer.length, offer.label))
+
+    def accept(self, transfer: int, now: float, unit: int, room: int, most: int) -> None:
+        check_unit(unit)
+        incoming = self._transfers.get(transfer)
+        if incoming is None:
+            return
+        self._advance(transfer, incoming, Input.ACCEPTED)
+        incoming.progress_at, incoming.unit, incoming.room, incoming.most = now, unit, room, most
+        self._hungry.append(transfer)
+        self.plan(now)
+
+    def refuse(self, transfer: int, reason: str) -> None:
+        if (incoming := self._transfers.get(transfer)) is not None:
+            self._emit(wire.Refuse(transfer, reason))
+            self._advance(transfer, incoming, Input.REFUSED_HERE, reason)
+
+    def withdrawn(self, message: wire.Withdraw) -> None:
+        if not 0 < message.transfer <= self._last_offered:
+            raise ProtocolError(f"transfer {message.transfer} is withdrawn, which was never offered")
+        if (incoming := self._transfers.get(message.transfer)) is not None:
+            self._advance(message.transfer, incoming, Input.WITHDRAW, message.reason)
+
+    def exposed(self, chunk: events.ExposeChunk, remote: RemoteSlice) -> None:
+        self._emit(wire.Grant(chunk.transfer, chunk.offset, chunk.length, remote, chunk.notification, chunk.rail))
+
+    def landed(self, notification: int, length: int, now: float) -> None:
+        exposure = self._close(notification)
+        incoming = self._transfers.get(exposure.transfer)
+        # An empty write answers the grant of a message that the sender gave up: its WITHDRAW is on the way.
+        if incoming is not None and length:
+            if length != exposure.length + self._overhead:
+                raise ProtocolError(
+                    f"the peer wrote {length} bytes where {exposure.length + self._overhead} were granted"
+                )
+            self._controller.landed(exposure.length, exposure.granted_at, now, exposure.rail)
+            self._damaged_in_a_row = 0
+            incoming.landed += exposure.length
+            incoming.progress_at = now
+            if incoming.landed == incoming.length:
+                self._advance(exposure.transfer, incoming, Input.ALL_LANDED)
+        self.plan(now)
+
+    def damaged(self, notification: int, now: float) -> None:
+        exposure = self._exposures.get(notification)
+        if exposure is not None and exposure.transfer in self._transfers:  # what is not wanted any more is no damage
+            self._damaged_in_a_row += 1
+        if self._damaged_in_a_row > self._limits.max_damaged:
+            raise TransferError(f"{self._damaged_in_a_row} chunks in a row arrived damaged")
+        self._lose(notification, now)
+        self.plan(now)
+
+    # -- granting ------------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> None:
+        """Grant as many chunks as the controller and the peer allow, oldest message first."""
+        controller = self._controller
+        while self._load and (chunk := self._next()) is not None:
+            transfer, offset, length = chunk
+            incoming = self._transfers[transfer]
+            full = self._in_flight and self._in_flight + length > controller.window_bytes
+            if full or len(self._exposures) >= self._max_open:
+                return
+            if incoming.again:
+                incoming.again.popleft()
+            else:
+                if not incoming.planned:  # until then it is not the peer that it waits for
+                    limits = self._limits
+                    incoming.deadline = now + limits.stall_timeout + incoming.length / limits.min_bytes_per_second
+                incoming.planned += length
+            rail = min(self._load, key=self._load.__getitem__)
+            notification = self._new_notification()
+            self._exposures[notification] = _Exposure(transfer, offset, length, rail, now)
+            incoming.open_chunks += 1
+            incoming.granted += length
+            self._in_flight += length
+            self.most_granted = max(self.most_granted, self._in_flight)
+            self._load[rail] += length
+            self.granted_chunks += 1
+            controller.granted(length, now, rail)
+            self._happened(events.ExposeChunk(transfer, offset, length, notification, rail))
+        if self._load:
+            controller.idle(now)
+
+    def _next(self) -> tuple[int, int, int] | None:
+        """The next chunk of the oldest message that has one, and room for it: transfer, offset and length."""
+        place = 0
+        while place < len(self._hungry):
+            transfer = self._hungry[place]
+            incoming = self._transfers.get(transfer)
+            if incoming is None or not (chunk := self._next_chunk(incoming)):
+                del self._hungry[place]
+            elif incoming.room and incoming.granted and incoming.granted + chunk[1] > incoming.room:
+                place += 1
+            else:
+                return transfer, *chunk
+        return None
+
+    def _next_chunk(self, incoming: _Transfer) -> tuple[int, int] | None:
+        limits = (self._max_chunk, incoming.room, incoming.most)
+        most = whole_units(min(limit for limit in limits if limit), incoming.unit)
+        if incoming.again:
+            offset, length = incoming.again[0]
+            if length > most:  # the rails that are open now carry less at once
+                incoming.again[0] = (offset, most)
+                incoming.again.insert(1, (offset + most, length - most))
+            return incoming.again[0]
+        left = incoming.length - incoming.planned
+        length = min(whole_units(self._controller.chunk_bytes, incoming.unit), most)
+        # The end of a message is not worth a chunk of its own: a frame of 1 MiB, for one, has some header with it.
+        if left <= min(2 * length, most, self._controller.window_bytes):
+            length = left
+        return (incoming.planned, min(length, left)) if left else None
+
+    def _new_notification(self) -> int:
+        # 32 bits is what RDMA's immediate value holds; numbers still in use are passed over after a wrap.
+        while True:
+            self._last_notification = (self._last_notification + 1) & 0xFFFFFFFF
+            if self._last_notification not in self._exposures:
+                return self._last_notification
+
+    def _close(self, notification: int) -> _Exposure:
+        exposure = self._exposures.pop(notification, None)
+        if exposure is None:
+            raise ProtocolError(f"the peer wrote to slice {notification}, which is not exposed")
+        self._in_flight -= exposure.length
+        if exposure.rail in self._load:
+            self._load[exposure.rail] -= exposure.length
+        if (incoming := self._transfers.get(exposure.transfer)) is not None:
+            incoming.open_chunks -= 1
+            incoming.granted -= exposure.length
+        return exposure
+
+    def _lose(self, notification: int, now: float) -> None:
+        exposure = self._close(notification)
+        self.lost_chunks += 1
+        self._controller.lost(exposure.length, now, exposure.rail)
+        if (incoming := self._transfers.get(exposure.transfer)) is not None:
+            incoming.again.append((exposure.offset, exposure.length))
+            if exposure.transfer not in self._hungry:
+                self._hungry.appendleft(exposure.transfer)  # it holds memory already
+
+    # -- ends ----------------------------------------------------------------------------------------------
+
+    def check(self, now: float) -> None:
+        limits = self._limits
+        for number, incoming in self._transfers.items():
+            if now > incoming.deadline:
+                raise TransferError(
+                    f"receiving transfer {number} takes too long: {incoming.landed} of {incoming.length} bytes came, "
+                    f"at less than {limits.min_bytes_per_second} bytes/s"
+                )
+            # One that waits for its turn, or for memory, is not stalled by the peer.
+            waits = incoming.open_chunks or (incoming.planned == incoming.length and not incoming.again)
+            if waits and now - incoming.progress_at > limits.stall_timeout:
+                raise TransferError(
+                    f"receiving transfer {number} made no progress for {limits.stall_timeout:g} s: "
+                    f"{incoming.landed} of {incoming.length} bytes came"
+                )
+
+    def progress(self) -> dict[int, tuple[int, int]]:
+        """Transfer -> (bytes landed, bytes in all)."""
+        return {number: (incoming.landed, incoming.length) for number, incoming in self._transfers.items()}
+
+    def end(self, reason: str) -> None:
+        for transfer in self._transfers:
+            self._happened(events.ReceiveFailed(transfer, reason))
+        self._transfers.clear()
+        self._exposures.clear()
+        self._hungry.clear()
+        self._load.clear()
+
+    def _advance(self, transfer: int, incoming: _Transfer, happening: Input, reason: str = "") -> None:
+        new = RECEIVE.get((incoming.state, happening))
+        if new is None:
+            raise illegal(f"receiving transfer {transfer}", incoming.state, happening)
+        incoming.state = new
+        if new is Receive.DONE:
+            del self._transfers[transfer]
+            self._emit(wire.Done(transfer))
+            self._happened(events.MessageReceived(transfer))
+        elif new is Receive.FAILED:
+            del self._transfers[transfer]
+            with contextlib.suppress(ValueError):
+                self._hungry.remove(transfer)
+            for notification, exposure in self._exposures.items():
+                if exposure.transfer == transfer:
+                    self._happened(events.RevokeChunk(notification, answered=True))
+            self._happened(events.ReceiveFailed(transfer, reason))

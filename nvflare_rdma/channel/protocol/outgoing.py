@@ -1,0 +1,176 @@
+"""The sending half of a channel: what is offered, what the peer has granted, and which writes are under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nvflare_rdma.channel.protocol import events, wire
+from nvflare_rdma.channel.protocol.limits import ChannelLimits
+from nvflare_rdma.channel.protocol.state import SEND, Input, Send, illegal
+from nvflare_rdma.errors import ProtocolError, TransferError
+
+#: A peer may ask for a message this many times over, for chunks that were lost or damaged on the way.
+MAX_REPEATS = 16
+
+
+@dataclass(slots=True)
+class _Transfer:
+    length: int
+    progress_at: float
+    state: Send = Send.OFFERED
+    granted: int = 0
+    repeated: int = 0
+    open_writes: int = 0
+
+
+class Outgoing:
+    """``emit`` takes control messages, ``happened`` takes events, both in order."""
+
+    def __init__(
+        self,
+        limits: ChannelLimits,
+        emit: Callable[[wire.Message], None],
+        happened: Callable[[events.Event], None],
+    ) -> None:
+        self._limits = limits
+        self._emit = emit
+        self._happened = happened
+        self._transfers: dict[int, _Transfer] = {}
+        self._writes: dict[int, int] = {}  # notification of the peer -> transfer
+        self._next = 1
+        self._last_notification = -1
+
+    def submit(self, length: int, limit: int, now: float, label: int) -> int:
+        if length > limit:
+            raise TransferError(f"a message of {length} bytes is larger than the peer's {limit}")
+        number = self._next
+        self._next += 1
+        self._transfers[number] = _Transfer(length, now)
+        self._emit(wire.Offer(number, length, label))
+        return number
+
+    def withdraw(self, transfer: int, reason: str) -> None:
+        out = self._transfers.get(transfer)
+        if out is not None and (out.state, Input.WITHDRAWN_HERE) in SEND:
+            self._emit(wire.Withdraw(transfer, reason))
+            self._advance(transfer, out, Input.WITHDRAWN_HERE, reason)
+
+    def written(self, notification: int, now: float) -> None:
+        transfer = self._writes.pop(notification, None)
+        out = self._transfers.get(transfer) if transfer is not None else None
+        if transfer is None or out is None:
+            return  # its rails, or its transfer, failed meanwhile
+        out.open_writes -= 1
+        out.progress_at = now
+        self._finish(transfer, out)
+
+    def void(self) -> None:
+        """All rails are gone: the peer grants anew what it misses."""
+        self._writes.clear()
+        for transfer, out in list(self._transfers.items()):
+            out.open_writes = 0
+            self._finish(transfer, out)
+
+    # -- what the peer says --------------------------------------------------------------------------------
+
+    def granted(self, grant: wire.Grant, rails: int, overhead: int, max_chunk: int, now: float) -> None:
+        """``rails``: how many were opened; ``overhead``: bytes that sealing adds to a chunk; ``max_chunk``: the longest
+        chunk they carry."""
+        if grant.rail >= rails:
+            raise ProtocolError(f"a grant names rail {grant.rail}, {rails} were opened")
+        if grant.length > max_chunk:
+            raise ProtocolError(f"a grant of {grant.length} bytes, {max_chunk} are the most")
+        if grant.remote.length != grant.length + overhead:
+            raise ProtocolError(f"a grant of {grant.length} bytes points to a slice of {grant.remote.length}")
+        if len(self._writes) >= self._limits.max_writes:
+            raise ProtocolError(f"more than {self._limits.max_writes} grants are open")
+        # Rising numbers (modulo 2^32, RFC 1982) can't come twice in a transfer: a seal's nonce is made of them.
+        if not 0 < (grant.notification - self._last_notification) & 0xFFFFFFFF < 1 << 31:
+            raise ProtocolError(f"notification {grant.notification} is granted after {self._last_notification}")
+        self._last_notification = grant.notification
+        out = self._find(grant.transfer)
+        if out is not None:
+            self._check_range(grant, out)
+            self._advance(grant.transfer, out, Input.GRANT)
+            out.open_writes += 1
+            out.progress_at = now
+        # The grant of a transfer that has failed here is answered too, by an empty write.
+        self._writes[grant.notification] = grant.transfer
+        self._happened(
+            events.WriteChunk(grant.transfer, grant.offset, grant.length, grant.remote, grant.notification, grant.rail)
+        )
+
+    def granted_in_vain(self, grant: wire.Grant) -> None:
+        """A grant that is void already: it counts as given, so that the next ones are in order, and that is all."""
+        if (out := self._find(grant.transfer)) is not None:
+            self._check_range(grant, out)
+            self._advance(grant.transfer, out, Input.GRANT)
+
+    def _check_range(self, grant: wire.Grant, out: _Transfer) -> None:
+        end = grant.offset + grant.length
+        again = grant.offset < out.granted
+        if not grant.length or end > (out.granted if again else out.length) or grant.offset > out.granted:
+            raise ProtocolError(
+                f"grant of {grant.length} bytes at {grant.offset} of transfer {grant.transfer}, which is "
+                f"{out.length} bytes of which {out.granted} are granted"
+            )
+        least = self._limits.peer_chunk_bytes
+        if again:
+            out.repeated += max(grant.length, least)
+            if out.repeated > MAX_REPEATS * max(out.length, least):
+                raise ProtocolError(f"transfer {grant.transfer} was asked for more than {MAX_REPEATS} times over")
+            return
+        if grant.length < least and end != out.length:
+            raise ProtocolError(f"a grant of {grant.length} bytes, {least} are the least")
+        out.granted = end
+
+    def done(self, transfer: int) -> None:
+        if (out := self._find(transfer)) is not None:
+            if out.granted != out.length:
+                raise ProtocolError(f"transfer {transfer} is done with {out.granted} bytes granted")
+            self._advance(transfer, out, Input.DONE)
+            self._finish(transfer, out)
+
+    def refused(self, message: wire.Refuse) -> None:
+        if (out := self._find(message.transfer)) is not None:
+            self._advance(message.transfer, out, Input.REFUSE, message.reason)
+
+    def _find(self, transfer: int) -> _Transfer | None:
+        """The transfer, or None if it has ended here already (its end and the peer's message crossed)."""
+        if not 0 < transfer < self._next:
+            raise ProtocolError(f"the peer speaks of transfer {transfer}, which was never offered")
+        return self._transfers.get(transfer)
+
+    # -- ends ----------------------------------------------------------------------------------------------
+
+    def check(self, now: float) -> None:
+        for number, out in self._transfers.items():
+            # A message that was only offered waits for the receiver's memory: that is no stall of the link.
+            if out.state is not Send.OFFERED and now - out.progress_at > self._limits.stall_timeout:
+                raise TransferError(
+                    f"sending transfer {number} ({out.length} bytes) made no progress for "
+                    f"{self._limits.stall_timeout:g} s in state {out.state.name}"
+                )
+
+    def end(self, reason: str) -> None:
+        for transfer in self._transfers:
+            self._happened(events.SendFailed(transfer, reason))
+        self._transfers.clear()
+        self._writes.clear()
+
+    def _finish(self, transfer: int, out: _Transfer) -> None:
+        if out.state is Send.CONFIRMED and not out.open_writes:
+            self._advance(transfer, out, Input.WRITES_ENDED)
+
+    def _advance(self, transfer: int, out: _Transfer, happening: Input, reason: str = "") -> None:
+        new = SEND.get((out.state, happening))
+        if new is None:
+            raise illegal(f"sending transfer {transfer}", out.state, happening)
+        out.state = new
+        if new is Send.DONE:
+            del self._transfers[transfer]
+            self._happened(events.MessageSent(transfer))
+        elif new is Send.FAILED:
+            del self._transfers[transfer]
+            self._happened(events.SendFailed(transfer, reason))

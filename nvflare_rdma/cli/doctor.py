@@ -1,0 +1,264 @@
+"""What this machine and this process can use, and why not the rest: ``nvflare-rdma doctor``.
+
+`examine` collects, and `doctor_text` prints. Nothing is changed; RDMA devices are opened and closed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from nvflare_rdma.errors import ConfigError, FabricUnavailable, UnsupportedVersionError
+from nvflare_rdma.fabric.options import DEVICE_FILES, SYSFS
+from nvflare_rdma.fabric.registry import probe
+from nvflare_rdma.fabric.verbs.availability import device_file_reason, pyverbs_reason
+from nvflare_rdma.fabric.verbs.devices import PortInfo, choose_gid, choose_ports, device_file, list_ports
+from nvflare_rdma.fabric.verbs.memlock import memlock_limit, memlock_needed, memlock_reason
+from nvflare_rdma.flare_compat import require_flare
+from nvflare_rdma.settings import Settings, load_settings
+from nvflare_rdma.version import __version__
+
+PACKAGES = ("nvflare", "numpy", "torch", "bitsandbytes")
+#: What programs open devices by; drivers of adapters; software devices; connection managers (for iWARP).
+MODULES = (
+    *("ib_core", "ib_uverbs"),
+    *("mlx5_ib", "mlx4_ib", "irdma", "bnxt_re", "qedr", "hns_roce_hw_v2", "mana_ib", "erdma", "iw_cxgb4", "efa"),
+    *("rdma_rxe", "siw", "rdma_cm", "rdma_ucm", "iw_cm"),
+)
+#: What a RoCE packet has around its data at most (the kernel's iboe_get_mtu).
+ROCE_HEADERS = 96
+
+
+@dataclass(frozen=True)
+class GidReport:
+    index: int
+    address: str
+    kind: str
+    netdev: str
+    chosen: str
+    """Why this one of the port's; "" if it is not."""
+
+
+@dataclass(frozen=True)
+class PortReport:
+    """``netdevs``: MTU of the interfaces that the GIDs are for, None if this network namespace has it not.
+    ``packet_bytes``: what one RDMA packet carries, at most. ``chosen``: rails would use it."""
+
+    device: str
+    port: int
+    state: str
+    transport: str
+    software: bool
+    rate: str
+    chosen: bool
+    device_file: str
+    cannot_open: str
+    refusal: str
+    """Why no rail can be made on it, even if it is up."""
+    netdevs: dict[str, int | None]
+    packet_bytes: int | None
+    packet_bytes_unknown: str
+    gids: list[GidReport]
+    no_gid: str
+
+
+@dataclass(frozen=True)
+class FabricReport:
+    usable: bool
+    allowed: bool
+    """By the setting `rdma_fabrics`."""
+    reason: str
+    uses: str
+
+
+@dataclass(frozen=True)
+class Report:
+    nvflare_rdma: str
+    python: str
+    executable: str
+    system: str
+    user: int
+    packages: dict[str, str | None]
+    problems: list[str]
+    """What keeps the driver from starting."""
+    settings_from: str
+    settings: dict[str, Any]
+    settings_changed: list[str]
+    ports: list[PortReport]
+    locked_memory_limit: int | None
+    locked_memory_needed: int
+    locked_memory_reason: str
+    modules_loaded: list[str]
+    modules_missing: list[str]
+    pyverbs_reason: str
+    rdma_core: str
+    huge_pages: str
+    fabrics: dict[str, FabricReport] = field(default_factory=dict)
+
+
+def examine(workspace: Path | None = None, sysfs: Path = SYSFS, files: Path = DEVICE_FILES) -> Report:
+    """``workspace``: the folder of a FLARE site, see `read_settings`."""
+    settings, settings_from, problems = read_settings(workspace)
+    budget = settings.rdma_memory_budget_bytes
+    loaded = [name for name in MODULES if (sysfs / "module" / name).is_dir()]
+    fabrics = probe(replace(settings.fabric_options, sysfs=sysfs, device_files=files))
+    no_pyverbs = pyverbs_reason()
+    return Report(
+        __version__,
+        platform.python_version(),
+        sys.executable,
+        f"{platform.system()} {platform.release()}",
+        os.geteuid(),
+        {name: _version(name) for name in PACKAGES},
+        problems,
+        settings_from,
+        {each.name: getattr(settings, each.name) for each in fields(Settings)},
+        [each.name for each in fields(Settings) if getattr(settings, each.name) != each.default],
+        _examine_ports(settings, sysfs, files),
+        memlock_limit(),
+        memlock_needed(budget),
+        memlock_reason(budget),
+        loaded,
+        [name for name in MODULES if name not in loaded],
+        no_pyverbs,
+        "" if no_pyverbs else _rdma_core(),
+        _huge_pages(sysfs),
+        {
+            name: FabricReport(state.usable, name in settings.rdma_fabrics, state.reason, state.detail)
+            for name, state in fabrics.items()
+        },
+    )
+
+
+def read_settings(workspace: Path | None) -> tuple[Settings, str, list[str]]:
+    """The settings of a FLARE process whose workspace that is (None: the current folder, if it looks like one), where
+    they are from, and what keeps them from being used (then they are the defaults)."""
+    told = "the environment"
+    try:
+        require_flare("the driver")
+        from nvflare.fuel.f3.comm_config import CommConfigurator
+        from nvflare.fuel.utils.config import ConfigFormat
+        from nvflare.fuel.utils.config_service import ConfigService
+
+        folder = workspace or Path()
+        names = [f"comm_config{extension}" for extension in ConfigFormat.config_ext_formats()]
+        paths = [where / name for where in (folder, folder / "local") for name in names]
+        found = next((path for path in paths if path.is_file()), None)
+        if found is not None:
+            told = f"{found} and the environment"
+        elif workspace is None:
+            told += " (of a site: --workspace FOLDER)"
+        else:
+            raise ConfigError(f"--workspace {folder}: there is no comm_config.json in it, nor in local below it")
+        # FLARE searches a folder with all that is below it; were none given, the current one. The last has none.
+        ConfigService.reset()
+        CommConfigurator.reset()
+        ConfigService.initialize({}, [str(found.parent if found else Path(__file__).parents[1] / "plugin")])
+        return load_settings(), told, []
+    except (ConfigError, UnsupportedVersionError) as error:
+        problem = str(error)
+    except ImportError as error:
+        problem = f"NVIDIA FLARE can't be loaded: {error}. Install nvflare-rdma again."
+    except Exception as error:  # noqa: BLE001 - FLARE's parsers of files raise what they like
+        problem = f"the configuration can't be read: {error!r}"
+    return Settings(), told, [problem]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _examine_ports(settings: Settings, sysfs: Path, files: Path) -> list[PortReport]:
+    ports = list_ports(sysfs)
+    try:
+        chosen = choose_ports(ports, settings.verbs)
+    except FabricUnavailable:
+        chosen = []  # `probe` says why
+    return [_examine_port(port, port in chosen, settings, sysfs, files) for port in ports]
+
+
+def _examine_port(port: PortInfo, chosen: bool, settings: Settings, sysfs: Path, files: Path) -> PortReport:
+    gid, why, no_gid = None, "", ""
+    try:
+        if not port.refusal:
+            gid, why = choose_gid(port, settings.verbs)
+    except FabricUnavailable as error:
+        no_gid = str(error)
+    packet_bytes, unknown = _packet_bytes(port)
+    return PortReport(
+        port.device,
+        port.number,
+        port.state,
+        port.transport,
+        port.software,
+        port.rate,
+        chosen,
+        device_file(port.device, sysfs),
+        device_file_reason(port.device, sysfs, files),
+        port.refusal,
+        {name: _mtu(name, sysfs) for name in dict.fromkeys(each.netdev for each in port.gids if each.netdev)},
+        packet_bytes,
+        unknown,
+        [
+            GidReport(each.index, str(each.address), each.kind, each.netdev, why if each == gid else "")
+            for each in port.gids
+        ],
+        no_gid,
+    )
+
+
+def _mtu(netdev: str, sysfs: Path) -> int | None:
+    try:
+        return int((sysfs / "class/net" / netdev / "mtu").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def roce_packet_bytes(mtu: int) -> int:
+    """What a RoCE packet carries over an interface with that MTU; 0 if it is too small for any."""
+    return next((size for size in (4096, 2048, 1024, 512, 256) if size + ROCE_HEADERS <= mtu), 0)
+
+
+def _packet_bytes(port: PortInfo) -> tuple[int | None, str]:
+    """The MTU in force (active_mtu, ibv_query_port(3)), or why it can't be told."""
+    try:
+        from nvflare_rdma.fabric.verbs.pyverbs import Context
+
+        with Context(name=port.device) as context:
+            return 128 << context.query_port(port.number).active_mtu, ""
+    except ImportError:
+        return None, "pyverbs can't be loaded"
+    except Exception as error:  # noqa: BLE001 - whatever pyverbs raises, it is what one wants to know
+        return None, f"the device can't be opened: {error}"
+
+
+def _rdma_core() -> str:
+    """The version of rdma-core's libibverbs, which pyverbs has loaded; its file is named libibverbs.so.1.14.44.0."""
+    try:
+        found = re.search(r"/libibverbs\.so\.1\.\d+\.(\d+\.\d+)", Path("/proc/self/maps").read_text())
+    except OSError:
+        return ""
+    return found[1] if found else ""
+
+
+def _huge_pages(sysfs: Path) -> str:
+    try:
+        text = (sysfs / "kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return ""
+    found = re.search(r"\[(\w+)\]", text)
+    return found[1] if found else ""
+
+
+def to_json(report: Report) -> str:
+    return json.dumps(asdict(report), indent=2)

@@ -1,0 +1,110 @@
+"""What `doctor` found, as text for people: lines of at most 100 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from nvflare_rdma.cli.doctor import ROCE_HEADERS, PortReport, Report, roce_packet_bytes
+from nvflare_rdma.fabric.options import DEVICE_FILES
+from nvflare_rdma.fabric.verbs.devices import ROCE
+
+WIDTH = 100
+_SLOWER = (
+    "a software device is slower than tcp; it is used only when asked for, by rdma_device={0} or rdma_fabrics=verbs"
+)
+
+
+def to_text(report: Report) -> str:
+    sections = (_machine(report), _settings(report), _devices(report), _needs(report), _fabrics(report))
+    return "\n\n".join("\n".join(section) for section in sections)
+
+
+def _item(label: str, text: str, indent: int = 2, column: int = 18) -> str:
+    """One entry: a label, and its text in a column of its own."""
+    start = f"{' ' * indent}{label:<{column - indent}}"
+    start += "" if start.endswith(" ") else " "
+    # Commands are to be copied: nothing is broken within a word.
+    lines = textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=start,
+        subsequent_indent=" " * column,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    return "\n".join(lines) or start.rstrip()
+
+
+def _machine(report: Report) -> Iterator[str]:
+    yield f"nvflare-rdma {report.nvflare_rdma}, {report.system}, user {report.user}"
+    yield f"Python {report.python}, {report.executable}"
+    yield ", ".join(f"{name} {number or 'not installed'}" for name, number in report.packages.items())
+    for problem in report.problems:
+        yield _item("ERROR:", problem, 0, 7)
+
+
+def _settings(report: Report) -> Iterator[str]:
+    told = "the defaults, because of the error" if report.problems else f"from {report.settings_from}"
+    yield from textwrap.wrap(f"Settings, {told}", WIDTH, subsequent_indent="  ", break_long_words=False)
+    for name, value in report.settings.items():
+        shown = ",".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
+        changed = " (set)" if name in report.settings_changed else ""
+        yield _item(name, f"{shown or '-'}{changed}", column=28)
+
+
+def _devices(report: Report) -> Iterator[str]:
+    yield "RDMA devices" if report.ports else "RDMA devices: none"
+    for port in report.ports:
+        software = "software " if port.software else ""
+        used = ", chosen" if port.chosen else ""
+        yield f"  {port.device} port {port.port}: {port.state}, {software}{port.transport}, {port.rate}{used}"
+        yield from (_item(label, text, 4) for label, text in _port_lines(port))
+
+
+def _port_lines(port: PortReport) -> Iterator[tuple[str, str]]:
+    if port.refusal:
+        yield "not used", f"it {port.refusal}"
+    yield "opened by", port.cannot_open or f"{DEVICE_FILES / port.device_file}, this process may"
+    yield "packets", f"of {port.packet_bytes} bytes" if port.packet_bytes else f"unknown: {port.packet_bytes_unknown}"
+    for netdev, mtu in port.netdevs.items():
+        if mtu is None:
+            yield netdev, "not in this network namespace: its GIDs can't be used here"
+        elif port.transport == ROCE:
+            fits = roce_packet_bytes(mtu)
+            advice = "" if fits == 4096 else f"; 4096 need an MTU of {4096 + ROCE_HEADERS} or more, on the way too"
+            yield netdev, f"MTU {mtu}: packets of {fits} bytes fit{advice}"
+        else:
+            yield netdev, f"MTU {mtu}"
+    for gid in port.gids:
+        chosen = f", {'chosen' if port.chosen else 'would be chosen'}: {gid.chosen}" if gid.chosen else ""
+        yield f"GID {gid.index}", f"{gid.address} ({gid.kind}{f' on {gid.netdev}' if gid.netdev else ''}){chosen}"
+    if port.no_gid:
+        yield "no GID", port.no_gid
+    if port.software and not port.refusal:
+        yield "note", _SLOWER.format(port.device)
+
+
+def _needs(report: Report) -> Iterator[str]:
+    yield "What RDMA needs"
+    limit = "no limit" if report.locked_memory_limit is None else f"up to {report.locked_memory_limit // 1024} KiB"
+    enough = f"{limit} for this process; {report.locked_memory_needed // 1024} KiB are needed"
+    yield _item("locked memory", report.locked_memory_reason or enough)
+    core = f", rdma-core {report.rdma_core}" if report.rdma_core else ""
+    yield _item("pyverbs", report.pyverbs_reason or f"can be loaded{core}")
+    yield _item("kernel modules", f"loaded: {', '.join(report.modules_loaded) or 'none'}")
+    yield _item("", f"not loaded: {', '.join(report.modules_missing) or 'none'}")
+    huge = report.huge_pages or "unknown to this kernel"
+    if report.huge_pages == "never":
+        huge += ": large messages take longer; `echo madvise > /sys/kernel/mm/transparent_hugepage/enabled`"
+    yield _item("huge pages", huge)
+
+
+def _fabrics(report: Report) -> Iterator[str]:
+    yield f"{'fabric':<8} {'usable':<7} reason"
+    for name, fabric in report.fabrics.items():
+        text = fabric.reason or fabric.uses
+        if not fabric.allowed:
+            left_out = f"left out by rdma_fabrics={','.join(report.settings['rdma_fabrics'])}"
+            text = f"{left_out}; {text}" if text else left_out
+        yield _item(f"{name:<8} {'yes' if fabric.usable else 'no'}", text, 0, 17)

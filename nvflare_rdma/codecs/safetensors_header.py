@@ -1,0 +1,99 @@
+"""Where the tensors of a safetensors file lie: https://huggingface.co/docs/safetensors
+
+8 bytes: length of the header, little-endian. The header: JSON of name to dtype, shape and offsets (first and last,
+exclusive) in what follows it, which they fill without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from nvflare_rdma.codecs.tensors import MAX_DIMENSIONS, width
+
+#: What the format calls dtypes, by this package's names.
+SAFETENSORS_DTYPES = {
+    "bool": "BOOL",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    **{f"{sign}int{bits}": f"{sign[:1].upper() or 'I'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+_NAMES = {code: name for name, code in SAFETENSORS_DTYPES.items()}
+#: The format's own limit.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """``dtype``: this package's name of it, or the format's if this package has none. ``start``: in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def read_header(size: int, read_into: Callable[[memoryview, int], None]) -> list[StoredTensor]:
+    """The tensors of a file of ``size`` bytes, in their order there.
+
+    Args:
+        read_into: fills memory from an offset of the file.
+
+    Raises:
+        ValueError: it is no safetensors file; the message says why.
+    """
+    if size < 8:
+        raise ValueError(f"it has {size} bytes")
+    prefix = bytearray(8)
+    read_into(memoryview(prefix), 0)
+    length = int.from_bytes(prefix, "little")
+    if length > min(size - 8, _MAX_HEADER_BYTES):
+        raise ValueError(f"its header would be {length} bytes long")
+    text = bytearray(length)
+    read_into(memoryview(text), 8)
+    try:
+        header = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its header is no JSON: {error}") from error
+    if type(header) is not dict:
+        raise ValueError(f"its header is a {type(header).__name__}")
+    header.pop("__metadata__", None)
+    tensors = sorted((_tensor(name, entry, 8 + length) for name, entry in header.items()), key=_place)
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.start != end:
+            raise ValueError(f"{tensor.name!r} begins at {tensor.start}, not at {end}")
+        end += tensor.nbytes
+    if end != size:
+        raise ValueError(f"its tensors end at {end}, the file at {size}")
+    return tensors
+
+
+def _place(tensor: StoredTensor) -> tuple[int, int]:
+    return tensor.start, tensor.nbytes
+
+
+def _tensor(name: str, entry: Any, base: int) -> StoredTensor:
+    found = entry if type(entry) is dict else {}
+    dtype, shape, offsets = (found.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if type(dtype) is not str or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name!r} is {str(entry)[:200]}")
+    first, last = offsets
+    nbytes, each = last - first, width(_NAMES.get(dtype, ""), True)
+    if nbytes < 0 or (each and nbytes != math.prod(shape) * each):
+        raise ValueError(f"{name!r} of dtype {dtype} and shape {shape} has offsets {offsets}")
+    return StoredTensor(name, _NAMES.get(dtype, dtype), tuple(shape), base + first, nbytes)
+
+
+def _are_sizes(found: Any) -> TypeGuard[list[int]]:
+    few = type(found) is list and len(found) <= MAX_DIMENSIONS
+    return few and all(type(n) is int and 0 <= n < 1 << 63 for n in found)

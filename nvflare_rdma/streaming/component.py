@@ -1,0 +1,111 @@
+"""`RdmaTransfer`: the FLARE component that puts a job's tensors on data channels."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ssl
+import sys
+from typing import Any
+from urllib.parse import urlparse
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_context import FLContext
+from nvflare.fuel.f3.cellnet.fqcn import FQCN
+from nvflare.fuel.f3.drivers.driver_params import DriverParams
+from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
+
+from nvflare_rdma.flare_compat import TRANSFER_PROP, replace_decomposer, require_flare
+from nvflare_rdma.metrics.reporting import TransferReporter
+from nvflare_rdma.runtime import this_runtime
+from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torch_decomposer
+from nvflare_rdma.streaming.registry import registry
+from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, is_trainer, take_back
+from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer.sender import hot
+
+_ANY_PORT = (0, 0)
+
+
+class RdmaTransfer(FLComponent):
+    """Moves torch tensors and numpy arrays of a job's messages directly between the processes that hold and want them,
+    from memory to memory. Add it to the server and to the clients of a job (`nvflare_rdma.recipe.add_transfer` does).
+
+    A trainer that FLARE starts in a process of its own (`launch_external_process`) gets it from the site's job process.
+
+    Where there is no direct way (a firewall, a peer without this package or component), they go on FLARE's own path,
+    and one log line says why.
+
+    Raises:
+        UnsupportedVersionError: when the run starts, unless FLARE is 2.9. ConfigError: a setting is wrong.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started = False
+        self._handed_on = False
+        self._reporter: TransferReporter | None = None
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """FLARE's hook: channels live as long as the run."""
+        if event_type == EventType.END_RUN and self._handed_on:  # also of a run that did not start
+            self._handed_on = False
+            take_back()
+        if event_type == EventType.ABOUT_TO_START_RUN and not self._handed_on:
+            # Clients only, before START_RUN starts the trainer.
+            require_flare("RdmaTransfer")
+            hand_on(fl_ctx.get_engine().get_cell())
+            self._handed_on = True
+        elif event_type == EventType.START_RUN and not self._started:
+            install()
+            fl_ctx.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
+            self._started = True
+            self._reporter = TransferReporter(self, fl_ctx)
+        elif event_type == EventType.END_RUN and self._started:
+            self._started = False
+            if registry.stop():
+                memory.clear()
+            if self._reporter is not None:
+                self._reporter.close()
+        elif self._reporter is not None:
+            self._reporter.handle_event(event_type, fl_ctx)
+
+
+def install() -> None:
+    """From now on FLARE's tensors and arrays move over data channels, until `registry.stop`."""
+    require_flare("RdmaTransfer")
+    settings = this_runtime().settings  # a wrong one is said now
+    hot.limit = settings.rdma_memory_budget_bytes // 16
+    replace_decomposer(RdmaArrayDecomposer())
+    # A trainer that exchanges torch tensors has imported torch by now; another need not wait for that.
+    if not is_trainer() or "torch" in sys.modules:
+        with contextlib.suppress(ImportError):  # a site without torch
+            replace_decomposer(torch_decomposer())
+    registry.start(open_channels)
+
+
+def install_in_trainer() -> None:
+    """`install` for as long as the process lives, if FLARE has started it as a Client API trainer."""
+    if is_trainer():
+        install()
+        atexit.register(registry.stop)
+
+
+def open_channels(cell: Any) -> DataChannels:
+    """As the cell's own connections are: with its certificates, if it has any. A trainer's are its site's."""
+    runtime, name = this_runtime(), cell.get_fqcn()
+    site = inherited_site() or Site.of(cell)
+    ports, trainers = runtime.settings.rdma_data_ports, False
+    if ports == "auto":
+        server = FQCN.get_root(name) == FQCN.ROOT_SERVER
+        ports, trainers = (_ANY_PORT, False) if server else ("none", True)
+    host = urlparse(site.url).hostname or ""
+
+    def tls(server_side: bool) -> ssl.SSLContext | None:
+        if not site.secure:
+            return None
+        made: ssl.SSLContext = get_ssl_context({**site.credentials, DriverParams.SECURE.value: True}, server_side)
+        return made
+
+    return DataChannels(name, runtime, tls, host, None if isinstance(ports, str) else ports, trainers)

@@ -1,0 +1,41 @@
+"""Counts downloads that go on FLARE's own path, and sizes of what was moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nvflare_rdma.transfer.arrays import raw_bytes
+from nvflare_rdma.transfer.manifest import Item
+from nvflare_rdma.transfer.records import Meter
+
+
+def flares_own(
+    meter: Meter,
+    reason: str,
+    download: Callable[..., tuple[str | None, Any]],
+    progress: Callable[..., None] | None,
+) -> tuple[str | None, Any]:
+    """FLARE's ``download``, counted by ``meter``; ``reason`` says why it is not a direct one."""
+    meter.fall_back(reason)
+    before = meter.wire_bytes
+
+    def count(**event: Any) -> None:
+        meter.wire_bytes = before + event["bytes_done"]
+        if progress is not None:
+            progress(**event)
+
+    failure, tensors = download(progress_cb=count)
+    if failure or tensors is None:
+        meter.end(failure=failure or "nothing came")
+    else:  # what FLARE has put on disk is not to be loaded for this
+        meter.end(len(tensors), raw_bytes(tensors) if type(tensors) is dict else meter.wire_bytes - before)
+    return failure, tensors
+
+
+def finish(meter: Meter, failure: str | None, items: Sequence[Item]) -> None:
+    """End ``meter``: ``items`` have come, or ``failure`` says why not."""
+    if failure:
+        meter.end(failure=failure)
+    else:
+        meter.end(len(items), sum(item.nbytes for item in items))

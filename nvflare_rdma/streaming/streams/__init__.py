@@ -1,0 +1,1 @@
+"""FLARE's object streams (containers and files) over direct links."""

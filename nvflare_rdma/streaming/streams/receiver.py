@@ -1,0 +1,249 @@
+"""The receiving half of `streams`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from nvflare.apis.shareable import ReturnCode, make_reply
+from nvflare.apis.streaming import ConsumerFactory, ObjectConsumer, StreamContextKey
+
+from nvflare_rdma.errors import FabricError, RdmaError, TransferError
+from nvflare_rdma.streaming.registry import registry
+from nvflare_rdma.streaming.requests import asker
+from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer.records import Meter
+
+log = logging.getLogger(__name__)
+
+PREFIX = "nvflare_rdma."
+KEY = "nvflare_rdma"
+_SILENT = PREFIX + "silent"  # in a receiver's stream context: FLARE's own stream follows, or came before
+#: How long a receiver waits for its data to come before it answers that it is still coming.
+TURN_SECONDS = 2.0
+#: A receiver whose own part is over hears no more of its sender: at least, and in turns of the sender's, which waits
+#: for the slowest of its targets.
+_LONELY_SECONDS, _LONELY_TURNS = 120.0, 4
+_LOOK_SECONDS = 1.0
+_MAX_TIMEOUT = 7 * 24 * 3600.0
+
+
+class Receiving(ABC):
+    """One stream's object on its way in. It is made when the stream starts, from the stream's context. ``kind``: see
+    `TransferRecord`. ``size``: items and bytes that have arrived.
+
+    Raises:
+        RdmaError: the context is malformed.
+    """
+
+    kind: str
+    size: tuple[int, int]
+
+    def take(self, what: Any) -> None:
+        """What came with a message."""
+        raise TransferError("nothing is expected with messages")
+
+    @abstractmethod
+    def run(
+        self,
+        channels: DataChannels,
+        peer: str,
+        ask: Callable[[dict[str, Any]], Any],
+        aborted: Callable[[], bool],
+        meter: Meter,
+    ) -> None:
+        """Receive it. Raises RdmaError, OSError or MemoryError."""
+
+    def finish(self, stream_ctx: dict[str, Any]) -> None:
+        """Everything is here: make it known."""
+        return
+
+    def undo(self) -> None:
+        """Everything is here, but its stream has ended with an error."""
+        return
+
+    @abstractmethod
+    def may_come_otherwise(self, error: Exception) -> bool:
+        """Whether FLARE's own path is worth a try."""
+
+    def dismiss(self) -> None:
+        """It will not come in this way, now or later."""
+        return
+
+
+#: Of a stream's context, and this site's name.
+Make: TypeAlias = Callable[[dict[str, Any], str], Receiving]
+
+
+class _Consumer(ObjectConsumer):
+    def __init__(self, stream_ctx: dict[str, Any], make: Make) -> None:
+        self._stream_ctx = stream_ctx
+        self._make = make
+        self._fl_ctx: Any = None
+        self._receiving: Receiving | None = None
+        self._state, self._reason = "running", ""
+        self._lock = threading.Lock()  # for these, and:
+        self._failed = False
+        self._ended, self._over = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._heard_at, self._patience = time.monotonic(), _LONELY_SECONDS
+
+    def consume(self, shareable: Any, stream_ctx: dict[str, Any], fl_ctx: Any) -> tuple[bool, Any]:
+        self._fl_ctx, self._heard_at = fl_ctx, time.monotonic()
+        message = shareable.get(KEY)
+        what = message.get("do") if isinstance(message, dict) else None
+        if what == "hello":
+            stream_ctx[_SILENT] = True
+            cell = fl_ctx.get_engine().get_cell()
+            ready = registry.of(cell) is not None
+            reason = "" if ready else "it has no data channels (RdmaTransfer is not running)"
+            return False, _reply("ready" if ready else "own", reason)
+        if what == "start" and self._thread is None:
+            self._start(message, fl_ctx)
+        elif self._thread is None:
+            raise TransferError(f"a stream begins with {what!r}")
+        elif what == "more":
+            assert self._receiving is not None
+            if self._state == "running":
+                self._receiving.take(message.get("what"))
+        elif what == "wait":
+            self._over.wait(TURN_SECONDS)
+        elif what == "end":
+            return False, self._end(message.get("gone") is True)
+        else:
+            raise TransferError(f"unknown message {what!r} in a stream")
+        return True, _reply(self._state, self._reason)
+
+    def _start(self, message: dict[str, Any], fl_ctx: Any) -> None:
+        stream, peer = message.get("stream"), message.get("peer")
+        if type(stream) is not str or type(peer) is not str:
+            raise TransferError("a stream begins with a malformed message")
+        timeout: Any = message.get("timeout")
+        number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+        if not number or not 0 < timeout <= _MAX_TIMEOUT:
+            raise TransferError(f"a stream begins with a timeout of {timeout!r} s")
+        self._patience = max(_LONELY_SECONDS, _LONELY_TURNS * timeout)
+        self._receiving = self._make(self._stream_ctx, fl_ctx.get_identity_name())
+        cell = fl_ctx.get_engine().get_cell()
+        abort = fl_ctx.get_run_abort_signal()
+
+        def aborted() -> bool:
+            return self._ended.is_set() or bool(abort is not None and abort.triggered)
+
+        ask = asker(cell, peer, stream, message.get("secure") is True)
+        arguments = (self._receiving, registry.of(cell), peer, ask, aborted)
+        self._thread = threading.Thread(target=self._receive, args=arguments, name="rdma-stream", daemon=True)
+        self._thread.start()
+
+    def _receive(self, receiving: Receiving, channels: Any, peer: str, ask: Any, aborted: Callable[[], bool]) -> None:
+        state, reason = "failed", "receiving it broke, and this side's log says how"
+        try:
+            state, reason = self._run(receiving, channels, peer, ask, aborted)
+        except Exception:
+            log.exception("receiving a stream failed")
+        finally:  # the sender asks until it is not "running"
+            with self._lock:
+                self._state, self._reason = state, reason
+                self._undo_if_failed()
+            self._over.set()
+        if self._is_left_alone():
+            # The sender is gone, and nobody else ends the stream.
+            code = ReturnCode.OK if state == "done" else ReturnCode.EXECUTION_EXCEPTION
+            if state == "done":
+                receiving.finish(self._stream_ctx)
+            self._stream_ctx[StreamContextKey.END_STREAM](code, self._fl_ctx)
+
+    def _run(
+        self, receiving: Receiving, channels: Any, peer: str, ask: Any, aborted: Callable[[], bool]
+    ) -> tuple[str, str]:
+        """State and reason."""
+        state, reason = "done", ""
+        meter = Meter("received", self._fl_ctx.get_engine().get_cell().get_fqcn(), peer, receiving.kind)
+        try:
+            if channels is None:
+                raise FabricError("this side has no data channels any more")
+            meter.budget = channels.budget.watch()
+            receiving.run(channels, peer, ask, aborted, meter)
+            meter.end(*receiving.size)
+        except (RdmaError, OSError, MemoryError) as error:
+            state, reason = ("own" if receiving.may_come_otherwise(error) else "failed"), str(error)
+        except Exception as error:
+            log.exception("receiving a stream failed")
+            state, reason = "failed", f"{type(error).__name__}: {error}"
+        meter.end(failure=reason)
+        return state, reason
+
+    def _is_left_alone(self) -> bool:
+        """Whether the sender falls silent before the stream ends."""
+        while not self._ended.wait(_LOOK_SECONDS):
+            if time.monotonic() - self._heard_at > self._patience:
+                return True
+        return False
+
+    def _end(self, gone: bool) -> Any:
+        assert self._receiving is not None
+        if gone or self._state == "own":
+            self._receiving.dismiss()
+        if self._state == "own":
+            self._stream_ctx[_SILENT] = True
+        elif self._state == "done":
+            self._receiving.finish(self._stream_ctx)
+        else:
+            raise TransferError(self._reason or "its sender has ended the stream too early")
+        return _reply(self._state, self._reason)
+
+    def finalize(self, stream_ctx: dict[str, Any], fl_ctx: Any) -> None:
+        """FLARE's: the stream is over, however it went."""
+        self._ended.set()
+        with self._lock:
+            self._failed = stream_ctx.get(StreamContextKey.RC) != ReturnCode.OK
+            self._undo_if_failed()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._over.wait(TURN_SECONDS)
+
+    def _undo_if_failed(self) -> None:
+        """Whichever comes last: what is received, or the end of its stream."""
+        if self._failed and self._state == "done" and self._receiving is not None:
+            self._receiving.undo()
+
+
+def _reply(state: str, reason: str) -> Any:
+    reply = make_reply(ReturnCode.OK)
+    reply[KEY] = {"state": state, "reason": reason}
+    return reply
+
+
+class _Factory(ConsumerFactory):
+    def __init__(self, make: Make) -> None:
+        self._make = make
+
+    def get_consumer(self, stream_ctx: dict[str, Any], fl_ctx: Any) -> ObjectConsumer:
+        # As the application knows it.
+        stream_ctx[StreamContextKey.CHANNEL] = str(stream_ctx.get(StreamContextKey.CHANNEL, "")).removeprefix(PREFIX)
+        return _Consumer(stream_ctx, self._make)
+
+
+def register(engine: Any, channel: str, topic: str, make: Make, callbacks: dict[str, Any]) -> None:
+    """Take direct streams, besides FLARE's own. ``callbacks``: FLARE's, and what they get."""
+    wrapped = {
+        name: _unless_silent(value, position)
+        for name, position in (("stream_done_cb", 0), ("consumed_cb", 1))
+        if (value := callbacks.get(name)) is not None
+    }
+    engine.register_stream_processing(
+        channel=PREFIX + channel, topic=topic, factory=_Factory(make), **{**callbacks, **wrapped}
+    )
+
+
+def _unless_silent(callback: Callable[..., Any], position: int) -> Callable[..., Any]:
+    """``position``: of the stream's context among the arguments."""
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        return None if args[position].get(_SILENT) else callback(*args, **kwargs)
+
+    told.__name__ = getattr(callback, "__name__", type(callback).__name__)
+    return told

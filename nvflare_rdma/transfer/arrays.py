@@ -1,0 +1,91 @@
+"""Tensors as bytes, and bytes as tensors. torch is imported only when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from nvflare_rdma.codecs.base import Array
+from nvflare_rdma.codecs.tensors import is_torch
+from nvflare_rdma.errors import ProtocolError
+from nvflare_rdma.fabric.slots import SlotPool
+from nvflare_rdma.transfer.manifest import Item
+
+_GRAIN = 64 * 1024
+
+
+class TensorMemory(SlotPool):
+    """Memory of received tensors. It comes back when nobody holds the tensor any more, so that the next round's lands
+    where this one's was, on warm pages. What is idle is enough for the largest message that has come, and no more: who
+    receives from many does not keep the memory of all."""
+
+    def __init__(self) -> None:
+        super().__init__(keep_bytes=0)
+
+    def keep_for(self, sizes: Iterable[int]) -> None:
+        """A message has come with tensors of so many bytes."""
+        self._keep_bytes = max(self._keep_bytes or 0, sum(map(self.cost, sizes)))
+
+    def take(self, nbytes: int) -> memoryview:
+        """As `SlotPool.take`; small tensors have memory of their own."""
+        return super().take(nbytes) if nbytes >= _GRAIN else np.empty(nbytes, np.uint8).data
+
+    def cost(self, nbytes: int) -> int:
+        """Not in whole huge pages, as slots are: a model has many tensors."""
+        return -(-nbytes // _GRAIN) * _GRAIN
+
+
+def raw_bytes(tensors: Mapping[str, Any]) -> int:
+    """Bytes of tensors and arrays in memory; a sparse tensor counts as if it were dense."""
+    sizes = (t.numel() * t.element_size() if is_torch(t) else getattr(t, "nbytes", 0) for t in tensors.values())
+    return int(sum(sizes))
+
+
+def to_bytes(tensor: Any) -> memoryview:
+    """The values in C order. A view of the tensor's own memory if it is contiguous and on the CPU, else a copy."""
+    if is_torch(tensor):
+        import torch
+
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        # Via a flat view: a tensor without dimensions has no other view of another width.
+        array = plain.reshape(-1).view(torch.uint8).numpy()
+    else:
+        array = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+    return memoryview(array)
+
+
+def strided(tensor: Any) -> Array:
+    """A view of a tensor on the CPU with its strides, of numbers that are as wide."""
+    if not is_torch(tensor):
+        return np.asarray(tensor)
+    import torch
+
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    wide = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(plain.element_size())
+    view: Array = (plain if wide is None else plain.view(wide)).numpy()
+    return view
+
+
+def from_bytes(item: Item, memory: memoryview) -> Any:
+    """The tensor whose values are in ``memory``, which it keeps.
+
+    Raises:
+        ProtocolError: this side's numpy or torch has no such tensors.
+    """
+    try:
+        return _from_bytes(item, memory)
+    except Exception as error:  # what they raise is of all sorts
+        raise ProtocolError(f"{item.name} can't be made of {item.dtype} and {item.shape}: {error}") from error
+
+
+def _from_bytes(item: Item, memory: memoryview) -> Any:
+    if not item.torch:
+        return np.frombuffer(memory, np.dtype(item.dtype)).reshape(item.shape)
+    import torch
+
+    dtype = getattr(torch, item.dtype)
+    if not item.nbytes:
+        return torch.empty(item.shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype).reshape(item.shape)

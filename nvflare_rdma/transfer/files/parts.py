@@ -1,0 +1,166 @@
+"""A part of a file on its way: read, and encoded, when it is written to the peer; decoded, and written, as it lands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES, Sink, Source, Take
+from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
+from nvflare_rdma.errors import UnrepresentableError
+from nvflare_rdma.transfer.files.partial_file import PartialFile
+from nvflare_rdma.transfer.files.source import BLOCK_BYTES, OpenFile, PartDigests
+from nvflare_rdma.transfer.manifest import Item
+from nvflare_rdma.transfer.pieces import decode
+from nvflare_rdma.transfer.sinks import Landings, Place, own_memory
+
+#: So many large chunks have to fit into the budget.
+_ROOMY = 4
+
+
+class PartSource(Source):
+    """One part of a file, which begins at ``start`` there. ``digests``: of what was sent."""
+
+    ready = False
+
+    def __init__(self, file: OpenFile, start: int, item: Item) -> None:
+        self.nbytes = item.sent_nbytes
+        self.unrepresentable = ""
+        """Why it has to travel exact."""
+        self._file = file
+        self._start = start
+        self._item = item
+        self.digests = PartDigests(self.nbytes, item.cut.unit if item.cut is not None else BLOCK_BYTES)
+
+    def digest(self) -> bytes:
+        """The part's digest; reads it if it was not read yet.
+
+        Raises:
+            SourceError: it can't be read, or has changed. UnrepresentableError: it has to travel exact.
+        """
+        cut = self._item.cut
+        step = min(self.nbytes, cut.unit if cut is not None else BLOCK_BYTES)
+        block = memoryview(bytearray(step))
+        # Not the thread's own: there are many that answer requests.
+        room = memoryview(bytearray(self._piece_nbytes))
+        while (digest := self.digests.whole()) is None:
+            for offset in range(0, self.nbytes, step):
+                self._fill(offset, block[: self.nbytes - offset], lambda nbytes: room)
+        return digest
+
+    @property
+    def _piece_nbytes(self) -> int:
+        """Of the values of a piece."""
+        cut = self._item.cut
+        return cut.values * NUMPY_DTYPES[self._item.dtype].itemsize if cut is not None else 0
+
+    def read(self, offset: int, length: int, take: Take) -> memoryview:
+        slot = take(length)
+        self._fill(offset, slot, own_memory)
+        return slot
+
+    def _fill(self, offset: int, out: memoryview, room: Callable[[int], Any]) -> None:
+        cut, dtype = self._item.cut, self._item.dtype
+        if cut is None:
+            self._file.read_into(out, self._start + offset)
+        else:
+            width = NUMPY_DTYPES[dtype].itemsize
+            for first, last, place in cut.pieces(offset, len(out)):
+                values = memoryview(room(self._piece_nbytes))[: (last - first) * width]
+                self._file.read_into(values, self._start + first * width)
+                try:
+                    cut.codec.encode_into(np.frombuffer(values, NUMPY_DTYPES[dtype]), out[place])
+                except UnrepresentableError as error:
+                    self.unrepresentable = str(error)
+                    raise
+        if not self.digests.add(offset, out):
+            raise self._file.failure("changed while it was sent: it reads differently the second time")
+
+
+class FilePart:
+    """For all its receivers. ``tensor``: the name of that whose values it has."""
+
+    def __init__(self, file: OpenFile, start: int, item: Item, tensor: str) -> None:
+        self.tensor = tensor
+        self.item = item
+        self.exact_item = Item(item.name, item.torch, item.dtype, item.shape)
+        self._exact = PartSource(file, start, self.exact_item)
+        self._encoded = PartSource(file, start, item) if item.cut is not None else self._exact
+
+    @property
+    def unrepresentable(self) -> str:
+        """Why it has to travel exact, as far as it was read."""
+        return self._encoded.unrepresentable
+
+    def source(self, exact: bool) -> PartSource:
+        """What is sent, and has the digests of that."""
+        return self._exact if exact else self._encoded
+
+    def current(self) -> PartSource:
+        """The one that is sent, as far as is known."""
+        return self.source(bool(self.unrepresentable))
+
+
+class _Here(Place):
+    """Of a part: it is on disk."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        raise NotImplementedError("a part is written by its PartSink")
+
+    def finish(self) -> None:
+        pass
+
+
+HERE = _Here()
+
+
+class PartSink(Sink):
+    """Writes a part to disk as it comes. ``landed``: told its number, and digests of what came and of what is there;
+    ``budget``: bytes that chunks may take, of this and all else that comes."""
+
+    def __init__(
+        self,
+        file: PartialFile,
+        item: Item,
+        landings: Landings,
+        landed: Callable[[int, bytes, bytes], None],
+        budget: int,
+    ) -> None:
+        cut = item.cut
+        self.nbytes = item.sent_nbytes
+        # Small chunks cost more time than they save memory, unless that is little.
+        unit = MAX_UNIT_BYTES if budget >= _ROOMY * MAX_UNIT_BYTES else BLOCK_BYTES
+        self.unit = cut.unit if cut is not None else unit
+        self._file = file
+        self._item = item
+        self._number = int(item.name)
+        self._kept = PartDigests(item.nbytes)
+        self._came = PartDigests(self.nbytes, cut.unit) if cut is not None else self._kept
+        self._landings = landings
+        self._landed = landed
+
+    def put(self, offset: int, chunk: memoryview) -> None:
+        self._came.add(offset, chunk)
+        cut = self._item.cut
+        if cut is None:
+            self._file.write(self._number, offset, chunk)
+            return
+        width = NUMPY_DTYPES[self._item.dtype].itemsize
+        for first, last, place in cut.pieces(offset, len(chunk)):
+            out = memoryview(own_memory(cut.values * width))[: (last - first) * width]
+            decode(cut, self._item.dtype, first, last, chunk[place], out)
+            self._kept.add(first * width, out)
+            self._file.write(self._number, first * width, out)
+
+    def done(self) -> None:
+        came, kept = self._came.whole(), self._kept.whole()
+        if came is None or kept is None:
+            self._landings.lose(self._number, f"part {self._number} came in pieces that can't be verified")
+            return
+        self._landed(self._number, came, kept)
+        self._landings.came(self._number, HERE, self.nbytes)
+
+    def failed(self, reason: str) -> None:
+        self._landings.lose(self._number, reason)

@@ -1,0 +1,327 @@
+"""Direct data channels between the processes that hold and want tensors, beside FLARE's own connections.
+
+The side that others can reach has a door; the other side dials it. Whoever dials, data flows either way, and a channel
+stays open for what comes later. A door is opened by a ticket only (one use, bound to the peer's name, expiring), which
+travels in FLARE's messages, whose senders FLARE has authenticated. Where FLARE's connections are secure, so are these,
+with the same certificates.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import secrets
+import socket
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from nvflare_rdma.channel.bodies import Sink
+from nvflare_rdma.channel.context import LinkContext
+from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.channel.door import GREETING_TIMEOUT, Door, Pending, dial
+from nvflare_rdma.channel.link import Link
+from nvflare_rdma.channel.protocol.limits import ChannelLimits
+from nvflare_rdma.channel.protocol.state import Role
+from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, UnreachableError
+from nvflare_rdma.fabric.budget import MemoryBudget
+from nvflare_rdma.fabric.tcp import TcpFabric
+from nvflare_rdma.runtime import Runtime
+from nvflare_rdma.transfer.addresses import TICKET_BYTES, is_loopback, listen, own_hosts, parse_invitation
+
+log = logging.getLogger(__name__)
+
+SERVER = "server"  # the root of its cells' names
+TICKET_SECONDS = 120.0
+MAX_TICKETS = 4096
+#: For all addresses of a peer together; the last one that is tried may take an `_ADDRESS_SECONDS` longer, and what is
+#: reached has the handshake's deadline besides.
+DIAL_SECONDS = 20.0
+_ADDRESS_SECONDS = 5.0
+#: A peer that does not answer, as behind a firewall that drops what comes, is not dialled again for so long, twice as
+#: long the next time, and so on.
+_AVOID_SECONDS, _AVOID_DOUBLINGS = 60.0, 6
+_WELCOME = b"\x01"
+_MAX_TENSOR_BYTES = 1 << 48
+#: See `LinkContext`; tensors are large. The end of one may be in the last chunk, twice as long, which still fits into
+#: what is for sending, if it has to be staged (as from a GPU).
+_SAME_HOST_FACTOR = 6
+
+
+class DataChannels:
+    """Those of one cell.
+
+    Args:
+        name: the cell's FQCN.
+        runtime: what all channels of the process share.
+        tls: makes the context for the listening side (True) or the dialling one; gives None where FLARE is not secure.
+        server_host: how this side's FLARE reaches the server, "" if it is unknown; tried before the addresses that a
+            peer names.
+        ports: what the door may listen on, (0, 0) for any port; None for no door.
+        trainers: without ``ports``, whether there is a door on the loopback device for the cells below this one: the
+            Client API's processes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        runtime: Runtime,
+        tls: Callable[[bool], ssl.SSLContext | None],
+        server_host: str,
+        ports: tuple[int, int] | None,
+        trainers: bool = False,
+    ) -> None:
+        self.name = name
+        self._runtime = runtime
+        self._tls = tls
+        self._server_host = server_host
+        self._ports = ports
+        self._trainers = trainers
+        limits = ChannelLimits(max_message_bytes=_MAX_TENSOR_BYTES)
+        self._context: LinkContext = replace(runtime.context, limits=limits, same_host_factor=_SAME_HOST_FACTOR)
+        self._fabric = runtime.tcp()
+        self._lock = threading.Lock()
+        self._opened = threading.Condition(self._lock)
+        self._door: Door | None = None
+        self._pending = Pending()
+        self._tickets: dict[bytes, tuple[str, float]] = {}
+        #: Peer -> its channels, the newest last. An older one lives on: a transfer may still use it.
+        self._links: dict[str, list[Link]] = {}
+        #: Peer -> how many of its tickets came whose channel is not there yet.
+        self._opening: Counter[str] = Counter()
+        self._sinks: dict[tuple[str, int], Sink] = {}
+        #: Peer -> how often in a row it did not answer, when that was last, and what was tried.
+        self._unreachable: dict[str, tuple[int, float, str]] = {}
+        self._closed = False
+
+    # -- doors ---------------------------------------------------------------------------------------------
+
+    def invite(self, peer: str) -> dict[str, Any]:
+        """How ``peer`` gets in, for `dial` over there (msgpack types). Opens the door if need be.
+
+        Raises:
+            FabricUnavailable: this side has no door.
+        """
+        if not self._may_come(peer):
+            raise FabricUnavailable(f"{self.name} does not listen for data (rdma_data_ports)")
+        door = self._open_door()
+        ticket, now = secrets.token_bytes(TICKET_BYTES), time.monotonic()
+        with self._lock:
+            self._tickets = {t: entry for t, entry in self._tickets.items() if entry[1] > now}
+            if len(self._tickets) >= MAX_TICKETS:
+                raise FabricUnavailable(f"{len(self._tickets)} invitations are open already")
+            self._tickets[ticket] = peer, now + TICKET_SECONDS
+        host, port = door.address
+        hosts = [host] if host not in ("", "0.0.0.0", "::") else own_hosts()
+        return {"hosts": hosts, "port": port, "ticket": ticket}
+
+    def _open_door(self) -> Door:
+        with self._lock:
+            if self._closed:
+                raise FabricUnavailable(f"{self.name} is ending")
+            if self._door is None:
+                inside = self._ports is None or is_loopback(self._server_host)
+                try:
+                    tls = self._secure(True)
+                    listener = listen("127.0.0.1" if inside else "", self._ports or (0, 0))
+                except OSError as error:
+                    raise FabricUnavailable(f"{self.name} can't listen for data: {error}") from error
+                self._door = Door(listener, tls, self._fabric, self._welcome, f"{self.name}'s data port")
+                threading.Thread(target=self._door.serve, name="rdma-data-door", daemon=True).start()
+                log.info("%s listens for data on port %d", self.name, self._door.address[1])
+            return self._door
+
+    def _welcome(self, sock: socket.socket, stream: ControlStream) -> None:
+        """A peer that has dialled: serves it until it goes."""
+        with self._pending.hold(sock):
+            ticket = _read(stream, TICKET_BYTES, GREETING_TIMEOUT)
+        with self._lock:
+            peer, expires = self._tickets.pop(ticket, ("", 0.0))
+            self._opening[peer] += 1
+        try:
+            link = self._admit(sock, stream, peer, expires)
+        finally:
+            with self._opened:
+                self._opening[peer] -= 1
+                self._opened.notify_all()
+        self._run(link, peer)
+
+    def _admit(self, sock: socket.socket, stream: ControlStream, peer: str, expires: float) -> Link:
+        if time.monotonic() > expires:
+            stream.close()
+            raise ProtocolError("its ticket is unknown, used or expired")
+        stream.send(stream.protect([_WELCOME]))
+        return self._open(Role.PASSIVE, sock, stream, self._fabric, peer)
+
+    def _secure(self, server_side: bool) -> ssl.SSLContext | None:
+        try:
+            return self._tls(server_side)
+        except Exception as error:  # FLARE's code, which raises what it likes about a wrong file
+            raise FabricUnavailable(f"{self.name} can't use its certificates: {error}") from error
+
+    @property
+    def budget(self) -> MemoryBudget:
+        """The process's, which what these channels receive is bound by."""
+        return self._context.budget
+
+    def _may_come(self, peer: str) -> bool:
+        return self._ports is not None or (self._trainers and peer.startswith(f"{self.name}."))
+
+    def has_door_for(self, peer: str) -> bool:
+        """Whether it listens, and ``peer`` may be invited: then this side never dials where ``peer`` says."""
+        with self._lock:
+            return self._door is not None and self._may_come(peer)
+
+    # -- channels ------------------------------------------------------------------------------------------
+
+    def find(self, peer: str) -> Link | None:
+        """The channel to ``peer``, if there is one that is not about to end."""
+        with self._lock:
+            return self._find(peer)
+
+    def _find(self, peer: str) -> Link | None:
+        return next((link for link in reversed(self._links.get(peer, [])) if link.usable), None)
+
+    def await_open(self, peer: str) -> Link | None:
+        """As `find`, but if ``peer`` has dialled, this side's end may still be opening: then after that."""
+        with self._opened:
+            self._opened.wait_for(lambda: self._find(peer) or not self._opening[peer], GREETING_TIMEOUT)
+            return self._find(peer)
+
+    def arriving(self, peer: str) -> int:
+        """Bytes that are here of messages that ``peer`` has not finished: more of them, or fewer, show that data
+        moves."""
+        with self._lock:
+            links = list(self._links.get(peer, []))
+        return sum(landed for link in links for landed, _ in link.incoming().values())
+
+    def dial(self, peer: str, invitation: Any) -> Link:
+        """A new channel to ``peer``, which has sent the invitation.
+
+        Raises:
+            RdmaError: none of its addresses leads there, or did lately: then none is tried. ProtocolError:
+                ``invitation`` is malformed.
+        """
+        hosts, port, ticket = parse_invitation(invitation)
+        began = time.monotonic()
+        self._avoid(peer, began)
+        if self._server_host and peer.split(".")[0] == SERVER and self._server_host not in hosts:
+            hosts = [self._server_host, *hosts]
+        failures, deadline, silent = [], began + DIAL_SECONDS, False
+        for host in hosts:
+            if (left := deadline - time.monotonic()) <= 0:
+                failures.append(f"the others were not tried: {DIAL_SECONDS:g} s are over")
+                break
+            try:
+                link = self._dial((host, port), ticket, peer, min(left, _ADDRESS_SECONDS))
+            except (OSError, RdmaError, ValueError) as error:  # ValueError: what can't be a host's name
+                failures.append(f"{host}:{port}: {error}")
+                silent = silent or isinstance(error, UnreachableError)
+                continue
+            threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
+            return link
+        reason = f"no direct way from {self.name} to {peer}: {'; '.join(failures)}"
+        if silent:
+            with self._lock:
+                count, since, _ = self._unreachable.get(peer, (0, 0.0, ""))
+                # Several that dial at once have found out the same.
+                self._unreachable[peer] = count + (since <= began), time.monotonic(), reason
+        raise FabricError(reason)
+
+    def _avoid(self, peer: str, now: float) -> None:
+        with self._lock:
+            count, since, reason = self._unreachable.get(peer, (0, 0.0, ""))
+        left = since + _AVOID_SECONDS * 2 ** min(count - 1, _AVOID_DOUBLINGS) - now
+        if count and left > 0:
+            raise FabricUnavailable(f"{reason} (tried {now - since:.0f} s ago, and again in {left:.0f} s)")
+
+    def _dial(self, address: tuple[str, int], ticket: bytes, peer: str, timeout: float) -> Link:
+        sock, stream = dial(address, self._secure(False), self._pending, timeout)
+        try:
+            with self._pending.hold(sock):
+                stream.send(stream.protect([ticket]))
+                if _read(stream, len(_WELCOME), timeout) != _WELCOME:
+                    raise ProtocolError("it is no data port of nvflare-rdma")
+            way = functools.partial(socket.create_connection, address, GREETING_TIMEOUT)
+            return self._open(Role.ACTIVE, sock, stream, self._runtime.tcp(way), peer)
+        except (OSError, RdmaError):
+            stream.close()
+            raise
+
+    def _open(self, role: Role, sock: socket.socket, stream: ControlStream, tcp: TcpFabric, peer: str) -> Link:
+        place = functools.partial(self._place, peer)
+        fabrics = self._runtime.fabrics(tcp, sock)
+        link = Link(stream, role, fabrics, self._context, _unexpected, f"data {self.name} - {peer}", place)
+        with self._pending.hold(sock):
+            link.open()
+        with self._lock:
+            if not self._closed:
+                self._links.setdefault(peer, []).append(link)
+                self._unreachable.pop(peer, None)
+                self._opened.notify_all()
+                return link
+        link.close(0.0)
+        raise FabricError(f"{self.name} is ending")
+
+    def _run(self, link: Link, peer: str) -> None:
+        try:
+            link.run()
+        finally:
+            with self._lock:
+                self._links[peer].remove(link)
+                if not self._links[peer]:
+                    del self._links[peer]
+
+    # -- what is expected ----------------------------------------------------------------------------------
+
+    def expect(self, peer: str, sinks: Sequence[Sink]) -> int:
+        """From now on ``peer`` may send what the sinks are for, as messages with the label that is returned and those
+        that follow it. `forget` is to follow."""
+        # Nobody else can know them: what is late from an earlier attempt has no place in this one.
+        first = secrets.randbits(62) + 1
+        with self._lock:
+            self._sinks |= {(peer, first + i): sink for i, sink in enumerate(sinks)}
+        return first
+
+    def forget(self, peer: str, first: int, count: int) -> None:
+        """Don't take them any more. What is landing goes on; its sink is told in the end."""
+        with self._lock:
+            for label in range(first, first + count):
+                self._sinks.pop((peer, label), None)
+
+    def _place(self, peer: str, label: int) -> Sink | None:
+        with self._lock:
+            return self._sinks.pop((peer, label), None)
+
+    def close(self) -> None:
+        """End all channels at once and close the door. Idempotent."""
+        with self._lock:
+            self._closed = True
+            door, self._door = self._door, None
+            links = [link for links in self._links.values() for link in links]
+        self._pending.close()
+        if door is not None:
+            door.close()
+        for link in links:
+            link.close(0.0)
+
+
+def _read(stream: ControlStream, size: int, timeout: float) -> bytes:
+    """Exactly ``size`` bytes; the peer sends no more before it has an answer."""
+    deadline, data = time.monotonic() + timeout, b""
+    while len(data) < size:
+        part = stream.receive(max(deadline - time.monotonic(), 0.0))
+        if not part:
+            raise ConnectionError("it closed the connection" if part == b"" else "it said nothing in time")
+        data += part
+    if len(data) > size:
+        raise ProtocolError("it sent more than it was asked for")
+    return data
+
+
+def _unexpected(message: object) -> None:
+    raise ProtocolError("a message without a label came over a data channel")

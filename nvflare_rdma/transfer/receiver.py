@@ -1,0 +1,254 @@
+"""The receiving half of a direct transfer: a message's tensors, landed in their own memory.
+
+    describe   what there is, and how to get there          (FLARE's messages, `serving`)
+    send       "that and that, under these labels"
+               ... each tensor lands over the data channel (`channels`) ...
+    report     every few seconds: is it still coming? This also tells FLARE that the transfer lives.
+    done       it may be forgotten                          (unless FLARE's next message says that)
+    give up    nothing more need be sent: the receiver has failed
+
+A channel that breaks is opened again, and what is missing is asked for again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+from nvflare_rdma.channel.bodies import Sink
+from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TransferError
+from nvflare_rdma.transfer import manifest
+from nvflare_rdma.transfer.manifest import Item
+from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer.records import Meter
+from nvflare_rdma.transfer.sinks import Land, Landings, Place, TensorSink
+
+log = logging.getLogger(__name__)
+
+REPORT_SECONDS = 2.0
+_LOOK_SECONDS = 0.2
+#: In which nothing at all comes over the channel, and nobody says why: longer than a message may wait for memory.
+STALL_SECONDS = 120.0
+#: In a row, of which nothing came.
+ATTEMPTS = 3
+
+
+class AbortedError(TransferError):
+    """The receiver does not want it any more."""
+
+
+class LostError(TransferError):
+    """No answer to a request came in time."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    nbytes: int
+    items: int
+
+
+def pull(
+    channels: DataChannels,
+    peer: str,
+    ask: Callable[[dict[str, Any]], Any],
+    land: Land,
+    aborted: Callable[[], bool] = lambda: False,
+    progress: Callable[[Progress], None] = lambda done: None,
+    meter: Meter | None = None,
+) -> dict[str, Any]:
+    """All tensors of a message that ``peer`` holds, by FLARE's item ids: what their places give.
+
+    Args:
+        ask: sends a request to the peer's `Service.answer` and gives what it says.
+        land: makes the place of a tensor.
+        aborted: whether to stop; it is looked at several times a second.
+        meter: counts what came over channels, and how.
+
+    Raises:
+        AbortedError: ``aborted`` said so.
+        RdmaError: there is no direct way, or what came over it is no good. Nothing is kept.
+    """
+    meter = meter or Meter("received", channels.name, peer)
+    return Pull(channels, peer, ask, land, aborted, progress, meter).run()
+
+
+class Pull:
+    """What `pull` does. ``items``: what there is, as far as the peer has told. ``confirmed``: the peer is asked next
+    whether it `has_served`, and need not be told what it sees."""
+
+    def __init__(
+        self,
+        channels: DataChannels,
+        peer: str,
+        ask: Callable[[dict[str, Any]], Any],
+        land: Land,
+        aborted: Callable[[], bool],
+        progress: Callable[[Progress], None],
+        meter: Meter,
+        confirmed: bool = False,
+    ) -> None:
+        self._confirmed = confirmed
+        self._channels = channels
+        self._peer = peer
+        self._ask_peer = ask
+        self._place = land
+        self._aborted = aborted
+        self._progress = progress
+        self._meter = meter
+        self.items: list[Item] = []
+        self._landed: dict[int, Place] = {}
+        self._landed_bytes = 0
+        self._asked = False
+        self._seen = False
+
+    def run(self) -> dict[str, Any]:
+        """See `pull`."""
+        try:
+            described = self._describe()
+            self._meter.wire_bytes += sum(len(item.content or b"") for item in self.items)
+            self._land(described)
+            # First: once the peer has heard "done", nobody else has them.
+            tensors = {item.name: self._finish(number, item) for number, item in enumerate(self.items)}
+            # A sender that says so sees for itself what has arrived, while the channel lives.
+            if not (self._confirmed and self._seen and self._channels.find(self._peer)):
+                self._asked = True
+                self._ask({"do": "done"})
+            return tensors
+        except Exception as error:
+            if self._asked:
+                with contextlib.suppress(Exception):  # the error is told as it is
+                    self._ask_peer({"do": "give up"})
+            if isinstance(error, OSError) and not isinstance(error, RdmaError):  # where they land, not how they come
+                raise TransferError(f"tensors from {self._peer} can't be stored: {error}") from error
+            raise
+
+    def _finish(self, number: int, item: Item) -> Any:
+        if item.content is None:
+            return self._landed[number].finish()
+        place = self._place(item)
+        place.write(0, memoryview(item.content))
+        return place.finish()
+
+    def _land(self, described: Mapping[str, Any]) -> None:
+        large = {number for number, item in enumerate(self.items) if item.content is None}
+        missing, fruitless = large - self._landed.keys(), 0
+        while missing:
+            reason = self._attempt(missing, described)
+            left = missing - self._landed.keys()
+            if not left:
+                return
+            log.warning("%s: %d of %d tensors are missing: %s", self._peer, len(left), len(large), reason)
+            fruitless = fruitless + 1 if len(left) == len(missing) else 0
+            if fruitless == ATTEMPTS:
+                raise TransferError(f"{len(left)} of {len(large)} tensors did not come from {self._peer}: {reason}")
+            missing, described = left, self._describe()
+
+    def _attempt(self, missing: Set[int], described: Mapping[str, Any]) -> str:
+        """Land what is missing, and say why not all of it came."""
+        invitation = self._find_way(described)
+        landings = Landings(set(missing))
+        sinks = [self._sink(number, landings) for number in sorted(missing)]
+        first = self._channels.expect(self._peer, sinks)
+        try:
+            self._asked = True
+            request = {"do": "send", "first": first, "items": sorted(missing), "invitation": invitation}
+            self._seen = self._ask(request).get("sees") is True
+            if invitation is not None and self._channels.await_open(self._peer) is None:
+                return "the channel that the peer has dialled did not open"
+            self._wait(landings)
+        finally:
+            self._count(sinks, landings)
+            self._channels.forget(self._peer, first, len(sinks))
+        with landings.changed:
+            self._landed |= landings.landed
+            self._landed_bytes += landings.nbytes
+            return landings.failure or landings.lost
+
+    def _count(self, sinks: list[Sink], landings: Landings) -> None:
+        link = self._channels.find(self._peer)
+        self._meter.fabric = link.fabric if link is not None else self._meter.fabric
+        self._meter.resent_chunks += sum(sink.resent_chunks for sink in sinks)
+        with landings.changed:
+            self._meter.wire_bytes += landings.nbytes
+
+    def _sink(self, number: int, landings: Landings) -> Sink:
+        item = self.items[number]
+        return TensorSink(number, item, self._place(item), landings)
+
+    def _find_way(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
+        """See that there is a channel; an invitation if the peer has to make it."""
+        if described.get("channel") is True and self._channels.find(self._peer) is not None:
+            return None
+        theirs = described.get("invitation")
+        if theirs is not None:
+            self._channels.dial(self._peer, theirs)
+            return None
+        try:
+            return self._channels.invite(self._peer)
+        except FabricUnavailable as error:
+            raise FabricUnavailable(f"neither side has a door: {error}; {described.get('closed')}") from error
+
+    def _wait(self, landings: Landings) -> None:
+        """Until everything is there, or something is wrong."""
+        now = time.monotonic()
+        report_at, moved_at, known, moved, asked_why = now + REPORT_SECONDS, now, -1, (0, 0), False
+        while True:
+            with landings.changed:
+                landings.changed.wait_for(lambda: not landings.open or landings.failure, _LOOK_SECONDS)
+                over = not landings.open or bool(landings.failure)
+                count, nbytes, lost = len(landings.landed), landings.nbytes, landings.lost
+            if count != known:
+                known = count
+                self._progress(Progress(self._landed_bytes + nbytes, len(self._landed) + count))
+            if over:
+                return
+            if self._aborted():
+                raise AbortedError(f"the transfer from {self._peer} was aborted")
+            now = time.monotonic()
+            if (moving := (nbytes, self._channels.arriving(self._peer))) != moved:
+                moved, moved_at = moving, now
+            if self._channels.find(self._peer) is None:
+                landings.fail("the data channel broke")
+            elif now - moved_at > STALL_SECONDS:
+                landings.fail(f"nothing has come for {STALL_SECONDS:g} s")
+            elif now >= report_at or (lost and not asked_why):
+                asked_why = bool(lost)  # the sender may have stopped, or this may be the only one
+                self._report(landings)
+                report_at = time.monotonic() + REPORT_SECONDS
+
+    def _report(self, landings: Landings) -> None:
+        try:
+            failed = self._ask({"do": "report"}).get("failed")
+        except LostError as error:
+            log.info("%s: %s", self._peer, error)  # the data shows by itself whether it comes
+            return
+        if failed:
+            landings.fail(str(failed))
+
+    def _describe(self) -> Mapping[str, Any]:
+        described = self._ask({"do": "describe", "channel": self._channels.find(self._peer) is not None})
+        items, known = manifest.unpack(described.get("manifest")), self.items
+        # Again: how they are sent may have changed, but not what they are.
+        if known and list(map(_identity, items)) != list(map(_identity, known)):
+            raise ProtocolError("the peer has other tensors than it said before")
+        self.items = items
+        return described
+
+    def _ask(self, request: dict[str, Any]) -> Mapping[str, Any]:
+        answer = self._ask_peer(request)
+        if not isinstance(answer, Mapping):
+            raise ProtocolError(f"the peer answered {request['do']!r} with {type(answer).__name__}")
+        if answer.get("refused"):
+            raise TransferError(f"the peer refused: {answer['refused']}")
+        return answer
+
+
+def _identity(item: Item) -> tuple[Any, ...]:
+    return item.name, item.torch, item.dtype, item.shape, item.content is None
+
+
+__all__ = ["AbortedError", "LostError", "Progress", "Pull", "pull"]

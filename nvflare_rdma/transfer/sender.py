@@ -1,0 +1,224 @@
+"""What a sender does for one receiver: tensors become messages of a data channel, or pieces of FLARE's own."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from nvflare_rdma.channel.bodies import Source, Take, whole_units
+from nvflare_rdma.channel.link import Link
+from nvflare_rdma.channel.outbox import Sending
+from nvflare_rdma.codecs.runs import read_run
+from nvflare_rdma.codecs.tensors import is_torch
+from nvflare_rdma.errors import ProtocolError, TransferError, UnrepresentableError
+from nvflare_rdma.transfer.arrays import strided, to_bytes
+from nvflare_rdma.transfer.manifest import Item
+from nvflare_rdma.transfer.pieces import EncodedSource, Encoding, HotChunks
+from nvflare_rdma.transfer.records import Meter
+
+#: Tensors, and bytes, that are offered and not over: enough that their receiver always has the next one to grant.
+_AHEAD, _AHEAD_BYTES = 64, 64 << 20
+#: How long who waits for the first of them may sleep on when that is over, so that it is not woken for each.
+_DOZE_SECONDS = 0.05
+_SEND_TIMEOUT = 3600.0
+
+#: The process's.
+hot = HotChunks()
+
+
+class TensorSource(Source):
+    """A tensor's bytes. Of one that lies on a GPU, or is not contiguous, each chunk is a copy."""
+
+    def __init__(self, tensor: Any, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._tensor = tensor
+        plain = tensor.is_contiguous() and tensor.is_cpu if is_torch(tensor) else tensor.flags.c_contiguous
+        self.ready = bool(plain)
+        self._bytes = to_bytes(tensor) if plain else None
+
+    def read(self, offset: int, length: int, take: Take) -> memoryview:
+        if self._bytes is not None:
+            return self._bytes[offset : offset + length]
+        tensor = self._tensor
+        if is_torch(tensor) and not tensor.is_cpu and not tensor.is_contiguous():
+            tensor = self._tensor = tensor.detach().contiguous()  # on its device, once
+        width = tensor.element_size() if is_torch(tensor) else tensor.itemsize
+        first, last = offset // width, -(-(offset + length) // width)
+        copy = take((last - first) * width)
+        if is_torch(tensor) and not tensor.is_cpu:
+            copy[:] = to_bytes(tensor.detach().reshape(-1)[first:last])
+        else:
+            array = strided(tensor)
+            read_run(array, first, np.frombuffer(copy, array.dtype))
+        return copy[offset - first * width :][:length]
+
+
+class Relayed:
+    """The tensors that are not in the manifest, as bytes, for one receiver that asks for them piece by piece."""
+
+    def __init__(self, items: list[Item], tensors: Mapping[str, Any], exact: Callable[[str, str], None]) -> None:
+        self._items = list(items)
+        self._tensors = tensors
+        self._exact = exact
+        self._lock = threading.Lock()
+        self._open: tuple[int, Source] | None = None
+
+    def piece(self, number: int, offset: int, exact: bool, most: int) -> tuple[int, int, bool, bytes] | None:
+        """What follows ``offset`` bytes of an item: its number, the offset, whether the item is not encoded (any more:
+        it then begins anew), and at most ``most`` bytes (but one unit at least); None after the last.
+
+        Raises:
+            ProtocolError: there is no such item. CodecError: no piece begins there.
+        """
+        if not 0 <= number <= len(self._items) or offset < 0:
+            raise ProtocolError(f"a request for tensor {number} of {len(self._items)}")
+        with self._lock:
+            while number < len(self._items):
+                item = self._items[number]
+                if item.cut is None and item.content is None and not exact and offset:
+                    offset = 0  # what has come of it was encoded
+                if item.content is None and offset < item.sent_nbytes:
+                    try:
+                        return number, offset, item.cut is None, self._read(number, offset, most)
+                    except UnrepresentableError as error:
+                        self._exact(item.name, str(error))
+                        self._items[number], self._open, offset = replace(item, cut=None), None, 0
+                        continue
+                number, offset, exact = number + 1, 0, False
+        return None
+
+    def _read(self, number: int, offset: int, most: int) -> bytes:
+        item = self._items[number]
+        if self._open is None or self._open[0] != number:
+            self._open = number, _source(item, self._tensors[item.name])
+        length = whole_units(most, item.cut.unit if item.cut is not None else 1)
+        left = item.sent_nbytes - offset
+        return bytes(self._open[1].read(offset, min(length, left), lambda nbytes: memoryview(bytearray(nbytes))))
+
+
+@dataclass(frozen=True)
+class Part:
+    label: int
+    item: Item
+    tensor: Any
+
+
+class Sender(threading.Thread):
+    """Offers tensors one after the other. ``moved``: told the bytes of each that has arrived; ``exact``: told the name
+    of one that can't be encoded, and why."""
+
+    def __init__(
+        self, link: Link, parts: list[Part], moved: Callable[[int], None], exact: Callable[[str, str], None]
+    ) -> None:
+        super().__init__(name="rdma-offers", daemon=True)
+        self._link = link
+        self._parts = parts
+        self._moved = moved
+        self._exact = exact
+        self._lock = threading.RLock()  # what an offer sets off may stop it
+        self._failure = ""
+        self._open: deque[tuple[Sending, Part, Source]] = deque()
+        self._offered: list[Sending] = []
+        self._missing = len(parts)
+
+    @property
+    def failure(self) -> str:
+        """Why not everything will be sent; "" while nothing went wrong."""
+        with self._lock:
+            return self._failure
+
+    def run(self) -> None:
+        try:
+            for part in self._parts:
+                while len(self._open) >= _AHEAD or (len(self._open) > 1 and self._ahead() >= _AHEAD_BYTES):
+                    self._wait_for_some(len(self._open) // 2)
+                if self.failure:
+                    break
+                self._offer(part)
+            while self._open:
+                self._wait_for_some(len(self._open))
+        except Exception as error:  # noqa: BLE001 - the receiver is told, whatever it is
+            self.stop(str(error) or type(error).__name__)
+        finally:
+            self._parts = []
+            self.tell_exact()
+            self._open.clear()
+
+    def _ahead(self) -> int:
+        with self._lock:
+            return sum(source.nbytes for _, _, source in self._open)
+
+    def _offer(self, part: Part) -> None:
+        source = _source(part.item, part.tensor)
+        with self._lock:  # the receiver may have it, and have said so, before this goes on
+            sending = self._link.offer(source, part.label)
+            self._open.append((sending, part, source))
+            self._offered.append(sending)
+            failure = self._failure
+        if failure:  # `stop` did not see it
+            self._link.withdraw(sending, failure)
+
+    def has_arrived(self, timeout: float) -> bool:
+        """Whether everything has, if that is known within ``timeout`` seconds."""
+        if self.ident is None:
+            return False
+        self.join(timeout)
+        return not self._missing
+
+    def _wait_for_some(self, count: int) -> None:
+        """Until the first one is over, and ``count`` of them where they go fast."""
+        with contextlib.suppress(TransferError):  # each is told of in its turn
+            self._open[count - 1][0].wait(_DOZE_SECONDS)
+        self._wait_for_one()
+        while self._open and self._open[0][0].ended:
+            self._wait_for_one()
+
+    def _wait_for_one(self) -> None:
+        sending, part, source = self._open[0]
+        try:
+            sending.wait(_SEND_TIMEOUT)
+        except TransferError:
+            if not (why := getattr(source, "unrepresentable", "")):
+                raise
+            # The receiver misses this one, and asks again.
+            self._exact(part.item.name, why)
+        else:
+            self._missing -= 1
+            self._moved(source.nbytes)
+        with self._lock:
+            self._open.popleft()
+
+    def tell_exact(self) -> None:
+        """Of those that turned out to be so, also before this has waited for them."""
+        with self._lock:
+            open_now = list(self._open)
+        for _, part, source in open_now:
+            if why := getattr(source, "unrepresentable", ""):
+                self._exact(part.item.name, why)
+
+    def count(self, meter: Meter) -> None:
+        """Add what the receiver was sent so far."""
+        with self._lock:
+            meter.wire_bytes += sum(sending.reached for sending in self._offered)
+            meter.resent_chunks += sum(sending.resent_chunks for sending in self._offered)
+        meter.fabric = self._link.fabric
+
+    def stop(self, reason: str) -> None:
+        """Withdraw what is not over. The first reason counts."""
+        with self._lock:
+            self._failure = reason = self._failure or reason
+            open_now = list(self._open)
+        for sending, _, _ in open_now:
+            self._link.withdraw(sending, reason)
+
+
+def _source(item: Item, tensor: Any) -> Source:
+    if isinstance(tensor, Source):
+        return tensor
+    return TensorSource(tensor, item.nbytes) if item.cut is None else EncodedSource(Encoding.of(tensor, item.cut, hot))

@@ -1,0 +1,49 @@
+"""Fixtures of the tests that move tensors and files between cells of one process."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from data_channels import cells
+from direct_transfers import Direct
+from file_transfers import Files
+from tcp_pair import DEADLINE
+from waiting import eventually
+
+
+@pytest.fixture
+def cell():
+    """cell("site-1", ports=..., tls=...) -> DataChannels"""
+    with cells() as make:
+        yield make
+
+
+@pytest.fixture
+def direct(cell):
+    """direct(tensors, ...) -> Direct"""
+    made = []
+
+    def make(tensors, **kinds):
+        made.append(Direct(cell, tensors, **kinds))
+        return made[-1]
+
+    yield make
+    for it in made:
+        it.service.close()
+        eventually(lambda it=it: not it.senders, DEADLINE)
+
+
+@pytest.fixture
+def files(cell, tmp_path):
+    """files(content, ...) -> Files"""
+    made = []
+
+    def make(content: bytes, **kinds) -> Files:
+        made.append(Files(cell, tmp_path, content, **kinds))
+        return made[-1]
+
+    yield make
+    for it in made:
+        it.service.close()
+    eventually(lambda: not any(thread.name == "rdma-offers" for thread in threading.enumerate()), DEADLINE)

@@ -1,0 +1,3 @@
+from transfer_fixtures import cell, direct, files
+
+__all__ = ["cell", "direct", "files"]

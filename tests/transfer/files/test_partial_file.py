@@ -1,0 +1,408 @@
+"""What is on disk of a file that is being received."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import shutil
+import stat
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nvflare_rdma.errors import ProtocolError, SourceError, StorageError, TransferError
+from nvflare_rdma.transfer.files import partial_file
+from nvflare_rdma.transfer.files.layout import Layout, plan
+from nvflare_rdma.transfer.files.partial_file import PartialFile, forget
+from nvflare_rdma.transfer.files.source import BLOCK_BYTES, FileIdentity, OpenFile, PartDigests
+
+PART = 2 * BLOCK_BYTES
+CONTENT = os.urandom(BLOCK_BYTES + 5) * 5  # five blocks and a piece: three parts
+
+
+def identity(**changes) -> FileIdentity:
+    fields = {"name": "model.bin", "size": len(CONTENT), "mtime_ns": 5, "content": "0" * 32, "part_bytes": PART}
+    return FileIdentity(**{**fields, **changes})
+
+
+def partial(folder: Path, of: FileIdentity, owner: str = "") -> PartialFile:
+    return PartialFile(str(folder), Layout(of, [item for item, _ in plan(of)]), owner)
+
+
+def receive(file: PartialFile, *parts: int) -> None:
+    for part in parts:
+        data = memoryview(CONTENT)[part * PART : (part + 1) * PART]
+        digests = PartDigests(len(data))
+        for offset in (BLOCK_BYTES, 0):  # in any order
+            block = data[offset : offset + BLOCK_BYTES]
+            file.write(part, offset, block)
+            digests.add(offset, block)
+        file.add(part, digests.whole(), digests.whole())
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """A folder in which two parts of three are."""
+    file = partial(tmp_path, identity())
+    receive(file, 0, 2)
+    file.keep()
+    assert len(hidden(tmp_path)) == 2
+    return tmp_path
+
+
+def finish(folder: Path, *missing: int) -> None:
+    file = partial(folder, identity())
+    assert file.whole == {0, 1, 2} - set(missing)
+    receive(file, *missing)
+    file.finish(str(folder / "whole"))
+    assert (folder / "whole").read_bytes() == CONTENT
+    assert not hidden(folder)
+
+
+def test_it_appears_when_it_is_whole(tmp_path):
+    file = partial(tmp_path, identity())
+    receive(file, 1, 0)
+    with pytest.raises(TransferError, match=r"2 of 3 parts of model\.bin are here"):
+        file.finish(str(tmp_path / "whole"))
+    assert not (tmp_path / "whole").exists()
+    receive(file, 2)
+    file.finish(str(tmp_path / "whole"))
+    assert (tmp_path / "whole").read_bytes() == CONTENT
+    assert not hidden(tmp_path)
+
+
+def test_what_is_here_is_taken_up(interrupted):
+    finish(interrupted, 1)
+
+
+def test_only_what_has_its_digest(interrupted):
+    part = next(interrupted.glob(".*.rdma-part"))
+    with open(part, "r+b") as file:
+        file.seek(17)
+        file.write(b"\0" if CONTENT[17] else b"\1")
+    finish(interrupted, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b"1 0123",
+        b"1 " + b"0" * 32 + b"\n",
+        b"1 " + b"0" * 32 + b" " + b"0" * 32 + b"\n",
+        b"99 " + b"0" * 32 + b" " + b"0" * 32 + b"\n",
+        b"\xff\n",
+        b"1 x y\n",
+    ],
+)
+def test_a_journal_with_a_damaged_end(tail, interrupted):
+    with open(next(interrupted.glob(".*.rdma-journal")), "ab") as file:
+        file.write(tail)
+    finish(interrupted, 1)
+
+
+def test_a_journal_without_its_file(interrupted):
+    next(interrupted.glob(".*.rdma-part")).unlink()
+    finish(interrupted, 0, 1, 2)
+
+
+def test_a_file_without_its_journal(interrupted):
+    os.truncate(next(interrupted.glob(".*.rdma-journal")), 0)
+    finish(interrupted, 0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "change", [{"mtime_ns": 6}, {"content": "1" * 32}, {"name": "other"}, {"size": len(CONTENT) - 1}]
+)
+def test_another_file_begins_anew(change, interrupted):
+    file = partial(interrupted, identity(**change))
+    assert not file.whole
+    file.keep()  # nothing is whole: nothing is kept
+    assert len(hidden(interrupted)) == 2
+    finish(interrupted, 1)
+
+
+def test_the_same_file_for_another_site(interrupted):
+    file = partial(interrupted, identity(), "site-2")
+    assert not file.whole
+    file.discard()
+    finish(interrupted, 1)
+
+
+def test_one_that_is_about_to_end_is_waited_for(interrupted):
+    first = partial(interrupted, identity())
+    threading.Timer(0.1, first.keep).start()
+    finish(interrupted, 1)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(partial_file, "LOCK_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_same_file_twice_at_once(interrupted):
+    first = partial(interrupted, identity())
+    second = partial(interrupted, identity())
+    assert not second.whole
+    receive(second, 0, 1, 2)
+    second.finish(str(interrupted / "second"))
+    forget(str(interrupted), identity())  # not while somebody works on it
+    receive(first, 1)
+    first.finish(str(interrupted / "first"))
+    assert (interrupted / "first").read_bytes() == (interrupted / "second").read_bytes() == CONTENT
+    assert not hidden(interrupted)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_one_that_could_not_be_gone_on_with_is_not_kept(interrupted):
+    first = partial(interrupted, identity())
+    second = partial(interrupted, identity())
+    receive(second, 0)
+    second.keep()
+    assert len(hidden(interrupted)) == 2
+    first.keep()
+    finish(interrupted, 1)
+
+
+def test_what_nobody_takes_up_is_removed(interrupted):
+    journal = next(interrupted.glob(".*.rdma-journal"))
+    partial(interrupted, identity(name="a")).keep()
+    assert journal.exists()
+    long_ago = time.time() - partial_file._KEEP_SECONDS - 60
+    os.utime(journal, (long_ago, long_ago))
+    partial(interrupted, identity(name="b")).keep()
+    assert not hidden(interrupted)
+
+
+def test_what_is_late_is_not_written(tmp_path):
+    file = partial(tmp_path, identity())
+    file.keep()
+    with pytest.raises(StorageError, match=r"model\.bin is not being received any more"):
+        file.write(0, 0, memoryview(b"x"))
+
+
+def test_an_empty_file(tmp_path):
+    file = partial(tmp_path, identity(size=0))
+    file.finish(str(tmp_path / "empty"))
+    assert (tmp_path / "empty").read_bytes() == b""
+
+
+# -- whose files they are ------------------------------------------------------------------------------------
+
+
+def _is_not_touched(folder: Path) -> None:
+    before = {path.name: path.lstat() for path in folder.iterdir()}
+    file = partial(folder, identity())
+    assert not file.whole
+    receive(file, 0, 1)
+    file.keep()  # it could not be gone on with
+    file = partial(folder, identity())
+    receive(file, 0, 1, 2)
+    file.finish(str(folder / "whole"))
+    assert (folder / "whole").read_bytes() == CONTENT
+    (folder / "whole").unlink()
+    after = {path.name: path.lstat() for path in folder.iterdir()}
+    assert after.keys() == before.keys()
+    assert all(after[name].st_mtime_ns == found.st_mtime_ns for name, found in before.items())
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe", "folder", "another user's"])
+@pytest.mark.parametrize("which", ["journal", "part"])
+def test_names_that_somebody_else_has(which, kind, tmp_path):
+    path, other = tmp_path / f".{identity().key('')}.rdma-{which}", tmp_path / "precious"
+    other.write_bytes(b"precious")
+    if kind == "link":
+        path.symlink_to(other)
+    elif kind == "hard link":
+        path.hardlink_to(other)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        if os.geteuid():
+            pytest.skip("only root can give files to others")
+        path.write_bytes(b"theirs")
+        os.chown(path, 12345, -1)
+    forget(str(tmp_path), identity())
+    _is_not_touched(tmp_path)
+    assert other.read_bytes() == b"precious"
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def cannot(*args) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", cannot)
+    forget(str(tmp_path), identity())
+    _is_not_touched(tmp_path)
+
+
+def test_a_forked_process_does_not_keep_the_lock(interrupted, monkeypatch):
+    monkeypatch.setattr(partial_file, "LOCK_SECONDS", 0.0)
+    file = partial(interrupted, identity())
+    child = os.dup(file._journal)  # shares the lock as a forked child's descriptor does
+    file.keep()
+    try:
+        finish(interrupted, 1)
+    finally:
+        os.close(child)
+
+
+def _finish_where_folders_fail(folder: Path, monkeypatch, code: int) -> None:
+    fsync = os.fsync
+
+    def fail(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(fd)
+
+    file = partial(folder, identity())
+    receive(file, 0, 1, 2)
+    monkeypatch.setattr(os, "fsync", fail)
+    try:
+        file.finish(str(folder / "whole"))
+    finally:
+        file.keep()
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_folders_that_can_not_be_synced(code, tmp_path, monkeypatch):
+    _finish_where_folders_fail(tmp_path, monkeypatch, code)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_a_folder_that_fails_has_no_file(tmp_path, monkeypatch):
+    with pytest.raises(StorageError, match="Input/output error"):
+        _finish_where_folders_fail(tmp_path, monkeypatch, errno.EIO)
+    assert not list(tmp_path.iterdir())
+
+
+# -- disks that refuse ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("only root can mount a small file system")
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_shows_before_anything_is_written(small_disk):
+    with pytest.raises(StorageError) as caught:
+        partial(small_disk, identity())
+    assert str(caught.value).startswith(f"model.bin can't be kept in {small_disk}: it needs {len(CONTENT)} bytes, ")
+    assert " bytes are free there (No space left on device)" in str(caught.value)
+    assert not hidden(small_disk)
+
+
+def test_a_disk_that_fills_up_meanwhile(small_disk, monkeypatch):
+    def cannot(*args) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not here")
+
+    monkeypatch.setattr(os, "posix_fallocate", cannot)
+    with pytest.raises(StorageError, match="No space left on device"):
+        partial(small_disk, identity())
+    assert not hidden(small_disk)
+    monkeypatch.setattr(PartialFile, "_free", lambda self: 1 << 40)  # what was free is taken by somebody else
+    file = partial(small_disk, identity())
+    with pytest.raises(StorageError, match="No space left on device"):
+        receive(file, 0, 1, 2)
+    with pytest.raises(StorageError, match="No space left on device"):
+        file.write(0, 0, memoryview(b"x"))
+    file.keep()
+    assert not hidden(small_disk)
+
+
+def test_a_file_larger_than_files_may_be(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK_BYTES, hard))
+    try:
+        with pytest.raises(StorageError, match=r"which is more than a file may have here \(File too large\)"):
+            partial(tmp_path, identity())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not hidden(tmp_path)
+
+
+def test_a_folder_that_is_gone(tmp_path):
+    with pytest.raises(StorageError, match="No such file or directory"):
+        partial(tmp_path / "gone", identity())
+
+
+# -- the source ----------------------------------------------------------------------------------------------
+
+
+def test_identities_tell_files_apart(tmp_path):
+    path = tmp_path / "source"
+    path.write_bytes(CONTENT)
+    first = OpenFile(str(path)).identity
+    assert first == OpenFile(str(path)).identity
+    assert FileIdentity.unpack(first.pack()) == first
+    odd = path.with_name("a\\b")
+    odd.write_bytes(CONTENT)
+    assert FileIdentity.unpack(OpenFile(str(odd)).identity.pack()).name == "a\\b"
+    at = path.stat().st_mtime_ns
+    path.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
+    os.utime(path, ns=(at, at))  # a file system with coarse times
+    assert OpenFile(str(path)).identity.key("") != first.key("")
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter", "touched"])
+def test_a_source_that_changes(change, tmp_path):
+    path = tmp_path / "source"
+    path.write_bytes(CONTENT)
+    file = OpenFile(str(path))
+    if change == "touched":
+        os.utime(path, ns=(1, 1))
+    else:
+        os.truncate(path, len(CONTENT) + (1 if change == "longer" else -1))
+    with pytest.raises(SourceError, match=f"{path} changed while it was sent"):
+        file.read_into(memoryview(bytearray(100)), 0)
+    with pytest.raises(SourceError, match=f"{path} changed while it was sent"):
+        file.check()
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder"])
+def test_a_source_that_can_not_be_read(kind, tmp_path):
+    with pytest.raises(SourceError, match="no regular file" if kind == "folder" else "can't be read"):
+        OpenFile(str(tmp_path if kind == "folder" else tmp_path / "x"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"name": name} for name in ("", ".", "..", "a/b", "/etc/passwd", "a\0b", "x" * 256, 5, None)),
+        *({"size": size} for size in (-1, 1 << 60, "5", None)),
+        {"size": 1 << 42, "part_bytes": BLOCK_BYTES},  # too many parts
+        *({"part_bytes": part} for part in (0, -1, BLOCK_BYTES + 1, 1 << 40)),
+        {"mtime_ns": 5.0},
+        *({"quantization_type": kind} for kind in ("zip", "lossless", "Int8", 5, None, False)),
+        {"content": "0"},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_descriptions_that_lie(change):
+    with pytest.raises(ProtocolError):
+        FileIdentity.unpack({**identity().pack(), **change})
+    with pytest.raises(ProtocolError):
+        FileIdentity.unpack(None)
