@@ -1,0 +1,51 @@
+"""A job that was exported long ago still runs: the names that it has for our classes stay."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from nvflare.fuel.utils.class_loader import load_class
+from processes import run
+
+#: As FLARE exported it, but for `task_script_path`, which was an absolute one.
+EXPORTED = Path(__file__).parents[1] / "exported" / "linear"
+VALUES = 128 * 64
+RAW_BYTES = 4 * (VALUES + 64)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "nvflare_rdma.filters.ModelQuantizer",
+        "nvflare_rdma.filters.ModelDequantizer",
+        "nvflare_rdma.streaming.ContainerRetriever",
+        "nvflare_rdma.streaming.ContainerStreamer",
+        "nvflare_rdma.streaming.FileRetriever",
+        "nvflare_rdma.streaming.FileStreamer",
+        "nvflare_rdma.streaming.RdmaTransfer",
+        "nvflare_rdma.streaming.transfer.RdmaTransfer",  # what exports had first
+        "nvflare_rdma.driver.RdmaDriver",
+    ],
+)
+def test_flare_finds_what_a_configuration_names(path):
+    assert load_class(path).__name__ == path.rpartition(".")[2]
+
+
+@pytest.mark.flare
+def test_it_runs_in_few_bits_and_directly(tmp_path):
+    job = tmp_path / "job"
+    shutil.copytree(EXPORTED, job)
+    simulator = ["-m", "nvflare.private.fed.app.simulator.simulator"]
+    done = run(simulator, str(job), "-w", str(tmp_path / "ws"), "-n", "1", "-t", "1", timeout=150)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    for name in ("server", "site-1"):
+        text = (tmp_path / "ws" / name / "simulate_job" / "nvflare_rdma" / "transfers.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        assert sorted(line["direction"] for line in lines) == ["received", "sent"]
+        for line in lines:
+            assert (line["path"], line["outcome"], line["raw_bytes"]) == ("direct", "done", RAW_BYTES)
+            assert VALUES // 2 < line["wire_bytes"] < VALUES  # 4 bits a value, and their scales
+    assert next((tmp_path / "ws" / "server").rglob("FL_global_model.pt")).is_file()
