@@ -14,6 +14,8 @@ from nvflare_rdma.streaming.container_streamer import ContainerStreamer
 class ContainerRetriever(flare.ContainerRetriever):
     """Gets a container from another site, which has `add_container`-ed it; as FLARE's."""
 
+    __module__ = "nvflare_rdma.streaming"  # the public name, which FLARE writes into exported jobs
+
     def register_stream_processing(
         self, channel: str, topic: str, fl_ctx: FLContext, stream_done_cb: Any, **cb_kwargs: Any
     ) -> None:

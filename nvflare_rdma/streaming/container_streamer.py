@@ -51,6 +51,8 @@ _PORTIONS = PREFIX + "portions"
 class ContainerStreamer(flare.ContainerStreamer):
     """Streams dicts, lists and sets, with the methods, arguments, callbacks and results of FLARE's."""
 
+    __module__ = "nvflare_rdma.streaming"  # the public name, which FLARE writes into exported jobs
+
     @staticmethod
     def register_stream_processing(
         fl_ctx: FLContext, channel: str, topic: str, stream_done_cb: Any = None, **cb_kwargs: Any

@@ -23,6 +23,8 @@ class FileRetriever(flare.FileRetriever):
         ConfigError: a type that files can't be sent as.
     """
 
+    __module__ = "nvflare_rdma.streaming"  # the public name, which FLARE writes into exported jobs
+
     def __init__(
         self,
         source_dir: str,

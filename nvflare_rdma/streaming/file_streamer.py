@@ -44,6 +44,8 @@ class FileStreamer(flare.FileStreamer):
     an error before bytes move, and nothing is left of the file.
     """
 
+    __module__ = "nvflare_rdma.streaming"  # the public name, which FLARE writes into exported jobs
+
     @staticmethod
     def register_stream_processing(
         fl_ctx: FLContext,

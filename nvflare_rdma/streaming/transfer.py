@@ -41,6 +41,8 @@ class RdmaTransfer(FLComponent):
         UnsupportedVersionError: when the run starts, unless FLARE is 2.9. ConfigError: a setting is wrong.
     """
 
+    __module__ = "nvflare_rdma.streaming"  # the public name, which FLARE writes into exported jobs
+
     def __init__(self) -> None:
         super().__init__()
         self._started = False

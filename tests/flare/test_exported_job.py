@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from nvflare.fuel.utils.class_loader import load_class
 from processes import run
+
+from nvflare_rdma import streaming
 
 #: As FLARE exported it, but for `task_script_path`, which was an absolute one.
 EXPORTED = Path(__file__).parents[1] / "exported" / "linear"
@@ -49,3 +52,32 @@ def test_it_runs_in_few_bits_and_directly(tmp_path):
             assert (line["path"], line["outcome"], line["raw_bytes"]) == ("direct", "done", RAW_BYTES)
             assert VALUES // 2 < line["wire_bytes"] < VALUES  # 4 bits a value, and their scales
     assert next((tmp_path / "ws" / "server").rglob("FL_global_model.pt")).is_file()
+
+
+@pytest.mark.parametrize("module", ["nvflare_rdma.streaming", "nvflare_rdma.streaming.transfer"])
+def test_a_new_export_has_the_public_names(module, tmp_path):
+    """Whatever module a job's author has them from."""
+    code = f"""
+from nvflare.job_config.api import FedJob
+from nvflare_rdma.recipe import add_quantization
+from {module} import RdmaTransfer
+job = FedJob("named", 1)
+job.to_server(RdmaTransfer(), id="transfer")
+add_quantization(job, "int8")
+job.export_job({str(tmp_path)!r})
+"""
+    done = run(["-c", code], timeout=60)
+    assert done.returncode == 0, done.stderr
+    app = tmp_path / "named" / "app"
+    text = (app / "config" / "config_fed_server.json").read_text()
+    assert set(re.findall(r'"(nvflare_rdma\..+)"', text)) == {
+        "nvflare_rdma.streaming.RdmaTransfer",
+        "nvflare_rdma.filters.ModelQuantizer",
+        "nvflare_rdma.filters.ModelDequantizer",
+    }
+    assert not (app / "custom").exists()  # nothing of the package travels with the job
+
+
+def test_the_public_classes_of_streaming_say_so():
+    for name in streaming.__all__:
+        assert getattr(streaming, name).__module__ == "nvflare_rdma.streaming", name
