@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from processes import run
 
 PAUSED = """
 import sys, threading
@@ -32,13 +31,13 @@ import torch
 """
 
 
-def run(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+def run_code(code: str) -> None:
+    done = run(["-c", code], timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_arrays_are_quantized_meanwhile():
-    run(
+    run_code(
         PAUSED
         + """
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
@@ -64,7 +63,7 @@ assert (both_ways(torch.from_numpy(values)) - torch.from_numpy(values)).abs().ma
 
 
 def test_what_is_a_tensor_is_known_meanwhile_and_afterwards():
-    run(
+    run_code(
         PAUSED
         + "from nvflare_rdma.codecs.tensors import *\nfrom nvflare_rdma.codecs.tensors import identity, is_torch\n"
         + START
