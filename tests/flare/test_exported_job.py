@@ -1,4 +1,5 @@
-"""A job that was exported long ago still runs: the names that it has for our classes stay."""
+"""Exported jobs: one from long ago still runs, as the names that it has for our classes stay; those of the jobs here
+run where there is nothing but the package."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ from nvflare_rdma import streaming
 
 #: As FLARE exported it, but for `task_script_path`, which was an absolute one.
 EXPORTED = Path(__file__).parents[1] / "exported" / "linear"
+JOBS = Path(__file__).parents[2] / "jobs"
+TINY = ["--rounds", "1", "--sites", "1", "--steps", "1", "--width", "64", "--layers", "1", "--quantize", "int8"]
 VALUES = 128 * 64
 RAW_BYTES = 4 * (VALUES + 64)
 
@@ -81,3 +84,23 @@ job.export_job({str(tmp_path)!r})
 def test_the_public_classes_of_streaming_say_so():
     for name in streaming.__all__:
         assert getattr(streaming, name).__module__ == "nvflare_rdma.streaming", name
+
+
+@pytest.mark.flare
+@pytest.mark.parametrize(("name", "options"), [("stdlib_lm", []), ("gpt2_small", ["--direct", "--vocab", "256"])])
+def test_an_exported_job_needs_nothing_of_the_machine_it_is_from(tmp_path, name, options):
+    here, there = tmp_path / "here", tmp_path / "there"
+    export = ["--workspace", str(tmp_path / "none"), "--export", "--export-dir", str(here)]
+    done = run(JOBS / name / "job.py", *TINY, *options, *export, timeout=120)
+    assert done.returncode == 0, done.stderr
+    configurations = [file.read_text() for file in here.rglob("*.json")]
+    assert len(configurations) == 3
+    for text in configurations:
+        assert not re.findall(r'"(?:[^"]*[\s=:])?/.*"', text)  # an absolute path, alone or among arguments
+
+    here.rename(there)
+    simulator = ["-m", "nvflare.private.fed.app.simulator.simulator"]
+    done = run(simulator, str(there / name), "-w", str(tmp_path / "ws"), "-n", "1", "-t", "1", timeout=150)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert f"full path: {tmp_path / 'ws' / 'site-1'}" in (tmp_path / "ws" / "site-1" / "log.txt").read_text()
+    assert "Finished FedAvg" in (tmp_path / "ws" / "server" / "log.txt").read_text()
