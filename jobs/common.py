@@ -82,6 +82,15 @@ def add_parts(recipe: Any, args: argparse.Namespace) -> None:
         add_quantization(recipe, args.quantize, error_feedback=args.error_feedback, delta=args.delta)
 
 
+def name_script(recipe: Any) -> None:
+    """Have the job find its training script by name, in the copy that FLARE puts into it. FLARE writes the path that a
+    recipe was given, and finds a script that has a whole path nowhere but on this machine."""
+    recipe._ensure_client_apps_prepared()
+    for app in recipe._job._deploy_map.values():
+        for executor in (each.executor for each in getattr(app.app_config, "executors", ())):
+            executor._task_script_path = Path(executor._task_script_path).name
+
+
 def simulator(args: argparse.Namespace) -> Any:
     """FLARE's simulator over ``args.driver`` in ``args.workspace``."""
     from nvflare_rdma.simulator import RdmaSimEnv

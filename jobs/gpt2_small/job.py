@@ -52,6 +52,7 @@ def build(args: argparse.Namespace) -> FedAvgRecipe:
         key_metric="",  # no best model is chosen
     )
     common.add_parts(recipe, args)
+    common.name_script(recipe)
     return recipe
 
 

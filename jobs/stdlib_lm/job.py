@@ -62,6 +62,7 @@ def build(args: argparse.Namespace) -> FedAvgRecipe:
     recipe.add_client_config({"tensor_download_chunk_size": DOWNLOAD_CHUNK_BYTES})
     recipe._job.to_server(HeldOutLoss(args.width, args.layers), id="held_out_loss")
     common.add_parts(recipe, args)
+    common.name_script(recipe)
     return recipe
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -61,7 +62,13 @@ def main(argv: list[str] | None = None) -> int:
     policy.add_argument("model", metavar="MODEL", help=".safetensors, a torch state dict, or .json of dtype and shape")
     policy.set_defaults(run=lambda args: _policy(args.config, args.model))
     args = parser.parse_args(argv)
-    return int(args.run(args))
+    try:
+        status = int(args.run(args))
+        print(end="", flush=True)
+    except BrokenPipeError:  # whoever reads this, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        return 128 + signal.SIGPIPE  # what a shell says of a program that the signal has ended
+    return status
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class GidReport:
     """Why this one of the port's; "" if it is not."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PortReport:
     """``netdevs``: MTU of the interfaces that the GIDs are for, None if this network namespace has it not.
     ``packet_bytes``: what one RDMA packet carries, at most. ``chosen``: rails would use it."""
@@ -78,7 +78,7 @@ class FabricReport:
     uses: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     nvflare_rdma: str
     python: str
@@ -111,26 +111,26 @@ def examine(workspace: Path | None = None, sysfs: Path = SYSFS, files: Path = DE
     fabrics = probe(replace(settings.fabric_options, sysfs=sysfs, device_files=files))
     no_pyverbs = pyverbs_reason()
     return Report(
-        __version__,
-        platform.python_version(),
-        sys.executable,
-        f"{platform.system()} {platform.release()}",
-        os.geteuid(),
-        {name: _version(name) for name in PACKAGES},
-        problems,
-        settings_from,
-        {each.name: getattr(settings, each.name) for each in fields(Settings)},
-        [each.name for each in fields(Settings) if getattr(settings, each.name) != each.default],
-        _examine_ports(settings, sysfs, files),
-        memlock_limit(),
-        memlock_needed(budget),
-        memlock_reason(budget),
-        loaded,
-        [name for name in MODULES if name not in loaded],
-        no_pyverbs,
-        "" if no_pyverbs else _rdma_core(),
-        _huge_pages(sysfs),
-        {
+        nvflare_rdma=__version__,
+        python=platform.python_version(),
+        executable=sys.executable,
+        system=f"{platform.system()} {platform.release()}",
+        user=os.geteuid(),
+        packages={name: _version(name) for name in PACKAGES},
+        problems=problems,
+        settings_from=settings_from,
+        settings={each.name: getattr(settings, each.name) for each in fields(Settings)},
+        settings_changed=[each.name for each in fields(Settings) if getattr(settings, each.name) != each.default],
+        ports=_examine_ports(settings, sysfs, files),
+        locked_memory_limit=memlock_limit(),
+        locked_memory_needed=memlock_needed(budget),
+        locked_memory_reason=memlock_reason(budget),
+        modules_loaded=loaded,
+        modules_missing=[name for name in MODULES if name not in loaded],
+        pyverbs_reason=no_pyverbs,
+        rdma_core="" if no_pyverbs else _rdma_core(),
+        huge_pages=_huge_pages(sysfs),
+        fabrics={
             name: FabricReport(state.usable, name in settings.rdma_fabrics, state.reason, state.detail)
             for name, state in fabrics.items()
         },
@@ -155,8 +155,13 @@ def read_settings(workspace: Path | None) -> tuple[Settings, str, list[str]]:
             told = f"{found} and the environment"
         elif workspace is None:
             told += " (of a site: --workspace FOLDER)"
+        elif (folder / "startup").is_dir():  # a site's, as FLARE provisions it: without one
+            told += f" ({folder} has no comm_config.json)"
         else:
-            raise ConfigError(f"--workspace {folder}: there is no comm_config.json in it, nor in local below it")
+            raise ConfigError(
+                f"--workspace {folder}: that is no folder of a FLARE site. There is no comm_config.json in it, nor in "
+                "local below it, and no startup"
+            )
         # FLARE searches a folder with all that is below it; were none given, the current one. The last has none.
         ConfigService.reset()
         CommConfigurator.reset()
@@ -196,24 +201,24 @@ def _examine_port(port: PortInfo, chosen: bool, settings: Settings, sysfs: Path,
         no_gid = str(error)
     packet_bytes, unknown = _packet_bytes(port)
     return PortReport(
-        port.device,
-        port.number,
-        port.state,
-        port.transport,
-        port.software,
-        port.rate,
-        chosen,
-        device_file(port.device, sysfs),
-        device_file_reason(port.device, sysfs, files),
-        port.refusal,
-        {name: _mtu(name, sysfs) for name in dict.fromkeys(each.netdev for each in port.gids if each.netdev)},
-        packet_bytes,
-        unknown,
-        [
+        device=port.device,
+        port=port.number,
+        state=port.state,
+        transport=port.transport,
+        software=port.software,
+        rate=port.rate,
+        chosen=chosen,
+        device_file=device_file(port.device, sysfs),
+        cannot_open=device_file_reason(port.device, sysfs, files),
+        refusal=port.refusal,
+        netdevs={name: _mtu(name, sysfs) for name in dict.fromkeys(each.netdev for each in port.gids if each.netdev)},
+        packet_bytes=packet_bytes,
+        packet_bytes_unknown=unknown,
+        gids=[
             GidReport(each.index, str(each.address), each.kind, each.netdev, why if each == gid else "")
             for each in port.gids
         ],
-        no_gid,
+        no_gid=no_gid,
     )
 
 

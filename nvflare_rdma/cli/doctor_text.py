@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 from nvflare_rdma.cli.doctor import ROCE_HEADERS, PortReport, Report, roce_packet_bytes
 from nvflare_rdma.fabric.options import DEVICE_FILES
@@ -48,9 +49,17 @@ def _settings(report: Report) -> Iterator[str]:
     told = "the defaults, because of the error" if report.problems else f"from {report.settings_from}"
     yield from textwrap.wrap(f"Settings, {told}", WIDTH, subsequent_indent="  ", break_long_words=False)
     for name, value in report.settings.items():
-        shown = ",".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
         changed = " (set)" if name in report.settings_changed else ""
-        yield _item(name, f"{shown or '-'}{changed}", column=28)
+        yield _item(name, f"{_setting(name, value) or '-'}{changed}", column=28)
+
+
+def _setting(name: str, value: Any) -> str:
+    """As one writes it in a configuration; "" for none."""
+    if name == "rdma_data_ports" and isinstance(value, tuple):
+        return "-".join(str(port) for port in dict.fromkeys(value))  # one port is a range from itself to itself
+    if isinstance(value, tuple):
+        return ",".join(str(part) for part in value)
+    return "" if value is None else str(value)
 
 
 def _devices(report: Report) -> Iterator[str]:

@@ -4,7 +4,6 @@ A tensor here is a plain `numpy.ndarray` or a `torch.Tensor`. Its *dtype name* i
 metadata has: ``arr.dtype.name`` or ``str(tensor.dtype)`` without ``torch.``.
 """
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,9 @@ NUMPY_DTYPES: dict[str, Any] = {  # uint16 stands for bfloat16
 
 def is_torch(value: Any) -> bool:
     """Whether `value` is a torch tensor; doesn't import torch to find out."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
+    # Its classes tell. The module doesn't: while another thread imports torch, which takes seconds, `sys.modules` has
+    # it already, but without `Tensor`.
+    return any(cls.__name__ == "Tensor" and cls.__module__ == "torch" for cls in type(value).__mro__)
 
 
 def is_on_gpu(value: Any) -> bool:

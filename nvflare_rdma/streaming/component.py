@@ -41,6 +41,8 @@ class RdmaTransfer(FLComponent):
         UnsupportedVersionError: when the run starts, unless FLARE is 2.9. ConfigError: a setting is wrong.
     """
 
+    __module__ = "nvflare_rdma.streaming"  # the public name, which FLARE writes into exported jobs
+
     def __init__(self) -> None:
         super().__init__()
         self._started = False
@@ -78,7 +80,8 @@ def install() -> None:
     settings = this_runtime().settings  # a wrong one is said now
     hot.limit = settings.rdma_memory_budget_bytes // 16
     replace_decomposer(RdmaArrayDecomposer())
-    # A trainer that exchanges torch tensors has imported torch by now; another need not wait for that.
+    # A trainer that exchanges torch tensors has imported torch by now; another need not wait for that. Where another
+    # thread is still importing it, this waits until that is done.
     if not is_trainer() or "torch" in sys.modules:
         with contextlib.suppress(ImportError):  # a site without torch
             replace_decomposer(torch_decomposer())

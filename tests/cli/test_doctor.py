@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,57 @@ def test_the_settings_of_a_site_are_read_as_flare_reads_them(sysfs, tmp_path, mo
     assert report.settings["rdma_gid_index"] == 3
     assert report.settings["rdma_retry_count"] == 7  # FLARE prefers the file
     assert report.settings_from.endswith("comm_config.json and the environment")
+
+
+@pytest.mark.parametrize(
+    ("ports", "shown"),
+    [("20000", "20000 (set)"), ("20000-20010", "20000-20010 (set)"), ("none", "none (set)"), ("auto", "auto")],
+)
+def test_ports_are_shown_as_they_are_set(monkeypatch, capsys, ports, shown):
+    monkeypatch.setenv("NVFLARE_RDMA_DATA_PORTS", ports)
+    assert main(["doctor"]) == 0
+    assert re.search(rf"^  rdma_data_ports +{re.escape(shown)}$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_every_setting_has_a_text(sysfs, monkeypatch):
+    """Whatever type its value has."""
+    values = {"fabrics": "verbs,tcp", "device": "a,b:1", "gid_index": 3, "tcp_congestion": "bbr", "rails": 4}
+    values |= {"controller": "fixed", "integrity": "off", "ack_timeout": 9, "retry_count": 2, "data_ports": "7-9"}
+    values |= {"chunk_bytes": 65536, "memory_budget_bytes": 1 << 24}
+    assert {f"rdma_{name}" for name in values} == {each.name for each in fields(Settings)}
+    for name, value in values.items():
+        monkeypatch.setenv(f"NVFLARE_RDMA_{name.upper()}", str(value))
+    _, text = look(sysfs)
+    for name, value in values.items():
+        assert re.search(rf"^  rdma_{name} +{value} \(set\)$", text, re.MULTILINE), name
+
+
+def test_a_kit_without_a_configuration_of_its_own_has_the_defaults(sysfs, tmp_path, monkeypatch):
+    """As FLARE provisions it."""
+    kit = tmp_path / "site-1"
+    for file in ("startup/fed_client.json", "startup/start.sh", "local/resources.json.default"):
+        (kit / file).parent.mkdir(parents=True, exist_ok=True)
+        (kit / file).write_text("{}")
+    monkeypatch.setenv("NVFLARE_RDMA_RAILS", "4")
+    report, text = look(sysfs, kit)
+    assert (report.problems, report.settings_changed) == ([], ["rdma_rails"])
+    assert report.settings_from == f"the environment ({kit} has no comm_config.json)"
+    assert "Settings, from the environment (" in text
+
+
+def test_whoever_has_read_enough_sees_no_traceback():
+    for command in ("doctor", "doctor --json"):
+        reader, writer = os.pipe()
+        os.close(reader)  # as of a `head` that has ended
+        with os.fdopen(writer, "wb") as closed:
+            done = subprocess.run(
+                [sys.executable, "-m", "nvflare_rdma.cli", *command.split()],
+                stdout=closed,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=60,
+            )
+        assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_bad_setting_is_told_and_the_rest_is_shown_with_defaults(capsys, monkeypatch):

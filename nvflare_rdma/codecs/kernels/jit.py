@@ -3,12 +3,14 @@
 numba's cache looks at a kernel's own file only: after a change here, remove what it wrote (`__pycache__/*.nbi`).
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,12 +39,19 @@ def kernel(*signatures: Any) -> Callable[[F], F]:
     """Compile for exactly these signatures (so that no call ever compiles), cached if there is a place for it."""
 
     def compiled(function: F) -> F:
-        jit: Any = njit
-        try:
-            result: F = jit(list(signatures), nogil=True, error_model="numpy", cache=True)(function)
-        except (RuntimeError, OSError):  # no directory can be written, or the disk is full
-            result = jit(list(signatures), nogil=True, error_model="numpy")(function)
-        return result
+        def made(cache: bool) -> F:
+            jit: Any = njit
+            result: F = jit(list(signatures), nogil=True, error_model="numpy", cache=cache)(function)
+            return result
+
+        # Anything may be raised: what is in the cache is unpickled, and a file there may be cut or overwritten.
+        with contextlib.suppress(Exception):
+            return made(cache=True)
+        with contextlib.suppress(Exception):  # no directory can be written, or the disk is full
+            cache: Any = FunctionCache
+            cache(function).flush()  # what is there is forgotten, without a look at it
+            return made(cache=True)
+        return made(cache=False)
 
     return compiled
 

@@ -54,6 +54,8 @@ _PORTIONS = PREFIX + "portions"
 class ContainerStreamer(flare.ContainerStreamer):
     """Streams dicts, lists and sets, with the methods, arguments, callbacks and results of FLARE's."""
 
+    __module__ = "nvflare_rdma.streaming"  # the public name, which FLARE writes into exported jobs
+
     @staticmethod
     def register_stream_processing(
         fl_ctx: FLContext, channel: str, topic: str, stream_done_cb: Any = None, **cb_kwargs: Any
@@ -280,6 +282,8 @@ def _new(name: Any) -> Any:
 
 class ContainerRetriever(flare_retriever.ContainerRetriever):
     """Gets a container from another site, which has `add_container`-ed it; as FLARE's."""
+
+    __module__ = "nvflare_rdma.streaming"  # the public name, which FLARE writes into exported jobs
 
     def register_stream_processing(
         self, channel: str, topic: str, fl_ctx: FLContext, stream_done_cb: Any, **cb_kwargs: Any

@@ -47,6 +47,8 @@ class FileStreamer(flare.FileStreamer):
     an error before bytes move, and nothing is left of the file.
     """
 
+    __module__ = "nvflare_rdma.streaming"  # the public name, which FLARE writes into exported jobs
+
     @staticmethod
     def register_stream_processing(
         fl_ctx: FLContext,
@@ -201,6 +203,8 @@ class FileRetriever(flare_retriever.FileRetriever):
     Raises:
         ConfigError: a type that files can't be sent as.
     """
+
+    __module__ = "nvflare_rdma.streaming"  # the public name, which FLARE writes into exported jobs
 
     def __init__(
         self,

@@ -1,0 +1,106 @@
+"""Exported jobs: one from long ago still runs, as the names that it has for our classes stay; those of the jobs here
+run where there is nothing but the package."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from nvflare.fuel.utils.class_loader import load_class
+from processes import run
+
+from nvflare_rdma import streaming
+
+#: As FLARE exported it, but for `task_script_path`, which was an absolute one.
+EXPORTED = Path(__file__).parents[1] / "exported" / "linear"
+JOBS = Path(__file__).parents[2] / "jobs"
+TINY = ["--rounds", "1", "--sites", "1", "--steps", "1", "--width", "64", "--layers", "1", "--quantize", "int8"]
+VALUES = 128 * 64
+RAW_BYTES = 4 * (VALUES + 64)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "nvflare_rdma.filters.ModelQuantizer",
+        "nvflare_rdma.filters.ModelDequantizer",
+        "nvflare_rdma.streaming.ContainerRetriever",
+        "nvflare_rdma.streaming.ContainerStreamer",
+        "nvflare_rdma.streaming.FileRetriever",
+        "nvflare_rdma.streaming.FileStreamer",
+        "nvflare_rdma.streaming.RdmaTransfer",
+        "nvflare_rdma.streaming.transfer.RdmaTransfer",  # what exports had first
+        "nvflare_rdma.driver.RdmaDriver",
+    ],
+)
+def test_flare_finds_what_a_configuration_names(path):
+    assert load_class(path).__name__ == path.rpartition(".")[2]
+
+
+@pytest.mark.flare
+def test_it_runs_in_few_bits_and_directly(tmp_path):
+    job = tmp_path / "job"
+    shutil.copytree(EXPORTED, job)
+    simulator = ["-m", "nvflare.private.fed.app.simulator.simulator"]
+    done = run(simulator, str(job), "-w", str(tmp_path / "ws"), "-n", "1", "-t", "1", timeout=150)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    for name in ("server", "site-1"):
+        text = (tmp_path / "ws" / name / "simulate_job" / "nvflare_rdma" / "transfers.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        assert sorted(line["direction"] for line in lines) == ["received", "sent"]
+        for line in lines:
+            assert (line["path"], line["outcome"], line["raw_bytes"]) == ("direct", "done", RAW_BYTES)
+            assert VALUES // 2 < line["wire_bytes"] < VALUES  # 4 bits a value, and their scales
+    assert next((tmp_path / "ws" / "server").rglob("FL_global_model.pt")).is_file()
+
+
+@pytest.mark.parametrize("module", ["nvflare_rdma.streaming", "nvflare_rdma.streaming.transfer"])
+def test_a_new_export_has_the_public_names(module, tmp_path):
+    """Whatever module a job's author has them from."""
+    code = f"""
+from nvflare.job_config.api import FedJob
+from nvflare_rdma.recipe import add_quantization
+from {module} import RdmaTransfer
+job = FedJob("named", 1)
+job.to_server(RdmaTransfer(), id="transfer")
+add_quantization(job, "int8")
+job.export_job({str(tmp_path)!r})
+"""
+    done = run(["-c", code], timeout=60)
+    assert done.returncode == 0, done.stderr
+    app = tmp_path / "named" / "app"
+    text = (app / "config" / "config_fed_server.json").read_text()
+    assert set(re.findall(r'"(nvflare_rdma\..+)"', text)) == {
+        "nvflare_rdma.streaming.RdmaTransfer",
+        "nvflare_rdma.filters.ModelQuantizer",
+        "nvflare_rdma.filters.ModelDequantizer",
+    }
+    assert not (app / "custom").exists()  # nothing of the package travels with the job
+
+
+def test_the_public_classes_of_streaming_say_so():
+    for name in streaming.__all__:
+        assert getattr(streaming, name).__module__ == "nvflare_rdma.streaming", name
+
+
+@pytest.mark.flare
+@pytest.mark.parametrize(("name", "options"), [("stdlib_lm", []), ("gpt2_small", ["--direct", "--vocab", "256"])])
+def test_an_exported_job_needs_nothing_of_the_machine_it_is_from(tmp_path, name, options):
+    here, there = tmp_path / "here", tmp_path / "there"
+    export = ["--workspace", str(tmp_path / "none"), "--export", "--export-dir", str(here)]
+    done = run(JOBS / name / "job.py", *TINY, *options, *export, timeout=120)
+    assert done.returncode == 0, done.stderr
+    configurations = [file.read_text() for file in here.rglob("*.json")]
+    assert len(configurations) == 3
+    for text in configurations:
+        assert not re.findall(r'"(?:[^"]*[\s=:])?/.*"', text)  # an absolute path, alone or among arguments
+
+    here.rename(there)
+    simulator = ["-m", "nvflare.private.fed.app.simulator.simulator"]
+    done = run(simulator, str(there / name), "-w", str(tmp_path / "ws"), "-n", "1", "-t", "1", timeout=150)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert f"full path: {tmp_path / 'ws' / 'site-1'}" in (tmp_path / "ws" / "site-1" / "log.txt").read_text()
+    assert "Finished FedAvg" in (tmp_path / "ws" / "server" / "log.txt").read_text()
