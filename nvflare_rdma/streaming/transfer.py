@@ -21,6 +21,7 @@ from nvflare_rdma.metrics.reporting import TransferReporter
 from nvflare_rdma.process import this_process
 from nvflare_rdma.streaming.channels import DataChannels
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torch_decomposer
+from nvflare_rdma.streaming.identity import identifier
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.sending import hot
 from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, is_trainer, take_back
@@ -108,4 +109,5 @@ def open_channels(cell: Any) -> DataChannels:
         made: ssl.SSLContext = get_ssl_context({**site.credentials, DriverParams.SECURE.value: True}, server_side)
         return made
 
-    return DataChannels(name, process, tls, host, None if isinstance(ports, str) else ports, trainers)
+    identify = identifier(site.identities)
+    return DataChannels(name, process, tls, identify, host, None if isinstance(ports, str) else ports, trainers)
