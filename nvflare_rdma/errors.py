@@ -55,7 +55,7 @@ class StorageError(TransferError, OSError):
 
 
 class TlsError(RdmaError, ConnectionError):
-    """The peers could not agree on TLS: a certificate is missing, expired or from another authority."""
+    """The peers could not agree on TLS: a certificate is missing, expired, of another authority or of another peer."""
 
 
 class CodecError(RdmaError, ValueError):

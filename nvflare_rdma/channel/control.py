@@ -48,13 +48,12 @@ class ControlStream:
             ssl.SSLError: the peers don't trust each other. OSError: the socket failed or timed out.
         """
         deadline = time.monotonic() + timeout
-        self._sock.settimeout(timeout)
         if self._tls is not None:
             while True:
                 # One deadline for all of it: a peer that sends a byte now and then would hold a thread for ever.
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
-                    raise TimeoutError(f"the TLS handshake was not finished in {timeout:g} s")
+                    raise TimeoutError("the TLS handshake was not finished in time")
                 self._sock.settimeout(remaining)
                 try:
                     self._tls.do_handshake()
@@ -101,11 +100,12 @@ class ControlStream:
             return data
 
     def receive(self, timeout: float) -> bytes | None:
-        """At least one byte; b"" when the peer has closed; None if nothing came in ``timeout`` seconds.
-        Raises OSError if it is broken, or was closed here.
+        """At least one byte; b"" when the peer has closed; None if nothing came in ``timeout`` seconds, which parts of
+        a TLS record do not put off. Raises OSError if it is broken, or was closed here.
 
         One thread at a time. Unlike a socket's timeout, this one leaves `send` alone.
         """
+        deadline, over = time.monotonic() + timeout, False
         while True:
             if self._tls is not None:
                 # First what is there already: the peer's first message may have come with the end of its handshake.
@@ -113,15 +113,18 @@ class ControlStream:
                     plain, ended = self._decrypt(self._tls)
                 if plain or ended:
                     return plain
+            if over:
+                return None
             if self._sock.fileno() < 0:  # its number may be another socket's by now
                 raise ConnectionError("the control stream was closed on this side")
-            if not self._readable.poll(timeout * 1000):
+            if not self._readable.poll(max(deadline - time.monotonic(), 0.0) * 1000):
                 return None
             data = self._sock.recv(_RECEIVE_BYTES)
             if self._tls is None or not data:
                 return data
             with self._tls_lock:
                 self._incoming.write(data)
+            over = time.monotonic() >= deadline
 
     @staticmethod
     def _decrypt(tls: ssl.SSLObject) -> tuple[bytes, bool]:

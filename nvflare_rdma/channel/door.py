@@ -144,6 +144,8 @@ class Door:
 
     def _identify(self, sock: socket.socket, peer: str) -> ControlStream | None:
         """The control stream that a new connection turns out to be; None if it was a rail, or nothing."""
+        # One deadline for all that a guest has to say, in however many pieces it comes.
+        deadline = time.monotonic() + self._greeting_timeout
         sock.settimeout(self._greeting_timeout)
         first = sock.recv(1, socket.MSG_PEEK)
         if not first:
@@ -154,27 +156,29 @@ class Door:
         if is_tls and self._tls is None:
             raise ProtocolError("it speaks TLS (srdma://), but this listener is clear (rdma://)")
         if not is_tls:
-            magic = _receive_within(sock, len(RAIL_MAGIC), self._greeting_timeout)
+            magic = _receive_by(sock, len(RAIL_MAGIC), deadline)
             if magic == RAIL_MAGIC:
-                if not self._fabric.admit(sock, _receive_within(sock, TICKET_BYTES, self._greeting_timeout)):
+                if not self._fabric.admit(sock, _receive_by(sock, TICKET_BYTES, deadline)):
                     log.warning("refused a rail from %s: its ticket is unknown, used or expired", peer)
                 return None
             if self._tls is not None:
                 raise ProtocolError("it does not speak TLS, which this listener requires (srdma://)")
             if magic != CONTROL_MAGIC:
                 raise ProtocolError("it is no nvflare-rdma peer; check the scheme in its URL")
-        return _greet(sock, self._tls, True, self._greeting_timeout)
+        return _greet(sock, self._tls, True, deadline - time.monotonic())
 
 
 def dial(
     address: tuple[str, int], tls: ssl.SSLContext | None, pending: Pending, timeout: float = GREETING_TIMEOUT
 ) -> tuple[socket.socket, ControlStream]:
-    """A new control stream to the door at ``address``, and its socket. ``pending.close()`` ends the greeting.
+    """A new control stream to the door at ``address``, and its socket, all within ``timeout``. ``pending.close()`` ends
+    the greeting.
 
     Raises:
         TlsError: the peers don't trust each other. UnreachableError: nothing answered within ``timeout``. OSError:
-            nobody listens, or it did not greet within ``timeout``.
+            nobody listens, or it did not greet in time.
     """
+    deadline = time.monotonic() + timeout
     try:
         sock = socket.create_connection(address, timeout)
     except TimeoutError as error:
@@ -183,7 +187,7 @@ def dial(
         with pending.hold(sock):
             if tls is None:
                 sock.sendall(CONTROL_MAGIC)
-            return sock, _greet(sock, tls, False, timeout)
+            return sock, _greet(sock, tls, False, deadline - time.monotonic())
     except (OSError, RdmaError):
         sock.close()
         raise
@@ -224,12 +228,13 @@ def _greet(sock: socket.socket, tls: ssl.SSLContext | None, server_side: bool, t
     return stream
 
 
-def _receive_within(sock: socket.socket, size: int, timeout: float) -> bytes:
-    """Exactly ``size`` bytes, all within ``timeout``."""
-    deadline = time.monotonic() + timeout
+def _receive_by(sock: socket.socket, size: int, deadline: float) -> bytes:
+    """Exactly ``size`` bytes."""
     data = b""
     while len(data) < size:
-        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        if (left := deadline - time.monotonic()) <= 0:
+            raise TimeoutError("timed out")
+        sock.settimeout(left)
         part = sock.recv(size - len(data))
         if not part:
             raise ConnectionError("it closed the connection in the middle of its greeting")

@@ -28,6 +28,9 @@ RAIL_MAGIC = b"NVFRAIL2"
 TICKET_BYTES = 32
 PREAMBLE_BYTES = len(RAIL_MAGIC) + TICKET_BYTES
 TICKET_LIFETIME = 30.0
+#: For all rails of a peer together, so that one that takes its time for each does not hold who dials them; the last one
+#: may take as long as `TcpFabric`'s ``dial`` besides.
+CONNECT_TIMEOUT = 10.0
 _ADMITTED, _REFUSED = b"\x01", b"\x00"
 #: Unacknowledged for so long (seconds), the path is dead: the kernel alone would take a quarter of an hour to say so.
 _DEAD_AFTER = 60
@@ -289,9 +292,10 @@ class TcpFabric(Fabric):
             raise FabricError("this side of the tcp fabric can't dial: it was made to listen")
         endpoint = TcpEndpoint(handler, self._congestion)
         error: Exception | None = None
+        deadline = time.monotonic() + CONNECT_TIMEOUT
         for rail, ticket in enumerate(tickets[: self._rails]):
             try:
-                endpoint.attach(rail, self._open_rail(self._dial, ticket))
+                endpoint.attach(rail, self._open_rail(self._dial, ticket, deadline))
             except OSError as e:
                 error = e
                 break
@@ -300,9 +304,12 @@ class TcpFabric(Fabric):
         return endpoint
 
     @staticmethod
-    def _open_rail(dial: Callable[[], socket.socket], ticket: bytes) -> socket.socket:
+    def _open_rail(dial: Callable[[], socket.socket], ticket: bytes, deadline: float) -> socket.socket:
         sock = dial()
         try:
+            if (left := deadline - time.monotonic()) <= 0:
+                raise TimeoutError(f"the rails were not open within {CONNECT_TIMEOUT:g} s")
+            sock.settimeout(left)
             sock.sendall(RAIL_MAGIC + ticket)
             answer = memoryview(bytearray(1))
             receive_exactly(sock, answer)

@@ -20,6 +20,7 @@ from nvflare_rdma.flare_compat import TRANSFER_PROP, replace_decomposer, require
 from nvflare_rdma.metrics.reporting import TransferReporter
 from nvflare_rdma.runtime import this_runtime
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torch_decomposer
+from nvflare_rdma.streaming.identity import identifier
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, is_trainer, take_back
 from nvflare_rdma.transfer.peers import DataChannels
@@ -111,4 +112,5 @@ def open_channels(cell: Any) -> DataChannels:
         made: ssl.SSLContext = get_ssl_context({**site.credentials, DriverParams.SECURE.value: True}, server_side)
         return made
 
-    return DataChannels(name, runtime, tls, host, None if isinstance(ports, str) else ports, trainers)
+    identify = identifier(site.identities)
+    return DataChannels(name, runtime, tls, identify, host, None if isinstance(ports, str) else ports, trainers)

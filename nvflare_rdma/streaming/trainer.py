@@ -3,7 +3,7 @@
 FLARE starts the trainer from the site's job process, with its environment, and gives it a cell below that process's.
 A process with a cell imports what lies in the folders of `comm_driver_path`. So the job process adds a folder to that
 path, whose one file installs the transfer, and hands on what the trainer's cell does not know: how the site reaches
-the server, its certificates, and its settings. The command, and the script, stay as they are.
+the server, its certificates and whose others' are, and its settings. The command, and the script, stay as they are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from nvflare.client.cell.bootstrap import BOOTSTRAP_FILE_ENV_VAR
 from nvflare.fuel.f3.drivers.driver_params import DriverParams
 
 from nvflare_rdma.settings import settings_environment
+from nvflare_rdma.streaming.identity import identities_of
 
 _DRIVER_PATH = "NVFLARE_COMM_DRIVER_PATH"
 #: JSON of a `Site`. No NVFLARE_RDMA_ name: those are settings.
@@ -30,11 +31,13 @@ _FOLDER = str(Path(__file__).parents[1] / "trainer_plugin")
 @dataclass(frozen=True)
 class Site:
     """What a cell's data channels need to know of where it is. ``url``: how the server is reached, "" if unknown;
-    ``credentials``: FLARE's connection parameters, with the paths of certificates."""
+    ``credentials``: FLARE's connection parameters, with the paths of certificates; ``identities``: see
+    `identities_of`."""
 
     url: str
     secure: bool
     credentials: Mapping[str, Any]
+    identities: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cell: Any) -> Site:
@@ -44,7 +47,8 @@ class Site:
         url = core.root_url[0] if isinstance(core.root_url, list) else core.root_url
         # Also where FLARE's own connections are clear because somebody else protects them (connection_security=clear):
         # that does not protect these.
-        return cls(url or "", bool(core.secure or credentials.get(DriverParams.CA_CERT.value)), credentials)
+        secure = bool(core.secure or credentials.get(DriverParams.CA_CERT.value))
+        return cls(url or "", secure, credentials, identities_of(core))
 
 
 class _Environment:
@@ -91,7 +95,7 @@ def hand_on(cell: Any) -> None:
         return {
             **settings_environment(),  # the site's configuration files are not the trainer's
             _DRIVER_PATH: os.pathsep.join([*folders, _FOLDER]),
-            _SITE: json.dumps(asdict(Site(site.url, site.secure, credentials))),
+            _SITE: json.dumps(asdict(replace(site, credentials=credentials))),
         }
 
     _environment.add(handed)

@@ -3,7 +3,8 @@
 The side that others can reach has a door; the other side dials it. Whoever dials, data flows either way, and a channel
 stays open for what comes later. A door is opened by a ticket only (one use, bound to the peer's name, expiring), which
 travels in FLARE's messages, whose senders FLARE has authenticated. Where FLARE's connections are secure, so are these,
-with the same certificates.
+with the same certificates: a ticket opens a door, and a certificate says who comes. Each side sees first that the
+certificate is the one of the peer that it means.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.channel.context import LinkContext
@@ -27,7 +28,7 @@ from nvflare_rdma.channel.door import GREETING_TIMEOUT, Door, Pending, dial
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.protocol.limits import ChannelLimits
 from nvflare_rdma.channel.protocol.state import Role
-from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, UnreachableError
+from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TlsError, UnreachableError
 from nvflare_rdma.fabric.budget import MemoryBudget
 from nvflare_rdma.fabric.tcp import TcpFabric
 from nvflare_rdma.runtime import Runtime
@@ -52,6 +53,11 @@ _MAX_TENSOR_BYTES = 1 << 48
 _SAME_HOST_FACTOR = 6
 
 
+#: Of a peer's cell name and of the certificate that was shown, as `ssl.SSLSocket.getpeercert` gives it. Raises TlsError
+#: unless the certificate is the peer's.
+Identify: TypeAlias = Callable[[str, Mapping[str, Any]], None]
+
+
 class DataChannels:
     """Those of one cell.
 
@@ -59,6 +65,7 @@ class DataChannels:
         name: the cell's FQCN.
         runtime: what all channels of the process share.
         tls: makes the context for the listening side (True) or the dialling one; gives None where FLARE is not secure.
+        identify: says whether a certificate is a peer's.
         server_host: how this side's FLARE reaches the server, "" if it is unknown; tried before the addresses that a
             peer names.
         ports: what the door may listen on, (0, 0) for any port; None for no door.
@@ -71,6 +78,7 @@ class DataChannels:
         name: str,
         runtime: Runtime,
         tls: Callable[[bool], ssl.SSLContext | None],
+        identify: Identify,
         server_host: str,
         ports: tuple[int, int] | None,
         trainers: bool = False,
@@ -78,6 +86,7 @@ class DataChannels:
         self.name = name
         self._runtime = runtime
         self._tls = tls
+        self._identify = identify
         self._server_host = server_host
         self._ports = ports
         self._trainers = trainers
@@ -154,8 +163,24 @@ class DataChannels:
         if time.monotonic() > expires:
             stream.close()
             raise ProtocolError("its ticket is unknown, used or expired")
+        try:
+            self._require(stream, peer, Role.PASSIVE, "it came with that one's ticket and gets nothing")
+        except TlsError:
+            stream.close()
+            raise
         stream.send(stream.protect([_WELCOME]))
         return self._open(Role.PASSIVE, sock, stream, self._fabric, peer)
+
+    def _require(self, stream: ControlStream, peer: str, role: Role, consequence: str) -> None:
+        """See that ``peer`` is at the other end of a stream, where there are certificates."""
+        certificate = stream.peer_certificate()
+        # Who dials has none to show with server-side TLS only; else TLS itself has seen that there is one.
+        if certificate is None or (role is Role.PASSIVE and not certificate):
+            return
+        try:
+            self._identify(peer, certificate)
+        except TlsError as error:
+            raise TlsError(f"{error}: {consequence}") from None
 
     def _secure(self, server_side: bool) -> ssl.SSLContext | None:
         try:
@@ -211,7 +236,7 @@ class DataChannels:
         self._avoid(peer, began)
         if self._server_host and peer.split(".")[0] == SERVER and self._server_host not in hosts:
             hosts = [self._server_host, *hosts]
-        failures, deadline, silent = [], began + DIAL_SECONDS, False
+        failures, deadline, silent, impostors = [], began + DIAL_SECONDS, False, []
         for host in hosts:
             if (left := deadline - time.monotonic()) <= 0:
                 failures.append(f"the others were not tried: {DIAL_SECONDS:g} s are over")
@@ -221,7 +246,11 @@ class DataChannels:
             except (OSError, RdmaError, ValueError) as error:  # ValueError: what can't be a host's name
                 failures.append(f"{host}:{port}: {error}")
                 silent = silent or isinstance(error, UnreachableError)
+                if isinstance(error, TlsError):
+                    impostors.append(failures[-1])
                 continue
+            for impostor in impostors:  # where no address leads there, the error has them
+                log.warning("%s reached %s elsewhere; %s", self.name, peer, impostor)
             threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
             return link
         reason = f"no direct way from {self.name} to {peer}: {'; '.join(failures)}"
@@ -240,11 +269,13 @@ class DataChannels:
             raise FabricUnavailable(f"{reason} (tried {now - since:.0f} s ago, and again in {left:.0f} s)")
 
     def _dial(self, address: tuple[str, int], ticket: bytes, peer: str, timeout: float) -> Link:
+        deadline = time.monotonic() + timeout
         sock, stream = dial(address, self._secure(False), self._pending, timeout)
         try:
+            self._require(stream, peer, Role.ACTIVE, "it was sent no ticket")
             with self._pending.hold(sock):
                 stream.send(stream.protect([ticket]))
-                if _read(stream, len(_WELCOME), timeout) != _WELCOME:
+                if _read(stream, len(_WELCOME), deadline - time.monotonic()) != _WELCOME:
                     raise ProtocolError("it is no data port of nvflare-rdma")
             way = functools.partial(socket.create_connection, address, GREETING_TIMEOUT)
             return self._open(Role.ACTIVE, sock, stream, self._runtime.tcp(way), peer)

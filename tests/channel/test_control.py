@@ -8,9 +8,15 @@ import threading
 
 import pytest
 from certificates import Authority
-from tcp_pair import DEADLINE, in_parallel
+from tcp_pair import DEADLINE, context, in_parallel
+from trickling import TlsPeer, trickle
 
 from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.channel.link import Link
+from nvflare_rdma.channel.protocol.limits import ChannelLimits
+from nvflare_rdma.channel.protocol.state import Role
+from nvflare_rdma.errors import TransferError
+from nvflare_rdma.fabric.tcp import TcpFabric
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +90,56 @@ def test_receive_gives_up_after_its_timeout_without_closing(streams):
     assert server.receive(0.05) is None
     client.send(client.protect([b"late"]))
     assert server.receive(DEADLINE) == b"late"
+
+
+def secure_peer(contexts):
+    """A stream of this side, and the peer at its other end, after their handshake."""
+    near, far = socket.socketpair()
+    peer, server = TlsPeer(near, contexts[0]), ControlStream(far, contexts[1], server_side=True)
+    in_parallel(peer.greet, lambda: server.handshake(DEADLINE))
+    return peer, server
+
+
+def test_a_record_that_trickles_holds_receive_no_longer_than_its_timeout(contexts):
+    peer, server = secure_peer(contexts)
+    record, received = peer.encrypt(bytes(16_000)), []
+    thread = threading.Thread(target=lambda: received.append(server.receive(1.0)), daemon=True)
+    with peer.sock, trickle(peer.sock, record):
+        thread.start()
+        thread.join(DEADLINE)
+        assert not thread.is_alive(), "one byte after the other puts the deadline off"
+    assert received == [None]
+    server.close()
+
+
+def test_what_had_come_of_a_record_by_the_timeout_is_not_lost(contexts):
+    peer, server = secure_peer(contexts)
+    record = peer.encrypt(b"hello")
+    peer.sock.sendall(record[:10])
+    assert server.receive(0.05) is None
+    peer.sock.sendall(record[10:])
+    assert server.receive(0.0) == b"hello"
+    peer.sock.close()
+    server.close()
+
+
+def test_a_greeting_that_trickles_in_one_record_ends_at_the_handshakes_deadline(contexts):
+    peer, server = secure_peer(contexts)
+    limits = ChannelLimits(max_message_bytes=1 << 20, handshake_timeout=0.5)
+    link, errors = Link(server, Role.PASSIVE, {"tcp": TcpFabric(1)}, context(limits), print, "link"), []
+
+    def open_link() -> None:
+        try:
+            link.open()
+        except TransferError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=open_link, daemon=True)
+    with peer.sock, trickle(peer.sock, peer.encrypt(bytes(16_000))):
+        thread.start()
+        thread.join(DEADLINE)
+        assert not thread.is_alive(), "one byte after the other puts the deadline off"
+    assert errors == ["the peer did not finish the handshake in 0.5 s"]
 
 
 def test_a_handshake_that_trickles_has_one_deadline_in_all(contexts):

@@ -127,6 +127,21 @@ def test_a_client_whose_certificate_is_of_another_authority_is_refused(tmp_path)
     assert "the server does not trust this side's certificate" in client_log
 
 
+def test_flare_compares_the_names_in_certificates_on_both_ends(tmp_path):
+    """It does so only where the driver says that a connection is secure, and whose certificate it has seen."""
+    authority = Authority(tmp_path / "pki")
+    server, site = authority.issue("server", "server"), authority.issue("client", "site-1")
+    others, another = authority.issue("client", "site-2"), authority.issue("server", "other")
+    claims = "authenticated as '{}' but claimed endpoint '{}' requires identity '{}'"
+    client = {"credentials": others}
+    _, _, server_log = exchange(tmp_path, {"credentials": server}, client, "srdma", [], connect_deadline=10.0)
+    assert claims.format("site-2", "site-1", "site-1") in server_log
+    client = {"credentials": site}
+    result, log, _ = exchange(tmp_path, {"credentials": another}, client, "srdma", [], connect_deadline=10.0)
+    assert not result["connected"]
+    assert claims.format("other", "server", "server") in log
+
+
 def test_a_clear_client_of_a_secure_listener_is_refused(tmp_path):
     server = {"credentials": Authority(tmp_path / "pki").issue("server", "server")}
     result, _, server_log = exchange(tmp_path, server, {}, "rdma", connect_deadline=3.0)

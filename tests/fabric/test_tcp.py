@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
+import types
 
 import pytest
 from recorder import Recorder
 from tcp_pair import DEADLINE, admitting
 
 from nvflare_rdma.errors import ConfigError, FabricError, ProtocolError
+from nvflare_rdma.fabric import tcp
 from nvflare_rdma.fabric.base import RemoteSlice
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TcpFabric, congestion_controls, pack_header
 
@@ -39,6 +42,25 @@ def test_a_write_lands_in_the_exposed_slice_and_nowhere_else(size):
         assert far_events.landings.get(timeout=DEADLINE) == (7, size, 99)
         assert near_events.writes.get(timeout=DEADLINE) == 7
     assert target == b"\xaa" * 10 + data + b"\xaa" * 10
+
+
+def test_all_rails_of_a_peer_are_opened_within_one_deadline(monkeypatch):
+    """A peer that takes nearly as long as it may for each of them."""
+    clock = itertools.count(0.0, 6.0)  # seconds, of which each rail takes 6 at least
+    now = [next(clock)]
+    listening = TcpFabric(8)
+    with admitting(listening) as dial:
+
+        def slow() -> socket.socket:
+            now[0] = next(clock)
+            return dial()
+
+        far, offer = listening.offer(Recorder())
+        monkeypatch.setattr(tcp, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+        near = TcpFabric(8, slow).connect(offer, Recorder())
+        assert near.rails == 1
+        near.close()
+        far.close()
 
 
 def test_both_directions_and_many_writes_at_once():

@@ -14,6 +14,7 @@ from nvflare_rdma.flare_compat import replace_decomposer
 from nvflare_rdma.runtime import this_runtime
 from nvflare_rdma.streaming.component import install
 from nvflare_rdma.streaming.decomposers import DirectDecomposer, RdmaArrayDecomposer
+from nvflare_rdma.streaming.identity import identifier
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.torch_decomposer import RdmaTensorDecomposer
 from nvflare_rdma.transfer.peers import DataChannels
@@ -24,7 +25,7 @@ _counted: Counter[str] = Counter()
 
 def _open(cell: Any) -> DataChannels:
     """As `open_channels`, but every cell listens: only few of those in FLARE's tests are called server."""
-    return DataChannels(cell.get_fqcn(), this_runtime(), lambda server_side: None, "127.0.0.1", (0, 0))
+    return DataChannels(cell.get_fqcn(), this_runtime(), lambda server_side: None, identifier({}), "127.0.0.1", (0, 0))
 
 
 def _noted(method: Any) -> Any:

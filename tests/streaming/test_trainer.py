@@ -9,6 +9,7 @@ import pytest
 from nvflare.apis.event_type import EventType
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
 from nvflare.client.cell.bootstrap import BOOTSTRAP_FILE_ENV_VAR
+from nvflare.fuel.f3.cellnet.identity import CellIdentityResolver
 
 from nvflare_rdma.errors import ConfigError, FabricUnavailable
 from nvflare_rdma.recipe import add_transfer
@@ -16,12 +17,14 @@ from nvflare_rdma.settings import load_settings
 from nvflare_rdma.streaming import RdmaTransfer, trainer
 from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, take_back
 
+IDENTITIES = {"server": "fl.example.org", "site-1.job": "site-1"}
 CREDENTIALS = {"ca_cert": "/site/startup/rootCA.pem", "client_key": "/site/startup/client.key"}
 
 
 def flare_cell(credentials, url="grpc://fl.example.org:8002", secure=True):
     endpoint = types.SimpleNamespace(conn_props=credentials)
-    core = types.SimpleNamespace(endpoint=endpoint, root_url=url, secure=secure)
+    resolver = CellIdentityResolver("site-1.job", {"server": "fl.example.org"}, {"site-1.job": "site-1"})
+    core = types.SimpleNamespace(endpoint=endpoint, root_url=url, secure=secure, identity_resolver=resolver)
     return types.SimpleNamespace(core_cell=core)
 
 
@@ -43,7 +46,7 @@ def test_a_trainer_knows_its_site(environment):
     assert environment["NVFLARE_COMM_DRIVER_PATH"].endswith("nvflare_rdma/trainer_plugin")
     assert inherited_site() is None  # the site's job process is none
     environment[BOOTSTRAP_FILE_ENV_VAR] = "/site/app/bootstrap.json"
-    assert inherited_site() == Site("grpc://fl.example.org:8002", True, CREDENTIALS)
+    assert inherited_site() == Site("grpc://fl.example.org:8002", True, CREDENTIALS, IDENTITIES)
     assert load_settings() == settings
     del environment[BOOTSTRAP_FILE_ENV_VAR]
     take_back()
@@ -82,10 +85,10 @@ def test_the_last_of_several_runs_takes_it_back(environment):
 @pytest.mark.parametrize(
     ("credentials", "url", "secure", "site"),
     [
-        (None, None, False, Site("", False, {})),
-        ({}, ["tcp://a:1", "tcp://b:2"], False, Site("tcp://a:1", False, {})),
+        (None, None, False, Site("", False, {}, IDENTITIES)),
+        ({}, ["tcp://a:1", "tcp://b:2"], False, Site("tcp://a:1", False, {}, IDENTITIES)),
         # Somebody else protects FLARE's own connections, but not these.
-        (CREDENTIALS, "tcp://a:1", False, Site("tcp://a:1", True, CREDENTIALS)),
+        (CREDENTIALS, "tcp://a:1", False, Site("tcp://a:1", True, CREDENTIALS, IDENTITIES)),
     ],
 )
 def test_a_site_is_as_its_cell(credentials, url, secure, site):

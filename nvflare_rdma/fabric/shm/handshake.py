@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 MAGIC = b"NVFSHM1\n"
 TICKET_BYTES = 32
 OFFER_LIFETIME = 30.0
-STEP_TIMEOUT = 5.0
-"""Seconds that one message of the set-up may take."""
+SETUP_TIMEOUT = 10.0
+"""Seconds that all messages of the set-up may take: a peer that is slow with each of them gains nothing."""
 #: How a side may receive, best first.
 PATHS = ("direct", "memfd")
 
@@ -85,14 +85,33 @@ def peer_pid(sock: socket.socket) -> int:
     return int(pid)
 
 
-def _receive(sock: socket.socket) -> bytes:
-    data = sock.recv(64)
+class _Steps:
+    """The messages of a set-up on ``sock``: what waits for one of them waits until the deadline for all."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._deadline = time.monotonic() + SETUP_TIMEOUT
+
+    def next(self) -> socket.socket:
+        """The socket, for one message.
+
+        Raises:
+            TimeoutError: the time is up.
+        """
+        if (left := self._deadline - time.monotonic()) <= 0:
+            raise TimeoutError("timed out")
+        self.sock.settimeout(left)
+        return self.sock
+
+
+def _receive(steps: _Steps) -> bytes:
+    data = steps.next().recv(64)
     if not data:
         raise ConnectionError("the peer closed the connection")
     return data
 
 
-def agree(sock: socket.socket, pid: int, paths: Sequence[str]) -> Peer:
+def agree(steps: _Steps, pid: int, paths: Sequence[str]) -> Peer:
     """Both sides call it at once; in each step both send one message, then take the other's.
 
     1. The address and the contents of a token; the peer tries to read it.
@@ -102,12 +121,12 @@ def agree(sock: socket.socket, pid: int, paths: Sequence[str]) -> Peer:
     5. Whether that worked.
 
     Raises:
-        FabricError: a side can receive by none of the paths it allows.
+        FabricError: a side can receive by none of the paths it allows. OSError: the peer left, or took too long.
     """
 
     def exchange(message: bytes) -> bytes:
-        sock.send(message)
-        return _receive(sock)
+        steps.next().send(message)
+        return _receive(steps)
 
     token = secrets.token_bytes(_TOKEN_BYTES)
     try:
@@ -124,12 +143,12 @@ def agree(sock: socket.socket, pid: int, paths: Sequence[str]) -> Peer:
         if readable == _FORBIDDEN and declared:
             readable, reason = _try_reading(pid, address, expected)
         receive = "direct" if readable == _YES else "memfd" if "memfd" in paths else "none"
-        send, worked = _try_memory(sock, receive, token, expected)
+        send, worked = _try_memory(steps, receive, token, expected)
         if receive == "none":
             raise FabricError(f"this side allows only {', '.join(paths)} over shm, and that fails: {reason}")
         if worked != _YES:
             raise FabricError("the shm peer has no way to receive that works; its log says why. Use tcp.")
-        peer = Peer(sock, pid, receive, send, traced and send == "direct")
+        peer = Peer(steps.sock, pid, receive, send, traced and send == "direct")
         return peer
     finally:
         if traced and not (peer and peer.traced):
@@ -147,7 +166,7 @@ def _try_reading(pid: int, address: int, expected: bytes) -> tuple[bytes, str]:
     return (_YES, "") if copy == expected else (_NO, f"process {pid} is not the peer: another PID namespace")
 
 
-def _try_memory(sock: socket.socket, receive: str, token: bytes, expected: bytes) -> tuple[str, bytes]:
+def _try_memory(steps: _Steps, receive: str, token: bytes, expected: bytes) -> tuple[str, bytes]:
     """Steps 4 and 5: give the peer a memfd if this side needs one, and write into the peer's; its wish, and
     whether that worked. This side's memfd worked if its own token is in it afterwards."""
     sample = None
@@ -161,11 +180,11 @@ def _try_memory(sock: socket.socket, receive: str, token: bytes, expected: bytes
             except (OSError, MemoryError) as error:
                 raise FabricError(f"this process can't share memory (memfd_create): {error}. Use tcp.") from error
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-        sock.sendmsg([receive.encode()], rights)
+        steps.next().sendmsg([receive.encode()], rights)
     finally:
         if fd >= 0:
             os.close(fd)
-    data, fds, _, _ = socket.recv_fds(sock, 64, 1, socket.MSG_CMSG_CLOEXEC)
+    data, fds, _, _ = socket.recv_fds(steps.next(), 64, 1, socket.MSG_CMSG_CLOEXEC)
     worked = _YES if data == b"direct" else _NO
     try:
         if data == b"memfd" and fds:
@@ -177,8 +196,8 @@ def _try_memory(sock: socket.socket, receive: str, token: bytes, expected: bytes
     finally:
         for number in fds:
             os.close(number)
-    sock.send(worked)
-    answer = _receive(sock)
+    steps.next().send(worked)
+    answer = _receive(steps)
     if sample is not None and (answer != _YES or sample.tobytes() != token):
         raise FabricError("the shm peer can't write into a memfd of this process; its log says why. Use tcp.")
     return data.decode("ascii", "replace"), worked
@@ -221,7 +240,7 @@ class Listener:
                 with contextlib.suppress(OSError):
                     self._guest.shutdown(socket.SHUT_RDWR)
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout=2 * STEP_TIMEOUT)
+            self._thread.join(timeout=SETUP_TIMEOUT)
 
     def _run(self) -> None:
         try:
@@ -248,17 +267,16 @@ class Listener:
 
     def _receive_guest(self, sock: socket.socket) -> bool:
         """Let a connection in; False: it was not the peer, go on waiting."""
-        knew_ticket = False
+        knew_ticket, steps = False, _Steps(sock)
         try:
-            sock.settimeout(STEP_TIMEOUT)
             pid = peer_pid(sock)  # abstract sockets have no permissions: before anything is read
-            if not hmac.compare_digest(sock.recv(256), MAGIC + self._ticket):
+            if not hmac.compare_digest(steps.next().recv(256), MAGIC + self._ticket):
                 sock.send(_REFUSED)
                 raise FabricError(f"process {pid} presented a wrong ticket")
             knew_ticket = True
             self._socket.close()  # the ticket is used up
             sock.send(_ADMITTED)
-            self._arrived(agree(sock, pid, self._paths))
+            self._arrived(agree(steps, pid, self._paths))
         except (OSError, ProtocolError, MemoryError) as error:
             log.warning("a shm connection was refused: %s", error)
             sock.close()
@@ -275,10 +293,10 @@ def dial(offer: Mapping[str, Any], paths: Sequence[str]) -> Peer:
     if not isinstance(name, str) or not isinstance(ticket, bytes) or len(ticket) != TICKET_BYTES or len(name) > 100:
         raise ProtocolError("the peer's shm offer has no socket name and ticket")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    steps = _Steps(sock)
     try:
-        sock.settimeout(STEP_TIMEOUT)
         try:
-            sock.connect(f"\0{name}")
+            steps.next().connect(f"\0{name}")
         except OSError as error:
             raise FabricError(
                 f"nobody listens on the peer's socket @{name} ({error}): the offer was used or has expired, or the "
@@ -287,19 +305,19 @@ def dial(offer: Mapping[str, Any], paths: Sequence[str]) -> Peer:
         pid = peer_pid(sock)
         try:
             sock.send(MAGIC + ticket)
-            if _receive(sock) != _ADMITTED:
+            if _receive(steps) != _ADMITTED:
                 raise FabricError("the shm peer refused the ticket (it is used up or has expired)")
-            peer = agree(sock, pid, paths)
+            peer = agree(steps, pid, paths)
+            try:
+                if _receive(steps) != READY:
+                    raise ProtocolError("the shm peer's set-up ended with something else than it should")
+            except BaseException:
+                peer.release()
+                raise
         except TimeoutError as error:
-            raise FabricError(f"the shm peer (process {pid}) did not answer within {STEP_TIMEOUT:g} s") from error
+            raise FabricError(f"the shm peer (process {pid}) did not answer within {SETUP_TIMEOUT:g} s") from error
         except ConnectionError as error:
             raise FabricError(f"the shm peer (process {pid}) left during the set-up: {error}; see its log") from error
-        try:
-            if _receive(sock) != READY:
-                raise ProtocolError("the shm peer's set-up ended with something else than it should")
-        except BaseException:
-            peer.release()
-            raise
         return peer
     except BaseException:
         sock.close()

@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_closing_the_endpoint_withdraws_its_offer():
 
 
 def test_closing_the_endpoint_ends_a_set_up_that_hangs(monkeypatch):
-    monkeypatch.setattr(handshake, "STEP_TIMEOUT", 10 * DEADLINE)
+    monkeypatch.setattr(handshake, "SETUP_TIMEOUT", 10 * DEADLINE)
     near = Peer()
     offer = near.offer()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
@@ -107,6 +108,34 @@ def test_closing_the_endpoint_ends_a_set_up_that_hangs(monkeypatch):
         closer.join(DEADLINE)
         assert not closer.is_alive()
     assert not listening(offer["name"])
+
+
+def test_all_steps_of_a_set_up_have_one_deadline(monkeypatch):
+    """A peer that answers each step, and takes 4 s for it."""
+    now, token = [0.0], bytes(32)
+    hello = handshake._HELLO.pack(process_memory.address_of(memoryview(token)), token)
+    monkeypatch.setattr(handshake, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"\0test-{os.getpid()}-slow")
+        listener.listen()
+
+        def answer() -> None:
+            guest, _ = listener.accept()
+            with guest, contextlib.suppress(OSError):
+                for reply in (b"admitted", hello, b"yes", b"no", b"direct", b"yes"):
+                    if not guest.recv(256):
+                        return
+                    now[0] += 4.0
+                    guest.send(reply)
+                guest.send(handshake.READY)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        offer = {"name": f"test-{os.getpid()}-slow", "ticket": bytes(32)}
+        with pytest.raises(FabricError, match="did not answer within 10 s"):
+            handshake.dial(offer, handshake.PATHS)
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
 
 
 def test_a_write_before_the_peer_has_come_ends_at_once():
