@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from bodies import TestSink
 from certificates import Authority
+from data_channels import runtime
 from direct_transfers import LARGE, Direct
 from nvflare.client.cell.bootstrap import BOOTSTRAP_FILE_ENV_VAR
 from nvflare.fuel.f3.cellnet.cell import Cell
@@ -27,6 +28,7 @@ from waiting import eventually
 from nvflare_rdma.channel.bodies import BufferSource
 from nvflare_rdma.errors import FabricError
 from nvflare_rdma.streaming import component, trainer
+from nvflare_rdma.transfer import peers
 from nvflare_rdma.transfer.addresses import TICKET_BYTES
 
 SERVER, SITE, OTHER, TRAINER = "server.job", "site-1.job", "site-2.job", "site-1.job.trainer"
@@ -67,7 +69,7 @@ def flare_cell(pki):
 @pytest.fixture
 def channels(cell, flare_cell, monkeypatch):
     """channels(SITE) -> DataChannels, as `RdmaTransfer` makes them."""
-    monkeypatch.setattr(transfer, "this_process", process)
+    monkeypatch.setattr(component, "this_runtime", runtime)
 
     def make(name: str, **credentials: str):
         cell.made.append(component.open_channels(flare_cell(name, **credentials)))
@@ -230,7 +232,7 @@ def test_what_a_certificate_says_can_not_forge_a_line_of_the_log(channels, pki):
 
 
 def test_a_ticket_that_trickles_in_one_record_does_not_keep_the_door(channels, pki, monkeypatch, caplog):
-    monkeypatch.setattr(channels_module, "GREETING_TIMEOUT", 1.0)
+    monkeypatch.setattr(peers, "GREETING_TIMEOUT", 1.0)
     server = channels(SERVER)
     invitation = server.invite(SITE)
     with socket.create_connection(("127.0.0.1", invitation["port"]), DEADLINE) as sock:
