@@ -3,7 +3,7 @@
     FLARE's thread   Link.send         -> core -> control stream
     reader thread    Link.run          control stream -> core -> events; the deadlines
     writer thread                      what the control stream did not take at once
-    rail threads     Link.prepare      seal or checksum a granted chunk, then Endpoint.write
+    rail threads     RailSet.write     seal or checksum a granted chunk, then Endpoint.write
     fabric threads   landed, written   verify what landed, then -> core
 
 The core is called under one lock. Whatever calls out of the link (delivery, budget, endpoints that close) happens
@@ -91,7 +91,9 @@ class Link:
             sealing.TAG_BYTES if self._key else 0,
         )
         self._inbox = Inbox(context, controller, stream.secure, name, self._after.append)
-        self._outbox = Outbox(self._lock, self._room, context.window_bytes, context.sending.share(), name)
+        self._outbox = Outbox(
+            self._lock, self._room, context.window_bytes, context.sending.share(), self._withdraw, name
+        )
         self._rails: RailSet | None = None
         #: Control messages, or what of them is ready for the socket, and how many bytes are inline messages; None ends
         #: the writer. It has only what could not be sent at once.
@@ -197,7 +199,7 @@ class Link:
                 finally:
                     # By what is held, not by what was said about it: nothing may stay behind.
                     self._outbox.clear(self._failure)
-                    rails, self._rails = self._rails, None
+                    rails = self._take_rails()
         finally:
             self._output.put(None)
             if self._writer is not threading.current_thread() and self._writer.is_alive():
@@ -276,21 +278,6 @@ class Link:
             self._core.withdraw(transfer, reason)
             self._pump()
         self._after.run()
-
-    def prepare(self, rails: RailSet, chunk: events.WriteChunk) -> tuple[memoryview, int]:
-        """See `RailOwner.prepare`."""
-        with self._lock:
-            if rails is not self._rails:  # the grant is void, and the next rails may be guarded in another way
-                return memoryview(b""), 0
-            prepare = self._outbox.find(rails, chunk)
-        try:
-            return prepare()
-        except Exception as error:
-            if not isinstance(error, RdmaError | OSError | MemoryError):
-                log.exception("%s: message %d can't be read", self.name, chunk.transfer)
-            # The grant is answered with nothing, as for every message that is withdrawn.
-            self._withdraw(chunk.transfer, f"the sender can't read it: {error}")
-            return memoryview(b""), 0
 
     def written(self, rails: RailSet, notification: int) -> None:
         """A rail reports that a local write has ended."""
@@ -444,10 +431,11 @@ class Link:
             case events.WriteChunk():
                 self._outbox.granted(event.transfer, event.offset, event.length)
                 if (rails := self._rails) is not None:
+                    make = self._outbox.make_chunk(rails, event)
                     if rails.endpoint.write_is_nonblocking and not self._outbox.is_work(event.transfer):
-                        self._after.append(functools.partial(rails.write, event))
+                        self._after.append(functools.partial(rails.write, event, make))
                     else:
-                        rails.post(event)
+                        rails.post(event, make)
             case events.ExposeChunk():
                 self._expose(event)
             case events.RevokeChunk():
@@ -505,9 +493,14 @@ class Link:
                     self._after.append(lambda: endpoint.drop(rail))
 
     def _discard_rails(self) -> None:
-        if self._rails is not None:
-            self._after.append(self._rails.close)
-            self._rails = None
+        if (rails := self._take_rails()) is not None:
+            self._after.append(rails.close)
+
+    def _take_rails(self) -> RailSet | None:
+        rails, self._rails = self._rails, None
+        if rails is not None:
+            rails.void = True
+        return rails
 
     def rail_down(self, rails: RailSet, rail: int, error: Exception) -> None:
         """A fabric reports that a rail broke."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 from nvflare_rdma.channel import sealing
 from nvflare_rdma.channel.bodies import Source, Take
 from nvflare_rdma.channel.protocol import events
-from nvflare_rdma.channel.rails import RailSet
-from nvflare_rdma.errors import SendTimeoutError, TransferError
+from nvflare_rdma.channel.rails import MakeChunk, RailSet
+from nvflare_rdma.errors import RdmaError, SendTimeoutError, TransferError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
@@ -56,9 +59,18 @@ class Sending:
 
 
 class Outbox:
-    """Called under the link's ``lock``, which is ``room``'s."""
+    """Called under the link's ``lock``, which is ``room``'s. ``withdraw`` (not called under it) gives up a message that
+    can't be read."""
 
-    def __init__(self, lock: threading.Lock, room: threading.Condition, window: int, take: Take, name: str) -> None:
+    def __init__(
+        self,
+        lock: threading.Lock,
+        room: threading.Condition,
+        window: int,
+        take: Take,
+        withdraw: Callable[[int, str], None],
+        name: str,
+    ) -> None:
         self.waiting = 0
         """Bytes that the peer has not granted yet: what is granted is bounded by the peer's controller."""
         self.queued = 0
@@ -67,6 +79,7 @@ class Outbox:
         self._room = room
         self._window = window
         self._take = take
+        self._withdraw = withdraw
         self._name = name
         self._messages: dict[int, tuple[Source, Sending]] = {}
         self._reads: dict[tuple[RailSet | None, int], Sending] = {}
@@ -162,15 +175,32 @@ class Outbox:
         for key in [key for key in self._reads if key[0] is rails]:
             self.read_ended(*key)
 
-    def find(self, rails: RailSet, chunk: events.WriteChunk) -> Callable[[], tuple[memoryview, int]]:
-        """What makes the bytes of a chunk ready, guarded as chunks are now, and its digest. It takes as long as
-        sealing does: not to be called under the lock. `read_ended` is to follow."""
+    def make_chunk(self, rails: RailSet, chunk: events.WriteChunk) -> MakeChunk:
+        """What makes the bytes of a chunk for ``rails``, guarded as chunks are now. It is called without the lock, and
+        answers the grant with nothing if the message is given up, or the rails are void, before it begins. If it
+        begins, `read_ended` or `rails_closed` is to follow."""
         entry = self._messages.get(chunk.transfer)
-        if entry is None:  # given up: the grant is answered with nothing
-            return lambda: (memoryview(b""), 0)
-        entry[1].reads += 1
-        self._reads[rails, chunk.notification] = entry[1]
-        return functools.partial(self._prepare, chunk, entry[0], self._sealer, self._checked)
+        if entry is None:
+            return _nothing
+        prepare = functools.partial(self._prepare, chunk, entry[0], self._sealer, self._checked)
+        return functools.partial(self._make, rails, chunk, entry[1], prepare)
+
+    def _make(
+        self, rails: RailSet, chunk: events.WriteChunk, sending: Sending, prepare: MakeChunk
+    ) -> tuple[memoryview, int]:
+        with self._lock:
+            if rails.void or sending.over:
+                return _nothing()
+            sending.reads += 1
+            self._reads[rails, chunk.notification] = sending
+        try:
+            return prepare()
+        except Exception as error:
+            if not isinstance(error, RdmaError | OSError | MemoryError):
+                log.exception("%s: message %d can't be read", self._name, chunk.transfer)
+            # The grant is answered with nothing, as for every message that is withdrawn.
+            self._withdraw(chunk.transfer, f"the sender can't read it: {error}")
+            return _nothing()
 
     def _prepare(
         self, chunk: events.WriteChunk, message: Source, sealer: sealing.Sealer | None, checked: bool
@@ -190,3 +220,7 @@ class Outbox:
         sealed = both[0] if both else self._take(length)
         sealer.seal_into(chunk.transfer, chunk.offset, chunk.notification, source, sealed)
         return sealed, 0
+
+
+def _nothing() -> tuple[memoryview, int]:
+    return memoryview(b""), 0

@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from nvflare_rdma.channel.protocol import events, wire
 from nvflare_rdma.errors import FabricError, FabricUnavailable
@@ -15,6 +15,9 @@ from nvflare_rdma.fabric.registry import choose
 
 log = logging.getLogger(__name__)
 
+#: Makes the bytes of a chunk, and their digest. It may take as long as sealing does.
+MakeChunk: TypeAlias = Callable[[], tuple[memoryview, int]]
+
 #: A fabric that has failed so often, and never lasted so long (seconds), is not chosen again on this connection.
 _MAX_FAILURES = 3
 _LASTED = 30.0
@@ -22,9 +25,6 @@ _LASTED = 30.0
 
 class RailOwner(Protocol):
     """The link: as `CompletionHandler`, and told by which set of rails, for they are replaced when they break."""
-
-    def prepare(self, rails: RailSet, chunk: events.WriteChunk) -> tuple[memoryview, int]:
-        """What to write for a chunk, and its digest. May take as long as sealing does."""
 
     def landed(self, rails: RailSet, notification: int, length: int, digest: int) -> None: ...
 
@@ -45,36 +45,38 @@ class RailSet(CompletionHandler):
         self.endpoint: Endpoint
         #: Rails that broke before the link knew of any.
         self.broken: dict[int, Exception] = {}
+        #: Set by the link, under its lock, when other rails or none take the place of these: their grants are void.
+        self.void = False
         self._owner = owner
         self._name = name
-        self._queues: list[queue.SimpleQueue[events.WriteChunk | None]] = []
+        self._queues: list[queue.SimpleQueue[tuple[events.WriteChunk, MakeChunk] | None]] = []
         self._threads: list[threading.Thread] = []
         self._closed = False
 
     def start(self, rails: int) -> None:
         for rail in range(rails):
-            work: queue.SimpleQueue[events.WriteChunk | None] = queue.SimpleQueue()
+            work: queue.SimpleQueue[tuple[events.WriteChunk, MakeChunk] | None] = queue.SimpleQueue()
             thread = threading.Thread(target=self._send, args=(work,), name=f"rdma-rail-{rail}", daemon=True)
             self._queues.append(work)
             self._threads.append(thread)
             thread.start()
 
-    def post(self, chunk: events.WriteChunk) -> None:
+    def post(self, chunk: events.WriteChunk, make: MakeChunk) -> None:
         """Have a chunk written by the thread of its rail."""
-        self._queues[chunk.rail].put(chunk)
+        self._queues[chunk.rail].put((chunk, make))
 
-    def write(self, chunk: events.WriteChunk) -> None:
+    def write(self, chunk: events.WriteChunk, make: MakeChunk) -> None:
         """Write a chunk in this thread."""
         try:
-            source, digest = self._owner.prepare(self, chunk)
+            source, digest = make()
             self.endpoint.write(chunk.rail, source, chunk.remote, chunk.notification, digest)
         except Exception as error:  # noqa: BLE001 - reported and translated by the link
             if not self._closed:
                 self._owner.failed(error)
 
-    def _send(self, work: queue.SimpleQueue[events.WriteChunk | None]) -> None:
-        while (chunk := work.get()) is not None and not self._closed:
-            self.write(chunk)
+    def _send(self, work: queue.SimpleQueue[tuple[events.WriteChunk, MakeChunk] | None]) -> None:
+        while (item := work.get()) is not None and not self._closed:
+            self.write(*item)
 
     def close(self) -> None:
         """Close the endpoint and end the threads. Not under a lock that they need."""
@@ -85,6 +87,7 @@ class RailSet(CompletionHandler):
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=5.0)
+        self._queues.clear()  # what was not begun counts as no read, but keeps its message
         self._owner.closed(self)
 
     # -- what the endpoint says ----------------------------------------------------------------------------

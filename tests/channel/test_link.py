@@ -276,7 +276,8 @@ def test_a_chunk_of_rails_that_are_replaced_is_not_sent_as_the_new_ones_would(tl
         link._opener._chooser._failures["tcp"] = 2
         chunk = events.WriteChunk(1, 0, 65_536, RemoteSlice(1, 0, 65_552), 1, 0)
         with link._lock:
-            writer = threading.Thread(target=rails.write, args=(chunk,), daemon=True)
+            make = link._outbox.make_chunk(rails, chunk)
+            writer = threading.Thread(target=rails.write, args=(chunk, make), daemon=True)
             writer.start()  # and waits for the lock
             threading.Event().wait(0.05)
             link._core.receive(wire.encode(wire.Reopen("test")), time.monotonic())
