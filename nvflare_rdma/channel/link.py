@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from nvflare_rdma.channel.bodies import BufferSource, Sink, Source
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.control_rail import ControlRail
+from nvflare_rdma.channel.control_writer import ControlWriter
 from nvflare_rdma.channel.deferred import Afterwards, Delivery
 from nvflare_rdma.channel.inbox import Inbox
 from nvflare_rdma.channel.opening import Opening, RailOpener
@@ -40,9 +40,6 @@ log = logging.getLogger(__name__)
 
 _LINGER = 5.0
 _TICK = 1.0
-_SEND_NOW_BYTES = 128 * 1024
-#: Batches that wait for the control stream when the next chunk is put behind them.
-_DATA_AHEAD = 2
 
 
 class Link:
@@ -69,23 +66,12 @@ class Link:
         self._room = threading.Condition(self._lock)
         self._after = Afterwards(self._lock, deliver, self._guarded, lambda: self._closing)
         self._key = sealing.new_key() if stream.secure else b""
-        limits = context.limits
-        own = {n: context.unavailable.get(n, "not part of this process") for n in context.order}
-        own = {n: reason or ("" if n in fabrics else "not part of this link") for n, reason in own.items()}
-        self._opener = RailOpener(self, name, context, fabrics, own, stream.secure, self._send_on_control)
+        self._opener = RailOpener(self, name, context, fabrics, self._key, self._send_on_control)
         controller = self._opener.controller("")
         self._core = Channel(
             role,
-            limits,
-            wire.Hello(
-                own,
-                limits.max_message_bytes,
-                limits.inline_bytes,
-                limits.max_writes,
-                self._key,
-                context.host,
-                context.integrity,
-            ),
+            context.limits,
+            self._opener.hello(),
             controller,
             time.monotonic(),
             sealing.TAG_BYTES if self._key else 0,
@@ -95,17 +81,12 @@ class Link:
             self._lock, self._room, context.window_bytes, context.sending.share(), self._withdraw, name
         )
         self._rails: RailSet | None = None
-        #: Control messages, or what of them is ready for the socket, and how many bytes are inline messages; None ends
-        #: the writer. It has only what could not be sent at once.
-        self._output: queue.SimpleQueue[tuple[list[bytes] | bytes, int] | None] = queue.SimpleQueue()
-        self._unsent = 0  # batches in _output
-        self._write_progress = time.monotonic()
+        self._writer = ControlWriter(stream, self._room, lambda: self._closing, name)
         self._to_dial: events.OpenRails | None = None
         self._checked_at = time.monotonic()
         self._failure: str | None = None
         self._closing = False
         self._ended = threading.Event()
-        self._writer = threading.Thread(target=self._write_loop, name=f"rdma-control-{name}", daemon=True)
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -118,7 +99,7 @@ class Link:
         self._writer.start()
         try:
             with self._lock:
-                self._pump()
+                self._pump_locked()
             while self._core.state is not Phase.OPEN:
                 self._step()  # what it leaves for afterwards waits for `run`: who receives may not be ready yet
                 if self._core.state is Phase.CLOSED:
@@ -167,14 +148,14 @@ class Link:
                 self._core.receive(data, now)
             if due is not None or now - self._checked_at >= _TICK:
                 self._checked_at = now
-                self._check(now)
-            self._pump()
+                self._check_locked(now)
+            self._pump_locked()
 
-    def _check(self, now: float) -> None:
+    def _check_locked(self, now: float) -> None:
         self._core.check(now)
         self._after.append(lambda: self._context.budget.expire(now))
         stall = self._context.limits.stall_timeout
-        if self._unsent and now - self._write_progress > stall:
+        if self._writer.is_stalled_locked(now, stall):
             raise TransferError(f"the peer has read nothing of the control stream for {stall:g} s")
 
     def close(self, linger: float = _LINGER) -> None:
@@ -195,15 +176,13 @@ class Link:
             with self._lock:
                 try:
                     self._core.close(reason)
-                    self._pump()
+                    self._pump_locked()
                 finally:
                     # By what is held, not by what was said about it: nothing may stay behind.
                     self._outbox.clear(self._failure)
-                    rails = self._take_rails()
+                    rails = self._take_rails_locked()
         finally:
-            self._output.put(None)
-            if self._writer is not threading.current_thread() and self._writer.is_alive():
-                self._writer.join(timeout=2.0)
+            self._writer.stop(2.0)
             self._stream.close()
             if rails is not None:
                 rails.close()
@@ -243,15 +222,16 @@ class Link:
             while True:
                 if self._failure is not None or self._closing:
                     raise TransferError(f"{self.name}: {self._failure or 'the connection is closed'}")
-                if self._outbox.wait_for_room(len(view), inline, deadline - time.monotonic()):
+                used = self._writer.inline_bytes if inline else self._outbox.waiting
+                if self._outbox.wait_for_room(len(view), used, deadline - time.monotonic()):
                     break
             if inline:
                 self._core.send_inline(view)
-                self._pump(inline_bytes=len(view))
+                self._pump_locked(inline_bytes=len(view))
                 return Sending(self._lock, 0, over=True)
             transfer = self._core.submit(len(view), time.monotonic())
             sending = self._outbox.add(transfer, BufferSource(view))
-            self._pump()
+            self._pump_locked()
             return sending
 
     def offer(self, source: Source, label: int) -> Sending:
@@ -265,7 +245,7 @@ class Link:
                 raise TransferError(f"{self.name}: {self._failure or 'the connection is closed'}")
             transfer = self._core.submit(source.nbytes, time.monotonic(), label)
             sending = self._outbox.add(transfer, source, windowed=False)
-            self._pump()
+            self._pump_locked()
         self._after.run()
         return sending
 
@@ -276,7 +256,7 @@ class Link:
     def _withdraw(self, transfer: int, reason: str) -> None:
         with self._guarded(), self._lock:
             self._core.withdraw(transfer, reason)
-            self._pump()
+            self._pump_locked()
         self._after.run()
 
     def written(self, rails: RailSet, notification: int) -> None:
@@ -285,7 +265,7 @@ class Link:
             self._outbox.read_ended(rails, notification)
             if rails is self._rails:
                 self._core.written(notification, time.monotonic())
-                self._pump()
+                self._pump_locked()
 
     def closed(self, rails: RailSet) -> None:
         """Rails are closed for good."""
@@ -294,12 +274,11 @@ class Link:
 
     def _send_on_control(self, notification: int, digest: int, payload: memoryview) -> None:
         with self._room:
-            # Each is a copy: no more of them than keep the writer busy.
-            self._room.wait_for(lambda: self._unsent < _DATA_AHEAD or self._closing)
+            self._writer.wait_for_turn_locked()
             self._core.send_data(notification, digest, payload)
             self._outbox.read_ended(self._rails, notification)
             self._core.written(notification, time.monotonic())
-            self._pump()
+            self._pump_locked()
 
     # -- receiving -----------------------------------------------------------------------------------------
 
@@ -317,7 +296,7 @@ class Link:
         """Don't take a message, or not the rest of it. Does nothing if it has ended already."""
         with self._guarded(), self._lock:
             self._core.refuse(transfer, reason)
-            self._pump()
+            self._pump_locked()
         self._after.run()
 
     def landed(self, rails: RailSet, notification: int, length: int, digest: int) -> None:
@@ -346,21 +325,21 @@ class Link:
                                 "%s: a chunk of %d bytes arrived damaged; asking for it again", self.name, length
                             )
                             self._core.damaged(notification, now)
-                        self._pump()
+                        self._pump_locked()
             finally:
                 if not closed:  # an error of this side: the link ends, and what it holds has to be given back
                     with self._lock:
                         self._inbox.closed(landing)
             self._after.run()
 
-    def _data_arrived(self, event: events.DataArrived) -> None:
+    def _data_arrived_locked(self, event: events.DataArrived) -> None:
         rails = self._rails
         if rails is None or not isinstance(rails.endpoint, ControlRail):
             raise ProtocolError("the peer sent a chunk on the control stream, which is not what was agreed")
         rails.endpoint.fill(event.notification, event.payload)
         self._after.append(lambda: self.landed(rails, event.notification, len(event.payload), event.digest))
 
-    def _offered(self, transfer: int, length: int, label: int) -> None:
+    def _offered_locked(self, transfer: int, length: int, label: int) -> None:
         sink = self._place(label) if label else None
         if label and (sink is None or sink.nbytes != length):
             reason = f"{f'{sink.nbytes} bytes' if sink else 'nothing'} expected as {label}, {length} bytes are offered"
@@ -372,13 +351,13 @@ class Link:
         def granted() -> None:
             with self._guarded():
                 with self._lock:
-                    self._start(transfer, length)
-                    self._pump()
+                    self._start_locked(transfer, length)
+                    self._pump_locked()
                 self._after.run()
 
         self._inbox.reserve(transfer, length, sink, granted, lambda reason: self._no_memory(transfer, length, reason))
 
-    def _start(self, transfer: int, length: int) -> None:
+    def _start_locked(self, transfer: int, length: int) -> None:
         try:
             way = self._inbox.start(transfer, length, self._rails.endpoint if self._rails else None)
         except MemoryError as error:
@@ -392,7 +371,7 @@ class Link:
         log.error("%s: no memory for a message of %d bytes: %s", self.name, length, reason)
         self.refuse(transfer, f"the receiver has no memory for {length} bytes: {reason}")
 
-    def _expose(self, chunk: events.ExposeChunk) -> None:
+    def _expose_locked(self, chunk: events.ExposeChunk) -> None:
         assert self._rails is not None
         try:
             remote = self._inbox.expose(chunk, self._rails.endpoint)
@@ -402,31 +381,15 @@ class Link:
 
     # -- the core's events ---------------------------------------------------------------------------------
 
-    def _pump(self, inline_bytes: int = 0) -> None:
-        """Carry out what the core asks for and queue what it has to say. Holds the lock."""
+    def _pump_locked(self, inline_bytes: int = 0) -> None:
+        """Carry out what the core asks for and send what it has to say."""
         while happened := self._core.next_events():
             for event in happened:
-                self._handle(event)
-        output = self._core.data_to_send()
-        if not output:
-            return
-        if not self._unsent and sum(map(len, output)) <= _SEND_NOW_BYTES:
-            # A hand-over to the writer costs more than the few bytes of a grant do.
-            with self._broken_stream():
-                if not (rest := self._stream.send_now(self._stream.protect(output))):
-                    return
-                self._queue(rest, inline_bytes)
-        else:
-            self._queue(output, inline_bytes)
+                self._handle_locked(event)
+        if output := self._core.data_to_send():
+            self._writer.send_locked(output, inline_bytes)
 
-    def _queue(self, output: list[bytes] | bytes, inline_bytes: int) -> None:
-        if not self._unsent:
-            self._write_progress = time.monotonic()
-        self._outbox.queued += inline_bytes
-        self._unsent += 1
-        self._output.put((output, inline_bytes))
-
-    def _handle(self, event: events.Event) -> None:
+    def _handle_locked(self, event: events.Event) -> None:
         match event:
             case events.WriteChunk():
                 self._outbox.granted(event.transfer, event.offset, event.length)
@@ -437,15 +400,15 @@ class Link:
                     else:
                         rails.post(event, make)
             case events.ExposeChunk():
-                self._expose(event)
+                self._expose_locked(event)
             case events.RevokeChunk():
                 self._inbox.revoke(event)
             case events.InlineReceived(payload):
                 self._after.bring(payload)
             case events.DataArrived():
-                self._data_arrived(event)
+                self._data_arrived_locked(event)
             case events.MessageOffered(transfer, length, label):
-                self._offered(transfer, length, label)
+                self._offered_locked(transfer, length, label)
             case events.MessageReceived(transfer):
                 if (buffer := self._inbox.finish(transfer)) is not None:
                     self._after.bring(buffer)
@@ -465,15 +428,15 @@ class Link:
                 if reason:
                     log.error("%s: the peer disconnected: %s", self.name, reason)
             case _:
-                self._handle_rails(event)
+                self._handle_rails_locked(event)
 
     # -- rails ---------------------------------------------------------------------------------------------
 
-    def _handle_rails(self, event: events.Event) -> None:
+    def _handle_rails_locked(self, event: events.Event) -> None:
         match event:
             case events.ChooseFabric():
-                self._discard_rails()  # those of an attempt that failed
-                self._choose(event)
+                self._discard_rails_locked()  # those of an attempt that failed
+                self._choose_locked(event)
             case events.OpenRails():
                 # Dialling blocks: not under the lock nor, once messages flow, in the reader's way.
                 if self._core.state is Phase.OPEN:
@@ -482,21 +445,21 @@ class Link:
                 else:
                     self._to_dial = event
             case events.Opened():
-                self._opened(event)
+                self._opened_locked(event)
             case events.RailsLost(reason):
                 log.warning("%s: no rail is left over %s (%s); opening new ones", self.name, self.fabric, reason)
                 self._inbox.rails_lost()
-                self._discard_rails()
+                self._discard_rails_locked()
             case events.DropRail(rail):
                 if self._rails is not None:
                     endpoint = self._rails.endpoint
                     self._after.append(lambda: endpoint.drop(rail))
 
-    def _discard_rails(self) -> None:
-        if (rails := self._take_rails()) is not None:
+    def _discard_rails_locked(self) -> None:
+        if (rails := self._take_rails_locked()) is not None:
             self._after.append(rails.close)
 
-    def _take_rails(self) -> RailSet | None:
+    def _take_rails_locked(self) -> RailSet | None:
         rails, self._rails = self._rails, None
         if rails is not None:
             rails.void = True
@@ -515,12 +478,12 @@ class Link:
                     if isinstance(error, FabricUnavailable):
                         self._opener.rule_out(self.fabric, str(error))
                     self._core.rail_down(rail, str(error), time.monotonic())
-                    self._pump()
+                    self._pump_locked()
             self._after.run()
 
-    def _choose(self, wanted: events.ChooseFabric) -> None:
+    def _choose_locked(self, wanted: events.ChooseFabric) -> None:
         opening = self._opener.choose(wanted)
-        self._adopt(opening, wanted.peer)
+        self._adopt_locked(opening, wanted.peer)
         self._core.choose(opening.name, opening.offer, opening.sealed, opening.checked)
 
     def _redial(self, offered: events.OpenRails) -> None:
@@ -537,57 +500,20 @@ class Link:
                     self._after.append(opening.rails.close)
             else:
                 if opening.usable:
-                    self._adopt(opening, self._core.peer)
+                    self._adopt_locked(opening, self._core.peer)
                 self._core.dialled(opening.count, time.monotonic(), opening.reason, opening.answer)
-                self._pump()
+                self._pump_locked()
 
-    def _adopt(self, opening: Opening, peer: wire.Hello) -> None:
-        self._rails, self.fabric = opening.rails, opening.name or "control"
+    def _adopt_locked(self, opening: Opening, peer: wire.Hello) -> None:
+        self._rails, self.fabric = opening.rails, opening.rails.fabric
         self._core.steer(opening.controller)
         self._inbox.steer(opening.controller, opening.same_host)
         self._outbox.guard(sealing.Sealer(self._key) if opening.sealed else None, opening.checked)
         self._inbox.guard(sealing.Sealer(peer.seal_key) if opening.sealed else None, opening.checked)
 
-    def _opened(self, event: events.Opened) -> None:
+    def _opened_locked(self, event: events.Opened) -> None:
         rails = self._rails
         assert rails is not None
-        rails.start(max(event.rails, 1))
-        if event.rails:
-            log.info("%s: data goes over %s, %d rails", self.name, self.fabric, event.rails)
-        else:
-            why = event.reason or self._opener.passed_over
-            log.warning("%s: no rail, data goes over the control stream, which is slower: %s", self.name, why)
-        if event.answer:
-            reason = "not opened here"
-            try:
-                rails.endpoint.accept(event.answer)
-            except FabricError as failure:
-                reason = str(failure)
-            for rail in range(rails.endpoint.rails, event.rails):
-                rails.broken[rail] = FabricError(f"{self.fabric} rail {rail}: {reason}")
+        self._opener.start(rails, event)
         for rail, error in rails.broken.items():
             self._after.append(functools.partial(self.rail_down, rails, rail, error))
-
-    # -- the writer ----------------------------------------------------------------------------------------
-
-    def _write_loop(self) -> None:
-        with self._broken_stream():
-            while (item := self._output.get()) is not None:
-                output, inline_bytes = item
-                self._stream.send(output if isinstance(output, bytes) else self._stream.protect(output))
-                with self._lock:
-                    self._outbox.queued -= inline_bytes
-                    self._unsent -= 1
-                    self._write_progress = time.monotonic()
-                    self._room.notify_all()
-
-    @contextlib.contextmanager
-    def _broken_stream(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if not self._closing:
-                # The reader sees the same and ends the link; wake it in case it does not.
-                log.debug("%s: control stream can't be written: %s", self.name, error)
-                with contextlib.suppress(OSError):
-                    self._stream.close()

@@ -42,8 +42,9 @@ class Opening:
 
 
 class RailOpener:
-    """``owner`` is who the rails report to, ``own`` what this side can use, ``secure`` whether the control stream is
-    TLS, and ``send_on_control`` how a chunk goes there (see `ControlRail`)."""
+    """Opens the rails of one link. ``owner`` is whom they report to, ``key`` what this side seals with (empty if the
+    control stream is not TLS: then nothing is sealed), and ``send_on_control`` how a chunk goes on the control stream
+    (see `ControlRail`)."""
 
     def __init__(
         self,
@@ -51,8 +52,7 @@ class RailOpener:
         name: str,
         context: LinkContext,
         fabrics: Mapping[str, Fabric],
-        own: Mapping[str, str],
-        secure: bool,
+        key: bytes,
         send_on_control: Callable[[int, int, memoryview], None],
     ) -> None:
         self.passed_over = ""
@@ -61,11 +61,27 @@ class RailOpener:
         self._name = name
         self._context = context
         self._fabrics = fabrics
-        self._own = own
-        self._secure = secure
+        own = {n: context.unavailable.get(n, "not part of this process") for n in context.order}
+        #: The reason why this side can't use a fabric, "" if it can.
+        self._own = {n: reason or ("" if n in fabrics else "not part of this link") for n, reason in own.items()}
+        self._key = key
+        self._secure = bool(key)
         self._send_on_control = send_on_control
-        self._chooser = FabricChooser(context.order, own, context.host, time.monotonic)
+        self._chooser = FabricChooser(context.order, self._own, context.host, time.monotonic)
         self._controllers: dict[str, Controller] = {}
+
+    def hello(self) -> wire.Hello:
+        """What this side tells the peer about itself when the connection opens."""
+        context, limits = self._context, self._context.limits
+        return wire.Hello(
+            self._own,
+            limits.max_message_bytes,
+            limits.inline_bytes,
+            limits.max_writes,
+            self._key,
+            context.host,
+            context.integrity,
+        )
 
     def choose(self, wanted: events.ChooseFabric) -> Opening:
         """Passive side.
@@ -75,9 +91,10 @@ class RailOpener:
         """
         peer = wanted.peer
         self._check_keys(peer)
-        rails = RailSet(self._owner, self._name)
+        rails = RailSet(self._owner)
         name, self.passed_over, offer = self._chooser.offer(self._fabrics, rails, peer, wanted.reason, wanted.opened)
         log.info("%s: fabric %s%s", self._name, name or "none", f" ({self.passed_over})" if self.passed_over else "")
+        rails.fabric = name or "control"
         fabric = self._fabrics[name] if name else None
         if fabric is None:
             rails.endpoint = ControlRail(self._send_on_control)
@@ -105,7 +122,8 @@ class RailOpener:
             raise ProtocolError(f"the peer {'seals' if offered.sealed else 'does not seal'} its chunks over {name!r}")
         if self._context.integrity == "on" and not (offered.checked or offered.sealed or self._secure):
             raise ProtocolError("the peer does not check its chunks, though rdma_integrity=on here")
-        rails = RailSet(self._owner, self._name)
+        rails = RailSet(self._owner)
+        rails.fabric = name or "control"
         same_host = self._is_same_host(name)
         opening = Opening(rails, name, self.controller(name), offered.sealed, offered.checked, same_host)
         if fabric is None:
@@ -118,6 +136,24 @@ class RailOpener:
             self.passed_over = opening.reason = str(error)
             log.warning("%s: fabric %s can't be used: %s", self._name, name, error)
         return opening
+
+    def start(self, rails: RailSet, event: events.Opened) -> None:
+        """Both sides agree that rails are open: have them carry chunks. Those that are not open here are in
+        `rails.broken` afterwards."""
+        rails.start(max(event.rails, 1))
+        if event.rails:
+            log.info("%s: data goes over %s, %d rails", self._name, rails.fabric, event.rails)
+        else:
+            why = event.reason or self.passed_over
+            log.warning("%s: no rail, data goes over the control stream, which is slower: %s", self._name, why)
+        if event.answer:
+            reason = "not opened here"
+            try:
+                rails.endpoint.accept(event.answer)
+            except FabricError as failure:
+                reason = str(failure)
+            for rail in range(rails.endpoint.rails, event.rails):
+                rails.broken[rail] = FabricError(f"{rails.fabric} rail {rail}: {reason}")
 
     def rule_out(self, name: str, reason: str) -> None:
         """A fabric can't work: passive side, see `FabricChooser`."""

@@ -73,8 +73,6 @@ class Outbox:
     ) -> None:
         self.waiting = 0
         """Bytes that the peer has not granted yet: what is granted is bounded by the peer's controller."""
-        self.queued = 0
-        """Bytes of inline messages that the writer has not sent yet."""
         self._lock = lock
         self._room = room
         self._window = window
@@ -100,13 +98,13 @@ class Outbox:
         entry = self._messages.get(transfer)
         return entry is not None and entry[1].offered
 
-    def wait_for_room(self, length: int, inline: bool, timeout: float) -> bool:
-        """Wait once, or not at all if ``length`` bytes fit; False when that woke up and has to look again.
+    def wait_for_room(self, length: int, used: int, timeout: float) -> bool:
+        """Wait once, or not at all if ``length`` bytes fit into the window beside ``used``; False when that woke up and
+        has to look again.
 
         Raises:
             SendTimeoutError: there was no room within ``timeout`` seconds.
         """
-        used = self.queued if inline else self.waiting
         if used == 0 or used + length <= self._window:
             return True
         if timeout <= 0 or not self._room.wait(timeout):

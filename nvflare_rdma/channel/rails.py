@@ -41,14 +41,15 @@ class RailOwner(Protocol):
 class RailSet(CompletionHandler):
     """One endpoint and its sending threads. After `close` nothing of it is heard any more."""
 
-    def __init__(self, owner: RailOwner, name: str) -> None:
+    def __init__(self, owner: RailOwner) -> None:
         self.endpoint: Endpoint
+        self.fabric = ""
+        """Name of the fabric, "control" if everything goes on the control stream."""
         #: Rails that broke before the link knew of any.
         self.broken: dict[int, Exception] = {}
         #: Set by the link, under its lock, when other rails or none take the place of these: their grants are void.
         self.void = False
         self._owner = owner
-        self._name = name
         self._queues: list[queue.SimpleQueue[tuple[events.WriteChunk, MakeChunk] | None]] = []
         self._threads: list[threading.Thread] = []
         self._closed = False

@@ -281,7 +281,7 @@ def test_a_chunk_of_rails_that_are_replaced_is_not_sent_as_the_new_ones_would(tl
             writer.start()  # and waits for the lock
             threading.Event().wait(0.05)
             link._core.receive(wire.encode(wire.Reopen("test")), time.monotonic())
-            link._pump()
+            link._pump_locked()
             assert link.fabric == "control"
         writer.join(DEADLINE)
         assert written in ([], [b""]), "a chunk went out in clear"
@@ -438,7 +438,7 @@ def test_inline_messages_are_delivered_in_order():
         link = pair.passive
         link._after._deliver = deliver
         with link._lock:
-            link._handle(events.InlineReceived(b"1"))  # by the reader, which has not come to it yet
+            link._handle_locked(events.InlineReceived(b"1"))  # by the reader, which has not come to it yet
         thief = threading.Thread(target=link._after.run, daemon=True)  # a rail's thread, after a landing
         thief.start()
         threading.Event().wait(0.1)

@@ -72,8 +72,8 @@ class Peer:
         """The link must end by itself now; nothing of it may stay."""
         self.thread.join(DEADLINE)
         assert not self.thread.is_alive(), "the link did not end"
-        self.link._writer.join(DEADLINE)  # a send that waits ends when the stream is closed
-        assert not self.link._writer.is_alive(), "its writer did not end"
+        self.link._writer.thread.join(DEADLINE)  # a send that waits ends when the stream is closed
+        assert not self.link._writer.thread.is_alive(), "its writer did not end"
         assert self.context.budget.in_use == 0, "it keeps memory of the budget"
         assert not self.link._inbox._arriving
         assert not self.link._inbox._waiting
@@ -233,7 +233,7 @@ def test_an_error_while_the_link_ends_does_not_keep_it_half_open(monkeypatch):
         with pytest.raises(KeyError):
             it.link._shut_down("test")
         assert it.link._ended.is_set()
-        assert not it.link._writer.is_alive()
+        assert not it.link._writer.thread.is_alive()
         assert not it.link._inbox._arriving
         it.link._after.run()
         assert it.context.budget.in_use == 0
@@ -304,7 +304,7 @@ def test_the_active_side_does_not_dial_twice():
     with far, pytest.raises((RdmaError, FabricError), match="not allowed in state DIALLING"):
         link.open()
     assert not dialled
-    assert not link._writer.is_alive()
+    assert not link._writer.thread.is_alive()
 
 
 def test_grants_of_a_peer_that_reads_nothing_do_not_pile_up_chunks():
@@ -316,5 +316,5 @@ def test_grants_of_a_peer_that_reads_nothing_do_not_pile_up_chunks():
         it.say(wire.Inline(b"x"))
         assert it.inbox.get(timeout=DEADLINE) == b"x"  # so the grants have been read
         it.thread.join(0.3)
-        assert it.link._unsent < 8
+        assert it.link._writer.unsent < 8
         it.end()

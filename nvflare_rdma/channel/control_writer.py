@@ -1,0 +1,97 @@
+"""Sends what a link has to say on its control stream: at once if that is little, else by a thread of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from nvflare_rdma.channel.control import ControlStream
+
+log = logging.getLogger(__name__)
+
+_SEND_NOW_BYTES = 128 * 1024
+#: Batches that wait for the control stream when the next chunk is put behind them.
+_DATA_AHEAD = 2
+
+
+class ControlWriter:
+    """The writer of one link's control stream. What ends in `_locked` is called under the link's lock, which is that of
+    `room`; `room` is notified when something was sent. `closing` says whether the link is about to end."""
+
+    def __init__(
+        self, stream: ControlStream, room: threading.Condition, closing: Callable[[], bool], name: str
+    ) -> None:
+        self.unsent = 0
+        """Batches that the thread has not sent yet."""
+        self.inline_bytes = 0
+        """Bytes of inline messages among them."""
+        self.thread = threading.Thread(target=self._run, name=f"rdma-control-{name}", daemon=True)
+        self._stream = stream
+        self._room = room
+        self._closing = closing
+        self._name = name
+        #: Control messages, or what of them is ready for the socket, and how many bytes are inline messages; None ends
+        #: the thread. It has only what could not be sent at once.
+        self._batches: queue.SimpleQueue[tuple[list[bytes] | bytes, int] | None] = queue.SimpleQueue()
+        self._progress_at = time.monotonic()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self.thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """End the thread when it has sent what is queued, and wait for that, but not longer than `timeout` seconds."""
+        self._batches.put(None)
+        if self.thread is not threading.current_thread() and self.thread.is_alive():
+            self.thread.join(timeout)
+
+    def send_locked(self, output: list[bytes], inline_bytes: int) -> None:
+        """Send control messages, after those before them; `inline_bytes` of them are inline messages."""
+        if not self.unsent and sum(map(len, output)) <= _SEND_NOW_BYTES:
+            # A hand-over to the thread costs more than the few bytes of a grant do.
+            with self._closing_broken_stream():
+                if rest := self._stream.send_now(self._stream.protect(output)):
+                    self._queue_locked(rest, inline_bytes)
+        else:
+            self._queue_locked(output, inline_bytes)
+
+    def _queue_locked(self, output: list[bytes] | bytes, inline_bytes: int) -> None:
+        if not self.unsent:
+            self._progress_at = time.monotonic()
+        self.inline_bytes += inline_bytes
+        self.unsent += 1
+        self._batches.put((output, inline_bytes))
+
+    def wait_for_turn_locked(self) -> None:
+        """Wait until a chunk may be queued: each is a copy, so there are no more of them than keep the thread busy."""
+        self._room.wait_for(lambda: self.unsent < _DATA_AHEAD or self._closing())
+
+    def is_stalled_locked(self, now: float, timeout: float) -> bool:
+        """Whether something is queued and nothing was sent for `timeout` seconds."""
+        return self.unsent > 0 and now - self._progress_at > timeout
+
+    def _run(self) -> None:
+        with self._closing_broken_stream():
+            while (batch := self._batches.get()) is not None:
+                output, inline_bytes = batch
+                self._stream.send(output if isinstance(output, bytes) else self._stream.protect(output))
+                with self._room:
+                    self.inline_bytes -= inline_bytes
+                    self.unsent -= 1
+                    self._progress_at = time.monotonic()
+                    self._room.notify_all()
+
+    @contextlib.contextmanager
+    def _closing_broken_stream(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._closing():
+                # The reader sees the same and ends the link; wake it in case it does not.
+                log.debug("%s: control stream can't be written: %s", self._name, error)
+                with contextlib.suppress(OSError):
+                    self._stream.close()
