@@ -12,7 +12,7 @@ Delivery: TypeAlias = bytes | memoryview
 _POLL = 0.1
 
 
-class Afterwards:
+class DeferredCalls:
     """``lock`` is the link's; `append` and `bring` are called under it, `run` is not. ``guarded`` is around each call;
     ``closing`` says that what can't be delivered at once is not worth waiting for."""
 

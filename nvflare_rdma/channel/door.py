@@ -21,7 +21,7 @@ from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric
 log = logging.getLogger(__name__)
 
 GREETING_TIMEOUT = 10.0
-MAX_GUESTS = 256  # connections that have not shown yet what they are
+MAX_HANDSHAKES = 256  # connections that have not shown yet what they are
 _TLS_HANDSHAKE_RECORD = b"\x16"
 
 
@@ -34,7 +34,7 @@ class Pending:
         self._closed = False
 
     @contextlib.contextmanager
-    def hold(self, sock: socket.socket) -> Iterator[None]:
+    def track(self, sock: socket.socket) -> Iterator[None]:
         """From one holder to the next a socket may be in nobody's hands: the next one looks whether it is over.
 
         Raises:
@@ -64,11 +64,10 @@ class Pending:
 class Door:
     """One listening socket for the control streams and rails of all peers.
 
-    ``tls``: what control streams must speak; None for clear ones. ``fabric``: whose rails come here. ``welcome`` gets
-    each control stream, in a thread of its own, and owns it and its socket from then on; if it raises an OSError or
-    RdmaError, that is logged and the connection is closed. ``name``: for log lines.
-
-    ``address``: where it listens, as `dial` takes it.
+    Control streams must speak `tls`, or no TLS if it is None. Rails are handed to `fabric`. `on_connection` gets each
+    control stream, in a thread of its own, and owns it and its socket from then on; if it raises an OSError or
+    RdmaError, that is logged and the connection is closed. `name` is for log lines. `address` is where the door
+    listens, as `dial` takes it.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Door:
         listener: socket.socket,
         tls: ssl.SSLContext | None,
         fabric: TcpFabric,
-        welcome: Callable[[socket.socket, ControlStream], None],
+        on_connection: Callable[[socket.socket, ControlStream], None],
         name: str,
         greeting_timeout: float = GREETING_TIMEOUT,
     ) -> None:
@@ -84,12 +83,12 @@ class Door:
         self._listener = listener
         self._tls = tls
         self._fabric = fabric
-        self._welcome = welcome
+        self._on_connection = on_connection
         self._name = name
         self._greeting_timeout = greeting_timeout
         self._closed = threading.Event()
         self._greeting = Pending()
-        self._guests = threading.BoundedSemaphore(MAX_GUESTS)
+        self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
 
     def serve(self) -> None:
         """Let peers in until `close` is called; then the port is free again. Call once, also if closed already."""
@@ -103,8 +102,8 @@ class Door:
                         log.error("can't accept a connection on %s: %s", self._name, error)
                         self._closed.wait(0.1)
                     continue
-                if not self._guests.acquire(blocking=False):
-                    log.error("refused a connection: %d others have not finished their greeting", MAX_GUESTS)
+                if not self._handshakes.acquire(blocking=False):
+                    log.error("refused a connection: %d others have not finished their greeting", MAX_HANDSHAKES)
                     sock.close()
                     continue
                 try:
@@ -113,13 +112,13 @@ class Door:
                     ).start()
                 except RuntimeError as error:
                     log.error("can't serve a connection: %s", error)
-                    self._guests.release()
+                    self._handshakes.release()
                     sock.close()
 
     def close(self) -> None:
         """End `serve`, and the connections that are still in their greeting. Callable from any thread, at any time.
 
-        One that has just greeted may still come to ``welcome``.
+        One that has just greeted may still come to ``on_connection``.
         """
         self._closed.set()
         # Wakes accept(); close() alone would leave it waiting.
@@ -131,12 +130,12 @@ class Door:
         peer = address_of(sock, peer=True)
         try:
             try:
-                with self._greeting.hold(sock):
+                with self._greeting.track(sock):
                     stream = self._identify(sock, peer)
             finally:
-                self._guests.release()
+                self._handshakes.release()
             if stream is not None:
-                self._welcome(sock, stream)
+                self._on_connection(sock, stream)
         except (OSError, RdmaError) as error:
             sock.close()
             if not self._closed.is_set():
@@ -184,7 +183,7 @@ def dial(
     except TimeoutError as error:
         raise UnreachableError(f"timed out: nothing answered within {timeout:g} s") from error
     try:
-        with pending.hold(sock):
+        with pending.track(sock):
             if tls is None:
                 sock.sendall(CONTROL_MAGIC)
             return sock, _greet(sock, tls, False, deadline - time.monotonic())

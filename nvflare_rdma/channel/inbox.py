@@ -65,7 +65,7 @@ class Inbox:
         self._pool = context.pool
         self._wait = context.memory_wait
         self._controller = controller
-        self._private = False
+        self._same_host = False
         self._secure = secure
         self._name = name
         self._later = later
@@ -76,13 +76,13 @@ class Inbox:
         self._opener: sealing.Sealer | None = None
         self._checked = False
 
-    def guard(self, opener: sealing.Sealer | None, checked: bool) -> None:
+    def set_protection(self, opener: sealing.Sealer | None, checked: bool) -> None:
         """How chunks that are exposed from now on are verified."""
         self._opener, self._checked = opener, checked
 
-    def steer(self, controller: Controller, private: bool) -> None:
-        """See `Channel.steer`; ``private``: in memory of this host."""
-        self._controller, self._private = controller, private
+    def set_controller(self, controller: Controller, same_host: bool) -> None:
+        """See `Connection.set_controller`; ``same_host``: in memory of this host."""
+        self._controller, self._same_host = controller, same_host
 
     # -- memory for a message ------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class Inbox:
             return cost, 0, 0
         unit, limit = sink.unit if sink is not None else 1, self._budget.limit
         window, chunk, most = self._controller.window_bytes, self._controller.chunk_bytes, 0
-        if self._private:
+        if self._same_host:
             # Chunks are long there, and many of them on their way, for what takes no slots. What takes some is to leave
             # room for the next, here, where its sender makes it, and where that keeps it for other receivers.
             window, chunk = min(window, limit // 3), min(chunk, max(limit // 12, MIN_CHUNK_BYTES))

@@ -1,4 +1,6 @@
-"""Runs a `Channel` on a control stream and the rails of a fabric: with `rails.py` and `door.py` all that has threads.
+"""Runs a `Connection` on a control stream and the rails of a fabric.
+
+With `control_writer.py`, `rails.py` and `door.py` this is all that has threads:
 
     FLARE's thread   Link.send         -> core -> control stream
     reader thread    Link.run          control stream -> core -> events; the deadlines
@@ -25,12 +27,12 @@ from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.control_rail import ControlRail
 from nvflare_rdma.channel.control_writer import ControlWriter
-from nvflare_rdma.channel.deferred import Afterwards, Delivery
+from nvflare_rdma.channel.deferred import DeferredCalls, Delivery
 from nvflare_rdma.channel.inbox import Inbox
 from nvflare_rdma.channel.opening import Opening, RailOpener
 from nvflare_rdma.channel.outbox import Outbox, Sending
 from nvflare_rdma.channel.protocol import events, wire
-from nvflare_rdma.channel.protocol.connection import Channel
+from nvflare_rdma.channel.protocol.connection import Connection
 from nvflare_rdma.channel.protocol.state import Phase, Role
 from nvflare_rdma.channel.rails import RailSet
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
@@ -64,11 +66,11 @@ class Link:
         self._place = place
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
-        self._after = Afterwards(self._lock, deliver, self._guarded, lambda: self._closing)
+        self._deferred = DeferredCalls(self._lock, deliver, self._guarded, lambda: self._closing)
         self._key = sealing.new_key() if stream.secure else b""
         self._opener = RailOpener(self, name, context, fabrics, self._key, self._send_on_control)
         controller = self._opener.controller("")
-        self._core = Channel(
+        self._core = Connection(
             role,
             context.limits,
             self._opener.hello(),
@@ -76,7 +78,7 @@ class Link:
             time.monotonic(),
             sealing.TAG_BYTES if self._key else 0,
         )
-        self._inbox = Inbox(context, controller, stream.secure, name, self._after.append)
+        self._inbox = Inbox(context, controller, stream.secure, name, self._deferred.append)
         self._outbox = Outbox(
             self._lock, self._room, context.window_bytes, context.sending.share(), self._withdraw, name
         )
@@ -109,17 +111,17 @@ class Link:
                     self._dial(offered)
         except Exception as error:
             self._shut_down(str(error))
-            self._after.run()  # another thread may have shut it down, and closes no rails that were dialled since
+            self._deferred.run()  # another thread may have shut it down, and closes no rails that were dialled since
             raise
 
     def run(self) -> None:
         """Receive until the connection ends. Call once, after `open`. When it returns, everything is freed."""
         reason = ""
         try:
-            self._after.run()
+            self._deferred.run()
             while self._core.state is Phase.OPEN:
                 self._step()
-                self._after.run()
+                self._deferred.run()
         except ProtocolError as error:
             reason = str(error)
             log.error("%s: disconnected, the peer broke the protocol: %s", self.name, error)
@@ -153,7 +155,7 @@ class Link:
 
     def _check_locked(self, now: float) -> None:
         self._core.check(now)
-        self._after.append(lambda: self._context.budget.expire(now))
+        self._deferred.append(lambda: self._context.budget.expire(now))
         stall = self._context.limits.stall_timeout
         if self._writer.is_stalled_locked(now, stall):
             raise TransferError(f"the peer has read nothing of the control stream for {stall:g} s")
@@ -188,7 +190,7 @@ class Link:
                 rails.close()
             with self._lock:
                 self._inbox.clear()  # now that nothing lands any more
-            self._after.run()
+            self._deferred.run()
             self._ended.set()
 
     def failed(self, error: Exception) -> None:
@@ -246,7 +248,7 @@ class Link:
             transfer = self._core.submit(source.nbytes, time.monotonic(), label)
             sending = self._outbox.add(transfer, source, windowed=False)
             self._pump_locked()
-        self._after.run()
+        self._deferred.run()
         return sending
 
     def withdraw(self, sending: Sending, reason: str) -> None:
@@ -257,7 +259,7 @@ class Link:
         with self._guarded(), self._lock:
             self._core.withdraw(transfer, reason)
             self._pump_locked()
-        self._after.run()
+        self._deferred.run()
 
     def written(self, rails: RailSet, notification: int) -> None:
         """A rail reports that a local write has ended."""
@@ -297,7 +299,7 @@ class Link:
         with self._guarded(), self._lock:
             self._core.refuse(transfer, reason)
             self._pump_locked()
-        self._after.run()
+        self._deferred.run()
 
     def landed(self, rails: RailSet, notification: int, length: int, digest: int) -> None:
         """A rail reports that a grant was answered."""
@@ -330,22 +332,22 @@ class Link:
                 if not closed:  # an error of this side: the link ends, and what it holds has to be given back
                     with self._lock:
                         self._inbox.closed(landing)
-            self._after.run()
+            self._deferred.run()
 
     def _data_arrived_locked(self, event: events.DataArrived) -> None:
         rails = self._rails
         if rails is None or not isinstance(rails.endpoint, ControlRail):
             raise ProtocolError("the peer sent a chunk on the control stream, which is not what was agreed")
         rails.endpoint.fill(event.notification, event.payload)
-        self._after.append(lambda: self.landed(rails, event.notification, len(event.payload), event.digest))
+        self._deferred.append(lambda: self.landed(rails, event.notification, len(event.payload), event.digest))
 
     def _offered_locked(self, transfer: int, length: int, label: int) -> None:
         sink = self._place(label) if label else None
         if label and (sink is None or sink.nbytes != length):
             reason = f"{f'{sink.nbytes} bytes' if sink else 'nothing'} expected as {label}, {length} bytes are offered"
-            self._after.append(lambda: self.refuse(transfer, reason))
+            self._deferred.append(lambda: self.refuse(transfer, reason))
             if sink is not None:
-                self._after.append(functools.partial(sink.failed, reason))
+                self._deferred.append(functools.partial(sink.failed, reason))
             return
 
         def granted() -> None:
@@ -353,7 +355,7 @@ class Link:
                 with self._lock:
                     self._start_locked(transfer, length)
                     self._pump_locked()
-                self._after.run()
+                self._deferred.run()
 
         self._inbox.reserve(transfer, length, sink, granted, lambda reason: self._no_memory(transfer, length, reason))
 
@@ -362,7 +364,7 @@ class Link:
             way = self._inbox.start(transfer, length, self._rails.endpoint if self._rails else None)
         except MemoryError as error:
             reason = str(error)
-            self._after.append(lambda: self._no_memory(transfer, length, reason))
+            self._deferred.append(lambda: self._no_memory(transfer, length, reason))
         else:
             if way is not None:
                 self._core.accept(transfer, time.monotonic(), *way)
@@ -396,7 +398,7 @@ class Link:
                 if (rails := self._rails) is not None:
                     make = self._outbox.make_chunk(rails, event)
                     if rails.endpoint.write_is_nonblocking and not self._outbox.is_work(event.transfer):
-                        self._after.append(functools.partial(rails.write, event, make))
+                        self._deferred.append(functools.partial(rails.write, event, make))
                     else:
                         rails.post(event, make)
             case events.ExposeChunk():
@@ -404,14 +406,14 @@ class Link:
             case events.RevokeChunk():
                 self._inbox.revoke(event)
             case events.InlineReceived(payload):
-                self._after.bring(payload)
+                self._deferred.bring(payload)
             case events.DataArrived():
                 self._data_arrived_locked(event)
             case events.MessageOffered(transfer, length, label):
                 self._offered_locked(transfer, length, label)
             case events.MessageReceived(transfer):
                 if (buffer := self._inbox.finish(transfer)) is not None:
-                    self._after.bring(buffer)
+                    self._deferred.bring(buffer)
             case events.ReceiveFailed(transfer, reason):
                 log.debug("%s: message %d was not received: %s", self.name, transfer, reason)
                 self._inbox.finish(transfer, reason)
@@ -441,7 +443,7 @@ class Link:
                 # Dialling blocks: not under the lock nor, once messages flow, in the reader's way.
                 if self._core.state is Phase.OPEN:
                     thread = threading.Thread(target=self._redial, args=(event,), name="rdma-dial", daemon=True)
-                    self._after.append(thread.start)
+                    self._deferred.append(thread.start)
                 else:
                     self._to_dial = event
             case events.Opened():
@@ -453,11 +455,11 @@ class Link:
             case events.DropRail(rail):
                 if self._rails is not None:
                     endpoint = self._rails.endpoint
-                    self._after.append(lambda: endpoint.drop(rail))
+                    self._deferred.append(lambda: endpoint.drop(rail))
 
     def _discard_rails_locked(self) -> None:
         if (rails := self._take_rails_locked()) is not None:
-            self._after.append(rails.close)
+            self._deferred.append(rails.close)
 
     def _take_rails_locked(self) -> RailSet | None:
         rails, self._rails = self._rails, None
@@ -479,7 +481,7 @@ class Link:
                         self._opener.rule_out(self.fabric, str(error))
                     self._core.rail_down(rail, str(error), time.monotonic())
                     self._pump_locked()
-            self._after.run()
+            self._deferred.run()
 
     def _choose_locked(self, wanted: events.ChooseFabric) -> None:
         opening = self._opener.choose(wanted)
@@ -489,7 +491,7 @@ class Link:
     def _redial(self, offered: events.OpenRails) -> None:
         with self._guarded():
             self._dial(offered)
-        self._after.run()
+        self._deferred.run()
 
     def _dial(self, offered: events.OpenRails) -> None:
         assert self._core.peer is not None
@@ -497,7 +499,7 @@ class Link:
         with self._lock:
             if self._closing:
                 if opening.usable:
-                    self._after.append(opening.rails.close)
+                    self._deferred.append(opening.rails.close)
             else:
                 if opening.usable:
                     self._adopt_locked(opening, self._core.peer)
@@ -506,14 +508,14 @@ class Link:
 
     def _adopt_locked(self, opening: Opening, peer: wire.Hello) -> None:
         self._rails, self.fabric = opening.rails, opening.rails.fabric
-        self._core.steer(opening.controller)
-        self._inbox.steer(opening.controller, opening.same_host)
-        self._outbox.guard(sealing.Sealer(self._key) if opening.sealed else None, opening.checked)
-        self._inbox.guard(sealing.Sealer(peer.seal_key) if opening.sealed else None, opening.checked)
+        self._core.set_controller(opening.controller)
+        self._inbox.set_controller(opening.controller, opening.same_host)
+        self._outbox.set_protection(sealing.Sealer(self._key) if opening.sealed else None, opening.checked)
+        self._inbox.set_protection(sealing.Sealer(peer.seal_key) if opening.sealed else None, opening.checked)
 
     def _opened_locked(self, event: events.Opened) -> None:
         rails = self._rails
         assert rails is not None
         self._opener.start(rails, event)
         for rail, error in rails.broken.items():
-            self._after.append(functools.partial(self.rail_down, rails, rail, error))
+            self._deferred.append(functools.partial(self.rail_down, rails, rail, error))

@@ -84,7 +84,7 @@ class Outbox:
         self._sealer: sealing.Sealer | None = None
         self._checked = False
 
-    def guard(self, sealer: sealing.Sealer | None, checked: bool) -> None:
+    def set_protection(self, sealer: sealing.Sealer | None, checked: bool) -> None:
         """How chunks that are written from now on are guarded."""
         self._sealer, self._checked = sealer, checked
 

@@ -90,11 +90,11 @@ class RdmaDriver(BaseDriver):
             prepared.runtime.settings.rdma_rails, congestion=prepared.runtime.settings.rdma_tcp_congestion
         )
 
-        def welcome(sock: socket.socket, stream: ControlStream) -> None:
+        def on_connection(sock: socket.socket, stream: ControlStream) -> None:
             self._run(sock, stream, Role.PASSIVE, connector, fabric, prepared)
 
         listener = socket.create_server((prepared.host, prepared.port))
-        self._door = Door(listener, prepared.tls, fabric, welcome, str(connector))
+        self._door = Door(listener, prepared.tls, fabric, on_connection, str(connector))
         if self._stopping.is_set():  # shut down before `shutdown` could see the door
             self._door.close()
         self._door.serve()
@@ -170,7 +170,7 @@ class RdmaDriver(BaseDriver):
         prepared: _Prepared,
     ) -> None:
         """Open a link on a control stream, make it known to FLARE, and receive until it ends."""
-        with self._opening.hold(sock):
+        with self._opening.track(sock):
             connection = self._make_connection(sock, stream, role, connector, fabric, prepared)
         assert connection.link is not None
         try:

@@ -139,14 +139,14 @@ class DataChannels:
                     listener = listen("127.0.0.1" if inside else "", self._ports or (0, 0))
                 except OSError as error:
                     raise FabricUnavailable(f"{self.name} can't listen for data: {error}") from error
-                self._door = Door(listener, tls, self._fabric, self._welcome, f"{self.name}'s data port")
+                self._door = Door(listener, tls, self._fabric, self._on_connection, f"{self.name}'s data port")
                 threading.Thread(target=self._door.serve, name="rdma-data-door", daemon=True).start()
                 log.info("%s listens for data on port %d", self.name, self._door.address[1])
             return self._door
 
-    def _welcome(self, sock: socket.socket, stream: ControlStream) -> None:
+    def _on_connection(self, sock: socket.socket, stream: ControlStream) -> None:
         """A peer that has dialled: serves it until it goes."""
-        with self._pending.hold(sock):
+        with self._pending.track(sock):
             ticket = _read(stream, TICKET_BYTES, GREETING_TIMEOUT)
         with self._lock:
             peer, expires = self._tickets.pop(ticket, ("", 0.0))
@@ -273,7 +273,7 @@ class DataChannels:
         sock, stream = dial(address, self._secure(False), self._pending, timeout)
         try:
             self._require(stream, peer, Role.ACTIVE, "it was sent no ticket")
-            with self._pending.hold(sock):
+            with self._pending.track(sock):
                 stream.send(stream.protect([ticket]))
                 if _read(stream, len(_WELCOME), deadline - time.monotonic()) != _WELCOME:
                     raise ProtocolError("it is no data port of nvflare-rdma")
@@ -287,7 +287,7 @@ class DataChannels:
         place = functools.partial(self._place, peer)
         fabrics = self._runtime.fabrics(tcp, sock)
         link = Link(stream, role, fabrics, self._context, _unexpected, f"data {self.name} - {peer}", place)
-        with self._pending.hold(sock):
+        with self._pending.track(sock):
             link.open()
         with self._lock:
             if not self._closed:

@@ -51,12 +51,12 @@ class Open:
         self.welcomed: queue.Queue[tuple[socket.socket, ControlStream]] = queue.Queue()
         self.refusal: Exception | None = None
         listener = socket.create_server(("127.0.0.1", 0))
-        self.door = Door(listener, tls, self.fabric, self._welcome, "the door", greeting_timeout)
+        self.door = Door(listener, tls, self.fabric, self._on_connection, "the door", greeting_timeout)
         self._before = set(threading.enumerate())
         self._thread = threading.Thread(target=self.door.serve, daemon=True)
         self._thread.start()
 
-    def _welcome(self, sock: socket.socket, stream: ControlStream) -> None:
+    def _on_connection(self, sock: socket.socket, stream: ControlStream) -> None:
         if self.refusal is not None:
             raise self.refusal
         self.welcomed.put((sock, stream))
@@ -223,7 +223,7 @@ def test_an_error_of_the_welcome_is_that_connections_alone(tls, caplog):
 
 
 def test_only_so_many_guests_are_waited_for(monkeypatch, caplog):
-    monkeypatch.setattr(door_module, "MAX_GUESTS", 2)
+    monkeypatch.setattr(door_module, "MAX_HANDSHAKES", 2)
     with open_door() as it:
         guests = [it.guest(), it.guest()]
         assert_dropped(it.guest())

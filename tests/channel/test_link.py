@@ -120,7 +120,7 @@ def test_what_messages_hold_stays_within_the_budget_and_is_given_back(secure, tl
 
     receiving.pool.take = counted
     with link_pair(passive_context=receiving, tls=tls if secure else None) as pair:
-        pair.passive._after._deliver = lambda message: pair.inbox[pair.passive].put(bytes(message))
+        pair.passive._deferred._deliver = lambda message: pair.inbox[pair.passive].put(bytes(message))
         sizes = [300_000] * 20 + [1_500_000]
         for size in sizes:
             pair.active.send(pattern(size), timeout=DEADLINE)
@@ -147,7 +147,7 @@ def test_send_fails_with_the_reason_when_the_peer_takes_nothing():
     stuck = threading.Event()
     sending = context(window_bytes=1 << 20)
     with link_pair(active_context=sending) as pair:
-        pair.passive._after._deliver = lambda message: stuck.wait(DEADLINE)  # the peer's application hangs
+        pair.passive._deferred._deliver = lambda message: stuck.wait(DEADLINE)  # the peer's application hangs
 
         def send_many() -> None:
             for _ in range(40):
@@ -379,7 +379,7 @@ def test_a_message_that_is_given_up_while_it_is_written_arrives_as_it_was_or_not
             else:
                 pair.inbox[pair.passive].put(bytes(message))
 
-        pair.passive._after._deliver = deliver
+        pair.passive._deferred._deliver = deliver
         pair.active._rails.endpoint.write = late
         source = bytearray(b"a" * 100_000)
         sending = pair.active.send(source, timeout=DEADLINE)
@@ -436,10 +436,10 @@ def test_inline_messages_are_delivered_in_order():
             received.append(bytes(message))
 
         link = pair.passive
-        link._after._deliver = deliver
+        link._deferred._deliver = deliver
         with link._lock:
             link._handle_locked(events.InlineReceived(b"1"))  # by the reader, which has not come to it yet
-        thief = threading.Thread(target=link._after.run, daemon=True)  # a rail's thread, after a landing
+        thief = threading.Thread(target=link._deferred.run, daemon=True)  # a rail's thread, after a landing
         thief.start()
         threading.Event().wait(0.1)
         pair.active.send(b"2", timeout=DEADLINE)

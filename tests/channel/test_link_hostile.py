@@ -198,7 +198,7 @@ def test_a_receiver_that_raises_does_not_leave_the_link_half_dead():
         def broken(message) -> None:
             raise KeyError("bug of the application")
 
-        it.link._after._deliver = broken
+        it.link._deferred._deliver = broken
         it.greet()
         it.say(wire.Inline(b"x"))
         it.end()
@@ -235,7 +235,7 @@ def test_an_error_while_the_link_ends_does_not_keep_it_half_open(monkeypatch):
         assert it.link._ended.is_set()
         assert not it.link._writer.thread.is_alive()
         assert not it.link._inbox._arriving
-        it.link._after.run()
+        it.link._deferred.run()
         assert it.context.budget.in_use == 0
         monkeypatch.undo()
 

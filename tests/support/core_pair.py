@@ -6,7 +6,7 @@ from collections import deque
 
 from nvflare_rdma.channel.controllers import make_controller
 from nvflare_rdma.channel.protocol import events, wire
-from nvflare_rdma.channel.protocol.connection import Channel
+from nvflare_rdma.channel.protocol.connection import Connection
 from nvflare_rdma.channel.protocol.limits import ChannelLimits
 from nvflare_rdma.channel.protocol.state import Phase, RailState, Role
 from nvflare_rdma.fabric.base import RemoteSlice
@@ -29,7 +29,7 @@ class Side:
     """A core with the memory, and the scripted fabric, that a link would give it."""
 
     def __init__(self, role: Role, limits: ChannelLimits = LIMITS, rails: int = 2) -> None:
-        self.core = Channel(role, limits, hello(limits), make_controller("fixed", CHUNK, DEPTH, 1 << 30), now=0.0)
+        self.core = Connection(role, limits, hello(limits), make_controller("fixed", CHUNK, DEPTH, 1 << 30), now=0.0)
         self.rails = rails
         self.unit = 1  # of the chunks that it grants
         self.now = 0.0

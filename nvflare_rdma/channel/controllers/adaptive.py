@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from nvflare_rdma.channel.controllers.base import Controller
-from nvflare_rdma.channel.controllers.climbing import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, ChunkClimber
+from nvflare_rdma.channel.controllers.climbing import LARGEST_TRIED_BYTES, SMALLEST_TRIED_BYTES, ChunkClimber
 from nvflare_rdma.channel.controllers.estimators import DeliveryRate, LatencyFloor, MaxFilter
 
 # Grants open at once that a sender and its NIC can be expected to hold; beyond, chunks get larger instead.
@@ -57,8 +57,10 @@ class AdaptiveController(Controller):
     def __init__(self, chunk_bytes: int, depth: int, max_window_bytes: int) -> None:
         self._max_window = max_window_bytes
         # A few chunks in flight even in little memory: one at a time would leave the link idle between them.
-        self._largest = min(MAX_CHUNK_BYTES, max(max_window_bytes // 4, min(MIN_CHUNK_BYTES, max_window_bytes)))
-        self._smallest = min(MIN_CHUNK_BYTES, self._largest)
+        self._largest = min(
+            LARGEST_TRIED_BYTES, max(max_window_bytes // 4, min(SMALLEST_TRIED_BYTES, max_window_bytes))
+        )
+        self._smallest = min(SMALLEST_TRIED_BYTES, self._largest)
         chunk_bytes = min(max(chunk_bytes, self._smallest), self._largest)
         self._climber = ChunkClimber(chunk_bytes)
         self._start_chunk = chunk_bytes

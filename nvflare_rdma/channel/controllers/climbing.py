@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-MIN_CHUNK_BYTES = 64 * 1024
-MAX_CHUNK_BYTES = 16 * 1024 * 1024
+SMALLEST_TRIED_BYTES = 64 * 1024
+LARGEST_TRIED_BYTES = 16 * 1024 * 1024
 
 _CHUNKS = 32  # landed chunks that an epoch needs, so that one more lost or late does not decide
 _ROUNDS = 2
@@ -74,11 +74,11 @@ class ChunkClimber:
             size, self._trial_of = self._trial_of, None
             self._turn()
             self._change(size, in_flight, now)
-        elif self.size > MIN_CHUNK_BYTES:
+        elif self.size > SMALLEST_TRIED_BYTES:
             self._trial_of = None
             self._step, self._wait = 1, 2
             self.baseline = 0.0
-            self._change(max(self.size // 2, MIN_CHUNK_BYTES), in_flight, now)
+            self._change(max(self.size // 2, SMALLEST_TRIED_BYTES), in_flight, now)
 
     def try_larger(self) -> None:
         """More chunks than can be in flight would be needed: larger ones may do."""

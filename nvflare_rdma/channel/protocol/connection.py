@@ -40,7 +40,7 @@ _FINAL_EVENTS = (
 )
 
 
-class Channel:
+class Connection:
     """One connection's protocol state. ``overhead``: bytes that sealing adds to a chunk, if it is sealed."""
 
     def __init__(
@@ -206,9 +206,9 @@ class Channel:
         self._agree(fabric or "control", sealed)
         self._emit(wire.Open(fabric, offer, sealed, checked))
 
-    def steer(self, controller: Controller) -> None:
+    def set_controller(self, controller: Controller) -> None:
         """Before `choose` or `dialled`: what decides how much is granted over the rails that come."""
-        self._incoming.steer(controller)
+        self._incoming.set_controller(controller)
 
     def _agree(self, fabric: str, sealed: bool) -> None:
         self._fabric = fabric

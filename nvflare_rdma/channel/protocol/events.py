@@ -12,7 +12,7 @@ from nvflare_rdma.fabric.base import RemoteSlice
 
 @dataclass(frozen=True, slots=True)
 class ChooseFabric:
-    """Passive: pick a fabric that both sides can use and call `Channel.choose`. ``reason`` says what went wrong
+    """Passive: pick a fabric that both sides can use and call `Connection.choose`. ``reason`` says what went wrong
     with the last one; it is "" the first time. ``opened``: the last one had rails, and they broke."""
 
     peer: Hello
@@ -22,7 +22,7 @@ class ChooseFabric:
 
 @dataclass(frozen=True, slots=True)
 class OpenRails:
-    """Active: open rails as offered and call `Channel.dialled`."""
+    """Active: open rails as offered and call `Connection.dialled`."""
 
     fabric: str
     offer: Mapping[str, Any]
@@ -61,8 +61,8 @@ class InlineReceived:
 
 @dataclass(frozen=True, slots=True)
 class MessageOffered:
-    """Find ``length`` bytes, or what the message with that ``label`` is for, then call `Channel.accept`; or
-    `Channel.refuse`."""
+    """Find ``length`` bytes, or what the message with that ``label`` is for, then call `Connection.accept`; or
+    `Connection.refuse`."""
 
     transfer: int
     length: int
@@ -71,7 +71,7 @@ class MessageOffered:
 
 @dataclass(frozen=True, slots=True)
 class ExposeChunk:
-    """Expose memory for ``length`` bytes of the message at ``offset``, then call `Channel.exposed`."""
+    """Expose memory for ``length`` bytes of the message at ``offset``, then call `Connection.exposed`."""
 
     transfer: int
     offset: int
@@ -92,7 +92,7 @@ class RevokeChunk:
 @dataclass(frozen=True, slots=True)
 class WriteChunk:
     """Write ``length`` bytes of the message at ``offset`` over ``rail``; nothing if the message was given up.
-    Call `Channel.written` when the source is free again."""
+    Call `Connection.written` when the source is free again."""
 
     transfer: int
     offset: int
@@ -104,7 +104,7 @@ class WriteChunk:
 
 @dataclass(frozen=True, slots=True)
 class DataArrived:
-    """A chunk came on the control stream: put it where ``notification`` points and call `Channel.landed`."""
+    """A chunk came on the control stream: put it where ``notification`` points and call `Connection.landed`."""
 
     notification: int
     digest: int

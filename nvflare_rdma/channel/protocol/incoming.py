@@ -21,7 +21,7 @@ from nvflare_rdma.fabric.base import RemoteSlice
 
 
 @dataclass(slots=True)
-class _Transfer:
+class _IncomingTransfer:
     length: int
     progress_at: float
     state: Receive = Receive.OFFERED
@@ -40,7 +40,7 @@ class _Transfer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Exposure:
+class _OpenGrant:
     transfer: int
     offset: int
     length: int
@@ -65,10 +65,10 @@ class Incoming:
         self._controller = controller
         self._emit = emit
         self._happened = happened
-        self._transfers: dict[int, _Transfer] = {}
-        self._hungry: deque[int] = deque()  # transfers with something left to grant, in the order of acceptance
+        self._transfers: dict[int, _IncomingTransfer] = {}
+        self._grantable: deque[int] = deque()  # transfers with something left to grant, in the order of acceptance
         #: Notification -> what is exposed under it. Those of a failed transfer stay until the sender answers.
-        self._exposures: dict[int, _Exposure] = {}
+        self._exposures: dict[int, _OpenGrant] = {}
         self._in_flight = 0
         self._load: dict[int, int] = {}  # rail -> bytes granted over it and not landed
         self._overhead = 0
@@ -80,7 +80,7 @@ class Incoming:
 
     # -- rails ---------------------------------------------------------------------------------------------
 
-    def steer(self, controller: Controller) -> None:
+    def set_controller(self, controller: Controller) -> None:
         """Another controller, for another fabric; nothing is granted now."""
         self._controller = controller
 
@@ -122,7 +122,7 @@ class Incoming:
         if len(self._transfers) >= limits.max_incoming:
             raise ProtocolError(f"more than {limits.max_incoming} messages are offered at once")
         self._last_offered = offer.transfer
-        self._transfers[offer.transfer] = _Transfer(offer.length, now)
+        self._transfers[offer.transfer] = _IncomingTransfer(offer.length, now)
         self._happened(events.MessageOffered(offer.transfer, offer.length, offer.label))
 
     def accept(self, transfer: int, now: float, unit: int, room: int, most: int) -> None:
@@ -132,7 +132,7 @@ class Incoming:
             return
         self._advance(transfer, incoming, Input.ACCEPTED)
         incoming.progress_at, incoming.unit, incoming.room, incoming.most = now, unit, room, most
-        self._hungry.append(transfer)
+        self._grantable.append(transfer)
         self.plan(now)
 
     def refuse(self, transfer: int, reason: str) -> None:
@@ -195,7 +195,7 @@ class Incoming:
                 incoming.planned += length
             rail = min(self._load, key=self._load.__getitem__)
             notification = self._new_notification()
-            self._exposures[notification] = _Exposure(transfer, offset, length, rail, now)
+            self._exposures[notification] = _OpenGrant(transfer, offset, length, rail, now)
             incoming.open_chunks += 1
             incoming.granted += length
             self._in_flight += length
@@ -210,18 +210,18 @@ class Incoming:
     def _next(self) -> tuple[int, int, int] | None:
         """The next chunk of the oldest message that has one, and room for it: transfer, offset and length."""
         place = 0
-        while place < len(self._hungry):
-            transfer = self._hungry[place]
+        while place < len(self._grantable):
+            transfer = self._grantable[place]
             incoming = self._transfers.get(transfer)
             if incoming is None or not (chunk := self._next_chunk(incoming)):
-                del self._hungry[place]
+                del self._grantable[place]
             elif incoming.room and incoming.granted and incoming.granted + chunk[1] > incoming.room:
                 place += 1
             else:
                 return transfer, *chunk
         return None
 
-    def _next_chunk(self, incoming: _Transfer) -> tuple[int, int] | None:
+    def _next_chunk(self, incoming: _IncomingTransfer) -> tuple[int, int] | None:
         limits = (self._max_chunk, incoming.room, incoming.most)
         most = whole_units(min(limit for limit in limits if limit), incoming.unit)
         if incoming.again:
@@ -244,7 +244,7 @@ class Incoming:
             if self._last_notification not in self._exposures:
                 return self._last_notification
 
-    def _close(self, notification: int) -> _Exposure:
+    def _close(self, notification: int) -> _OpenGrant:
         exposure = self._exposures.pop(notification, None)
         if exposure is None:
             raise ProtocolError(f"the peer wrote to slice {notification}, which is not exposed")
@@ -262,8 +262,8 @@ class Incoming:
         self._controller.lost(exposure.length, now, exposure.rail)
         if (incoming := self._transfers.get(exposure.transfer)) is not None:
             incoming.again.append((exposure.offset, exposure.length))
-            if exposure.transfer not in self._hungry:
-                self._hungry.appendleft(exposure.transfer)  # it holds memory already
+            if exposure.transfer not in self._grantable:
+                self._grantable.appendleft(exposure.transfer)  # it holds memory already
 
     # -- ends ----------------------------------------------------------------------------------------------
 
@@ -292,10 +292,10 @@ class Incoming:
             self._happened(events.ReceiveFailed(transfer, reason))
         self._transfers.clear()
         self._exposures.clear()
-        self._hungry.clear()
+        self._grantable.clear()
         self._load.clear()
 
-    def _advance(self, transfer: int, incoming: _Transfer, happening: Input, reason: str = "") -> None:
+    def _advance(self, transfer: int, incoming: _IncomingTransfer, happening: Input, reason: str = "") -> None:
         new = RECEIVE.get((incoming.state, happening))
         if new is None:
             raise illegal(f"receiving transfer {transfer}", incoming.state, happening)
@@ -307,7 +307,7 @@ class Incoming:
         elif new is Receive.FAILED:
             del self._transfers[transfer]
             with contextlib.suppress(ValueError):
-                self._hungry.remove(transfer)
+                self._grantable.remove(transfer)
             for notification, exposure in self._exposures.items():
                 if exposure.transfer == transfer:
                     self._happened(events.RevokeChunk(notification, answered=True))

@@ -15,7 +15,7 @@ MAX_REPEATS = 16
 
 
 @dataclass(slots=True)
-class _Transfer:
+class _OutgoingTransfer:
     length: int
     progress_at: float
     state: Send = Send.OFFERED
@@ -36,7 +36,7 @@ class Outgoing:
         self._limits = limits
         self._emit = emit
         self._happened = happened
-        self._transfers: dict[int, _Transfer] = {}
+        self._transfers: dict[int, _OutgoingTransfer] = {}
         self._writes: dict[int, int] = {}  # notification of the peer -> transfer
         self._next = 1
         self._last_notification = -1
@@ -46,7 +46,7 @@ class Outgoing:
             raise TransferError(f"a message of {length} bytes is larger than the peer's {limit}")
         number = self._next
         self._next += 1
-        self._transfers[number] = _Transfer(length, now)
+        self._transfers[number] = _OutgoingTransfer(length, now)
         self._emit(wire.Offer(number, length, label))
         return number
 
@@ -107,7 +107,7 @@ class Outgoing:
             self._check_range(grant, out)
             self._advance(grant.transfer, out, Input.GRANT)
 
-    def _check_range(self, grant: wire.Grant, out: _Transfer) -> None:
+    def _check_range(self, grant: wire.Grant, out: _OutgoingTransfer) -> None:
         end = grant.offset + grant.length
         again = grant.offset < out.granted
         if not grant.length or end > (out.granted if again else out.length) or grant.offset > out.granted:
@@ -136,7 +136,7 @@ class Outgoing:
         if (out := self._find(message.transfer)) is not None:
             self._advance(message.transfer, out, Input.REFUSE, message.reason)
 
-    def _find(self, transfer: int) -> _Transfer | None:
+    def _find(self, transfer: int) -> _OutgoingTransfer | None:
         """The transfer, or None if it has ended here already (its end and the peer's message crossed)."""
         if not 0 < transfer < self._next:
             raise ProtocolError(f"the peer speaks of transfer {transfer}, which was never offered")
@@ -159,11 +159,11 @@ class Outgoing:
         self._transfers.clear()
         self._writes.clear()
 
-    def _finish(self, transfer: int, out: _Transfer) -> None:
+    def _finish(self, transfer: int, out: _OutgoingTransfer) -> None:
         if out.state is Send.CONFIRMED and not out.open_writes:
             self._advance(transfer, out, Input.WRITES_ENDED)
 
-    def _advance(self, transfer: int, out: _Transfer, happening: Input, reason: str = "") -> None:
+    def _advance(self, transfer: int, out: _OutgoingTransfer, happening: Input, reason: str = "") -> None:
         new = SEND.get((out.state, happening))
         if new is None:
             raise illegal(f"sending transfer {transfer}", out.state, happening)

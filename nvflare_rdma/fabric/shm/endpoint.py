@@ -57,7 +57,7 @@ class ShmEndpoint(Endpoint):
         self._receivers: list[threading.Thread] = []
         self._active = 0  # those that have not left
         self._broken: Exception | None = None  # why they leave
-        self.listener: handshake.Listener | None = None
+        self.listener: handshake.ShmListener | None = None
 
     def attach(self, peer: handshake.Peer, passive: bool) -> None:
         """Open the rail on a connection whose set-up is over. Raises FabricError: this process is out of means."""

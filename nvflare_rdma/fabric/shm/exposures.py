@@ -16,7 +16,7 @@ from nvflare_rdma.fabric.shm.wire import Message
 
 
 @dataclass(slots=True, eq=False)
-class _Exposure:
+class _ExposedSlice:
     remote: RemoteSlice
     region: ShmRegion | None
     target: memoryview | None
@@ -54,9 +54,9 @@ class Exposures:
     def __init__(self) -> None:
         self.slots: SlotOwner | None = None
         self._keys = itertools.count(1)
-        self._open: dict[int, _Exposure] = {}
+        self._open: dict[int, _ExposedSlice] = {}
         #: Notification -> what is copied to now; `revoke` waits for the copy's end.
-        self._landing: dict[int, _Exposure] = {}
+        self._landing: dict[int, _ExposedSlice] = {}
         self._landed = threading.Condition()
         self._closed = False
 
@@ -73,13 +73,13 @@ class Exposures:
         if notification in self._open:
             raise ValueError(f"notification {notification} is exposed already")
         if self.slots is None or self._closed:
-            exposure = _Exposure(RemoteSlice(region.key, offset, length), region, target)
+            exposure = _ExposedSlice(RemoteSlice(region.key, offset, length), region, target)
         elif region.slot is not None:
             key, start = region.slot
-            exposure = _Exposure(RemoteSlice(key, start + offset, length), region, target, target)
+            exposure = _ExposedSlice(RemoteSlice(key, start + offset, length), region, target, target)
         else:
             slot, bounce = self.slots.take(length)
-            exposure = _Exposure(RemoteSlice(slot.key, 0, length), region, target, bounce)
+            exposure = _ExposedSlice(RemoteSlice(slot.key, 0, length), region, target, bounce)
         if not self._closed:
             self._open[notification] = exposure
         return exposure.remote

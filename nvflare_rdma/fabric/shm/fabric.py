@@ -23,7 +23,7 @@ class ShmFabric(Fabric):
 
     def offer(self, handler: CompletionHandler) -> tuple[ShmEndpoint, Mapping[str, Any]]:
         endpoint = ShmEndpoint(handler)
-        endpoint.listener = handshake.Listener(
+        endpoint.listener = handshake.ShmListener(
             self._paths, lambda peer: endpoint.attach(peer, passive=True), handshake.OFFER_LIFETIME
         )
         return endpoint, endpoint.listener.offer

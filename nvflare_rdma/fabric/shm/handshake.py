@@ -203,7 +203,7 @@ def _try_memory(steps: _Steps, receive: str, token: bytes, expected: bytes) -> t
     return data.decode("ascii", "replace"), worked
 
 
-class Listener:
+class ShmListener:
     """Waits on an abstract socket, in a thread of its own, until one peer has shown the ticket or time is up."""
 
     def __init__(self, paths: Sequence[str], arrived: Callable[[Peer], None], lifetime: float) -> None:
@@ -284,7 +284,7 @@ class Listener:
 
 
 def dial(offer: Mapping[str, Any], paths: Sequence[str]) -> Peer:
-    """Connect to a `Listener`. The peer takes messages when this returns.
+    """Connect to a `ShmListener`. The peer takes messages when this returns.
 
     Raises:
         ProtocolError: ``offer`` is malformed. FabricError: nobody listens there, it refuses, or no path works.

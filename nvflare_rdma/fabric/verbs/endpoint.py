@@ -21,7 +21,7 @@ from nvflare_rdma.fabric.shm.process_memory import address_of
 from nvflare_rdma.fabric.verbs.description import TICKET_BYTES, RemotePort, RemoteRail, describe, parse
 from nvflare_rdma.fabric.verbs.devices import IWARP
 from nvflare_rdma.fabric.verbs.iwarp_connect import CONNECT_TIMEOUT, connect_by_cm
-from nvflare_rdma.fabric.verbs.iwarp_listen import Listener
+from nvflare_rdma.fabric.verbs.iwarp_listen import IwarpListener
 from nvflare_rdma.fabric.verbs.ports import Access, MemoryRegion, Port
 from nvflare_rdma.fabric.verbs.queue_pair import QueuePair
 from nvflare_rdma.fabric.verbs.rail import VerbsRail
@@ -39,7 +39,7 @@ _JOIN_TIMEOUT = 10.0
 
 
 @dataclass(slots=True)
-class _Exposure:
+class _ExposedMemory:
     region: MemoryRegion
     memory: memoryview
     rail: int
@@ -77,13 +77,13 @@ class VerbsEndpoint(Endpoint):
         self._rails: list[VerbsRail] = []
         #: What iWARP rails are connected with: see `iwarp_connect`.
         self._tickets: dict[int, bytes] = {}
-        self._listener: Listener | None = None
+        self._listener: IwarpListener | None = None
         self._started: set[int] = set()
         #: Rails over which nothing is exposed any more; and those whose thread has nothing left to do.
         self._ended: set[int] = set()
         self._over: set[int] = set()
         #: notification -> what the peer may write, once, and over which rail
-        self._exposed: dict[int, _Exposure] = {}
+        self._exposed: dict[int, _ExposedMemory] = {}
         self._answer: Mapping[str, Any] = {}
         try:
             for number in range(count):
@@ -108,7 +108,9 @@ class VerbsEndpoint(Endpoint):
         coming = [rail for rail in self._rails if rail.port.info.transport == IWARP]
         self._tickets = {rail.number: secrets.token_bytes(TICKET_BYTES) for rail in coming}
         if coming:
-            self._listener = Listener({self._tickets[rail.number]: (rail.port, rail.queue_pair) for rail in coming})
+            self._listener = IwarpListener(
+                {self._tickets[rail.number]: (rail.port, rail.queue_pair) for rail in coming}
+            )
 
     def describe(self, count: int | None = None) -> Mapping[str, Any]:
         """This side's first ``count`` rails, for the peer."""
@@ -225,7 +227,7 @@ class VerbsEndpoint(Endpoint):
                 if self._closed or rail not in self._started or rail in self._ended:
                     return nothing  # the end of the rail, or of all, is being reported, and voids the grant
                 region = self._rails[rail].port.register(address_of(memory), len(memory), Access.EXPOSED)
-                self._exposed[notification] = _Exposure(region, memory, rail)
+                self._exposed[notification] = _ExposedMemory(region, memory, rail)
             self._rails[rail].expect()
         except FabricError as error:
             # The rail ends, and with it what is granted over it: `rail_down` says why.

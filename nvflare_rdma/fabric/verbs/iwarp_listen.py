@@ -26,7 +26,7 @@ TICKET_LIFETIME = 30.0
 _LISTEN_ATTEMPTS = 10
 
 
-class Listener:
+class IwarpListener:
     """Passive side: takes one connection for each ticket, for `TICKET_LIFETIME`.
 
     ``offered``: ticket -> the queue pair that it is for. Queue pairs may be closed after `stop`, and this after them.

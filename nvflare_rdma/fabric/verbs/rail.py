@@ -38,7 +38,7 @@ RECEIVE_DEPTH_NO_WAITING = 1100
 _DEVICE_CHECK = 1  # seconds
 
 
-class RailOwner(Protocol):
+class VerbsRailOwner(Protocol):
     """The endpoint."""
 
     def take(self, rail: int, notification: int) -> None:
@@ -72,7 +72,7 @@ class _Write:
 class VerbsRail:
     """Its thread takes events of the port's device too, as those of all rails do: any of them may be the last."""
 
-    def __init__(self, number: int, port: Port, owner: RailOwner) -> None:
+    def __init__(self, number: int, port: Port, owner: VerbsRailOwner) -> None:
         self.number = number
         self.port = port
         self._owner = owner
@@ -136,7 +136,7 @@ class VerbsRail:
         self._post(1, lambda place: [Work([self._notices.put(place, GREETING)], None)], _Write(None, 1))
 
     def stop(self, reason: Exception) -> None:
-        """Have the thread end the rail; `RailOwner.rail_over` follows if it was started. Idempotent."""
+        """Have the thread end the rail; `VerbsRailOwner.rail_over` follows if it was started. Idempotent."""
         with self._state:
             self._stop(reason)
 

@@ -142,7 +142,7 @@ def test_messages_that_either_side_gives_up_end_on_both_and_harm_no_other(data):
 def test_chunks_begin_at_multiples_of_the_unit_whatever_breaks(unit, size, rails, mishaps):
     active, passive = open_pair(rails=rails)
     passive.unit = unit
-    passive.core.steer(make_controller("fixed", 150_000, DEPTH, 1 << 30))  # no multiple of a unit
+    passive.core.set_controller(make_controller("fixed", 150_000, DEPTH, 1 << 30))  # no multiple of a unit
     active.send(message(size))
     for moment in range(max(mishaps, default=0) + 1):
         if mishaps.get(moment) == "damage" and active.writes:
@@ -517,7 +517,7 @@ def test_offers_that_are_withdrawn_leave_nothing_behind():
         passive.take_memory()
         passive.core.receive(wire.encode(wire.Withdraw(number, "")), now=0.0)
         passive.settle()
-    assert list(passive.core._incoming._hungry) == [1]
+    assert list(passive.core._incoming._grantable) == [1]
 
 
 def test_a_sender_that_answers_grants_with_nothing_can_not_hold_memory_for_long():
