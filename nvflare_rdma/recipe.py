@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.flare_compat import apps_of, job_of, prepare_client_apps
 
 _SERVER = "server"
 _ALL_SITES = "@ALL"
@@ -55,7 +56,7 @@ def add_quantization(
         delta=delta,
         stochastic_rounding=stochastic_rounding,
     )
-    job = target if isinstance(target, FedJob) else target._job
+    job = job_of(target, "add_quantization")
     _refuse_second_use(job)
     # FLARE copies the sources of packages that it doesn't know into the job. This one is installed on every site, and
     # a partial copy of another version must not get in its way.
@@ -71,7 +72,7 @@ def add_quantization(
         return
     job.to_server(out, filter_type=FilterType.TASK_DATA, tasks=names)
     job.to_server(into, filter_type=FilterType.TASK_RESULT, tasks=names)
-    sites = [site for site in _apps(job) if site not in (_SERVER, _ALL_SITES)] or [_ALL_SITES]
+    sites = [site for site in apps_of(job, "add_quantization") if site not in (_SERVER, _ALL_SITES)] or [_ALL_SITES]
     for site in sites:
         job.to(into, site, filter_type=FilterType.TASK_DATA, tasks=names)
         job.to(out, site, filter_type=FilterType.TASK_RESULT, tasks=names)
@@ -95,10 +96,9 @@ def add_transfer(target: Any) -> None:
 
     if not isinstance(target, Recipe | FedJob):
         raise ConfigError(f"a transfer can be added to a FLARE Recipe or FedJob, but not to {type(target).__name__}")
-    job = target if isinstance(target, FedJob) else target._job
-    apps = _apps(job, "add_transfer")
-    if isinstance(target, Recipe):
-        target._ensure_client_apps_prepared()  # each site's own, if it has been given any
+    job = job_of(target, "add_transfer")
+    prepare_client_apps(target, "add_transfer")
+    apps = apps_of(target, "add_transfer")
     for site, app in apps.items():
         if any(isinstance(component, RdmaTransfer) for component in app.app_config.components.values()):
             raise ConfigError(f"the job already has RdmaTransfer for '{site}': add it once")
@@ -112,17 +112,8 @@ def add_transfer(target: Any) -> None:
         job.to_clients(RdmaTransfer(), id="rdma_transfer")
 
 
-def _apps(job: Any, feature: str = "add_quantization") -> dict[str, Any]:
-    """The apps of a FedJob by site. FLARE has no public list of them."""
-    from nvflare_rdma.flare_compat import require_flare
-
-    require_flare(feature)
-    apps: dict[str, Any] = job._deploy_map
-    return apps
-
-
 def _refuse_second_use(job: Any) -> None:
-    for site, app in _apps(job).items():
+    for site, app in apps_of(job, "add_quantization").items():
         for section in ("task_data_filters", "task_result_filters"):
             for _, filters in getattr(app.app_config, section):
                 for present in filters:

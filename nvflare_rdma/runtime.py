@@ -16,6 +16,7 @@ from nvflare_rdma.fabric.registry import FabricFactory, LinkEnd, factories, host
 from nvflare_rdma.fabric.send_memory import SendMemory
 from nvflare_rdma.fabric.slots import SlotPool
 from nvflare_rdma.fabric.tcp import TcpFabric
+from nvflare_rdma.flare_compat import max_frame_bytes
 from nvflare_rdma.settings import Settings, load_settings
 
 
@@ -57,10 +58,8 @@ def this_runtime() -> Runtime:
 
 
 def _make_context(settings: Settings) -> LinkContext:
-    from nvflare.fuel.f3.drivers.net_utils import MAX_FRAME_SIZE
-
     return LinkContext(
-        limits=ChannelLimits(max_message_bytes=MAX_FRAME_SIZE),
+        limits=ChannelLimits(max_message_bytes=max_frame_bytes()),
         **make_memory(settings.rdma_memory_budget_bytes),
         order=settings.rdma_fabrics,
         unavailable={name: state.reason for name, state in probe(settings.fabric_options).items()},

@@ -31,6 +31,14 @@ NO_FLARE_OR_TORCH = ("fabric", "channel")
 NO_FLARE = ("codecs", "transfer")
 #: Folders whose code does no I/O, and modules beside them that it imports.
 NO_IO = ("channel/protocol", "channel/controllers", "channel/bodies.py")
+#: Private names of FLARE by which its objects are told from ours; only this module may say them.
+COMPAT = "flare_compat.py"
+FLARES_PRIVATE = {
+    *("_deploy_map", "_ensure_client_apps_prepared", "_decomposers", "_dot_handlers", "_ref_table"),
+    *("_register_source_download", "_unregister_source_download", "_create_datum"),
+    *("_create_simulator_server_config", "_create_simulator_client_config"),
+    *("identity_resolver", "conn_props", "root_url"),
+}
 IO_MODULES = {"socket", "threading", "select", "selectors", "ssl", "queue", "time", "asyncio", "subprocess"}
 
 
@@ -65,6 +73,39 @@ def test_low_layers_know_neither_flare_nor_torch(layer):
         assert "nvflare" not in roots, path
         if layer in NO_FLARE_OR_TORCH:
             assert "torch" not in roots, path
+
+
+def private_names_of_flare(tree: ast.AST) -> set[str]:
+    """What a module imports from FLARE's private modules, and private names that it uses of FLARE's modules, classes
+    and instances. A name in FLARES_PRIVATE is FLARE's whatever has it."""
+    found, flares = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            flares |= {alias.asname or alias.name for alias in node.names if alias.name.split(".")[0] == "nvflare"}
+            found |= {alias.name for alias in node.names if alias.name.startswith("nvflare.private")}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "nvflare":
+            flares |= {alias.asname or alias.name for alias in node.names}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in names if name.startswith("nvflare.private") or "._" in name}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
+            of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            known = node.attr in FLARES_PRIVATE or (node.attr == "_job" and not of_self)
+            if known or (private and ast.unparse(node.value).split(".")[0] in flares):
+                found.add(ast.unparse(node))
+        elif isinstance(node, ast.FunctionDef) and node.name in FLARES_PRIVATE and node.name.startswith("_"):
+            found.add(f"def {node.name}")
+    return found
+
+
+def test_private_names_of_flare_are_in_one_place():
+    trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    found = {
+        str(path.relative_to(PACKAGE)): names for path, tree in trees.items() if (names := private_names_of_flare(tree))
+    }
+    assert found.pop(COMPAT)
+    assert not found
 
 
 @pytest.mark.parametrize("place", NO_IO)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,12 +26,11 @@ from nvflare.fuel.f3.streaming.cacheable import ItemConsumer
 from nvflare.fuel.f3.streaming.download_service import ProduceRC, download_object, request_download_chunk
 from nvflare.fuel.f3.streaming.transfer_outcome import DownloadStatus
 from nvflare.fuel.utils.fobs import FOBSContextKey
-from nvflare.fuel.utils.fobs.datum import Datum
 
 from nvflare_rdma.errors import RdmaError, TransferError
-from nvflare_rdma.streaming.abort import abortable, cancel
+from nvflare_rdma.flare_compat import PrefixedReferences, abortable_download, add_download_progress, cancel_download
 from nvflare_rdma.streaming.fallback import finish, flares_own
-from nvflare_rdma.streaming.progress import DirectProgress, source_progress
+from nvflare_rdma.streaming.progress import DirectProgress
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.relay import RelayConsumer, produce
 from nvflare_rdma.transfer.arrays import TensorMemory
@@ -56,7 +54,7 @@ _ANSWER_SECONDS = 60.0
 _TRIES = 3
 
 
-class _Served:
+class Served:
     """Makes a FLARE `CacheableObject` answer direct requests. Those of other receivers are FLARE's."""
 
     def serve(self, tensors: Mapping[str, Any], cell: Any) -> None:
@@ -96,10 +94,10 @@ class _Served:
         super().release()  # type: ignore[misc]
 
     def _moved(self, receiver: str, nbytes: int, count: int) -> None:
-        source_progress(self._ref_id, receiver, nbytes, count)
+        add_download_progress(self._ref_id, receiver, nbytes, count)
 
 
-class ServedArrays(_Served, ArrayDownloadable):
+class ServedArrays(Served, ArrayDownloadable):
     """numpy arrays to be downloaded."""
 
 
@@ -119,24 +117,16 @@ class Landing:
     give: Callable[[Any], Any] = lambda items: items
 
 
-class DirectDecomposer:
+class DirectDecomposer(PrefixedReferences):
     """Mixed into a `ViaDownloaderDecomposer`, before it."""
 
+    reference_prefix = REF_PREFIX
     served: Callable[..., Any]
 
     def to_downloadable(self, items: dict[str, Any], max_chunk_size: int, fobs_ctx: dict[str, Any]) -> Any:
         downloadable = self.served(items, max_chunk_size)
         downloadable.serve(items, fobs_ctx.get(FOBSContextKey.CELL))
         return downloadable
-
-    def _create_datum(self, fobs_ctx: dict[str, Any]) -> Datum:
-        """FLARE's, with a reference that says what answers it."""
-        datum = super()._create_datum(fobs_ctx)  # type: ignore[misc]
-        objects = fobs_ctx[_OBJECTS]
-        ref_id, downloadable = objects[-1]
-        objects[-1] = REF_PREFIX + ref_id, downloadable
-        datum.value = json.dumps({**json.loads(datum.value), "ref_id": REF_PREFIX + ref_id})
-        return datum
 
     def download(
         self,
@@ -167,7 +157,7 @@ class DirectDecomposer:
         meter.budget = channels.budget.watch()
 
         progress = DirectProgress(ref_id, progress_cb)
-        with abortable(cell, from_fqcn, ref_id, abort_signal) as signal, self.landing(cell, others) as landing:
+        with abortable_download(cell, from_fqcn, ref_id, abort_signal) as signal, self.landing(cell, others) as landing:
             ask = _asking(signal, **common)
             pull = Pull(channels, from_fqcn, ask, landing.land, lambda: signal.triggered, progress.moved, meter, True)
             failure: str | None = None
@@ -175,7 +165,7 @@ class DirectDecomposer:
                 items = landing.give(pull.run())
             except AbortedError as error:
                 log.warning("%s", error)
-                cancel(cell, from_fqcn, ref_id, secure, optional)
+                cancel_download(cell, from_fqcn, ref_id, secure, optional)
                 progress.finish(state="aborted")
                 failure = str(signal.value or error)
                 finish(meter, failure, pull.items)
@@ -267,6 +257,3 @@ def _asking(signal: Signal, *, from_fqcn: str, per_request_timeout: float, **com
         return state.get(STATE_KEY) if isinstance(state, dict) else None
 
     return ask
-
-
-_OBJECTS = "objects"  # via_downloader._CtxKey.OBJECTS

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from nvflare.client.cell.bootstrap import BOOTSTRAP_FILE_ENV_VAR
-from nvflare.fuel.f3.drivers.driver_params import DriverParams
 
+from nvflare_rdma.flare_compat import cell_connections
 from nvflare_rdma.settings import settings_environment
-from nvflare_rdma.streaming.identity import identities_of
 
 _DRIVER_PATH = "NVFLARE_COMM_DRIVER_PATH"
 #: JSON of a `Site`. No NVFLARE_RDMA_ name: those are settings.
@@ -31,8 +30,7 @@ _FOLDER = str(Path(__file__).parents[1] / "trainer_plugin")
 @dataclass(frozen=True)
 class Site:
     """What a cell's data channels need to know of where it is. ``url``: how the server is reached, "" if unknown;
-    ``credentials``: FLARE's connection parameters, with the paths of certificates; ``identities``: see
-    `identities_of`."""
+    the others: see `CellConnections`."""
 
     url: str
     secure: bool
@@ -42,13 +40,8 @@ class Site:
     @classmethod
     def of(cls, cell: Any) -> Site:
         """As the cell's own connections are."""
-        core = cell.core_cell
-        credentials = dict(core.endpoint.conn_props or {})
-        url = core.root_url[0] if isinstance(core.root_url, list) else core.root_url
-        # Also where FLARE's own connections are clear because somebody else protects them (connection_security=clear):
-        # that does not protect these.
-        secure = bool(core.secure or credentials.get(DriverParams.CA_CERT.value))
-        return cls(url or "", secure, credentials, identities_of(core))
+        known = cell_connections(cell)
+        return cls(known.url, known.secure, known.credentials, known.identities)
 
 
 class _Environment:
