@@ -16,7 +16,7 @@ ALLOWED = {
     "fabric": set(),
     "channel": {"fabric"},
     "codecs": set(),
-    "transfer": {"channel", "codecs", "fabric", "runtime"},
+    "transfer": {"channel", "codecs", "fabric", "runtime"},  # the last for types only
     "streaming": {
         *("transfer", "channel", "codecs", "fabric", "filters"),
         *("metrics", "runtime", "settings", "flare_compat"),
@@ -128,6 +128,74 @@ def test_the_driver_works_in_a_process_without_torch():
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, nvflare_rdma; assert not {'nvflare', 'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=PACKAGE.parent)
+
+
+@pytest.mark.parametrize("layer", [*NO_FLARE_OR_TORCH, *NO_FLARE, "runtime"])
+def test_importing_low_layers_imports_no_flare(layer):
+    code = f"import sys, nvflare_rdma.{layer}; assert 'nvflare' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=PACKAGE.parent)
+
+
+#: The module that owns what a process shares.
+RUNTIME = "runtime.py"
+#: Objects that live elsewhere for as long as the process does, and why they may.
+PROCESS_WIDE = {
+    "codecs/runs.py: _scratch": "memory of each thread, which nobody shares",
+    "transfer/sinks.py: _scratch": "memory of each thread, which nobody shares",
+    "transfer/files/parts.py: HERE": "a constant without state",
+    "codecs/marks.py: _marks": "weak entries by tensor: the mark goes with an object, whoever has it",
+    "filters/metadata.py: _tables": "constants, made once per framework; FLARE makes filters without arguments",
+    "fabric/shm/process_memory.py: TRACER": "the kernel has one tracer per process (prctl)",
+    "fabric/verbs/endpoint.py: _endpoints": "what exit and fork have to find, whoever has made it",
+    "transfer/pieces.py: Encoding._open": "weak entries by tensor: its encoding goes with an object, whoever sends it",
+}
+MUTABLE = {"dict", "list", "set", "deque", "defaultdict", "OrderedDict", "Counter"}
+
+
+def process_wide_objects(tree: ast.Module) -> set[str]:
+    """Names of modules and classes that are bound to instances of the package's own classes, or to containers that
+    change. Constants have upper-case names and are no instances of own classes."""
+    classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    classes |= {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nvflare_rdma")
+        for alias in node.names
+        if alias.name[:1].isupper()
+    }
+    classes = {name for name in classes if not name.endswith(("Options", "Limits"))}  # frozen values
+    bodies = [("", tree.body)]
+    bodies += [
+        (f"{node.name}.", node.body)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and not any("dataclass" in ast.unparse(d) for d in node.decorator_list)
+    ]
+    found = set()
+    for prefix, body in bodies:
+        for node in body:
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+                continue
+            (target, *_) = node.targets if isinstance(node, ast.Assign) else [node.target]
+            called = node.value.func if isinstance(node.value, ast.Call) else None
+            made = ast.unparse(called).split("[")[0].split(".")[-1] if called is not None else ""
+            own_class = made.lstrip("_") in {name.lstrip("_") for name in classes}
+            changes = (
+                made in MUTABLE or made.startswith("Weak") or isinstance(node.value, ast.Dict | ast.List | ast.Set)
+            )
+            name = ast.unparse(target)
+            if own_class or (changes and name.lower() == name and not name.endswith("_")):
+                found.add(prefix + name)
+    return found
+
+
+def test_what_is_process_wide_is_in_the_runtime():
+    found = {
+        f"{path.relative_to(PACKAGE)}: {name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for name in process_wide_objects(ast.parse(path.read_text()))
+    }
+    assert any(name.startswith(RUNTIME) for name in found)
+    assert {name for name in found if not name.startswith(RUNTIME)} == PROCESS_WIDE.keys()
 
 
 def test_no_module_is_over_600_lines():

@@ -11,14 +11,13 @@ from typing import Any
 
 from nvflare.fuel.f3.streaming import blob_streamer
 
-from nvflare_rdma.fabric.slots import HUGE_PAGE_BYTES, SlotPool
+from nvflare_rdma.fabric.slots import HUGE_PAGE_BYTES
 from nvflare_rdma.flare_compat import replace_blob_task
+from nvflare_rdma.runtime import shared
 
 
 class HugePageBlobTask(blob_streamer.BlobTask):
     """A `BlobTask` whose buffer, if it is large, is made of huge pages and is used again when nobody has it."""
-
-    pool = SlotPool(keep_bytes=None)
 
     def __init__(self, future: Any, stream: Any, max_size: int = 0, preserve_chunks: bool = False) -> None:
         if preserve_chunks or stream.get_size() < HUGE_PAGE_BYTES:
@@ -28,7 +27,7 @@ class HugePageBlobTask(blob_streamer.BlobTask):
         super().__init__(future, stream, max_size, preserve_chunks=True)
         self.preserve_chunks = False
         self.pre_allocated = True
-        self.buffer = self.pool.take(self.size)
+        self.buffer = shared().blob_memory.take(self.size)
 
 
 def use_huge_pages() -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from nvflare.client.cell.bootstrap import BOOTSTRAP_FILE_ENV_VAR
 
 from nvflare_rdma.flare_compat import cell_connections
+from nvflare_rdma.runtime import shared
 from nvflare_rdma.settings import settings_environment
 
 _DRIVER_PATH = "NVFLARE_COMM_DRIVER_PATH"
@@ -44,39 +44,6 @@ class Site:
         return cls(known.url, known.secure, known.credentials, known.identities)
 
 
-class _Environment:
-    """This process's, with what is handed on, as long as any of its runs needs that."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._runs = 0
-        self._before: dict[str, str | None] = {}
-
-    def add(self, handed: Callable[[], Mapping[str, str]]) -> None:
-        """For one run more."""
-        with self._lock:
-            for name, value in handed().items():
-                self._before.setdefault(name, os.environ.get(name))
-                os.environ[name] = value
-            self._runs += 1
-
-    def remove(self) -> None:
-        """For one run less; with the last, it is as it was before the first."""
-        with self._lock:
-            self._runs -= 1
-            if self._runs:
-                return
-            before, self._before = self._before, {}
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
-
-
-_environment = _Environment()
-
-
 def hand_on(cell: Any) -> None:
     """Have trainers that this process starts from now on install the transfer, too, until as many `take_back`."""
     site = Site.of(cell)
@@ -91,12 +58,12 @@ def hand_on(cell: Any) -> None:
             _SITE: json.dumps(asdict(replace(site, credentials=credentials))),
         }
 
-    _environment.add(handed)
+    shared().environment.add(handed)
 
 
 def take_back() -> None:
     """Undo one `hand_on`."""
-    _environment.remove()
+    shared().environment.remove()
 
 
 def is_trainer() -> bool:

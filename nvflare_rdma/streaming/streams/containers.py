@@ -26,8 +26,7 @@ from nvflare.fuel.utils.validation_utils import check_positive_number
 from nvflare_rdma.codecs.tensors import is_torch
 from nvflare_rdma.errors import ProtocolError, RdmaError, TransferError
 from nvflare_rdma.flare_compat import container_keys
-from nvflare_rdma.streaming.decomposers import memory
-from nvflare_rdma.streaming.registry import registry
+from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.streams import sender
 from nvflare_rdma.streaming.streams.receiver import PREFIX, Receiving, register
 from nvflare_rdma.transfer import manifest
@@ -172,8 +171,10 @@ class _Offer(sender.Offer):
         self._tensors = set(numbers)
         self._portions = portions
         tensors = {str(n): entries[n][1] if keyed else entries[n] for n in numbers}
-        meters = Meters(cell.get_fqcn(), "container")
-        service = _ContainerService(tensors, functools.partial(registry.of, cell), meters=meters)
+        ours = shared()
+        meters = Meters(cell.get_fqcn(), "container", ours.ledger)
+        links = functools.partial(ours.links.of, cell)
+        service = _ContainerService(tensors, links, meters=meters, encoded=ours.encoded_chunks)
         service.count(len(entries))
         self.service = service
 
@@ -227,6 +228,7 @@ class ContainerReceiving(Receiving):
         meter: Meter,
     ) -> None:
         """See `stream_receiving.Receiving`."""
+        memory = shared().tensor_memory
         tensors = pull(channels, peer, ask, in_memory(memory.take), aborted, meter=meter)
         memory.keep_for(tensor.nbytes for tensor in tensors.values())
         self.size = self._size, raw_bytes(tensors)
