@@ -251,6 +251,14 @@ def prepare_client_apps(target: Any, feature: str) -> None:
         target._ensure_client_apps_prepared()
 
 
+def use_installed_package(job: Any) -> None:
+    """Keep FLARE from copying sources of this package into a `FedJob`, as it does with packages that it doesn't know.
+
+    The package is installed on every site, and a partial copy of another version would hide it there.
+    """
+    job.set_app_packages(sorted({*job.job.app_packages, "nvflare_rdma"}))
+
+
 def filters_of(runner: Any, section: str) -> Any:
     """The filter table `section` of FLARE's ServerRunner (which has it in its config) or ClientRunner."""
     require_flare("The check for matching filters")

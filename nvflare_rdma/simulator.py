@@ -31,7 +31,7 @@ from typing import Any
 from nvflare.recipe.sim_env import SimEnv
 
 from nvflare_rdma.errors import ConfigError
-from nvflare_rdma.flare_compat import patch_simulator, require_flare, simulator_entry
+from nvflare_rdma.flare_compat import patch_simulator, require_flare, simulator_entry, use_installed_package
 
 SCHEMES = ("rdma", "tcp", "grpc")
 _DRIVER_PATH_VAR = "NVFLARE_COMM_DRIVER_PATH"
@@ -94,8 +94,7 @@ class _SimulatedJob:
     ) -> int:
         """What `FedJob.simulator_run` does, with the same arguments; returns the simulator's exit status."""
         names = clients or [f"site-{i + 1}" for i in range(n_clients or 0)]
-        # Installed here and imported by the sites from there: a partial copy in the job would hide the package.
-        self._job.set_app_packages(sorted({*self._job.job.app_packages, "nvflare_rdma"}))
+        use_installed_package(self._job)
         with tempfile.TemporaryDirectory() as folder:
             self._job.export_job(folder)
             command = [sys.executable, "-m", "nvflare_rdma.simulator", os.path.join(folder, self._job.name)]
