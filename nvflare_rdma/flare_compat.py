@@ -1,12 +1,20 @@
-"""The one place that knows which FLARE this package was written against.
+"""The one place that knows which FLARE this package was written against, and what of FLARE is not public.
 
-Everything that reaches behind FLARE's public interface calls `require_flare` first, so that another FLARE gives
-a clear message instead of an AttributeError deep inside it.
+All other modules use FLARE as its documentation says. Whatever reaches behind that is a function here: it first calls
+`require_flare`, so that another FLARE gives a clear message instead of an AttributeError deep inside it. Functions
+import FLARE when they are called; to import this module takes no FLARE.
 """
 
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
 import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 from nvflare_rdma.errors import UnsupportedVersionError
 
@@ -16,6 +24,7 @@ _KNOWN = (2, 9)
 TRANSFER_PROP = "nvflare_rdma.transfer"
 
 
+@functools.cache
 def require_flare(feature: str) -> None:
     """Raise `UnsupportedVersionError` unless FLARE 2.9 is installed; `feature` is what needs it."""
     try:
@@ -32,11 +41,15 @@ def require_flare(feature: str) -> None:
         )
 
 
-def replace_decomposer(decomposer: Any) -> None:
-    """Have FLARE use ``decomposer`` for its type and data, in place of the one it knows, in this process.
+# -- serialization -------------------------------------------------------------------------------------------
 
-    `fobs.register` keeps the first for a type, and FLARE registers its own early. The caller has checked the version.
+
+def replace_decomposer(decomposer: Any) -> None:
+    """Have FLARE use `decomposer` for its type and data, in place of the one it knows, in this process.
+
+    `fobs.register` keeps the first for a type, and FLARE registers its own early.
     """
+    require_flare("RdmaTransfer")
     from nvflare.fuel.utils.class_loader import get_class_name
     from nvflare.fuel.utils.fobs import fobs
 
@@ -45,3 +58,244 @@ def replace_decomposer(decomposer: Any) -> None:
     fobs._decomposers[name] = decomposer
     for dot in decomposer.supported_dots():
         fobs._dot_handlers[dot] = decomposer
+
+
+class PrefixedReferences:
+    """A mixin for a `ViaDownloaderDecomposer`, before it: its references begin with `reference_prefix`.
+
+    FLARE makes the reference and the datum that names it in one private method. It runs in a process whose version
+    `replace_decomposer` has checked.
+    """
+
+    reference_prefix: str
+
+    def _create_datum(self, fobs_ctx: dict[str, Any]) -> Any:
+        from nvflare.fuel.utils.fobs.decomposers.via_downloader import _CtxKey
+
+        datum = super()._create_datum(fobs_ctx)  # type: ignore[misc]
+        objects = fobs_ctx[_CtxKey.OBJECTS]
+        ref_id, downloadable = objects[-1]
+        objects[-1] = self.reference_prefix + ref_id, downloadable
+        datum.value = json.dumps({**json.loads(datum.value), "ref_id": self.reference_prefix + ref_id})
+        return datum
+
+
+def offload_folder(contexts: tuple[Mapping[str, Any], ...]) -> str | None:
+    """The folder for tensors that FLARE wants on disk, from the first FOBS context that says something about it; None
+    if they are to be in memory.
+
+    Raises:
+        RuntimeError: FLARE wants them on disk, and no context names the folder.
+    """
+    require_flare("RdmaTransfer")
+    from nvflare.app_common.utils.tensor_disk_offload_context import _TENSOR_DISK_OFFLOAD_ROOT_DIR
+    from nvflare.fuel.utils.fobs import FOBSContextKey
+
+    def first(key: str) -> Any:
+        return next((context[key] for context in contexts if key in context), None)
+
+    if not first(FOBSContextKey.TENSOR_DISK_OFFLOAD):
+        return None
+    if not (root := first(_TENSOR_DISK_OFFLOAD_ROOT_DIR)):
+        raise RuntimeError(f"{_TENSOR_DISK_OFFLOAD_ROOT_DIR} is not set in the FOBS context")
+    return str(root)
+
+
+# -- downloads -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def abortable_download(cell: Any, source: str, ref_id: str, abort_signal: Any) -> Iterator[Any]:
+    """A signal that is triggered when `abort_signal` is, or when FLARE says that `source` has died.
+
+    FLARE has this inside its own downloads and offers no way to it.
+    """
+    require_flare("RdmaTransfer")
+    from nvflare.fuel.f3.streaming.download_service import DownloadService
+
+    signal = DownloadService._register_source_download(cell, source, ref_id, abort_signal)
+    try:
+        yield signal
+    finally:
+        DownloadService._unregister_source_download(source, ref_id, signal)
+
+
+def cancel_download(cell: Any, source: str, ref_id: str, secure: bool, optional: bool) -> None:
+    """Tell the sender's transaction that this receiver does not go on: it need not wait for the receiver's time to be
+    up. If the message is lost, the sender waits as it would without it."""
+    require_flare("RdmaTransfer")
+    from nvflare.fuel.f3.cellnet.utils import new_cell_message
+    from nvflare.fuel.f3.streaming.download_service import OBJ_DOWNLOADER_CHANNEL, OBJ_DOWNLOADER_TOPIC, _PropKey
+
+    cell.fire_and_forget(
+        channel=OBJ_DOWNLOADER_CHANNEL,
+        topic=OBJ_DOWNLOADER_TOPIC,
+        targets=source,
+        message=new_cell_message({}, {_PropKey.REF_ID: ref_id, _PropKey.CANCEL: True}),
+        secure=secure,
+        optional=optional,
+    )
+
+
+def add_download_progress(ref_id: str, receiver: str, nbytes: int, count: int) -> None:
+    """Tell FLARE's transaction what has arrived at a receiver: for its log line and the sender's callback.
+
+    FLARE counts what its messages carry, and offers no way to count anything else.
+    """
+    require_flare("RdmaTransfer")
+    from nvflare.fuel.f3.streaming.download_service import DownloadService
+
+    ref = DownloadService._ref_table.get(ref_id)
+    if ref is not None:
+        ref.mark_active()
+        ref.mark_receiver_active(receiver)
+        ref.tx.add_total_bytes(nbytes)
+        ref.emit_progress(receiver_id=receiver, bytes_delta=nbytes, items_delta=count)
+
+
+# -- object streams ------------------------------------------------------------------------------------------
+
+
+class ContainerKeys(NamedTuple):
+    """Where FLARE's `ContainerStreamer` has a container's type, size and result in a stream's context."""
+
+    type: str
+    size: str
+    result: str
+
+
+def container_keys() -> ContainerKeys:
+    """The keys, which FLARE keeps to itself."""
+    require_flare("ContainerStreamer")
+    from nvflare.app_common.streamers import container_streamer as flare
+
+    return ContainerKeys(flare._CTX_TYPE, flare._CTX_SIZE, flare._CTX_RESULT)
+
+
+# -- cells ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CellConnections:
+    """How a cell's own connections are made. `url` is how the server is reached, "" if that is unknown; `credentials`
+    are FLARE's connection parameters, with the paths of certificates; `identities` maps a cell's name, which stands
+    for all names below it, too, to the common name in its certificate."""
+
+    url: str
+    secure: bool
+    credentials: Mapping[str, Any]
+    identities: Mapping[str, str]
+
+
+def cell_connections(cell: Any) -> CellConnections:
+    """What a FLARE `Cell` knows of its own connections."""
+    require_flare("RdmaTransfer")
+    from nvflare.fuel.f3.drivers.driver_params import DriverParams
+
+    core = cell.core_cell
+    credentials = dict(core.endpoint.conn_props or {})
+    url = core.root_url[0] if isinstance(core.root_url, list) else core.root_url
+    # Also where FLARE's own connections are clear because somebody else protects them (connection_security=clear):
+    # that does not protect these.
+    secure = bool(core.secure or credentials.get(DriverParams.CA_CERT.value))
+    resolver = core.identity_resolver
+    identities = {**resolver.prefix_identity_map, **resolver.exact_identity_map}
+    return CellConnections(url or "", secure, credentials, identities)
+
+
+def identity_resolver(identities: Mapping[str, str]) -> Callable[[str], str]:
+    """FLARE's rule for the common name that a cell's certificate has to have, given the cell's name and what
+    `CellConnections.identities` says."""
+    require_flare("RdmaTransfer")
+    from nvflare.fuel.f3.cellnet.identity import CellIdentityResolver
+
+    resolve: Callable[[str], str] = CellIdentityResolver(prefix_identity_map=dict(identities)).resolve
+    return resolve
+
+
+def max_frame_bytes() -> int:
+    """The largest frame that FLARE's drivers carry."""
+    from nvflare.fuel.f3.drivers.net_utils import MAX_FRAME_SIZE
+
+    return int(MAX_FRAME_SIZE)
+
+
+def replace_blob_task(task: type) -> None:
+    """Have FLARE put together the blobs of this process with `task`, which is derived from its `BlobTask`."""
+    require_flare("The rdma driver")
+    from nvflare.fuel.f3.streaming import blob_streamer
+
+    blob_streamer.BlobTask = task
+
+
+# -- recipes and jobs ----------------------------------------------------------------------------------------
+
+
+def job_of(target: Any, feature: str) -> Any:
+    """The `FedJob` of a `Recipe`; a FedJob is its own."""
+    require_flare(feature)
+    from nvflare.recipe.spec import Recipe
+
+    return target._job if isinstance(target, Recipe) else target
+
+
+def apps_of(target: Any, feature: str) -> dict[str, Any]:
+    """The apps of a `Recipe` or `FedJob` by site, "server" and "@ALL" among them. FLARE has no public list."""
+    apps: dict[str, Any] = job_of(target, feature)._deploy_map
+    return apps
+
+
+def prepare_client_apps(target: Any, feature: str) -> None:
+    """Give each site of a `Recipe` that was configured per site its own app now, and not when the job is exported."""
+    if job_of(target, feature) is not target:
+        target._ensure_client_apps_prepared()
+
+
+def use_installed_package(job: Any) -> None:
+    """Keep FLARE from copying sources of this package into a `FedJob`, as it does with packages that it doesn't know.
+
+    The package is installed on every site, and a partial copy of another version would hide it there.
+    """
+    job.set_app_packages(sorted({*job.job.app_packages, "nvflare_rdma"}))
+
+
+def filters_of(runner: Any, section: str) -> Any:
+    """The filter table `section` of FLARE's ServerRunner (which has it in its config) or ClientRunner."""
+    require_flare("The check for matching filters")
+    return getattr(runner if hasattr(runner, section) else runner.config, section)
+
+
+# -- the simulator -------------------------------------------------------------------------------------------
+
+
+def simulator_entry() -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """What adds the options of `nvflare simulator` to a parser, and what runs the parsed ones."""
+    require_flare("nvflare_rdma.simulator")
+    from nvflare.private.fed.app.simulator.simulator import define_simulator_parser, run_simulator
+
+    return define_simulator_parser, run_simulator
+
+
+def patch_simulator(scheme: str, open_ports: Callable[[int], list[int]]) -> None:
+    """Have the simulator of this process, and the sites it will start, use `scheme`, and take ports from
+    `open_ports`."""
+    require_flare("nvflare_rdma.simulator")
+    from nvflare.private.fed.app.deployer import simulator_deployer
+    from nvflare.private.fed.app.simulator import simulator_runner
+
+    class SchemeDeployer(simulator_deployer.SimulatorDeployer):
+        """SimulatorDeployer builds both configs with a fixed scheme; the sites take theirs from the client's."""
+
+        def _create_simulator_server_config(self, admin_storage: str, max_clients: int) -> dict[str, Any]:
+            config: dict[str, Any] = super()._create_simulator_server_config(admin_storage, max_clients)
+            config["service"]["scheme"] = scheme
+            return config
+
+        def _create_simulator_client_config(self, client_name: str, args: Any) -> Any:
+            config, build_ctx = super()._create_simulator_client_config(client_name, args)
+            for server in config["servers"]:
+                server["service"]["scheme"] = scheme
+            return config, build_ctx
+
+    simulator_runner.SimulatorDeployer = SchemeDeployer
+    simulator_deployer.get_open_ports = simulator_runner.get_open_ports = open_ports

@@ -1,9 +1,12 @@
-"""One call that adds this package's parts to a FLARE recipe or job."""
+"""Calls that add this package's parts to a FLARE recipe or job."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.flare_compat import apps_of, job_of, prepare_client_apps, use_installed_package
 
 _SERVER = "server"
 _ALL_SITES = "@ALL"
@@ -26,8 +29,8 @@ def add_quantization(
     Args:
         target: a FLARE `Recipe`, or a `FedJob`; in a FedJob with client apps per site, every site gets the filters.
         quantization_type: see `nvflare_rdma.filters.ModelQuantizer`.
-        tasks: names of the tasks whose models are quantized; None means ``["train"]``, the task of FLARE's FedAvg.
-            FLARE matches filters to tasks by name, so ``"*"`` would match nothing and is refused.
+        tasks: names of the tasks whose models are quantized; None means `["train"]`, the task of FLARE's FedAvg.
+            FLARE matches filters to tasks by name, so `"*"` would match nothing and is refused.
         policy: rules that say which codec each tensor gets, before the default ones (norms, biases and tensors of
             less than 1024 elements travel exact). See `nvflare_rdma.codecs.policy`.
         error_feedback, delta, stochastic_rounding: see `nvflare_rdma.filters.ModelQuantizer`.
@@ -40,14 +43,11 @@ def add_quantization(
     if isinstance(names, str) or not names or any(not isinstance(t, str) or t in ("", "*") for t in names):
         raise ConfigError(f"tasks must be a list of task names such as ['train'], but is {tasks!r}")
 
-    from nvflare.job_config.api import FedJob
+    job = _checked_job(target, "quantization", "add_quantization")
     from nvflare.job_config.defs import FilterType
-    from nvflare.recipe.spec import Recipe
 
     from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
 
-    if not isinstance(target, Recipe | FedJob):
-        raise ConfigError(f"quantization can be added to a FLARE Recipe or FedJob, but not to {type(target).__name__}")
     out = ModelQuantizer(
         quantization_type,
         policy=policy,
@@ -55,15 +55,18 @@ def add_quantization(
         delta=delta,
         stochastic_rounding=stochastic_rounding,
     )
-    job = target if isinstance(target, FedJob) else target._job
-    _refuse_second_use(job)
-    # FLARE copies the sources of packages that it doesn't know into the job. This one is installed on every site, and
-    # a partial copy of another version must not get in its way.
-    job.set_app_packages(sorted({*job.job.app_packages, "nvflare_rdma"}))
+    into = ModelDequantizer()
+    apps = apps_of(target, "add_quantization")
+    for site, app in apps.items():
+        for section in ("task_data_filters", "task_result_filters"):
+            present = {type(each).__name__ for _, filters in getattr(app.app_config, section) for each in filters}
+            for name in ("ModelQuantizer", "ModelDequantizer"):
+                advice = "add quantization once, or use other filters by hand"
+                _refuse_second_use(name in present, f"{name} in {section} of '{site}'", advice)
+    use_installed_package(job)
 
     names = list(names)
-    into = ModelDequantizer()
-    if isinstance(target, Recipe):
+    if job is not target:  # a recipe adds filters to all of its sites by itself
         target.add_server_output_filter(out, tasks=names)
         target.add_server_input_filter(into, tasks=names)
         target.add_client_input_filter(into, tasks=names)
@@ -71,8 +74,7 @@ def add_quantization(
         return
     job.to_server(out, filter_type=FilterType.TASK_DATA, tasks=names)
     job.to_server(into, filter_type=FilterType.TASK_RESULT, tasks=names)
-    sites = [site for site in _apps(job) if site not in (_SERVER, _ALL_SITES)] or [_ALL_SITES]
-    for site in sites:
+    for site in _client_sites(apps):
         job.to(into, site, filter_type=FilterType.TASK_DATA, tasks=names)
         job.to(out, site, filter_type=FilterType.TASK_RESULT, tasks=names)
 
@@ -88,46 +90,36 @@ def add_transfer(target: Any) -> None:
         ConfigError: a target that is neither recipe nor job, or one that has the component already. Nothing has been
             added then.
     """
+    job = _checked_job(target, "a transfer", "add_transfer")
+    from nvflare_rdma.streaming import RdmaTransfer
+
+    prepare_client_apps(target, "add_transfer")  # each site's own, if it has been given any
+    apps = apps_of(target, "add_transfer")
+    for site, app in apps.items():
+        present = any(isinstance(component, RdmaTransfer) for component in app.app_config.components.values())
+        _refuse_second_use(present, f"RdmaTransfer for '{site}'", "add it once")
+    use_installed_package(job)
+
+    job.to_server(RdmaTransfer(), id="rdma_transfer")
+    for site in _client_sites(apps):
+        job.to(RdmaTransfer(), site, id="rdma_transfer")
+
+
+def _checked_job(target: Any, what: str, feature: str) -> Any:
+    """The job of a recipe or job to which `what` is to be added, or ConfigError."""
     from nvflare.job_config.api import FedJob
     from nvflare.recipe.spec import Recipe
 
-    from nvflare_rdma.streaming import RdmaTransfer
-
     if not isinstance(target, Recipe | FedJob):
-        raise ConfigError(f"a transfer can be added to a FLARE Recipe or FedJob, but not to {type(target).__name__}")
-    job = target if isinstance(target, FedJob) else target._job
-    apps = _apps(job, "add_transfer")
-    if isinstance(target, Recipe):
-        target._ensure_client_apps_prepared()  # each site's own, if it has been given any
-    for site, app in apps.items():
-        if any(isinstance(component, RdmaTransfer) for component in app.app_config.components.values()):
-            raise ConfigError(f"the job already has RdmaTransfer for '{site}': add it once")
-    job.set_app_packages(sorted({*job.job.app_packages, "nvflare_rdma"}))
-    sites = [site for site in apps if site not in (_SERVER, _ALL_SITES)]
-    job.to_server(RdmaTransfer(), id="rdma_transfer")
-    if sites:
-        for site in sites:
-            job.to(RdmaTransfer(), site, id="rdma_transfer")
-    else:
-        job.to_clients(RdmaTransfer(), id="rdma_transfer")
+        raise ConfigError(f"{what} can be added to a FLARE Recipe or FedJob, but not to {type(target).__name__}")
+    return job_of(target, feature)
 
 
-def _apps(job: Any, feature: str = "add_quantization") -> dict[str, Any]:
-    """The apps of a FedJob by site. FLARE has no public list of them."""
-    from nvflare_rdma.flare_compat import require_flare
-
-    require_flare(feature)
-    apps: dict[str, Any] = job._deploy_map
-    return apps
+def _refuse_second_use(present: bool, what: str, advice: str) -> None:
+    if present:
+        raise ConfigError(f"the job already has {what}: {advice}")
 
 
-def _refuse_second_use(job: Any) -> None:
-    for site, app in _apps(job).items():
-        for section in ("task_data_filters", "task_result_filters"):
-            for _, filters in getattr(app.app_config, section):
-                for present in filters:
-                    if type(present).__name__ in ("ModelQuantizer", "ModelDequantizer"):
-                        raise ConfigError(
-                            f"the job already has {type(present).__name__} in {section} of '{site}': "
-                            "add quantization once, or use other filters by hand"
-                        )
+def _client_sites(apps: Mapping[str, Any]) -> list[str]:
+    """The sites that have client apps of their own, or the name that stands for all sites."""
+    return [site for site in apps if site not in (_SERVER, _ALL_SITES)] or [_ALL_SITES]

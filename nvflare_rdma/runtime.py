@@ -1,32 +1,152 @@
-"""What all connections of a process share: settings, memory budget, pool, and what this host can do."""
+"""What a process shares, all of it in one place: settings, memory, fabrics, links, and what its transfers know.
+
+`this_runtime` gives the `Runtime` for the settings as they are now. It is handed down: `install` gives it to what moves
+tensors, the driver to its links. What FLARE makes by class name, without arguments, asks `shared` when it is used.
+Tests make a `Runtime` or a `Shared` of their own. To import this module takes no FLARE.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.protocol.limits import ChannelLimits
+from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.fabric.base import Fabric
 from nvflare_rdma.fabric.budget import MemoryBudget
 from nvflare_rdma.fabric.registry import FabricFactory, LinkEnd, factories, host_identity, probe
 from nvflare_rdma.fabric.send_memory import SendMemory
 from nvflare_rdma.fabric.slots import SlotPool
 from nvflare_rdma.fabric.tcp import TcpFabric
+from nvflare_rdma.flare_compat import max_frame_bytes
 from nvflare_rdma.settings import Settings, load_settings
+from nvflare_rdma.transfer.arrays import TensorMemory
+from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer.pieces import HotChunks
+from nvflare_rdma.transfer.records import Ledger
+from nvflare_rdma.transfer.requests import StreamRequestRouter
+
+log = logging.getLogger(__name__)
+
+
+class LinksByCell:
+    """The links of each FLARE cell of a process to its peers, made when the cell's tensors first need them.
+
+    FLARE has more than one cell in a process (the simulator's server has one for the job and one for itself), and
+    which of them sends or receives a message shows only when it does. There are links between `start` and `stop`;
+    these may be nested, as a process may have several runs.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs = 0
+        self._make: Callable[[Any], DataChannels] | None = None
+        self._links: dict[str, DataChannels | None] = {}
+
+    def start(self, make: Callable[[Any], DataChannels]) -> None:
+        """A run begins: from now on `make` opens the links of a FLARE `Cell`."""
+        with self._lock:
+            self._runs += 1
+            self._make = make
+
+    def stop(self) -> bool:
+        """A run has ended; with the last one all links are closed. Returns whether it was the last."""
+        with self._lock:
+            self._runs = max(self._runs - 1, 0)
+            if self._runs:
+                return False
+            links, self._links, self._make = list(self._links.values()), {}, None
+        for opened in links:
+            if opened is not None:
+                opened.close()
+        return True
+
+    def of(self, cell: Any) -> DataChannels | None:
+        """The links of `cell`; None outside of runs, or if they can't be made, which is logged once."""
+        name = cell.get_fqcn()
+        with self._lock:
+            if name not in self._links and self._make is not None:
+                try:
+                    self._links[name] = self._make(cell)
+                except (RdmaError, OSError, RuntimeError) as error:
+                    log.error("%s has no links for data, so its tensors take FLARE's default path: %s", name, error)
+                    self._links[name] = None
+            return self._links.get(name)
+
+
+class EnvironmentChanges:
+    """Environment variables of this process that are set for as long as any of its runs needs them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs = 0
+        self._before: dict[str, str | None] = {}
+
+    def add(self, variables: Callable[[], Mapping[str, str]]) -> None:
+        """Set what `variables` returns, for one run more."""
+        with self._lock:
+            for name, value in variables().items():
+                self._before.setdefault(name, os.environ.get(name))
+                os.environ[name] = value
+            self._runs += 1
+
+    def remove(self) -> None:
+        """One run needs them no more; with the last, the environment is as it was before the first."""
+        with self._lock:
+            self._runs -= 1
+            if self._runs:
+                return
+            before, self._before = self._before, {}
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What all transfers of a process share, whatever its settings say.
+
+    Attributes:
+        links: the links of the process's cells.
+        stream_requests: the streams that the process sends.
+        tensor_memory: the memory in which tensors arrive.
+        encoded_chunks: chunks that were encoded for one receiver and that others are about to want.
+        ledger: takes the record of each transfer to those who want to know.
+        environment: what is handed on to the processes that FLARE starts.
+        blob_memory: the memory in which FLARE puts together large blobs.
+    """
+
+    links: LinksByCell = field(default_factory=LinksByCell)
+    stream_requests: StreamRequestRouter = field(default_factory=StreamRequestRouter)
+    tensor_memory: TensorMemory = field(default_factory=TensorMemory)
+    encoded_chunks: HotChunks = field(default_factory=HotChunks)
+    ledger: Ledger = field(default_factory=Ledger)
+    environment: EnvironmentChanges = field(default_factory=EnvironmentChanges)
+    blob_memory: SlotPool = field(default_factory=lambda: SlotPool(keep_bytes=None))
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """`context` is for links that carry FLARE's frames; its budget and pool are everybody's. `factories` makes the
-    fabrics that this process can use, by name."""
+    """What all links of a process that were made with the same settings share.
+
+    Attributes:
+        context: for links that carry FLARE's frames; its budget and pool are everybody's.
+        factories: make the fabrics that this process can use, by name.
+        shared: what also links with other settings share.
+    """
 
     settings: Settings
     context: LinkContext
     factories: Mapping[str, FabricFactory]
+    shared: Shared = field(default_factory=Shared)
 
     def tcp(self, dial: Callable[[], socket.socket] | None = None) -> TcpFabric:
         """The tcp fabric of a door, or of a link that `dial` makes the rails of."""
@@ -39,8 +159,14 @@ class Runtime:
         return {tcp.name: tcp, **others}
 
 
+_shared = Shared()
 _runtimes: dict[Settings, Runtime] = {}
 _lock = threading.Lock()
+
+
+def shared() -> Shared:
+    """The process's own. It does not look at the settings, so it never fails."""
+    return _shared
 
 
 def this_runtime() -> Runtime:
@@ -52,15 +178,15 @@ def this_runtime() -> Runtime:
     settings = load_settings()
     with _lock:
         if settings not in _runtimes:
-            _runtimes[settings] = Runtime(settings, _make_context(settings), factories(settings.fabric_options))
+            made = Runtime(settings, make_context(settings), factories(settings.fabric_options), shared())
+            _runtimes[settings] = made
         return _runtimes[settings]
 
 
-def _make_context(settings: Settings) -> LinkContext:
-    from nvflare.fuel.f3.drivers.net_utils import MAX_FRAME_SIZE
-
+def make_context(settings: Settings) -> LinkContext:
+    """The context of links with these settings, with memory of its own."""
     return LinkContext(
-        limits=ChannelLimits(max_message_bytes=MAX_FRAME_SIZE),
+        limits=ChannelLimits(max_message_bytes=max_frame_bytes()),
         **make_memory(settings.rdma_memory_budget_bytes),
         order=settings.rdma_fabrics,
         unavailable={name: state.reason for name, state in probe(settings.fabric_options).items()},
@@ -73,6 +199,6 @@ def _make_context(settings: Settings) -> LinkContext:
 
 def make_memory(budget: int) -> dict[str, Any]:
     """The parts of a `LinkContext` that hold memory, together at most `budget` bytes: a sixteenth is left for chunks
-    that several receivers want (`EncodedChunkCache`), three are for what is sent, twelve for what arrives."""
+    that several receivers want (`Shared.encoded_chunks`), three are for what is sent, twelve for what arrives."""
     sixteenth, pool = budget // 16, SlotPool(keep_bytes=None)
     return {"budget": MemoryBudget(12 * sixteenth), "pool": pool, "sending": SendMemory(pool, 3 * sixteenth)}

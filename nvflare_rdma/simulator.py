@@ -31,7 +31,7 @@ from typing import Any
 from nvflare.recipe.sim_env import SimEnv
 
 from nvflare_rdma.errors import ConfigError
-from nvflare_rdma.flare_compat import require_flare
+from nvflare_rdma.flare_compat import patch_simulator, require_flare, simulator_entry, use_installed_package
 
 SCHEMES = ("rdma", "tcp", "grpc")
 _DRIVER_PATH_VAR = "NVFLARE_COMM_DRIVER_PATH"
@@ -94,8 +94,7 @@ class _SimulatedJob:
     ) -> int:
         """What `FedJob.simulator_run` does, with the same arguments; returns the simulator's exit status."""
         names = clients or [f"site-{i + 1}" for i in range(n_clients or 0)]
-        # Installed here and imported by the sites from there: a partial copy in the job would hide the package.
-        self._job.set_app_packages(sorted({*self._job.job.app_packages, "nvflare_rdma"}))
+        use_installed_package(self._job)
         with tempfile.TemporaryDirectory() as folder:
             self._job.export_job(folder)
             command = [sys.executable, "-m", "nvflare_rdma.simulator", os.path.join(folder, self._job.name)]
@@ -170,26 +169,7 @@ class _HeldPorts:
 def use_scheme(scheme: str) -> None:
     """Make the simulator of this process, and the sites it will start, use `scheme`."""
     check_scheme(scheme)
-    require_flare("nvflare_rdma.simulator")
-    from nvflare.private.fed.app.deployer import simulator_deployer
-    from nvflare.private.fed.app.simulator import simulator_runner
-
-    class SchemeDeployer(simulator_deployer.SimulatorDeployer):
-        """SimulatorDeployer builds both configs with a fixed scheme; the sites take theirs from the client's."""
-
-        def _create_simulator_server_config(self, admin_storage: str, max_clients: int) -> dict[str, Any]:
-            config: dict[str, Any] = super()._create_simulator_server_config(admin_storage, max_clients)
-            config["service"]["scheme"] = scheme
-            return config
-
-        def _create_simulator_client_config(self, client_name: str, args: Any) -> Any:
-            config, build_ctx = super()._create_simulator_client_config(client_name, args)
-            for server in config["servers"]:
-                server["service"]["scheme"] = scheme
-            return config, build_ctx
-
-    simulator_runner.SimulatorDeployer = SchemeDeployer
-    simulator_deployer.get_open_ports = simulator_runner.get_open_ports = _HeldPorts()
+    patch_simulator(scheme, _HeldPorts())
     if scheme == "rdma":
         # Read by FLARE when a cell starts; the sites' processes inherit it.
         folders = [str(Path(__file__).parent / "plugin"), os.environ.get(_DRIVER_PATH_VAR)]
@@ -198,17 +178,16 @@ def use_scheme(scheme: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a job folder in the simulator; returns the simulator's exit status."""
-    from nvflare.private.fed.app.simulator.simulator import define_simulator_parser, run_simulator
-
+    add_options, run = simulator_entry()
     parser = argparse.ArgumentParser(prog="python -m nvflare_rdma.simulator")
-    define_simulator_parser(parser)
+    add_options(parser)
     parser.add_argument("--scheme", choices=SCHEMES, default="rdma", help="driver between server and sites")
     parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.parent_pid is not None:
         threading.Thread(target=_end_with, args=(args.parent_pid,), daemon=True).start()
     use_scheme(args.scheme)
-    return int(run_simulator(args) or 0)
+    return int(run(args) or 0)
 
 
 if __name__ == "__main__":

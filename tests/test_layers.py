@@ -16,7 +16,7 @@ ALLOWED = {
     "fabric": set(),
     "channel": {"fabric"},
     "codecs": set(),
-    "transfer": {"channel", "codecs", "fabric", "runtime"},
+    "transfer": {"channel", "codecs", "fabric", "runtime"},  # the last for types only
     "streaming": {
         *("transfer", "channel", "codecs", "fabric", "filters"),
         *("metrics", "runtime", "settings", "flare_compat"),
@@ -31,6 +31,14 @@ NO_FLARE_OR_TORCH = ("fabric", "channel")
 NO_FLARE = ("codecs", "transfer")
 #: Folders whose code does no I/O, and modules beside them that it imports.
 NO_IO = ("channel/protocol", "channel/controllers", "channel/bodies.py")
+#: Private names of FLARE by which its objects are told from ours; only this module may say them.
+COMPAT = "flare_compat.py"
+FLARES_PRIVATE = {
+    *("_deploy_map", "_ensure_client_apps_prepared", "_decomposers", "_dot_handlers", "_ref_table"),
+    *("_register_source_download", "_unregister_source_download", "_create_datum"),
+    *("_create_simulator_server_config", "_create_simulator_client_config"),
+    *("identity_resolver", "conn_props", "root_url"),
+}
 IO_MODULES = {"socket", "threading", "select", "selectors", "ssl", "queue", "time", "asyncio", "subprocess"}
 
 
@@ -67,6 +75,39 @@ def test_low_layers_know_neither_flare_nor_torch(layer):
             assert "torch" not in roots, path
 
 
+def private_names_of_flare(tree: ast.AST) -> set[str]:
+    """What a module imports from FLARE's private modules, and private names that it uses of FLARE's modules, classes
+    and instances. A name in FLARES_PRIVATE is FLARE's whatever has it."""
+    found, flares = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            flares |= {alias.asname or alias.name for alias in node.names if alias.name.split(".")[0] == "nvflare"}
+            found |= {alias.name for alias in node.names if alias.name.startswith("nvflare.private")}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "nvflare":
+            flares |= {alias.asname or alias.name for alias in node.names}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in names if name.startswith("nvflare.private") or "._" in name}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
+            of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            known = node.attr in FLARES_PRIVATE or (node.attr == "_job" and not of_self)
+            if known or (private and ast.unparse(node.value).split(".")[0] in flares):
+                found.add(ast.unparse(node))
+        elif isinstance(node, ast.FunctionDef) and node.name in FLARES_PRIVATE and node.name.startswith("_"):
+            found.add(f"def {node.name}")
+    return found
+
+
+def test_private_names_of_flare_are_in_one_place():
+    trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    found = {
+        str(path.relative_to(PACKAGE)): names for path, tree in trees.items() if (names := private_names_of_flare(tree))
+    }
+    assert found.pop(COMPAT)
+    assert not found
+
+
 @pytest.mark.parametrize("place", NO_IO)
 def test_the_protocol_and_its_controllers_do_no_io(place):
     found = PACKAGE / place
@@ -87,6 +128,74 @@ def test_the_driver_works_in_a_process_without_torch():
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, nvflare_rdma; assert not {'nvflare', 'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=PACKAGE.parent)
+
+
+@pytest.mark.parametrize("layer", [*NO_FLARE_OR_TORCH, *NO_FLARE, "runtime"])
+def test_importing_low_layers_imports_no_flare(layer):
+    code = f"import sys, nvflare_rdma.{layer}; assert 'nvflare' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=PACKAGE.parent)
+
+
+#: The module that owns what a process shares.
+RUNTIME = "runtime.py"
+#: Objects that live elsewhere for as long as the process does, and why they may.
+PROCESS_WIDE = {
+    "codecs/runs.py: _scratch": "memory of each thread, which nobody shares",
+    "transfer/sinks.py: _scratch": "memory of each thread, which nobody shares",
+    "transfer/files/parts.py: HERE": "a constant without state",
+    "codecs/marks.py: _marks": "weak entries by tensor: the mark goes with an object, whoever has it",
+    "filters/metadata.py: _tables": "constants, made once per framework; FLARE makes filters without arguments",
+    "fabric/shm/process_memory.py: TRACER": "the kernel has one tracer per process (prctl)",
+    "fabric/verbs/endpoint.py: _endpoints": "what exit and fork have to find, whoever has made it",
+    "transfer/pieces.py: Encoding._open": "weak entries by tensor: its encoding goes with an object, whoever sends it",
+}
+MUTABLE = {"dict", "list", "set", "deque", "defaultdict", "OrderedDict", "Counter"}
+
+
+def process_wide_objects(tree: ast.Module) -> set[str]:
+    """Names of modules and classes that are bound to instances of the package's own classes, or to containers that
+    change. Constants have upper-case names and are no instances of own classes."""
+    classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    classes |= {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nvflare_rdma")
+        for alias in node.names
+        if alias.name[:1].isupper()
+    }
+    classes = {name for name in classes if not name.endswith(("Options", "Limits"))}  # frozen values
+    bodies = [("", tree.body)]
+    bodies += [
+        (f"{node.name}.", node.body)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and not any("dataclass" in ast.unparse(d) for d in node.decorator_list)
+    ]
+    found = set()
+    for prefix, body in bodies:
+        for node in body:
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+                continue
+            (target, *_) = node.targets if isinstance(node, ast.Assign) else [node.target]
+            called = node.value.func if isinstance(node.value, ast.Call) else None
+            made = ast.unparse(called).split("[")[0].split(".")[-1] if called is not None else ""
+            own_class = made.lstrip("_") in {name.lstrip("_") for name in classes}
+            changes = (
+                made in MUTABLE or made.startswith("Weak") or isinstance(node.value, ast.Dict | ast.List | ast.Set)
+            )
+            name = ast.unparse(target)
+            if own_class or (changes and name.lower() == name and not name.endswith("_")):
+                found.add(prefix + name)
+    return found
+
+
+def test_what_is_process_wide_is_in_the_runtime():
+    found = {
+        f"{path.relative_to(PACKAGE)}: {name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for name in process_wide_objects(ast.parse(path.read_text()))
+    }
+    assert any(name.startswith(RUNTIME) for name in found)
+    assert {name for name in found if not name.startswith(RUNTIME)} == PROCESS_WIDE.keys()
 
 
 def test_no_module_is_over_600_lines():

@@ -69,7 +69,3 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
         return 128 + signal.SIGPIPE  # what a shell says of a program that the signal has ended
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

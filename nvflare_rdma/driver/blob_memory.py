@@ -2,7 +2,7 @@
 
 FLARE 2.9 assembles a blob in a `bytearray` (`nvflare.fuel.f3.streaming.blob_streamer.BlobTask`), whose pages of
 4 KiB are touched for the first time while frames are copied in: that alone takes longer than moving the bytes over
-shared memory. This is the one place that reaches into FLARE for it; no extension point offers a blob's memory.
+shared memory. No extension point of FLARE's offers a blob's memory, so this replaces its `BlobTask`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 
 from nvflare.fuel.f3.streaming import blob_streamer
 
-from nvflare_rdma.fabric.slots import HUGE_PAGE_BYTES, SlotPool
+from nvflare_rdma.fabric.slots import HUGE_PAGE_BYTES
+from nvflare_rdma.flare_compat import replace_blob_task
+from nvflare_rdma.runtime import shared
 
 
 class HugePageBlobTask(blob_streamer.BlobTask):
     """A `BlobTask` whose buffer, if it is large, is made of huge pages and is used again when nobody has it."""
-
-    pool = SlotPool(keep_bytes=None)
 
     def __init__(self, future: Any, stream: Any, max_size: int = 0, preserve_chunks: bool = False) -> None:
         if preserve_chunks or stream.get_size() < HUGE_PAGE_BYTES:
@@ -27,9 +27,9 @@ class HugePageBlobTask(blob_streamer.BlobTask):
         super().__init__(future, stream, max_size, preserve_chunks=True)
         self.preserve_chunks = False
         self.pre_allocated = True
-        self.buffer = self.pool.take(self.size)
+        self.buffer = shared().blob_memory.take(self.size)
 
 
 def use_huge_pages() -> None:
-    """From now on, in this process. Called by the driver, which has checked FLARE's version."""
-    blob_streamer.BlobTask = HugePageBlobTask
+    """Have FLARE put together large blobs in huge pages, from now on, in this process."""
+    replace_blob_task(HugePageBlobTask)

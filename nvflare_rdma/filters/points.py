@@ -14,7 +14,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.apis.utils.task_utils import get_filters
 
-from nvflare_rdma.flare_compat import require_flare
+from nvflare_rdma.flare_compat import filters_of
 
 DXO_PATH = "nvflare_rdma.dxo_path"  # context property: where in a collection the filtered DXO is, "" at the top
 
@@ -114,11 +114,8 @@ def filters_at(point: FilterPoint, fl_ctx: FLContext) -> list[Filter] | None:
     runner: Any = fl_ctx.get_prop(FLContextKey.RUNNER)
     if runner is None or not point.known:
         return None
-    require_flare("The check for matching filters")
-    tables = runner if hasattr(runner, point.section) else runner.config
-    found: list[Filter] = get_filters(
-        point.section, fl_ctx, getattr(tables, point.section), point.task, point.direction
-    )
+    table = filters_of(runner, point.section)
+    found: list[Filter] = get_filters(point.section, fl_ctx, table, point.task, point.direction)
     return found
 
 

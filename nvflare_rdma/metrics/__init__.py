@@ -11,13 +11,10 @@ from typing import Any
 
 def add_traffic_recorder(recipe: Any) -> None:
     """Record bytes and seconds of every round of a FLARE `recipe`, on the server and on every site."""
-    from nvflare_rdma.flare_compat import require_flare
+    from nvflare_rdma.flare_compat import job_of, use_installed_package
     from nvflare_rdma.metrics.recorder import TrafficRecorder
 
-    require_flare("add_traffic_recorder")
-    job = recipe._job
-    # The recorder's code is installed on every site; FLARE would otherwise copy part of the package into the job,
-    # where it would hide the installed one.
-    job.set_app_packages(sorted({*job.job.app_packages, "nvflare_rdma"}))
+    job = job_of(recipe, "add_traffic_recorder")
+    use_installed_package(job)
     job.to_server(TrafficRecorder(), id="traffic_recorder")
     job.to_clients(TrafficRecorder(), id="traffic_recorder")

@@ -32,7 +32,7 @@ from nvflare.metrics.metrics_publisher import publish_app_metrics
 from nvflare_rdma.metrics.names import TRANSFERS_FILE
 from nvflare_rdma.metrics.pools import add_to_pools
 from nvflare_rdma.metrics.recorder import task_round
-from nvflare_rdma.transfer.records import TransferRecord, ledger, total
+from nvflare_rdma.transfer.records import Ledger, TransferRecord, total
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ _SITE_ENDS = (EventType.AFTER_SEND_TASK_RESULT,)
 class TransferReporter:
     """Of one run. ``component`` fires the events; `handle_event` is to see all of the run's, from START_RUN on."""
 
-    def __init__(self, component: FLComponent, fl_ctx: FLContext) -> None:
+    def __init__(self, component: FLComponent, fl_ctx: FLContext, ledger: Ledger) -> None:
         engine = fl_ctx.get_engine()
         self._component = component
         self._engine = engine

@@ -18,13 +18,11 @@ from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 
 from nvflare_rdma.flare_compat import TRANSFER_PROP, replace_decomposer, require_flare
 from nvflare_rdma.metrics.reporting import TransferReporter
-from nvflare_rdma.runtime import this_runtime
-from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torch_decomposer
+from nvflare_rdma.runtime import shared, this_runtime
+from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
 from nvflare_rdma.streaming.identity import identifier
-from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, is_trainer, take_back
 from nvflare_rdma.transfer.peers import DataChannels
-from nvflare_rdma.transfer.sender import hot
 
 _ANY_PORT = (0, 0)
 
@@ -64,11 +62,11 @@ class RdmaTransfer(FLComponent):
             install()
             fl_ctx.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
             self._started = True
-            self._reporter = TransferReporter(self, fl_ctx)
+            self._reporter = TransferReporter(self, fl_ctx, shared().ledger)
         elif event_type == EventType.END_RUN and self._started:
             self._started = False
-            if registry.stop():
-                memory.clear()
+            if shared().links.stop():
+                shared().tensor_memory.clear()
             if self._reporter is not None:
                 self._reporter.close()
         elif self._reporter is not None:
@@ -76,24 +74,24 @@ class RdmaTransfer(FLComponent):
 
 
 def install() -> None:
-    """From now on FLARE's tensors and arrays move over data channels, until `registry.stop`."""
+    """From now on FLARE's tensors and arrays move over data channels, until `LinksByCell.stop`."""
     require_flare("RdmaTransfer")
-    settings = this_runtime().settings  # a wrong one is said now
-    hot.limit = settings.rdma_memory_budget_bytes // 16
+    runtime = this_runtime()  # a wrong setting is said now
+    runtime.shared.encoded_chunks.limit = runtime.settings.rdma_memory_budget_bytes // 16
     replace_decomposer(RdmaArrayDecomposer())
     # A trainer that exchanges torch tensors has imported torch by now; another need not wait for that. Where another
     # thread is still importing it, this waits until that is done.
     if not is_trainer() or "torch" in sys.modules:
         with contextlib.suppress(ImportError):  # a site without torch
             replace_decomposer(torch_decomposer())
-    registry.start(open_channels)
+    runtime.shared.links.start(open_channels)
 
 
 def install_in_trainer() -> None:
     """`install` for as long as the process lives, if FLARE has started it as a Client API trainer."""
     if is_trainer():
         install()
-        atexit.register(registry.stop)
+        atexit.register(shared().links.stop)
 
 
 def open_channels(cell: Any) -> DataChannels:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,22 +21,20 @@ from typing import Any
 from nvflare.apis.signal import Signal
 from nvflare.app_common.decomposers.numpy_decomposers import NumpyArrayDecomposer
 from nvflare.app_common.np.np_downloader import ArrayDownloadable
-from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.streaming.cacheable import ItemConsumer
 from nvflare.fuel.f3.streaming.download_service import ProduceRC, download_object, request_download_chunk
 from nvflare.fuel.f3.streaming.transfer_outcome import DownloadStatus
 from nvflare.fuel.utils.fobs import FOBSContextKey
-from nvflare.fuel.utils.fobs.datum import Datum
 
 from nvflare_rdma.errors import RdmaError, TransferError
-from nvflare_rdma.streaming.abort import abortable, cancel
+from nvflare_rdma.flare_compat import PrefixedReferences, abortable_download, add_download_progress, cancel_download
+from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.fallback import finish, flares_own
-from nvflare_rdma.streaming.progress import DirectProgress, source_progress
-from nvflare_rdma.streaming.registry import registry
+from nvflare_rdma.streaming.progress import DirectProgress
 from nvflare_rdma.streaming.relay import RelayConsumer, produce
-from nvflare_rdma.transfer.arrays import TensorMemory
+from nvflare_rdma.streaming.requests import RequestFunction, request_function
 from nvflare_rdma.transfer.manifest import unpack
-from nvflare_rdma.transfer.receiver import AbortedError, LostError, Pull
+from nvflare_rdma.transfer.receiver import AbortedError, Pull
 from nvflare_rdma.transfer.records import Meter, Meters
 from nvflare_rdma.transfer.service import Service
 from nvflare_rdma.transfer.sinks import Land, in_memory
@@ -49,20 +46,19 @@ REF_PREFIX = "rdma1-"
 #: Where requests and answers are in the state that FLARE's download messages carry.
 STATE_KEY = "nvflare_rdma"
 
-memory = TensorMemory()
-
 #: Nothing that is asked takes long, but a sender may have to dial first.
 _ANSWER_SECONDS = 60.0
-_TRIES = 3
 
 
-class _Served:
+class Served:
     """Makes a FLARE `CacheableObject` answer direct requests. Those of other receivers are FLARE's."""
 
     def serve(self, tensors: Mapping[str, Any], cell: Any) -> None:
         self._ref_id = ""
-        meters = Meters(cell.get_fqcn() if cell is not None else "")
-        self._service = Service(tensors, functools.partial(registry.of, cell), self._moved, meters)
+        ours = shared()
+        meters = Meters(cell.get_fqcn() if cell is not None else "", ledger=ours.ledger)
+        links = functools.partial(ours.links.of, cell)
+        self._service = Service(tensors, links, self._moved, meters, ours.encoded_chunks)
 
     def set_transaction(self, tx_id: str, ref_id: str) -> None:
         super().set_transaction(tx_id, ref_id)  # type: ignore[misc]
@@ -96,10 +92,10 @@ class _Served:
         super().release()  # type: ignore[misc]
 
     def _moved(self, receiver: str, nbytes: int, count: int) -> None:
-        source_progress(self._ref_id, receiver, nbytes, count)
+        add_download_progress(self._ref_id, receiver, nbytes, count)
 
 
-class ServedArrays(_Served, ArrayDownloadable):
+class ServedArrays(Served, ArrayDownloadable):
     """numpy arrays to be downloaded."""
 
 
@@ -119,24 +115,16 @@ class Landing:
     give: Callable[[Any], Any] = lambda items: items
 
 
-class DirectDecomposer:
+class DirectDecomposer(PrefixedReferences):
     """Mixed into a `ViaDownloaderDecomposer`, before it."""
 
+    reference_prefix = REF_PREFIX
     served: Callable[..., Any]
 
     def to_downloadable(self, items: dict[str, Any], max_chunk_size: int, fobs_ctx: dict[str, Any]) -> Any:
         downloadable = self.served(items, max_chunk_size)
         downloadable.serve(items, fobs_ctx.get(FOBSContextKey.CELL))
         return downloadable
-
-    def _create_datum(self, fobs_ctx: dict[str, Any]) -> Datum:
-        """FLARE's, with a reference that says what answers it."""
-        datum = super()._create_datum(fobs_ctx)  # type: ignore[misc]
-        objects = fobs_ctx[_OBJECTS]
-        ref_id, downloadable = objects[-1]
-        objects[-1] = REF_PREFIX + ref_id, downloadable
-        datum.value = json.dumps({**json.loads(datum.value), "ref_id": REF_PREFIX + ref_id})
-        return datum
 
     def download(
         self,
@@ -151,11 +139,11 @@ class DirectDecomposer:
         **others: Any,
     ) -> tuple[str | None, Any]:
         """As FLARE's: (error, items by id)."""
-        channels = registry.of(cell) if ref_id.startswith(REF_PREFIX) else None
+        channels = shared().links.of(cell) if ref_id.startswith(REF_PREFIX) else None
         common = {"from_fqcn": from_fqcn, "ref_id": ref_id, "per_request_timeout": per_request_timeout, "cell": cell}
         common |= {"secure": secure, "optional": optional}
         flares = functools.partial(super().download, **common, **others)  # type: ignore[misc]
-        meter = Meter("received", cell.get_fqcn(), from_fqcn)
+        meter = Meter("received", cell.get_fqcn(), from_fqcn, ledger=shared().ledger)
 
         def own(reason: str, progress_cb: Callable[..., None] | None, abort: Any) -> tuple[str | None, Any]:
             return flares_own(meter, reason, functools.partial(flares, abort_signal=abort), progress_cb)
@@ -167,15 +155,15 @@ class DirectDecomposer:
         meter.budget = channels.budget.watch()
 
         progress = DirectProgress(ref_id, progress_cb)
-        with abortable(cell, from_fqcn, ref_id, abort_signal) as signal, self.landing(cell, others) as landing:
-            ask = _asking(signal, **common)
+        with abortable_download(cell, from_fqcn, ref_id, abort_signal) as signal, self.landing(cell, others) as landing:
+            ask = _download_request_function(signal, **common)
             pull = Pull(channels, from_fqcn, ask, landing.land, lambda: signal.triggered, progress.moved, meter, True)
             failure: str | None = None
             try:
                 items = landing.give(pull.run())
             except AbortedError as error:
                 log.warning("%s", error)
-                cancel(cell, from_fqcn, ref_id, secure, optional)
+                cancel_download(cell, from_fqcn, ref_id, secure, optional)
                 progress.finish(state="aborted")
                 failure = str(signal.value or error)
                 finish(meter, failure, pull.items)
@@ -190,7 +178,7 @@ class DirectDecomposer:
                 if not failure and items is None:
                     failure = "the sender takes them for delivered"
                 return failure, items
-            memory.keep_for(item.nbytes for item in pull.items)
+            shared().tensor_memory.keep_for(item.nbytes for item in pull.items)
             delivered = _Delivered()
             download_object(consumer=delivered, progress_cb=progress.finish, abort_signal=signal, **common)
             finish(meter, delivered.error, pull.items)
@@ -199,12 +187,10 @@ class DirectDecomposer:
     @contextlib.contextmanager
     def landing(self, cell: Any, others: dict[str, Any]) -> Iterator[Landing]:
         """Where what comes is to land."""
-        yield Landing(in_memory(memory.take))
+        yield Landing(in_memory(shared().tensor_memory.take))
 
 
-def _relayed(
-    ask: Callable[[dict[str, Any]], Any], landing: Landing, take: Callable[..., None], meter: Meter
-) -> tuple[str | None, Any]:
+def _relayed(ask: RequestFunction, landing: Landing, take: Callable[..., None], meter: Meter) -> tuple[str | None, Any]:
     failure: str | None = None
     items, result = [], None
     try:
@@ -246,27 +232,24 @@ def torch_decomposer() -> Any:
     return RdmaTensorDecomposer()
 
 
-def _asking(signal: Signal, *, from_fqcn: str, per_request_timeout: float, **common: Any) -> Callable[[Any], Any]:
-    """What sends a sender requests, and gives its answers."""
+def _download_request_function(
+    signal: Signal, *, from_fqcn: str, per_request_timeout: float, **common: Any
+) -> RequestFunction:
+    """A function that sends requests to a sender in the state of FLARE's download messages, until `signal` is
+    triggered: then it raises `AbortedError`."""
     prompt = {**common, "from_fqcn": from_fqcn, "per_request_timeout": min(per_request_timeout, _ANSWER_SECONDS)}
 
+    def send(request: dict[str, Any]) -> Any:
+        reply = request_download_chunk(state={STATE_KEY: request}, abort_signal=signal, **prompt)
+        if signal.triggered:
+            raise AbortedError(f"the transfer from {from_fqcn} was aborted")
+        return reply
+
+    ask_again = request_function(from_fqcn, send)
+
     def ask(request: dict[str, Any]) -> Any:
-        # An answer may be lost. What may be said twice is, as FLARE does.
-        for _ in range(1 if request["do"] == "send" else _TRIES):
-            reply = request_download_chunk(state={STATE_KEY: request}, abort_signal=signal, **prompt)
-            if signal.triggered:
-                raise AbortedError(f"the transfer from {from_fqcn} was aborted")
-            code = reply.get_header(MessageHeaderKey.RETURN_CODE)
-            if code != ReturnCode.TIMEOUT or request["do"] == "report":
-                break
-        if code == ReturnCode.TIMEOUT:
-            raise LostError(f"{from_fqcn} did not answer {request['do']!r}")
-        if code != ReturnCode.OK:
-            raise TransferError(f"{from_fqcn} answered {request['do']!r} with {code}")
-        state = reply.payload.get("state") if isinstance(reply.payload, dict) else None
+        payload = ask_again(request)
+        state = payload.get("state") if isinstance(payload, dict) else None
         return state.get(STATE_KEY) if isinstance(state, dict) else None
 
     return ask
-
-
-_OBJECTS = "objects"  # via_downloader._CtxKey.OBJECTS

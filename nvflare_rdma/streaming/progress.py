@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from nvflare.fuel.f3.streaming.download_service import DownloadService
-
 from nvflare_rdma.transfer.receiver import Progress
 
 log = logging.getLogger(__name__)
@@ -54,17 +52,3 @@ class DirectProgress:
             )
         except Exception as error:  # noqa: BLE001 - somebody else's code, and no reason to lose the data
             log.warning("the progress callback of %s failed: %s", self._ref_id, error)
-
-
-def source_progress(ref_id: str, receiver: str, nbytes: int, count: int) -> None:
-    """Tell FLARE's transaction what has arrived at a receiver: for its log line and the sender's callback.
-
-    FLARE counts what its messages carry, and offers no way to count anything else: this reaches into
-    `DownloadService`. `RdmaTransfer` has checked FLARE's version.
-    """
-    ref = DownloadService._ref_table.get(ref_id)
-    if ref is not None:
-        ref.mark_active()
-        ref.mark_receiver_active(receiver)
-        ref.tx.add_total_bytes(nbytes)
-        ref.emit_progress(receiver_id=receiver, bytes_delta=nbytes, items_delta=count)

@@ -1,17 +1,15 @@
-"""Requests of `pulling` receivers, and answers of `serving` senders, in FLARE's messages from cell to cell."""
+"""Requests of pulling receivers, and answers of serving senders, in FLARE's messages from cell to cell."""
 
 from __future__ import annotations
 
-import threading
-import uuid
-import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
 
 from nvflare_rdma.errors import TransferError
+from nvflare_rdma.runtime import shared
 from nvflare_rdma.transfer.receiver import LostError
 from nvflare_rdma.transfer.service import Service
 
@@ -20,63 +18,24 @@ _CHANNEL, _TOPIC = "nvflare_rdma", "stream"
 _ANSWER_SECONDS = {"describe": 20.0, "send": 60.0}
 _PROMPT_SECONDS = 5.0
 _TRIES = 3
+#: Requests that are sent once: "send" must not be obeyed twice, and "report" comes again by itself.
+_SENT_ONCE = ("send", "report")
+
+#: Sends a request to a sender's `Service.answer` and returns what it says.
+RequestFunction: TypeAlias = Callable[[dict[str, Any]], Any]
 
 
-class Desk:
-    """What is being sent by the streams of this process's cells."""
+def request_function(peer: str, send: Callable[[dict[str, Any]], Any]) -> RequestFunction:
+    """A function that asks `peer` and asks again if no answer came, where that does no harm. `send` sends a request
+    once and returns FLARE's reply.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._services: dict[str, Service] = {}
-        self._cells: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def open(self, cell: Any, service: Service) -> str:
-        """From now on those who know the result are answered."""
-        stream = uuid.uuid4().hex
-        with self._lock:
-            self._services[stream] = service
-            if cell not in self._cells:
-                cell.register_request_cb(channel=_CHANNEL, topic=_TOPIC, cb=self._answer)
-                self._cells.add(cell)
-        return stream
-
-    def close(self, stream: str) -> None:
-        """It is over."""
-        with self._lock:
-            service = self._services.pop(stream, None)
-        if service is not None:
-            service.close()
-
-    def _answer(self, message: Any) -> Any:
-        payload = message.payload if isinstance(message.payload, dict) else {}
-        with self._lock:
-            service = self._services.get(str(payload.get("stream")))
-        if service is None:
-            answer: dict[str, Any] = {"refused": "the stream is over"}
-        else:
-            answer = service.answer(payload.get("request"), message.get_header(MessageHeaderKey.ORIGIN))
-        return make_reply(ReturnCode.OK, "", answer)
-
-
-#: The process's.
-desk = Desk()
-
-
-def asker(cell: Any, peer: str, stream: str, secure: bool) -> Callable[[dict[str, Any]], Any]:
-    """What sends requests to the `Desk` of ``peer`` (an FQCN): for `pulling.pull`."""
+    The function raises `LostError` if no answer came in time, and `TransferError` if FLARE answered with an error.
+    """
 
     def ask(request: dict[str, Any]) -> Any:
-        # An answer may be lost; what may be said twice is. A report comes again by itself.
-        for _ in range(1 if request["do"] in ("send", "report") else _TRIES):
-            reply = cell.send_request(
-                channel=_CHANNEL,
-                topic=_TOPIC,
-                target=peer,
-                request=new_cell_message({}, {"stream": stream, "request": request}),
-                timeout=_ANSWER_SECONDS.get(request["do"], _PROMPT_SECONDS),
-                secure=secure,
-                optional=True,
-            )
+        code = ReturnCode.TIMEOUT
+        for _ in range(1 if request["do"] in _SENT_ONCE else _TRIES):
+            reply = send(request)
             code = reply.get_header(MessageHeaderKey.RETURN_CODE)
             if code != ReturnCode.TIMEOUT:
                 break
@@ -87,3 +46,42 @@ def asker(cell: Any, peer: str, stream: str, secure: bool) -> Callable[[dict[str
         return reply.payload
 
     return ask
+
+
+def stream_request_function(cell: Any, peer: str, stream: str, secure: bool) -> RequestFunction:
+    """A function that asks the cell `peer` (an FQCN) about one of its streams, for `pull`."""
+
+    def send(request: dict[str, Any]) -> Any:
+        return cell.send_request(
+            channel=_CHANNEL,
+            topic=_TOPIC,
+            target=peer,
+            request=new_cell_message({}, {"stream": stream, "request": request}),
+            timeout=_ANSWER_SECONDS.get(request["do"], _PROMPT_SECONDS),
+            secure=secure,
+            optional=True,
+        )
+
+    return request_function(peer, send)
+
+
+def open_stream(cell: Any, service: Service) -> str:
+    """Let `service` answer the requests that reach `cell`, until `close_stream`. Returns the stream's name, by which
+    receivers ask for it."""
+
+    def listen(cell: Any) -> None:
+        cell.register_request_cb(channel=_CHANNEL, topic=_TOPIC, cb=_answer)
+
+    return shared().stream_requests.open(cell, service, listen)
+
+
+def close_stream(stream: str) -> None:
+    """End the stream and its service."""
+    shared().stream_requests.close(stream)
+
+
+def _answer(message: Any) -> Any:
+    payload = message.payload if isinstance(message.payload, dict) else {}
+    origin = message.get_header(MessageHeaderKey.ORIGIN)
+    answer = shared().stream_requests.answer(payload.get("stream"), payload.get("request"), origin)
+    return make_reply(ReturnCode.OK, "", answer)

@@ -9,19 +9,18 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from nvflare.app_common.utils.tensor_disk_offload_context import _TENSOR_DISK_OFFLOAD_ROOT_DIR
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.app_opt.pt.lazy_tensor_dict import LazyTensorDict
 from nvflare.app_opt.pt.tensor_downloader import DiskTensorConsumer, TensorDownloadable
-from nvflare.fuel.utils.fobs import FOBSContextKey
 
 from nvflare_rdma.errors import TransferError
-from nvflare_rdma.streaming.decomposers import DirectDecomposer, Landing, _Served, known_as
+from nvflare_rdma.flare_compat import offload_folder
+from nvflare_rdma.streaming.decomposers import DirectDecomposer, Landing, Served, known_as
 from nvflare_rdma.transfer.manifest import Item
 from nvflare_rdma.transfer.sinks import OnDisk, Place
 
 
-class ServedTensors(_Served, TensorDownloadable):
+class ServedTensors(Served, TensorDownloadable):
     """torch tensors to be downloaded."""
 
 
@@ -34,14 +33,11 @@ class RdmaTensorDecomposer(DirectDecomposer, TensorDecomposer):
     @contextlib.contextmanager
     def landing(self, cell: Any, others: dict[str, Any]) -> Iterator[Landing]:
         """In memory, or in files where FLARE has a `LazyTensorDict` of them."""
-        default, context = cell.get_fobs_context(), others.get("fobs_ctx") or {}
-        if not context.get(FOBSContextKey.TENSOR_DISK_OFFLOAD, default.get(FOBSContextKey.TENSOR_DISK_OFFLOAD, False)):
+        root = offload_folder((others.get("fobs_ctx") or {}, cell.get_fobs_context()))
+        if root is None:
             with super().landing(cell, others) as landing:
                 yield landing
             return
-        root = context.get(_TENSOR_DISK_OFFLOAD_ROOT_DIR, default.get(_TENSOR_DISK_OFFLOAD_ROOT_DIR))
-        if not root:
-            raise RuntimeError(f"{_TENSOR_DISK_OFFLOAD_ROOT_DIR} is not set in the FOBS context")
         folder = _Folder(root)
         try:
             yield Landing(folder.land, folder.give)

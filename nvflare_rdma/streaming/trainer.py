@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nvflare.client.cell.bootstrap import BOOTSTRAP_FILE_ENV_VAR
-from nvflare.fuel.f3.drivers.driver_params import DriverParams
 
+from nvflare_rdma.flare_compat import cell_connections
+from nvflare_rdma.runtime import shared
 from nvflare_rdma.settings import settings_environment
-from nvflare_rdma.streaming.identity import identities_of
 
 _DRIVER_PATH = "NVFLARE_COMM_DRIVER_PATH"
 #: JSON of a `Site`. No NVFLARE_RDMA_ name: those are settings.
@@ -31,8 +30,7 @@ _FOLDER = str(Path(__file__).parents[1] / "trainer_plugin")
 @dataclass(frozen=True)
 class Site:
     """What a cell's data channels need to know of where it is. ``url``: how the server is reached, "" if unknown;
-    ``credentials``: FLARE's connection parameters, with the paths of certificates; ``identities``: see
-    `identities_of`."""
+    the others: see `CellConnections`."""
 
     url: str
     secure: bool
@@ -42,46 +40,8 @@ class Site:
     @classmethod
     def of(cls, cell: Any) -> Site:
         """As the cell's own connections are."""
-        core = cell.core_cell
-        credentials = dict(core.endpoint.conn_props or {})
-        url = core.root_url[0] if isinstance(core.root_url, list) else core.root_url
-        # Also where FLARE's own connections are clear because somebody else protects them (connection_security=clear):
-        # that does not protect these.
-        secure = bool(core.secure or credentials.get(DriverParams.CA_CERT.value))
-        return cls(url or "", secure, credentials, identities_of(core))
-
-
-class _Environment:
-    """This process's, with what is handed on, as long as any of its runs needs that."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._runs = 0
-        self._before: dict[str, str | None] = {}
-
-    def add(self, handed: Callable[[], Mapping[str, str]]) -> None:
-        """For one run more."""
-        with self._lock:
-            for name, value in handed().items():
-                self._before.setdefault(name, os.environ.get(name))
-                os.environ[name] = value
-            self._runs += 1
-
-    def remove(self) -> None:
-        """For one run less; with the last, it is as it was before the first."""
-        with self._lock:
-            self._runs -= 1
-            if self._runs:
-                return
-            before, self._before = self._before, {}
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
-
-
-_environment = _Environment()
+        known = cell_connections(cell)
+        return cls(known.url, known.secure, known.credentials, known.identities)
 
 
 def hand_on(cell: Any) -> None:
@@ -98,12 +58,12 @@ def hand_on(cell: Any) -> None:
             _SITE: json.dumps(asdict(replace(site, credentials=credentials))),
         }
 
-    _environment.add(handed)
+    shared().environment.add(handed)
 
 
 def take_back() -> None:
     """Undo one `hand_on`."""
-    _environment.remove()
+    shared().environment.remove()
 
 
 def is_trainer() -> bool:

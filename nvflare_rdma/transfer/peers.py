@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.channel.context import LinkContext
@@ -31,8 +31,11 @@ from nvflare_rdma.channel.protocol.state import Role
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TlsError, UnreachableError
 from nvflare_rdma.fabric.budget import MemoryBudget
 from nvflare_rdma.fabric.tcp import TcpFabric
-from nvflare_rdma.runtime import Runtime
 from nvflare_rdma.transfer.addresses import TICKET_BYTES, is_loopback, listen, own_hosts, parse_invitation
+from nvflare_rdma.transfer.records import Ledger
+
+if TYPE_CHECKING:
+    from nvflare_rdma.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -192,6 +195,11 @@ class DataChannels:
     def budget(self) -> MemoryBudget:
         """The process's, which what these channels receive is bound by."""
         return self._context.budget
+
+    @property
+    def ledger(self) -> Ledger:
+        """The process's, which the records of transfers over these links go to."""
+        return self._runtime.shared.ledger
 
     def _may_come(self, peer: str) -> bool:
         return self._ports is not None or (self._trainers and peer.startswith(f"{self.name}."))

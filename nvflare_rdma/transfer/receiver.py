@@ -72,7 +72,7 @@ def pull(
         AbortedError: ``aborted`` said so.
         RdmaError: there is no direct way, or what came over it is no good. Nothing is kept.
     """
-    meter = meter or Meter("received", channels.name, peer)
+    meter = meter or Meter("received", channels.name, peer, ledger=channels.ledger)
     return Pull(channels, peer, ask, land, aborted, progress, meter).run()
 
 

@@ -1,8 +1,8 @@
 """What each transfer of this process did, for whoever wants to know. Knows nothing of FLARE.
 
-Who moves data makes a `Meter`, counts on it, and ends it; the record then goes to the process's `ledger`, and from
-there to its subscribers (`reporting` is one). What is counted belongs to the transfer alone, also where several share a
-channel, but for the budget, which is the process's.
+Who moves data makes a `Meter`, counts on it, and ends it; the record then goes to the `Ledger` that the meter was
+given, and from there to its subscribers (`reporting` is one). What is counted belongs to the transfer alone, also where
+several share a link, but for the budget, which is the process's.
 """
 
 from __future__ import annotations
@@ -109,15 +109,11 @@ class Ledger:
                     log.exception("a transfer could not be reported; further failures of this kind are not logged")
 
 
-#: The process's.
-ledger = Ledger()
-
-
 class Meter:
     """One transfer as it goes on. Whoever moves the data sets and adds to what is public; `end` makes the record."""
 
     def __init__(
-        self, direction: Direction, cell: str, peer: str, kind: str = "tensors", ledger: Ledger = ledger
+        self, direction: Direction, cell: str, peer: str, kind: str = "tensors", ledger: Ledger | None = None
     ) -> None:
         self.wire_bytes = 0
         self.resent_chunks = 0
@@ -140,6 +136,8 @@ class Meter:
             if self._ended:
                 return
             self._ended = True
+        if self._ledger is None:
+            return
         self._ledger.record(
             TransferRecord(
                 time=time.time(),
@@ -164,7 +162,7 @@ class Meter:
 class Meters:
     """A sender's, one for each receiver that has begun and not ended."""
 
-    def __init__(self, cell: str, kind: str = "tensors", ledger: Ledger = ledger) -> None:
+    def __init__(self, cell: str, kind: str = "tensors", ledger: Ledger | None = None) -> None:
         self._cell, self._kind, self._ledger = cell, kind, ledger
         self._lock = threading.Lock()
         self._open: dict[str, Meter] = {}

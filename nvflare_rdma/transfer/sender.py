@@ -28,9 +28,6 @@ _AHEAD, _AHEAD_BYTES = 64, 64 << 20
 _DOZE_SECONDS = 0.05
 _SEND_TIMEOUT = 3600.0
 
-#: The process's.
-hot = HotChunks()
-
 
 class TensorSource(Source):
     """A tensor's bytes. Of one that lies on a GPU, or is not contiguous, each chunk is a copy."""
@@ -62,10 +59,13 @@ class TensorSource(Source):
 class Relayed:
     """The tensors that are not in the manifest, as bytes, for one receiver that asks for them piece by piece."""
 
-    def __init__(self, items: list[Item], tensors: Mapping[str, Any], exact: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, items: list[Item], tensors: Mapping[str, Any], exact: Callable[[str, str], None], encoded: HotChunks
+    ) -> None:
         self._items = list(items)
         self._tensors = tensors
         self._exact = exact
+        self._encoded = encoded
         self._lock = threading.Lock()
         self._open: tuple[int, Source] | None = None
 
@@ -96,7 +96,7 @@ class Relayed:
     def _read(self, number: int, offset: int, most: int) -> bytes:
         item = self._items[number]
         if self._open is None or self._open[0] != number:
-            self._open = number, _source(item, self._tensors[item.name])
+            self._open = number, _source(item, self._tensors[item.name], self._encoded)
         length = whole_units(most, item.cut.unit if item.cut is not None else 1)
         left = item.sent_nbytes - offset
         return bytes(self._open[1].read(offset, min(length, left), lambda nbytes: memoryview(bytearray(nbytes))))
@@ -114,13 +114,19 @@ class Sender(threading.Thread):
     of one that can't be encoded, and why."""
 
     def __init__(
-        self, link: Link, parts: list[Part], moved: Callable[[int], None], exact: Callable[[str, str], None]
+        self,
+        link: Link,
+        parts: list[Part],
+        moved: Callable[[int], None],
+        exact: Callable[[str, str], None],
+        encoded: HotChunks,
     ) -> None:
         super().__init__(name="rdma-offers", daemon=True)
         self._link = link
         self._parts = parts
         self._moved = moved
         self._exact = exact
+        self._encoded = encoded
         self._lock = threading.RLock()  # what an offer sets off may stop it
         self._failure = ""
         self._open: deque[tuple[Sending, Part, Source]] = deque()
@@ -155,7 +161,7 @@ class Sender(threading.Thread):
             return sum(source.nbytes for _, _, source in self._open)
 
     def _offer(self, part: Part) -> None:
-        source = _source(part.item, part.tensor)
+        source = _source(part.item, part.tensor, self._encoded)
         with self._lock:  # the receiver may have it, and have said so, before this goes on
             sending = self._link.offer(source, part.label)
             self._open.append((sending, part, source))
@@ -218,7 +224,9 @@ class Sender(threading.Thread):
             self._link.withdraw(sending, reason)
 
 
-def _source(item: Item, tensor: Any) -> Source:
+def _source(item: Item, tensor: Any, encoded: HotChunks) -> Source:
     if isinstance(tensor, Source):
         return tensor
-    return TensorSource(tensor, item.nbytes) if item.cut is None else EncodedSource(Encoding.of(tensor, item.cut, hot))
+    return (
+        TensorSource(tensor, item.nbytes) if item.cut is None else EncodedSource(Encoding.of(tensor, item.cut, encoded))
+    )

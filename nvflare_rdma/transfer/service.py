@@ -15,7 +15,7 @@ from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.arrays import raw_bytes, to_bytes
 from nvflare_rdma.transfer.manifest import INLINE_BYTES, INLINE_TOTAL, Item
 from nvflare_rdma.transfer.peers import DataChannels
-from nvflare_rdma.transfer.pieces import cut_of
+from nvflare_rdma.transfer.pieces import HotChunks, cut_of
 from nvflare_rdma.transfer.records import Meters
 from nvflare_rdma.transfer.sender import Part, Relayed, Sender
 
@@ -34,6 +34,7 @@ class Service:
         channels: this process's; None when there are none (any more).
         moved: told (receiver, bytes, tensors) of what has arrived there.
         meters: count what goes to each receiver; those of "done" are ended here, others by `ended` or `close`.
+        encoded: keeps encoded chunks for other receivers; the process's, or None for one of its own.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Service:
         channels: Callable[[], DataChannels | None],
         moved: Callable[[str, int, int], None] = lambda receiver, nbytes, count: None,
         meters: Meters | None = None,
+        encoded: HotChunks | None = None,
     ) -> None:
+        self._encoded = encoded if encoded is not None else HotChunks()
         self.meters = meters or Meters("")
         self._size = len(tensors), raw_bytes(tensors)
         self._tensors: dict[str, Any] | None = dict(tensors)
@@ -199,7 +202,7 @@ class Service:
         items = self._manifest(tensors, set(self._exact))
         with self._lock:
             self._asked.discard(receiver)
-            self._relayed[receiver] = Relayed(items, tensors, self._send_exact)
+            self._relayed[receiver] = Relayed(items, tensors, self._send_exact, self._encoded)
         if (meter := self.meters.find(receiver)) is not None:
             meter.wire_bytes += sum(len(item.content or b"") for item in items)
         return {"manifest": manifest.pack(items)}
@@ -245,7 +248,7 @@ class Service:
         else:
             raise TransferError(f"there is no data channel to {receiver}")
         parts = [Part(first + n, items[i], self._body(items[i], tensors)) for n, i in enumerate(wanted)]
-        sender = Sender(link, parts, lambda nbytes: self._moved(receiver, nbytes, 1), self._send_exact)
+        sender = Sender(link, parts, lambda nbytes: self._moved(receiver, nbytes, 1), self._send_exact, self._encoded)
         with self._lock:
             if self._tensors is None:
                 raise TransferError(_ENDED)

@@ -11,11 +11,10 @@ import nvflare.app_opt.pt.decomposers as pt_decomposers
 import pytest
 
 from nvflare_rdma.flare_compat import replace_decomposer
-from nvflare_rdma.runtime import this_runtime
+from nvflare_rdma.runtime import shared, this_runtime
 from nvflare_rdma.streaming.component import install
 from nvflare_rdma.streaming.decomposers import DirectDecomposer, RdmaArrayDecomposer
 from nvflare_rdma.streaming.identity import identifier
-from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.torch_decomposer import RdmaTensorDecomposer
 from nvflare_rdma.transfer.peers import DataChannels
 from nvflare_rdma.transfer.receiver import Pull
@@ -55,7 +54,7 @@ def _counting(run: Any) -> Any:
 def pytest_configure() -> None:
     """Before FLARE's tests are imported: what they name is ours."""
     install()
-    registry.start(_open)
+    shared().links.start(_open)
     Pull.run = _counting(Pull.run)
     for name in ("to_downloadable", "download"):
         setattr(DirectDecomposer, name, _noted(getattr(DirectDecomposer, name)))

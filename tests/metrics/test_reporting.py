@@ -22,7 +22,9 @@ from transfer_records import record
 
 from nvflare_rdma.metrics import pools
 from nvflare_rdma.metrics.reporting import TransferReporter, summarize
-from nvflare_rdma.transfer.records import ledger
+from nvflare_rdma.transfer.records import Ledger
+
+ledger = Ledger()
 
 
 class Run:
@@ -35,7 +37,7 @@ class Run:
         self._cell = cell
         self.ctx = self.new_context()
         self.ctx.set_prop(FLContextKey.PROCESS_TYPE, process_type, private=True, sticky=False)
-        self.reporter = TransferReporter(FLComponent(), self.ctx)
+        self.reporter = TransferReporter(FLComponent(), self.ctx, ledger)
 
     def new_context(self):
         return self._contexts.new_context()

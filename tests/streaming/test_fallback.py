@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from data_channels import ANY_PORT
+from data_channels import ANY_PORT, shared
 from direct_transfers import large, new
 from tcp_pair import DEADLINE
 from waiting import eventually
@@ -15,20 +15,20 @@ from nvflare_rdma.streaming.fallback import finish
 from nvflare_rdma.transfer.arrays import raw_bytes
 from nvflare_rdma.transfer.manifest import INLINE_BYTES
 from nvflare_rdma.transfer.receiver import Pull
-from nvflare_rdma.transfer.records import Meter, ledger
+from nvflare_rdma.transfer.records import Meter
 
 
 @pytest.fixture
 def records():
     found = []
-    unsubscribe = ledger.subscribe(found.append)
+    unsubscribe = shared.ledger.subscribe(found.append)
     yield found
     unsubscribe()
 
 
 def pull(it, site, progress=lambda done: None) -> None:
     """As the decomposer does."""
-    meter = Meter("received", site.name, "server")
+    meter = Meter("received", site.name, "server", ledger=site.ledger)
     meter.budget = site.budget.watch()
     pulling, failure = Pull(site, "server", it.ask(site.name), new, lambda: False, progress, meter), None
     try:

@@ -25,6 +25,7 @@ from tcp_pair import DEADLINE
 from trickling import TlsPeer, trickle
 from waiting import eventually
 
+from nvflare_rdma import runtime as runtimes
 from nvflare_rdma.channel.bodies import BufferSource
 from nvflare_rdma.errors import FabricError
 from nvflare_rdma.streaming import component, trainer
@@ -81,7 +82,7 @@ def channels(cell, flare_cell, monkeypatch):
 @pytest.fixture
 def trainer_channels(channels, flare_cell, monkeypatch):
     """trainer_channels(SITE) -> those of a trainer that this site's job process has started."""
-    monkeypatch.setattr(trainer, "_environment", trainer._Environment())
+    monkeypatch.setattr(runtimes, "_shared", runtimes.Shared())
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
     def make(site: str):

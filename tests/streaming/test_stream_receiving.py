@@ -74,7 +74,8 @@ def clock(monkeypatch):
 @pytest.fixture(autouse=True)
 def channels(monkeypatch):
     found = types.SimpleNamespace(budget=types.SimpleNamespace(watch=lambda: None))
-    monkeypatch.setattr(receiver, "registry", types.SimpleNamespace(of=lambda cell: found))
+    links = types.SimpleNamespace(of=lambda cell: found)
+    monkeypatch.setattr(receiver, "shared", lambda: types.SimpleNamespace(links=links, ledger=None))
 
 
 @pytest.mark.parametrize(("timeout", "patience"), [(12.0, 120), (100, 400)])

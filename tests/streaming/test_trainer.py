@@ -11,10 +11,11 @@ from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
 from nvflare.client.cell.bootstrap import BOOTSTRAP_FILE_ENV_VAR
 from nvflare.fuel.f3.cellnet.identity import CellIdentityResolver
 
+from nvflare_rdma import runtime
 from nvflare_rdma.errors import ConfigError, FabricUnavailable
 from nvflare_rdma.recipe import add_transfer
 from nvflare_rdma.settings import load_settings
-from nvflare_rdma.streaming import RdmaTransfer, trainer
+from nvflare_rdma.streaming import RdmaTransfer
 from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, take_back
 
 IDENTITIES = {"server": "fl.example.org", "site-1.job": "site-1"}
@@ -31,7 +32,7 @@ def flare_cell(credentials, url="grpc://fl.example.org:8002", secure=True):
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """Its changes go with the test."""
-    monkeypatch.setattr(trainer, "_environment", trainer._Environment())
+    monkeypatch.setattr(runtime, "_shared", runtime.Shared())
     monkeypatch.setattr(os, "environ", os.environ.copy())
     for name in (BOOTSTRAP_FILE_ENV_VAR, "NVFLARE_COMM_DRIVER_PATH", "RDMA_TRANSFER_SITE"):
         os.environ.pop(name, None)

@@ -14,11 +14,13 @@ from tcp_pair import DEADLINE
 from waiting import eventually
 
 from nvflare_rdma.fabric.registry import factories
-from nvflare_rdma.runtime import Runtime, _make_context, make_memory
+from nvflare_rdma.runtime import Runtime, Shared, make_context, make_memory
 from nvflare_rdma.settings import Settings
 from nvflare_rdma.transfer.peers import DataChannels
 
 ANY_PORT = (0, 0)
+#: What all of them share.
+shared = Shared()
 _base: dict[tuple[str, ...], Runtime] = {}
 
 
@@ -26,7 +28,7 @@ def runtime(fabrics: tuple[str, ...] = ("tcp",), budget: int = 16 << 20) -> Runt
     """With a budget of its own."""
     settings = Settings(rdma_fabrics=fabrics, rdma_chunk_bytes=64 * 1024, rdma_memory_budget_bytes=budget)
     if fabrics not in _base:
-        _base[fabrics] = Runtime(settings, _make_context(settings), factories(settings.fabric_options))
+        _base[fabrics] = Runtime(settings, make_context(settings), factories(settings.fabric_options), shared)
     base = _base[fabrics]
     return replace(base, settings=settings, context=replace(base.context, **make_memory(budget)))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from data_channels import ANY_PORT
+from data_channels import ANY_PORT, shared
 from tcp_pair import DEADLINE
 
 from nvflare_rdma.codecs import get_codec
@@ -17,6 +17,7 @@ from nvflare_rdma.transfer.arrays import to_bytes
 from nvflare_rdma.transfer.manifest import INLINE_BYTES
 from nvflare_rdma.transfer.pieces import Cut
 from nvflare_rdma.transfer.receiver import pull
+from nvflare_rdma.transfer.records import Meters
 from nvflare_rdma.transfer.service import Service
 from nvflare_rdma.transfer.sinks import in_memory
 
@@ -41,7 +42,7 @@ class Direct:
         #: While it is not set, the sender does not go on when its first tensors are there.
         self.go_on = threading.Event()
         self.go_on.set()
-        self.service = Service(tensors, lambda: self.channels, self._moved)
+        self.service = Service(tensors, lambda: self.channels, self._moved, Meters("", ledger=shared.ledger))
 
     def _moved(self, *what) -> None:
         self.moved.append(what)

@@ -24,11 +24,10 @@ from two_cells import Lines
 from waiting import eventually
 
 from nvflare_rdma.errors import SourceError
+from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming import ContainerRetriever, ContainerStreamer, FileRetriever, FileStreamer
 from nvflare_rdma.streaming.component import install
-from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.streams.receiver import KEY, PREFIX
-from nvflare_rdma.transfer.records import ledger
 
 SITES = ["site-1", "site-2"]
 STATE = OrderedDict(
@@ -144,7 +143,7 @@ class Job:
     def encoded(self, path: Path, other: Path) -> dict:
         """A safetensors file, also by retrieving, and a file that is none."""
         records: list = []
-        stop = ledger.subscribe(records.append)
+        stop = shared().ledger.subscribe(records.append)
         result = self.file(path, content=as_received(path.read_bytes(), "normfloat4"), quantization_type="NormFloat4")
         stop()
         result["records"] = [record.as_dict() for record in records]
@@ -201,7 +200,7 @@ def main() -> None:
     for name, container in CONTAINERS.items():
         results[name] = job.container(container)
     records: list = []
-    stop = ledger.subscribe(records.append)
+    stop = shared().ledger.subscribe(records.append)
     job.container(CONTAINERS["dict"]), job.file(data)
     stop()
     results["records"] = [record.as_dict() for record in records if record.kind != "tensors"]
@@ -212,11 +211,11 @@ def main() -> None:
     save_file({"weight": torch.randn(500, 300), "bias": torch.randn(100), "steps": torch.arange(9)}, model)
     results["encoded"] = job.encoded(model, data)
 
-    own = registry._channels["site-2"]
-    registry._channels["site-2"] = None
+    own = shared().links._links["site-2"]
+    shared().links._links["site-2"] = None
     results["mixed"] = [job.container(STATE), job.file(data)]
     results["exact"] = job.file(model, ["site-2"], quantization_type="normfloat4")
-    registry._channels["site-2"] = own
+    shared().links._links["site-2"] = own
 
     os.rename(folder / "site-1", folder / "gone")  # its disk fails
     results["disk"] = job.file(data)
@@ -238,7 +237,7 @@ def main() -> None:
 
     results["hostile"] = hostile(job)
     results["tables"] = [len(engine.streamer.tx_table) for engine in (job.server, *job.sites.values())]
-    registry.stop()
+    shared().links.stop()
     (folder / "results.json").write_text(json.dumps(results))
     for engine in (*job.sites.values(), job.server):
         engine.stop()

@@ -29,9 +29,8 @@ from waiting import eventually
 
 from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.marks import marked
+from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.component import install
-from nvflare_rdma.streaming.registry import registry
-from nvflare_rdma.transfer.records import ledger
 from nvflare_rdma.transfer.sender import Sender
 
 MODEL = {
@@ -78,7 +77,7 @@ class Records:
 
     def __init__(self) -> None:
         self.records: list[dict] = []
-        ledger.subscribe(lambda record: self.records.append(record.as_dict()))
+        shared().ledger.subscribe(lambda record: self.records.append(record.as_dict()))
 
     def take(self) -> list[dict]:
         taken, self.records = self.records, []
@@ -165,8 +164,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
     pair, results, records = Pair(json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}), {}, Records()
     install()
-    theirs, own = registry.of(pair.server), registry.of(pair.site)
-    known = registry._channels
+    theirs, own = shared().links.of(pair.server), shared().links.of(pair.site)
+    known = shared().links._links
 
     events: list[dict] = []
     pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: lambda **event: events.append(event)})
@@ -201,7 +200,7 @@ def main() -> None:
     known["server"] = None
     results["a sender that has ended its channels"] = {**pair.get(), "log": lines.take(), "records": records.take()}
     known["server"] = theirs
-    registry.stop()
+    shared().links.stop()
     os.environ["NVFLARE_RDMA_DATA_PORTS"] = "none"
     install()
     results["no door on either side"] = {**pair.get(), "log": lines.take(), "records": records.take()}

@@ -18,7 +18,7 @@ from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.marks import marked
 from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.errors import RdmaError
-from nvflare_rdma.streaming.registry import Registry
+from nvflare_rdma.runtime import LinksByCell
 from nvflare_rdma.transfer.peers import DataChannels
 from nvflare_rdma.transfer.pieces import Cut
 from nvflare_rdma.transfer.receiver import pull
@@ -117,7 +117,7 @@ def test_whatever_ends_a_transfer_frees_everything(how, monkeypatch):
 
 def test_two_jobs_of_one_process(cell):
     """Each has cells of its own; the end of one leaves the other's channels alone."""
-    registry, made = Registry(), {}
+    registry, made = LinksByCell(), {}
 
     class JobCell:
         def __init__(self, name: str) -> None:

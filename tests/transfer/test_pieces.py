@@ -114,7 +114,7 @@ def test_many_receivers_of_one_tensor_at_once(direct, cell):
             assert np.array_equal(to_flat(tensor), expected)
 
     in_parallel(*(lambda site=site: receive(site) for site in ("site-1", "site-2", "site-3")))
-    eventually(lambda: not sender.hot._chunks)  # when no receiver waits for them
+    eventually(lambda: not it.service._encoded._chunks)  # when no receiver waits for them
 
 
 def test_chunks_in_shared_memory_are_not_too_long_for_other_receivers(direct, cell, monkeypatch):

@@ -25,9 +25,8 @@ from nvflare.fuel.utils.validation_utils import check_positive_number
 
 from nvflare_rdma.codecs.tensors import is_torch
 from nvflare_rdma.errors import ProtocolError, RdmaError, TransferError
-from nvflare_rdma.flare_compat import require_flare
-from nvflare_rdma.streaming.decomposers import memory
-from nvflare_rdma.streaming.registry import registry
+from nvflare_rdma.flare_compat import container_keys
+from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.streams import sender
 from nvflare_rdma.streaming.streams.receiver import PREFIX, Receiving, register
 from nvflare_rdma.transfer import manifest
@@ -38,7 +37,7 @@ from nvflare_rdma.transfer.records import Meter, Meters
 from nvflare_rdma.transfer.service import Service
 from nvflare_rdma.transfer.sinks import in_memory
 
-require_flare("ContainerStreamer")  # names of FLARE's that it keeps to itself
+_FLARES = container_keys()
 
 _ENTRY_TIMEOUT = 60.0
 #: Of entries that are no tensors, in one message: as many, or as many bytes. Of other types than these nobody knows
@@ -87,8 +86,8 @@ class ContainerStreamer(flare.ContainerStreamer):
         if not isinstance(fl_ctx.get_engine(), StreamableEngine):
             raise RuntimeError(f"engine must be StreamableEngine but got {type(fl_ctx.get_engine())}")
         stream_ctx = stream_ctx if stream_ctx else {}
-        stream_ctx[flare._CTX_TYPE] = get_class_name(type(container))
-        stream_ctx[flare._CTX_SIZE] = len(container)
+        stream_ctx[_FLARES.type] = get_class_name(type(container))
+        stream_ctx[_FLARES.size] = len(container)
         entries = list(container.items() if isinstance(container, dict) else container)
         numbers = [
             n for n, entry in enumerate(entries) if _is_plain(entry[1] if isinstance(container, dict) else entry)
@@ -172,8 +171,10 @@ class _Offer(sender.Offer):
         self._tensors = set(numbers)
         self._portions = portions
         tensors = {str(n): entries[n][1] if keyed else entries[n] for n in numbers}
-        meters = Meters(cell.get_fqcn(), "container")
-        service = _ContainerService(tensors, functools.partial(registry.of, cell), meters=meters)
+        ours = shared()
+        meters = Meters(cell.get_fqcn(), "container", ours.ledger)
+        links = functools.partial(ours.links.of, cell)
+        service = _ContainerService(tensors, links, meters=meters, encoded=ours.encoded_chunks)
         service.count(len(entries))
         self.service = service
 
@@ -193,10 +194,10 @@ class ContainerReceiving(Receiving):
     kind = "container"
 
     def __init__(self, stream_ctx: dict[str, Any], site: str) -> None:
-        size, portions = stream_ctx.get(flare._CTX_SIZE), stream_ctx.pop(_PORTIONS, None)
+        size, portions = stream_ctx.get(_FLARES.size), stream_ctx.pop(_PORTIONS, None)
         if type(size) is not int or type(portions) is not int or not 0 <= portions <= size:
             raise ProtocolError(f"a container of {size} entries in {portions} portions can't be received")
-        self._container = _new(stream_ctx.get(flare._CTX_TYPE))
+        self._container = _new(stream_ctx.get(_FLARES.type))
         self._keyed = isinstance(self._container, MutableMapping)
         self._size = size
         self._changed = threading.Condition()
@@ -227,6 +228,7 @@ class ContainerReceiving(Receiving):
         meter: Meter,
     ) -> None:
         """See `stream_receiving.Receiving`."""
+        memory = shared().tensor_memory
         tensors = pull(channels, peer, ask, in_memory(memory.take), aborted, meter=meter)
         memory.keep_for(tensor.nbytes for tensor in tensors.values())
         self.size = self._size, raw_bytes(tensors)
@@ -266,7 +268,7 @@ class ContainerReceiving(Receiving):
 
     def finish(self, stream_ctx: dict[str, Any]) -> None:
         """See `stream_receiving.Receiving`."""
-        stream_ctx[flare._CTX_RESULT] = self._container
+        stream_ctx[_FLARES.result] = self._container
 
 
 def _new(name: Any) -> Any:

@@ -20,7 +20,7 @@ from nvflare.fuel.utils.validation_utils import check_positive_int, check_positi
 
 from nvflare_rdma.codecs.warming import warm_up
 from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, StorageError
-from nvflare_rdma.streaming.registry import registry
+from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.streams import sender
 from nvflare_rdma.streaming.streams.receiver import PREFIX, Receiving, register
 from nvflare_rdma.transfer.files.layout import plan
@@ -144,7 +144,8 @@ def _warm_up(identity: FileIdentity) -> None:
 class _Offer(sender.Offer):
     def __init__(self, file: OpenFile, cell: Any) -> None:
         self._file = file
-        self.service = FileService(file, functools.partial(registry.of, cell), Meters(cell.get_fqcn(), "file"))
+        links, meters = functools.partial(shared().links.of, cell), Meters(cell.get_fqcn(), "file", shared().ledger)
+        self.service = FileService(file, links, meters)
 
     @property
     def broken(self) -> str:

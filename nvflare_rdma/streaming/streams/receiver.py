@@ -13,8 +13,8 @@ from nvflare.apis.shareable import ReturnCode, make_reply
 from nvflare.apis.streaming import ConsumerFactory, ObjectConsumer, StreamContextKey
 
 from nvflare_rdma.errors import FabricError, RdmaError, TransferError
-from nvflare_rdma.streaming.registry import registry
-from nvflare_rdma.streaming.requests import asker
+from nvflare_rdma.runtime import shared
+from nvflare_rdma.streaming.requests import stream_request_function
 from nvflare_rdma.transfer.peers import DataChannels
 from nvflare_rdma.transfer.records import Meter
 
@@ -99,7 +99,7 @@ class _Consumer(ObjectConsumer):
         if what == "hello":
             stream_ctx[_SILENT] = True
             cell = fl_ctx.get_engine().get_cell()
-            ready = registry.of(cell) is not None
+            ready = shared().links.of(cell) is not None
             reason = "" if ready else "it has no data channels (RdmaTransfer is not running)"
             return False, _reply("ready" if ready else "own", reason)
         if what == "start" and self._thread is None:
@@ -134,8 +134,8 @@ class _Consumer(ObjectConsumer):
         def aborted() -> bool:
             return self._ended.is_set() or bool(abort is not None and abort.triggered)
 
-        ask = asker(cell, peer, stream, message.get("secure") is True)
-        arguments = (self._receiving, registry.of(cell), peer, ask, aborted)
+        ask = stream_request_function(cell, peer, stream, message.get("secure") is True)
+        arguments = (self._receiving, shared().links.of(cell), peer, ask, aborted)
         self._thread = threading.Thread(target=self._receive, args=arguments, name="rdma-stream", daemon=True)
         self._thread.start()
 
@@ -162,7 +162,8 @@ class _Consumer(ObjectConsumer):
     ) -> tuple[str, str]:
         """State and reason."""
         state, reason = "done", ""
-        meter = Meter("received", self._fl_ctx.get_engine().get_cell().get_fqcn(), peer, receiving.kind)
+        name = self._fl_ctx.get_engine().get_cell().get_fqcn()
+        meter = Meter("received", name, peer, receiving.kind, shared().ledger)
         try:
             if channels is None:
                 raise FabricError("this side has no data channels any more")

@@ -22,8 +22,8 @@ from typing import Any
 from nvflare.apis.shareable import ReturnCode, Shareable
 from nvflare.apis.streaming import ObjectProducer, StreamContextKey
 
-from nvflare_rdma.streaming.registry import registry
-from nvflare_rdma.streaming.requests import desk
+from nvflare_rdma.runtime import shared
+from nvflare_rdma.streaming.requests import close_stream, open_stream
 from nvflare_rdma.streaming.streams.receiver import KEY, PREFIX, TURN_SECONDS
 from nvflare_rdma.transfer.service import Service
 
@@ -139,7 +139,7 @@ def stream(
     """
     engine, timeout = fl_ctx.get_engine(), max(timeout, _MIN_TIMEOUT)
     cell = engine.get_cell()
-    if registry.of(cell) is None:
+    if shared().links.of(cell) is None:
         log.warning("%s goes on FLARE's own path: this side has no data channels (RdmaTransfer is not running)", what)
         return _own(own, targets)
 
@@ -158,7 +158,7 @@ def stream(
     failed, replies = False, {}
     if direct:
         made = offer(cell)
-        name = desk.open(cell, made.service)
+        name = open_stream(cell, made.service)
         timeout += TURN_SECONDS
         secure = bool(flags.get("secure"))
         start = {"do": "start", "stream": name, "peer": cell.get_fqcn(), "secure": secure, "timeout": timeout}
@@ -166,7 +166,7 @@ def stream(
         try:
             code = run(tickets, direct)
         finally:
-            desk.close(name)
+            close_stream(name)
         if code != ReturnCode.OK:
             return code, {}
         replies = tickets.replies

@@ -121,7 +121,7 @@ def pull_file(
         AbortedError: ``aborted`` said so. StorageError: the disk is full, or refuses it. IntegrityError: what came is
         not what was read. RdmaError: there is no direct way, or the transfer failed.
     """
-    meter = meter or Meter("received", channels.name, peer, "file")
+    meter = meter or Meter("received", channels.name, peer, "file", channels.ledger)
     _FilePull(channels, peer, ask, expected, folder, path, owner, aborted, meter).receive()
 
 
