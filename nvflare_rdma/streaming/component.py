@@ -23,8 +23,8 @@ from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torc
 from nvflare_rdma.streaming.identity import identifier
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, is_trainer, take_back
+from nvflare_rdma.transfer.content import hot
 from nvflare_rdma.transfer.peers import DataChannels
-from nvflare_rdma.transfer.sender import hot
 
 _ANY_PORT = (0, 0)
 

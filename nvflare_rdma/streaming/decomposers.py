@@ -36,11 +36,12 @@ from nvflare_rdma.streaming.progress import DirectProgress, source_progress
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.relay import RelayConsumer, produce
 from nvflare_rdma.transfer.arrays import TensorMemory
+from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.manifest import unpack
 from nvflare_rdma.transfer.receiver import AbortedError, LostError, Pull
 from nvflare_rdma.transfer.records import Meter, Meters
 from nvflare_rdma.transfer.service import Service
-from nvflare_rdma.transfer.sinks import Land, in_memory
+from nvflare_rdma.transfer.sinks import Land, TensorDestination, in_memory
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class _Served:
     def serve(self, tensors: Mapping[str, Any], cell: Any) -> None:
         self._ref_id = ""
         meters = Meters(cell.get_fqcn() if cell is not None else "")
-        self._service = Service(tensors, functools.partial(registry.of, cell), self._moved, meters)
+        self._service = Service(TensorContent(tensors), functools.partial(registry.of, cell), self._moved, meters)
 
     def set_transaction(self, tx_id: str, ref_id: str) -> None:
         super().set_transaction(tx_id, ref_id)  # type: ignore[misc]
@@ -169,10 +170,11 @@ class DirectDecomposer:
         progress = DirectProgress(ref_id, progress_cb)
         with abortable(cell, from_fqcn, ref_id, abort_signal) as signal, self.landing(cell, others) as landing:
             ask = _asking(signal, **common)
-            pull = Pull(channels, from_fqcn, ask, landing.land, lambda: signal.triggered, progress.moved, meter, True)
+            destination = TensorDestination(landing.land)
+            pull = Pull(channels, from_fqcn, ask, destination, lambda: signal.triggered, progress.moved, meter)
             failure: str | None = None
             try:
-                items = landing.give(pull.run())
+                items = landing.give(pull.run(confirmed=True))
             except AbortedError as error:
                 log.warning("%s", error)
                 cancel(cell, from_fqcn, ref_id, secure, optional)

@@ -39,9 +39,9 @@ def _noted(method: Any) -> Any:
 
 def _counting(run: Any) -> Any:
     @functools.wraps(run)
-    def counting(pull: Pull) -> Any:
+    def counting(pull: Pull, **kinds: Any) -> Any:
         try:
-            tensors = run(pull)
+            tensors = run(pull, **kinds)
         except Exception:
             _counted["own_path"] += 1
             raise

@@ -14,6 +14,7 @@ from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.transfer import receiver
 from nvflare_rdma.transfer.arrays import to_bytes
+from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.manifest import INLINE_BYTES
 from nvflare_rdma.transfer.pieces import Cut
 from nvflare_rdma.transfer.receiver import pull
@@ -41,7 +42,7 @@ class Direct:
         #: While it is not set, the sender does not go on when its first tensors are there.
         self.go_on = threading.Event()
         self.go_on.set()
-        self.service = Service(tensors, lambda: self.channels, self._moved)
+        self.service = Service(TensorContent(tensors), lambda: self.channels, self._moved)
 
     def _moved(self, *what) -> None:
         self.moved.append(what)

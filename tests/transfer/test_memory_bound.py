@@ -19,6 +19,7 @@ from nvflare_rdma.codecs.marks import marked
 from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.streaming.registry import Registry
+from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.peers import DataChannels
 from nvflare_rdma.transfer.pieces import Cut
 from nvflare_rdma.transfer.receiver import pull
@@ -69,7 +70,7 @@ def test_senders_share_the_budget_of_their_receiver(cell):
 
     def send(name: str) -> None:
         site = cell(name, ports=None)
-        service = Service({f"t{i}": few_bits(MIB // 2) for i in range(count)}, lambda: site)
+        service = Service(TensorContent({f"t{i}": few_bits(MIB // 2) for i in range(count)}), lambda: site)
         services.append(service)
         got = pull(server, name, lambda r: service.answer(r, "server"), new)
         assert len(got) == count
@@ -133,7 +134,7 @@ def test_two_jobs_of_one_process(cell):
     registry.start(make)
     servers = [JobCell("server.job-1"), JobCell("server.job-2")]
     sent = [{"x": np.full(MIB, i, np.float32)} for i in range(2)]
-    services = [Service(t, lambda s=s: registry.of(s)) for t, s in zip(sent, servers, strict=True)]
+    services = [Service(TensorContent(t), lambda s=s: registry.of(s)) for t, s in zip(sent, servers, strict=True)]
 
     def job(i: int) -> None:
         own = cell(f"site-1.job-{i}")

@@ -22,7 +22,7 @@ from nvflare_rdma.codecs.marks import codec_of, marked
 from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.errors import ProtocolError, UnrepresentableError
 from nvflare_rdma.streaming.relay import RelayConsumer, produce
-from nvflare_rdma.transfer import manifest, sender
+from nvflare_rdma.transfer import content, manifest, sender
 from nvflare_rdma.transfer.pieces import Cut, EncodedSource, Encoding, HotChunks, decode
 from nvflare_rdma.transfer.sinks import OnDisk, in_memory
 
@@ -84,8 +84,8 @@ def test_what_the_codec_can_not_carry_travels_exact_and_the_rest_encoded(direct,
 def test_a_receiver_that_asks_again_before_the_sender_knows_why(direct, cell, monkeypatch):
     broken, here = weights(), threading.Event()
     broken[600, 7] = math.nan
-    wait = sender.Sender._wait_for_one
-    monkeypatch.setattr(sender.Sender, "_wait_for_one", lambda self: (here.wait(DEADLINE), wait(self)))
+    wait = sender.OfferThread._wait_for_one
+    monkeypatch.setattr(sender.OfferThread, "_wait_for_one", lambda self: (here.wait(DEADLINE), wait(self)))
     it = direct({"b": marked(broken, get_codec("normfloat4"))})
     assert_equal(it.pull(cell("site-1")), {"b": broken})
     here.set()
@@ -114,7 +114,7 @@ def test_many_receivers_of_one_tensor_at_once(direct, cell):
             assert np.array_equal(to_flat(tensor), expected)
 
     in_parallel(*(lambda site=site: receive(site) for site in ("site-1", "site-2", "site-3")))
-    eventually(lambda: not sender.hot._chunks)  # when no receiver waits for them
+    eventually(lambda: not content.hot._chunks)  # when no receiver waits for them
 
 
 def test_chunks_in_shared_memory_are_not_too_long_for_other_receivers(direct, cell, monkeypatch):

@@ -32,6 +32,7 @@ from nvflare_rdma.streaming.streams import sender
 from nvflare_rdma.streaming.streams.receiver import PREFIX, Receiving, register
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.arrays import raw_bytes
+from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.peers import DataChannels
 from nvflare_rdma.transfer.receiver import AbortedError, pull
 from nvflare_rdma.transfer.records import Meter, Meters
@@ -152,12 +153,6 @@ def _portions(entries: list[Any], tensors: set[int], keyed: bool) -> list[list[i
     return [portion for portion in found if portion]
 
 
-class _ContainerService(Service):
-    def count(self, entries: int) -> None:
-        """All entries count, tensors or not."""
-        self._size = entries, self._size[1]
-
-
 class _Offer(sender.Offer):
     def __init__(
         self,
@@ -173,9 +168,8 @@ class _Offer(sender.Offer):
         self._portions = portions
         tensors = {str(n): entries[n][1] if keyed else entries[n] for n in numbers}
         meters = Meters(cell.get_fqcn(), "container")
-        service = _ContainerService(tensors, functools.partial(registry.of, cell), meters=meters)
-        service.count(len(entries))
-        self.service = service
+        content = TensorContent(tensors, len(entries))  # all entries count, tensors or not
+        self.service = Service(content, functools.partial(registry.of, cell), meters=meters)
 
     def more(self) -> Iterator[Any]:
         for portion in self._portions:

@@ -26,10 +26,11 @@ from nvflare_rdma.streaming.streams.receiver import PREFIX, Receiving, register
 from nvflare_rdma.transfer.files.layout import plan
 from nvflare_rdma.transfer.files.partial_file import forget
 from nvflare_rdma.transfer.files.source import FileIdentity, OpenFile, codec_for_files
-from nvflare_rdma.transfer.files.transfer import FileService, pull_file
+from nvflare_rdma.transfer.files.transfer import FileContent, FileTarget, pull_file
 from nvflare_rdma.transfer.peers import DataChannels
 from nvflare_rdma.transfer.receiver import AbortedError
 from nvflare_rdma.transfer.records import Meter, Meters
+from nvflare_rdma.transfer.service import Service
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,8 @@ def _warm_up(identity: FileIdentity) -> None:
 class _Offer(sender.Offer):
     def __init__(self, file: OpenFile, cell: Any) -> None:
         self._file = file
-        self.service = FileService(file, functools.partial(registry.of, cell), Meters(cell.get_fqcn(), "file"))
+        meters = Meters(cell.get_fqcn(), "file")
+        self.service = Service(FileContent(file), functools.partial(registry.of, cell), meters=meters)
 
     @property
     def broken(self) -> str:
@@ -177,7 +179,8 @@ class FileReceiving(Receiving):
         meter: Meter,
     ) -> None:
         """See `stream_receiving.Receiving`."""
-        pull_file(channels, peer, ask, self._identity, self._folder, self._path, self._site, aborted, meter)
+        target = FileTarget(self._identity, self._folder, self._path, self._site)
+        pull_file(channels, peer, ask, target, aborted, meter)
 
     def may_come_otherwise(self, error: Exception) -> bool:
         """Not if the disk is full, or the data wrong."""

@@ -14,7 +14,7 @@ from nvflare_rdma.transfer.files.partial_file import PartialFile
 from nvflare_rdma.transfer.files.source import BLOCK_BYTES, OpenFile, PartDigests
 from nvflare_rdma.transfer.manifest import Item
 from nvflare_rdma.transfer.pieces import decode
-from nvflare_rdma.transfer.sinks import Landings, Place, own_memory
+from nvflare_rdma.transfer.sinks import Arrivals, own_memory
 
 #: So many large chunks have to fit into the budget.
 _ROOMY = 4
@@ -24,11 +24,10 @@ class PartSource(Source):
     """One part of a file, which begins at ``start`` there. ``digests``: of what was sent."""
 
     ready = False
+    unrepresentable: str = ""
 
     def __init__(self, file: OpenFile, start: int, item: Item) -> None:
         self.nbytes = item.sent_nbytes
-        self.unrepresentable = ""
-        """Why it has to travel exact."""
         self._file = file
         self._start = start
         self._item = item
@@ -103,19 +102,6 @@ class FilePart:
         return self.source(bool(self.unrepresentable))
 
 
-class _Here(Place):
-    """Of a part: it is on disk."""
-
-    def write(self, offset: int, data: memoryview) -> None:
-        raise NotImplementedError("a part is written by its PartSink")
-
-    def finish(self) -> None:
-        pass
-
-
-HERE = _Here()
-
-
 class PartSink(Sink):
     """Writes a part to disk as it comes. ``landed``: told its number, and digests of what came and of what is there;
     ``budget``: bytes that chunks may take, of this and all else that comes."""
@@ -124,7 +110,7 @@ class PartSink(Sink):
         self,
         file: PartialFile,
         item: Item,
-        landings: Landings,
+        arrivals: Arrivals,
         landed: Callable[[int, bytes, bytes], None],
         budget: int,
     ) -> None:
@@ -138,7 +124,7 @@ class PartSink(Sink):
         self._number = int(item.name)
         self._kept = PartDigests(item.nbytes)
         self._came = PartDigests(self.nbytes, cut.unit) if cut is not None else self._kept
-        self._landings = landings
+        self._arrivals = arrivals
         self._landed = landed
 
     def put(self, offset: int, chunk: memoryview) -> None:
@@ -157,10 +143,10 @@ class PartSink(Sink):
     def done(self) -> None:
         came, kept = self._came.whole(), self._kept.whole()
         if came is None or kept is None:
-            self._landings.lose(self._number, f"part {self._number} came in pieces that can't be verified")
+            self._arrivals.lose(self._number, f"part {self._number} came in pieces that can't be verified")
             return
         self._landed(self._number, came, kept)
-        self._landings.came(self._number, HERE, self.nbytes)
+        self._arrivals.came(self._number, self.nbytes)
 
     def failed(self, reason: str) -> None:
-        self._landings.lose(self._number, reason)
+        self._arrivals.lose(self._number, reason)
