@@ -23,7 +23,7 @@ from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torc
 from nvflare_rdma.streaming.identity import identifier
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, is_trainer, take_back
-from nvflare_rdma.transfer.content import hot
+from nvflare_rdma.transfer.encoding import encoded_chunks
 from nvflare_rdma.transfer.peers import DataChannels
 
 _ANY_PORT = (0, 0)
@@ -79,7 +79,7 @@ def install() -> None:
     """From now on FLARE's tensors and arrays move over data channels, until `registry.stop`."""
     require_flare("RdmaTransfer")
     settings = this_runtime().settings  # a wrong one is said now
-    hot.limit = settings.rdma_memory_budget_bytes // 16
+    encoded_chunks.limit = settings.rdma_memory_budget_bytes // 16
     replace_decomposer(RdmaArrayDecomposer())
     # A trainer that exchanges torch tensors has imported torch by now; another need not wait for that. Where another
     # thread is still importing it, this waits until that is done.

@@ -17,13 +17,11 @@ from nvflare_rdma.codecs.runs import read_run
 from nvflare_rdma.codecs.tensors import is_torch
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.arrays import raw_bytes, strided, to_bytes
+from nvflare_rdma.transfer.encoding import EncodedChunkCache, EncodedSource, encoded_chunks
 from nvflare_rdma.transfer.manifest import INLINE_BYTES, INLINE_TOTAL, Item
-from nvflare_rdma.transfer.pieces import EncodedSource, Encoding, HotChunks, cut_of
+from nvflare_rdma.transfer.pieces import piece_layout
 
 log = logging.getLogger(__name__)
-
-#: The process's.
-hot = HotChunks()
 
 
 class Content(ABC):
@@ -65,13 +63,18 @@ class TensorContent(Content):
     Args:
         tensors: FLARE's item id -> tensor. Not changed.
         entries: how many entries are recorded, where not all of them are tensors.
-        encoded_chunks: where encoded chunks are kept for other receivers.
+        cache: keeps encoded chunks for other receivers.
     """
 
-    def __init__(self, tensors: Mapping[str, Any], entries: int | None = None, encoded_chunks: HotChunks = hot) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Any],
+        entries: int | None = None,
+        cache: EncodedChunkCache = encoded_chunks,
+    ) -> None:
         self.size = len(tensors) if entries is None else entries, raw_bytes(tensors)
         self._tensors = dict(tensors)
-        self._encoded_chunks = encoded_chunks
+        self._cache = cache
         self._lock = threading.Lock()
         #: Marked tensors that their codec can't carry.
         self._exact: set[str] = set()
@@ -89,14 +92,16 @@ class TensorContent(Content):
 
     def _describe(self, exact: set[str]) -> list[Item]:
         items = manifest.describe(self._tensors)
-        cuts = {name: cut_of(tensor, codec_of(tensor)) for name, tensor in self._tensors.items() if name not in exact}
+        cuts = {
+            name: piece_layout(tensor, codec_of(tensor)) for name, tensor in self._tensors.items() if name not in exact
+        }
         return [item if (cut := cuts.get(item.name)) is None else replace(item, cut=cut) for item in items]
 
     def source(self, item: Item) -> Source:
         tensor = self._tensors[item.name]
         if item.cut is None:
             return TensorSource(tensor, item.nbytes)
-        return EncodedSource(Encoding.of(tensor, item.cut, self._encoded_chunks))
+        return EncodedSource(self._cache.encoding(tensor, item.cut))
 
     def send_exact(self, name: str, reason: str) -> None:
         with self._lock:

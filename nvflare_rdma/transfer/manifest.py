@@ -17,7 +17,7 @@ import msgpack
 
 from nvflare_rdma.codecs.tensors import FLOAT_NAMES, MAX_DIMENSIONS, dtype_name, is_plain, is_torch, width
 from nvflare_rdma.errors import ProtocolError, TransferError
-from nvflare_rdma.transfer.pieces import Cut
+from nvflare_rdma.transfer.pieces import PieceLayout
 
 INLINE_BYTES = 16 * 1024
 INLINE_TOTAL = 1024 * 1024
@@ -34,7 +34,7 @@ class Item:
     dtype: str
     shape: tuple[int, ...]
     content: bytes | None = None
-    cut: Cut | None = None
+    cut: PieceLayout | None = None
 
     @property
     def nbytes(self) -> int:
@@ -110,5 +110,5 @@ def _item(name: Any, torch: Any, dtype: Any, shape: Any, content: Any, codec: An
     if codec is not None:
         if type(codec) is not str or type(values) is not int or content is not None or dtype not in FLOAT_NAMES:
             raise ValueError(f"{name!r} of dtype {dtype} is encoded with {codec!r}")
-        item = replace(item, cut=Cut.given(codec, math.prod(shape), values))
+        item = replace(item, cut=PieceLayout.from_peer(codec, math.prod(shape), values))
     return item

@@ -12,14 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Set
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.codecs.safetensors_header import SAFETENSORS_DTYPES
-from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.transfer.arrays import from_bytes
+from nvflare_rdma.transfer.encoding import decode_pieces
 from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.pieces import decode
 
 Land: TypeAlias = "Callable[[Item], Place]"
 
@@ -189,15 +186,9 @@ def store(item: Item, place: Place, offset: int, chunk: memoryview) -> None:
     if cut is None:
         place.write(offset, chunk)
         return
-    width = NUMPY_DTYPES[item.dtype].itemsize
-    for first, last, part in cut.pieces(offset, len(chunk)):
-        if place.memory is not None:
-            out = place.memory[first * width : last * width]
-            decode(cut, item.dtype, first, last, chunk[part], out)
-        else:
-            out = memoryview(own_memory(cut.values * width))[: (last - first) * width]
-            decode(cut, item.dtype, first, last, chunk[part], out)
-            place.write(first * width, out)
+    for start, values in decode_pieces(cut, item.dtype, offset, chunk, place.memory):
+        if place.memory is None:
+            place.write(start, values)
 
 
 class Destination(ABC):
@@ -258,17 +249,3 @@ class TensorDestination(Destination):
         place = self._land(item)
         place.write(0, memoryview(item.content))
         return place.finish()
-
-
-class _Scratch(threading.local):
-    memory = np.empty(0, np.uint8)
-
-
-_scratch = _Scratch()
-
-
-def own_memory(nbytes: int) -> Any:
-    """The thread's memory for a piece before it is encoded, or when it is decoded. It has what was left there."""
-    if _scratch.memory.size < nbytes:
-        _scratch.memory = np.empty(nbytes, np.uint8)
-    return _scratch.memory

@@ -16,7 +16,7 @@ from nvflare_rdma.transfer import receiver
 from nvflare_rdma.transfer.arrays import to_bytes
 from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.manifest import INLINE_BYTES
-from nvflare_rdma.transfer.pieces import Cut
+from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.receiver import pull
 from nvflare_rdma.transfer.service import Service
 from nvflare_rdma.transfer.sinks import in_memory
@@ -91,7 +91,7 @@ def assert_equal(got, sent) -> None:
 def as_encoded(tensor, codec: str) -> np.ndarray:
     """What arrives of a tensor: its pieces decoded, flat."""
     flat, made = to_flat(tensor), get_codec(codec)
-    cut, out = Cut.of(made, flat.size), np.empty_like(flat)
+    cut, out = PieceLayout.choose(made, flat.size), np.empty_like(flat)
     for first in range(0, flat.size, cut.values):
         piece = flat[first : first + cut.values]
         encoded = np.empty(made.encoded_nbytes(piece.size), np.uint8)

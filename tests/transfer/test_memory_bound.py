@@ -21,7 +21,7 @@ from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.streaming.registry import Registry
 from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.peers import DataChannels
-from nvflare_rdma.transfer.pieces import Cut
+from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.receiver import pull
 from nvflare_rdma.transfer.service import Service
 
@@ -154,4 +154,4 @@ def test_a_unit_fits_into_the_smallest_budget():
     from nvflare_rdma.codecs import CODEC_NAMES, FixedSizeCodec
 
     fixed = [codec for name in CODEC_NAMES if isinstance(codec := get_codec(name), FixedSizeCodec)]
-    assert max(Cut.of(codec, 1 << 30).unit for codec in fixed) <= MIB * 12 // 16
+    assert max(PieceLayout.choose(codec, 1 << 30).unit for codec in fixed) <= MIB * 12 // 16

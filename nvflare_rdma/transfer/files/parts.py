@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-import numpy as np
 
 from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES, Sink, Source, Take
 from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.errors import UnrepresentableError
+from nvflare_rdma.transfer.encoding import Scratch, decode_pieces, pieces_in, thread_scratch
 from nvflare_rdma.transfer.files.partial_file import PartialFile
 from nvflare_rdma.transfer.files.source import BLOCK_BYTES, OpenFile, PartDigests
 from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.pieces import decode
-from nvflare_rdma.transfer.sinks import Arrivals, own_memory
+from nvflare_rdma.transfer.sinks import Arrivals
 
 #: So many large chunks have to fit into the budget.
 _ROOMY = 4
@@ -43,34 +40,27 @@ class PartSource(Source):
         step = min(self.nbytes, cut.unit if cut is not None else BLOCK_BYTES)
         block = memoryview(bytearray(step))
         # Not the thread's own: there are many that answer requests.
-        room = memoryview(bytearray(self._piece_nbytes))
+        room = memoryview(bytearray(0 if cut is None else cut.values * NUMPY_DTYPES[self._item.dtype].itemsize))
         while (digest := self.digests.whole()) is None:
             for offset in range(0, self.nbytes, step):
                 self._fill(offset, block[: self.nbytes - offset], lambda nbytes: room)
         return digest
 
-    @property
-    def _piece_nbytes(self) -> int:
-        """Of the values of a piece."""
-        cut = self._item.cut
-        return cut.values * NUMPY_DTYPES[self._item.dtype].itemsize if cut is not None else 0
-
     def read(self, offset: int, length: int, take: Take) -> memoryview:
         slot = take(length)
-        self._fill(offset, slot, own_memory)
+        self._fill(offset, slot, thread_scratch)
         return slot
 
-    def _fill(self, offset: int, out: memoryview, room: Callable[[int], Any]) -> None:
-        cut, dtype = self._item.cut, self._item.dtype
+    def _fill(self, offset: int, out: memoryview, scratch: Scratch) -> None:
+        cut = self._item.cut
         if cut is None:
             self._file.read_into(out, self._start + offset)
         else:
-            width = NUMPY_DTYPES[dtype].itemsize
-            for first, last, place in cut.pieces(offset, len(out)):
-                values = memoryview(room(self._piece_nbytes))[: (last - first) * width]
-                self._file.read_into(values, self._start + first * width)
+            for piece in pieces_in(cut, self._item.dtype, offset, out):
+                values = piece.room(scratch)
+                self._file.read_into(values, self._start + piece.start)
                 try:
-                    cut.codec.encode_into(np.frombuffer(values, NUMPY_DTYPES[dtype]), out[place])
+                    piece.encode(values)
                 except UnrepresentableError as error:
                     self.unrepresentable = str(error)
                     raise
@@ -133,12 +123,9 @@ class PartSink(Sink):
         if cut is None:
             self._file.write(self._number, offset, chunk)
             return
-        width = NUMPY_DTYPES[self._item.dtype].itemsize
-        for first, last, place in cut.pieces(offset, len(chunk)):
-            out = memoryview(own_memory(cut.values * width))[: (last - first) * width]
-            decode(cut, self._item.dtype, first, last, chunk[place], out)
-            self._kept.add(first * width, out)
-            self._file.write(self._number, first * width, out)
+        for start, values in decode_pieces(cut, self._item.dtype, offset, chunk):
+            self._kept.add(start, values)
+            self._file.write(self._number, start, values)
 
     def done(self) -> None:
         came, kept = self._came.whole(), self._kept.whole()

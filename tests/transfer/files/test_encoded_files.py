@@ -21,7 +21,7 @@ from nvflare_rdma.transfer.arrays import to_bytes
 from nvflare_rdma.transfer.files.partial_file import PartialFile
 from nvflare_rdma.transfer.files.source import OpenFile
 from nvflare_rdma.transfer.files.transfer import pull_file
-from nvflare_rdma.transfer.pieces import Cut
+from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.receiver import AbortedError
 from nvflare_rdma.transfer.records import Meter
 
@@ -266,7 +266,9 @@ def test_answers_that_lie(lie, encoded, cell):
         described.append(answer)
         items = manifest.unpack(answer["manifest"])
         if lie == ("another codec" if len(described) == 1 else "another codec later"):
-            items = [replace(item, cut=item.cut and Cut.of(get_codec("int8"), item.cut.n)) for item in items]
+            items = [
+                replace(item, cut=item.cut and PieceLayout.choose(get_codec("int8"), item.cut.n)) for item in items
+            ]
         elif lie == "other parts later" and len(described) == 2:
             items = [*items[1:], items[0]]
         elif lie == "other file":
