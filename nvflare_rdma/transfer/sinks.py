@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import struct
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -13,7 +11,7 @@ from collections.abc import Callable, Mapping, Set
 from typing import Any, TypeAlias
 
 from nvflare_rdma.channel.bodies import Sink
-from nvflare_rdma.codecs.safetensors_header import SAFETENSORS_DTYPES
+from nvflare_rdma.codecs.safetensors_header import METADATA, SAFETENSORS_DTYPES, make_header
 from nvflare_rdma.transfer.arrays import from_bytes
 from nvflare_rdma.transfer.encoding import decode_pieces
 from nvflare_rdma.transfer.manifest import Item
@@ -64,19 +62,11 @@ class OnDisk(Place):
     def __init__(self, item: Item, path: str) -> None:
         self.path = path
         self._name = item.name
-        header = {
-            item.name: {
-                "dtype": SAFETENSORS_DTYPES[item.dtype],
-                "shape": list(item.shape),
-                "data_offsets": [0, item.nbytes],
-            }
-        }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._start = 8 + len(text)
+        header = make_header(item.name, item.dtype, item.shape, item.nbytes)
+        self._start = len(header)
         self._fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self._abandon = weakref.finalize(self, _abandon, self._fd, path)
-        os.pwrite(self._fd, struct.pack("<Q", len(text)) + text, 0)
+        os.pwrite(self._fd, header, 0)
         self._nbytes = item.nbytes
         self._allocating = threading.Lock()
         self._allocated = not item.nbytes
@@ -84,7 +74,7 @@ class OnDisk(Place):
     @staticmethod
     def takes(item: Item) -> bool:
         """Whether such files have tensors of its dtype."""
-        return item.torch and item.dtype in SAFETENSORS_DTYPES and item.name != "__metadata__"
+        return item.torch and item.dtype in SAFETENSORS_DTYPES and item.name != METADATA
 
     def write(self, offset: int, data: memoryview) -> None:
         with self._allocating:  # when something comes, and not because somebody has said so
