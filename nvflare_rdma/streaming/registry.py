@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nvflare_rdma.errors import RdmaError
-from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer.peers import PeerLinks
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +23,10 @@ class Registry:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._runs = 0
-        self._make: Callable[[Any], DataChannels] | None = None
-        self._channels: dict[str, DataChannels | None] = {}
+        self._make: Callable[[Any], PeerLinks] | None = None
+        self._channels: dict[str, PeerLinks | None] = {}
 
-    def start(self, make: Callable[[Any], DataChannels]) -> None:
+    def start(self, make: Callable[[Any], PeerLinks]) -> None:
         """A run begins: from now on ``make`` opens channels for a FLARE `Cell`."""
         with self._lock:
             self._runs += 1
@@ -44,7 +44,7 @@ class Registry:
                 opened.close()
         return True
 
-    def of(self, cell: Any) -> DataChannels | None:
+    def of(self, cell: Any) -> PeerLinks | None:
         """Those of ``cell``; None outside of runs, or if they can't be made, which is logged once."""
         name = cell.get_fqcn()
         with self._lock:

@@ -23,7 +23,7 @@ from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.records import Meter
 from nvflare_rdma.transfer.sinks import Arrivals, Destination, Land, TensorDestination
 
@@ -52,7 +52,7 @@ class Progress:
 
 
 def pull(
-    channels: DataChannels,
+    links: PeerLinks,
     peer: str,
     ask: Callable[[dict[str, Any]], Any],
     land: Land,
@@ -66,14 +66,14 @@ def pull(
         ask: sends a request to the peer's `Service.answer` and gives what it says.
         land: makes the place of a tensor.
         aborted: whether to stop; it is looked at several times a second.
-        meter: counts what came over channels, and how.
+        meter: counts what came over links, and how.
 
     Raises:
         AbortedError: ``aborted`` said so.
         RdmaError: there is no direct way, or what came over it is no good. Nothing is kept.
     """
-    meter = meter or Meter("received", channels.name, peer)
-    tensors: dict[str, Any] = Pull(channels, peer, ask, TensorDestination(land), aborted, progress, meter).run()
+    meter = meter or Meter("received", links.name, peer)
+    tensors: dict[str, Any] = Pull(links, peer, ask, TensorDestination(land), aborted, progress, meter).run()
     return tensors
 
 
@@ -83,7 +83,7 @@ class Pull:
 
     def __init__(
         self,
-        channels: DataChannels,
+        links: PeerLinks,
         peer: str,
         ask: Callable[[dict[str, Any]], Any],
         destination: Destination,
@@ -91,7 +91,7 @@ class Pull:
         progress: Callable[[Progress], None],
         meter: Meter,
     ) -> None:
-        self._channels = channels
+        self._links = links
         self._peer = peer
         self._ask_peer = ask
         self._destination = destination
@@ -118,7 +118,7 @@ class Pull:
             # First: once the peer has heard "done", nobody else has it.
             result = self._receive()
             # A sender that says so sees for itself what has arrived, while the channel lives.
-            if not (confirmed and self._seen and self._channels.find(self._peer)):
+            if not (confirmed and self._seen and self._links.find(self._peer)):
                 self._say_done()
             return result
         except Exception as error:
@@ -168,17 +168,17 @@ class Pull:
         invitation = self._find_way(described)
         arrivals = Arrivals(set(missing))
         sinks = [self._destination.sink(number, arrivals) for number in sorted(missing)]
-        first = self._channels.expect(self._peer, sinks)
+        first = self._links.expect(self._peer, sinks)
         try:
             self._asked = True
             request = {"do": "send", "first": first, "items": sorted(missing), "invitation": invitation}
             self._seen = ask_for(self._ask_peer, request).get("sees") is True
-            if invitation is not None and self._channels.await_open(self._peer) is None:
+            if invitation is not None and self._links.await_open(self._peer) is None:
                 return "the channel that the peer has dialled did not open"
             self._wait(arrivals)
         finally:
             self._count(sinks, arrivals)
-            self._channels.forget(self._peer, first, len(sinks))
+            self._links.forget(self._peer, first, len(sinks))
         with arrivals.changed:
             self._whole |= arrivals.whole
             self._whole_bytes += arrivals.nbytes
@@ -186,7 +186,7 @@ class Pull:
         return reason
 
     def _count(self, sinks: list[Sink], arrivals: Arrivals) -> None:
-        link = self._channels.find(self._peer)
+        link = self._links.find(self._peer)
         self._meter.fabric = link.fabric if link is not None else self._meter.fabric
         self._meter.resent_chunks += sum(sink.resent_chunks for sink in sinks)
         with arrivals.changed:
@@ -194,14 +194,14 @@ class Pull:
 
     def _find_way(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
         """See that there is a channel; an invitation if the peer has to make it."""
-        if described.get("channel") is True and self._channels.find(self._peer) is not None:
+        if described.get("channel") is True and self._links.find(self._peer) is not None:
             return None
         theirs = described.get("invitation")
         if theirs is not None:
-            self._channels.dial(self._peer, theirs)
+            self._links.dial(self._peer, theirs)
             return None
         try:
-            return self._channels.invite(self._peer)
+            return self._links.invite(self._peer)
         except FabricUnavailable as error:
             raise FabricUnavailable(f"neither side has a door: {error}; {described.get('closed')}") from error
 
@@ -223,9 +223,9 @@ class Pull:
             if self._aborted():
                 raise AbortedError(f"the transfer from {self._peer} was aborted")
             now = time.monotonic()
-            if (moving := (nbytes, self._channels.arriving(self._peer))) != moved:
+            if (moving := (nbytes, self._links.arriving(self._peer))) != moved:
                 moved, moved_at = moving, now
-            if self._channels.find(self._peer) is None:
+            if self._links.find(self._peer) is None:
                 arrivals.fail("the data channel broke")
             elif now - moved_at > STALL_SECONDS:
                 arrivals.fail(f"nothing has come for {STALL_SECONDS:g} s")
@@ -244,7 +244,7 @@ class Pull:
             arrivals.fail(str(failed))
 
     def _describe(self) -> Mapping[str, Any]:
-        request = {"do": "describe", "channel": self._channels.find(self._peer) is not None}
+        request = {"do": "describe", "channel": self._links.find(self._peer) is not None}
         described = ask_for(self._ask_peer, request)
         items, known = manifest.unpack(described.get("manifest")), self.items
         # Again: how they are sent may have changed, but not what they are.

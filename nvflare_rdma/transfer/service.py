@@ -12,7 +12,7 @@ from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, R
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.content import Content
 from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.records import Meters
 from nvflare_rdma.transfer.sender import OfferedItem, OfferThread, Relayed
 
@@ -28,7 +28,7 @@ class Service:
 
     Args:
         content: what is sent; let go of when the service is closed.
-        channels: this process's; None when there are none (any more).
+        links: this process's; None when there are none (any more).
         moved: told (receiver, bytes, tensors) of what has arrived there.
         meters: count what goes to each receiver; those of "done" are ended here, others by `ended` or `close`.
     """
@@ -36,14 +36,14 @@ class Service:
     def __init__(
         self,
         content: Content,
-        channels: Callable[[], DataChannels | None],
+        links: Callable[[], PeerLinks | None],
         moved: Callable[[str, int, int], None] = lambda receiver, nbytes, count: None,
         meters: Meters | None = None,
     ) -> None:
         self.meters = meters or Meters("")
         self._size = content.size
         self._content: Content | None = content
-        self._channels = channels
+        self._links = links
         self._moved = moved
         self._lock = threading.Lock()
         #: Receiver -> what it was told.
@@ -153,11 +153,11 @@ class Service:
         if given_up:
             meter.fall_back(given_up)
 
-    def _open(self) -> tuple[DataChannels, Content]:
-        channels = self._channels()
-        if channels is None:
+    def _open(self) -> tuple[PeerLinks, Content]:
+        links = self._links()
+        if links is None:
             raise TransferError("the sender has no data channels any more")
-        return channels, self._open_content()
+        return links, self._open_content()
 
     def _open_content(self) -> Content:
         if (content := self._content) is None:
@@ -166,7 +166,7 @@ class Service:
 
     def _describe(self, request: Mapping[str, Any], receiver: str) -> dict[str, Any]:
         meter = self.meters.begin(receiver)
-        channels, content = self._open()
+        links, content = self._open()
         with self._lock:
             sender = self._sendings.get(receiver)
         if sender is not None:  # it may hear later than the receiver what could not be encoded
@@ -176,13 +176,13 @@ class Service:
             self._asked.discard(receiver)
         items = self._items[receiver] = content.items()
         if meter.budget is None:
-            meter.budget = channels.budget.watch()
+            meter.budget = links.budget.watch()
             meter.wire_bytes += sum(len(item.content or b"") for item in items)
-        invitation, closed, channel = None, "", channels.find(receiver) is not None
+        invitation, closed, channel = None, "", links.find(receiver) is not None
         # One side may not have noticed yet that the channel is gone.
         if not channel or request.get("channel") is not True:
             try:
-                invitation = channels.invite(receiver)
+                invitation = links.invite(receiver)
             except FabricUnavailable as error:
                 closed = str(error)
         way = {"invitation": invitation, "closed": closed, "channel": channel}
@@ -199,7 +199,7 @@ class Service:
         return {"manifest": manifest.pack(items), **content.extra}
 
     def _send(self, request: Mapping[str, Any], receiver: str) -> dict[str, Any]:
-        channels, content = self._open()
+        links, content = self._open()
         first, wanted, invitation = request.get("first"), request.get("items"), request.get("invitation")
         if type(first) is not int or not 0 < first < 1 << 63 or not isinstance(wanted, list | tuple):
             raise ProtocolError("malformed request to send")
@@ -210,8 +210,8 @@ class Service:
         if len(set(wanted)) != len(wanted):
             raise ProtocolError("request to send the same twice")
         if invitation is not None:
-            link = _dial(channels, receiver, invitation)
-        elif (found := channels.await_open(receiver)) is not None:
+            link = _dial(links, receiver, invitation)
+        elif (found := links.await_open(receiver)) is not None:
             link = found
         else:
             raise TransferError(f"there is no data channel to {receiver}")
@@ -229,12 +229,12 @@ class Service:
         return {"sending": len(offered), "sees": True}
 
 
-def _dial(channels: DataChannels, receiver: str, invitation: Any) -> Link:
+def _dial(links: PeerLinks, receiver: str, invitation: Any) -> Link:
     """Only where the receiver can't dial: nobody is to have this side connect to addresses of his choice."""
-    if channels.has_door_for(receiver):
+    if links.has_door_for(receiver):
         raise ProtocolError("an invitation to a side that has a door")
     try:
-        return channels.dial(receiver, invitation)
+        return links.dial(receiver, invitation)
     except FabricError as error:
         log.warning("%s", error)  # what was tried and how it went is nobody else's business
         raise FabricUnavailable("the sender can't reach the receiver's data port; its log says why") from error

@@ -118,7 +118,7 @@ def test_any_error_of_the_sender_is_a_refusal(direct, caplog):
     def broken():
         raise RuntimeError("CUDA error")
 
-    it.service._channels = broken
+    it.service._links = broken
     assert it.ask("site-1")({"do": "describe"}) == {"refused": "CUDA error"}
     assert caplog.records[-1].levelno == logging.ERROR
 

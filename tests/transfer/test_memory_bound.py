@@ -20,7 +20,7 @@ from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.streaming.registry import Registry
 from nvflare_rdma.transfer.content import TensorContent
-from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.receiver import pull
 from nvflare_rdma.transfer.service import Service
@@ -37,7 +37,7 @@ def secure(tmp_path_factory):
     return lambda server_side: get_ssl_context(files, server_side)
 
 
-def held_at_most(channels: DataChannels) -> int:
+def held_at_most(channels: PeerLinks) -> int:
     """Slots that were in use at once."""
     pool = channels._runtime.context.pool
     return pool._busiest
@@ -127,7 +127,7 @@ def test_two_jobs_of_one_process(cell):
         def get_fqcn(self) -> str:
             return self.name
 
-    def make(of: JobCell) -> DataChannels:
+    def make(of: JobCell) -> PeerLinks:
         return made.setdefault(of.name, cell(of.name))
 
     registry.start(make)

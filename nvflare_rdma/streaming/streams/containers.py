@@ -33,7 +33,7 @@ from nvflare_rdma.streaming.streams.receiver import PREFIX, Receiving, register
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.arrays import raw_bytes
 from nvflare_rdma.transfer.content import TensorContent
-from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.receiver import AbortedError, pull
 from nvflare_rdma.transfer.records import Meter, Meters
 from nvflare_rdma.transfer.service import Service
@@ -108,7 +108,7 @@ class ContainerStreamer(flare.ContainerStreamer):
             stream_ctx,
             {_PORTIONS: len(portions)},
             targets,
-            lambda cell: _Offer(entries, numbers, portions, isinstance(container, dict), cell),
+            lambda cell: _StreamedContainer(entries, numbers, portions, isinstance(container, dict), cell),
             own,
             f"a container ({type(container).__name__}, {len(container)} entries)",
             entry_timeout,
@@ -153,7 +153,7 @@ def _portions(entries: list[Any], tensors: set[int], keyed: bool) -> list[list[i
     return [portion for portion in found if portion]
 
 
-class _Offer(sender.Offer):
+class _StreamedContainer(sender.StreamedObject):
     def __init__(
         self,
         entries: list[Any],
@@ -214,14 +214,14 @@ class ContainerReceiving(Receiving):
 
     def run(
         self,
-        channels: DataChannels,
+        links: PeerLinks,
         peer: str,
         ask: Callable[[dict[str, Any]], Any],
         aborted: Callable[[], bool],
         meter: Meter,
     ) -> None:
         """See `stream_receiving.Receiving`."""
-        tensors = pull(channels, peer, ask, in_memory(memory.take), aborted, meter=meter)
+        tensors = pull(links, peer, ask, in_memory(memory.take), aborted, meter=meter)
         memory.keep_for(tensor.nbytes for tensor in tensors.values())
         self.size = self._size, raw_bytes(tensors)
         with self._changed:

@@ -27,7 +27,7 @@ from nvflare_rdma.transfer.files.layout import plan
 from nvflare_rdma.transfer.files.partial_file import forget
 from nvflare_rdma.transfer.files.source import FileIdentity, OpenFile, codec_for_files
 from nvflare_rdma.transfer.files.transfer import FileContent, FileTarget, pull_file
-from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.receiver import AbortedError
 from nvflare_rdma.transfer.records import Meter, Meters
 from nvflare_rdma.transfer.service import Service
@@ -127,7 +127,7 @@ class FileStreamer(flare.FileStreamer):
             stream_ctx,
             {_IDENTITY: file.identity.pack()},
             targets,
-            lambda cell: _Offer(file, cell),
+            lambda cell: _StreamedFile(file, cell),
             own,
             file_name,
             chunk_timeout,
@@ -142,7 +142,7 @@ def _warm_up(identity: FileIdentity) -> None:
         warm_up([identity.codec])
 
 
-class _Offer(sender.Offer):
+class _StreamedFile(sender.StreamedObject):
     def __init__(self, file: OpenFile, cell: Any) -> None:
         self._file = file
         meters = Meters(cell.get_fqcn(), "file")
@@ -172,7 +172,7 @@ class FileReceiving(Receiving):
 
     def run(
         self,
-        channels: DataChannels,
+        links: PeerLinks,
         peer: str,
         ask: Callable[[dict[str, Any]], Any],
         aborted: Callable[[], bool],
@@ -180,7 +180,7 @@ class FileReceiving(Receiving):
     ) -> None:
         """See `stream_receiving.Receiving`."""
         target = FileTarget(self._identity, self._folder, self._path, self._site)
-        pull_file(channels, peer, ask, target, aborted, meter)
+        pull_file(links, peer, ask, target, aborted, meter)
 
     def may_come_otherwise(self, error: Exception) -> bool:
         """Not if the disk is full, or the data wrong."""

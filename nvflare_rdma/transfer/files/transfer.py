@@ -24,7 +24,7 @@ from nvflare_rdma.transfer.files.partial_file import PartialFile
 from nvflare_rdma.transfer.files.parts import FilePart, PartSink, PartSource
 from nvflare_rdma.transfer.files.source import FileIdentity, OpenFile
 from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.receiver import AbortedError, LostError, Pull, ask_for
 from nvflare_rdma.transfer.records import Meter
 from nvflare_rdma.transfer.sinks import Arrivals, Destination
@@ -120,7 +120,7 @@ class FileTarget:
 
 
 def pull_file(
-    channels: DataChannels,
+    links: PeerLinks,
     peer: str,
     ask: Callable[[dict[str, Any]], Any],
     target: FileTarget,
@@ -135,9 +135,9 @@ def pull_file(
         AbortedError: ``aborted`` said so. StorageError: the disk is full, or refuses it. IntegrityError: what came is
         not what was read. RdmaError: there is no direct way, or the transfer failed.
     """
-    meter = meter or Meter("received", channels.name, peer, "file")
-    destination = FileDestination(target, peer, ask, channels.budget.limit, aborted)
-    Pull(channels, peer, ask, destination, aborted, lambda done: None, meter).run()
+    meter = meter or Meter("received", links.name, peer, "file")
+    destination = FileDestination(target, peer, ask, links.budget.limit, aborted)
+    Pull(links, peer, ask, destination, aborted, lambda done: None, meter).run()
 
 
 class FileDestination(Destination):
