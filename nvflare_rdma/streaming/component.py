@@ -23,8 +23,7 @@ from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, memory, torc
 from nvflare_rdma.streaming.identity import identifier
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, is_trainer, take_back
-from nvflare_rdma.transfer.encoding import encoded_chunks
-from nvflare_rdma.transfer.peers import PeerLinks
+from nvflare_rdma.transfer import PeerLinks, encoded_chunks
 
 _ANY_PORT = (0, 0)
 

@@ -35,13 +35,20 @@ from nvflare_rdma.streaming.fallback import finish, flares_own
 from nvflare_rdma.streaming.progress import DirectProgress, source_progress
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.relay import RelayConsumer, produce
-from nvflare_rdma.transfer.arrays import TensorMemory
-from nvflare_rdma.transfer.content import TensorContent
-from nvflare_rdma.transfer.manifest import unpack
-from nvflare_rdma.transfer.receiver import AbortedError, LostError, Pull
-from nvflare_rdma.transfer.records import Meter, Meters
-from nvflare_rdma.transfer.service import Service
-from nvflare_rdma.transfer.sinks import Land, TensorDestination, in_memory
+from nvflare_rdma.transfer import (
+    AbortedError,
+    Land,
+    LostError,
+    Meter,
+    Meters,
+    Pull,
+    Service,
+    TensorContent,
+    TensorDestination,
+    TensorMemory,
+    in_memory,
+    unpack_manifest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +220,7 @@ def _relayed(
         answer = ask({"do": "relay"})
         if not isinstance(answer, Mapping) or "manifest" not in answer:
             raise TransferError(f"the sender can't relay: {answer}")
-        items = unpack(answer["manifest"])
+        items = unpack_manifest(answer["manifest"])
         consumer = RelayConsumer(items, landing.land)
         take(consumer=consumer)
         failure, meter.wire_bytes = consumer.error, meter.wire_bytes + consumer.nbytes

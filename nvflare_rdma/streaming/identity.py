@@ -9,7 +9,7 @@ from nvflare.fuel.f3.cellnet.identity import CellIdentityResolver
 from nvflare.fuel.hci.security import get_certificate_common_name
 
 from nvflare_rdma.errors import TlsError
-from nvflare_rdma.transfer.peers import Identify
+from nvflare_rdma.transfer import Identify
 
 
 def identities_of(core_cell: Any) -> dict[str, str]:

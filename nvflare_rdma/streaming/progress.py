@@ -9,7 +9,7 @@ from typing import Any
 
 from nvflare.fuel.f3.streaming.download_service import DownloadService
 
-from nvflare_rdma.transfer.receiver import Progress
+from nvflare_rdma.transfer import Progress
 
 log = logging.getLogger(__name__)
 

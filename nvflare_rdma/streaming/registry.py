@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nvflare_rdma.errors import RdmaError
-from nvflare_rdma.transfer.peers import PeerLinks
+from nvflare_rdma.transfer import PeerLinks
 
 log = logging.getLogger(__name__)
 

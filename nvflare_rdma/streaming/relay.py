@@ -13,9 +13,7 @@ from typing import Any
 from nvflare.fuel.f3.streaming.download_service import Consumer, ProduceRC
 
 from nvflare_rdma.errors import ProtocolError, RdmaError
-from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.sender import Relayed
-from nvflare_rdma.transfer.sinks import Land, Place, store
+from nvflare_rdma.transfer import Item, Land, Place, Relayed, store_chunk
 
 RELAY_KEY = "nvflare_rdma_relay"
 PIECE_BYTES = 2 << 20  # as much as FLARE sends at once
@@ -66,7 +64,7 @@ class RelayConsumer(Consumer):
         end = offset + len(piece)
         if end > nbytes or (len(piece) % unit and end != nbytes):
             raise ProtocolError(f"{len(piece)} bytes at {offset} of a tensor of {nbytes}")
-        store(item, self._places[number], offset, piece)
+        store_chunk(item, self._places[number], offset, piece)
         self.nbytes += len(piece)
         self._at = (number, end) if end < nbytes else (number + 1, 0)
 

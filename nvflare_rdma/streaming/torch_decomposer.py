@@ -17,8 +17,7 @@ from nvflare.fuel.utils.fobs import FOBSContextKey
 
 from nvflare_rdma.errors import TransferError
 from nvflare_rdma.streaming.decomposers import DirectDecomposer, Landing, _Served, known_as
-from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.sinks import OnDisk, Place
+from nvflare_rdma.transfer import Item, OnDisk, Place
 
 
 class ServedTensors(_Served, TensorDownloadable):

@@ -56,8 +56,14 @@ def describe(tensors: Mapping[str, Any]) -> list[Item]:
     return [_describe(name, tensor) for name, tensor in tensors.items()]
 
 
+def is_sendable(tensor: Any) -> bool:
+    """Whether a tensor or array is a plain dense one, which can be received into memory of its own."""
+    plain = is_plain(tensor) and width(dtype_name(tensor), is_torch(tensor)) > 0
+    return plain and sys.byteorder == "little"
+
+
 def _describe(name: str, tensor: Any) -> Item:
-    if not is_plain(tensor) or not width(dtype_name(tensor), is_torch(tensor)) or sys.byteorder != "little":
+    if not is_sendable(tensor):
         what = f"{type(tensor).__name__} of dtype {getattr(tensor, 'dtype', None)}"
         raise TransferError(f"{name} is a {what}, which is no plain dense tensor")
     return Item(name, is_torch(tensor), dtype_name(tensor), tuple(tensor.shape))

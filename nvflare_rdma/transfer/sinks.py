@@ -156,7 +156,7 @@ class TensorSink(Sink):
         return self._place.memory if self._item.cut is None else None
 
     def put(self, offset: int, chunk: memoryview) -> None:
-        store(self._item, self._place, offset, chunk)
+        store_chunk(self._item, self._place, offset, chunk)
 
     def done(self) -> None:
         self._whole(self._number, self._place)
@@ -166,7 +166,7 @@ class TensorSink(Sink):
         self._arrivals.lose(self._number, reason)
 
 
-def store(item: Item, place: Place, offset: int, chunk: memoryview) -> None:
+def store_chunk(item: Item, place: Place, offset: int, chunk: memoryview) -> None:
     """Put bytes of an item's message where its tensor is stored, decoded if they are encoded.
 
     Raises:

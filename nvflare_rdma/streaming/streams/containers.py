@@ -30,14 +30,18 @@ from nvflare_rdma.streaming.decomposers import memory
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.streams import sender
 from nvflare_rdma.streaming.streams.receiver import PREFIX, Receiving, register
-from nvflare_rdma.transfer import manifest
-from nvflare_rdma.transfer.arrays import raw_bytes
-from nvflare_rdma.transfer.content import TensorContent
-from nvflare_rdma.transfer.peers import PeerLinks
-from nvflare_rdma.transfer.receiver import AbortedError, pull
-from nvflare_rdma.transfer.records import Meter, Meters
-from nvflare_rdma.transfer.service import Service
-from nvflare_rdma.transfer.sinks import in_memory
+from nvflare_rdma.transfer import (
+    AbortedError,
+    Meter,
+    Meters,
+    PeerLinks,
+    Service,
+    TensorContent,
+    in_memory,
+    is_sendable,
+    pull,
+    raw_bytes,
+)
 
 require_flare("ContainerStreamer")  # names of FLARE's that it keeps to itself
 
@@ -119,14 +123,8 @@ class ContainerStreamer(flare.ContainerStreamer):
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor that can land in memory of its own."""
-    if not isinstance(value, np.ndarray) and not is_torch(value):
-        return False
-    try:
-        manifest.describe({"": value})
-    except TransferError:
-        return False
-    return True
+    """Whether `value` is a tensor that can be received into memory of its own."""
+    return (isinstance(value, np.ndarray) or is_torch(value)) and is_sendable(value)
 
 
 def _size(value: Any) -> float:

@@ -23,14 +23,17 @@ from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, Storag
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.streams import sender
 from nvflare_rdma.streaming.streams.receiver import PREFIX, Receiving, register
-from nvflare_rdma.transfer.files.layout import plan
-from nvflare_rdma.transfer.files.partial_file import forget
-from nvflare_rdma.transfer.files.source import FileIdentity, OpenFile, codec_for_files
-from nvflare_rdma.transfer.files.transfer import FileContent, FileTarget, pull_file
-from nvflare_rdma.transfer.peers import PeerLinks
-from nvflare_rdma.transfer.receiver import AbortedError
-from nvflare_rdma.transfer.records import Meter, Meters
-from nvflare_rdma.transfer.service import Service
+from nvflare_rdma.transfer import AbortedError, Meter, Meters, PeerLinks, Service
+from nvflare_rdma.transfer.files import (
+    FileContent,
+    FileIdentity,
+    FileTarget,
+    OpenFile,
+    codec_for_files,
+    forget,
+    plan,
+    pull_file,
+)
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,7 @@ from nvflare.apis.streaming import ConsumerFactory, ObjectConsumer, StreamContex
 from nvflare_rdma.errors import FabricError, RdmaError, TransferError
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.requests import asker
-from nvflare_rdma.transfer.peers import PeerLinks
-from nvflare_rdma.transfer.records import Meter
+from nvflare_rdma.transfer import Meter, PeerLinks
 
 log = logging.getLogger(__name__)
 

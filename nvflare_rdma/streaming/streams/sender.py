@@ -25,7 +25,7 @@ from nvflare.apis.streaming import ObjectProducer, StreamContextKey
 from nvflare_rdma.streaming.registry import registry
 from nvflare_rdma.streaming.requests import desk
 from nvflare_rdma.streaming.streams.receiver import KEY, PREFIX, TURN_SECONDS
-from nvflare_rdma.transfer.service import Service
+from nvflare_rdma.transfer import Service
 
 log = logging.getLogger(__name__)
 
