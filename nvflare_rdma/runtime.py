@@ -27,8 +27,8 @@ from nvflare_rdma.fabric.tcp import TcpFabric
 from nvflare_rdma.flare_compat import max_frame_bytes
 from nvflare_rdma.settings import Settings, load_settings
 from nvflare_rdma.transfer.arrays import TensorMemory
-from nvflare_rdma.transfer.peers import DataChannels
-from nvflare_rdma.transfer.pieces import HotChunks
+from nvflare_rdma.transfer.encoding import EncodedChunkCache
+from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.records import Ledger
 from nvflare_rdma.transfer.requests import StreamRequestRouter
 
@@ -46,10 +46,10 @@ class LinksByCell:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._runs = 0
-        self._make: Callable[[Any], DataChannels] | None = None
-        self._links: dict[str, DataChannels | None] = {}
+        self._make: Callable[[Any], PeerLinks] | None = None
+        self._links: dict[str, PeerLinks | None] = {}
 
-    def start(self, make: Callable[[Any], DataChannels]) -> None:
+    def start(self, make: Callable[[Any], PeerLinks]) -> None:
         """A run begins: from now on `make` opens the links of a FLARE `Cell`."""
         with self._lock:
             self._runs += 1
@@ -67,7 +67,7 @@ class LinksByCell:
                 opened.close()
         return True
 
-    def of(self, cell: Any) -> DataChannels | None:
+    def of(self, cell: Any) -> PeerLinks | None:
         """The links of `cell`; None outside of runs, or if they can't be made, which is logged once."""
         name = cell.get_fqcn()
         with self._lock:
@@ -127,7 +127,7 @@ class Shared:
     links: LinksByCell = field(default_factory=LinksByCell)
     stream_requests: StreamRequestRouter = field(default_factory=StreamRequestRouter)
     tensor_memory: TensorMemory = field(default_factory=TensorMemory)
-    encoded_chunks: HotChunks = field(default_factory=HotChunks)
+    encoded_chunks: EncodedChunkCache = field(default_factory=EncodedChunkCache)
     ledger: Ledger = field(default_factory=Ledger)
     environment: EnvironmentChanges = field(default_factory=EnvironmentChanges)
     blob_memory: SlotPool = field(default_factory=lambda: SlotPool(keep_bytes=None))

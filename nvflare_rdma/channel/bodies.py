@@ -28,6 +28,11 @@ class Source(ABC):
     ready = True
     """Whether `read` does no work."""
 
+    @property
+    def unrepresentable(self) -> str:
+        """Why its values can't be encoded as they were to be; "" as long as no `read` has found that."""
+        return ""
+
     @abstractmethod
     def read(self, offset: int, length: int, take: Take) -> memoryview:
         """That part of the message; nothing of it changes until no view of it is left. What has to be made for it is

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,6 @@ from nvflare_rdma.codecs.policy import Policy, role_of
 from nvflare_rdma.errors import ConfigError
 
 _SIDES = {"config_fed_server.json": "server to sites", "config_fed_client.json": "sites to server"}
-_SAFETENSORS_DTYPES = {
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F64": "float64",
-    "BOOL": "bool",
-    "C64": "complex64",
-}
-_HEADER_LIMIT = 100 << 20  # what the safetensors format itself allows
 
 
 @dataclass(frozen=True)
@@ -134,7 +124,7 @@ def read_model(path: Path) -> list[Tensor]:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         return _read_json_model(path) if path.suffix == ".json" else _read_torch(path)
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path} can't be read as a model: {type(error).__name__}: {error}") from None
@@ -145,17 +135,17 @@ def _read_json_model(path: Path) -> list[Tensor]:
 
 
 def _read_safetensors(path: Path) -> list[Tensor]:
+    from nvflare_rdma.codecs.safetensors_header import read_header
+
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > min(_HEADER_LIMIT, path.stat().st_size):
-            raise ConfigError(f"{path} is no safetensors file: its header would be {length} bytes long")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return [_tensor(name, _dtype(item["dtype"]), item["shape"]) for name, item in header.items()]
 
+        def read_into(memory: memoryview, offset: int) -> None:
+            file.seek(offset)
+            file.readinto(memory)
 
-def _dtype(name: str) -> str:
-    return _SAFETENSORS_DTYPES.get(name) or re.sub(r"^U(\d)", r"uint\1", re.sub(r"^I(\d)", r"int\1", name)).lower()
+        stored = read_header(path.stat().st_size, read_into, complete=False)
+    # Codes of the format that this package has no names for are told in small letters, as all other dtypes.
+    return [Tensor(tensor.name, tensor.dtype.lower(), tensor.shape) for tensor in stored]
 
 
 def _read_torch(path: Path) -> list[Tensor]:

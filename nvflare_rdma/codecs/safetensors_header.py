@@ -1,4 +1,6 @@
-"""Where the tensors of a safetensors file lie: https://huggingface.co/docs/safetensors
+"""Reads and writes the header of a safetensors file, which tells where its tensors lie.
+
+The format is described at https://huggingface.co/docs/safetensors
 
 8 bytes: length of the header, little-endian. The header: JSON of name to dtype, shape and offsets (first and last,
 exclusive) in what follows it, which they fill without gaps.
@@ -8,32 +10,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from nvflare_rdma.codecs.tensors import MAX_DIMENSIONS, width
+from nvflare_rdma.codecs.tensors import DTYPES, MAX_DIMENSIONS, width
 
 #: What the format calls dtypes, by this package's names.
-SAFETENSORS_DTYPES = {
-    "bool": "BOOL",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    **{f"{sign}int{bits}": f"{sign[:1].upper() or 'I'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
-}
+SAFETENSORS_DTYPES = {name: info.safetensors for name, info in DTYPES.items() if info.safetensors}
 _NAMES = {code: name for name, code in SAFETENSORS_DTYPES.items()}
+#: Not the name of a tensor.
+METADATA = "__metadata__"
 #: The format's own limit.
 _MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """``dtype``: this package's name of it, or the format's if this package has none. ``start``: in the file."""
+    """A tensor in a file, which begins at `start` there. `dtype` is this package's name, or the format's code if this
+    package has none."""
 
     name: str
     dtype: str
@@ -42,11 +37,12 @@ class StoredTensor:
     nbytes: int
 
 
-def read_header(size: int, read_into: Callable[[memoryview, int], None]) -> list[StoredTensor]:
+def read_header(size: int, read_into: Callable[[memoryview, int], None], complete: bool = True) -> list[StoredTensor]:
     """The tensors of a file of ``size`` bytes, in their order there.
 
     Args:
         read_into: fills memory from an offset of the file.
+        complete: whether the tensors have to fill the rest of the file.
 
     Raises:
         ValueError: it is no safetensors file; the message says why.
@@ -66,16 +62,28 @@ def read_header(size: int, read_into: Callable[[memoryview, int], None]) -> list
         raise ValueError(f"its header is no JSON: {error}") from error
     if type(header) is not dict:
         raise ValueError(f"its header is a {type(header).__name__}")
-    header.pop("__metadata__", None)
+    header.pop(METADATA, None)
     tensors = sorted((_tensor(name, entry, 8 + length) for name, entry in header.items()), key=_place)
-    end = 8 + length
+    if complete:
+        _check_places(tensors, 8 + length, size)
+    return tensors
+
+
+def _check_places(tensors: list[StoredTensor], end: int, size: int) -> None:
     for tensor in tensors:
         if tensor.start != end:
             raise ValueError(f"{tensor.name!r} begins at {tensor.start}, not at {end}")
         end += tensor.nbytes
     if end != size:
         raise ValueError(f"its tensors end at {end}, the file at {size}")
-    return tensors
+
+
+def make_header(name: str, dtype: str, shape: Sequence[int], nbytes: int) -> bytes:
+    """The beginning of a file with one tensor, whose bytes are to follow it. It is a multiple of 8 bytes long."""
+    entry = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [0, nbytes]}
+    text = json.dumps({name: entry}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _place(tensor: StoredTensor) -> tuple[int, int]:

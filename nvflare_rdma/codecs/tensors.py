@@ -4,19 +4,47 @@ A tensor here is a plain `numpy.ndarray` or a `torch.Tensor`. Its *dtype name* i
 metadata has: ``arr.dtype.name`` or ``str(tensor.dtype)`` without ``torch.``.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from nvflare_rdma.codecs.base import Array
 
-FLOAT_NAMES = ("float32", "float16", "bfloat16")
-_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
-NUMPY_DTYPES: dict[str, Any] = {  # uint16 stands for bfloat16
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(np.uint16),
+
+@dataclass(frozen=True, slots=True)
+class DtypeInfo:
+    """What is known of a dtype of plain numbers: bytes of one value, whether numpy has it (torch has all of them), and
+    its code in safetensors files, "" if it has none there."""
+
+    width: int
+    in_numpy: bool
+    safetensors: str = ""
+
+
+#: All dtypes whose tensors can be sent, by name.
+DTYPES = {
+    "bool": DtypeInfo(1, True, "BOOL"),
+    **{
+        f"{sign}int{bits}": DtypeInfo(bits // 8, True, f"{sign[:1].upper() or 'I'}{bits}")
+        for sign in ("", "u")
+        for bits in (8, 16, 32, 64)
+    },
+    "float16": DtypeInfo(2, True, "F16"),
+    "bfloat16": DtypeInfo(2, False, "BF16"),
+    "float32": DtypeInfo(4, True, "F32"),
+    "float64": DtypeInfo(8, True, "F64"),
+    "complex64": DtypeInfo(8, True, "C64"),
+    "complex128": DtypeInfo(16, True),
+    "float8_e4m3fn": DtypeInfo(1, False, "F8_E4M3"),
+    "float8_e5m2": DtypeInfo(1, False, "F8_E5M2"),
+    "float8_e4m3fnuz": DtypeInfo(1, False),
+    "float8_e5m2fnuz": DtypeInfo(1, False),
 }
+#: Those that codecs take.
+FLOAT_NAMES = ("float32", "float16", "bfloat16")
+#: How the codecs see them in numpy, where uint16 stands for bfloat16.
+NUMPY_DTYPES: dict[str, Any] = {name: np.dtype(name if DTYPES[name].in_numpy else np.uint16) for name in FLOAT_NAMES}
 
 
 def is_torch(value: Any) -> bool:
@@ -43,7 +71,7 @@ def dtype_name(value: Any) -> str:
 
 def float_bits(name: str) -> int:
     """Bits per value of the dtype called `name`, one of `FLOAT_NAMES`."""
-    return _BITS[name]
+    return 8 * DTYPES[name].width
 
 
 def is_plain(value: Any) -> bool:
@@ -125,15 +153,9 @@ def identity(value: Any) -> tuple[Any, ...]:
 
 
 MAX_DIMENSIONS = 64
-#: What numpy and torch both have in memory as plain numbers, and the bytes of one.
-_WIDTHS = {
-    **{name: np.dtype(name).itemsize for name in ("bool", "float16", "float32", "float64", "complex64", "complex128")},
-    **{f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)},
-}
-#: Those that only torch has.
-_TORCH_WIDTHS = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1}
 
 
 def width(dtype: str, torch: bool) -> int:
     """Bytes of one value; 0 if tensors of that dtype can't be sent."""
-    return _WIDTHS.get(dtype, 0) or (_TORCH_WIDTHS.get(dtype, 0) if torch else 0)
+    found = DTYPES.get(dtype)
+    return found.width if found is not None and (torch or found.in_numpy) else 0

@@ -6,7 +6,7 @@ import threading
 
 from nvflare.fuel.f3.stats_pool import CounterPool, HistPool, StatsPoolManager
 
-from nvflare_rdma.transfer.records import TransferRecord
+from nvflare_rdma.transfer import TransferRecord
 
 TIME, GOODPUT, COUNTERS = "Rdma_Transfer_Time", "Rdma_Goodput", "Rdma_Transfer_Counters"
 _SECONDS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)

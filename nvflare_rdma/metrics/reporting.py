@@ -32,7 +32,7 @@ from nvflare.metrics.metrics_publisher import publish_app_metrics
 from nvflare_rdma.metrics.names import TRANSFERS_FILE
 from nvflare_rdma.metrics.pools import add_to_pools
 from nvflare_rdma.metrics.recorder import task_round
-from nvflare_rdma.transfer.records import Ledger, TransferRecord, total
+from nvflare_rdma.transfer import Ledger, TransferRecord, total
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from nvflare_rdma.runtime import shared, this_runtime
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
 from nvflare_rdma.streaming.identity import identifier
 from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, is_trainer, take_back
-from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer import PeerLinks
 
 _ANY_PORT = (0, 0)
 
@@ -94,7 +94,7 @@ def install_in_trainer() -> None:
         atexit.register(shared().links.stop)
 
 
-def open_channels(cell: Any) -> DataChannels:
+def open_channels(cell: Any) -> PeerLinks:
     """As the cell's own connections are: with its certificates, if it has any. A trainer's are its site's."""
     runtime, name = this_runtime(), cell.get_fqcn()
     site = inherited_site() or Site.of(cell)
@@ -111,4 +111,4 @@ def open_channels(cell: Any) -> DataChannels:
         return made
 
     identify = identifier(site.identities)
-    return DataChannels(name, runtime, tls, identify, host, None if isinstance(ports, str) else ports, trainers)
+    return PeerLinks(name, runtime, tls, identify, host, None if isinstance(ports, str) else ports, trainers)

@@ -33,11 +33,18 @@ from nvflare_rdma.streaming.fallback import finish, flares_own
 from nvflare_rdma.streaming.progress import DirectProgress
 from nvflare_rdma.streaming.relay import RelayConsumer, produce
 from nvflare_rdma.streaming.requests import RequestFunction, request_function
-from nvflare_rdma.transfer.manifest import unpack
-from nvflare_rdma.transfer.receiver import AbortedError, Pull
-from nvflare_rdma.transfer.records import Meter, Meters
-from nvflare_rdma.transfer.service import Service
-from nvflare_rdma.transfer.sinks import Land, in_memory
+from nvflare_rdma.transfer import (
+    AbortedError,
+    Land,
+    Meter,
+    Meters,
+    Pull,
+    Service,
+    TensorContent,
+    TensorDestination,
+    in_memory,
+    unpack_manifest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +64,8 @@ class Served:
         self._ref_id = ""
         ours = shared()
         meters = Meters(cell.get_fqcn() if cell is not None else "", ledger=ours.ledger)
-        links = functools.partial(ours.links.of, cell)
-        self._service = Service(tensors, links, self._moved, meters, ours.encoded_chunks)
+        content = TensorContent(tensors, cache=ours.encoded_chunks)
+        self._service = Service(content, functools.partial(ours.links.of, cell), self._moved, meters)
 
     def set_transaction(self, tx_id: str, ref_id: str) -> None:
         super().set_transaction(tx_id, ref_id)  # type: ignore[misc]
@@ -157,10 +164,11 @@ class DirectDecomposer(PrefixedReferences):
         progress = DirectProgress(ref_id, progress_cb)
         with abortable_download(cell, from_fqcn, ref_id, abort_signal) as signal, self.landing(cell, others) as landing:
             ask = _download_request_function(signal, **common)
-            pull = Pull(channels, from_fqcn, ask, landing.land, lambda: signal.triggered, progress.moved, meter, True)
+            destination = TensorDestination(landing.land)
+            pull = Pull(channels, from_fqcn, ask, destination, lambda: signal.triggered, progress.moved, meter)
             failure: str | None = None
             try:
-                items = landing.give(pull.run())
+                items = landing.give(pull.run(confirmed=True))
             except AbortedError as error:
                 log.warning("%s", error)
                 cancel_download(cell, from_fqcn, ref_id, secure, optional)
@@ -197,7 +205,7 @@ def _relayed(ask: RequestFunction, landing: Landing, take: Callable[..., None], 
         answer = ask({"do": "relay"})
         if not isinstance(answer, Mapping) or "manifest" not in answer:
             raise TransferError(f"the sender can't relay: {answer}")
-        items = unpack(answer["manifest"])
+        items = unpack_manifest(answer["manifest"])
         consumer = RelayConsumer(items, landing.land)
         take(consumer=consumer)
         failure, meter.wire_bytes = consumer.error, meter.wire_bytes + consumer.nbytes

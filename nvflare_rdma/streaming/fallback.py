@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nvflare_rdma.transfer.arrays import raw_bytes
-from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.records import Meter
+from nvflare_rdma.transfer import Item, Meter, raw_bytes
 
 
 def flares_own(

@@ -9,7 +9,7 @@ from nvflare.fuel.hci.security import get_certificate_common_name
 
 from nvflare_rdma.errors import TlsError
 from nvflare_rdma.flare_compat import identity_resolver
-from nvflare_rdma.transfer.peers import Identify
+from nvflare_rdma.transfer import Identify
 
 
 def identifier(identities: Mapping[str, str]) -> Identify:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from nvflare_rdma.transfer.receiver import Progress
+from nvflare_rdma.transfer import Progress
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,7 @@ from typing import Any
 from nvflare.fuel.f3.streaming.download_service import Consumer, ProduceRC
 
 from nvflare_rdma.errors import ProtocolError, RdmaError
-from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.sender import Relayed
-from nvflare_rdma.transfer.sinks import Land, Landings, Place, TensorSink
+from nvflare_rdma.transfer import Item, Land, Place, Relayed, store_chunk
 
 RELAY_KEY = "nvflare_rdma_relay"
 PIECE_BYTES = 2 << 20  # as much as FLARE sends at once
@@ -42,7 +40,6 @@ class RelayConsumer(Consumer):
         self.result: dict[str, Any] | None = None
         self.nbytes = sum(len(item.content or b"") for item in items)
         self._items = list(items)
-        self._landings = Landings(set(range(len(items))))
         self._places: list[Place] = [land(item) for item in items]
         self._at = (0, 0)
 
@@ -63,16 +60,13 @@ class RelayConsumer(Consumer):
         if (number, offset) != self._at or not piece:
             raise ProtocolError(f"a piece of tensor {number} at {offset} came where {self._at} was expected")
         item = self._items[number]
-        sink = TensorSink(number, item, self._places[number], self._landings)
+        nbytes, unit = item.sent_nbytes, item.cut.unit if item.cut is not None else 1
         end = offset + len(piece)
-        if end > sink.nbytes or (len(piece) % sink.unit and end != sink.nbytes):
-            raise ProtocolError(f"{len(piece)} bytes at {offset} of a tensor of {sink.nbytes}")
-        if item.cut is None:
-            self._places[number].write(offset, piece)
-        else:
-            sink.put(offset, piece)
+        if end > nbytes or (len(piece) % unit and end != nbytes):
+            raise ProtocolError(f"{len(piece)} bytes at {offset} of a tensor of {nbytes}")
+        store_chunk(item, self._places[number], offset, piece)
         self.nbytes += len(piece)
-        self._at = (number, end) if end < sink.nbytes else (number + 1, 0)
+        self._at = (number, end) if end < nbytes else (number + 1, 0)
 
     def _skip_empty(self) -> None:
         """What has no bytes, or is in the manifest, does not come."""

@@ -10,8 +10,7 @@ from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
 
 from nvflare_rdma.errors import TransferError
 from nvflare_rdma.runtime import shared
-from nvflare_rdma.transfer.receiver import LostError
-from nvflare_rdma.transfer.service import Service
+from nvflare_rdma.transfer import LostError, Service
 
 _CHANNEL, _TOPIC = "nvflare_rdma", "stream"
 #: Nothing that is asked takes long, but a sender may have to dial first.

@@ -16,8 +16,7 @@ from nvflare.app_opt.pt.tensor_downloader import DiskTensorConsumer, TensorDownl
 from nvflare_rdma.errors import TransferError
 from nvflare_rdma.flare_compat import offload_folder
 from nvflare_rdma.streaming.decomposers import DirectDecomposer, Landing, Served, known_as
-from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.sinks import OnDisk, Place
+from nvflare_rdma.transfer import Item, OnDisk, Place
 
 
 class ServedTensors(Served, TensorDownloadable):

@@ -13,7 +13,7 @@ MAX_ADDRESSES = 16
 
 
 def parse_invitation(invitation: Any) -> tuple[list[str], int, bytes]:
-    """Hosts, port and ticket of what a peer's `DataChannels.invite` made. Raises ProtocolError."""
+    """Hosts, port and ticket of what a peer's `PeerLinks.invite` made. Raises ProtocolError."""
     match invitation:
         case {"hosts": [*hosts], "port": port, "ticket": bytes(ticket)} if (
             len(hosts) <= MAX_ADDRESSES

@@ -17,7 +17,7 @@ import msgpack
 
 from nvflare_rdma.codecs.tensors import FLOAT_NAMES, MAX_DIMENSIONS, dtype_name, is_plain, is_torch, width
 from nvflare_rdma.errors import ProtocolError, TransferError
-from nvflare_rdma.transfer.pieces import Cut
+from nvflare_rdma.transfer.pieces import PieceLayout
 
 INLINE_BYTES = 16 * 1024
 INLINE_TOTAL = 1024 * 1024
@@ -34,7 +34,7 @@ class Item:
     dtype: str
     shape: tuple[int, ...]
     content: bytes | None = None
-    cut: Cut | None = None
+    cut: PieceLayout | None = None
 
     @property
     def nbytes(self) -> int:
@@ -56,8 +56,14 @@ def describe(tensors: Mapping[str, Any]) -> list[Item]:
     return [_describe(name, tensor) for name, tensor in tensors.items()]
 
 
+def is_sendable(tensor: Any) -> bool:
+    """Whether a tensor or array is a plain dense one, which can be received into memory of its own."""
+    plain = is_plain(tensor) and width(dtype_name(tensor), is_torch(tensor)) > 0
+    return plain and sys.byteorder == "little"
+
+
 def _describe(name: str, tensor: Any) -> Item:
-    if not is_plain(tensor) or not width(dtype_name(tensor), is_torch(tensor)) or sys.byteorder != "little":
+    if not is_sendable(tensor):
         what = f"{type(tensor).__name__} of dtype {getattr(tensor, 'dtype', None)}"
         raise TransferError(f"{name} is a {what}, which is no plain dense tensor")
     return Item(name, is_torch(tensor), dtype_name(tensor), tuple(tensor.shape))
@@ -110,5 +116,5 @@ def _item(name: Any, torch: Any, dtype: Any, shape: Any, content: Any, codec: An
     if codec is not None:
         if type(codec) is not str or type(values) is not int or content is not None or dtype not in FLOAT_NAMES:
             raise ValueError(f"{name!r} of dtype {dtype} is encoded with {codec!r}")
-        item = replace(item, cut=Cut.given(codec, math.prod(shape), values))
+        item = replace(item, cut=PieceLayout.from_peer(codec, math.prod(shape), values))
     return item

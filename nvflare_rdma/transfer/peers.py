@@ -61,7 +61,7 @@ _SAME_HOST_FACTOR = 6
 Identify: TypeAlias = Callable[[str, Mapping[str, Any]], None]
 
 
-class DataChannels:
+class PeerLinks:
     """Those of one cell.
 
     Args:
@@ -101,7 +101,7 @@ class DataChannels:
         self._door: Door | None = None
         self._pending = Pending()
         self._tickets: dict[bytes, tuple[str, float]] = {}
-        #: Peer -> its channels, the newest last. An older one lives on: a transfer may still use it.
+        #: Peer -> its links, the newest last. An older one lives on: a transfer may still use it.
         self._links: dict[str, list[Link]] = {}
         #: Peer -> how many of its tickets came whose channel is not there yet.
         self._opening: Counter[str] = Counter()

@@ -23,9 +23,9 @@ from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.records import Meter
-from nvflare_rdma.transfer.sinks import Land, Landings, Place, TensorSink
+from nvflare_rdma.transfer.sinks import Arrivals, Destination, Land, TensorDestination
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Progress:
 
 
 def pull(
-    channels: DataChannels,
+    links: PeerLinks,
     peer: str,
     ask: Callable[[dict[str, Any]], Any],
     land: Land,
@@ -66,79 +66,95 @@ def pull(
         ask: sends a request to the peer's `Service.answer` and gives what it says.
         land: makes the place of a tensor.
         aborted: whether to stop; it is looked at several times a second.
-        meter: counts what came over channels, and how.
+        meter: counts what came over links, and how.
 
     Raises:
         AbortedError: ``aborted`` said so.
         RdmaError: there is no direct way, or what came over it is no good. Nothing is kept.
     """
-    meter = meter or Meter("received", channels.name, peer, ledger=channels.ledger)
-    return Pull(channels, peer, ask, land, aborted, progress, meter).run()
+    meter = meter or Meter("received", links.name, peer, ledger=links.ledger)
+    tensors: dict[str, Any] = Pull(links, peer, ask, TensorDestination(land), aborted, progress, meter).run()
+    return tensors
 
 
 class Pull:
-    """What `pull` does. ``items``: what there is, as far as the peer has told. ``confirmed``: the peer is asked next
-    whether it `has_served`, and need not be told what it sees."""
+    """Gets what one peer's `Service` holds into a destination; one for each message. ``items``: what there is, as far
+    as the peer has told."""
 
     def __init__(
         self,
-        channels: DataChannels,
+        links: PeerLinks,
         peer: str,
         ask: Callable[[dict[str, Any]], Any],
-        land: Land,
+        destination: Destination,
         aborted: Callable[[], bool],
         progress: Callable[[Progress], None],
         meter: Meter,
-        confirmed: bool = False,
     ) -> None:
-        self._confirmed = confirmed
-        self._channels = channels
+        self._links = links
         self._peer = peer
         self._ask_peer = ask
-        self._place = land
+        self._destination = destination
         self._aborted = aborted
         self._progress = progress
         self._meter = meter
         self.items: list[Item] = []
-        self._landed: dict[int, Place] = {}
-        self._landed_bytes = 0
+        self._whole: set[int] = set()
+        self._whole_bytes = 0
         self._asked = False
         self._seen = False
 
-    def run(self) -> dict[str, Any]:
-        """See `pull`."""
+    def run(self, confirmed: bool = False) -> Any:
+        """Receive everything, and give what the destination gives.
+
+        Args:
+            confirmed: the peer is asked next whether it `has_served`, and need not be told what it sees by itself.
+
+        Raises:
+            AbortedError: the receiver does not want it any more. RdmaError: there is no direct way, or the transfer
+                failed.
+        """
         try:
-            described = self._describe()
-            self._meter.wire_bytes += sum(len(item.content or b"") for item in self.items)
-            self._land(described)
-            # First: once the peer has heard "done", nobody else has them.
-            tensors = {item.name: self._finish(number, item) for number, item in enumerate(self.items)}
+            # First: once the peer has heard "done", nobody else has it.
+            result = self._receive()
             # A sender that says so sees for itself what has arrived, while the channel lives.
-            if not (self._confirmed and self._seen and self._channels.find(self._peer)):
-                self._asked = True
-                self._ask({"do": "done"})
-            return tensors
+            if not (confirmed and self._seen and self._links.find(self._peer)):
+                self._say_done()
+            return result
         except Exception as error:
-            if self._asked:
+            if self._asked or self._destination.durable:
                 with contextlib.suppress(Exception):  # the error is told as it is
                     self._ask_peer({"do": "give up"})
-            if isinstance(error, OSError) and not isinstance(error, RdmaError):  # where they land, not how they come
+            if isinstance(error, OSError) and not isinstance(error, RdmaError):  # where it is stored, not how it comes
                 raise TransferError(f"tensors from {self._peer} can't be stored: {error}") from error
             raise
 
-    def _finish(self, number: int, item: Item) -> Any:
-        if item.content is None:
-            return self._landed[number].finish()
-        place = self._place(item)
-        place.write(0, memoryview(item.content))
-        return place.finish()
+    def _receive(self) -> Any:
+        try:
+            described = self._describe()
+            self._meter.wire_bytes += sum(len(item.content or b"") for item in self.items)
+            self._whole |= self._destination.begin()
+            self._land(described)
+            return self._destination.finish()
+        finally:
+            self._destination.close()
+
+    def _say_done(self) -> None:
+        self._asked = True
+        try:
+            ask_for(self._ask_peer, {"do": "done"})
+        except RdmaError as error:
+            if not self._destination.durable:
+                raise
+            log.info("%s was not told that everything is here: %s", self._peer, error)
 
     def _land(self, described: Mapping[str, Any]) -> None:
         large = {number for number, item in enumerate(self.items) if item.content is None}
-        missing, fruitless = large - self._landed.keys(), 0
+        missing, fruitless = large - self._whole, 0
         while missing:
             reason = self._attempt(missing, described)
-            left = missing - self._landed.keys()
+            self._destination.check(attempt_is_over=True)
+            left = missing - self._whole
             if not left:
                 return
             log.warning("%s: %d of %d tensors are missing: %s", self._peer, len(left), len(large), reason)
@@ -150,101 +166,107 @@ class Pull:
     def _attempt(self, missing: Set[int], described: Mapping[str, Any]) -> str:
         """Land what is missing, and say why not all of it came."""
         invitation = self._find_way(described)
-        landings = Landings(set(missing))
-        sinks = [self._sink(number, landings) for number in sorted(missing)]
-        first = self._channels.expect(self._peer, sinks)
+        arrivals = Arrivals(set(missing))
+        sinks = [self._destination.sink(number, arrivals) for number in sorted(missing)]
+        first = self._links.expect(self._peer, sinks)
         try:
             self._asked = True
             request = {"do": "send", "first": first, "items": sorted(missing), "invitation": invitation}
-            self._seen = self._ask(request).get("sees") is True
-            if invitation is not None and self._channels.await_open(self._peer) is None:
+            self._seen = ask_for(self._ask_peer, request).get("sees") is True
+            if invitation is not None and self._links.await_open(self._peer) is None:
                 return "the channel that the peer has dialled did not open"
-            self._wait(landings)
+            self._wait(arrivals)
         finally:
-            self._count(sinks, landings)
-            self._channels.forget(self._peer, first, len(sinks))
-        with landings.changed:
-            self._landed |= landings.landed
-            self._landed_bytes += landings.nbytes
-            return landings.failure or landings.lost
+            self._count(sinks, arrivals)
+            self._links.forget(self._peer, first, len(sinks))
+        with arrivals.changed:
+            self._whole |= arrivals.whole
+            self._whole_bytes += arrivals.nbytes
+            reason = arrivals.failure or arrivals.lost
+        return reason
 
-    def _count(self, sinks: list[Sink], landings: Landings) -> None:
-        link = self._channels.find(self._peer)
+    def _count(self, sinks: list[Sink], arrivals: Arrivals) -> None:
+        link = self._links.find(self._peer)
         self._meter.fabric = link.fabric if link is not None else self._meter.fabric
         self._meter.resent_chunks += sum(sink.resent_chunks for sink in sinks)
-        with landings.changed:
-            self._meter.wire_bytes += landings.nbytes
-
-    def _sink(self, number: int, landings: Landings) -> Sink:
-        item = self.items[number]
-        return TensorSink(number, item, self._place(item), landings)
+        with arrivals.changed:
+            self._meter.wire_bytes += arrivals.nbytes
 
     def _find_way(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
         """See that there is a channel; an invitation if the peer has to make it."""
-        if described.get("channel") is True and self._channels.find(self._peer) is not None:
+        if described.get("channel") is True and self._links.find(self._peer) is not None:
             return None
         theirs = described.get("invitation")
         if theirs is not None:
-            self._channels.dial(self._peer, theirs)
+            self._links.dial(self._peer, theirs)
             return None
         try:
-            return self._channels.invite(self._peer)
+            return self._links.invite(self._peer)
         except FabricUnavailable as error:
             raise FabricUnavailable(f"neither side has a door: {error}; {described.get('closed')}") from error
 
-    def _wait(self, landings: Landings) -> None:
+    def _wait(self, arrivals: Arrivals) -> None:
         """Until everything is there, or something is wrong."""
         now = time.monotonic()
         report_at, moved_at, known, moved, asked_why = now + REPORT_SECONDS, now, -1, (0, 0), False
         while True:
-            with landings.changed:
-                landings.changed.wait_for(lambda: not landings.open or landings.failure, _LOOK_SECONDS)
-                over = not landings.open or bool(landings.failure)
-                count, nbytes, lost = len(landings.landed), landings.nbytes, landings.lost
+            with arrivals.changed:
+                arrivals.changed.wait_for(lambda: not arrivals.open or arrivals.failure, _LOOK_SECONDS)
+                over = not arrivals.open or bool(arrivals.failure)
+                count, nbytes, lost = len(arrivals.whole), arrivals.nbytes, arrivals.lost
             if count != known:
                 known = count
-                self._progress(Progress(self._landed_bytes + nbytes, len(self._landed) + count))
+                self._progress(Progress(self._whole_bytes + nbytes, len(self._whole) + count))
+                self._destination.check(attempt_is_over=False)
             if over:
                 return
             if self._aborted():
                 raise AbortedError(f"the transfer from {self._peer} was aborted")
             now = time.monotonic()
-            if (moving := (nbytes, self._channels.arriving(self._peer))) != moved:
+            if (moving := (nbytes, self._links.arriving(self._peer))) != moved:
                 moved, moved_at = moving, now
-            if self._channels.find(self._peer) is None:
-                landings.fail("the data channel broke")
+            if self._links.find(self._peer) is None:
+                arrivals.fail("the data channel broke")
             elif now - moved_at > STALL_SECONDS:
-                landings.fail(f"nothing has come for {STALL_SECONDS:g} s")
+                arrivals.fail(f"nothing has come for {STALL_SECONDS:g} s")
             elif now >= report_at or (lost and not asked_why):
                 asked_why = bool(lost)  # the sender may have stopped, or this may be the only one
-                self._report(landings)
+                self._report(arrivals)
                 report_at = time.monotonic() + REPORT_SECONDS
 
-    def _report(self, landings: Landings) -> None:
+    def _report(self, arrivals: Arrivals) -> None:
         try:
-            failed = self._ask({"do": "report"}).get("failed")
+            failed = ask_for(self._ask_peer, {"do": "report"}).get("failed")
         except LostError as error:
             log.info("%s: %s", self._peer, error)  # the data shows by itself whether it comes
             return
         if failed:
-            landings.fail(str(failed))
+            arrivals.fail(str(failed))
 
     def _describe(self) -> Mapping[str, Any]:
-        described = self._ask({"do": "describe", "channel": self._channels.find(self._peer) is not None})
+        request = {"do": "describe", "channel": self._links.find(self._peer) is not None}
+        described = ask_for(self._ask_peer, request)
         items, known = manifest.unpack(described.get("manifest")), self.items
         # Again: how they are sent may have changed, but not what they are.
         if known and list(map(_identity, items)) != list(map(_identity, known)):
             raise ProtocolError("the peer has other tensors than it said before")
         self.items = items
+        self._destination.accept(items, described)
         return described
 
-    def _ask(self, request: dict[str, Any]) -> Mapping[str, Any]:
-        answer = self._ask_peer(request)
-        if not isinstance(answer, Mapping):
-            raise ProtocolError(f"the peer answered {request['do']!r} with {type(answer).__name__}")
-        if answer.get("refused"):
-            raise TransferError(f"the peer refused: {answer['refused']}")
-        return answer
+
+def ask_for(ask: Callable[[dict[str, Any]], Any], request: dict[str, Any]) -> Mapping[str, Any]:
+    """The answer that ``ask`` brings.
+
+    Raises:
+        ProtocolError: it is malformed. TransferError: the peer refuses.
+    """
+    answer = ask(request)
+    if not isinstance(answer, Mapping):
+        raise ProtocolError(f"the peer answered {request['do']!r} with {type(answer).__name__}")
+    if answer.get("refused"):
+        raise TransferError(f"the peer refused: {answer['refused']}")
+    return answer
 
 
 def _identity(item: Item) -> tuple[Any, ...]:

@@ -5,21 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
-
-from nvflare_rdma.channel.bodies import Source, Take, whole_units
+from nvflare_rdma.channel.bodies import Source, whole_units
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.outbox import Sending
-from nvflare_rdma.codecs.runs import read_run
-from nvflare_rdma.codecs.tensors import is_torch
 from nvflare_rdma.errors import ProtocolError, TransferError, UnrepresentableError
-from nvflare_rdma.transfer.arrays import strided, to_bytes
+from nvflare_rdma.transfer.content import Content
 from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.pieces import EncodedSource, Encoding, HotChunks
 from nvflare_rdma.transfer.records import Meter
 
 #: Tensors, and bytes, that are offered and not over: enough that their receiver always has the next one to grant.
@@ -29,43 +23,12 @@ _DOZE_SECONDS = 0.05
 _SEND_TIMEOUT = 3600.0
 
 
-class TensorSource(Source):
-    """A tensor's bytes. Of one that lies on a GPU, or is not contiguous, each chunk is a copy."""
-
-    def __init__(self, tensor: Any, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self._tensor = tensor
-        plain = tensor.is_contiguous() and tensor.is_cpu if is_torch(tensor) else tensor.flags.c_contiguous
-        self.ready = bool(plain)
-        self._bytes = to_bytes(tensor) if plain else None
-
-    def read(self, offset: int, length: int, take: Take) -> memoryview:
-        if self._bytes is not None:
-            return self._bytes[offset : offset + length]
-        tensor = self._tensor
-        if is_torch(tensor) and not tensor.is_cpu and not tensor.is_contiguous():
-            tensor = self._tensor = tensor.detach().contiguous()  # on its device, once
-        width = tensor.element_size() if is_torch(tensor) else tensor.itemsize
-        first, last = offset // width, -(-(offset + length) // width)
-        copy = take((last - first) * width)
-        if is_torch(tensor) and not tensor.is_cpu:
-            copy[:] = to_bytes(tensor.detach().reshape(-1)[first:last])
-        else:
-            array = strided(tensor)
-            read_run(array, first, np.frombuffer(copy, array.dtype))
-        return copy[offset - first * width :][:length]
-
-
 class Relayed:
     """The tensors that are not in the manifest, as bytes, for one receiver that asks for them piece by piece."""
 
-    def __init__(
-        self, items: list[Item], tensors: Mapping[str, Any], exact: Callable[[str, str], None], encoded: HotChunks
-    ) -> None:
+    def __init__(self, items: list[Item], content: Content) -> None:
         self._items = list(items)
-        self._tensors = tensors
-        self._exact = exact
-        self._encoded = encoded
+        self._content = content
         self._lock = threading.Lock()
         self._open: tuple[int, Source] | None = None
 
@@ -87,7 +50,7 @@ class Relayed:
                     try:
                         return number, offset, item.cut is None, self._read(number, offset, most)
                     except UnrepresentableError as error:
-                        self._exact(item.name, str(error))
+                        self._content.send_exact(item.name, str(error))
                         self._items[number], self._open, offset = replace(item, cut=None), None, 0
                         continue
                 number, offset, exact = number + 1, 0, False
@@ -96,42 +59,35 @@ class Relayed:
     def _read(self, number: int, offset: int, most: int) -> bytes:
         item = self._items[number]
         if self._open is None or self._open[0] != number:
-            self._open = number, _source(item, self._tensors[item.name], self._encoded)
+            self._open = number, self._content.source(item)
         length = whole_units(most, item.cut.unit if item.cut is not None else 1)
         left = item.sent_nbytes - offset
         return bytes(self._open[1].read(offset, min(length, left), lambda nbytes: memoryview(bytearray(nbytes))))
 
 
-@dataclass(frozen=True)
-class Part:
+@dataclass(frozen=True, slots=True)
+class OfferedItem:
+    """An item of a manifest, and the label that its receiver expects it under."""
+
     label: int
     item: Item
-    tensor: Any
 
 
-class Sender(threading.Thread):
-    """Offers tensors one after the other. ``moved``: told the bytes of each that has arrived; ``exact``: told the name
-    of one that can't be encoded, and why."""
+class OfferThread(threading.Thread):
+    """Offers items of ``content`` to one receiver, one after the other. ``moved``: told the bytes of each that has
+    arrived."""
 
-    def __init__(
-        self,
-        link: Link,
-        parts: list[Part],
-        moved: Callable[[int], None],
-        exact: Callable[[str, str], None],
-        encoded: HotChunks,
-    ) -> None:
+    def __init__(self, link: Link, content: Content, wanted: list[OfferedItem], moved: Callable[[int], None]) -> None:
         super().__init__(name="rdma-offers", daemon=True)
         self._link = link
-        self._parts = parts
+        self._content = content
+        self._wanted = wanted
         self._moved = moved
-        self._exact = exact
-        self._encoded = encoded
         self._lock = threading.RLock()  # what an offer sets off may stop it
         self._failure = ""
-        self._open: deque[tuple[Sending, Part, Source]] = deque()
+        self._open: deque[tuple[Sending, Item, Source]] = deque()
         self._offered: list[Sending] = []
-        self._missing = len(parts)
+        self._missing = len(wanted)
 
     @property
     def failure(self) -> str:
@@ -141,18 +97,18 @@ class Sender(threading.Thread):
 
     def run(self) -> None:
         try:
-            for part in self._parts:
+            for wanted in self._wanted:
                 while len(self._open) >= _AHEAD or (len(self._open) > 1 and self._ahead() >= _AHEAD_BYTES):
                     self._wait_for_some(len(self._open) // 2)
                 if self.failure:
                     break
-                self._offer(part)
+                self._offer(wanted)
             while self._open:
                 self._wait_for_some(len(self._open))
         except Exception as error:  # noqa: BLE001 - the receiver is told, whatever it is
             self.stop(str(error) or type(error).__name__)
         finally:
-            self._parts = []
+            self._wanted = []
             self.tell_exact()
             self._open.clear()
 
@@ -160,11 +116,11 @@ class Sender(threading.Thread):
         with self._lock:
             return sum(source.nbytes for _, _, source in self._open)
 
-    def _offer(self, part: Part) -> None:
-        source = _source(part.item, part.tensor, self._encoded)
+    def _offer(self, wanted: OfferedItem) -> None:
+        source = self._content.source(wanted.item)
         with self._lock:  # the receiver may have it, and have said so, before this goes on
-            sending = self._link.offer(source, part.label)
-            self._open.append((sending, part, source))
+            sending = self._link.offer(source, wanted.label)
+            self._open.append((sending, wanted.item, source))
             self._offered.append(sending)
             failure = self._failure
         if failure:  # `stop` did not see it
@@ -186,14 +142,14 @@ class Sender(threading.Thread):
             self._wait_for_one()
 
     def _wait_for_one(self) -> None:
-        sending, part, source = self._open[0]
+        sending, item, source = self._open[0]
         try:
             sending.wait(_SEND_TIMEOUT)
         except TransferError:
-            if not (why := getattr(source, "unrepresentable", "")):
+            if not source.unrepresentable:
                 raise
             # The receiver misses this one, and asks again.
-            self._exact(part.item.name, why)
+            self._content.send_exact(item.name, source.unrepresentable)
         else:
             self._missing -= 1
             self._moved(source.nbytes)
@@ -204,9 +160,9 @@ class Sender(threading.Thread):
         """Of those that turned out to be so, also before this has waited for them."""
         with self._lock:
             open_now = list(self._open)
-        for _, part, source in open_now:
-            if why := getattr(source, "unrepresentable", ""):
-                self._exact(part.item.name, why)
+        for _, item, source in open_now:
+            if source.unrepresentable:
+                self._content.send_exact(item.name, source.unrepresentable)
 
     def count(self, meter: Meter) -> None:
         """Add what the receiver was sent so far."""
@@ -222,11 +178,3 @@ class Sender(threading.Thread):
             open_now = list(self._open)
         for sending, _, _ in open_now:
             self._link.withdraw(sending, reason)
-
-
-def _source(item: Item, tensor: Any, encoded: HotChunks) -> Source:
-    if isinstance(tensor, Source):
-        return tensor
-    return (
-        TensorSource(tensor, item.nbytes) if item.cut is None else EncodedSource(Encoding.of(tensor, item.cut, encoded))
-    )

@@ -5,19 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from nvflare_rdma.channel.link import Link
-from nvflare_rdma.codecs.marks import codec_of
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.transfer import manifest
-from nvflare_rdma.transfer.arrays import raw_bytes, to_bytes
-from nvflare_rdma.transfer.manifest import INLINE_BYTES, INLINE_TOTAL, Item
-from nvflare_rdma.transfer.peers import DataChannels
-from nvflare_rdma.transfer.pieces import HotChunks, cut_of
+from nvflare_rdma.transfer.content import Content
+from nvflare_rdma.transfer.manifest import Item
+from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.records import Meters
-from nvflare_rdma.transfer.sender import Part, Relayed, Sender
+from nvflare_rdma.transfer.sender import OfferedItem, OfferThread, Relayed
 
 log = logging.getLogger(__name__)
 
@@ -27,38 +24,31 @@ _NOTICE_SECONDS = 5.0
 
 
 class Service:
-    """For one message's tensors and all its receivers.
+    """Serves the content of one message to all its receivers.
 
     Args:
-        tensors: FLARE's item id -> tensor. Not changed.
-        channels: this process's; None when there are none (any more).
+        content: what is sent; let go of when the service is closed.
+        links: this process's; None when there are none (any more).
         moved: told (receiver, bytes, tensors) of what has arrived there.
         meters: count what goes to each receiver; those of "done" are ended here, others by `ended` or `close`.
-        encoded: keeps encoded chunks for other receivers; the process's, or None for one of its own.
     """
 
     def __init__(
         self,
-        tensors: Mapping[str, Any],
-        channels: Callable[[], DataChannels | None],
+        content: Content,
+        links: Callable[[], PeerLinks | None],
         moved: Callable[[str, int, int], None] = lambda receiver, nbytes, count: None,
         meters: Meters | None = None,
-        encoded: HotChunks | None = None,
     ) -> None:
-        self._encoded = encoded if encoded is not None else HotChunks()
         self.meters = meters or Meters("")
-        self._size = len(tensors), raw_bytes(tensors)
-        self._tensors: dict[str, Any] | None = dict(tensors)
-        self._channels = channels
+        self._size = content.size
+        self._content: Content | None = content
+        self._links = links
         self._moved = moved
         self._lock = threading.Lock()
         #: Receiver -> what it was told.
         self._items: dict[str, list[Item]] = {}
-        #: Marked tensors that the codec can't carry.
-        self._exact: set[str] = set()
-        #: What is told to those who come, and what was exact then.
-        self._described: tuple[set[str] | None, list[Item]] = None, []
-        self._sendings: dict[str, Sender] = {}
+        self._sendings: dict[str, OfferThread] = {}
         self._relayed: dict[str, Relayed] = {}
         self._served: set[str] = set()
         #: Receivers to whom the sender in `_sendings` sends what they want now.
@@ -68,6 +58,8 @@ class Service:
         """What to say to a `pulling` receiver's request; ``refused`` has the reason if it can't be served directly."""
         what = request.get("do") if isinstance(request, Mapping) else None
         try:
+            if (content := self._content) is not None and (answer := content.answer(request, receiver)) is not None:
+                return answer
             match what:
                 case "describe":
                     return self._describe(request, receiver)
@@ -108,8 +100,7 @@ class Service:
 
     def say_what_is_not_encoded(self, receiver: str) -> None:
         """``receiver`` takes everything on FLARE's own path, and has nothing that could decode."""
-        plain = sum(codec_of(tensor) is not None for tensor in (self._tensors or {}).values())
-        if plain:
+        if (content := self._content) is not None and (plain := content.count_marked()):
             log.warning(
                 "%d tensors go to %s as they are, not encoded: it takes them on FLARE's own path", plain, receiver
             )
@@ -125,7 +116,7 @@ class Service:
             return False
         return self._done(receiver, sender)
 
-    def _done(self, receiver: str, seen: Sender | None = None) -> bool:
+    def _done(self, receiver: str, seen: OfferThread | None = None) -> bool:
         """``receiver`` has everything; if that is what ``seen`` says, unless it has asked for more since."""
         with self._lock:
             if seen is not None and (receiver not in self._asked or self._sendings.get(receiver) is not seen):
@@ -145,14 +136,14 @@ class Service:
     def close(self) -> None:
         """Stop sending and let go of the tensors."""
         with self._lock:
-            senders, self._sendings, self._tensors = self._sendings, {}, None
+            senders, self._sendings, self._content = self._sendings, {}, None
             self._relayed.clear()
         for receiver, sender in senders.items():
             sender.stop(_ENDED)
             self._count(receiver, sender)
         self.meters.close(_ENDED)
 
-    def _count(self, receiver: str, sender: Sender | None, given_up: str = "") -> None:
+    def _count(self, receiver: str, sender: OfferThread | None, given_up: str = "") -> None:
         """``sender`` is not needed any more; ``given_up``: why there is no direct way."""
         meter = self.meters.find(receiver)
         if meter is None:
@@ -162,20 +153,20 @@ class Service:
         if given_up:
             meter.fall_back(given_up)
 
-    def _open(self) -> tuple[DataChannels, Mapping[str, Any]]:
-        channels = self._channels()
-        if channels is None:
+    def _open(self) -> tuple[PeerLinks, Content]:
+        links = self._links()
+        if links is None:
             raise TransferError("the sender has no data channels any more")
-        return channels, self._open_tensors()
+        return links, self._open_content()
 
-    def _open_tensors(self) -> Mapping[str, Any]:
-        if (tensors := self._tensors) is None:
+    def _open_content(self) -> Content:
+        if (content := self._content) is None:
             raise TransferError(_ENDED)
-        return tensors
+        return content
 
     def _describe(self, request: Mapping[str, Any], receiver: str) -> dict[str, Any]:
         meter = self.meters.begin(receiver)
-        channels, tensors = self._open()
+        links, content = self._open()
         with self._lock:
             sender = self._sendings.get(receiver)
         if sender is not None:  # it may hear later than the receiver what could not be encoded
@@ -183,55 +174,32 @@ class Service:
         with self._lock:
             self._served.discard(receiver)  # it begins anew, whatever it has said before
             self._asked.discard(receiver)
-            exact = set(self._exact)
-        items = self._items[receiver] = self._manifest(tensors, exact)
+        items = self._items[receiver] = content.items()
         if meter.budget is None:
-            meter.budget = channels.budget.watch()
+            meter.budget = links.budget.watch()
             meter.wire_bytes += sum(len(item.content or b"") for item in items)
-        invitation, closed, channel = None, "", channels.find(receiver) is not None
+        invitation, closed, channel = None, "", links.find(receiver) is not None
         # One side may not have noticed yet that the channel is gone.
         if not channel or request.get("channel") is not True:
             try:
-                invitation = channels.invite(receiver)
+                invitation = links.invite(receiver)
             except FabricUnavailable as error:
                 closed = str(error)
-        return {"manifest": manifest.pack(items), "invitation": invitation, "closed": closed, "channel": channel}
+        way = {"invitation": invitation, "closed": closed, "channel": channel}
+        return {"manifest": manifest.pack(items), **way, **content.extra}
 
     def _relay(self, receiver: str) -> dict[str, Any]:
-        tensors = self._open_tensors()
-        items = self._manifest(tensors, set(self._exact))
+        content = self._open_content()
+        items = content.items()
         with self._lock:
             self._asked.discard(receiver)
-            self._relayed[receiver] = Relayed(items, tensors, self._send_exact, self._encoded)
+            self._relayed[receiver] = Relayed(items, content)
         if (meter := self.meters.find(receiver)) is not None:
             meter.wire_bytes += sum(len(item.content or b"") for item in items)
-        return {"manifest": manifest.pack(items)}
-
-    def _manifest(self, tensors: Mapping[str, Any], exact: set[str]) -> list[Item]:
-        known, items = self._described
-        if known != exact:  # else all receivers share one, and the content in it
-            items = _with_content(self._describe_all(tensors, exact), tensors)
-            self._described = exact, items
-        return items
-
-    def _describe_all(self, tensors: Mapping[str, Any], exact: set[str]) -> list[Item]:
-        items = manifest.describe(tensors)
-        cuts = {name: cut_of(tensor, codec_of(tensor)) for name, tensor in tensors.items() if name not in exact}
-        return [item if (cut := cuts.get(item.name)) is None else replace(item, cut=cut) for item in items]
-
-    def _send_exact(self, name: str, reason: str) -> None:
-        """A marked tensor turned out to be one that its codec can't carry."""
-        with self._lock:
-            if name not in self._exact:
-                log.warning("tensor %s is sent exact: %s", name, reason)
-            self._exact.add(name)
-
-    def _body(self, item: Item, tensors: Mapping[str, Any]) -> Any:
-        """A tensor, or the `Source` to send in its place."""
-        return tensors[item.name]
+        return {"manifest": manifest.pack(items), **content.extra}
 
     def _send(self, request: Mapping[str, Any], receiver: str) -> dict[str, Any]:
-        channels, tensors = self._open()
+        links, content = self._open()
         first, wanted, invitation = request.get("first"), request.get("items"), request.get("invitation")
         if type(first) is not int or not 0 < first < 1 << 63 or not isinstance(wanted, list | tuple):
             raise ProtocolError("malformed request to send")
@@ -242,15 +210,15 @@ class Service:
         if len(set(wanted)) != len(wanted):
             raise ProtocolError("request to send the same twice")
         if invitation is not None:
-            link = _dial(channels, receiver, invitation)
-        elif (found := channels.await_open(receiver)) is not None:
+            link = _dial(links, receiver, invitation)
+        elif (found := links.await_open(receiver)) is not None:
             link = found
         else:
             raise TransferError(f"there is no data channel to {receiver}")
-        parts = [Part(first + n, items[i], self._body(items[i], tensors)) for n, i in enumerate(wanted)]
-        sender = Sender(link, parts, lambda nbytes: self._moved(receiver, nbytes, 1), self._send_exact, self._encoded)
+        offered = [OfferedItem(first + n, items[i]) for n, i in enumerate(wanted)]
+        sender = OfferThread(link, content, offered, lambda nbytes: self._moved(receiver, nbytes, 1))
         with self._lock:
-            if self._tensors is None:
+            if self._content is None:
                 raise TransferError(_ENDED)
             previous, self._sendings[receiver] = self._sendings.get(receiver), sender
             self._asked.add(receiver)
@@ -258,27 +226,15 @@ class Service:
             previous.stop("the receiver has asked again")
             self._count(receiver, previous)
         sender.start()
-        return {"sending": len(parts), "sees": True}
+        return {"sending": len(offered), "sees": True}
 
 
-def _dial(channels: DataChannels, receiver: str, invitation: Any) -> Link:
+def _dial(links: PeerLinks, receiver: str, invitation: Any) -> Link:
     """Only where the receiver can't dial: nobody is to have this side connect to addresses of his choice."""
-    if channels.has_door_for(receiver):
+    if links.has_door_for(receiver):
         raise ProtocolError("an invitation to a side that has a door")
     try:
-        return channels.dial(receiver, invitation)
+        return links.dial(receiver, invitation)
     except FabricError as error:
         log.warning("%s", error)  # what was tried and how it went is nobody else's business
         raise FabricUnavailable("the sender can't reach the receiver's data port; its log says why") from error
-
-
-def _with_content(items: list[Item], tensors: Mapping[str, Any]) -> list[Item]:
-    """The items, the small ones with their content."""
-    found, room = [], INLINE_TOTAL
-    for item in items:
-        if item.nbytes == 0 or item.nbytes <= min(INLINE_BYTES, room):
-            content = bytes(to_bytes(tensors[item.name])) if item.nbytes else b""
-            item = replace(item, content=content, cut=None)
-            room -= item.nbytes
-        found.append(item)
-    return found

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import struct
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from nvflare_rdma.channel.bodies import Sink
-from nvflare_rdma.codecs.safetensors_header import SAFETENSORS_DTYPES
-from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
+from nvflare_rdma.codecs.safetensors_header import METADATA, SAFETENSORS_DTYPES, make_header
 from nvflare_rdma.transfer.arrays import from_bytes
+from nvflare_rdma.transfer.encoding import decode_pieces
 from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.pieces import Cut, decode
 
 Land: TypeAlias = "Callable[[Item], Place]"
 
@@ -67,19 +62,11 @@ class OnDisk(Place):
     def __init__(self, item: Item, path: str) -> None:
         self.path = path
         self._name = item.name
-        header = {
-            item.name: {
-                "dtype": SAFETENSORS_DTYPES[item.dtype],
-                "shape": list(item.shape),
-                "data_offsets": [0, item.nbytes],
-            }
-        }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._start = 8 + len(text)
+        header = make_header(item.name, item.dtype, item.shape, item.nbytes)
+        self._start = len(header)
         self._fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self._abandon = weakref.finalize(self, _abandon, self._fd, path)
-        os.pwrite(self._fd, struct.pack("<Q", len(text)) + text, 0)
+        os.pwrite(self._fd, header, 0)
         self._nbytes = item.nbytes
         self._allocating = threading.Lock()
         self._allocated = not item.nbytes
@@ -87,7 +74,7 @@ class OnDisk(Place):
     @staticmethod
     def takes(item: Item) -> bool:
         """Whether such files have tensors of its dtype."""
-        return item.torch and item.dtype in SAFETENSORS_DTYPES and item.name != "__metadata__"
+        return item.torch and item.dtype in SAFETENSORS_DTYPES and item.name != METADATA
 
     def write(self, offset: int, data: memoryview) -> None:
         with self._allocating:  # when something comes, and not because somebody has said so
@@ -110,93 +97,145 @@ def _abandon(fd: int, path: str) -> None:
         os.unlink(path)
 
 
-class Landings:
-    """What is still to come in one attempt, and what has come."""
+class Arrivals:
+    """What is still to come in one attempt of a `Pull`, and what has come."""
 
     def __init__(self, numbers: set[int]) -> None:
         self.changed = threading.Condition()
-        self.landed: dict[int, Place] = {}
+        self.whole: set[int] = set()
         self.nbytes = 0
         self.open = numbers
         self.failure = ""
-        """Why no more will come."""
+        """Why no more items will come."""
         self.lost = ""
         """Why one of them did not come."""
 
     def fail(self, reason: str) -> None:
-        """The first reason counts."""
+        """No more items will come. The first reason counts."""
         with self.changed:
             self.failure = self.failure or reason
             self.changed.notify_all()
 
-    def came(self, number: int, place: Place, nbytes: int) -> None:
-        """One is whole, of which ``nbytes`` were sent."""
+    def came(self, number: int, nbytes: int) -> None:
+        """An item is whole, of which ``nbytes`` were sent."""
         with self.changed:
             self.open.discard(number)
-            self.landed[number] = place
+            self.whole.add(number)
             self.nbytes += nbytes
             self._tell_if_over()
 
     def lose(self, number: int, reason: str) -> None:
-        """One will not come in this attempt."""
+        """An item will not come in this attempt."""
         with self.changed:
             self.open.discard(number)
             self.lost = self.lost or reason
             self._tell_if_over()
 
     def _tell_if_over(self) -> None:
-        """And not of each: who waits takes this interpreter's time from those who receive."""
+        """Wake who waits, once: waking it for each item takes this interpreter's time from those who receive."""
         if not self.open:
             self.changed.notify_all()
 
 
 class TensorSink(Sink):
-    """Lands one tensor: ``number`` in the manifest."""
+    """Receives one tensor into ``place``; ``whole`` is called with the place when all of it is there."""
 
-    def __init__(self, number: int, item: Item, place: Place, landings: Landings) -> None:
+    def __init__(
+        self, number: int, item: Item, place: Place, arrivals: Arrivals, whole: Callable[[int, Place], None]
+    ) -> None:
         self._number = number
         self._item = item
         self._place = place
-        self._landings = landings
-        self._cut: Cut | None = item.cut
+        self._arrivals = arrivals
+        self._whole = whole
         self.nbytes = item.sent_nbytes
-        self.unit = self._cut.unit if self._cut is not None else 1
+        self.unit = item.cut.unit if item.cut is not None else 1
 
     @property
     def buffer(self) -> memoryview | None:
-        return self._place.memory if self._cut is None else None
+        return self._place.memory if self._item.cut is None else None
 
     def put(self, offset: int, chunk: memoryview) -> None:
-        cut, place = self._cut, self._place
-        if cut is None:
-            place.write(offset, chunk)
-            return
-        width = NUMPY_DTYPES[self._item.dtype].itemsize
-        for first, last, part in cut.pieces(offset, len(chunk)):
-            if place.memory is not None:
-                out = place.memory[first * width : last * width]
-                decode(cut, self._item.dtype, first, last, chunk[part], out)
-            else:
-                out = memoryview(own_memory(cut.values * width))[: (last - first) * width]
-                decode(cut, self._item.dtype, first, last, chunk[part], out)
-                place.write(first * width, out)
+        store_chunk(self._item, self._place, offset, chunk)
 
     def done(self) -> None:
-        self._landings.came(self._number, self._place, self.nbytes)
+        self._whole(self._number, self._place)
+        self._arrivals.came(self._number, self.nbytes)
 
     def failed(self, reason: str) -> None:
-        self._landings.lose(self._number, reason)
+        self._arrivals.lose(self._number, reason)
 
 
-class _Scratch(threading.local):
-    memory = np.empty(0, np.uint8)
+def store_chunk(item: Item, place: Place, offset: int, chunk: memoryview) -> None:
+    """Put bytes of an item's message where its tensor is stored, decoded if they are encoded.
+
+    Raises:
+        CodecError: damaged bytes, as far as the codec can see that. OSError: the place can't be written.
+    """
+    cut = item.cut
+    if cut is None:
+        place.write(offset, chunk)
+        return
+    for start, values in decode_pieces(cut, item.dtype, offset, chunk, place.memory):
+        if place.memory is None:
+            place.write(start, values)
 
 
-_scratch = _Scratch()
+class Destination(ABC):
+    """Where a `Pull` puts the items of one message. One thread calls its methods, in the order in which they are here;
+    `accept`, `sink` and `check` more than once."""
+
+    durable = False
+    """Whether what has come is kept here even if the peer can't be told so, or the transfer fails."""
+
+    @abstractmethod
+    def accept(self, items: list[Item], described: Mapping[str, Any]) -> None:
+        """Take the peer's description: its items, and all that it has told. Raises ProtocolError if it is not what is
+        expected."""
+
+    def begin(self) -> Set[int]:
+        """Get ready to receive, and give the numbers of items that need not be sent."""
+        return frozenset()
+
+    @abstractmethod
+    def sink(self, number: int, arrivals: Arrivals) -> Sink:
+        """The sink of an item in one attempt, which tells ``arrivals`` how it went."""
+
+    def check(self, attempt_is_over: bool) -> None:
+        """Look at what has come: from time to time in an attempt, and when it is over. Raises RdmaError if there is no
+        use in going on."""
+        return
+
+    @abstractmethod
+    def finish(self) -> Any:
+        """Give what the receiver gets, when every item is here. Raises RdmaError or OSError."""
+
+    def close(self) -> None:
+        """End, whether everything came or not."""
+        return
 
 
-def own_memory(nbytes: int) -> Any:
-    """The thread's memory for a piece before it is encoded, or when it is decoded. It has what was left there."""
-    if _scratch.memory.size < nbytes:
-        _scratch.memory = np.empty(nbytes, np.uint8)
-    return _scratch.memory
+class TensorDestination(Destination):
+    """Gives what the places of the tensors give, by FLARE's item ids. ``land`` makes each tensor's place."""
+
+    def __init__(self, land: Land) -> None:
+        self._land = land
+        self._items: list[Item] = []
+        self._places: dict[int, Place] = {}
+
+    def accept(self, items: list[Item], described: Mapping[str, Any]) -> None:
+        self._items = items
+
+    def sink(self, number: int, arrivals: Arrivals) -> Sink:
+        item = self._items[number]
+        return TensorSink(number, item, self._land(item), arrivals, self._places.__setitem__)
+
+    def finish(self) -> dict[str, Any]:
+        return {item.name: self._finish(number, item) for number, item in enumerate(self._items)}
+
+    def _finish(self, number: int, item: Item) -> Any:
+        if item.content is None:
+            return self._places[number].finish()
+        place = self._land(item)
+        place.write(0, memoryview(item.content))
+        return place.finish()

@@ -16,15 +16,15 @@ from nvflare_rdma.streaming.component import install
 from nvflare_rdma.streaming.decomposers import DirectDecomposer, RdmaArrayDecomposer
 from nvflare_rdma.streaming.identity import identifier
 from nvflare_rdma.streaming.torch_decomposer import RdmaTensorDecomposer
-from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.receiver import Pull
 
 _counted: Counter[str] = Counter()
 
 
-def _open(cell: Any) -> DataChannels:
+def _open(cell: Any) -> PeerLinks:
     """As `open_channels`, but every cell listens: only few of those in FLARE's tests are called server."""
-    return DataChannels(cell.get_fqcn(), this_runtime(), lambda server_side: None, identifier({}), "127.0.0.1", (0, 0))
+    return PeerLinks(cell.get_fqcn(), this_runtime(), lambda server_side: None, identifier({}), "127.0.0.1", (0, 0))
 
 
 def _noted(method: Any) -> Any:
@@ -38,9 +38,9 @@ def _noted(method: Any) -> Any:
 
 def _counting(run: Any) -> Any:
     @functools.wraps(run)
-    def counting(pull: Pull) -> Any:
+    def counting(pull: Pull, **kinds: Any) -> Any:
         try:
-            tensors = run(pull)
+            tensors = run(pull, **kinds)
         except Exception:
             _counted["own_path"] += 1
             raise

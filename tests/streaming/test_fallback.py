@@ -16,6 +16,7 @@ from nvflare_rdma.transfer.arrays import raw_bytes
 from nvflare_rdma.transfer.manifest import INLINE_BYTES
 from nvflare_rdma.transfer.receiver import Pull
 from nvflare_rdma.transfer.records import Meter
+from nvflare_rdma.transfer.sinks import TensorDestination
 
 
 @pytest.fixture
@@ -30,7 +31,9 @@ def pull(it, site, progress=lambda done: None) -> None:
     """As the decomposer does."""
     meter = Meter("received", site.name, "server", ledger=site.ledger)
     meter.budget = site.budget.watch()
-    pulling, failure = Pull(site, "server", it.ask(site.name), new, lambda: False, progress, meter), None
+    failure = None
+    pulling = Pull(site, "server", it.ask(site.name), TensorDestination(new), lambda: False, progress, meter)
+
     try:
         pulling.run()
     except RdmaError as error:

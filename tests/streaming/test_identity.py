@@ -69,7 +69,7 @@ def flare_cell(pki):
 
 @pytest.fixture
 def channels(cell, flare_cell, monkeypatch):
-    """channels(SITE) -> DataChannels, as `RdmaTransfer` makes them."""
+    """channels(SITE) -> PeerLinks, as `RdmaTransfer` makes them."""
     monkeypatch.setattr(component, "this_runtime", runtime)
 
     def make(name: str, **credentials: str):

@@ -54,7 +54,7 @@ class Gates:
         self.made = 0  # bytes of an array, on FLARE's path
         self._shut: dict[int, threading.Event] = {}
         self._reached: dict[int, threading.Event] = {}
-        produce, offer = ArrayDownloadable.produce_item, sender.Sender._offer
+        produce, offer = ArrayDownloadable.produce_item, sender.OfferThread._offer
 
         @functools.wraps(produce)
         def produce_item(it, index):
@@ -63,11 +63,11 @@ class Gates:
             return produce(it, index)
 
         @functools.wraps(offer)
-        def _offer(it, part):
-            self._wait(part.tensor.size)
-            return offer(it, part)
+        def _offer(it, wanted):
+            self._wait(wanted.item.shape[0])
+            return offer(it, wanted)
 
-        ArrayDownloadable.produce_item, sender.Sender._offer = produce_item, _offer
+        ArrayDownloadable.produce_item, sender.OfferThread._offer = produce_item, _offer
 
     def shut(self, kind: int) -> None:
         self._reached[_LAST + kind], self._shut[_LAST + kind] = threading.Event(), threading.Event()

@@ -16,7 +16,7 @@ from waiting import eventually
 from nvflare_rdma.fabric.registry import factories
 from nvflare_rdma.runtime import Runtime, Shared, make_context, make_memory
 from nvflare_rdma.settings import Settings
-from nvflare_rdma.transfer.peers import DataChannels
+from nvflare_rdma.transfer.peers import PeerLinks
 
 ANY_PORT = (0, 0)
 #: What all of them share.
@@ -45,7 +45,7 @@ class Cells:
     """Makes the data channels of cells, and closes them."""
 
     def __init__(self) -> None:
-        self.made: list[DataChannels] = []
+        self.made: list[PeerLinks] = []
 
     def __call__(
         self,
@@ -56,8 +56,8 @@ class Cells:
         fabrics: tuple[str, ...] = ("tcp",),
         budget: int = 16 << 20,
         trainers: bool = False,
-    ) -> DataChannels:
-        made = DataChannels(name, runtime(fabrics, budget), tls, anybody, host, ports, trainers)
+    ) -> PeerLinks:
+        made = PeerLinks(name, runtime(fabrics, budget), tls, anybody, host, ports, trainers)
         self.made.append(made)
         return made
 

@@ -14,8 +14,9 @@ from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.transfer import receiver
 from nvflare_rdma.transfer.arrays import to_bytes
+from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.manifest import INLINE_BYTES
-from nvflare_rdma.transfer.pieces import Cut
+from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.receiver import pull
 from nvflare_rdma.transfer.records import Meters
 from nvflare_rdma.transfer.service import Service
@@ -42,7 +43,8 @@ class Direct:
         #: While it is not set, the sender does not go on when its first tensors are there.
         self.go_on = threading.Event()
         self.go_on.set()
-        self.service = Service(tensors, lambda: self.channels, self._moved, Meters("", ledger=shared.ledger))
+        meters = Meters("", ledger=shared.ledger)
+        self.service = Service(TensorContent(tensors), lambda: self.channels, self._moved, meters)
 
     def _moved(self, *what) -> None:
         self.moved.append(what)
@@ -91,7 +93,7 @@ def assert_equal(got, sent) -> None:
 def as_encoded(tensor, codec: str) -> np.ndarray:
     """What arrives of a tensor: its pieces decoded, flat."""
     flat, made = to_flat(tensor), get_codec(codec)
-    cut, out = Cut.of(made, flat.size), np.empty_like(flat)
+    cut, out = PieceLayout.choose(made, flat.size), np.empty_like(flat)
     for first in range(0, flat.size, cut.values):
         piece = flat[first : first + cut.values]
         encoded = np.empty(made.encoded_nbytes(piece.size), np.uint8)

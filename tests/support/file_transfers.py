@@ -1,4 +1,4 @@
-"""A file in one cell, pulled by others: what tests of `FileService` and `pull_file` share."""
+"""A file in one cell, pulled by others: what tests of `FileContent` and `pull_file` share."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from nvflare_rdma.codecs.tensors import FLOAT_NAMES, dtype_name
 from nvflare_rdma.transfer.files.layout import Layout, plan
 from nvflare_rdma.transfer.files.partial_file import PartialFile
 from nvflare_rdma.transfer.files.source import BLOCK_BYTES, FileIdentity, OpenFile
-from nvflare_rdma.transfer.files.transfer import FileService, pull_file
+from nvflare_rdma.transfer.files.transfer import FileContent, FileTarget, pull_file
 from nvflare_rdma.transfer.manifest import INLINE_BYTES
 from nvflare_rdma.transfer.pieces import PIECE_VALUES
+from nvflare_rdma.transfer.service import Service
 
 PART = 8 * BLOCK_BYTES
 
@@ -57,7 +58,8 @@ class Files:
     def open(self) -> None:
         self.file = OpenFile(str(self.source), self.quantization_type)
         self.file.identity = FileIdentity(**{**self.file.identity.pack(), "part_bytes": PART})
-        self.service = FileService(self.file, lambda: self.channels)
+        self.sent = FileContent(self.file)
+        self.service = Service(self.sent, lambda: self.channels)
 
     def ask(self, receiver: str):
         def ask(request: dict) -> dict:
@@ -69,10 +71,13 @@ class Files:
     def pull(self, site, ask=None, name: str = "whole", **kinds) -> Path:
         path = self.folder / name
         asks = ask or self.ask(site.name)
-        pull_file(site, "server", asks, self.file.identity, str(self.folder), str(path), site.name, **kinds)
+        pull_file(site, "server", asks, self.target(site, path), **kinds)
         assert path.read_bytes() == self.content
         assert sorted(p.name for p in self.folder.iterdir() if p.name.startswith(".")) == []
         return path
+
+    def target(self, site, path: Path) -> FileTarget:
+        return FileTarget(self.file.identity, str(self.folder), str(path), site.name)
 
     def partial(self, owner: str) -> PartialFile:
         identity = self.file.identity

@@ -14,7 +14,7 @@ from waiting import eventually
 
 @pytest.fixture
 def cell():
-    """cell("site-1", ports=..., tls=...) -> DataChannels"""
+    """cell("site-1", ports=..., tls=...) -> PeerLinks"""
     with cells() as make:
         yield make
 

@@ -31,7 +31,7 @@ from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.marks import marked
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.component import install
-from nvflare_rdma.transfer.sender import Sender
+from nvflare_rdma.transfer.sender import OfferThread
 
 MODEL = {
     **{f"w{i}": torch.randn(500, 1000) for i in range(5)},
@@ -180,9 +180,9 @@ def main() -> None:
     results["few bits on disk"] = {**pair.get_few_bits_to_disk(), "records": records.take(), "log": lines.take()}
     results["up"] = {**pair.send(), "log": lines.take(), "records": records.take()}
 
-    knows, Sender.has_arrived = Sender.has_arrived, lambda self, timeout: False
+    knows, OfferThread.has_arrived = OfferThread.has_arrived, lambda self, timeout: False
     results["a sender that has not heard what arrived"] = {**pair.get(), "log": lines.take()}
-    Sender.has_arrived = knows
+    OfferThread.has_arrived = knows
     records.take()
 
     abort = Signal()

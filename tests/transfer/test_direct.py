@@ -17,12 +17,14 @@ from waiting import eventually
 
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.errors import FabricUnavailable, TransferError
-from nvflare_rdma.transfer import manifest, receiver, sender, service
+from nvflare_rdma.transfer import content, manifest, receiver, service
 from nvflare_rdma.transfer.arrays import to_bytes
+from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.manifest import INLINE_BYTES
 from nvflare_rdma.transfer.receiver import AbortedError, Pull, pull
 from nvflare_rdma.transfer.records import Meter
 from nvflare_rdma.transfer.service import Service
+from nvflare_rdma.transfer.sinks import TensorDestination
 
 # -- what arrives is what was sent -------------------------------------------------------------------------
 
@@ -100,7 +102,7 @@ def test_small_tensors_alone_need_no_channel(direct, cell):
 
 
 def test_many_small_tensors_do_not_swell_the_manifest(direct, cell, monkeypatch):
-    monkeypatch.setattr(service, "INLINE_TOTAL", 25_000)
+    monkeypatch.setattr(content, "INLINE_TOTAL", 25_000)
     sent = {f"t{i}": np.full(10_000, i, np.uint8) for i in range(100)}  # more, too, than are offered at once
     it = direct(sent)
     inside = [i for i in manifest.unpack(it.ask("x")({"do": "describe"})["manifest"]) if i.content is not None]
@@ -147,7 +149,7 @@ def test_three_receivers_at_once(direct, cell):
 def test_two_messages_at_once_over_one_channel_and_both_ways(cell, direct):
     first, second = large(20), {f"u{i}": torch.full((50_000,), float(i)) for i in range(20)}
     it, site = direct(first), cell("site-1", ports=None)
-    other, back = Service(second, lambda: it.channels), Service(second, lambda: site)
+    other, back = Service(TensorContent(second), lambda: it.channels), Service(TensorContent(second), lambda: site)
     it.pull(site)  # so that there is a channel
     in_parallel(
         lambda: assert_equal(it.pull(site), first),
@@ -258,7 +260,8 @@ def confirmed(it, site, **kinds) -> dict:
     """As `DirectDecomposer.download` pulls."""
     progress = kinds.pop("progress", lambda done: None)
     meter = Meter("received", site.name, "server")
-    return Pull(site, "server", it.ask(site.name), new, lambda: False, progress, meter, confirmed=True).run()
+    pulling = Pull(site, "server", it.ask(site.name), TensorDestination(new), lambda: False, progress, meter)
+    return pulling.run(confirmed=True)
 
 
 def test_a_sender_sees_for_itself_what_has_arrived(direct, cell):
@@ -313,13 +316,13 @@ def test_a_sender_does_not_take_for_served_who_may_miss_something(direct, cell, 
 @pytest.mark.parametrize("how", ["aborted", "ended", "asked again"])
 def test_what_is_being_sent_then_is_not_sent_to_the_end(how, direct, cell, monkeypatch, caplog):
     monkeypatch.setattr(receiver, "REPORT_SECONDS", 0.1)
-    over, stop, read = threading.Event(), threading.Event(), sender.read_run
+    over, stop, read = threading.Event(), threading.Event(), content.read_run
 
     def slow(*args) -> None:
         assert over.wait(DEADLINE)
         read(*args)
 
-    monkeypatch.setattr(sender, "read_run", slow)  # for what is not contiguous
+    monkeypatch.setattr(content, "read_run", slow)  # for what is not contiguous
     it, site = direct({"a": np.zeros(100_000, np.uint8), "b": np.zeros(200_000, np.uint8)[::2]}), cell("site-1")
 
     def act() -> None:
@@ -378,7 +381,7 @@ def test_nothing_comes(direct, cell, monkeypatch):
     """The channel lives, and the sender sees nothing wrong."""
     monkeypatch.setattr(receiver, "STALL_SECONDS", 0.05)
     monkeypatch.setattr(receiver, "_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(service.Sender, "run", lambda self: None)
+    monkeypatch.setattr(service.OfferThread, "run", lambda self: None)
     with pytest.raises(TransferError, match=r"1 of 1 tensors did not come from server: nothing has come for 0.05 s"):
         direct(large(1)).pull(cell("site-1"))
 
@@ -441,7 +444,7 @@ def test_an_end_that_comes_while_a_tensor_is_offered(direct, cell):
     ids=["float32", "bfloat16", "uint8", "conjugated", "complex128", "numpy"],
 )
 def test_what_is_not_contiguous_is_copied_chunk_by_chunk(tensor):
-    source, whole = sender.TensorSource(tensor, tensor.nbytes), bytes(to_bytes(tensor))
+    source, whole = content.TensorSource(tensor, tensor.nbytes), bytes(to_bytes(tensor))
     taken: list[int] = []
 
     def take(nbytes: int) -> memoryview:

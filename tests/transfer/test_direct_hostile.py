@@ -42,7 +42,7 @@ def test_hostile_answers(answers, error, direct, cell, monkeypatch):
     monkeypatch.setattr(receiver, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(receiver, "_LOOK_SECONDS", 0.001)
     if "report" in answers:
-        monkeypatch.setattr(service.Sender, "run", lambda self: None)
+        monkeypatch.setattr(service.OfferThread, "run", lambda self: None)
     it, site = direct(large(1)), cell("site-1", ports=None)
     ask = it.ask("site-1")
 
@@ -118,7 +118,7 @@ def test_any_error_of_the_sender_is_a_refusal(direct, caplog):
     def broken():
         raise RuntimeError("CUDA error")
 
-    it.service._channels = broken
+    it.service._links = broken
     assert it.ask("site-1")({"do": "describe"}) == {"refused": "CUDA error"}
     assert caplog.records[-1].levelno == logging.ERROR
 

@@ -18,7 +18,7 @@ from nvflare_rdma.codecs.tensors import FLOAT_NAMES, MAX_DIMENSIONS, width
 from nvflare_rdma.errors import ProtocolError, TransferError
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.pieces import Cut
+from nvflare_rdma.transfer.pieces import PieceLayout
 
 DTYPES = ["bool", "float16", "float32", "float64", "complex64", "complex128", "int8", "uint8", "int64", "uint16"]
 TORCH_ONLY = ["bfloat16", "float8_e4m3fn", "float8_e5m2"]
@@ -33,7 +33,7 @@ def items(draw: st.DrawFn) -> Item:
     content = draw(st.none() | st.binary(min_size=nbytes, max_size=nbytes)) if nbytes else b""
     cut = None
     if content is None and nbytes and dtype in FLOAT_NAMES and draw(st.booleans()):
-        cut = Cut.of(get_codec(draw(st.sampled_from(["normfloat4", "int8", "float16"]))), math.prod(shape))
+        cut = PieceLayout.choose(get_codec(draw(st.sampled_from(["normfloat4", "int8", "float16"]))), math.prod(shape))
     return Item(draw(st.text("aü\0", max_size=8)), of_torch, dtype, shape, content, cut)
 
 

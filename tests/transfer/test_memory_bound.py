@@ -19,8 +19,9 @@ from nvflare_rdma.codecs.marks import marked
 from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.runtime import LinksByCell
-from nvflare_rdma.transfer.peers import DataChannels
-from nvflare_rdma.transfer.pieces import Cut
+from nvflare_rdma.transfer.content import TensorContent
+from nvflare_rdma.transfer.peers import PeerLinks
+from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.receiver import pull
 from nvflare_rdma.transfer.service import Service
 
@@ -36,7 +37,7 @@ def secure(tmp_path_factory):
     return lambda server_side: get_ssl_context(files, server_side)
 
 
-def held_at_most(channels: DataChannels) -> int:
+def held_at_most(channels: PeerLinks) -> int:
     """Slots that were in use at once."""
     pool = channels._runtime.context.pool
     return pool._busiest
@@ -69,7 +70,7 @@ def test_senders_share_the_budget_of_their_receiver(cell):
 
     def send(name: str) -> None:
         site = cell(name, ports=None)
-        service = Service({f"t{i}": few_bits(MIB // 2) for i in range(count)}, lambda: site)
+        service = Service(TensorContent({f"t{i}": few_bits(MIB // 2) for i in range(count)}), lambda: site)
         services.append(service)
         got = pull(server, name, lambda r: service.answer(r, "server"), new)
         assert len(got) == count
@@ -126,14 +127,14 @@ def test_two_jobs_of_one_process(cell):
         def get_fqcn(self) -> str:
             return self.name
 
-    def make(of: JobCell) -> DataChannels:
+    def make(of: JobCell) -> PeerLinks:
         return made.setdefault(of.name, cell(of.name))
 
     registry.start(make)
     registry.start(make)
     servers = [JobCell("server.job-1"), JobCell("server.job-2")]
     sent = [{"x": np.full(MIB, i, np.float32)} for i in range(2)]
-    services = [Service(t, lambda s=s: registry.of(s)) for t, s in zip(sent, servers, strict=True)]
+    services = [Service(TensorContent(t), lambda s=s: registry.of(s)) for t, s in zip(sent, servers, strict=True)]
 
     def job(i: int) -> None:
         own = cell(f"site-1.job-{i}")
@@ -153,4 +154,4 @@ def test_a_unit_fits_into_the_smallest_budget():
     from nvflare_rdma.codecs import CODEC_NAMES, FixedSizeCodec
 
     fixed = [codec for name in CODEC_NAMES if isinstance(codec := get_codec(name), FixedSizeCodec)]
-    assert max(Cut.of(codec, 1 << 30).unit for codec in fixed) <= MIB * 12 // 16
+    assert max(PieceLayout.choose(codec, 1 << 30).unit for codec in fixed) <= MIB * 12 // 16

@@ -23,7 +23,8 @@ from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.errors import ProtocolError, UnrepresentableError
 from nvflare_rdma.streaming.relay import RelayConsumer, produce
 from nvflare_rdma.transfer import manifest, sender
-from nvflare_rdma.transfer.pieces import Cut, EncodedSource, Encoding, HotChunks, decode
+from nvflare_rdma.transfer.encoding import EncodedChunkCache, EncodedSource, Encoding, decode_pieces
+from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.sinks import OnDisk, in_memory
 
 FIXED = [name for name in CODEC_NAMES if isinstance(get_codec(name), FixedSizeCodec)]
@@ -84,8 +85,8 @@ def test_what_the_codec_can_not_carry_travels_exact_and_the_rest_encoded(direct,
 def test_a_receiver_that_asks_again_before_the_sender_knows_why(direct, cell, monkeypatch):
     broken, here = weights(), threading.Event()
     broken[600, 7] = math.nan
-    wait = sender.Sender._wait_for_one
-    monkeypatch.setattr(sender.Sender, "_wait_for_one", lambda self: (here.wait(DEADLINE), wait(self)))
+    wait = sender.OfferThread._wait_for_one
+    monkeypatch.setattr(sender.OfferThread, "_wait_for_one", lambda self: (here.wait(DEADLINE), wait(self)))
     it = direct({"b": marked(broken, get_codec("normfloat4"))})
     assert_equal(it.pull(cell("site-1")), {"b": broken})
     here.set()
@@ -114,11 +115,11 @@ def test_many_receivers_of_one_tensor_at_once(direct, cell):
             assert np.array_equal(to_flat(tensor), expected)
 
     in_parallel(*(lambda site=site: receive(site) for site in ("site-1", "site-2", "site-3")))
-    eventually(lambda: not it.service._encoded._chunks)  # when no receiver waits for them
+    eventually(lambda: not it.service._content._cache._chunks)  # when no receiver waits for them
 
 
 def test_chunks_in_shared_memory_are_not_too_long_for_other_receivers(direct, cell, monkeypatch):
-    """Raw ones are longer, and one that is longer than `HotChunks` takes would be encoded for each."""
+    """Raw ones are longer, and one that is longer than `EncodedChunkCache` takes would be encoded for each."""
     lengths, read = [], Encoding.read
     monkeypatch.setattr(Encoding, "read", lambda self, *what: (lengths.append(what[1]), read(self, *what))[1])
     kinds = {"fabrics": ("shm", "tcp"), "budget": 4 << 20}
@@ -131,27 +132,27 @@ def test_chunks_in_shared_memory_are_not_too_long_for_other_receivers(direct, ce
 
 
 def test_a_chunk_that_two_receivers_want_is_encoded_once():
-    tensor, codec, hot = weights(), get_codec("normfloat4"), HotChunks()
-    view, cut = marked(tensor, codec), Cut.of(codec, tensor.numel())
-    encoding = Encoding.of(view, cut, hot)
+    tensor, codec, cache = weights(), get_codec("normfloat4"), EncodedChunkCache()
+    view, cut = marked(tensor, codec), PieceLayout.choose(codec, tensor.numel())
+    encoding = cache.encoding(view, cut)
     one = EncodedSource(encoding)
     first = bytes(one.read(0, cut.unit, new))
     tensor.zero_()  # so that it shows who encodes again
     assert bytes(one.read(0, cut.unit, new)) != first, "kept, though nobody else wants it"
-    other = EncodedSource(Encoding.of(view, cut, hot))
+    other = EncodedSource(cache.encoding(view, cut))
     assert other.encoding is encoding
     zeros = bytes(other.read(0, cut.unit, new))
     tensor.fill_(1.0)
     assert bytes(one.read(0, cut.unit, new)) == zeros
     del one, other, encoding
-    assert not hot._chunks
-    assert hot._held == 0
+    assert not cache._chunks
+    assert cache._held == 0
 
 
 def test_who_wants_a_chunk_that_is_being_encoded_waits_for_it(monkeypatch):
-    tensor, codec, hot = weights(), get_codec("normfloat4"), HotChunks()
-    cut = Cut.of(codec, tensor.numel())
-    sources = [EncodedSource(Encoding.of(tensor, cut, hot)) for _ in range(2)]
+    tensor, codec, cache = weights(), get_codec("normfloat4"), EncodedChunkCache()
+    cut = PieceLayout.choose(codec, tensor.numel())
+    sources = [EncodedSource(cache.encoding(tensor, cut)) for _ in range(2)]
     encode, begun, go_on, calls = Encoding._encode, threading.Event(), threading.Event(), []
 
     def slowly(self, first, last, out):
@@ -183,14 +184,14 @@ def test_who_wants_a_chunk_that_is_being_encoded_waits_for_it(monkeypatch):
 
 
 def test_hot_chunks_stay_within_their_limit():
-    hot = HotChunks(100)
+    cache = EncodedChunkCache(100)
     for i in range(10):
-        hot.put((1, i, 30), memoryview(bytes([i]) * 30))
-    assert [hot.get((1, i, 30)) is not None for i in range(10)] == [False] * 7 + [True] * 3
-    hot.put((1, 0, 101), memoryview(bytes(101)))
-    assert hot.get((1, 0, 101)) is None
-    hot.forget(1)
-    assert hot._held == 0
+        cache.put((1, i, 30), memoryview(bytes([i]) * 30))
+    assert [cache.get((1, i, 30)) is not None for i in range(10)] == [False] * 7 + [True] * 3
+    cache.put((1, 0, 101), memoryview(bytes(101)))
+    assert cache.get((1, 0, 101)) is None
+    cache.forget(1)
+    assert cache._held == 0
 
 
 @settings(deadline=None, max_examples=60)
@@ -202,16 +203,17 @@ def test_hot_chunks_stay_within_their_limit():
 )
 def test_any_chunks_of_whole_units_make_the_tensor(codec, n, per_chunk, seed):
     values = np.random.default_rng(seed).standard_normal(n).astype(np.float32)
-    cut = Cut.of(get_codec(codec), n)
+    cut = PieceLayout.choose(get_codec(codec), n)
     assert MIN_CHUNK_BYTES <= cut.unit <= MAX_UNIT_BYTES
-    encoding, out = Encoding(values, cut, HotChunks()), np.empty_like(values)
+    encoding, out = Encoding(values, cut, EncodedChunkCache()), np.empty_like(values)
     offsets = list(range(0, cut.nbytes, per_chunk * cut.unit))
     for offset in reversed(offsets):
         length = min(per_chunk * cut.unit, cut.nbytes - offset)
         chunk = encoding.read(offset, length, new)
         assert len(chunk) == length
-        for first, last, place in cut.pieces(offset, length):
-            decode(cut, "float32", first, last, chunk[place], out[first:last].data.cast("B"))
+        memory = out.data.cast("B")
+        for start, decoded in decode_pieces(cut, "float32", offset, chunk, memory):
+            assert bytes(memory[start : start + len(decoded)]) == bytes(decoded)
     assert np.array_equal(out, as_encoded(values, codec))
 
 
@@ -219,11 +221,11 @@ def test_any_chunks_of_whole_units_make_the_tensor(codec, n, per_chunk, seed):
 def test_what_can_not_be_carried_shows_where_it_is(value):
     values = weights()
     codec = get_codec("normfloat4")
-    cut = Cut.of(codec, values.numel())
+    cut = PieceLayout.choose(codec, values.numel())
     values[699, 700] = value
-    Encoding(values, cut, HotChunks()).read(0, cut.unit, new)
+    Encoding(values, cut, EncodedChunkCache()).read(0, cut.unit, new)
     with pytest.raises(UnrepresentableError):
-        Encoding(values, cut, HotChunks()).read(cut.nbytes - cut.nbytes % cut.unit, cut.nbytes % cut.unit, new)
+        Encoding(values, cut, EncodedChunkCache()).read(cut.nbytes - cut.nbytes % cut.unit, cut.nbytes % cut.unit, new)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,7 @@ def test_what_can_not_be_carried_shows_where_it_is(value):
 )
 def test_a_cut_that_can_not_be_is_refused(name, values, why):
     with pytest.raises(ProtocolError, match=why):
-        Cut.given(name, 1000, values)
+        PieceLayout.from_peer(name, 1000, values)
 
 
 def test_a_mark_is_of_one_object_and_goes_with_it():

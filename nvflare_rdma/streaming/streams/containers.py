@@ -29,13 +29,18 @@ from nvflare_rdma.flare_compat import container_keys
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.streams import sender
 from nvflare_rdma.streaming.streams.receiver import PREFIX, Receiving, register
-from nvflare_rdma.transfer import manifest
-from nvflare_rdma.transfer.arrays import raw_bytes
-from nvflare_rdma.transfer.peers import DataChannels
-from nvflare_rdma.transfer.receiver import AbortedError, pull
-from nvflare_rdma.transfer.records import Meter, Meters
-from nvflare_rdma.transfer.service import Service
-from nvflare_rdma.transfer.sinks import in_memory
+from nvflare_rdma.transfer import (
+    AbortedError,
+    Meter,
+    Meters,
+    PeerLinks,
+    Service,
+    TensorContent,
+    in_memory,
+    is_sendable,
+    pull,
+    raw_bytes,
+)
 
 _FLARES = container_keys()
 
@@ -106,7 +111,7 @@ class ContainerStreamer(flare.ContainerStreamer):
             stream_ctx,
             {_PORTIONS: len(portions)},
             targets,
-            lambda cell: _Offer(entries, numbers, portions, isinstance(container, dict), cell),
+            lambda cell: _StreamedContainer(entries, numbers, portions, isinstance(container, dict), cell),
             own,
             f"a container ({type(container).__name__}, {len(container)} entries)",
             entry_timeout,
@@ -117,14 +122,8 @@ class ContainerStreamer(flare.ContainerStreamer):
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor that can land in memory of its own."""
-    if not isinstance(value, np.ndarray) and not is_torch(value):
-        return False
-    try:
-        manifest.describe({"": value})
-    except TransferError:
-        return False
-    return True
+    """Whether `value` is a tensor that can be received into memory of its own."""
+    return (isinstance(value, np.ndarray) or is_torch(value)) and is_sendable(value)
 
 
 def _size(value: Any) -> float:
@@ -151,13 +150,7 @@ def _portions(entries: list[Any], tensors: set[int], keyed: bool) -> list[list[i
     return [portion for portion in found if portion]
 
 
-class _ContainerService(Service):
-    def count(self, entries: int) -> None:
-        """All entries count, tensors or not."""
-        self._size = entries, self._size[1]
-
-
-class _Offer(sender.Offer):
+class _StreamedContainer(sender.StreamedObject):
     def __init__(
         self,
         entries: list[Any],
@@ -173,10 +166,8 @@ class _Offer(sender.Offer):
         tensors = {str(n): entries[n][1] if keyed else entries[n] for n in numbers}
         ours = shared()
         meters = Meters(cell.get_fqcn(), "container", ours.ledger)
-        links = functools.partial(ours.links.of, cell)
-        service = _ContainerService(tensors, links, meters=meters, encoded=ours.encoded_chunks)
-        service.count(len(entries))
-        self.service = service
+        content = TensorContent(tensors, len(entries), ours.encoded_chunks)  # all entries count, tensors or not
+        self.service = Service(content, functools.partial(ours.links.of, cell), meters=meters)
 
     def more(self) -> Iterator[Any]:
         for portion in self._portions:
@@ -221,7 +212,7 @@ class ContainerReceiving(Receiving):
 
     def run(
         self,
-        channels: DataChannels,
+        links: PeerLinks,
         peer: str,
         ask: Callable[[dict[str, Any]], Any],
         aborted: Callable[[], bool],
@@ -229,7 +220,7 @@ class ContainerReceiving(Receiving):
     ) -> None:
         """See `stream_receiving.Receiving`."""
         memory = shared().tensor_memory
-        tensors = pull(channels, peer, ask, in_memory(memory.take), aborted, meter=meter)
+        tensors = pull(links, peer, ask, in_memory(memory.take), aborted, meter=meter)
         memory.keep_for(tensor.nbytes for tensor in tensors.values())
         self.size = self._size, raw_bytes(tensors)
         with self._changed:

@@ -23,13 +23,17 @@ from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, Storag
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.streams import sender
 from nvflare_rdma.streaming.streams.receiver import PREFIX, Receiving, register
-from nvflare_rdma.transfer.files.layout import plan
-from nvflare_rdma.transfer.files.partial_file import forget
-from nvflare_rdma.transfer.files.source import FileIdentity, OpenFile, codec_for_files
-from nvflare_rdma.transfer.files.transfer import FileService, pull_file
-from nvflare_rdma.transfer.peers import DataChannels
-from nvflare_rdma.transfer.receiver import AbortedError
-from nvflare_rdma.transfer.records import Meter, Meters
+from nvflare_rdma.transfer import AbortedError, Meter, Meters, PeerLinks, Service
+from nvflare_rdma.transfer.files import (
+    FileContent,
+    FileIdentity,
+    FileTarget,
+    OpenFile,
+    codec_for_files,
+    forget,
+    plan,
+    pull_file,
+)
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +130,7 @@ class FileStreamer(flare.FileStreamer):
             stream_ctx,
             {_IDENTITY: file.identity.pack()},
             targets,
-            lambda cell: _Offer(file, cell),
+            lambda cell: _StreamedFile(file, cell),
             own,
             file_name,
             chunk_timeout,
@@ -141,11 +145,12 @@ def _warm_up(identity: FileIdentity) -> None:
         warm_up([identity.codec])
 
 
-class _Offer(sender.Offer):
+class _StreamedFile(sender.StreamedObject):
     def __init__(self, file: OpenFile, cell: Any) -> None:
         self._file = file
-        links, meters = functools.partial(shared().links.of, cell), Meters(cell.get_fqcn(), "file", shared().ledger)
-        self.service = FileService(file, links, meters)
+        ours = shared()
+        meters = Meters(cell.get_fqcn(), "file", ours.ledger)
+        self.service = Service(FileContent(file), functools.partial(ours.links.of, cell), meters=meters)
 
     @property
     def broken(self) -> str:
@@ -171,14 +176,15 @@ class FileReceiving(Receiving):
 
     def run(
         self,
-        channels: DataChannels,
+        links: PeerLinks,
         peer: str,
         ask: Callable[[dict[str, Any]], Any],
         aborted: Callable[[], bool],
         meter: Meter,
     ) -> None:
         """See `stream_receiving.Receiving`."""
-        pull_file(channels, peer, ask, self._identity, self._folder, self._path, self._site, aborted, meter)
+        target = FileTarget(self._identity, self._folder, self._path, self._site)
+        pull_file(links, peer, ask, target, aborted, meter)
 
     def may_come_otherwise(self, error: Exception) -> bool:
         """Not if the disk is full, or the data wrong."""

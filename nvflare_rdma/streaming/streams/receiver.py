@@ -15,8 +15,7 @@ from nvflare.apis.streaming import ConsumerFactory, ObjectConsumer, StreamContex
 from nvflare_rdma.errors import FabricError, RdmaError, TransferError
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.requests import stream_request_function
-from nvflare_rdma.transfer.peers import DataChannels
-from nvflare_rdma.transfer.records import Meter
+from nvflare_rdma.transfer import Meter, PeerLinks
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ _SILENT = PREFIX + "silent"  # in a receiver's stream context: FLARE's own strea
 TURN_SECONDS = 2.0
 #: A receiver whose own part is over hears no more of its sender: at least, and in turns of the sender's, which waits
 #: for the slowest of its targets.
-_LONELY_SECONDS, _LONELY_TURNS = 120.0, 4
+SENDER_SILENCE_SECONDS, _SILENCE_TURNS = 120.0, 4
 _LOOK_SECONDS = 1.0
 _MAX_TIMEOUT = 7 * 24 * 3600.0
 
@@ -50,7 +49,7 @@ class Receiving(ABC):
     @abstractmethod
     def run(
         self,
-        channels: DataChannels,
+        links: PeerLinks,
         peer: str,
         ask: Callable[[dict[str, Any]], Any],
         aborted: Callable[[], bool],
@@ -90,7 +89,7 @@ class _Consumer(ObjectConsumer):
         self._failed = False
         self._ended, self._over = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._heard_at, self._patience = time.monotonic(), _LONELY_SECONDS
+        self._heard_at, self._patience = time.monotonic(), SENDER_SILENCE_SECONDS
 
     def consume(self, shareable: Any, stream_ctx: dict[str, Any], fl_ctx: Any) -> tuple[bool, Any]:
         self._fl_ctx, self._heard_at = fl_ctx, time.monotonic()
@@ -126,7 +125,7 @@ class _Consumer(ObjectConsumer):
         number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
         if not number or not 0 < timeout <= _MAX_TIMEOUT:
             raise TransferError(f"a stream begins with a timeout of {timeout!r} s")
-        self._patience = max(_LONELY_SECONDS, _LONELY_TURNS * timeout)
+        self._patience = max(SENDER_SILENCE_SECONDS, _SILENCE_TURNS * timeout)
         self._receiving = self._make(self._stream_ctx, fl_ctx.get_identity_name())
         cell = fl_ctx.get_engine().get_cell()
         abort = fl_ctx.get_run_abort_signal()
@@ -139,10 +138,10 @@ class _Consumer(ObjectConsumer):
         self._thread = threading.Thread(target=self._receive, args=arguments, name="rdma-stream", daemon=True)
         self._thread.start()
 
-    def _receive(self, receiving: Receiving, channels: Any, peer: str, ask: Any, aborted: Callable[[], bool]) -> None:
+    def _receive(self, receiving: Receiving, links: Any, peer: str, ask: Any, aborted: Callable[[], bool]) -> None:
         state, reason = "failed", "receiving it broke, and this side's log says how"
         try:
-            state, reason = self._run(receiving, channels, peer, ask, aborted)
+            state, reason = self._run(receiving, links, peer, ask, aborted)
         except Exception:
             log.exception("receiving a stream failed")
         finally:  # the sender asks until it is not "running"
@@ -150,7 +149,7 @@ class _Consumer(ObjectConsumer):
                 self._state, self._reason = state, reason
                 self._undo_if_failed()
             self._over.set()
-        if self._is_left_alone():
+        if self._sender_is_silent():
             # The sender is gone, and nobody else ends the stream.
             code = ReturnCode.OK if state == "done" else ReturnCode.EXECUTION_EXCEPTION
             if state == "done":
@@ -158,17 +157,17 @@ class _Consumer(ObjectConsumer):
             self._stream_ctx[StreamContextKey.END_STREAM](code, self._fl_ctx)
 
     def _run(
-        self, receiving: Receiving, channels: Any, peer: str, ask: Any, aborted: Callable[[], bool]
+        self, receiving: Receiving, links: Any, peer: str, ask: Any, aborted: Callable[[], bool]
     ) -> tuple[str, str]:
         """State and reason."""
         state, reason = "done", ""
         name = self._fl_ctx.get_engine().get_cell().get_fqcn()
         meter = Meter("received", name, peer, receiving.kind, shared().ledger)
         try:
-            if channels is None:
+            if links is None:
                 raise FabricError("this side has no data channels any more")
-            meter.budget = channels.budget.watch()
-            receiving.run(channels, peer, ask, aborted, meter)
+            meter.budget = links.budget.watch()
+            receiving.run(links, peer, ask, aborted, meter)
             meter.end(*receiving.size)
         except (RdmaError, OSError, MemoryError) as error:
             state, reason = ("own" if receiving.may_come_otherwise(error) else "failed"), str(error)
@@ -178,7 +177,7 @@ class _Consumer(ObjectConsumer):
         meter.end(failure=reason)
         return state, reason
 
-    def _is_left_alone(self) -> bool:
+    def _sender_is_silent(self) -> bool:
         """Whether the sender falls silent before the stream ends."""
         while not self._ended.wait(_LOOK_SECONDS):
             if time.monotonic() - self._heard_at > self._patience:

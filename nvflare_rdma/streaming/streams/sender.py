@@ -25,7 +25,7 @@ from nvflare.apis.streaming import ObjectProducer, StreamContextKey
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.requests import close_stream, open_stream
 from nvflare_rdma.streaming.streams.receiver import KEY, PREFIX, TURN_SECONDS
-from nvflare_rdma.transfer.service import Service
+from nvflare_rdma.transfer import Service
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _MIN_TIMEOUT = 10.0
 _UNANSWERED = 3
 
 
-class Offer(ABC):
+class StreamedObject(ABC):
     """What is streamed. ``service``: has its data."""
 
     service: Service
@@ -50,7 +50,7 @@ class Offer(ABC):
         return ""
 
 
-class _Hello(ObjectProducer):
+class _Inquiry(ObjectProducer):
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self.answers: dict[str, Any] = {}
@@ -63,10 +63,10 @@ class _Hello(ObjectProducer):
         return True
 
 
-class _Tickets(ObjectProducer):
+class _Announcements(ObjectProducer):
     """Tells receivers what to ask for, and hears how they get on."""
 
-    def __init__(self, offer: Offer, start: dict[str, Any], targets: Iterable[str], timeout: float) -> None:
+    def __init__(self, offer: StreamedObject, start: dict[str, Any], targets: Iterable[str], timeout: float) -> None:
         self._offer = offer
         self._start = start
         self._more = offer.more()
@@ -121,7 +121,7 @@ def stream(
     stream_ctx: dict[str, Any],
     extra: dict[str, Any],
     targets: Any,
-    offer: Callable[[Any], Offer],
+    offer: Callable[[Any], StreamedObject],
     own: Callable[[Any], tuple[str, Any]],
     what: str,
     timeout: float,
@@ -149,7 +149,7 @@ def stream(
         code, _ = engine.stream_objects(PREFIX + channel, topic, {**stream_ctx, **extra}, to, producer, fl_ctx, **flags)
         return str(code)
 
-    hello = _Hello(timeout)
+    hello = _Inquiry(timeout)
     if (code := run(hello, targets)) != ReturnCode.OK:
         return code, {}
     reasons = {target: _hello_reason(reply) for target, reply in hello.answers.items()}
@@ -162,7 +162,7 @@ def stream(
         timeout += TURN_SECONDS
         secure = bool(flags.get("secure"))
         start = {"do": "start", "stream": name, "peer": cell.get_fqcn(), "secure": secure, "timeout": timeout}
-        tickets = _Tickets(made, start, direct, timeout)
+        tickets = _Announcements(made, start, direct, timeout)
         try:
             code = run(tickets, direct)
         finally:

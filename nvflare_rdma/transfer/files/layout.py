@@ -19,7 +19,7 @@ from nvflare_rdma.codecs.tensors import FLOAT_NAMES, NUMPY_DTYPES
 from nvflare_rdma.errors import ProtocolError, SourceError
 from nvflare_rdma.transfer.files.source import FileIdentity
 from nvflare_rdma.transfer.manifest import INLINE_BYTES, MAX_ITEMS, Item
-from nvflare_rdma.transfer.pieces import Cut
+from nvflare_rdma.transfer.pieces import PieceLayout
 
 
 class Layout:
@@ -63,7 +63,7 @@ def _is_part(identity: FileIdentity, number: int, item: Item) -> bool:
     codec = identity.codec
     if codec is None or item.dtype not in FLOAT_NAMES or not item.torch:
         return False
-    return item.cut in (None, Cut.of(codec, item.shape[0]))
+    return item.cut in (None, PieceLayout.choose(codec, item.shape[0]))
 
 
 def plan(identity: FileIdentity, tensors: Sequence[StoredTensor] = ()) -> list[tuple[Item, str]]:
@@ -76,7 +76,7 @@ def plan(identity: FileIdentity, tensors: Sequence[StoredTensor] = ()) -> list[t
     """
     found, end = list[tuple[Item, str]](), 0
 
-    def add(name: str, dtype: str, n: int, cut: Cut | None) -> None:
+    def add(name: str, dtype: str, n: int, cut: PieceLayout | None) -> None:
         if len(found) == MAX_ITEMS:
             raise SourceError(f"{identity.name} has more than {MAX_ITEMS} parts: send it as it is")
         item = Item(str(len(found)), bool(name), dtype, (n,), None, cut)
@@ -89,11 +89,11 @@ def plan(identity: FileIdentity, tensors: Sequence[StoredTensor] = ()) -> list[t
 
     for tensor, codec in _encoded(identity, tensors):
         add_bytes(tensor.start - end)
-        n, piece = math.prod(tensor.shape), Cut.of(codec, 0).values
+        n, piece = math.prod(tensor.shape), PieceLayout.choose(codec, 0).values
         longest = identity.part_bytes // NUMPY_DTYPES[tensor.dtype].itemsize // piece * piece
         for first in range(0, n, longest):
             values = min(longest, n - first)
-            add(tensor.name, tensor.dtype, values, Cut.of(codec, values))
+            add(tensor.name, tensor.dtype, values, PieceLayout.choose(codec, values))
         end = tensor.start + tensor.nbytes
     add_bytes(identity.size - end)
     return found

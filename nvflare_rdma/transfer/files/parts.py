@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-import numpy as np
 
 from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES, Sink, Source, Take
 from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.errors import UnrepresentableError
+from nvflare_rdma.transfer.encoding import Scratch, decode_pieces, pieces_in, thread_scratch
 from nvflare_rdma.transfer.files.partial_file import PartialFile
 from nvflare_rdma.transfer.files.source import BLOCK_BYTES, OpenFile, PartDigests
 from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.pieces import decode
-from nvflare_rdma.transfer.sinks import Landings, Place, own_memory
+from nvflare_rdma.transfer.sinks import Arrivals
 
 #: So many large chunks have to fit into the budget.
 _ROOMY = 4
@@ -24,11 +21,10 @@ class PartSource(Source):
     """One part of a file, which begins at ``start`` there. ``digests``: of what was sent."""
 
     ready = False
+    unrepresentable: str = ""
 
     def __init__(self, file: OpenFile, start: int, item: Item) -> None:
         self.nbytes = item.sent_nbytes
-        self.unrepresentable = ""
-        """Why it has to travel exact."""
         self._file = file
         self._start = start
         self._item = item
@@ -44,34 +40,27 @@ class PartSource(Source):
         step = min(self.nbytes, cut.unit if cut is not None else BLOCK_BYTES)
         block = memoryview(bytearray(step))
         # Not the thread's own: there are many that answer requests.
-        room = memoryview(bytearray(self._piece_nbytes))
+        room = memoryview(bytearray(0 if cut is None else cut.values * NUMPY_DTYPES[self._item.dtype].itemsize))
         while (digest := self.digests.whole()) is None:
             for offset in range(0, self.nbytes, step):
                 self._fill(offset, block[: self.nbytes - offset], lambda nbytes: room)
         return digest
 
-    @property
-    def _piece_nbytes(self) -> int:
-        """Of the values of a piece."""
-        cut = self._item.cut
-        return cut.values * NUMPY_DTYPES[self._item.dtype].itemsize if cut is not None else 0
-
     def read(self, offset: int, length: int, take: Take) -> memoryview:
         slot = take(length)
-        self._fill(offset, slot, own_memory)
+        self._fill(offset, slot, thread_scratch)
         return slot
 
-    def _fill(self, offset: int, out: memoryview, room: Callable[[int], Any]) -> None:
-        cut, dtype = self._item.cut, self._item.dtype
+    def _fill(self, offset: int, out: memoryview, scratch: Scratch) -> None:
+        cut = self._item.cut
         if cut is None:
             self._file.read_into(out, self._start + offset)
         else:
-            width = NUMPY_DTYPES[dtype].itemsize
-            for first, last, place in cut.pieces(offset, len(out)):
-                values = memoryview(room(self._piece_nbytes))[: (last - first) * width]
-                self._file.read_into(values, self._start + first * width)
+            for piece in pieces_in(cut, self._item.dtype, offset, out):
+                values = piece.room(scratch)
+                self._file.read_into(values, self._start + piece.start)
                 try:
-                    cut.codec.encode_into(np.frombuffer(values, NUMPY_DTYPES[dtype]), out[place])
+                    piece.encode(values)
                 except UnrepresentableError as error:
                     self.unrepresentable = str(error)
                     raise
@@ -103,19 +92,6 @@ class FilePart:
         return self.source(bool(self.unrepresentable))
 
 
-class _Here(Place):
-    """Of a part: it is on disk."""
-
-    def write(self, offset: int, data: memoryview) -> None:
-        raise NotImplementedError("a part is written by its PartSink")
-
-    def finish(self) -> None:
-        pass
-
-
-HERE = _Here()
-
-
 class PartSink(Sink):
     """Writes a part to disk as it comes. ``landed``: told its number, and digests of what came and of what is there;
     ``budget``: bytes that chunks may take, of this and all else that comes."""
@@ -124,7 +100,7 @@ class PartSink(Sink):
         self,
         file: PartialFile,
         item: Item,
-        landings: Landings,
+        arrivals: Arrivals,
         landed: Callable[[int, bytes, bytes], None],
         budget: int,
     ) -> None:
@@ -138,7 +114,7 @@ class PartSink(Sink):
         self._number = int(item.name)
         self._kept = PartDigests(item.nbytes)
         self._came = PartDigests(self.nbytes, cut.unit) if cut is not None else self._kept
-        self._landings = landings
+        self._arrivals = arrivals
         self._landed = landed
 
     def put(self, offset: int, chunk: memoryview) -> None:
@@ -147,20 +123,17 @@ class PartSink(Sink):
         if cut is None:
             self._file.write(self._number, offset, chunk)
             return
-        width = NUMPY_DTYPES[self._item.dtype].itemsize
-        for first, last, place in cut.pieces(offset, len(chunk)):
-            out = memoryview(own_memory(cut.values * width))[: (last - first) * width]
-            decode(cut, self._item.dtype, first, last, chunk[place], out)
-            self._kept.add(first * width, out)
-            self._file.write(self._number, first * width, out)
+        for start, values in decode_pieces(cut, self._item.dtype, offset, chunk):
+            self._kept.add(start, values)
+            self._file.write(self._number, start, values)
 
     def done(self) -> None:
         came, kept = self._came.whole(), self._kept.whole()
         if came is None or kept is None:
-            self._landings.lose(self._number, f"part {self._number} came in pieces that can't be verified")
+            self._arrivals.lose(self._number, f"part {self._number} came in pieces that can't be verified")
             return
         self._landed(self._number, came, kept)
-        self._landings.came(self._number, HERE, self.nbytes)
+        self._arrivals.came(self._number, self.nbytes)
 
     def failed(self, reason: str) -> None:
-        self._landings.lose(self._number, reason)
+        self._arrivals.lose(self._number, reason)

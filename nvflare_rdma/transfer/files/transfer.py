@@ -11,21 +11,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import threading
 from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
 from typing import Any
 
 from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, UnrepresentableError
+from nvflare_rdma.transfer.content import Content
 from nvflare_rdma.transfer.files.layout import Layout, plan
 from nvflare_rdma.transfer.files.partial_file import PartialFile
-from nvflare_rdma.transfer.files.parts import HERE, FilePart, PartSink, PartSource
+from nvflare_rdma.transfer.files.parts import FilePart, PartSink, PartSource
 from nvflare_rdma.transfer.files.source import FileIdentity, OpenFile
 from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.peers import DataChannels
-from nvflare_rdma.transfer.receiver import AbortedError, LostError, Progress, Pull
-from nvflare_rdma.transfer.records import Meter, Meters
-from nvflare_rdma.transfer.service import Service
-from nvflare_rdma.transfer.sinks import Landings
+from nvflare_rdma.transfer.peers import PeerLinks
+from nvflare_rdma.transfer.receiver import AbortedError, LostError, Pull, ask_for
+from nvflare_rdma.transfer.records import Meter
+from nvflare_rdma.transfer.sinks import Arrivals, Destination
 
 log = logging.getLogger(__name__)
 
@@ -33,45 +35,23 @@ log = logging.getLogger(__name__)
 _COMPARED = 2
 
 
-class FileService(Service):
-    """For one file and all its receivers."""
+class FileContent(Content):
+    """The parts of one file, for all its receivers."""
 
-    def __init__(
-        self, file: OpenFile, channels: Callable[[], DataChannels | None], meters: Meters | None = None
-    ) -> None:
-        super().__init__(_parts(file), channels, meters=meters)
-        self._size = 1, file.identity.size
+    def __init__(self, file: OpenFile) -> None:
+        self.size = 1, file.identity.size
+        self.parts = _parts(file)
         self._file = file
+        self._lock = threading.Lock()
+        #: Names of parts of which it is logged that they are sent exact.
+        self._exact: set[str] = set()
 
-    def answer(self, request: Any, receiver: str) -> dict[str, Any]:
-        """See `Service.answer`."""
-        what = request.get("do") if isinstance(request, Mapping) else None
-        try:
-            if what not in ("done", "give up"):
-                self._file.check()
-            if what == "digests":
-                parts = self._wanted(request.get("items"))
-                return {"digests": [part.current().digests.whole() for part in parts]}
-            if what == "compare":
-                return {"digests": [self._digest(part) for part in self._wanted(request.get("items"))[:_COMPARED]]}
-        except (RdmaError, OSError) as error:
-            log.info("%s is refused: %s", receiver, error)
-            return {"refused": str(error)}
-        answer = super().answer(request, receiver)
-        if "manifest" in answer:
-            answer["file"] = self._file.identity.pack()
-        return answer
+    @property
+    def extra(self) -> Mapping[str, Any]:
+        return {"file": self._file.identity.pack()}
 
-    def _digest(self, part: FilePart) -> bytes:
-        with contextlib.suppress(UnrepresentableError):
-            return part.current().digest()
-        return part.source(True).digest()
-
-    def _send_exact(self, name: str, reason: str) -> None:
-        """The part knows it, and had to before its receiver could ask again."""
-
-    def _manifest(self, tensors: Mapping[str, Any], exact: set[str]) -> list[Item]:
-        return [self._item(part) for part in tensors.values()]
+    def items(self) -> list[Item]:
+        return [self._item(part) for part in self.parts.values()]
 
     def _item(self, part: FilePart) -> Item:
         if not part.unrepresentable:
@@ -84,15 +64,36 @@ class FileService(Service):
             log.warning("%s: %s are sent exact: %s", self._file.identity.name, what, part.unrepresentable)
         return part.exact_item
 
-    def _body(self, item: Item, tensors: Mapping[str, Any]) -> PartSource:
-        part: FilePart = tensors[item.name]
-        return part.source(item.cut is None)
+    def source(self, item: Item) -> PartSource:
+        return self.parts[item.name].source(item.cut is None)
+
+    def send_exact(self, name: str, reason: str) -> None:
+        """The part knows it, and had to before its receiver could ask again."""
+
+    def answer(self, request: Any, receiver: str) -> dict[str, Any] | None:
+        what = request.get("do") if isinstance(request, Mapping) else None
+        try:
+            if what not in ("done", "give up"):
+                self._file.check()
+            if what == "digests":
+                parts = self._wanted(request.get("items"))
+                return {"digests": [part.current().digests.whole() for part in parts]}
+            if what == "compare":
+                return {"digests": [self._digest(part) for part in self._wanted(request.get("items"))[:_COMPARED]]}
+        except (RdmaError, OSError) as error:
+            log.info("%s is refused: %s", receiver, error)
+            return {"refused": str(error)}
+        return None
+
+    def _digest(self, part: FilePart) -> bytes:
+        with contextlib.suppress(UnrepresentableError):
+            return part.current().digest()
+        return part.source(True).digest()
 
     def _wanted(self, numbers: Any) -> list[FilePart]:
-        tensors = self._tensors
-        if tensors is None or not isinstance(numbers, list | tuple) or any(str(n) not in tensors for n in numbers):
+        if not isinstance(numbers, list | tuple) or any(str(n) not in self.parts for n in numbers):
             raise ProtocolError("request for digests of what is not being sent")
-        return [tensors[str(n)] for n in numbers]
+        return [self.parts[str(n)] for n in numbers]
 
 
 def _parts(file: OpenFile) -> dict[str, FilePart]:
@@ -101,83 +102,110 @@ def _parts(file: OpenFile) -> dict[str, FilePart]:
     return {item.name: FilePart(file, layout.start(n), item, name) for n, (item, name) in enumerate(planned)}
 
 
+@dataclass(frozen=True, slots=True)
+class FileTarget:
+    """What file is to be received, and where it is put.
+
+    Args:
+        expected: which file it has to be.
+        folder: where it is received.
+        path: its name when it is whole, in ``folder``.
+        owner: the site that receives it, and may have a part of it in ``folder`` already.
+    """
+
+    expected: FileIdentity
+    folder: str
+    path: str
+    owner: str
+
+
 def pull_file(
-    channels: DataChannels,
+    links: PeerLinks,
     peer: str,
     ask: Callable[[dict[str, Any]], Any],
-    expected: FileIdentity,
-    folder: str,
-    path: str,
-    owner: str,
+    target: FileTarget,
     aborted: Callable[[], bool] = lambda: False,
     meter: Meter | None = None,
 ) -> None:
-    """The file that ``peer`` holds, which is to be the ``expected`` one, as ``path`` in ``folder``, where ``owner``
-    (a site) may have a part of it already.
+    """Receive the file that ``peer`` holds.
 
-    What came is kept in ``folder`` for another attempt if this one fails, unless the disk is the reason.
+    What came is kept in the target's folder for another attempt if this one fails, unless the disk is the reason.
 
     Raises:
         AbortedError: ``aborted`` said so. StorageError: the disk is full, or refuses it. IntegrityError: what came is
         not what was read. RdmaError: there is no direct way, or the transfer failed.
     """
-    meter = meter or Meter("received", channels.name, peer, "file", channels.ledger)
-    _FilePull(channels, peer, ask, expected, folder, path, owner, aborted, meter).receive()
+    meter = meter or Meter("received", links.name, peer, "file", links.ledger)
+    destination = FileDestination(target, peer, ask, links.budget.limit, aborted)
+    Pull(links, peer, ask, destination, aborted, lambda done: None, meter).run()
 
 
-class _FilePull(Pull):
+class FileDestination(Destination):
+    """A `PartialFile` that gets its name when all of its parts are here and have the sender's digests.
+
+    Args:
+        ask: sends requests to ``peer``, for its digests.
+        budget: bytes that chunks may take, of this file and all else that comes.
+        aborted: whether to stop.
+    """
+
+    durable = True
+
     def __init__(
         self,
-        channels: DataChannels,
+        target: FileTarget,
         peer: str,
         ask: Callable[[dict[str, Any]], Any],
-        expected: FileIdentity,
-        folder: str,
-        path: str,
-        owner: str,
+        budget: int,
         aborted: Callable[[], bool],
-        meter: Meter,
     ) -> None:
-        super().__init__(channels, peer, ask, lambda item: HERE, aborted, self._check, meter)
-        self._expected = expected
-        self._folder = folder
-        self._path = path
-        self._owner = owner
+        self._target = target
+        self._peer = peer
+        self._ask = ask
+        self._budget = budget
+        self._aborted = aborted
+        self._items: list[Item] = []
         self._layout: Layout
-        self._file: PartialFile
+        self._opened: PartialFile | None = None
         #: Parts that are here, with digests of what came and of what was written, and not compared yet.
         self._unchecked: queue.SimpleQueue[tuple[int, bytes, bytes]] = queue.SimpleQueue()
 
-    def receive(self) -> None:
-        """See `pull_file`."""
-        try:
-            self._receive(self._describe())
-        except Exception:
-            with contextlib.suppress(Exception):  # the error is told as it is
-                self._ask_peer({"do": "give up"})
-            raise
-        with contextlib.suppress(RdmaError):  # it is here, whoever knows
-            self._ask({"do": "done"})
-
-    def _describe(self) -> Mapping[str, Any]:
-        described = super()._describe()
+    def accept(self, items: list[Item], described: Mapping[str, Any]) -> None:
         identity = FileIdentity.unpack(described.get("file"))
-        if identity != self._expected:
-            raise ProtocolError(f"{self._peer} announced {self._expected}, but sends {identity}")
-        self._layout = Layout(identity, self.items)
-        return described
+        if identity != self._target.expected:
+            raise ProtocolError(f"{self._peer} announced {self._target.expected}, but sends {identity}")
+        self._items, self._layout = items, Layout(identity, items)
 
-    def _receive(self, described: Mapping[str, Any]) -> None:
-        self._file = PartialFile(self._folder, self._layout, self._owner)
-        try:
-            self._compare()
-            self._landed = dict.fromkeys(self._file.whole, HERE)
-            self._land(described)
-            if self._aborted():
-                raise AbortedError(f"the transfer from {self._peer} was aborted")
-            self._file.finish(self._path)
-        finally:
-            self._file.keep()
+    def begin(self) -> Set[int]:
+        self._opened = PartialFile(self._target.folder, self._layout, self._target.owner)
+        self._compare()
+        return self._file.whole
+
+    @property
+    def _file(self) -> PartialFile:
+        assert self._opened is not None
+        return self._opened
+
+    def sink(self, number: int, arrivals: Arrivals) -> Sink:
+        landed = self._unchecked.put
+        return PartSink(self._file, self._items[number], arrivals, lambda *part: landed(part), self._budget)
+
+    def check(self, attempt_is_over: bool) -> None:
+        if attempt_is_over and self._file.error is not None:
+            raise self._file.error
+        self._check_digests(attempt_is_over)
+
+    def finish(self) -> None:
+        self._raise_if_aborted()
+        self._file.finish(self._target.path)
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.keep()
+
+    def _raise_if_aborted(self) -> None:
+        if self._aborted():
+            raise AbortedError(f"the transfer from {self._peer} was aborted")
 
     def _compare(self) -> None:
         """Keep of what was here those parts that the sender has, too: its file may be another than it looks."""
@@ -185,37 +213,26 @@ class _FilePull(Pull):
         parts = sorted(ours)
         try:
             for start in range(0, len(parts), _COMPARED):
-                if self._aborted():
-                    raise AbortedError(f"the transfer from {self._peer} was aborted")
+                self._raise_if_aborted()
                 asked = parts[start : start + _COMPARED]
                 theirs |= zip(asked, self._digests("compare", asked), strict=True)
         except LostError as error:
             log.info("%s: %s", self._peer, error)
         wrong = [part for part in parts if theirs.get(part) != ours[part]]
         if wrong:
-            log.warning("%s: %d parts of those here will be sent again", self._expected.name, len(wrong))
+            name = self._target.expected.name
+            log.warning("%s: %d parts of those here will be sent again", name, len(wrong))
         for part in wrong:
             self._file.drop(part)
 
     def _digests(self, what: str, parts: list[int]) -> list[Any] | tuple[Any, ...]:
-        found = self._ask({"do": what, "items": parts}).get("digests")
+        found = ask_for(self._ask, {"do": what, "items": parts}).get("digests")
         if not isinstance(found, list | tuple) or len(found) != len(parts):
             raise ProtocolError(f"{self._peer} answered with no digests")
         return found
 
-    def _attempt(self, missing: Set[int], described: Mapping[str, Any]) -> str:
-        reason = super()._attempt(missing, described)
-        if self._file.error is not None:
-            raise self._file.error
-        self._check()
-        return reason
-
-    def _sink(self, number: int, landings: Landings) -> Sink:
-        budget = self._channels.budget.limit
-        return PartSink(self._file, self.items[number], landings, lambda *landed: self._unchecked.put(landed), budget)
-
-    def _check(self, progress: Progress | None = None) -> None:
-        """Compare what has come with what the sender has read."""
+    def _check_digests(self, all_of_them: bool) -> None:
+        """Compare what has come with what the sender has read; later, if it does not answer and there is time."""
         came: dict[int, tuple[bytes, bytes]] = {}
         while not self._unchecked.empty():
             part, digest, kept = self._unchecked.get()
@@ -225,15 +242,15 @@ class _FilePull(Pull):
         try:
             theirs = self._digests("digests", list(came))
         except LostError:
-            if progress is None:
+            if all_of_them:
                 raise
-            for part, digests in came.items():  # later
+            for part, digests in came.items():
                 self._unchecked.put((part, *digests))
             return
         for (part, (digest, kept)), read in zip(came.items(), theirs, strict=True):
             if read != digest:
                 raise IntegrityError(
-                    f"part {part} of {self._expected.name} differs from what {self._peer} has read: digest "
+                    f"part {part} of {self._target.expected.name} differs from what {self._peer} has read: digest "
                     f"{digest.hex()}, {read.hex() if isinstance(read, bytes) else read} there"
                 )
             self._file.add(part, digest, kept)

@@ -21,7 +21,7 @@ from nvflare_rdma.transfer.arrays import to_bytes
 from nvflare_rdma.transfer.files.partial_file import PartialFile
 from nvflare_rdma.transfer.files.source import OpenFile
 from nvflare_rdma.transfer.files.transfer import pull_file
-from nvflare_rdma.transfer.pieces import Cut
+from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.receiver import AbortedError
 from nvflare_rdma.transfer.records import Meter
 
@@ -75,7 +75,7 @@ def test_what_appears_has_decoded_values_and_all_else_exact(codec, fabrics, enco
     for name in ("double", "steps", "bias", "scalar", "empty", "eighth"):
         assert bytes(to_bytes(got[name])) == bytes(to_bytes(sent[name])), name
     assert [got[name].dtype for name in sent] == [tensor.dtype for tensor in sent.values()]
-    items = [part.item for part in it.service._tensors.values()]
+    items = [part.item for part in it.sent.parts.values()]
     assert meter.wire_bytes == sum(item.sent_nbytes for item in items) < it.file.identity.size
     assert {item.cut.codec.name for item in items if item.cut} == {codec}
 
@@ -97,7 +97,7 @@ def test_receivers_at_once(encoded, cell):
 
 def it_pulls(it, site) -> None:
     path = it.folder / f"whole-{site.name}"
-    pull_file(site, "server", it.ask(site.name), it.file.identity, str(it.folder), str(path), site.name)
+    pull_file(site, "server", it.ask(site.name), it.target(site, path))
     assert path.read_bytes() == it.content
 
 
@@ -110,7 +110,7 @@ def broken(value: float = math.nan) -> bytes:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_can_not_be_carried_travels_exact(value, encoded, cell, caplog):
     it = encoded(content=broken(value))
-    part = next(part for part in it.service._tensors.values() if part.tensor == "broken")
+    part = next(part for part in it.sent.parts.values() if part.tensor == "broken")
     it.pull(cell("site-1"))
     assert it.asked()[1:] == [[int(part.item.name)]]
     it.requests.clear()
@@ -143,7 +143,7 @@ def interrupted(encoded, cell, monkeypatch):
 
 def numbers(it, tensor: str) -> list[int]:
     """Of its parts; of those that have bytes of any, if it is ""."""
-    return [int(name) for name, part in it.service._tensors.items() if part.tensor == tensor]
+    return [int(name) for name, part in it.sent.parts.items() if part.tensor == tensor]
 
 
 def test_an_interrupted_transfer_goes_on_from_what_is_there(interrupted):
@@ -151,13 +151,13 @@ def test_an_interrupted_transfer_goes_on_from_what_is_there(interrupted):
     it.open()  # also the sender begins anew, and does not know what has to travel exact
     it.pull(site)
     assert it.asked() == []
-    assert [part for parts in it.asked("compare") for part in parts] == list(range(len(it.service._tensors)))
+    assert [part for parts in it.asked("compare") for part in parts] == list(range(len(it.sent.parts)))
 
 
 def test_what_is_here_is_compared_on_both_sides(interrupted, monkeypatch):
     it, site = interrupted()
     damaged = [numbers(it, "brain")[0], numbers(it, "")[1]]
-    starts = {number: it.service._tensors[str(number)]._exact._start for number in [*damaged, *numbers(it, "wide")]}
+    starts = {number: it.sent.parts[str(number)]._exact._start for number in [*damaged, *numbers(it, "wide")]}
     with open(next(it.folder.glob(".*.rdma-part")), "r+b") as file:
         for number in damaged:
             file.seek(starts[number] + 1000)
@@ -183,7 +183,7 @@ def test_parts_of_another_type_are_not_mixed(other, interrupted):
     it.content = as_received(source, other) if other else source
     it.open()
     path = it.folder / "whole"
-    pull_file(site, "server", it.ask(site.name), it.file.identity, str(it.folder), str(path), site.name)
+    pull_file(site, "server", it.ask(site.name), it.target(site, path))
     assert path.read_bytes() == it.content
     assert it.asked("compare") == []
     assert len(list(it.folder.glob(".*"))) == 2  # the others are left for those who go on with them
@@ -266,7 +266,9 @@ def test_answers_that_lie(lie, encoded, cell):
         described.append(answer)
         items = manifest.unpack(answer["manifest"])
         if lie == ("another codec" if len(described) == 1 else "another codec later"):
-            items = [replace(item, cut=item.cut and Cut.of(get_codec("int8"), item.cut.n)) for item in items]
+            items = [
+                replace(item, cut=item.cut and PieceLayout.choose(get_codec("int8"), item.cut.n)) for item in items
+            ]
         elif lie == "other parts later" and len(described) == 2:
             items = [*items[1:], items[0]]
         elif lie == "other file":

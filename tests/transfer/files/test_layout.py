@@ -16,7 +16,7 @@ from nvflare_rdma.transfer.files import layout
 from nvflare_rdma.transfer.files.layout import Layout, plan
 from nvflare_rdma.transfer.files.source import BLOCK_BYTES, FileIdentity
 from nvflare_rdma.transfer.manifest import INLINE_BYTES, Item, pack, unpack, width
-from nvflare_rdma.transfer.pieces import PIECE_VALUES, Cut
+from nvflare_rdma.transfer.pieces import PIECE_VALUES, PieceLayout
 
 FIXED = [name for name in CODEC_NAMES if isinstance(get_codec(name), FixedSizeCodec)]
 PART = 8 * BLOCK_BYTES
@@ -68,7 +68,7 @@ def test_parts_are_the_file_and_encoded_ones_are_in_their_tensors(shapes, header
         if name:
             assert (item.dtype, layout.start(part)) == (by_name[name].dtype, by_name[name].start + done[name])
             # Pieces are those of the whole tensor, and have whole blocks.
-            encoded = replace(item, cut=Cut.of(get_codec(kind), item.shape[0]))
+            encoded = replace(item, cut=PieceLayout.choose(get_codec(kind), item.shape[0]))
             assert done[name] // width(item.dtype, True) % encoded.cut.values == 0
             assert encoded.cut.values % PIECE_VALUES == done[name] % BLOCK_BYTES == 0
             assert item == (encoded if encoded.sent_nbytes < item.nbytes else replace(item, cut=None))
@@ -80,7 +80,7 @@ def test_parts_are_the_file_and_encoded_ones_are_in_their_tensors(shapes, header
 
 
 N = 300_000
-WEIGHTS = Item("1", True, "float32", (N,), None, Cut.of(CODEC, N))
+WEIGHTS = Item("1", True, "float32", (N,), None, PieceLayout.choose(CODEC, N))
 GOOD = [Item("0", False, "uint8", (1000,)), WEIGHTS, Item("2", False, "uint8", (PART,))]
 SIZE = 1000 + 4 * N + PART
 
@@ -106,9 +106,9 @@ def test_what_a_peer_may_say(cut):
         (0, replace(GOOD[0], torch=True)),
         (0, replace(GOOD[0], dtype="float64", shape=(125,))),
         (1, replace(WEIGHTS, torch=False)),
-        (1, replace(WEIGHTS, cut=Cut.of(get_codec("blockwise8"), N))),
-        (1, replace(WEIGHTS, cut=Cut(CODEC, N, 2 * PIECE_VALUES))),
-        (1, replace(WEIGHTS, cut=Cut.of(CODEC, N - 1))),
+        (1, replace(WEIGHTS, cut=PieceLayout.choose(get_codec("blockwise8"), N))),
+        (1, replace(WEIGHTS, cut=PieceLayout(CODEC, N, 2 * PIECE_VALUES))),
+        (1, replace(WEIGHTS, cut=PieceLayout.choose(CODEC, N - 1))),
         (1, replace(WEIGHTS, dtype="bfloat16")),
         (2, replace(GOOD[2], shape=(PART + 1,))),
         (2, replace(GOOD[2], shape=(1 << 47,))),

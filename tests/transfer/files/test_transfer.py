@@ -1,4 +1,4 @@
-"""Files from cell to cell: a `FileService` and `pull_file`, joined by a function call where FLARE's messages are."""
+"""Files from cell to cell: a `FileContent` and `pull_file`, joined by a function call where FLARE's messages are."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def test_three_receivers_at_once_into_one_folder(files, cell):
     paths = [it.folder / f"whole-{site.name}" for site in sites]
     in_parallel(
         *(
-            lambda site=site, path=path: pull_file(
-                site, "server", it.ask(site.name), it.file.identity, str(it.folder), str(path), site.name
-            )
+            lambda site=site, path=path: pull_file(site, "server", it.ask(site.name), it.target(site, path))
             for site, path in zip(sites, paths, strict=True)
         )
     )
@@ -163,7 +161,7 @@ def test_a_source_that_changes_is_an_error_that_names_it(when, files, cell):
 
 def test_a_source_that_reads_differently_the_second_time(files, cell):
     it, site = files(content(1)), cell("site-1", ports=None)
-    it.service._tensors["0"].source(True).read(0, BLOCK_BYTES, lambda n: memoryview(bytearray(n)))
+    it.sent.parts["0"].source(True).read(0, BLOCK_BYTES, lambda n: memoryview(bytearray(n)))
     with open(it.source, "r+b") as file:
         file.write(b"\0" * 64)
     os.utime(it.source, ns=(it.file.identity.mtime_ns, it.file.identity.mtime_ns))
@@ -274,7 +272,7 @@ def test_digests_of_what_was_not_read(files):
 
 def test_pieces_of_blocks_have_no_digest(files):
     it = files(content(1))
-    source = it.service._tensors["0"].source(True)
+    source = it.sent.parts["0"].source(True)
     for start in range(0, PART, BLOCK_BYTES // 2):
         source.read(start, BLOCK_BYTES // 2, lambda n: memoryview(bytearray(n)))
     assert source.digests.whole() is None
