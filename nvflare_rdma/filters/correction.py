@@ -8,15 +8,23 @@ Error feedback: Seide et al., "1-Bit Stochastic Gradient Descent" (2014); Karimi
 SignSGD" (2019).
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from nvflare_rdma.codecs import Codec, FixedSizeCodec
 from nvflare_rdma.codecs.base import Array, Float32
 from nvflare_rdma.codecs.runs import float32_runs, output_runs
+from nvflare_rdma.codecs.tensors import to_array
 from nvflare_rdma.errors import UnrepresentableError
-from nvflare_rdma.filters.dither import Dither
+from nvflare_rdma.filters.delta_base import Base
+from nvflare_rdma.filters.dither import DITHERED, Dither, dither_of
+from nvflare_rdma.filters.encoding import TensorEncoder
+from nvflare_rdma.filters.residuals import fitting
 
 PIECE = 1 << 20  # elements worked on at a time, so that scratch memory stays at some MiB
 
@@ -34,6 +42,52 @@ class Corrected:
     encoded: Array
     arrived: Array
     residual: Array
+
+
+@dataclass
+class CorrectingEncoder(TensorEncoder):
+    """Encodes a message's tensors with what the past says about them, and collects what the next message needs.
+
+    Attributes:
+        before: the residuals of the last message, by name.
+        base: the model that tensors are encoded as the difference from, if there is one.
+        noise: seed of the noise of stochastic rounding; None for none.
+        arrived: what the receiver gets, by name, flat.
+        lacking: what it lacks, by name, in the tensor's shape.
+        based: names of the tensors that are differences from `base`.
+    """
+
+    before: Mapping[str, Array]
+    base: Base | None
+    noise: str | None
+    arrived: dict[str, Array] = field(default_factory=dict)
+    lacking: dict[str, Array] = field(default_factory=dict)
+    based: set[str] = field(default_factory=set)
+
+    def encode(self, name: str, codec: Codec, value: Any) -> Array:
+        """Encode the sum or difference if the codec can carry it, or else the values themselves."""
+        values = to_array(value)
+        if codec.name == "lossless":
+            self.arrived[name] = values.flatten()
+            return super().encode(name, codec, values)
+        flat = np.ascontiguousarray(values).reshape(-1)
+        residual = fitting(self.before, name, values.shape)
+        known = self.base.tensor(name, flat) if self.base is not None else None
+        try:
+            corrected = encode_corrected(codec, flat, residual, known, self._dither(name, codec))
+        except UnrepresentableError:
+            if residual is None and known is None:
+                raise
+            known = None
+            corrected = encode_corrected(codec, flat, None, None, self._dither(name, codec))
+        self.arrived[name], self.lacking[name] = corrected.arrived, corrected.residual.reshape(values.shape)
+        if known is not None:
+            self.based.add(name)
+        return corrected.encoded
+
+    def _dither(self, name: str, codec: Codec) -> Dither | None:
+        at_random = self.noise is not None and codec.name in DITHERED
+        return dither_of(codec, f"{self.noise}\0{name}") if at_random else None
 
 
 def encode_corrected(

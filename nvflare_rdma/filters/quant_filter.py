@@ -1,5 +1,7 @@
 """What both filters share: FLARE's DXO filtering without its changes in place, and job-stopping config errors."""
 
+from __future__ import annotations
+
 import copy
 from typing import Any, NoReturn
 
@@ -41,16 +43,11 @@ class QuantFilter(DXOFilter):
             return shareable
         if not self._concerns(dxo):
             return shareable
-        point = FilterPoint.of(self, shareable, fl_ctx)
         try:
-            self.check_config(point, fl_ctx)
             result = self._filtered(dxo, "", shareable, fl_ctx)
         except ConfigError as error:
-            self._stop(point, error, fl_ctx)
+            self._stop(FilterPoint.of(self, shareable, fl_ctx), error, fl_ctx)
         return result.update_shareable(copy.copy(shareable))
-
-    def check_config(self, point: FilterPoint, fl_ctx: FLContext) -> None:
-        """Raise `ConfigError` if this side's config can't be right. The base has nothing to check."""
 
     def _concerns(self, dxo: DXO) -> bool:
         """Whether a DXO with data to filter is somewhere in `dxo`."""
