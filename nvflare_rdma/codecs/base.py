@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvflare_rdma.codecs.runs import Array, Float32, float32_runs, output_runs
+from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.errors import CodecError, UnrepresentableError
 
 __all__ = ["Array", "Bytes", "Codec", "FixedSizeCodec", "Float32", "Layout", "Parts"]
@@ -34,7 +35,7 @@ Bytes = NDArray[np.uint8]
 Parts = Mapping[str, Array]
 Layout = tuple[tuple[str, Any, int], ...]
 
-_VALUE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint16))
+_VALUE_DTYPES = tuple(NUMPY_DTYPES.values())
 
 
 class Codec(ABC):

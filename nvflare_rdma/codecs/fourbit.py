@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 from nvflare_rdma.codecs.base import Array, Bytes, FixedSizeCodec, Float32, Layout, Parts
 from nvflare_rdma.codecs.blockwise import EPS, AbsmaxCodec, Blockwise8
 from nvflare_rdma.codecs.runs import TILE, float32_runs, scratch
-from nvflare_rdma.codecs.tables import float4, normal_float4
+from nvflare_rdma.codecs.tables import INFINITE_FROM, float4, normal_float4
+from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.errors import UnrepresentableError
 
 _NESTED_BLOCK = 256  # scales that share a scale
-# From here on a float32 becomes infinite as float16 or bfloat16.
-_INFINITE_FROM = {np.dtype(np.float16): 65520.0, np.dtype(np.uint16): (2 - 2.0**-8) * 2.0**127}
+_INFINITE_FROM = {NUMPY_DTYPES[name]: limit for name, limit in INFINITE_FROM.items()}
 
 
 class _FourBit(AbsmaxCodec):

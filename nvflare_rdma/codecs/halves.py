@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from nvflare_rdma.codecs.base import FixedSizeCodec, Float32, Layout, Parts
+from nvflare_rdma.codecs.tables import INFINITE_FROM
 from nvflare_rdma.errors import UnrepresentableError
 
 
@@ -33,7 +34,7 @@ class Float16(_Half):
     """
 
     name = "float16"
-    largest = 65520.0
+    largest = INFINITE_FROM[name]
 
     def layout(self, n: int) -> Layout:
         return (("codes", np.float16, n),)
@@ -61,7 +62,7 @@ class BFloat16(_Half):
     """
 
     name = "bfloat16"
-    largest = (2 - 2.0**-8) * 2.0**127
+    largest = INFINITE_FROM[name]
 
     def layout(self, n: int) -> Layout:
         return (("codes", np.uint16, n),)

@@ -6,9 +6,7 @@ import numpy as np
 
 from nvflare_rdma.codecs.base import Float32, Layout, Parts
 from nvflare_rdma.codecs.blockwise import EPS, BlockScaledCodec
-from nvflare_rdma.codecs.tables import float8_e4m3, int2_by_byte, ternary_by_byte
-
-_WEAK = np.float32(2.0**-100)  # blocks whose absmax is below become zeros
+from nvflare_rdma.codecs.tables import WEAK, float8_e4m3, int2_by_byte, ternary_by_byte
 
 
 class Int8(BlockScaledCodec):
@@ -27,7 +25,7 @@ class Int8(BlockScaledCodec):
 
     def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
         scales = self.parts(encoded, values.size)["scales"]
-        bound = np.where(scales == 0, _WEAK, scales * (np.float32(0.5) + 127 * EPS)).astype(np.float32)
+        bound = np.where(scales == 0, WEAK, scales * (np.float32(0.5) + 127 * EPS)).astype(np.float32)
         return np.repeat(bound, self.block_size)[: values.size]
 
     def _encode_run(self, values: Float32, parts: Parts) -> None:
@@ -62,7 +60,7 @@ class Float8E4M3(BlockScaledCodec):
 
     def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
         scales = self.parts(encoded, values.size)["scales"]
-        smallest = np.where(scales == 0, _WEAK, scales * np.float32(2.0**-10 + 448 * EPS)).astype(np.float32)
+        smallest = np.where(scales == 0, WEAK, scales * np.float32(2.0**-10 + 448 * EPS)).astype(np.float32)
         relative = np.abs(values) * np.float32(2.0**-4)
         return relative + np.repeat(smallest, self.block_size)[: values.size]
 

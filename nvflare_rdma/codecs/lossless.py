@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from nvflare_rdma.codecs.base import Array, Bytes, Codec, Float32, Parts
-from nvflare_rdma.codecs.runs import TILE, read_run, scratch, write_run
+from nvflare_rdma.codecs.runs import TILE, own_output_runs, own_runs, scratch
+from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.errors import CodecError
 
-_KINDS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint16))  # by the number in the header
+_KINDS = tuple(NUMPY_DTYPES[name] for name in ("float32", "float16", "bfloat16"))  # by the number in the header
 _LENGTH = np.dtype("<u4")
 _LENGTH_NBYTES = _LENGTH.itemsize
 _LEVEL = 1  # higher levels search for repetitions, which weights don't have
@@ -65,12 +66,8 @@ class Lossless(Codec):
         compressor = self._context().compressor
         out[:_LENGTH_NBYTES].view(_LENGTH)[0] = _KINDS.index(src.dtype)
         used = _LENGTH_NBYTES
-        flat = src.reshape(-1) if src.flags.c_contiguous else None
-        for start in range(0, src.size, TILE):
-            n = min(TILE, src.size - start)
-            run = flat[start : start + n] if flat is not None else scratch("run", src.dtype, n)
-            if flat is None:
-                read_run(src, start, run)
+        for _, run in own_runs(src, TILE):
+            n = run.size
             planes = scratch("planes", np.uint32, TILE).view(np.uint8)[: n * src.itemsize]
             if src.itemsize == 4:
                 kernels.split32(run.view(np.uint32), planes)
@@ -92,19 +89,15 @@ class Lossless(Codec):
             known = _KINDS[kind].name if kind < len(_KINDS) else "damaged"
             raise CodecError(f"{self.name}: the encoded type is {known}, but out has dtype {out.dtype}")
         encoded, used = parts["planes"], 0
-        flat = out.reshape(-1) if out.flags.c_contiguous else None
-        for start in range(0, out.size, TILE):
-            n = min(TILE, out.size - start)
+        for _, run in own_output_runs(out, TILE):
+            n = run.size
             planes = scratch("planes", np.uint32, TILE).view(np.uint8)[: n * out.itemsize]
             for plane in planes.reshape(out.itemsize, n):
                 used = self._read_plane(encoded, used, plane)
-            run = flat[start : start + n] if flat is not None else scratch("run", out.dtype, n)
             if out.itemsize == 4:
                 kernels.merge32(planes, run.view(np.uint32))
             else:
                 kernels.merge16(planes, run.view(np.uint16))
-            if flat is None:
-                write_run(out, start, run)
         if used != encoded.size:
             raise CodecError(f"{self.name}: {encoded.size - used} encoded bytes are left over")
 

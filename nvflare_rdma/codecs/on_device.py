@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nvflare_rdma.codecs.base import Array, Bytes, Codec, FixedSizeCodec
 from nvflare_rdma.codecs.fourbit import DoubleQuantized
-from nvflare_rdma.codecs.tables import largest_scale
+from nvflare_rdma.codecs.tables import WEAK, largest_scale
 from nvflare_rdma.codecs.tensors import NUMPY_DTYPES, dtype_name, to_array
 from nvflare_rdma.errors import CodecError
 
@@ -31,7 +31,6 @@ PIECE = 1 << 20  # values, a multiple of every block size; 4 MiB of float32
 #: A piece's float32 values and the codec's tables -> the piece's parts, flat or in rows of a block.
 Run = Callable[..., dict[str, Tensor]]
 
-_WEAK = 2.0**-100  # blocks whose absmax is below become zeros, with the codecs of `linear`
 _FLOOR = float(np.float32(1e-38))  # what 4-bit codecs raise an absmax to before they divide by it
 
 
@@ -137,7 +136,7 @@ def _half(dtype: torch.dtype) -> Run:
 def _evenly(values: Tensor, size: int, level: int) -> tuple[Tensor, Tensor]:
     """Scales ``absmax / level``, and the values in rows times the inverse of that."""
     rows, absmax = _blocks(values, size)
-    weak = absmax < _WEAK
+    weak = absmax < float(WEAK)
     scales = (absmax / torch.full_like(absmax, level)).clamp_(max=float(largest_scale(level)))
     inverse = _over(level, absmax).masked_fill_(weak, 0)
     return scales.masked_fill_(weak, 0), rows * inverse[:, None]
@@ -183,7 +182,7 @@ def _few_levels(values: Tensor, share: tuple[int, int]) -> tuple[Tensor, ...]:
     large ones'.
     """
     rows, absmax = _blocks(values, 256)
-    weak = absmax < _WEAK
+    weak = absmax < float(WEAK)
     steps = (rows.abs() * _over(65536, absmax).masked_fill_(weak, 0)[:, None]).to(torch.int32)
     count = torch.full_like(absmax, 256, dtype=torch.int64)
     count[-1:] -= -values.numel() % 256

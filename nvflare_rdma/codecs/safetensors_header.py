@@ -12,20 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from nvflare_rdma.codecs.tensors import MAX_DIMENSIONS, width
+from nvflare_rdma.codecs.tensors import MAX_DIMENSIONS, SAFETENSORS_DTYPES, width
 
-#: What the format calls dtypes, by this package's names.
-SAFETENSORS_DTYPES = {
-    "bool": "BOOL",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    **{f"{sign}int{bits}": f"{sign[:1].upper() or 'I'}{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
-}
 _NAMES = {code: name for name, code in SAFETENSORS_DTYPES.items()}
 #: The format's own limit.
 _MAX_HEADER_BYTES = 100_000_000

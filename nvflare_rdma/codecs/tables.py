@@ -3,6 +3,12 @@
 import numpy as np
 from numpy.typing import NDArray
 
+#: From this magnitude on, a float32 becomes infinite when it is rounded to the dtype.
+INFINITE_FROM = {"float16": 65520.0, "bfloat16": (2 - 2.0**-8) * 2.0**127}
+
+#: Blocks whose largest magnitude is below this become zeros with the codecs of `nvflare_rdma.codecs.linear`.
+WEAK = np.float32(2.0**-100)
+
 # The sixteen values of Appendix E of "QLoRA: Efficient Finetuning of Quantized LLMs" (Dettmers et al., 2023).
 _NF4 = (
     -1.0,

@@ -4,19 +4,57 @@ A tensor here is a plain `numpy.ndarray` or a `torch.Tensor`. Its *dtype name* i
 metadata has: ``arr.dtype.name`` or ``str(tensor.dtype)`` without ``torch.``.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs.base import Array
+from nvflare_rdma.codecs.runs import Array
 
-FLOAT_NAMES = ("float32", "float16", "bfloat16")
-_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
-NUMPY_DTYPES: dict[str, Any] = {  # uint16 stands for bfloat16
+MAX_DIMENSIONS = 64  # what numpy and torch both take
+
+
+@dataclass(frozen=True, slots=True)
+class _DType:
+    """One dtype of plain numbers: bytes of a value, whether numpy has it too, and what safetensors files call it."""
+
+    nbytes: int
+    in_numpy: bool
+    safetensors: str = ""
+
+
+_DTYPES = {
+    "bool": _DType(1, True, "BOOL"),
+    "int8": _DType(1, True, "I8"),
+    "int16": _DType(2, True, "I16"),
+    "int32": _DType(4, True, "I32"),
+    "int64": _DType(8, True, "I64"),
+    "uint8": _DType(1, True, "U8"),
+    "uint16": _DType(2, True, "U16"),
+    "uint32": _DType(4, True, "U32"),
+    "uint64": _DType(8, True, "U64"),
+    "float16": _DType(2, True, "F16"),
+    "float32": _DType(4, True, "F32"),
+    "float64": _DType(8, True, "F64"),
+    "complex64": _DType(8, True, "C64"),
+    "complex128": _DType(16, True),
+    "bfloat16": _DType(2, False, "BF16"),
+    "float8_e4m3fn": _DType(1, False, "F8_E4M3"),
+    "float8_e5m2": _DType(1, False, "F8_E5M2"),
+    "float8_e4m3fnuz": _DType(1, False),
+    "float8_e5m2fnuz": _DType(1, False),
+}
+#: What the safetensors format calls dtypes, by this package's names.
+SAFETENSORS_DTYPES = {name: dtype.safetensors for name, dtype in _DTYPES.items() if dtype.safetensors}
+#: The numpy dtype in which codecs take and give values, by this package's names. uint16 stands for bfloat16.
+NUMPY_DTYPES: dict[str, Any] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),
 }
+FLOAT_NAMES = tuple(NUMPY_DTYPES)
 
 
 def is_torch(value: Any) -> bool:
@@ -43,7 +81,7 @@ def dtype_name(value: Any) -> str:
 
 def float_bits(name: str) -> int:
     """Bits per value of the dtype called `name`, one of `FLOAT_NAMES`."""
-    return _BITS[name]
+    return 8 * _DTYPES[name].nbytes
 
 
 def is_plain(value: Any) -> bool:
@@ -124,16 +162,7 @@ def identity(value: Any) -> tuple[Any, ...]:
     return ("numpy", value.__array_interface__["data"][0], value.shape, value.strides, value.dtype.str)
 
 
-MAX_DIMENSIONS = 64
-#: What numpy and torch both have in memory as plain numbers, and the bytes of one.
-_WIDTHS = {
-    **{name: np.dtype(name).itemsize for name in ("bool", "float16", "float32", "float64", "complex64", "complex128")},
-    **{f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)},
-}
-#: Those that only torch has.
-_TORCH_WIDTHS = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1}
-
-
 def width(dtype: str, torch: bool) -> int:
-    """Bytes of one value; 0 if tensors of that dtype can't be sent."""
-    return _WIDTHS.get(dtype, 0) or (_TORCH_WIDTHS.get(dtype, 0) if torch else 0)
+    """Return the bytes of one value, or 0 if tensors (torch's or numpy's) of that dtype can't be sent."""
+    found = _DTYPES.get(dtype)
+    return found.nbytes if found is not None and (torch or found.in_numpy) else 0

@@ -18,7 +18,7 @@ from nvflare_rdma.codecs.tensors import from_flat, is_torch, new_flat
 from nvflare_rdma.errors import CodecError
 from nvflare_rdma.filters.correction import add_base
 from nvflare_rdma.filters.delta_base import Base
-from nvflare_rdma.filters.encoding import EXACT, MIB, MIXED, has_memory, is_no_wider
+from nvflare_rdma.filters.encoding import EXACT_DTYPE, MIB, MIXED, has_memory, is_no_wider
 from nvflare_rdma.filters.metadata import codec_for, from_message, require
 
 # Values that a message may stand for beyond those that its codes are counted for: constants take no codes at all, and
@@ -91,7 +91,7 @@ def decode_params(values: Mapping[str, Any], metadata: Metadata, base: Base | No
         source = sources.get(name)
         if name not in ties and not isinstance(source, str):  # anything else may refuse to be compared
             raise CodecError(f"can't dequantize '{name}': source_datatype is {source!r}")
-        if name in ties or source == EXACT or is_no_wider(codec, source):
+        if name in ties or source == EXACT_DTYPE or is_no_wider(codec, source):
             result.values[name] = value
             continue
         state = states.get(name)

@@ -30,7 +30,7 @@ from nvflare_rdma.codecs.tensors import (
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.filters.metadata import to_message
 
-EXACT = "bool"  # the source_datatype that makes FLARE's dequantizer skip a tensor
+EXACT_DTYPE = "bool"  # the source_datatype that makes FLARE's dequantizer skip a tensor
 MIXED = "mixed"  # the algorithm of a message whose tensors name their codecs themselves
 MIB = 1 << 20
 
@@ -123,7 +123,7 @@ def encode_params(values: Mapping[str, Any], policy: Policy, encoder: TensorEnco
             result.quant_state[name] = dict(result.quant_state[other])
             result.source_datatype[name] = result.source_datatype[other]
             continue
-        result.values[name], result.quant_state[name], result.source_datatype[name] = value, {}, EXACT
+        result.values[name], result.quant_state[name], result.source_datatype[name] = value, {}, EXACT_DTYPE
         decision, warning = _decide(name, value, policy)
         codec = decision.codec
         view = encoder.mark(name, codec, value) if isinstance(codec, FixedSizeCodec) else None
@@ -189,7 +189,7 @@ def _name_codecs(result: EncodedParams, values: Mapping[str, Any], policy: Polic
     result.algorithm = codec.name
     for name, value in values.items():
         # A tensor that is no wider than the codes keeps its dtype's name, as with FLARE: its dequantizer compares.
-        if result.source_datatype[name] == EXACT and is_tensor(value) and is_no_wider(codec, dtype_name(value)):
+        if result.source_datatype[name] == EXACT_DTYPE and is_tensor(value) and is_no_wider(codec, dtype_name(value)):
             result.source_datatype[name] = dtype_name(value)
 
 

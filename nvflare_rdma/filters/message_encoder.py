@@ -20,7 +20,7 @@ from nvflare_rdma.filters.sharing import MarkingEncoder, Shared
 
 
 @dataclass(frozen=True)
-class Outgoing:
+class ModelMessage:
     """A message that is to be encoded.
 
     Attributes:
@@ -43,7 +43,7 @@ class Outgoing:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedMessage:
     """An encoded message.
 
     Attributes:
@@ -79,7 +79,7 @@ class MessageEncoder:
         self._shared: dict[str, Shared] = {}
         self._apart: set[str] = set()  # streams whose receivers don't all hold the same model
 
-    def encode(self, message: Outgoing, fl_ctx: FLContext) -> Encoded:
+    def encode(self, message: ModelMessage, fl_ctx: FLContext) -> EncodedMessage:
         """Encode the message, or find it encoded already.
 
         Tensors are only marked if the transfer can encode all of them, and what arrives need not be known here.
@@ -88,14 +88,14 @@ class MessageEncoder:
             results = self._shared_results(message) if message.point.on_server else {}
             forgetful = not (self._error_feedback or self._delta or self._stochastic)
             if message.direct and forgetful and all(is_plain(v) for v in message.values.values() if is_tensor(v)):
-                return Encoded(encode_params(message.values, self._policy, MarkingEncoder(results)))
+                return EncodedMessage(encode_params(message.values, self._policy, MarkingEncoder(results)))
             if self._error_feedback and message.folder is not None:
                 self.residuals.restore(message.point.stream, message.folder)
             if message.point.on_server:
                 return self._for_site(results, message, fl_ctx)
             return self._encode(message, self._base_for_server(message, fl_ctx), True, fl_ctx)
 
-    def _shared_results(self, message: Outgoing) -> dict[str, Any]:
+    def _shared_results(self, message: ModelMessage) -> dict[str, Any]:
         """What was made of this message for other sites."""
         stream = message.point.stream
         shared = self._shared.get(stream)
@@ -103,11 +103,11 @@ class MessageEncoder:
             shared = self._shared[stream] = Shared(message.root_id, message.values)
         return shared.results
 
-    def _for_site(self, results: dict[str, Any], message: Outgoing, fl_ctx: FLContext) -> Encoded:
+    def _for_site(self, results: dict[str, Any], message: ModelMessage, fl_ctx: FLContext) -> EncodedMessage:
         """The message for the site that asks. All sites get the same, unless some hold its base and others don't."""
         stream = message.point.stream
         held = held_by_peer(stream, fl_ctx) if self._delta else None
-        first: Encoded | None = results.get("first")
+        first: EncodedMessage | None = results.get("first")
         if first is None:
             base = bases_of(fl_ctx).current(stream) if held is not None else None
             if base is not None and (base.digest != held or not message.whole):
@@ -121,24 +121,24 @@ class MessageEncoder:
         self._apart.add(stream)
         if "whole" not in results:
             results["whole"] = self._encode(message, None, False, fl_ctx)
-        whole: Encoded = results["whole"]
+        whole: EncodedMessage = results["whole"]
         return whole
 
-    def _base_for_server(self, message: Outgoing, fl_ctx: FLContext) -> Base | None:
+    def _base_for_server(self, message: ModelMessage, fl_ctx: FLContext) -> Base | None:
         """The model that this client got for its task, if the server still has it."""
         if not self._delta or not message.whole:
             return None
         base = bases_of(fl_ctx).current(message.point.stream)
         return base if base is not None and server_holds(message.point.stream, base, fl_ctx) else None
 
-    def _encode(self, message: Outgoing, base: Base | None, remember: bool, fl_ctx: FLContext) -> Encoded:
+    def _encode(self, message: ModelMessage, base: Base | None, remember: bool, fl_ctx: FLContext) -> EncodedMessage:
         """Encode against `base`. If the message is to be remembered, the next one of its stream builds on it."""
         stream = message.point.stream
         leaves_base = remember and self._delta and message.point.on_server and message.whole
         # A stream of differences from its own last message makes up for errors by itself: they are in the difference.
         feedback = remember and self._error_feedback and not leaves_base
         if not (leaves_base or feedback or base or self._stochastic):
-            return Encoded(encode_params(message.values, self._policy, TensorEncoder()))
+            return EncodedMessage(encode_params(message.values, self._policy, TensorEncoder()))
 
         encoder = CorrectingEncoder(
             # Taken once: a result that comes meanwhile may commit what is staged.
@@ -154,4 +154,6 @@ class MessageEncoder:
         left = Base.of({k: v for k, v in encoder.arrived.items() if k in params.codecs}) if leaves_base else None
         if left is not None:
             bases_of(fl_ctx).set(stream, left)
-        return Encoded(params, base.digest if base is not None else None, left.digest if left is not None else None)
+        return EncodedMessage(
+            params, base.digest if base is not None else None, left.digest if left is not None else None
+        )

@@ -24,12 +24,10 @@ import numpy as np
 
 from nvflare_rdma.codecs import Blockwise8, Codec, FixedSizeCodec, get_codec
 from nvflare_rdma.codecs.base import Array, Bytes, Float32, Parts
-from nvflare_rdma.codecs.tensors import FLOAT_NAMES, dtype_name, from_flat, is_tensor, is_torch, to_flat
+from nvflare_rdma.codecs.tensors import FLOAT_NAMES, MAX_DIMENSIONS, dtype_name, from_flat, is_tensor, is_torch, to_flat
 from nvflare_rdma.errors import CodecError
 
 FOUR_BIT_NAMES = {"float4": "fp4", "normfloat4": "nf4"}  # what bitsandbytes calls them
-FLARE_TYPES = ("float16", "blockwise8", "float4", "normfloat4", "adaquant")
-_MAX_DIMENSIONS = 64  # what numpy takes
 _MAX_VALUES = 1 << 60  # whose bytes an int64 can count
 _ADAQUANT_DTYPES = {"u1": np.uint8, "<u2": np.uint16}
 
@@ -218,7 +216,7 @@ def _decompressed(name: str, packed: Bytes, dtype: Any, n: int) -> Array:
 def _shape(name: str, state: dict[str, Any], key: str) -> tuple[tuple[int, ...], int]:
     shape: Any = state.get(key)
     if isinstance(shape, list | tuple):
-        require(name, len(shape) <= _MAX_DIMENSIONS, f"'{key}' has {len(shape)} dimensions")
+        require(name, len(shape) <= MAX_DIMENSIONS, f"'{key}' has {len(shape)} dimensions")
     # Sizes are Python integers: a hostile shape can't wrap around to a small product.
     good = isinstance(shape, list | tuple) and all(type(d) is int and d >= 0 for d in shape)
     require(name, good, f"'{key}' is {shape!r}")

@@ -20,7 +20,7 @@ from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters.delta_base import answer_clients
 from nvflare_rdma.filters.dither import DITHERED
 from nvflare_rdma.filters.flat_params import flatten, rebuild
-from nvflare_rdma.filters.message_encoder import Encoded, MessageEncoder, Outgoing
+from nvflare_rdma.filters.message_encoder import EncodedMessage, MessageEncoder, ModelMessage
 from nvflare_rdma.filters.points import FilterPoint, require_dequantizer
 from nvflare_rdma.filters.quant_filter import OURS, QUANT_STATE, QUANTIZED_FLAG, SOURCE_DATATYPE, QuantFilter
 from nvflare_rdma.flare_compat import TRANSFER_PROP
@@ -117,7 +117,7 @@ class ModelQuantizer(QuantFilter):
         self._warn_of_feedback(dxo, fl_ctx)
         root_id = shareable.get_header(ReservedHeaderKey.MSG_ROOT_ID) or ""
         message = self._encoder.encode(
-            Outgoing(
+            ModelMessage(
                 values=flatten(dxo.data),
                 whole=dxo.data_kind == DataKind.WEIGHTS,
                 point=point,
@@ -143,7 +143,7 @@ class ModelQuantizer(QuantFilter):
                 fire_event=False,
             )
 
-    def _report(self, message: Encoded, fl_ctx: FLContext) -> None:
+    def _report(self, message: EncodedMessage, fl_ctx: FLContext) -> None:
         encoded = message.params
         how = f" as the difference from {message.base}" if message.base else ""
         self.log_info(fl_ctx, f"Quantized to {encoded.algorithm}{how}: {encoded.summary()}")
@@ -152,7 +152,7 @@ class ModelQuantizer(QuantFilter):
             self.log_warning(fl_ctx, f"{len(encoded.exact)} tensor(s) sent exact: {listed}", fire_event=False)
 
 
-def _metadata(message: Encoded) -> dict[str, Any]:
+def _metadata(message: EncodedMessage) -> dict[str, Any]:
     """What the receiver needs to decode the message: FLARE's metadata, and what FLARE's filters don't know."""
     params = message.params
     meta: dict[str, Any] = {

@@ -8,11 +8,11 @@ dropped. Committed residuals are saved in the job's run folder, so that they out
 Kept in bfloat16: two bytes a value, and what that rounding loses is 2**-9 of what one message lost.
 """
 
+import logging
 import os
 import re
 import threading
 from collections.abc import Mapping
-from logging import getLogger
 
 import numpy as np
 import xxhash
@@ -22,7 +22,7 @@ from nvflare_rdma.codecs.base import Array
 
 Bits = NDArray[np.uint16]
 
-_log = getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Residuals:
@@ -42,7 +42,7 @@ class Residuals:
         """Keep what the message that was just encoded lacked, until it is known whether it was sent."""
         with self._lock:
             if self._staged.pop(stream, None) is not None:
-                _log.warning(
+                log.warning(
                     "error feedback of '%s': the message before this one was not seen to be sent; what it lacked is "
                     "not made up for",
                     stream,
@@ -103,6 +103,6 @@ def _load(folder: str, stream: str) -> dict[str, Bits]:
     try:
         loaded = load_file(path)
     except (OSError, SafetensorError) as error:
-        _log.warning("error feedback of '%s' starts anew: %s can't be read: %s", stream, path, error)
+        log.warning("error feedback of '%s' starts anew: %s can't be read: %s", stream, path, error)
         return {}
     return {name: bits for name, bits in loaded.items() if bits.dtype == np.uint16}

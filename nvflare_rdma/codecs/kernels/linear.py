@@ -24,9 +24,8 @@ from nvflare_rdma.codecs.kernels.jit import (
     truncated,
     uint8_out,
 )
-from nvflare_rdma.codecs.tables import largest_scale
+from nvflare_rdma.codecs.tables import WEAK, largest_scale
 
-_WEAK = np.float32(2.0**-100)
 _ROUND = np.float32(1.5 * 2.0**23)  # a float32 with this added and taken away again is rounded to an integer
 _ZERO = np.float32(0)
 _LARGEST_3, _LARGEST_127, _LARGEST_448 = largest_scale(3), largest_scale(127), largest_scale(448)
@@ -44,7 +43,7 @@ def encode_int8(values: Any, block: Any, scales: Any, codes: Any) -> Any:
         if top >= INFINITY:
             return False
         absmax = float_of(top)
-        weak = absmax < _WEAK
+        weak = absmax < WEAK
         scales[b] = _ZERO if weak else min(absmax / np.float32(127), _LARGEST_127)
         inverse = _ZERO if weak else np.float32(127) / absmax
         for i in range(in_block.size):
@@ -74,7 +73,7 @@ def encode_float8(values: Any, block: Any, scales: Any, codes: Any) -> Any:
         if top >= INFINITY:
             return False
         absmax = float_of(top)
-        weak = absmax < _WEAK
+        weak = absmax < WEAK
         scales[b] = _ZERO if weak else min(absmax / np.float32(448), _LARGEST_448)
         inverse = _ZERO if weak else np.float32(448) / absmax
         for i in range(in_block.size):
@@ -108,7 +107,7 @@ def encode_int2(values: Any, scales: Any, codes: Any) -> Any:
         if top >= INFINITY:
             return False
         absmax = float_of(top)
-        if absmax < _WEAK:
+        if absmax < WEAK:
             scales[b] = _ZERO
             block_codes[:] = np.uint8(0)
             continue
@@ -154,7 +153,7 @@ def encode_ternary(values: Any, scales: Any, codes: Any) -> Any:
             return False
         absmax = float_of(top)
         digit[:] = np.uint8(1)
-        if absmax < _WEAK:
+        if absmax < WEAK:
             scales[b] = _ZERO
         else:
             inverse = np.float32(65536) / absmax
