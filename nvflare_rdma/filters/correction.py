@@ -1,8 +1,8 @@
 """Encoding that knows the past: with the residual of the last message added, against a model both sides hold.
 
-With ``x`` the tensor, ``e`` the residual of the last message and ``b`` the base (all absent or zero if there is
-none), ``target = x + e``, ``codes = Q(target - b)``, ``arrived = b + D(codes)`` rounded to x's dtype, and the new
-residual is ``target - arrived``. Sums are in float32, one rounding each, so that both sides get the same bits.
+With `x` the tensor, `e` the residual of the last message and `b` the base (all absent or zero if there is
+none), `target = x + e`, `codes = Q(target - b)`, `arrived = b + D(codes)` rounded to x's dtype, and the new
+residual is `target - arrived`. Sums are in float32, one rounding each, so that both sides get the same bits.
 
 Error feedback: Seide et al., "1-Bit Stochastic Gradient Descent" (2014); Karimireddy et al., "Error Feedback Fixes
 SignSGD" (2019).
@@ -16,10 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs import Codec, FixedSizeCodec
-from nvflare_rdma.codecs.base import Array, Float32
-from nvflare_rdma.codecs.runs import float32_runs, output_runs
-from nvflare_rdma.codecs.tensors import to_array
+from nvflare_rdma.codecs import Array, Codec, FixedSizeCodec, Float32, float32_runs, output_runs, to_array
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.filters.delta_base import Base
 from nvflare_rdma.filters.dither import DITHERED, Dither, dither_of
@@ -31,7 +28,7 @@ PIECE = 1 << 20  # elements worked on at a time, so that scratch memory stays at
 
 @dataclass(frozen=True)
 class Corrected:
-    """One encoded tensor.
+    """One tensor that was encoded with what the past says about it.
 
     Attributes:
         encoded: the bytes that count.
@@ -146,14 +143,14 @@ def _difference(codec: Codec, target: Float32, offset: Float32) -> Float32:
 
 
 def add_base(decoded: Float32, base: Array | None, out: Array) -> None:
-    """``out = base + decoded``, rounded once to float32 and once to `out`'s dtype. `decoded` is used up."""
+    """Write `base + decoded` to `out`, rounded once to float32 and once to `out`'s dtype. `decoded` is used up."""
     if base is not None:
         decoded += base if base.dtype == np.float32 else to_float32(base)
     from_float32(decoded, out)
 
 
 def to_float32(values: Array) -> Float32:
-    """A float32 copy of flat float32, float16, or uint16 (bfloat16 bits) values."""
+    """Return a float32 copy of flat float32, float16, or uint16 (bfloat16 bits) values."""
     out = np.empty(values.size, np.float32)
     for start, run in float32_runs(values):
         out[start : start + run.size] = run

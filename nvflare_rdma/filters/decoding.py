@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs import CODEC_NAMES, Codec, get_codec
-from nvflare_rdma.codecs.base import Array
-from nvflare_rdma.codecs.tensors import from_flat, is_torch, new_flat
+from nvflare_rdma.codecs import CODEC_NAMES, Array, Codec, from_flat, get_codec, is_torch, new_flat
 from nvflare_rdma.errors import CodecError
 from nvflare_rdma.filters.correction import add_base
 from nvflare_rdma.filters.delta_base import Base
@@ -60,7 +58,7 @@ class DecodedParams:
     after: int = 0
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Return one line for the log."""
         return (
             f"{len(self.arrays)}/{self.count} params. Before dequantization: {self.before / MIB:.2f} MB with meta. "
             f"After dequantization: {self.after / MIB:.2f} MB."
@@ -120,7 +118,7 @@ def decode_params(values: Mapping[str, Any], metadata: Metadata, base: Base | No
 
 
 def _algorithm(algorithm: Any) -> Codec | None:
-    """The codec of the whole message, or None if each tensor names its own."""
+    """Return the codec of the whole message, or None if each tensor names its own."""
     if isinstance(algorithm, str) and algorithm == MIXED:
         return None
     if not isinstance(algorithm, str) or algorithm.lower() not in CODEC_NAMES:

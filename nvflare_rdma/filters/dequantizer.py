@@ -8,7 +8,7 @@ from nvflare.apis.dxo import DXO, MetaKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
-from nvflare_rdma.codecs.base import Array
+from nvflare_rdma.codecs import Array
 from nvflare_rdma.errors import CodecError, ConfigError
 from nvflare_rdma.filters.decoding import Metadata, decode_params
 from nvflare_rdma.filters.delta_base import Base, bases_of, tell_held
@@ -18,11 +18,11 @@ from nvflare_rdma.filters.quant_filter import OURS, QUANT_META, QUANT_STATE, SOU
 
 
 class ModelDequantizer(QuantFilter):
-    """Restores weights that a ModelQuantizer (this package's or FLARE's) turned into codes; drop-in for
-    `nvflare.app_opt.pt.quantization.dequantizer.ModelDequantizer`.
+    """Restores weights that a ModelQuantizer, this package's or FLARE's, turned into codes.
 
-    dtype, shape and framework (numpy or torch) are those of the sender's tensors; torch tensors come back on the CPU.
-    Tensors that were tied at the sender's share their memory here too.
+    It can be put in place of `nvflare.app_opt.pt.quantization.dequantizer.ModelDequantizer`. dtype, shape
+    and framework (numpy or torch) are those of the sender's tensors; torch tensors come back on the CPU. Tensors that
+    were tied at the sender's share their memory here too.
 
     Raises:
         ConfigError: the message carries no quantization metadata, so the sender has no quantizer.
@@ -32,7 +32,7 @@ class ModelDequantizer(QuantFilter):
     """
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
-        """A new DXO with the decoded weights and without the quantization metadata."""
+        """Return a new DXO with the decoded weights and without the quantization metadata."""
         meta = self._meta_for_new_dxo(dxo)
         point = FilterPoint.of(self, shareable, fl_ctx)
         if QUANT_STATE not in meta:

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs import Codec, FixedSizeCodec
-from nvflare_rdma.codecs.base import Array
-from nvflare_rdma.codecs.policy import Decision, Policy
-from nvflare_rdma.codecs.tensors import (
+from nvflare_rdma.codecs import (
     FLOAT_NAMES,
+    Array,
+    Codec,
+    Decision,
+    FixedSizeCodec,
+    Policy,
     dtype_name,
     float_bits,
     identity,
@@ -93,7 +95,7 @@ class EncodedParams:
     meta: int = 0
 
     def summary(self) -> str:
-        """One line for the log: how many tensors, and bytes before and after. Tied tensors count once."""
+        """Return one line for the log: how many tensors, and bytes before and after. Tied tensors count once."""
         if self.marked:
             return (
                 f"{len(self.marked)}/{len(self.quant_state)} params are encoded as they are sent, "
@@ -144,14 +146,14 @@ def encode_params(values: Mapping[str, Any], policy: Policy, encoder: TensorEnco
 
 
 def has_memory(value: Any) -> bool:
-    """Whether `value` is a tensor with an address that it can share with another one."""
+    """Return whether `value` is a tensor with an address that it can share with another one."""
     if is_torch(value):
         return str(value.layout) == "torch.strided" and value.device.type != "meta" and value.numel() > 0
     return type(value) is np.ndarray and value.size > 0
 
 
 def _decide(name: str, value: Any, policy: Policy) -> tuple[Decision, str | None]:
-    """What the policy says, and why a value that it can't encode deserves a warning, if it does."""
+    """Return what the policy says, and why a value that it can't encode deserves a warning, if it does."""
     if not is_tensor(value):
         listed = isinstance(value, list | tuple | dict)
         return Decision(None, "no tensor"), f"a {type(value).__name__}, not a tensor" if listed else None
@@ -194,5 +196,5 @@ def _name_codecs(result: EncodedParams, values: Mapping[str, Any], policy: Polic
 
 
 def is_no_wider(codec: Codec | None, source: str) -> bool:
-    """Whether FLARE's quantizer would have left a tensor of dtype `source` as it is."""
+    """Return whether FLARE's quantizer would have left a tensor of dtype `source` as it is."""
     return isinstance(codec, FixedSizeCodec) and source in FLOAT_NAMES and codec.bits >= float_bits(source)

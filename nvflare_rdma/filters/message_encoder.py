@@ -9,8 +9,7 @@ from typing import Any
 
 from nvflare.apis.fl_context import FLContext
 
-from nvflare_rdma.codecs.policy import Policy
-from nvflare_rdma.codecs.tensors import is_plain, is_tensor
+from nvflare_rdma.codecs import Policy, is_plain, is_tensor
 from nvflare_rdma.filters.correction import CorrectingEncoder
 from nvflare_rdma.filters.delta_base import Base, bases_of, held_by_peer, server_holds
 from nvflare_rdma.filters.encoding import EncodedParams, TensorEncoder, encode_params
@@ -96,7 +95,7 @@ class MessageEncoder:
             return self._encode(message, self._base_for_server(message, fl_ctx), True, fl_ctx)
 
     def _shared_results(self, message: ModelMessage) -> dict[str, Any]:
-        """What was made of this message for other sites."""
+        """Return what was made of this message for other sites."""
         stream = message.point.stream
         shared = self._shared.get(stream)
         if not message.root_id or shared is None or not shared.is_of(message.root_id, message.values):
@@ -104,7 +103,10 @@ class MessageEncoder:
         return shared.results
 
     def _for_site(self, results: dict[str, Any], message: ModelMessage, fl_ctx: FLContext) -> EncodedMessage:
-        """The message for the site that asks. All sites get the same, unless some hold its base and others don't."""
+        """Return the message for the site that asks.
+
+        All sites get the same, unless some hold its base and others don't.
+        """
         stream = message.point.stream
         held = held_by_peer(stream, fl_ctx) if self._delta else None
         first: EncodedMessage | None = results.get("first")
@@ -125,7 +127,7 @@ class MessageEncoder:
         return whole
 
     def _base_for_server(self, message: ModelMessage, fl_ctx: FLContext) -> Base | None:
-        """The model that this client got for its task, if the server still has it."""
+        """Return the model that this client got for its task, if the server still has it."""
         if not self._delta or not message.whole:
             return None
         base = bases_of(fl_ctx).current(message.point.stream)

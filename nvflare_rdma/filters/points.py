@@ -37,11 +37,11 @@ _FILTERS = "nvflare_rdma.filters"
 
 @dataclass(frozen=True)
 class FilterPoint:
-    """One use of a filter.
+    """Where a filter is being called: at which of FLARE's points, and for which task and peer.
 
     Attributes:
-        chain: ``task_data``, ``task_result``, or None if unknown (outside a job).
-        direction: ``in``, ``out``, or None if unknown.
+        chain: `task_data`, `task_result`, or None if unknown (outside a job).
+        direction: `in`, `out`, or None if unknown.
         task: the task's name, "?" if unknown.
         peer: the site or server at the other end, if known.
         path: where in a collection the filtered DXO is, "" if it is the message itself.
@@ -55,7 +55,7 @@ class FilterPoint:
 
     @classmethod
     def of(cls, component: Filter, shareable: Shareable, fl_ctx: FLContext) -> FilterPoint:
-        """The point at which `component` is being called."""
+        """Return the point at which `component` is being called."""
         task = fl_ctx.get_prop(FLContextKey.TASK_NAME) or shareable.get_header(ReservedHeaderKey.TASK_NAME) or "?"
         peer = fl_ctx.get_peer_context()
         return cls(
@@ -104,7 +104,7 @@ class FilterPoint:
         return f"{what} of task '{self.task}'{sender}"
 
     def opposite(self) -> FilterPoint:
-        """The same side's point for messages of the same task that go the other way. Needs `known`."""
+        """Return the same side's point for messages of the same task that go the other way. Needs `known`."""
         assert self.chain is not None
         assert self.direction is not None
         return FilterPoint(_OTHER_CHAIN[self.chain], _OTHER_DIRECTION[self.direction], self.task, self.peer)
@@ -129,7 +129,7 @@ def require_dequantizer(point: FilterPoint, fl_ctx: FLContext) -> None:
 
 
 def _filters_at(point: FilterPoint, fl_ctx: FLContext) -> list[Filter] | None:
-    """The job's and the site's filters at `point` of this process, or None outside a running job.
+    """Return the job's and the site's filters at `point` of this process, or None outside a running job.
 
     Reads the filter tables of FLARE's ServerRunner (in its config) or ClientRunner (its own attributes).
     """
@@ -145,5 +145,5 @@ def _filters_at(point: FilterPoint, fl_ctx: FLContext) -> list[Filter] | None:
 
 
 def _is_dequantizer(component: Filter) -> bool:
-    """Whether it undoes quantization: ours or FLARE's own, told by name so as not to import bitsandbytes."""
+    """Return whether it undoes quantization: ours or FLARE's own, told by name so as not to import bitsandbytes."""
     return any(c.__name__ == "ModelDequantizer" for c in type(component).__mro__)

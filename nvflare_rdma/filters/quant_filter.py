@@ -50,7 +50,7 @@ class QuantFilter(DXOFilter):
         return result.update_shareable(copy.copy(shareable))
 
     def _concerns(self, dxo: DXO) -> bool:
-        """Whether a DXO with data to filter is somewhere in `dxo`."""
+        """Return whether a DXO with data to filter is somewhere in `dxo`."""
         if dxo.data_kind == DataKind.COLLECTION:
             return any(isinstance(d, DXO) and self._concerns(d) for d in dxo.data.values())
         return dxo.data_kind in self.data_kinds and bool(dxo.data)
@@ -70,8 +70,11 @@ class QuantFilter(DXOFilter):
 
     @staticmethod
     def _meta_for_new_dxo(dxo: DXO) -> dict[str, Any]:
-        """A copy of the metadata to change. FLARE appends to the history list in place, so that one stays behind:
-        `_apply_filter` copies it from the old DXO to the new one."""
+        """Return a copy of the metadata to change.
+
+        FLARE appends to the history list in place, so that one stays behind: `_apply_filter` copies it from the old
+        DXO to the new one.
+        """
         return {k: v for k, v in (dxo.meta or {}).items() if k != MetaKey.FILTER_HISTORY}
 
     def _stop(self, point: FilterPoint, error: ConfigError, fl_ctx: FLContext) -> NoReturn:

@@ -14,8 +14,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.app_common.app_constant import AppConstants
 
-from nvflare_rdma.codecs.policy import Policy
-from nvflare_rdma.codecs.warming import warm_up
+from nvflare_rdma.codecs import Policy, warm_up
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters.delta_base import answer_clients
 from nvflare_rdma.filters.dither import DITHERED
@@ -29,17 +28,18 @@ _HANDED_OVER = (EventType.AFTER_SEND_TASK_RESULT, EventType.AFTER_PROCESS_SUBMIS
 
 
 class ModelQuantizer(QuantFilter):
-    """Sends model weights in few bits; drop-in for `nvflare.app_opt.pt.quantization.quantizer.ModelQuantizer`.
+    """Sends model weights in few bits.
 
-    Works on WEIGHTS and WEIGHT_DIFF DXOs, also inside COLLECTIONs and with dicts in the data, with numpy arrays and
-    torch tensors, on a CPU. Tensors on a CUDA device are encoded there, to the same codes, unless error feedback,
-    delta or stochastic rounding is on. The metadata is FLARE's for FLARE's types, so the receiver may have FLARE's own
-    ModelDequantizer, unless `delta` or a policy with several codecs is used. What it was given is never changed.
+    It can be put in place of `nvflare.app_opt.pt.quantization.quantizer.ModelQuantizer`, and works on WEIGHTS and
+    WEIGHT_DIFF DXOs, also inside COLLECTIONs and with dicts in the data, with numpy arrays and torch tensors. Tensors
+    on a CUDA device are encoded there, to the same codes, unless error feedback, delta or stochastic rounding is on.
+    The metadata is FLARE's for FLARE's types, so the receiver may have FLARE's own ModelDequantizer, unless `delta` or
+    a policy with several codecs is used. What the filter was given is never changed.
 
     Where this side and the peer have `nvflare_rdma.streaming.RdmaTransfer`, tensors are only marked here, and encoded
     piece by piece as they are sent: the encoded model never exists as a whole. They must not change until the message
-    has been received, as with all that FLARE downloads. (Not with error feedback, delta or
-    stochastic rounding, and not for ``lossless`` and ``adaquant``, whose sizes show only when all is encoded.)
+    has been received, as with all that FLARE downloads. With error feedback, delta or stochastic rounding, and for
+    `lossless` and `adaquant`, whose sizes show only when all is encoded, tensors are encoded here.
 
     Tensors that the type can't carry travel exact: integers, booleans, float64, empty ones, those that would not get
     smaller, and, with a warning that names them, those with NaN or Inf (unless the type carries them) or beyond the
@@ -55,7 +55,7 @@ class ModelQuantizer(QuantFilter):
             all that can be encoded is, as with FLARE's filter.
         error_feedback: add to each message what the last one of its task lacked.
         delta: send WEIGHTS as differences from a model that the receiver holds, when both sides have the same one.
-        stochastic_rounding: round ``int8`` up or down at random, so that the mean error is zero. The noise follows from
+        stochastic_rounding: round `int8` up or down at random, so that the mean error is zero. The noise follows from
             job, site, task and round: a job that is run again makes the same.
 
     Raises:
@@ -88,7 +88,7 @@ class ModelQuantizer(QuantFilter):
         self._warned = False
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Learn from FLARE's events what became of the messages."""
+        """Load compiled code as the run starts, and learn from FLARE's events whether messages were handed over."""
         if event_type == EventType.START_RUN:
             warm_up(self._encoder.codecs)
             if self.delta and self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
@@ -153,7 +153,7 @@ class ModelQuantizer(QuantFilter):
 
 
 def _metadata(message: EncodedMessage) -> dict[str, Any]:
-    """What the receiver needs to decode the message: FLARE's metadata, and what FLARE's filters don't know."""
+    """Return what the receiver needs to decode the message: FLARE's metadata, and what FLARE's filters don't know."""
     params = message.params
     meta: dict[str, Any] = {
         MetaKey.PROCESSED_ALGORITHM: params.algorithm,
@@ -173,7 +173,7 @@ def _metadata(message: EncodedMessage) -> dict[str, Any]:
 
 
 def _goes_directly(fl_ctx: FLContext) -> bool:
-    """Whether both sides have `nvflare_rdma.streaming.RdmaTransfer`, which encodes and decodes what is marked."""
+    """Return whether both sides have `nvflare_rdma.streaming.RdmaTransfer`, which takes care of what is marked."""
     peer = fl_ctx.get_peer_context()
     return bool(fl_ctx.get_prop(TRANSFER_PROP) and peer is not None and peer.get_prop(TRANSFER_PROP))
 
@@ -192,7 +192,7 @@ def _check_stochastic(policy: Policy, error_feedback: bool) -> None:
 
 
 def _round(root_id: str, shareable: Shareable, fl_ctx: FLContext) -> str:
-    """What tells a round of this site and job from all others; outside of rounds, the message or task."""
+    """Return what tells a round of this site and job from all others; outside of rounds, the message or task."""
     current = shareable.get_header(AppConstants.CURRENT_ROUND)
     if current is None:
         current = root_id or fl_ctx.get_prop(FLContextKey.TASK_ID, "")
@@ -200,7 +200,7 @@ def _round(root_id: str, shareable: Shareable, fl_ctx: FLContext) -> str:
 
 
 def _state_folder(fl_ctx: FLContext) -> str | None:
-    """Where residuals outlive the process: in the job's run folder. None outside a job."""
+    """Return where residuals outlive the process: in the job's run folder. None outside a job."""
     job, engine = fl_ctx.get_job_id(), fl_ctx.get_engine()
     if not job or engine is None:
         return None

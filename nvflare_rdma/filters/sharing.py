@@ -6,15 +6,12 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nvflare_rdma.codecs import Codec, FixedSizeCodec
-from nvflare_rdma.codecs.base import Array
-from nvflare_rdma.codecs.marks import marked
-from nvflare_rdma.codecs.tensors import is_tensor
+from nvflare_rdma.codecs import Array, Codec, FixedSizeCodec, is_tensor, marked
 from nvflare_rdma.filters.encoding import TensorEncoder
 
 
 class Shared:
-    """What was made of one message, for as long as the message's own tensors live.
+    """Holds what was made of one message for as long as the message's own tensors live.
 
     FLARE's server filters a message anew for each site that asks for it. The DXO is another one each time, but the
     tensors in it are the same objects: they are held by weak references, so nothing is kept alive and no address is

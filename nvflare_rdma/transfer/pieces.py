@@ -18,10 +18,16 @@ import numpy as np
 
 from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES, Source, Take
 from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES
-from nvflare_rdma.codecs import FixedSizeCodec, get_codec
-from nvflare_rdma.codecs.base import Array
-from nvflare_rdma.codecs.runs import read_run
-from nvflare_rdma.codecs.tensors import NUMPY_DTYPES, dtype_name, is_on_gpu, to_array
+from nvflare_rdma.codecs import (
+    NUMPY_DTYPES,
+    Array,
+    FixedSizeCodec,
+    dtype_name,
+    get_codec,
+    is_on_gpu,
+    read_run,
+    to_array,
+)
 from nvflare_rdma.errors import ProtocolError, UnrepresentableError
 
 #: In a piece, or the least power of two from here on that makes a unit: half a MiB of float32, which caches hold.

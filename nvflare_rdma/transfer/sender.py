@@ -14,8 +14,7 @@ import numpy as np
 from nvflare_rdma.channel.bodies import Source, Take, whole_units
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.outbox import Sending
-from nvflare_rdma.codecs.runs import read_run
-from nvflare_rdma.codecs.tensors import is_torch
+from nvflare_rdma.codecs import is_torch, read_run
 from nvflare_rdma.errors import ProtocolError, TransferError, UnrepresentableError
 from nvflare_rdma.transfer.arrays import strided, to_bytes
 from nvflare_rdma.transfer.manifest import Item

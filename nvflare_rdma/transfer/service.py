@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from nvflare_rdma.channel.link import Link
-from nvflare_rdma.codecs.marks import codec_of
+from nvflare_rdma.codecs import codec_of
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.arrays import raw_bytes, to_bytes

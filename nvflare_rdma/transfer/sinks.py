@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from nvflare_rdma.channel.bodies import Sink
-from nvflare_rdma.codecs.tensors import NUMPY_DTYPES, SAFETENSORS_DTYPES
+from nvflare_rdma.codecs import NUMPY_DTYPES, SAFETENSORS_DTYPES
 from nvflare_rdma.transfer.arrays import from_bytes
 from nvflare_rdma.transfer.manifest import Item
 from nvflare_rdma.transfer.pieces import Cut, decode
