@@ -1,5 +1,7 @@
 """Exact, but smaller where the values allow it: planes of bytes, each compressed with zstd."""
 
+from __future__ import annotations
+
 import threading
 from typing import Any
 
@@ -27,7 +29,7 @@ class _Contexts(threading.local):
 
 
 class Lossless(Codec):
-    """Every bit of the values, NaN's too, in fewer bytes where they have a pattern.
+    """Carries every bit of the values, NaN's too, in fewer bytes where they have a pattern.
 
     Numbers are split into planes (all their first bytes, all their second bytes, ...) after a rotation that makes
     the exponent the first byte, as in Hershcovitch et al., "ZipNN" (2024). Each plane of each 65536 values is
@@ -35,7 +37,7 @@ class Lossless(Codec):
     two thirds of their size in bfloat16 and five sixths in float32; those that were rounded to a smaller type before,
     or hold many zeros, take less.
 
-    Parts: ``header``, uint32: which type the values have; ``planes``, bytes: for each 65536 values and each plane its
+    Parts: `header`, uint32: which type the values have; `planes`, bytes: for each 65536 values and each plane its
     length (uint32) and contents. The size is known only after encoding and at most 4 bytes per value, plus 4 and
     16 for each 65536 values. Values decode to their own type only. NaN and Inf are carried as they are.
     """
@@ -49,15 +51,18 @@ class Lossless(Codec):
         self._contexts: _Contexts | None = None
 
     def encoded_nbytes(self, n: int) -> int:
+        """Return the most that `n` values can take: all planes stored as they are, with their lengths."""
         return _LENGTH_NBYTES + 4 * n + 4 * _LENGTH_NBYTES * -(-n // TILE)
 
     def parts(self, encoded: Any, n: int) -> dict[str, Array]:
+        """Return the header and the planes as views of `encoded`; see `Codec.parts`."""
         flat = self._bytes(encoded)
         if not _LENGTH_NBYTES <= flat.size <= self.encoded_nbytes(n):
             raise CodecError(f"{self.name}: {flat.size} encoded bytes can't be {n} values")
         return {"header": flat[:_LENGTH_NBYTES].view(_LENGTH), "planes": flat[_LENGTH_NBYTES:]}
 
     def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
+        """Return zeros: every bit arrives."""
         return np.zeros(values.size, np.float32)
 
     def _encode(self, src: Array, out: Bytes) -> int:

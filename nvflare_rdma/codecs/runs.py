@@ -5,6 +5,8 @@ the tensor and threads don't wait for each other. numpy has no call that reads a
 a bounded amount of memory: `ndarray.flat` and `reshape` copy, and `nditer` chooses sizes of its own.
 """
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -29,7 +31,7 @@ _scratch = _ThreadBuffers()
 
 
 def scratch(name: str, dtype: Any, n: int) -> Array:
-    """The calling thread's buffer `name` of `n` <= `TILE` elements. Its contents are left over from before."""
+    """Return the calling thread's buffer `name` of `n` <= `TILE` elements. Its contents are left over from before."""
     if n > TILE:
         raise ValueError(f"scratch memory is {TILE} elements, not {n}")
     key = (name, np.dtype(dtype).str)
@@ -40,7 +42,7 @@ def scratch(name: str, dtype: Any, n: int) -> Array:
 
 
 def float32_runs(src: Array, longest: int | None = None) -> Iterator[tuple[int, Float32]]:
-    """`src` (float32, float16, or uint16 for bfloat16) in C order as flat float32 runs, each with its start.
+    """Yield `src` (float32, float16, or uint16 for bfloat16) in C order as flat float32 runs, each with its start.
 
     Contiguous float32 comes as views of `src` of at most `longest` values, or as one if that is None. All else goes
     through the thread's scratch memory in runs of `TILE` values at most; the next run overwrites it.
@@ -60,9 +62,9 @@ def float32_runs(src: Array, longest: int | None = None) -> Iterator[tuple[int, 
 
 
 def output_runs(out: Array, longest: int | None = None) -> Iterator[tuple[int, Float32]]:
-    """The opposite of `float32_runs`: flat float32 runs to be filled, which then become the elements of `out`.
+    """Yield flat float32 runs that the caller fills, each with its start; they become the elements of `out`.
 
-    They are rounded to nearest even. Their contents before are left over.
+    This is the opposite of `float32_runs`. Values are rounded to nearest even. A run's contents before are left over.
     """
     if out.dtype == np.float32:
         yield from own_output_runs(out, longest)
@@ -79,7 +81,7 @@ def output_runs(out: Array, longest: int | None = None) -> Iterator[tuple[int, F
 
 
 def own_runs(src: Array, longest: int | None) -> Iterator[tuple[int, Array]]:
-    """`src` in C order as flat runs of its own dtype, each with its start.
+    """Yield `src` in C order as flat runs of its own dtype, each with its start.
 
     A contiguous one comes as views of at most `longest` values, or as one if that is None. All else goes through the
     thread's scratch memory in runs of `TILE` values at most; the next run overwrites it.
@@ -91,7 +93,7 @@ def own_runs(src: Array, longest: int | None) -> Iterator[tuple[int, Array]]:
 
 
 def own_output_runs(out: Array, longest: int | None) -> Iterator[tuple[int, Array]]:
-    """The opposite of `own_runs`: flat runs to be filled, which then become the elements of `out`."""
+    """Yield flat runs of `out`'s own dtype that the caller fills, each with its start; they become its elements."""
     for start, run, is_view in _runs(out, longest):
         yield start, run
         if not is_view:
@@ -99,7 +101,7 @@ def own_output_runs(out: Array, longest: int | None) -> Iterator[tuple[int, Arra
 
 
 def _runs(tensor: Array, longest: int | None) -> Iterator[tuple[int, Array, bool]]:
-    """The start of each run, memory for it, and whether that is a view of the tensor."""
+    """Yield the start of each run, memory for it, and whether that is a view of the tensor."""
     flat = tensor.reshape(-1) if tensor.flags.c_contiguous else None
     step = min(longest or TILE, TILE) if flat is None else longest or tensor.size or 1
     for start in range(0, tensor.size, step):
@@ -109,19 +111,19 @@ def _runs(tensor: Array, longest: int | None) -> Iterator[tuple[int, Array, bool
 
 
 def read_run(tensor: Array, start: int, out: Array) -> None:
-    """Copy ``tensor.reshape(-1)[start : start + out.size]`` to `out`, flat and of the same dtype."""
+    """Copy `tensor.reshape(-1)[start : start + out.size]` to `out`, flat and of the same dtype."""
     for part, first, last in _subviews(tensor, start, start + out.size, 0):
         np.copyto(out[first:last].reshape(part.shape), part)
 
 
 def write_run(tensor: Array, start: int, values: Array) -> None:
-    """The opposite of `read_run`: `values` (flat) become the elements of `tensor` from `start` on, in C order."""
+    """Write `values` (flat) to the elements of `tensor` from `start` on, in C order."""
     for part, first, last in _subviews(tensor, start, start + values.size, 0):
         np.copyto(part, values[first:last].reshape(part.shape))
 
 
 def _subviews(tensor: Array, start: int, stop: int, done: int) -> list[tuple[Array, int, int]]:
-    """Views that together are elements `start` to `stop` of `tensor`, each with its place in the flat run."""
+    """Return views that together are elements `start` to `stop` of `tensor`, each with its place in the flat run."""
     if start >= stop:
         return []
     if tensor.ndim <= 1 or tensor.flags.c_contiguous:

@@ -21,7 +21,12 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """``dtype``: this package's name of it, or the format's if this package has none. ``start``: in the file."""
+    """One tensor of a file.
+
+    Attributes:
+        dtype: this package's name of it, or the format's if this package has none.
+        start: where in the file its first byte is.
+    """
 
     name: str
     dtype: str
@@ -31,7 +36,7 @@ class StoredTensor:
 
 
 def read_header(size: int, read_into: Callable[[memoryview, int], None]) -> list[StoredTensor]:
-    """The tensors of a file of ``size`` bytes, in their order there.
+    """Return the tensors of a file of `size` bytes, in their order there.
 
     Args:
         read_into: fills memory from an offset of the file.

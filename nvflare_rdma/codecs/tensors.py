@@ -1,7 +1,7 @@
 """The edge between frameworks' tensors and the codecs' flat numpy arrays. torch is imported only when it is used.
 
 A tensor here is a plain `numpy.ndarray` or a `torch.Tensor`. Its *dtype name* is what FLARE's quantization
-metadata has: ``arr.dtype.name`` or ``str(tensor.dtype)`` without ``torch.``.
+metadata has: `arr.dtype.name` or `str(tensor.dtype)` without `torch.`.
 """
 
 from __future__ import annotations
@@ -58,34 +58,34 @@ FLOAT_NAMES = tuple(NUMPY_DTYPES)
 
 
 def is_torch(value: Any) -> bool:
-    """Whether `value` is a torch tensor; doesn't import torch to find out."""
+    """Return whether `value` is a torch tensor. torch is not imported to find out."""
     # Its classes tell. The module doesn't: while another thread imports torch, which takes seconds, `sys.modules` has
     # it already, but without `Tensor`.
     return any(cls.__name__ == "Tensor" and cls.__module__ == "torch" for cls in type(value).__mro__)
 
 
 def is_on_gpu(value: Any) -> bool:
-    """Whether `value` is a torch tensor in the memory of a CUDA device (AMD's too, in torch's ROCm builds)."""
+    """Return whether `value` is a torch tensor in the memory of a CUDA device (AMD's too, in torch's ROCm builds)."""
     return is_torch(value) and value.device.type == "cuda"
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether `value` is a numpy array or a torch tensor."""
+    """Return whether `value` is a numpy array or a torch tensor."""
     return isinstance(value, np.ndarray) or is_torch(value)
 
 
 def dtype_name(value: Any) -> str:
-    """``float32``, ``bfloat16``, ``int64`` ... of a numpy array or torch tensor."""
+    """Return the dtype's name, such as `float32`, `bfloat16` or `int64`, of a numpy array or torch tensor."""
     return str(value.dtype).removeprefix("torch.") if is_torch(value) else str(value.dtype.name)
 
 
 def float_bits(name: str) -> int:
-    """Bits per value of the dtype called `name`, one of `FLOAT_NAMES`."""
+    """Return bits per value of the dtype called `name`, one of `FLOAT_NAMES`."""
     return 8 * _DTYPES[name].nbytes
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a numpy array or torch tensor is dense and nothing but its values, plain numbers in native byte order."""
+    """Return whether a numpy array or torch tensor is dense and nothing but plain numbers in native byte order."""
     if is_torch(value):
         import torch
 
@@ -96,7 +96,10 @@ def is_plain(value: Any) -> bool:
 
 
 def is_encodable(value: Any) -> bool:
-    """Whether a codec can take it: a dense float32/float16/bfloat16 tensor with values, in native byte order."""
+    """Return whether a codec can take `value`: a dense float32, float16 or bfloat16 tensor in native byte order.
+
+    Empty tensors are not encodable.
+    """
     if is_torch(value):
         import torch
 
@@ -111,7 +114,7 @@ def is_encodable(value: Any) -> bool:
 
 
 def to_array(value: Any) -> Array:
-    """The values of an encodable tensor in its own shape: float32, float16, or uint16 (bfloat16 bits).
+    """Return the values of an encodable tensor in its own shape: float32, float16, or uint16 (bfloat16 bits).
 
     A view of the tensor's own memory, with its strides, if that is on the CPU; otherwise a copy. Read-only use.
     """
@@ -128,20 +131,21 @@ def to_array(value: Any) -> Array:
 
 
 def to_flat(value: Any) -> Array:
-    """The same, flat and C-contiguous, which takes a copy if the tensor isn't contiguous."""
+    """Return what `to_array` does, flat and C-contiguous: a copy if the tensor isn't contiguous."""
     return np.ascontiguousarray(to_array(value)).reshape(-1)
 
 
 def new_flat(name: str, n: int) -> Array:
-    """Uninitialised memory for `n` values of the dtype called `name` (uint16 for bfloat16)."""
+    """Return uninitialised memory for `n` values of the dtype called `name` (uint16 for bfloat16)."""
     flat: Array = np.empty(n, NUMPY_DTYPES[name])
     return flat
 
 
 def from_flat(flat: Array, name: str, shape: tuple[int, ...], torch_tensor: bool) -> Any:
-    """`flat`, as `new_flat` made it, as a tensor of `shape` in the wanted framework. Shares its memory.
+    """Return a tensor of `shape` in the wanted framework that shares the memory of `flat`, which `new_flat` made.
 
-    numpy has no bfloat16: a numpy tensor of that name can't exist (`ValueError`).
+    Raises:
+        ValueError: numpy has no bfloat16.
     """
     if not torch_tensor:
         if name == "bfloat16":
@@ -155,7 +159,7 @@ def from_flat(flat: Array, name: str, shape: tuple[int, ...], torch_tensor: bool
 
 
 def identity(value: Any) -> tuple[Any, ...]:
-    """Equal for two live tensors that are the same view of the same memory (tied weights, for example)."""
+    """Return a key that two live tensors share only if they are the same view of the same memory, as tied weights."""
     if is_torch(value):
         lazy = value.is_neg(), value.is_conj()  # done when it is read, not in memory
         return ("torch", value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, lazy)

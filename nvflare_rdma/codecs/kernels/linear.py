@@ -4,6 +4,8 @@ Blocks whose largest magnitude is below 2**-100 become zeros: their scales or re
 range. All encoders return False, with the outputs unfinished, as soon as a block holds NaN or Inf.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,7 @@ _LARGEST_3, _LARGEST_127, _LARGEST_448 = largest_scale(3), largest_scale(127), l
 
 @kernel(boolean(float32, size, float32_out, int8_out))
 def encode_int8(values: Any, block: Any, scales: Any, codes: Any) -> Any:
-    """``round(x / scale)``, ties to even, with scale = absmax / 127."""
+    """`round(x / scale)`, ties to even, with scale = absmax / 127."""
     bits = values.view(np.uint32)
     for b in range(scales.size):
         in_block = values[b * block : (b + 1) * block]
@@ -53,6 +55,7 @@ def encode_int8(values: Any, block: Any, scales: Any, codes: Any) -> Any:
 
 @kernel(nothing(int8, float32, size, float32_out))
 def decode_int8(codes: Any, scales: Any, block: Any, out: Any) -> None:
+    """Write `code * scale`."""
     for b in range(scales.size):
         block_codes = codes[b * block : (b + 1) * block]
         block_out = out[b * block : (b + 1) * block]
@@ -63,7 +66,7 @@ def decode_int8(codes: Any, scales: Any, block: Any, out: Any) -> None:
 
 @kernel(boolean(float32, size, float32_out, uint8_out))
 def encode_float8(values: Any, block: Any, scales: Any, codes: Any) -> Any:
-    """The float8 e4m3 number nearest to ``x / scale``, ties to even, with scale = absmax / 448."""
+    """The float8 e4m3 number nearest to `x / scale`, ties to even, with scale = absmax / 448."""
     bits = values.view(np.uint32)
     for b in range(scales.size):
         in_block = values[b * block : (b + 1) * block]
