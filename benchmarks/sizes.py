@@ -18,8 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nvflare_rdma.codecs import get_codec
-from nvflare_rdma.codecs.policy import role_of
+from nvflare_rdma.codecs import get_codec, role_of
 
 HIDDEN, WIDE, KEYS, LAYERS, WORDS = 2048, 8192, 512, 16, 128_256
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

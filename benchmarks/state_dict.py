@@ -110,8 +110,7 @@ class Side(Measured):
     def _to_send(self) -> dict[str, Any]:
         if not self._encoded:
             return self._model
-        from nvflare_rdma.codecs import get_codec
-        from nvflare_rdma.codecs.marks import marked
+        from nvflare_rdma.codecs import get_codec, marked
 
         codec, (model, found) = get_codec("normfloat4"), self._marked
         if model is not self._model:  # once for all receivers, as `ModelQuantizer` does

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvflare_rdma.codecs.policy import Policy, role_of
+from nvflare_rdma.codecs import Policy, role_of
 from nvflare_rdma.errors import ConfigError
 
 _SIDES = {"config_fed_server.json": "server to sites", "config_fed_client.json": "sites to server"}
@@ -157,7 +157,7 @@ def _read_torch(path: Path) -> list[Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ConfigError(f"{path} can't be read as a torch state dict: {str(error).splitlines()[0]}") from None
-    from nvflare_rdma.codecs.tensors import dtype_name, identity
+    from nvflare_rdma.codecs import dtype_name, identity
 
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else None  # FLARE's persistor adds a level
     if not isinstance(state, dict):

@@ -1,5 +1,16 @@
 """Codecs: tensors to few bits and back. Needs numpy and numba, neither FLARE nor torch.
 
+What other packages use is here; only `nvflare_rdma.codecs.on_device` is imported by its own name, where a torch tensor
+is at hand, because it imports torch.
+
+- `get_codec` gives a `Codec` by name, `warm_up` loads its compiled code beforehand. What a codec is, and what its parts
+  are, is in `nvflare_rdma.codecs.base`.
+- A `Policy` chooses the codec of each tensor of a model.
+- `to_flat`, `from_flat` and the like are the edge between numpy's and torch's tensors and flat arrays.
+- `marked` tensors are encoded when they are sent, with the codec that `codec_of` returns.
+- `float32_runs`, `output_runs` and `read_run` go through a tensor within a bounded amount of memory.
+- `read_header` tells where the tensors of a safetensors file lie.
+
 >>> import numpy as np
 >>> from nvflare_rdma.codecs import get_codec
 >>> codec, x = get_codec("normfloat4"), np.linspace(-1, 1, 128, dtype=np.float32)
@@ -10,52 +21,74 @@
 {'scales': 2, 'codes': 64}
 """
 
-from collections.abc import Callable
-from functools import cache
+from __future__ import annotations
 
-from nvflare_rdma.codecs.adaquant import AdaQuant
-from nvflare_rdma.codecs.base import Codec, FixedSizeCodec
+from nvflare_rdma.codecs.base import Array, Bytes, Codec, FixedSizeCodec, Float32, Parts
 from nvflare_rdma.codecs.blockwise import Blockwise8
-from nvflare_rdma.codecs.fourbit import DoubleQuantized, Float4, NormalFloat4
-from nvflare_rdma.codecs.halves import BFloat16, Float16
-from nvflare_rdma.codecs.linear import Float8E4M3, Int2, Int8, Ternary
-from nvflare_rdma.codecs.lossless import Lossless
-from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.codecs.marks import codec_of, marked
+from nvflare_rdma.codecs.policy import Decision, Policy, role_of
+from nvflare_rdma.codecs.registry import CODEC_NAMES, get_codec
+from nvflare_rdma.codecs.runs import float32_runs, output_runs, read_run
+from nvflare_rdma.codecs.safetensors_header import StoredTensor, is_storable, make_header, read_header
+from nvflare_rdma.codecs.tensors import (
+    FLOAT_NAMES,
+    MAX_DIMENSIONS,
+    NUMPY_DTYPES,
+    SAFETENSORS_DTYPES,
+    dtype_name,
+    float_bits,
+    from_flat,
+    identity,
+    is_encodable,
+    is_on_gpu,
+    is_plain,
+    is_tensor,
+    is_torch,
+    new_flat,
+    to_array,
+    to_flat,
+    width,
+)
+from nvflare_rdma.codecs.warming import warm_up
 
-__all__ = ["CODEC_NAMES", "Blockwise8", "Codec", "FixedSizeCodec", "get_codec"]
-
-_CODECS: dict[str, Callable[[], Codec]] = {
-    "float16": Float16,
-    "bfloat16": BFloat16,
-    "float8_e4m3": Float8E4M3,
-    "int8": Int8,
-    "blockwise8": Blockwise8,
-    "float4": Float4,
-    "normfloat4": NormalFloat4,
-    "float4_dq": lambda: DoubleQuantized(Float4()),
-    "normfloat4_dq": lambda: DoubleQuantized(NormalFloat4()),
-    "int2": Int2,
-    "ternary": Ternary,
-    "adaquant": AdaQuant,
-    "lossless": Lossless,
-}
-
-CODEC_NAMES = tuple(_CODECS)
-
-
-@cache
-def _build(name: str) -> Codec:
-    return _CODECS[name]()
-
-
-def get_codec(name: str) -> Codec:
-    """The codec called `name` (any case). Codecs hold no state of a tensor: all callers share one object.
-
-    Raises:
-        ConfigError: no such codec; the message names the value and what is allowed.
-    """
-    key = name.lower() if isinstance(name, str) else name
-    if isinstance(key, str) and key in _CODECS:
-        return _build(key)
-    allowed = ", ".join(CODEC_NAMES)
-    raise ConfigError(f"codec {name!r} is unknown; use one of: {allowed}")
+__all__ = [
+    "CODEC_NAMES",
+    "FLOAT_NAMES",
+    "MAX_DIMENSIONS",
+    "NUMPY_DTYPES",
+    "SAFETENSORS_DTYPES",
+    "Array",
+    "Blockwise8",
+    "Bytes",
+    "Codec",
+    "Decision",
+    "FixedSizeCodec",
+    "Float32",
+    "Parts",
+    "Policy",
+    "StoredTensor",
+    "codec_of",
+    "dtype_name",
+    "float32_runs",
+    "float_bits",
+    "from_flat",
+    "get_codec",
+    "identity",
+    "is_encodable",
+    "is_on_gpu",
+    "is_plain",
+    "is_storable",
+    "is_tensor",
+    "is_torch",
+    "make_header",
+    "marked",
+    "new_flat",
+    "output_runs",
+    "read_header",
+    "read_run",
+    "role_of",
+    "to_array",
+    "to_flat",
+    "warm_up",
+    "width",
+]

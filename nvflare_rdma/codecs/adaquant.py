@@ -1,5 +1,7 @@
 """FLARE's ADAQUANT: as many levels as the range of a tensor asks for."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 
@@ -18,19 +20,19 @@ _INFINITE = 0x7F800000
 class AdaQuant(Codec):
     """Evenly spaced levels from the smallest to the largest value of a piece (arXiv 2208.05174, which FLARE refers to).
 
-    The number of levels is 2**b - 1, with b such that it is at least ``sqrt(range * bits * ln(4) / 0.01)`` for values
+    The number of levels is 2**b - 1, with b such that it is at least `sqrt(range * bits * ln(4) / 0.01)` for values
     of so many bits; codes take one byte if b <= 8, else two. All is computed in float64, with the formulas and in the
     order of `nvflare.app_opt.pt.quantization.ada_quant.AdaQuantizer`, so that codes, offset, norm and level equal
     FLARE's. There are two differences. Where FLARE arrives at zero levels (a range below 2.3e-4 in float32) and then
     decodes NaN, this codec uses one level. And codes are not compressed with bz2 afterwards, for that takes a hundred
     times as long as all the rest.
 
-    Parts: ``header``, float64: offset, norm (the range) and level; ``codes``, uint8 or uint16, none if all values are
+    Parts: `header`, float64: offset, norm (the range) and level; `codes`, uint8 or uint16, none if all values are
     the same. They belong to the encoded piece, so pieces of a tensor have other codes than the whole. The size is
     known only after encoding.
 
     NaN and Inf are not representable, nor is a range that takes more than 16 bits (9.7e5 or more in float32) or
-    wouldn't make the values smaller (`UnrepresentableError`). Error: at most half of ``norm / level``.
+    wouldn't make the values smaller (`UnrepresentableError`). Error: at most half of `norm / level`.
     """
 
     name = "adaquant"
@@ -39,9 +41,15 @@ class AdaQuant(Codec):
     splits = False
 
     def encoded_nbytes(self, n: int) -> int:
+        """Return the most that `n` values can take: a header, and two bytes each."""
         return _HEADER_NBYTES + 2 * n
 
     def parts(self, encoded: Any, n: int) -> dict[str, Array]:
+        """Return the header and the codes as views of `encoded`; see `Codec.parts`.
+
+        Raises:
+            CodecError: the header is damaged, or its level and the number of bytes don't fit `n` values.
+        """
         flat = self._bytes(encoded)
         if flat.size < _HEADER_NBYTES:
             raise CodecError(f"{self.name}: {flat.size} encoded bytes are too few for a header")
@@ -55,6 +63,7 @@ class AdaQuant(Codec):
         return {"header": header, "codes": flat[_HEADER_NBYTES:].view(np.uint16 if itemsize == 2 else np.uint8)}
 
     def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
+        """Return a bound per value: half a level, and what float64 sums and rounding to float32 lose."""
         offset, norm, level = self.parts(encoded, values.size)["header"].tolist()
         # The float64 sums lose something of the larger of range and offset; decoding rounds to float32.
         bound = norm / max(level, 1) * 0.5 + (norm + abs(offset)) * 2.0**-50
@@ -80,7 +89,7 @@ class AdaQuant(Codec):
         return used
 
     def _extremes(self, src: Array) -> tuple[float, float]:
-        """The smallest and the largest value, as float64."""
+        """Return the smallest and the largest value, as float64."""
         from nvflare_rdma.codecs.kernels import adaquant
 
         found = [adaquant.extremes(values.view(np.uint32)) for _, values in float32_runs(src)]

@@ -18,6 +18,8 @@ casting to float32 that the loss is meant. A codec holds no state of a tensor, n
 tensor, and any number of threads may use one codec at once: the work runs without the GIL.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvflare_rdma.codecs.runs import Array, Float32, float32_runs, output_runs
+from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.errors import CodecError, UnrepresentableError
 
 __all__ = ["Array", "Bytes", "Codec", "FixedSizeCodec", "Float32", "Layout", "Parts"]
@@ -34,7 +37,7 @@ Bytes = NDArray[np.uint8]
 Parts = Mapping[str, Array]
 Layout = tuple[tuple[str, Any, int], ...]
 
-_VALUE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint16))
+_VALUE_DTYPES = tuple(NUMPY_DTYPES.values())
 
 
 class Codec(ABC):
@@ -54,15 +57,15 @@ class Codec(ABC):
 
     @abstractmethod
     def encoded_nbytes(self, n: int) -> int:
-        """Bytes that `n` values take, or the most that they can take where that depends on the values."""
+        """Return the bytes that `n` values take, or the most that they can take where that depends on the values."""
 
     def estimate_ratio(self, n: int = 1 << 20) -> float:
-        """`encoded_nbytes` over float32 bytes for a tensor of `n` values."""
+        """Return `encoded_nbytes` divided by the float32 bytes of a tensor of `n` values."""
         return self.encoded_nbytes(n) / (4 * n)
 
     @abstractmethod
     def parts(self, encoded: Any, n: int) -> dict[str, Array]:
-        """The parts of `n` encoded values as views of `encoded`, by name.
+        """Return the parts of `n` encoded values as views of `encoded`, by name.
 
         Args:
             encoded: the bytes that count of what `encode_into` filled, in any C-contiguous buffer. Its address need
@@ -93,8 +96,9 @@ class Codec(ABC):
         return self._encode(src, buffer)
 
     def decode_into(self, encoded: Any, out: Array) -> None:
-        """Decode a piece into `out`, rounding to nearest even; what is beyond the range of a 16-bit `out` becomes
-        infinite.
+        """Decode a piece into `out`, rounded to nearest even.
+
+        What is beyond the range of a 16-bit `out` becomes infinite.
 
         Args:
             encoded: the bytes that count of what `encode_into` filled, in any C-contiguous buffer.
@@ -110,7 +114,7 @@ class Codec(ABC):
 
     @abstractmethod
     def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
-        """A bound, per element, on ``abs(decoded - values)`` for flat `values` and what they were encoded to.
+        """Return a bound, per element, on `abs(decoded - values)` for flat `values` and what they were encoded to.
 
         It covers decoding to float32; a 16-bit output adds that type's own rounding. Meant for tests and
         checks: unlike the other calls it allocates memory in proportion to `values`.
@@ -118,11 +122,11 @@ class Codec(ABC):
 
     @abstractmethod
     def _encode(self, src: Array, out: Bytes) -> int:
-        """`encode_into` with arguments that have been checked."""
+        """Do what `encode_into` does, with arguments that have been checked."""
 
     @abstractmethod
     def _decode(self, parts: Parts, out: Array) -> None:
-        """`decode_into` with arguments that have been checked."""
+        """Do what `decode_into` does, with arguments that have been checked."""
 
     def _check_values(self, values: Array, role: str) -> None:
         if not isinstance(values, np.ndarray) or values.dtype not in _VALUE_DTYPES:
@@ -158,12 +162,14 @@ class FixedSizeCodec(Codec):
 
     @abstractmethod
     def layout(self, n: int) -> Layout:
-        """The parts of `n` encoded values in their order in memory: name, dtype and number of elements."""
+        """Return the parts of `n` encoded values in their order in memory: name, dtype and number of elements."""
 
     def encoded_nbytes(self, n: int) -> int:
+        """Return the bytes that `n` values take: the sum of all parts of the `layout`."""
         return sum(count * np.dtype(dtype).itemsize for _, dtype, count in self.layout(n))
 
     def parts(self, encoded: Any, n: int) -> dict[str, Array]:
+        """Return the parts of the `layout` as views of `encoded`; see `Codec.parts`."""
         flat = self._bytes(encoded)
         self._check_size(flat.size, n)
         views, start = {}, 0
@@ -174,7 +180,11 @@ class FixedSizeCodec(Codec):
         return views
 
     def decode_parts_into(self, parts: Parts, out: Array) -> None:
-        """`decode_into` for parts that arrived apart from each other, one flat array per name of the `layout`."""
+        """Decode parts that arrived apart from each other, one flat array per name of the `layout`.
+
+        Raises:
+            CodecError: a part is missing or has another dtype or shape, or `out` is not fit; nothing was written.
+        """
         self._check_values(out, "out")
         for name, dtype, count in self.layout(out.size):
             part = parts.get(name)
@@ -205,6 +215,6 @@ class FixedSizeCodec(Codec):
             self._decode_run(self._slice(parts, start, start + values.size), values)
 
     def _slice(self, parts: Parts, start: int, stop: int) -> dict[str, Array]:
-        """The parts of the values from `start` to `stop`, both block-aligned or the end."""
+        """Return the parts of the values from `start` to `stop`, both block-aligned or the end."""
         before, after = self.layout(start), self.layout(stop)
         return {name: parts[name][a:b] for (name, _, a), (_, _, b) in zip(before, after, strict=True)}

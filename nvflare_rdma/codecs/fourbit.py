@@ -1,5 +1,7 @@
 """The 4-bit codecs that bitsandbytes also has, with float32 scales and with scales that are quantized themselves."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
@@ -8,12 +10,12 @@ from numpy.typing import NDArray
 from nvflare_rdma.codecs.base import Array, Bytes, FixedSizeCodec, Float32, Layout, Parts
 from nvflare_rdma.codecs.blockwise import EPS, AbsmaxCodec, Blockwise8
 from nvflare_rdma.codecs.runs import TILE, float32_runs, scratch
-from nvflare_rdma.codecs.tables import float4, normal_float4
+from nvflare_rdma.codecs.tables import INFINITE_FROM, float4, normal_float4
+from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.errors import UnrepresentableError
 
 _NESTED_BLOCK = 256  # scales that share a scale
-# From here on a float32 becomes infinite as float16 or bfloat16.
-_INFINITE_FROM = {np.dtype(np.float16): 65520.0, np.dtype(np.uint16): (2 - 2.0**-8) * 2.0**127}
+_INFINITE_FROM = {NUMPY_DTYPES[name]: limit for name, limit in INFINITE_FROM.items()}
 
 
 class _FourBit(AbsmaxCodec):
@@ -51,8 +53,8 @@ class NormalFloat4(_FourBit):
     two habits of its encoder: an incomplete last block is divided by its absmax where full blocks are multiplied
     by its reciprocal, and the absmax of an incomplete block is raised to at least 1e-38.
 
-    NaN and Inf are not representable (`UnrepresentableError`). Error: at most ``0.152 * absmax`` of the block; if
-    absmax is below 1e-38, at most ``absmax``.
+    NaN and Inf are not representable (`UnrepresentableError`). Error: at most `0.152 * absmax` of the block; if
+    absmax is below 1e-38, at most `absmax`.
     """
 
     name = "normfloat4"
@@ -64,11 +66,11 @@ class NormalFloat4(_FourBit):
 class Float4(_FourBit):
     """4-bit floating point (sign, two bits of exponent, one of mantissa) with one absmax per 64 values.
 
-    bitsandbytes' ``fp4``, and equal to it in the same way as `NormalFloat4`, for every finite input. Its codes are
+    bitsandbytes' `fp4`, and equal to it in the same way as `NormalFloat4`, for every finite input. Its codes are
     bit patterns, not ranks; the pattern 8 stands for zero as well, and small positive values get it.
 
-    NaN and Inf are not representable (`UnrepresentableError`). Error: at most ``0.167 * absmax`` of the block; if
-    absmax is below 1e-38, at most ``absmax``.
+    NaN and Inf are not representable (`UnrepresentableError`). Error: at most `0.167 * absmax` of the block; if
+    absmax is below 1e-38, at most `absmax`.
     """
 
     name = "float4"
@@ -81,15 +83,15 @@ class DoubleQuantized(FixedSizeCodec):
     """A 4-bit codec whose scales are quantized to 8 bits in blocks of 256 (Dettmers et al., "QLoRA", 2023).
 
     From the absmax of each block the mean of them all is taken away; the rest is encoded as `Blockwise8` does, with
-    one scale per 256 blocks. Parts: ``nested_scales`` and ``offset`` (the mean), float32; ``scales``, uint8;
-    ``codes``, as without double quantization. The offset is one per encoded piece, so pieces of a tensor have other
+    one scale per 256 blocks. Parts: `nested_scales` and `offset` (the mean), float32; `scales`, uint8;
+    `codes`, as without double quantization. The offset is one per encoded piece, so pieces of a tensor have other
     scales than the whole, though the same codes. For a whole tensor the parts equal those of bitsandbytes'
-    ``compress_statistics`` on a CPU bit for bit, given the same mean: here it is a float64 sum rounded once, and
+    `compress_statistics` on a CPU bit for bit, given the same mean: here it is a float64 sum rounded once, and
     torch's float32 sum may differ from that in its last bits (and from itself with another number of threads), or
     overflow.
 
     NaN and Inf are not representable, nor are values within a hundredth of the largest of their type if their scale
-    would be rounded up to infinity (`UnrepresentableError`). Error: that of the 4-bit codec, plus ``0.00705`` of
+    would be rounded up to infinity (`UnrepresentableError`). Error: that of the 4-bit codec, plus `0.00705` of
     the largest difference from the mean among the 256 scales.
     """
 
@@ -104,6 +106,7 @@ class DoubleQuantized(FixedSizeCodec):
         self.nested = Blockwise8()
 
     def layout(self, n: int) -> Layout:
+        """Return the scales of the scales, their offset, the scales, and the codes."""
         blocks = -(-n // self.block_size)
         return (
             ("nested_scales", np.float32, -(-blocks // _NESTED_BLOCK)),
@@ -113,6 +116,7 @@ class DoubleQuantized(FixedSizeCodec):
         )
 
     def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
+        """Return the 4-bit codec's bound, plus what the scales may be off by."""
         parts = self.parts(encoded, values.size)
         decoded = np.empty(parts["scales"].size, np.float32)
         self._decode_scales(parts, decoded)
@@ -138,7 +142,7 @@ class DoubleQuantized(FixedSizeCodec):
         return out.size
 
     def encode_scales(self, absmax: Float32, parts: Parts, dtype: Any) -> None:
-        """Fill in all `parts` but the codes, as `encode_into` does it.
+        """Fill in all `parts` but the codes with what `encode_into` would write there.
 
         Args:
             absmax: the inner codec's scales of all blocks, finite. Used up.
@@ -156,7 +160,7 @@ class DoubleQuantized(FixedSizeCodec):
         self._refuse_overflow(parts, dtype)
 
     def _refuse_overflow(self, parts: Parts, dtype: Any) -> None:
-        """Scales may be rounded up: no value of a 16-bit type may become infinite by that."""
+        """Refuse scales that, rounded up, would make a value of a 16-bit type infinite."""
         largest = _INFINITE_FROM.get(dtype)
         if largest is None:
             return

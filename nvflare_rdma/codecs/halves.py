@@ -1,10 +1,13 @@
 """The 16-bit codecs: IEEE half precision and bfloat16. No blocks, no scales."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
 
 from nvflare_rdma.codecs.base import FixedSizeCodec, Float32, Layout, Parts
+from nvflare_rdma.codecs.tables import INFINITE_FROM
 from nvflare_rdma.errors import UnrepresentableError
 
 
@@ -26,19 +29,21 @@ class _Half(FixedSizeCodec):
 class Float16(_Half):
     """IEEE 754 half precision, rounded to nearest even.
 
-    NaN and Inf are carried natively. Error: at most ``2**-11 * abs(x)`` in the normal range and ``2**-25``
+    NaN and Inf are carried natively. Error: at most `2**-11 * abs(x)` in the normal range and `2**-25`
     below it, so float32 magnitudes under 2**-25 become 0: that is within the bound and not reported. A finite
     magnitude that would round to Inf (65520 and more) is not representable (`UnrepresentableError`); FLARE's own
     filter clips it to 65504 instead.
     """
 
     name = "float16"
-    largest = 65520.0
+    largest = INFINITE_FROM[name]
 
     def layout(self, n: int) -> Layout:
+        """Return the codes alone, one for each value."""
         return (("codes", np.float16, n),)
 
     def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
+        """Return half of the distance to the next representable value, or of the smallest denormal."""
         return np.abs(values) * np.float32(2.0**-11) + np.float32(2.0**-25)
 
     def _encode_run(self, values: Float32, parts: Parts) -> None:
@@ -56,17 +61,19 @@ class Float16(_Half):
 class BFloat16(_Half):
     """bfloat16 (the upper half of a float32), rounded to nearest even; codes are bit patterns in uint16.
 
-    NaN and Inf are carried natively. Error: at most ``2**-8 * abs(x)``, and ``2**-134`` among denormals. A finite
+    NaN and Inf are carried natively. Error: at most `2**-8 * abs(x)`, and `2**-134` among denormals. A finite
     magnitude that would round to Inf (3.396e38 and more) is not representable (`UnrepresentableError`).
     """
 
     name = "bfloat16"
-    largest = (2 - 2.0**-8) * 2.0**127
+    largest = INFINITE_FROM[name]
 
     def layout(self, n: int) -> Layout:
+        """Return the codes alone, one for each value."""
         return (("codes", np.uint16, n),)
 
     def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
+        """Return half of the distance to the next representable value, or of the smallest denormal."""
         return np.abs(values) * np.float32(2.0**-8) + np.float32(2.0**-134)
 
     def _encode_run(self, values: Float32, parts: Parts) -> None:

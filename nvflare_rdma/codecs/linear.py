@@ -1,20 +1,20 @@
 """Codecs with evenly spaced levels, and 8-bit floating point: a scale per block, chosen by this package."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
 
 from nvflare_rdma.codecs.base import Float32, Layout, Parts
 from nvflare_rdma.codecs.blockwise import EPS, BlockScaledCodec
-from nvflare_rdma.codecs.tables import float8_e4m3, int2_by_byte, ternary_by_byte
-
-_WEAK = np.float32(2.0**-100)  # blocks whose absmax is below become zeros
+from nvflare_rdma.codecs.tables import WEAK, float8_e4m3, int2_by_byte, ternary_by_byte
 
 
 class Int8(BlockScaledCodec):
-    """8-bit integers times a float32 scale per 2048 values, ``absmax / 127``. Rounded to nearest, ties to even.
+    """8-bit integers times a float32 scale per 2048 values, `absmax / 127`. Rounded to nearest, ties to even.
 
-    NaN and Inf are not representable (`UnrepresentableError`). Error: at most ``0.00394 * absmax`` of the block
+    NaN and Inf are not representable (`UnrepresentableError`). Error: at most `0.00394 * absmax` of the block
     (half a step); if absmax is below 2**-100, the block becomes zeros.
     """
 
@@ -23,11 +23,13 @@ class Int8(BlockScaledCodec):
     block_size = 2048
 
     def layout(self, n: int) -> Layout:
+        """Return one scale per block, and a code of one byte for each value."""
         return ("scales", np.float32, -(-n // self.block_size)), ("codes", np.int8, n)
 
     def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
+        """Return half a step of the block, plus rounding."""
         scales = self.parts(encoded, values.size)["scales"]
-        bound = np.where(scales == 0, _WEAK, scales * (np.float32(0.5) + 127 * EPS)).astype(np.float32)
+        bound = np.where(scales == 0, WEAK, scales * (np.float32(0.5) + 127 * EPS)).astype(np.float32)
         return np.repeat(bound, self.block_size)[: values.size]
 
     def _encode_run(self, values: Float32, parts: Parts) -> None:
@@ -46,11 +48,11 @@ class Float8E4M3(BlockScaledCodec):
     """8-bit floating point, four bits of exponent and three of mantissa, times a float32 scale per 128 values.
 
     The element type is that of Micikevicius et al., "FP8 Formats for Deep Learning" (2022), torch's
-    ``float8_e4m3fn``; the scale is ``absmax / 448``, so that the largest magnitude becomes the type's largest. The
+    `float8_e4m3fn`; the scale is `absmax / 448`, so that the largest magnitude becomes the type's largest. The
     type's own NaN is not used.
 
-    NaN and Inf are not representable (`UnrepresentableError`). Error: at most ``2**-4 * abs(x)`` plus
-    ``2**-10 * absmax / 448`` of the block; if absmax is below 2**-100, the block becomes zeros.
+    NaN and Inf are not representable (`UnrepresentableError`). Error: at most `2**-4 * abs(x)` plus
+    `2**-10 * absmax / 448` of the block; if absmax is below 2**-100, the block becomes zeros.
     """
 
     name = "float8_e4m3"
@@ -61,8 +63,9 @@ class Float8E4M3(BlockScaledCodec):
         self.table: Float32 = float8_e4m3()
 
     def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
+        """Return half of the distance between the type's values, relative or, near zero, of the block's scale."""
         scales = self.parts(encoded, values.size)["scales"]
-        smallest = np.where(scales == 0, _WEAK, scales * np.float32(2.0**-10 + 448 * EPS)).astype(np.float32)
+        smallest = np.where(scales == 0, WEAK, scales * np.float32(2.0**-10 + 448 * EPS)).astype(np.float32)
         relative = np.abs(values) * np.float32(2.0**-4)
         return relative + np.repeat(smallest, self.block_size)[: values.size]
 
@@ -92,11 +95,13 @@ class _FewLevels(BlockScaledCodec):
     levels: int  # the largest magnitude in the table
 
     def layout(self, n: int) -> Layout:
+        """Return one scale per block, and the codes, several to a byte; every block begins a byte."""
         whole, rest = divmod(n, self.block_size)
         codes = whole * -(-self.block_size // self.per_byte) + -(-rest // self.per_byte)
         return ("scales", np.float32, -(-n // self.block_size)), ("codes", np.uint8, codes)
 
     def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
+        """Return the larger of the value itself and the largest level of its block."""
         scales = np.repeat(self.parts(encoded, values.size)["scales"], self.block_size)[: values.size]
         # Signs are kept, so a value is off by no more than the larger of itself and what it decodes to.
         return np.maximum(np.abs(values), scales * np.float32(self.levels * (1 + EPS)))
@@ -112,7 +117,7 @@ class Int2(_FewLevels):
     bits. For normally distributed values 88 % of the sum of squares arrives.
 
     NaN and Inf are not representable (`UnrepresentableError`). There is no level 0: a zero decodes to plus or minus
-    the scale, in a block that isn't all zeros. Error: at most the larger of ``abs(x)`` and three times the scale; if
+    the scale, in a block that isn't all zeros. Error: at most the larger of `abs(x)` and three times the scale; if
     absmax is below 2**-100, the block becomes zeros.
     """
 
@@ -136,7 +141,7 @@ class Ternary(_FewLevels):
     the mean of those (Li et al., "Ternary Weight Networks", 2016). Five codes a byte, as digits to base 3, and 52
     bytes a block. For normally distributed values 81 % of the sum of squares arrives.
 
-    NaN and Inf are not representable (`UnrepresentableError`). Error: at most the larger of ``abs(x)`` and the scale;
+    NaN and Inf are not representable (`UnrepresentableError`). Error: at most the larger of `abs(x)` and the scale;
     if absmax is below 2**-100, the block becomes zeros.
     """
 

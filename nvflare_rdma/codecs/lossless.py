@@ -1,15 +1,18 @@
 """Exact, but smaller where the values allow it: planes of bytes, each compressed with zstd."""
 
+from __future__ import annotations
+
 import threading
 from typing import Any
 
 import numpy as np
 
 from nvflare_rdma.codecs.base import Array, Bytes, Codec, Float32, Parts
-from nvflare_rdma.codecs.runs import TILE, read_run, scratch, write_run
+from nvflare_rdma.codecs.runs import TILE, own_output_runs, own_runs, scratch
+from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.errors import CodecError
 
-_KINDS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint16))  # by the number in the header
+_KINDS = tuple(NUMPY_DTYPES[name] for name in ("float32", "float16", "bfloat16"))  # by the number in the header
 _LENGTH = np.dtype("<u4")
 _LENGTH_NBYTES = _LENGTH.itemsize
 _LEVEL = 1  # higher levels search for repetitions, which weights don't have
@@ -26,7 +29,7 @@ class _Contexts(threading.local):
 
 
 class Lossless(Codec):
-    """Every bit of the values, NaN's too, in fewer bytes where they have a pattern.
+    """Carries every bit of the values, NaN's too, in fewer bytes where they have a pattern.
 
     Numbers are split into planes (all their first bytes, all their second bytes, ...) after a rotation that makes
     the exponent the first byte, as in Hershcovitch et al., "ZipNN" (2024). Each plane of each 65536 values is
@@ -34,7 +37,7 @@ class Lossless(Codec):
     two thirds of their size in bfloat16 and five sixths in float32; those that were rounded to a smaller type before,
     or hold many zeros, take less.
 
-    Parts: ``header``, uint32: which type the values have; ``planes``, bytes: for each 65536 values and each plane its
+    Parts: `header`, uint32: which type the values have; `planes`, bytes: for each 65536 values and each plane its
     length (uint32) and contents. The size is known only after encoding and at most 4 bytes per value, plus 4 and
     16 for each 65536 values. Values decode to their own type only. NaN and Inf are carried as they are.
     """
@@ -48,15 +51,18 @@ class Lossless(Codec):
         self._contexts: _Contexts | None = None
 
     def encoded_nbytes(self, n: int) -> int:
+        """Return the most that `n` values can take: all planes stored as they are, with their lengths."""
         return _LENGTH_NBYTES + 4 * n + 4 * _LENGTH_NBYTES * -(-n // TILE)
 
     def parts(self, encoded: Any, n: int) -> dict[str, Array]:
+        """Return the header and the planes as views of `encoded`; see `Codec.parts`."""
         flat = self._bytes(encoded)
         if not _LENGTH_NBYTES <= flat.size <= self.encoded_nbytes(n):
             raise CodecError(f"{self.name}: {flat.size} encoded bytes can't be {n} values")
         return {"header": flat[:_LENGTH_NBYTES].view(_LENGTH), "planes": flat[_LENGTH_NBYTES:]}
 
     def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
+        """Return zeros: every bit arrives."""
         return np.zeros(values.size, np.float32)
 
     def _encode(self, src: Array, out: Bytes) -> int:
@@ -65,12 +71,8 @@ class Lossless(Codec):
         compressor = self._context().compressor
         out[:_LENGTH_NBYTES].view(_LENGTH)[0] = _KINDS.index(src.dtype)
         used = _LENGTH_NBYTES
-        flat = src.reshape(-1) if src.flags.c_contiguous else None
-        for start in range(0, src.size, TILE):
-            n = min(TILE, src.size - start)
-            run = flat[start : start + n] if flat is not None else scratch("run", src.dtype, n)
-            if flat is None:
-                read_run(src, start, run)
+        for _, run in own_runs(src, TILE):
+            n = run.size
             planes = scratch("planes", np.uint32, TILE).view(np.uint8)[: n * src.itemsize]
             if src.itemsize == 4:
                 kernels.split32(run.view(np.uint32), planes)
@@ -92,19 +94,15 @@ class Lossless(Codec):
             known = _KINDS[kind].name if kind < len(_KINDS) else "damaged"
             raise CodecError(f"{self.name}: the encoded type is {known}, but out has dtype {out.dtype}")
         encoded, used = parts["planes"], 0
-        flat = out.reshape(-1) if out.flags.c_contiguous else None
-        for start in range(0, out.size, TILE):
-            n = min(TILE, out.size - start)
+        for _, run in own_output_runs(out, TILE):
+            n = run.size
             planes = scratch("planes", np.uint32, TILE).view(np.uint8)[: n * out.itemsize]
             for plane in planes.reshape(out.itemsize, n):
                 used = self._read_plane(encoded, used, plane)
-            run = flat[start : start + n] if flat is not None else scratch("run", out.dtype, n)
             if out.itemsize == 4:
                 kernels.merge32(planes, run.view(np.uint32))
             else:
                 kernels.merge16(planes, run.view(np.uint16))
-            if flat is None:
-                write_run(out, start, run)
         if used != encoded.size:
             raise CodecError(f"{self.name}: {encoded.size - used} encoded bytes are left over")
 

@@ -4,6 +4,8 @@ A mark belongs to one Python object, which is why `marked` makes a new one (a vi
 may also be sent somewhere else as they are.
 """
 
+from __future__ import annotations
+
 import threading
 import weakref
 from typing import Any
@@ -16,7 +18,7 @@ _marks: dict[int, tuple[Any, FixedSizeCodec]] = {}
 
 
 def marked(tensor: Any, codec: FixedSizeCodec) -> Any:
-    """A view of ``tensor`` (numpy or torch, encodable) that `codec_of` knows."""
+    """Return a view of `tensor` (numpy or torch, encodable) that `codec_of` knows."""
     view = tensor.detach() if is_torch(tensor) else tensor.view()
     key = id(view)
 
@@ -30,7 +32,7 @@ def marked(tensor: Any, codec: FixedSizeCodec) -> Any:
 
 
 def codec_of(tensor: Any) -> FixedSizeCodec | None:
-    """What ``tensor`` is to be encoded with; None if it isn't."""
+    """Return the codec that `tensor` is to be encoded with, or None if it is not marked."""
     with _lock:
         entry = _marks.get(id(tensor))
     return entry[1] if entry is not None and entry[0]() is tensor else None

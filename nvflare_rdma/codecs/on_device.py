@@ -13,6 +13,8 @@ Each formula here is that of the kernel of the same name in `nvflare_rdma.codecs
 torch is imported with this module, so import it where a torch tensor is at hand.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from nvflare_rdma.codecs.base import Array, Bytes, Codec, FixedSizeCodec
 from nvflare_rdma.codecs.fourbit import DoubleQuantized
-from nvflare_rdma.codecs.tables import largest_scale
+from nvflare_rdma.codecs.tables import WEAK, largest_scale
 from nvflare_rdma.codecs.tensors import NUMPY_DTYPES, dtype_name, to_array
 from nvflare_rdma.errors import CodecError
 
@@ -31,21 +33,20 @@ PIECE = 1 << 20  # values, a multiple of every block size; 4 MiB of float32
 #: A piece's float32 values and the codec's tables -> the piece's parts, flat or in rows of a block.
 Run = Callable[..., dict[str, Tensor]]
 
-_WEAK = 2.0**-100  # blocks whose absmax is below become zeros, with the codecs of `linear`
 _FLOOR = float(np.float32(1e-38))  # what 4-bit codecs raise an absmax to before they divide by it
 
 
-class _NotFinite(Exception):
+class _NotFiniteError(Exception):
     """There is NaN or Inf in a piece, or a value became infinite."""
 
 
 def can_encode_on_device(codec: Codec) -> bool:
-    """Whether `encode_on_device` takes this codec: all but ``adaquant`` and ``lossless``."""
+    """Return whether `encode_on_device` takes this codec: all but `adaquant` and `lossless`."""
     return codec.name in _RUNS
 
 
 def encode_on_device(codec: Codec, tensor: Tensor) -> Bytes:
-    """What `Codec.encode_into` makes of `tensor`, bit for bit, computed where `tensor` is.
+    """Encode `tensor` where it is, bit for bit as `Codec.encode_into` does.
 
     If the device has no memory left for a piece, the CPU does it all.
 
@@ -55,7 +56,7 @@ def encode_on_device(codec: Codec, tensor: Tensor) -> Bytes:
             changed.
 
     Returns:
-        uint8, ``codec.encoded_nbytes(tensor.numel())`` bytes in CPU memory.
+        uint8, `codec.encoded_nbytes(tensor.numel())` bytes in CPU memory.
 
     Raises:
         UnrepresentableError: as `Codec.encode_into`, with the same message.
@@ -87,7 +88,7 @@ def _encode(codec: FixedSizeCodec, inner: FixedSizeCodec, tensor: Tensor, parts:
         made: dict[str, Any]
         try:
             made = run(piece.float(), *tables)
-        except _NotFinite:  # rare, and the CPU knows which to carry, which to refuse and how to say so
+        except _NotFiniteError:  # rare, and the CPU knows which to carry, which to refuse and how to say so
             encoded = np.empty(codec.encoded_nbytes(piece.numel()), np.uint8)
             codec.encode_into(to_array(piece), encoded)
             made = {name: torch.from_numpy(p.view(np.uint8)) for name, p in codec.parts(encoded, piece.numel()).items()}
@@ -116,7 +117,7 @@ def _blocks(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
     rows = (torch.nn.functional.pad(values, (0, missing)) if missing else values).view(-1, size)
     absmax = rows.abs().amax(1)
     if not torch.isfinite(absmax).all():
-        raise _NotFinite
+        raise _NotFiniteError
     return rows, absmax
 
 
@@ -128,16 +129,16 @@ def _half(dtype: torch.dtype) -> Run:
     def run(values: Tensor) -> dict[str, Tensor]:
         codes = values.to(dtype)
         if not torch.isfinite(codes).all():
-            raise _NotFinite
+            raise _NotFiniteError
         return {"codes": codes}
 
     return run
 
 
 def _evenly(values: Tensor, size: int, level: int) -> tuple[Tensor, Tensor]:
-    """Scales ``absmax / level``, and the values in rows times the inverse of that."""
+    """Scales `absmax / level`, and the values in rows times the inverse of that."""
     rows, absmax = _blocks(values, size)
-    weak = absmax < _WEAK
+    weak = absmax < float(WEAK)
     scales = (absmax / torch.full_like(absmax, level)).clamp_(max=float(largest_scale(level)))
     inverse = _over(level, absmax).masked_fill_(weak, 0)
     return scales.masked_fill_(weak, 0), rows * inverse[:, None]
@@ -175,15 +176,17 @@ def _fourbit(values: Tensor, middles: Tensor, order: Tensor) -> dict[str, Tensor
 
 
 def _few_levels(values: Tensor, share: tuple[int, int]) -> tuple[Tensor, ...]:
-    """What `int2` and `ternary` have in common: blocks of 256 and integer steps of 2**-16 of absmax, of which those
-    count as large that exceed ``share[0] / share[1]`` of their mean.
+    """Return what `int2` and `ternary` have in common.
+
+    Both have blocks of 256 and integer steps of 2**-16 of absmax, of which those count as large that exceed
+    `share[0] / share[1]` of their mean.
 
     Returns per value: whether it is negative, and whether it is large, as uint8; per block: absmax, whether that is so
     small that the block becomes zeros, the number of values, of large ones, the sum of all steps, and that of the
     large ones'.
     """
     rows, absmax = _blocks(values, 256)
-    weak = absmax < _WEAK
+    weak = absmax < float(WEAK)
     steps = (rows.abs() * _over(65536, absmax).masked_fill_(weak, 0)[:, None]).to(torch.int32)
     count = torch.full_like(absmax, 256, dtype=torch.int64)
     count[-1:] -= -values.numel() % 256
@@ -195,7 +198,7 @@ def _few_levels(values: Tensor, share: tuple[int, int]) -> tuple[Tensor, ...]:
 
 
 def _mean(absmax: Tensor, product: Tensor, squares: Tensor) -> Tensor:
-    """``absmax * product / (65536 * squares)`` in float64, rounded to float32."""
+    """`absmax * product / (65536 * squares)` in float64, rounded to float32."""
     return (absmax.double() * product.double() / (squares.double() * 65536)).float()
 
 

@@ -12,6 +12,8 @@ After the given rules come `DEFAULT_RULES`, which keep exact what is small and m
 or bfloat16, empty ones, and those that would not get smaller.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from nvflare_rdma.codecs import Codec, FixedSizeCodec, get_codec
+from nvflare_rdma.codecs.base import Codec, FixedSizeCodec
+from nvflare_rdma.codecs.registry import get_codec
 from nvflare_rdma.codecs.tensors import FLOAT_NAMES, float_bits
 from nvflare_rdma.errors import ConfigError
 
@@ -27,7 +30,7 @@ EXACT = "exact"
 EXACT_BELOW = 1024  # elements: 4 KiB of float32, of which a codec's metadata would eat up most of the gain
 ROLES = ("norm", "bias", "embedding", "head", "other")
 
-#: What is appended to every list of rules. A rule without conditions, ``{"quantization_type": ...}``, overrides it.
+#: What is appended to every list of rules. A rule without conditions, `{"quantization_type": ...}`, overrides it.
 DEFAULT_RULES: tuple[Mapping[str, Any], ...] = (
     {"role": "norm", "quantization_type": EXACT},
     {"role": "bias", "quantization_type": EXACT},
@@ -53,9 +56,9 @@ class Rule:
     """One line of a policy. All conditions that are given must hold.
 
     Attributes:
-        quantization_type: a codec's name, or ``exact``.
+        quantization_type: a codec's name, or `exact`.
         name: a shell pattern (`fnmatch`, case matters) for the whole name.
-        dtype: the dtype's name, such as ``bfloat16``.
+        dtype: the dtype's name, such as `bfloat16`.
         role: one of `ROLES`, see `role_of`.
         min_elements, max_elements: size, both ends included.
     """
@@ -68,8 +71,8 @@ class Rule:
     max_elements: int | None = None
 
     @classmethod
-    def parse(cls, raw: Any) -> "Rule":
-        """A rule from the dict that stands for it in a config.
+    def parse(cls, raw: Any) -> Rule:
+        """Return a rule from the dict that stands for it in a config.
 
         Raises:
             ConfigError: not a dict, an unknown key or value; the message names it and says what is allowed.
@@ -93,7 +96,7 @@ class Rule:
         return cls(**rule)
 
     def fits(self, name: str, dtype: str, n: int, role: str) -> bool:
-        """Whether the rule decides about this tensor."""
+        """Return whether the rule decides about this tensor."""
         return (
             (self.dtype is None or self.dtype == dtype)
             and (self.role is None or self.role == role)
@@ -114,14 +117,18 @@ class Rule:
 
 
 def known_type(name: Any) -> str:
-    """`name` of a codec or ``exact``, in lower case; `ConfigError` if there is none of that name."""
+    """Return the name of a codec, or `exact`, in lower case.
+
+    Raises:
+        ConfigError: no codec has that name.
+    """
     if isinstance(name, str) and name.lower() == EXACT:
         return EXACT
     return get_codec(name).name
 
 
 class Policy:
-    """Says for each tensor which codec it gets.
+    """Chooses the codec of each tensor of a model.
 
     Args:
         quantization_type: the codec of whatever no rule fits.
@@ -141,11 +148,11 @@ class Policy:
 
     @property
     def codecs(self) -> list[Codec]:
-        """All that it may choose."""
+        """The codecs that the policy may choose."""
         return [get_codec(rule.quantization_type) for rule in self.rules if rule.quantization_type != EXACT]
 
     def decide(self, name: str, dtype: str, shape: Sequence[int]) -> Decision:
-        """The codec for the tensor called `name` with `dtype` (a name, such as ``float32``) and `shape`."""
+        """Choose the codec of the tensor called `name` with `dtype` (a name, such as `float32`) and `shape`."""
         name, n = str(name), math.prod(shape)  # FLARE's filter takes numbers for names
         if dtype not in FLOAT_NAMES:
             return Decision(None, dtype)
@@ -162,11 +169,11 @@ class Policy:
 
 
 def role_of(name: str, shape: Sequence[int]) -> str:
-    """What a tensor is for, told by the names that PyTorch, Hugging Face and timm models use.
+    """Return what a tensor is for, told by the names that PyTorch, Hugging Face and timm models use.
 
-    ``bias``: its own name begins or ends with bias. ``norm``: one dimension or none, and a part of the name says
+    `bias`: its own name begins or ends with bias. `norm`: one dimension or none, and a part of the name says
     norm, ln or bn, or it is a running mean or variance, or a weight (those of one dimension scale channels).
-    ``embedding`` and ``head``: two dimensions or more, and a part of the name says so. Everything else: ``other``.
+    `embedding` and `head`: two dimensions or more, and a part of the name says so. Everything else: `other`.
     """
     *path, own = re.split(r"[./]", name.lower())
     if own.startswith("bias") or own.endswith("bias"):

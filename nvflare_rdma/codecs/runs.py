@@ -5,6 +5,8 @@ the tensor and threads don't wait for each other. numpy has no call that reads a
 a bounded amount of memory: `ndarray.flat` and `reshape` copy, and `nditer` chooses sizes of its own.
 """
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -18,18 +20,18 @@ Float32 = NDArray[np.float32]
 TILE = 1 << 16  # elements; 256 KiB of float32, so that a tile and its scratch stay in the second-level cache
 
 
-class _Scratch(threading.local):
+class _ThreadBuffers(threading.local):
     """Named buffers of one tile, made on first use and kept by the thread."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, str], Array] = {}
 
 
-_scratch = _Scratch()
+_scratch = _ThreadBuffers()
 
 
 def scratch(name: str, dtype: Any, n: int) -> Array:
-    """The calling thread's buffer `name` of `n` <= `TILE` elements. Its contents are left over from before."""
+    """Return the calling thread's buffer `name` of `n` <= `TILE` elements. Its contents are left over from before."""
     if n > TILE:
         raise ValueError(f"scratch memory is {TILE} elements, not {n}")
     key = (name, np.dtype(dtype).str)
@@ -40,81 +42,88 @@ def scratch(name: str, dtype: Any, n: int) -> Array:
 
 
 def float32_runs(src: Array, longest: int | None = None) -> Iterator[tuple[int, Float32]]:
-    """`src` (float32, float16, or uint16 for bfloat16) in C order as flat float32 runs, each with its start.
+    """Yield `src` (float32, float16, or uint16 for bfloat16) in C order as flat float32 runs, each with its start.
 
     Contiguous float32 comes as views of `src` of at most `longest` values, or as one if that is None. All else goes
     through the thread's scratch memory in runs of `TILE` values at most; the next run overwrites it.
     """
-    for start, stop, flat, direct in _steps(src, longest):
-        if direct is not None:
-            yield start, direct
-            continue
-        values = scratch("values", np.float32, stop - start)
-        if src.dtype == np.float32:
-            read_run(src, start, values)
-        else:
-            if flat is not None:
-                bits = flat[start:stop].view(np.uint16)
-            else:
-                bits = scratch("bits", np.uint16, stop - start)
-                read_run(src, start, bits.view(src.dtype))
-            from nvflare_rdma.codecs.kernels import halves
+    if src.dtype == np.float32:
+        yield from own_runs(src, longest)
+        return
+    from nvflare_rdma.codecs.kernels import halves
 
-            if src.dtype == np.float16:
-                halves.from_half(bits, values)
-            else:
-                halves.from_bfloat16(bits, values.view(np.uint32))
+    for start, run in own_runs(src, min(longest or TILE, TILE)):
+        values = scratch("values", np.float32, run.size)
+        if src.dtype == np.float16:
+            halves.from_half(run.view(np.uint16), values)
+        else:
+            halves.from_bfloat16(run, values.view(np.uint32))
         yield start, values
 
 
 def output_runs(out: Array, longest: int | None = None) -> Iterator[tuple[int, Float32]]:
-    """The opposite of `float32_runs`: flat float32 runs to be filled, which then become the elements of `out`,
-    rounded to nearest even. Their contents before are left over."""
-    for start, stop, flat, direct in _steps(out, longest):
-        if direct is not None:
-            yield start, direct
-            continue
-        values = scratch("values", np.float32, stop - start)
+    """Yield flat float32 runs that the caller fills, each with its start; they become the elements of `out`.
+
+    This is the opposite of `float32_runs`. Values are rounded to nearest even. A run's contents before are left over.
+    """
+    if out.dtype == np.float32:
+        yield from own_output_runs(out, longest)
+        return
+    from nvflare_rdma.codecs.kernels import halves
+
+    for start, run in own_output_runs(out, min(longest or TILE, TILE)):
+        values = scratch("values", np.float32, run.size)
         yield start, values
-        if out.dtype == np.float32:
-            write_run(out, start, values)
-            continue
-        from nvflare_rdma.codecs.kernels import halves
-
-        bits = flat[start:stop].view(np.uint16) if flat is not None else scratch("bits", np.uint16, stop - start)
         if out.dtype == np.float16:
-            halves.to_half(values, bits)
+            halves.to_half(values, run.view(np.uint16))
         else:
-            halves.to_bfloat16(values.view(np.uint32), bits)
-        if flat is None:
-            write_run(out, start, bits.view(out.dtype))
+            halves.to_bfloat16(values.view(np.uint32), run)
 
 
-def _steps(tensor: Array, longest: int | None) -> Iterator[tuple[int, int, Array | None, Float32 | None]]:
-    """Start and end of each run, the tensor as a flat view if it is contiguous, and if the run needs no scratch memory,
-    itself."""
+def own_runs(src: Array, longest: int | None) -> Iterator[tuple[int, Array]]:
+    """Yield `src` in C order as flat runs of its own dtype, each with its start.
+
+    A contiguous one comes as views of at most `longest` values, or as one if that is None. All else goes through the
+    thread's scratch memory in runs of `TILE` values at most; the next run overwrites it.
+    """
+    for start, run, is_view in _runs(src, longest):
+        if not is_view:
+            read_run(src, start, run)
+        yield start, run
+
+
+def own_output_runs(out: Array, longest: int | None) -> Iterator[tuple[int, Array]]:
+    """Yield flat runs of `out`'s own dtype that the caller fills, each with its start; they become its elements."""
+    for start, run, is_view in _runs(out, longest):
+        yield start, run
+        if not is_view:
+            write_run(out, start, run)
+
+
+def _runs(tensor: Array, longest: int | None) -> Iterator[tuple[int, Array, bool]]:
+    """Yield the start of each run, memory for it, and whether that is a view of the tensor."""
     flat = tensor.reshape(-1) if tensor.flags.c_contiguous else None
-    direct = flat if tensor.dtype == np.float32 else None
-    step = min(longest or TILE, TILE) if direct is None else longest or tensor.size or 1
+    step = min(longest or TILE, TILE) if flat is None else longest or tensor.size or 1
     for start in range(0, tensor.size, step):
         stop = min(start + step, tensor.size)
-        yield start, stop, flat, None if direct is None else direct[start:stop]
+        run = scratch("run", tensor.dtype, stop - start) if flat is None else flat[start:stop]
+        yield start, run, flat is not None
 
 
 def read_run(tensor: Array, start: int, out: Array) -> None:
-    """Copy ``tensor.reshape(-1)[start : start + out.size]`` to `out`, flat and of the same dtype."""
-    for part, first, last in _boxes(tensor, start, start + out.size, 0):
+    """Copy `tensor.reshape(-1)[start : start + out.size]` to `out`, flat and of the same dtype."""
+    for part, first, last in _subviews(tensor, start, start + out.size, 0):
         np.copyto(out[first:last].reshape(part.shape), part)
 
 
 def write_run(tensor: Array, start: int, values: Array) -> None:
-    """The opposite of `read_run`: `values` (flat) become the elements of `tensor` from `start` on, in C order."""
-    for part, first, last in _boxes(tensor, start, start + values.size, 0):
+    """Write `values` (flat) to the elements of `tensor` from `start` on, in C order."""
+    for part, first, last in _subviews(tensor, start, start + values.size, 0):
         np.copyto(part, values[first:last].reshape(part.shape))
 
 
-def _boxes(tensor: Array, start: int, stop: int, done: int) -> list[tuple[Array, int, int]]:
-    """Views that together are elements `start` to `stop` of `tensor`, each with its place in the flat run."""
+def _subviews(tensor: Array, start: int, stop: int, done: int) -> list[tuple[Array, int, int]]:
+    """Return views that together are elements `start` to `stop` of `tensor`, each with its place in the flat run."""
     if start >= stop:
         return []
     if tensor.ndim <= 1 or tensor.flags.c_contiguous:
@@ -122,14 +131,14 @@ def _boxes(tensor: Array, start: int, stop: int, done: int) -> list[tuple[Array,
     row = tensor[0].size
     first, last = -(-start // row), stop // row
     if first > last:  # within one row
-        return _boxes(tensor[last], start - last * row, stop - last * row, done)
-    boxes = []
+        return _subviews(tensor[last], start - last * row, stop - last * row, done)
+    views = []
     if start < first * row:
-        boxes += _boxes(tensor[first - 1], start - (first - 1) * row, row, done)
+        views += _subviews(tensor[first - 1], start - (first - 1) * row, row, done)
         done += first * row - start
     if first < last:
-        boxes.append((tensor[first:last], done, done + (last - first) * row))
+        views.append((tensor[first:last], done, done + (last - first) * row))
         done += (last - first) * row
     if last * row < stop:
-        boxes += _boxes(tensor[last], 0, stop - last * row, done)
-    return boxes
+        views += _subviews(tensor[last], 0, stop - last * row, done)
+    return views

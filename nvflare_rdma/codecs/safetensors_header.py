@@ -14,21 +14,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from nvflare_rdma.codecs.tensors import DTYPES, MAX_DIMENSIONS, width
+from nvflare_rdma.codecs.tensors import MAX_DIMENSIONS, SAFETENSORS_DTYPES, width
 
-#: What the format calls dtypes, by this package's names.
-SAFETENSORS_DTYPES = {name: info.safetensors for name, info in DTYPES.items() if info.safetensors}
 _NAMES = {code: name for name, code in SAFETENSORS_DTYPES.items()}
 #: Not the name of a tensor.
-METADATA = "__metadata__"
+_METADATA = "__metadata__"
 #: The format's own limit.
 _MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file, which begins at `start` there. `dtype` is this package's name, or the format's code if this
-    package has none."""
+    """One tensor of a file.
+
+    Attributes:
+        dtype: this package's name of it, or the format's if this package has none.
+        start: where in the file its first byte is.
+    """
 
     name: str
     dtype: str
@@ -38,7 +40,7 @@ class StoredTensor:
 
 
 def read_header(size: int, read_into: Callable[[memoryview, int], None], complete: bool = True) -> list[StoredTensor]:
-    """The tensors of a file of ``size`` bytes, in their order there.
+    """Return the tensors of a file of `size` bytes, in their order there.
 
     Args:
         read_into: fills memory from an offset of the file.
@@ -62,7 +64,7 @@ def read_header(size: int, read_into: Callable[[memoryview, int], None], complet
         raise ValueError(f"its header is no JSON: {error}") from error
     if type(header) is not dict:
         raise ValueError(f"its header is a {type(header).__name__}")
-    header.pop(METADATA, None)
+    header.pop(_METADATA, None)
     tensors = sorted((_tensor(name, entry, 8 + length) for name, entry in header.items()), key=_place)
     if complete:
         _check_places(tensors, 8 + length, size)
@@ -76,6 +78,11 @@ def _check_places(tensors: list[StoredTensor], end: int, size: int) -> None:
         end += tensor.nbytes
     if end != size:
         raise ValueError(f"its tensors end at {end}, the file at {size}")
+
+
+def is_storable(name: str, dtype: str) -> bool:
+    """Whether the format has a place for a tensor of that name and dtype (this package's name of it)."""
+    return dtype in SAFETENSORS_DTYPES and name != _METADATA
 
 
 def make_header(name: str, dtype: str, shape: Sequence[int], nbytes: int) -> bytes:

@@ -1,81 +1,91 @@
 """The edge between frameworks' tensors and the codecs' flat numpy arrays. torch is imported only when it is used.
 
 A tensor here is a plain `numpy.ndarray` or a `torch.Tensor`. Its *dtype name* is what FLARE's quantization
-metadata has: ``arr.dtype.name`` or ``str(tensor.dtype)`` without ``torch.``.
+metadata has: `arr.dtype.name` or `str(tensor.dtype)` without `torch.`.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs.base import Array
+from nvflare_rdma.codecs.runs import Array
+
+MAX_DIMENSIONS = 64  # what numpy and torch both take
 
 
 @dataclass(frozen=True, slots=True)
-class DtypeInfo:
-    """What is known of a dtype of plain numbers: bytes of one value, whether numpy has it (torch has all of them), and
-    its code in safetensors files, "" if it has none there."""
+class _DType:
+    """One dtype of plain numbers: bytes of a value, whether numpy has it too, and what safetensors files call it."""
 
-    width: int
+    nbytes: int
     in_numpy: bool
     safetensors: str = ""
 
 
-#: All dtypes whose tensors can be sent, by name.
-DTYPES = {
-    "bool": DtypeInfo(1, True, "BOOL"),
-    **{
-        f"{sign}int{bits}": DtypeInfo(bits // 8, True, f"{sign[:1].upper() or 'I'}{bits}")
-        for sign in ("", "u")
-        for bits in (8, 16, 32, 64)
-    },
-    "float16": DtypeInfo(2, True, "F16"),
-    "bfloat16": DtypeInfo(2, False, "BF16"),
-    "float32": DtypeInfo(4, True, "F32"),
-    "float64": DtypeInfo(8, True, "F64"),
-    "complex64": DtypeInfo(8, True, "C64"),
-    "complex128": DtypeInfo(16, True),
-    "float8_e4m3fn": DtypeInfo(1, False, "F8_E4M3"),
-    "float8_e5m2": DtypeInfo(1, False, "F8_E5M2"),
-    "float8_e4m3fnuz": DtypeInfo(1, False),
-    "float8_e5m2fnuz": DtypeInfo(1, False),
+_DTYPES = {
+    "bool": _DType(1, True, "BOOL"),
+    "int8": _DType(1, True, "I8"),
+    "int16": _DType(2, True, "I16"),
+    "int32": _DType(4, True, "I32"),
+    "int64": _DType(8, True, "I64"),
+    "uint8": _DType(1, True, "U8"),
+    "uint16": _DType(2, True, "U16"),
+    "uint32": _DType(4, True, "U32"),
+    "uint64": _DType(8, True, "U64"),
+    "float16": _DType(2, True, "F16"),
+    "float32": _DType(4, True, "F32"),
+    "float64": _DType(8, True, "F64"),
+    "complex64": _DType(8, True, "C64"),
+    "complex128": _DType(16, True),
+    "bfloat16": _DType(2, False, "BF16"),
+    "float8_e4m3fn": _DType(1, False, "F8_E4M3"),
+    "float8_e5m2": _DType(1, False, "F8_E5M2"),
+    "float8_e4m3fnuz": _DType(1, False),
+    "float8_e5m2fnuz": _DType(1, False),
 }
-#: Those that codecs take.
-FLOAT_NAMES = ("float32", "float16", "bfloat16")
-#: How the codecs see them in numpy, where uint16 stands for bfloat16.
-NUMPY_DTYPES: dict[str, Any] = {name: np.dtype(name if DTYPES[name].in_numpy else np.uint16) for name in FLOAT_NAMES}
+#: What the safetensors format calls dtypes, by this package's names.
+SAFETENSORS_DTYPES = {name: dtype.safetensors for name, dtype in _DTYPES.items() if dtype.safetensors}
+#: The numpy dtype in which codecs take and give values, by this package's names. uint16 stands for bfloat16.
+NUMPY_DTYPES: dict[str, Any] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+}
+FLOAT_NAMES = tuple(NUMPY_DTYPES)
 
 
 def is_torch(value: Any) -> bool:
-    """Whether `value` is a torch tensor; doesn't import torch to find out."""
+    """Return whether `value` is a torch tensor. torch is not imported to find out."""
     # Its classes tell. The module doesn't: while another thread imports torch, which takes seconds, `sys.modules` has
     # it already, but without `Tensor`.
     return any(cls.__name__ == "Tensor" and cls.__module__ == "torch" for cls in type(value).__mro__)
 
 
 def is_on_gpu(value: Any) -> bool:
-    """Whether `value` is a torch tensor in the memory of a CUDA device (AMD's too, in torch's ROCm builds)."""
+    """Return whether `value` is a torch tensor in the memory of a CUDA device (AMD's too, in torch's ROCm builds)."""
     return is_torch(value) and value.device.type == "cuda"
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether `value` is a numpy array or a torch tensor."""
+    """Return whether `value` is a numpy array or a torch tensor."""
     return isinstance(value, np.ndarray) or is_torch(value)
 
 
 def dtype_name(value: Any) -> str:
-    """``float32``, ``bfloat16``, ``int64`` ... of a numpy array or torch tensor."""
+    """Return the dtype's name, such as `float32`, `bfloat16` or `int64`, of a numpy array or torch tensor."""
     return str(value.dtype).removeprefix("torch.") if is_torch(value) else str(value.dtype.name)
 
 
 def float_bits(name: str) -> int:
-    """Bits per value of the dtype called `name`, one of `FLOAT_NAMES`."""
-    return 8 * DTYPES[name].width
+    """Return bits per value of the dtype called `name`, one of `FLOAT_NAMES`."""
+    return 8 * _DTYPES[name].nbytes
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a numpy array or torch tensor is dense and nothing but its values, plain numbers in native byte order."""
+    """Return whether a numpy array or torch tensor is dense and nothing but plain numbers in native byte order."""
     if is_torch(value):
         import torch
 
@@ -86,7 +96,10 @@ def is_plain(value: Any) -> bool:
 
 
 def is_encodable(value: Any) -> bool:
-    """Whether a codec can take it: a dense float32/float16/bfloat16 tensor with values, in native byte order."""
+    """Return whether a codec can take `value`: a dense float32, float16 or bfloat16 tensor in native byte order.
+
+    Empty tensors are not encodable.
+    """
     if is_torch(value):
         import torch
 
@@ -101,7 +114,7 @@ def is_encodable(value: Any) -> bool:
 
 
 def to_array(value: Any) -> Array:
-    """The values of an encodable tensor in its own shape: float32, float16, or uint16 (bfloat16 bits).
+    """Return the values of an encodable tensor in its own shape: float32, float16, or uint16 (bfloat16 bits).
 
     A view of the tensor's own memory, with its strides, if that is on the CPU; otherwise a copy. Read-only use.
     """
@@ -118,20 +131,21 @@ def to_array(value: Any) -> Array:
 
 
 def to_flat(value: Any) -> Array:
-    """The same, flat and C-contiguous, which takes a copy if the tensor isn't contiguous."""
+    """Return what `to_array` does, flat and C-contiguous: a copy if the tensor isn't contiguous."""
     return np.ascontiguousarray(to_array(value)).reshape(-1)
 
 
 def new_flat(name: str, n: int) -> Array:
-    """Uninitialised memory for `n` values of the dtype called `name` (uint16 for bfloat16)."""
+    """Return uninitialised memory for `n` values of the dtype called `name` (uint16 for bfloat16)."""
     flat: Array = np.empty(n, NUMPY_DTYPES[name])
     return flat
 
 
 def from_flat(flat: Array, name: str, shape: tuple[int, ...], torch_tensor: bool) -> Any:
-    """`flat`, as `new_flat` made it, as a tensor of `shape` in the wanted framework. Shares its memory.
+    """Return a tensor of `shape` in the wanted framework that shares the memory of `flat`, which `new_flat` made.
 
-    numpy has no bfloat16: a numpy tensor of that name can't exist (`ValueError`).
+    Raises:
+        ValueError: numpy has no bfloat16.
     """
     if not torch_tensor:
         if name == "bfloat16":
@@ -145,17 +159,14 @@ def from_flat(flat: Array, name: str, shape: tuple[int, ...], torch_tensor: bool
 
 
 def identity(value: Any) -> tuple[Any, ...]:
-    """Equal for two live tensors that are the same view of the same memory (tied weights, for example)."""
+    """Return a key that two live tensors share only if they are the same view of the same memory, as tied weights."""
     if is_torch(value):
         lazy = value.is_neg(), value.is_conj()  # done when it is read, not in memory
         return ("torch", value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, lazy)
     return ("numpy", value.__array_interface__["data"][0], value.shape, value.strides, value.dtype.str)
 
 
-MAX_DIMENSIONS = 64
-
-
 def width(dtype: str, torch: bool) -> int:
-    """Bytes of one value; 0 if tensors of that dtype can't be sent."""
-    found = DTYPES.get(dtype)
-    return found.width if found is not None and (torch or found.in_numpy) else 0
+    """Return the bytes of one value, or 0 if tensors (torch's or numpy's) of that dtype can't be sent."""
+    found = _DTYPES.get(dtype)
+    return found.nbytes if found is not None and (torch or found.in_numpy) else 0

@@ -1,5 +1,7 @@
 """Codecs' compiled code, loaded before it is needed: the first use of a codec in a process takes seconds otherwise."""
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Iterable
 
@@ -9,7 +11,7 @@ from nvflare_rdma.codecs.base import Codec
 
 
 def warm_up(codecs: Iterable[Codec]) -> threading.Thread:
-    """Use each codec once, in a thread of its own, which is returned."""
+    """Use each codec once in a new thread, so that its compiled code is loaded, and return the thread."""
     each = {codec.name: codec for codec in codecs}
 
     def use() -> None:

@@ -1,5 +1,7 @@
 """FLARE task filters that send models in few bits."""
 
+from __future__ import annotations
+
 from nvflare_rdma.filters.dequantizer import ModelDequantizer
 from nvflare_rdma.filters.quantizer import ModelQuantizer
 

@@ -1,29 +1,34 @@
 """Encoding that knows the past: with the residual of the last message added, against a model both sides hold.
 
-With ``x`` the tensor, ``e`` the residual of the last message and ``b`` the base (all absent or zero if there is
-none), ``target = x + e``, ``codes = Q(target - b)``, ``arrived = b + D(codes)`` rounded to x's dtype, and the new
-residual is ``target - arrived``. Sums are in float32, one rounding each, so that both sides get the same bits.
+With `x` the tensor, `e` the residual of the last message and `b` the base (all absent or zero if there is
+none), `target = x + e`, `codes = Q(target - b)`, `arrived = b + D(codes)` rounded to x's dtype, and the new
+residual is `target - arrived`. Sums are in float32, one rounding each, so that both sides get the same bits.
 
 Error feedback: Seide et al., "1-Bit Stochastic Gradient Descent" (2014); Karimireddy et al., "Error Feedback Fixes
 SignSGD" (2019).
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs import Codec, FixedSizeCodec
-from nvflare_rdma.codecs.base import Array, Float32
-from nvflare_rdma.codecs.runs import float32_runs, output_runs
+from nvflare_rdma.codecs import Array, Codec, FixedSizeCodec, Float32, float32_runs, output_runs, to_array
 from nvflare_rdma.errors import UnrepresentableError
-from nvflare_rdma.filters.dither import Dither
+from nvflare_rdma.filters.delta_base import Base
+from nvflare_rdma.filters.dither import DITHERED, Dither, dither_of
+from nvflare_rdma.filters.encoding import TensorEncoder
+from nvflare_rdma.filters.residuals import fitting
 
 PIECE = 1 << 20  # elements worked on at a time, so that scratch memory stays at some MiB
 
 
 @dataclass(frozen=True)
 class Corrected:
-    """One encoded tensor.
+    """One tensor that was encoded with what the past says about it.
 
     Attributes:
         encoded: the bytes that count.
@@ -34,6 +39,52 @@ class Corrected:
     encoded: Array
     arrived: Array
     residual: Array
+
+
+@dataclass
+class CorrectingEncoder(TensorEncoder):
+    """Encodes a message's tensors with what the past says about them, and collects what the next message needs.
+
+    Attributes:
+        before: the residuals of the last message, by name.
+        base: the model that tensors are encoded as the difference from, if there is one.
+        noise: seed of the noise of stochastic rounding; None for none.
+        arrived: what the receiver gets, by name, flat.
+        lacking: what it lacks, by name, in the tensor's shape.
+        based: names of the tensors that are differences from `base`.
+    """
+
+    before: Mapping[str, Array]
+    base: Base | None
+    noise: str | None
+    arrived: dict[str, Array] = field(default_factory=dict)
+    lacking: dict[str, Array] = field(default_factory=dict)
+    based: set[str] = field(default_factory=set)
+
+    def encode(self, name: str, codec: Codec, value: Any) -> Array:
+        """Encode the sum or difference if the codec can carry it, or else the values themselves."""
+        values = to_array(value)
+        if codec.name == "lossless":
+            self.arrived[name] = values.flatten()
+            return super().encode(name, codec, values)
+        flat = np.ascontiguousarray(values).reshape(-1)
+        residual = fitting(self.before, name, values.shape)
+        known = self.base.tensor(name, flat) if self.base is not None else None
+        try:
+            corrected = encode_corrected(codec, flat, residual, known, self._dither(name, codec))
+        except UnrepresentableError:
+            if residual is None and known is None:
+                raise
+            known = None
+            corrected = encode_corrected(codec, flat, None, None, self._dither(name, codec))
+        self.arrived[name], self.lacking[name] = corrected.arrived, corrected.residual.reshape(values.shape)
+        if known is not None:
+            self.based.add(name)
+        return corrected.encoded
+
+    def _dither(self, name: str, codec: Codec) -> Dither | None:
+        at_random = self.noise is not None and codec.name in DITHERED
+        return dither_of(codec, f"{self.noise}\0{name}") if at_random else None
 
 
 def encode_corrected(
@@ -92,14 +143,14 @@ def _difference(codec: Codec, target: Float32, offset: Float32) -> Float32:
 
 
 def add_base(decoded: Float32, base: Array | None, out: Array) -> None:
-    """``out = base + decoded``, rounded once to float32 and once to `out`'s dtype. `decoded` is used up."""
+    """Write `base + decoded` to `out`, rounded once to float32 and once to `out`'s dtype. `decoded` is used up."""
     if base is not None:
         decoded += base if base.dtype == np.float32 else to_float32(base)
     from_float32(decoded, out)
 
 
 def to_float32(values: Array) -> Float32:
-    """A float32 copy of flat float32, float16, or uint16 (bfloat16 bits) values."""
+    """Return a float32 copy of flat float32, float16, or uint16 (bfloat16 bits) values."""
     out = np.empty(values.size, np.float32)
     for start, run in float32_runs(values):
         out[start : start + run.size] = run

@@ -3,101 +3,122 @@
 The metadata is described in `nvflare_rdma.filters.encoding` and `nvflare_rdma.filters.metadata`.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nvflare_rdma.codecs import CODEC_NAMES, Codec, FixedSizeCodec, get_codec
-from nvflare_rdma.codecs.base import Array
-from nvflare_rdma.codecs.tensors import FLOAT_NAMES, float_bits, from_flat, is_torch, new_flat
+import numpy as np
+
+from nvflare_rdma.codecs import CODEC_NAMES, Array, Codec, from_flat, get_codec, is_torch, new_flat
 from nvflare_rdma.errors import CodecError
-from nvflare_rdma.filters.encoding import EXACT, MIB, MIXED, has_memory
-from nvflare_rdma.filters.flat_params import flatten, rebuild
-from nvflare_rdma.filters.metadata import Received, codec_for, from_message
+from nvflare_rdma.filters.correction import add_base
+from nvflare_rdma.filters.delta_base import Base
+from nvflare_rdma.filters.encoding import EXACT_DTYPE, MIB, MIXED, has_memory, is_no_wider
+from nvflare_rdma.filters.metadata import codec_for, from_message, require
 
 # Values that a message may stand for beyond those that its codes are counted for: constants take no codes at all, and
 # lossless and compressed ones few. 4096 is more than any of them reaches on weights.
 _FREE_VALUES = 16 << 20
 _VALUES_PER_BYTE = 4096
 
-Decode = Callable[[str, Received, Array], None]
+
+@dataclass(frozen=True)
+class Metadata:
+    """A message's metadata as it came: nothing has been checked.
+
+    Attributes:
+        algorithm, quant_state, source_datatype: FLARE's.
+        tied: see `nvflare_rdma.filters.encoding.EncodedParams`.
+    """
+
+    algorithm: Any
+    quant_state: Any
+    source_datatype: Any
+    tied: Any = None
 
 
 @dataclass
 class DecodedParams:
-    """What `decode_params` made: new dicts, the decoded arrays by name (flat), and counts for the log."""
+    """What `decode_params` made.
 
-    params: dict[str, Any] = field(default_factory=dict)
+    Attributes:
+        values: tensors and whatever else was in the message, by flat name.
+        arrays: the memory of those that were decoded, flat, by name.
+        count: how many values the message has.
+        before, after: bytes of the codes with their metadata, and of what they were decoded to.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, Array] = field(default_factory=dict)
     count: int = 0
     before: int = 0
     after: int = 0
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Return one line for the log."""
         return (
             f"{len(self.arrays)}/{self.count} params. Before dequantization: {self.before / MIB:.2f} MB with meta. "
             f"After dequantization: {self.after / MIB:.2f} MB."
         )
 
 
-def decode_alone(name: str, received: Received, out: Array) -> None:
-    """Decode a tensor that was encoded on its own."""
-    received.decode_into(out)
+def decode_params(values: Mapping[str, Any], metadata: Metadata, base: Base | None = None) -> DecodedParams:
+    """Decode what was received, given by flat name. `values` is not changed.
 
+    Decoded tensors have memory of their own, but names that are tied to another name share that one's tensor.
 
-def decode_params(
-    params: dict[str, Any],
-    algorithm: Any,
-    quant_state: Any,
-    source_datatype: Any,
-    tied: Any = None,
-    decode: Decode = decode_alone,
-) -> DecodedParams:
-    """Decode `params`; the metadata's parts are as they came. `params` is not changed.
-
-    Decoded tensors have memory of their own, but names that `tied` maps to another name share that one's tensor.
+    Args:
+        base: the model that tensors are the difference from, if there is one.
 
     Raises:
-        CodecError: an unknown algorithm, or metadata that doesn't fit the codes; the message names the tensor.
+        CodecError: an unknown algorithm, metadata that doesn't fit the codes, or the difference from a tensor that
+            isn't in `base`; the message names the tensor.
     """
-    codec = _algorithm(algorithm)
-    for what, part in (("quant_state", quant_state), ("source_datatype", source_datatype), ("tied", tied or {})):
+    codec = _algorithm(metadata.algorithm)
+    states, sources, tied = metadata.quant_state, metadata.source_datatype, metadata.tied or {}
+    for what, part in (("quant_state", states), ("source_datatype", sources), ("tied", tied)):
         if not isinstance(part, dict):
             raise CodecError(f"the message's {what} must be a dict but is a {type(part).__name__}")
-    values = flatten(params)
-    ties = _checked_ties(tied or {}, values)
+    ties = _checked_ties(tied, values)
     limit = _FREE_VALUES + _VALUES_PER_BYTE * sum(v.nbytes for v in values.values() if has_memory(v))
-    result, flat = DecodedParams(count=len(values)), {}
+    result = DecodedParams(count=len(values))
     for name, value in values.items():
-        source = source_datatype.get(name)
+        source = sources.get(name)
         if name not in ties and not isinstance(source, str):  # anything else may refuse to be compared
             raise CodecError(f"can't dequantize '{name}': source_datatype is {source!r}")
-        if name in ties or source == EXACT or _is_no_wider(codec, source):
-            flat[name] = value
+        if name in ties or source == EXACT_DTYPE or is_no_wider(codec, source):
+            result.values[name] = value
             continue
-        state = quant_state.get(name)
-        own = codec_for(name, state, codec)
-        received = from_message(name, own, value, state, source, limit)
+        state = states.get(name)
+        received = from_message(name, codec_for(name, state, codec), value, state, source, limit)
         n = math.prod(received.shape)
         limit -= n
         out = new_flat(source, n)
+        known = base.tensor(name, out) if base is not None else None
+        is_difference = bool(state.get("delta"))
+        require(name, known is not None or not is_difference, "it is the difference from a tensor that isn't here")
         try:
-            decode(name, received, out)
+            if is_difference:
+                difference = np.empty(n, np.float32)
+                received.decode_into(difference)
+                add_base(difference, known, out)
+            else:
+                received.decode_into(out)
         except CodecError as error:
             raise CodecError(f"can't dequantize '{name}': {error}") from None
         result.arrays[name] = out
-        flat[name] = from_flat(out, source, received.shape, is_torch(value))
+        result.values[name] = from_flat(out, source, received.shape, is_torch(value))
         result.before += received.nbytes
         result.after += out.nbytes
-    flat |= {name: flat[other] for name, other in ties.items()}
-    result.params = rebuild(params, flat)
+    result.values |= {name: result.values[other] for name, other in ties.items()}
     return result
 
 
 def _algorithm(algorithm: Any) -> Codec | None:
-    """The codec of the whole message, or None if each tensor names its own."""
+    """Return the codec of the whole message, or None if each tensor names its own."""
     if isinstance(algorithm, str) and algorithm == MIXED:
         return None
     if not isinstance(algorithm, str) or algorithm.lower() not in CODEC_NAMES:
@@ -108,12 +129,7 @@ def _algorithm(algorithm: Any) -> Codec | None:
     return get_codec(algorithm)
 
 
-def _is_no_wider(codec: Codec | None, source: Any) -> bool:
-    """Whether FLARE's quantizer would have left a tensor of dtype `source` as it is."""
-    return isinstance(codec, FixedSizeCodec) and source in FLOAT_NAMES and codec.bits >= float_bits(source)
-
-
-def _checked_ties(tied: dict[Any, Any], values: dict[str, Any]) -> dict[str, str]:
+def _checked_ties(tied: dict[Any, Any], values: Mapping[str, Any]) -> dict[str, str]:
     for name, other in tied.items():
         if name not in values or not isinstance(other, str) or other not in values or other in tied:
             raise CodecError(f"'{name}' is tied to '{other}', but the message has no such two tensors")

@@ -3,6 +3,8 @@
 Server and site each keep a model per stream; it is used only if both have the same one, told by its digest.
 """
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 
-from nvflare_rdma.codecs.base import Array
+from nvflare_rdma.codecs import Array
 
 HELD = "nvflare_rdma.held"  # public context property of a client: the digest of the model it holds, by stream
 TOPIC = "nvflare_rdma.base"  # asked by a client before it sends a difference: do you still hold this model?
@@ -24,14 +26,19 @@ _creation = threading.Lock()
 
 @dataclass(frozen=True)
 class Base:
-    """A model that both sides may hold: flat arrays by name (uint16 for bfloat16), not to be changed."""
+    """A model that both sides may hold.
+
+    Attributes:
+        digest: tells it from all other models.
+        tensors: flat arrays by name (uint16 for bfloat16), not to be changed.
+    """
 
     digest: str
     tensors: Mapping[str, Array]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Array]) -> "Base":
-        """The base of these tensors. The digest is xxh3-128 over names, dtypes, sizes and values."""
+    def of(cls, tensors: Mapping[str, Array]) -> Base:
+        """Return the base of these tensors. The digest is xxh3-128 over names, dtypes, sizes and values."""
         state = xxhash.xxh3_128()
         for name in sorted(tensors):
             array = tensors[name]
@@ -40,7 +47,7 @@ class Base:
         return cls(state.hexdigest(), tensors)
 
     def tensor(self, name: str, like: Array) -> Array | None:
-        """The tensor called `name` if it has the dtype and size of `like`."""
+        """Return the tensor called `name` if it has the dtype and size of `like`."""
         found = self.tensors.get(name)
         return found if found is not None and found.dtype == like.dtype and found.size == like.size else None
 
@@ -59,7 +66,7 @@ class Bases:
         self.answering = False  # whether clients can ask for them
 
     def set(self, stream: str, base: Base | None) -> None:
-        """Make `base` the stream's current one; None: it has none."""
+        """Make `base` the stream's current one. With None the stream has no base any more."""
         with self._lock:
             if base is None:
                 self._current.pop(stream, None)
@@ -67,12 +74,12 @@ class Bases:
                 self._current[stream] = base
 
     def current(self, stream: str) -> Base | None:
-        """The base that the stream's last message left."""
+        """Return the base that the stream's last message left."""
         with self._lock:
             return self._current.get(stream)
 
     def find(self, stream: str, digest: Any, site: str = "") -> Base | None:
-        """The base with this digest, the current one or the one promised to `site`."""
+        """Return the base with this digest if it is the current one or the one promised to `site`."""
         with self._lock:
             for base in (self._current.get(stream), self._promised.get((stream, site))):
                 if base is not None and base.digest == digest:
@@ -80,7 +87,7 @@ class Bases:
         return None
 
     def promise(self, stream: str, site: str, digest: Any) -> bool:
-        """Keep the base with this digest for the result of `site`; False if it isn't here (any more)."""
+        """Keep the base with this digest for the result of `site`. Return False if it isn't here (any more)."""
         base = self.find(stream, digest, site)
         with self._lock:
             self._promised.pop((stream, site), None)
@@ -89,13 +96,13 @@ class Bases:
         return base is not None
 
     def fulfil(self, stream: str, site: str) -> None:
-        """The result of `site` came, or will not come: what was promised to it is not kept for it any longer."""
+        """Stop keeping what was promised to `site`: its result came, or will not come."""
         with self._lock:
             self._promised.pop((stream, site), None)
 
 
 def bases_of(fl_ctx: FLContext) -> Bases:
-    """The base models that this process's filters share: a property of the run's context."""
+    """Return the base models that this process's filters share. They are a property of the run's context."""
     with _creation:
         bases = fl_ctx.get_prop(_PROP)
         if bases is None:
@@ -105,7 +112,7 @@ def bases_of(fl_ctx: FLContext) -> Bases:
 
 
 def tell_held(stream: str, base: Base | None, fl_ctx: FLContext) -> None:
-    """Make known to the server, with the next task request, which model this client holds."""
+    """Tell the server which model this client holds, with the next task request."""
     held = dict(fl_ctx.get_prop(HELD) or {})
     held.pop(stream, None)
     if base is not None:
@@ -114,7 +121,7 @@ def tell_held(stream: str, base: Base | None, fl_ctx: FLContext) -> None:
 
 
 def held_by_peer(stream: str, fl_ctx: FLContext) -> str | None:
-    """The digest of the model that the site which asks for a task holds, as it says."""
+    """Return the digest of the model that the site which asks for a task says it holds, or None."""
     peer = fl_ctx.get_peer_context()
     held = peer.get_prop(HELD) if peer is not None else None
     digest = held.get(stream) if isinstance(held, dict) else None

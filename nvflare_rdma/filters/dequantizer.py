@@ -1,28 +1,28 @@
 """ModelDequantizer: the receiving half of eager message quantization."""
 
+from __future__ import annotations
+
 from typing import Any
 
-import numpy as np
 from nvflare.apis.dxo import DXO, MetaKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
-from nvflare_rdma.codecs.base import Array
+from nvflare_rdma.codecs import Array
 from nvflare_rdma.errors import CodecError, ConfigError
-from nvflare_rdma.filters.correction import add_base
-from nvflare_rdma.filters.decoding import decode_params
+from nvflare_rdma.filters.decoding import Metadata, decode_params
 from nvflare_rdma.filters.delta_base import Base, bases_of, tell_held
-from nvflare_rdma.filters.metadata import Received, require
+from nvflare_rdma.filters.flat_params import flatten, rebuild
 from nvflare_rdma.filters.points import FilterPoint
 from nvflare_rdma.filters.quant_filter import OURS, QUANT_META, QUANT_STATE, SOURCE_DATATYPE, QuantFilter
 
 
 class ModelDequantizer(QuantFilter):
-    """Restores weights that a ModelQuantizer (this package's or FLARE's) turned into codes; drop-in for
-    `nvflare.app_opt.pt.quantization.dequantizer.ModelDequantizer`.
+    """Restores weights that a ModelQuantizer, this package's or FLARE's, turned into codes.
 
-    dtype, shape and framework (numpy or torch) are those of the sender's tensors; torch tensors come back on the CPU.
-    Tensors that were tied at the sender's share their memory here too.
+    It can be put in place of `nvflare.app_opt.pt.quantization.dequantizer.ModelDequantizer`. dtype, shape
+    and framework (numpy or torch) are those of the sender's tensors; torch tensors come back on the CPU. Tensors that
+    were tied at the sender's share their memory here too.
 
     Raises:
         ConfigError: the message carries no quantization metadata, so the sender has no quantizer.
@@ -32,7 +32,7 @@ class ModelDequantizer(QuantFilter):
     """
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
-        """A new DXO with the decoded weights and without the quantization metadata."""
+        """Return a new DXO with the decoded weights and without the quantization metadata."""
         meta = self._meta_for_new_dxo(dxo)
         point = FilterPoint.of(self, shareable, fl_ctx)
         if QUANT_STATE not in meta:
@@ -40,26 +40,15 @@ class ModelDequantizer(QuantFilter):
         ours = meta.get(OURS) or {}
         if not isinstance(ours, dict):
             raise CodecError(f"the message's {OURS} must be a dict but is a {type(ours).__name__}")
-        states = meta[QUANT_STATE]
-        base = self._base(ours.get("base"), point, fl_ctx)
-
-        def decode(name: str, received: Received, out: Array) -> None:
-            if not states[name].get("delta"):
-                received.decode_into(out)
-                return
-            known = base.tensor(name, out) if base is not None else None
-            require(name, known is not None, "it is the difference from a tensor that isn't here")
-            difference = np.empty(out.size, np.float32)
-            received.decode_into(difference)
-            add_base(difference, known, out)
-
         decoded = decode_params(
-            dxo.data,
-            meta.get(MetaKey.PROCESSED_ALGORITHM),
-            states,
-            meta.get(SOURCE_DATATYPE),
-            ours.get("tied"),
-            decode,
+            flatten(dxo.data),
+            Metadata(
+                algorithm=meta.get(MetaKey.PROCESSED_ALGORITHM),
+                quant_state=meta[QUANT_STATE],
+                source_datatype=meta.get(SOURCE_DATATYPE),
+                tied=ours.get("tied"),
+            ),
+            self._base(ours.get("base"), point, fl_ctx),
         )
         on_the_way = ours.get("on_the_way")
         done = f"{on_the_way} params were sent encoded and are decoded already. " if type(on_the_way) is int else ""
@@ -70,7 +59,7 @@ class ModelDequantizer(QuantFilter):
             self._keep(decoded.arrays, ours.get("leaves"), point, fl_ctx)
         for key in QUANT_META:
             meta.pop(key, None)
-        return DXO(data_kind=dxo.data_kind, data=decoded.params, meta=meta)
+        return DXO(data_kind=dxo.data_kind, data=rebuild(dxo.data, decoded.values), meta=meta)
 
     @staticmethod
     def _base(digest: Any, point: FilterPoint, fl_ctx: FLContext) -> Base | None:

@@ -1,18 +1,19 @@
 """Stochastic rounding for `int8`: noise of one step before rounding to nearest makes the mean error zero.
 
-With ``s`` a block's step, ``round(x / s + u)`` for u uniform in [-1/2, 1/2) has the mean ``x / s`` (non-subtractive
+With `s` a block's step, `round(x / s + u)` for u uniform in [-1/2, 1/2) has the mean `x / s` (non-subtractive
 dither; Gupta et al., "Deep Learning with Limited Numerical Precision", 2015). The block's largest magnitude gets no
 noise and nothing may exceed it, so that the step stays what it was: that value is a level, and those within a step of
 it are rounded as without the limit.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
 import xxhash
 
-from nvflare_rdma.codecs import Codec
-from nvflare_rdma.codecs.base import Float32
+from nvflare_rdma.codecs import Codec, Float32
 
 DITHERED = ("int8",)  # codecs whose levels are evenly spaced between the block's largest magnitudes
 _LEVELS = np.float32(127)
@@ -21,9 +22,9 @@ Dither = Callable[[Float32], Float32]
 
 
 def dither_of(codec: Codec, seed: str) -> Dither:
-    """A function that returns flat float32 values, block-aligned pieces of one tensor in turn, with noise on them.
+    """Return a function that takes the block-aligned pieces of one tensor in turn and returns them with noise on them.
 
-    The same `seed` gives the same noise.
+    Pieces are flat float32 values. The same `seed` gives the same noise.
     """
     random = np.random.default_rng(xxhash.xxh3_64_intdigest(seed.encode()))
 

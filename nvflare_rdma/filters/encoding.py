@@ -1,21 +1,25 @@
 """A model's tensors to codes, with the metadata that FLARE's quantization filters use.
 
-``source_datatype`` has the dtype's name of each tensor, or ``bool`` for whatever travels exact: FLARE's dequantizer
-leaves those be. ``quant_state`` has what `nvflare_rdma.filters.metadata` says.
+`source_datatype` has the dtype's name of each tensor, or `bool` for whatever travels exact: FLARE's dequantizer
+leaves those as they are. `quant_state` has what `nvflare_rdma.filters.metadata` describes.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs import Codec, FixedSizeCodec
-from nvflare_rdma.codecs.base import Array
-from nvflare_rdma.codecs.policy import Decision, Policy
-from nvflare_rdma.codecs.tensors import (
+from nvflare_rdma.codecs import (
     FLOAT_NAMES,
+    Array,
+    Codec,
+    Decision,
+    FixedSizeCodec,
+    Policy,
     dtype_name,
     float_bits,
     identity,
@@ -26,18 +30,40 @@ from nvflare_rdma.codecs.tensors import (
     to_array,
 )
 from nvflare_rdma.errors import UnrepresentableError
-from nvflare_rdma.filters.flat_params import flatten, rebuild
 from nvflare_rdma.filters.metadata import to_message
 
-EXACT = "bool"  # the source_datatype that makes FLARE's dequantizer skip a tensor
+EXACT_DTYPE = "bool"  # the source_datatype that makes FLARE's dequantizer skip a tensor
 MIXED = "mixed"  # the algorithm of a message whose tensors name their codecs themselves
 MIB = 1 << 20
 
-#: A tensor's name, its codec and the tensor -> the encoded bytes that count, uint8, in CPU memory.
-Encode = Callable[[str, Codec, Any], Array]
 
-#: A tensor's name, its codec and the tensor -> a view of it that is marked (`nvflare_rdma.codecs.marks`).
-Mark = Callable[[str, FixedSizeCodec, Any], Any]
+class TensorEncoder:
+    """Encodes the tensors of one message, each on its own: nothing is known of earlier messages.
+
+    Subclasses know more: what else was sent (`nvflare_rdma.filters.correction`), or that the transfer will encode
+    (`nvflare_rdma.filters.sharing`).
+    """
+
+    def mark(self, name: str, codec: FixedSizeCodec, value: Any) -> Any:
+        """Return a view of the tensor that is marked (`nvflare_rdma.codecs.marks`), or None to encode it now."""
+        return None
+
+    def encode(self, name: str, codec: Codec, value: Any) -> Array:
+        """Return the encoded bytes that count, uint8, in CPU memory.
+
+        A tensor in a GPU's memory is encoded there, with the same result, and only the codes come to the CPU.
+
+        Raises:
+            UnrepresentableError: the codec can't carry the tensor's values.
+        """
+        if is_on_gpu(value):
+            from nvflare_rdma.codecs.on_device import can_encode_on_device, encode_on_device
+
+            if can_encode_on_device(codec):
+                return encode_on_device(codec, value)
+        values = to_array(value)
+        encoded = np.empty(codec.encoded_nbytes(values.size), np.uint8)
+        return encoded[: codec.encode_into(values, encoded)]
 
 
 @dataclass
@@ -45,7 +71,8 @@ class EncodedParams:
     """What `encode_params` made.
 
     Attributes:
-        params: new dicts, codes in place of the tensors that were encoded.
+        values: by name, codes in place of the tensors that were encoded, and views in place of those to be encoded
+            later.
         algorithm: the codec of all encoded tensors, or `MIXED`.
         quant_state, source_datatype: FLARE's metadata.
         tied: names whose tensors are the same memory as that of another name.
@@ -56,7 +83,7 @@ class EncodedParams:
     """
 
     algorithm: str
-    params: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
     quant_state: dict[str, dict[str, Any]] = field(default_factory=dict)
     source_datatype: dict[str, str] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
@@ -68,7 +95,7 @@ class EncodedParams:
     meta: int = 0
 
     def summary(self) -> str:
-        """One line for the log: how many tensors, and bytes before and after. Tied tensors count once."""
+        """Return one line for the log: how many tensors, and bytes before and after. Tied tensors count once."""
         if self.marked:
             return (
                 f"{len(self.marked)}/{len(self.quant_state)} params are encoded as they are sent, "
@@ -81,73 +108,52 @@ class EncodedParams:
         )
 
 
-def encode_whole(name: str, codec: Codec, value: Any) -> Array:
-    """Encode a tensor (of any shape) on its own: nothing is known of earlier messages. If it is in a GPU's memory, that
-    does it, with the same result, and only the codes come to the CPU."""
-    if is_on_gpu(value):
-        from nvflare_rdma.codecs.on_device import can_encode_on_device, encode_on_device
+def encode_params(values: Mapping[str, Any], policy: Policy, encoder: TensorEncoder) -> EncodedParams:
+    """Encode each of the tensors with the codec that `policy` has for it; the rest is passed on as it is.
 
-        if can_encode_on_device(codec):
-            return encode_on_device(codec, value)
-    values = to_array(value)
-    encoded = np.empty(codec.encoded_nbytes(values.size), np.uint8)
-    return encoded[: codec.encode_into(values, encoded)]
-
-
-def encode_params(
-    params: dict[str, Any], policy: Policy, encode: Encode = encode_whole, mark: Mark | None = None
-) -> EncodedParams:
-    """Encode each tensor with the codec that `policy` has for it; the rest is passed on as it is.
-
-    `params` is not changed. Tensors that are the same view of the same memory (tied weights) are encoded once, share
-    their codes, and are named in `EncodedParams.tied`. ``mark``: marks tensors whose codec's sizes are known before;
-    they are not encoded then.
+    `values` is not changed. Tensors that are the same view of the same memory (tied weights) are encoded once, share
+    their codes, and are named in `EncodedParams.tied`. Tensors whose encoded size is known beforehand, and that
+    `encoder` marks, are not encoded.
     """
-    values = flatten(params)
     result = EncodedParams(policy.codec.name)
-    flat: dict[str, Any] = {}
     first: dict[tuple[Any, ...], str] = {}
     for name, value in values.items():
-        flat[name], result.quant_state[name], result.source_datatype[name] = value, {}, EXACT
-        if has_memory(value):
-            other = first.setdefault(identity(value), name)
-            if other != name:
-                result.tied[name] = other
-                flat[name] = flat[other]
-                result.quant_state[name] = dict(result.quant_state[other])
-                result.source_datatype[name] = result.source_datatype[other]
-                continue
+        other = first.setdefault(identity(value), name) if has_memory(value) else name
+        if other != name:
+            result.tied[name] = other
+            result.values[name] = result.values[other]
+            result.quant_state[name] = dict(result.quant_state[other])
+            result.source_datatype[name] = result.source_datatype[other]
+            continue
+        result.values[name], result.quant_state[name], result.source_datatype[name] = value, {}, EXACT_DTYPE
         decision, warning = _decide(name, value, policy)
-        if mark is not None and isinstance(decision.codec, FixedSizeCodec):
-            flat[name] = mark(name, decision.codec, value)
-            result.marked[name] = decision.codec
+        codec = decision.codec
+        view = encoder.mark(name, codec, value) if isinstance(codec, FixedSizeCodec) else None
+        if isinstance(codec, FixedSizeCodec) and view is not None:
+            result.values[name] = view
+            result.marked[name] = codec
             result.before += value.nbytes
-            result.after += decision.codec.encoded_nbytes(math.prod(value.shape))
-        elif decision.codec is not None:
-            warning = _encode_one(name, value, decision.codec, encode, flat, result)
+            result.after += codec.encoded_nbytes(math.prod(value.shape))
+        elif codec is not None:
+            try:
+                _add_codes(name, value, codec, encoder.encode(name, codec, value), result)
+            except UnrepresentableError as error:
+                warning = str(error)
         if warning:
             result.exact[name] = warning
-    _name_codecs(result)
-    for name, value in values.items():
-        # A tensor that is no wider than the codes keeps its dtype's name, as with FLARE: its dequantizer compares.
-        if result.algorithm != MIXED and result.source_datatype[name] == EXACT and is_tensor(value):
-            dtype = dtype_name(value)
-            codec = next(iter(result.codecs.values()), policy.codec)
-            no_wider = dtype in FLOAT_NAMES and isinstance(codec, FixedSizeCodec) and codec.bits >= float_bits(dtype)
-            result.source_datatype[name] = dtype if no_wider else EXACT
-    result.params = rebuild(params, flat)
+    _name_codecs(result, values, policy)
     return result
 
 
 def has_memory(value: Any) -> bool:
-    """Whether `value` is a tensor with an address that it can share with another one."""
+    """Return whether `value` is a tensor with an address that it can share with another one."""
     if is_torch(value):
         return str(value.layout) == "torch.strided" and value.device.type != "meta" and value.numel() > 0
     return type(value) is np.ndarray and value.size > 0
 
 
 def _decide(name: str, value: Any, policy: Policy) -> tuple[Decision, str | None]:
-    """What the policy says, and why a value that it can't encode deserves a warning, if it does."""
+    """Return what the policy says, and why a value that it can't encode deserves a warning, if it does."""
     if not is_tensor(value):
         listed = isinstance(value, list | tuple | dict)
         return Decision(None, "no tensor"), f"a {type(value).__name__}, not a tensor" if listed else None
@@ -159,32 +165,36 @@ def _decide(name: str, value: Any, policy: Policy) -> tuple[Decision, str | None
     return policy.decide(name, dtype, tuple(value.shape)), None
 
 
-def _encode_one(
-    name: str, value: Any, codec: Codec, encode: Encode, flat: dict[str, Any], result: EncodedParams
-) -> str | None:
-    """Put `value`'s codes into `flat` and `result`, or return why it has to travel exact, if that is worth telling."""
-    try:
-        encoded = encode(name, codec, value)
-    except UnrepresentableError as error:
-        return str(error)
+def _add_codes(name: str, value: Any, codec: Codec, encoded: Array, result: EncodedParams) -> None:
+    """Put `value`'s codes into `result`. What did not get smaller stays exact."""
     if not isinstance(codec, FixedSizeCodec) and encoded.nbytes >= value.nbytes:
-        return None
-    flat[name], state = to_message(codec, encoded, value)
+        return
+    codes, state = to_message(codec, encoded, value)
+    result.values[name] = codes
     result.quant_state[name] = state
     result.source_datatype[name] = dtype_name(value)
     result.codecs[name] = codec
     result.before += value.nbytes
-    result.after += flat[name].nbytes
+    result.after += codes.nbytes
     result.meta += sum(v.nbytes for v in state.values() if is_tensor(v))
-    return None
 
 
-def _name_codecs(result: EncodedParams) -> None:
+def _name_codecs(result: EncodedParams, values: Mapping[str, Any], policy: Policy) -> None:
     """Name the one codec in the message's algorithm, or each tensor's in its state."""
     names = {codec.name for codec in result.codecs.values()}
-    if len(names) == 1:
-        (result.algorithm,) = names
-    elif names:
+    if len(names) > 1:
         result.algorithm = MIXED
         for name, codec in result.codecs.items():
             result.quant_state[name]["codec"] = codec.name
+        return
+    codec = next(iter(result.codecs.values()), policy.codec)
+    result.algorithm = codec.name
+    for name, value in values.items():
+        # A tensor that is no wider than the codes keeps its dtype's name, as with FLARE: its dequantizer compares.
+        if result.source_datatype[name] == EXACT_DTYPE and is_tensor(value) and is_no_wider(codec, dtype_name(value)):
+            result.source_datatype[name] = dtype_name(value)
+
+
+def is_no_wider(codec: Codec | None, source: str) -> bool:
+    """Return whether FLARE's quantizer would have left a tensor of dtype `source` as it is."""
+    return isinstance(codec, FixedSizeCodec) and source in FLOAT_NAMES and codec.bits >= float_bits(source)

@@ -1,5 +1,7 @@
 """A DXO's data as flat names and values: params may be dicts in dicts (one dict per adapter, for example)."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from nvflare_rdma.errors import CodecError
@@ -8,7 +10,7 @@ _MAX_DEPTH = 8  # more is no model; keeps a forged message from exhausting the s
 
 
 def flatten(params: dict[str, Any]) -> dict[str, Any]:
-    """Every value by its name; those in inner dicts by ``outer/inner``.
+    """Return every value by its name; those in inner dicts by `outer/inner`.
 
     Raises:
         CodecError: two values of one name, or dicts nested deeper than any model has them.
@@ -34,7 +36,7 @@ def _collect(params: dict[str, Any], prefix: str, depth: int, flat: dict[str, An
 
 
 def rebuild(params: dict[str, Any], flat: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """New dicts of the form of `params` with the values of `flat`, which `flatten` named."""
+    """Return new dicts of the form of `params` with the values of `flat`, which `flatten` named."""
     new = {}
     for key, value in params.items():
         name = f"{prefix}{key}" if prefix else key

@@ -1,32 +1,48 @@
 """What a quantizer knows about the messages before: residuals, base models, and the encoding that sites share."""
 
+from __future__ import annotations
+
 import threading
-import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from nvflare.apis.dxo import DXO, DataKind
 from nvflare.apis.fl_context import FLContext
 
-from nvflare_rdma.codecs import Codec, FixedSizeCodec
-from nvflare_rdma.codecs.base import Array
-from nvflare_rdma.codecs.marks import marked
-from nvflare_rdma.codecs.policy import Policy
-from nvflare_rdma.codecs.tensors import is_plain, is_tensor, to_array
-from nvflare_rdma.errors import UnrepresentableError
-from nvflare_rdma.filters.correction import Corrected, encode_corrected
+from nvflare_rdma.codecs import Policy, is_plain, is_tensor
+from nvflare_rdma.filters.correction import CorrectingEncoder
 from nvflare_rdma.filters.delta_base import Base, bases_of, held_by_peer, server_holds
-from nvflare_rdma.filters.dither import DITHERED, dither_of
-from nvflare_rdma.filters.encoding import EncodedParams, encode_params, encode_whole
-from nvflare_rdma.filters.flat_params import flatten
+from nvflare_rdma.filters.encoding import EncodedParams, TensorEncoder, encode_params
 from nvflare_rdma.filters.points import FilterPoint
-from nvflare_rdma.filters.residuals import Residuals, fitting
-from nvflare_rdma.filters.sharing import Shared
+from nvflare_rdma.filters.residuals import Residuals
+from nvflare_rdma.filters.sharing import MarkingEncoder, Shared
 
 
 @dataclass(frozen=True)
-class Encoded:
+class ModelMessage:
+    """A message that is to be encoded.
+
+    Attributes:
+        values: tensors and whatever else is in it, by flat name.
+        whole: whether it is a model (WEIGHTS) and not a difference of two.
+        point: where it is sent.
+        root_id: FLARE's id of a message that goes to several sites, "" if it goes to one.
+        round: of this site and job, unlike all others; random rounding follows from it.
+        folder: where residuals are saved, None if nowhere.
+        direct: whether the transfer of both sides encodes and decodes what is marked.
+    """
+
+    values: Mapping[str, Any]
+    whole: bool
+    point: FilterPoint
+    root_id: str
+    round: str
+    folder: str | None
+    direct: bool
+
+
+@dataclass(frozen=True)
+class EncodedMessage:
     """An encoded message.
 
     Attributes:
@@ -40,8 +56,8 @@ class Encoded:
     leaves: str | None = None
 
 
-class Sender:
-    """Encodes the messages of one quantizer.
+class MessageEncoder:
+    """Encodes the messages of one quantizer. Any number of threads may use it at once.
 
     Args:
         policy: the codec of each tensor.
@@ -62,140 +78,84 @@ class Sender:
         self._shared: dict[str, Shared] = {}
         self._apart: set[str] = set()  # streams whose receivers don't all hold the same model
 
-    def encode(
-        self,
-        dxo: DXO,
-        point: FilterPoint,
-        message: str,
-        seed: str,
-        folder: str | None,
-        fl_ctx: FLContext,
-        mark: bool = False,
-    ) -> Encoded:
-        """Encode `dxo`, or find it encoded already.
+    def encode(self, message: ModelMessage, fl_ctx: FLContext) -> EncodedMessage:
+        """Encode the message, or find it encoded already.
 
-        Args:
-            message: FLARE's id of a message that goes to several sites, "" if it goes to one.
-            seed: of this round's random rounding.
-            folder: where residuals are saved, None if nowhere.
-            mark: leave the encoding to the transfer, unless what arrives has to be known here.
+        Tensors are only marked if the transfer can encode all of them, and what arrives need not be known here.
         """
         with self._lock:
+            results = self._shared_results(message) if message.point.on_server else {}
             forgetful = not (self._error_feedback or self._delta or self._stochastic)
-            if mark and forgetful and all(is_plain(v) for v in flatten(dxo.data).values() if is_tensor(v)):
-                return self._mark(dxo, point, message)
-            if self._error_feedback and folder is not None:
-                self.residuals.restore(point.stream, folder)
-            if not point.on_server:
-                return self._encode(dxo, point, self._base_for_server(dxo, point, fl_ctx), True, seed, fl_ctx)
-            return self._for_site(self._shared_by(dxo, point, message).results, dxo, point, seed, fl_ctx)
+            if message.direct and forgetful and all(is_plain(v) for v in message.values.values() if is_tensor(v)):
+                return EncodedMessage(encode_params(message.values, self._policy, MarkingEncoder(results)))
+            if self._error_feedback and message.folder is not None:
+                self.residuals.restore(message.point.stream, message.folder)
+            if message.point.on_server:
+                return self._for_site(results, message, fl_ctx)
+            return self._encode(message, self._base_for_server(message, fl_ctx), True, fl_ctx)
 
-    def _mark(self, dxo: DXO, point: FilterPoint, message: str) -> Encoded:
-        """All sites get the same views while one of them has them, so that a chunk that is encoded for one is there for
-        the others. None is kept here: a numpy view would keep the model alive."""
-        views: dict[str, Any] = {}
-        codes: dict[str, Array] = {}
-        if point.on_server:
-            results = self._shared_by(dxo, point, message).results
-            views, codes = results.setdefault("views", views), results.setdefault("codes", codes)
+    def _shared_results(self, message: ModelMessage) -> dict[str, Any]:
+        """Return what was made of this message for other sites."""
+        stream = message.point.stream
+        shared = self._shared.get(stream)
+        if not message.root_id or shared is None or not shared.is_of(message.root_id, message.values):
+            shared = self._shared[stream] = Shared(message.root_id, message.values)
+        return shared.results
 
-        def mark(name: str, codec: FixedSizeCodec, value: Any) -> Any:
-            known = views[name]() if name in views else None
-            if known is None:
-                known = marked(value, codec)
-                views[name] = weakref.ref(known)
-            return known
+    def _for_site(self, results: dict[str, Any], message: ModelMessage, fl_ctx: FLContext) -> EncodedMessage:
+        """Return the message for the site that asks.
 
-        def encode(name: str, codec: Codec, value: Any) -> Array:
-            if name not in codes:
-                codes[name] = encode_whole(name, codec, value)
-            return codes[name]
-
-        return Encoded(encode_params(dxo.data, self._policy, encode, mark))
-
-    def _shared_by(self, dxo: DXO, point: FilterPoint, message: str) -> Shared:
-        shared = self._shared.get(point.stream)
-        if not message or shared is None or not shared.is_of(message, dxo.data):
-            shared = self._shared[point.stream] = Shared(message, dxo.data)
-        return shared
-
-    def _for_site(
-        self, results: dict[str, Encoded], dxo: DXO, point: FilterPoint, seed: str, fl_ctx: FLContext
-    ) -> Encoded:
-        """The message for the site that asks. All sites get the same, unless some hold its base and others don't."""
-        held = held_by_peer(point.stream, fl_ctx) if self._delta else None
-        first = results.get("first")
+        All sites get the same, unless some hold its base and others don't.
+        """
+        stream = message.point.stream
+        held = held_by_peer(stream, fl_ctx) if self._delta else None
+        first: EncodedMessage | None = results.get("first")
         if first is None:
-            base = bases_of(fl_ctx).current(point.stream) if held is not None else None
-            if base is not None and (base.digest != held or dxo.data_kind != DataKind.WEIGHTS):
+            base = bases_of(fl_ctx).current(stream) if held is not None else None
+            if base is not None and (base.digest != held or not message.whole):
                 base = None
-            if point.stream in self._apart:  # let all of them hold the same again
-                self._apart.discard(point.stream)
+            if stream in self._apart:  # let all of them hold the same again
+                self._apart.discard(stream)
                 base = None
-            results["first"] = first = self._encode(dxo, point, base, True, seed, fl_ctx)
+            results["first"] = first = self._encode(message, base, True, fl_ctx)
         if first.base is None or first.base == held:
             return first
-        self._apart.add(point.stream)
+        self._apart.add(stream)
         if "whole" not in results:
-            results["whole"] = self._encode(dxo, point, None, False, seed, fl_ctx)
-        return results["whole"]
+            results["whole"] = self._encode(message, None, False, fl_ctx)
+        whole: EncodedMessage = results["whole"]
+        return whole
 
-    def _base_for_server(self, dxo: DXO, point: FilterPoint, fl_ctx: FLContext) -> Base | None:
-        """The model that this client got for its task, if the server still has it."""
-        if not self._delta or dxo.data_kind != DataKind.WEIGHTS:
+    def _base_for_server(self, message: ModelMessage, fl_ctx: FLContext) -> Base | None:
+        """Return the model that this client got for its task, if the server still has it."""
+        if not self._delta or not message.whole:
             return None
-        base = bases_of(fl_ctx).current(point.stream)
-        return base if base is not None and server_holds(point.stream, base, fl_ctx) else None
+        base = bases_of(fl_ctx).current(message.point.stream)
+        return base if base is not None and server_holds(message.point.stream, base, fl_ctx) else None
 
-    def _encode(
-        self, dxo: DXO, point: FilterPoint, base: Base | None, remember: bool, seed: str, fl_ctx: FLContext
-    ) -> Encoded:
-        """Encode `dxo` against `base`. If the message is to be remembered, the next one of its stream builds on it."""
-        leaves_base = remember and self._delta and point.on_server and dxo.data_kind == DataKind.WEIGHTS
+    def _encode(self, message: ModelMessage, base: Base | None, remember: bool, fl_ctx: FLContext) -> EncodedMessage:
+        """Encode against `base`. If the message is to be remembered, the next one of its stream builds on it."""
+        stream = message.point.stream
+        leaves_base = remember and self._delta and message.point.on_server and message.whole
         # A stream of differences from its own last message makes up for errors by itself: they are in the difference.
         feedback = remember and self._error_feedback and not leaves_base
         if not (leaves_base or feedback or base or self._stochastic):
-            return Encoded(encode_params(dxo.data, self._policy))
+            return EncodedMessage(encode_params(message.values, self._policy, TensorEncoder()))
 
-        # Taken once: a result that comes meanwhile may commit what is staged.
-        before = self.residuals.committed(point.stream) if feedback else {}
-        arrived: dict[str, Array] = {}
-        lacking: dict[str, Any] = {}
-        based: set[str] = set()
-
-        def encode(name: str, codec: Codec, value: Any) -> Array:
-            values = to_array(value)
-            if codec.name == "lossless":
-                arrived[name] = values.flatten()
-                return encode_whole(name, codec, values)
-            flat = np.ascontiguousarray(values).reshape(-1)
-            residual = fitting(before, name, values.shape)
-            known = base.tensor(name, flat) if base is not None else None
-            at_random = self._stochastic and codec.name in DITHERED
-
-            def attempt(residual: Array | None, known: Array | None) -> Corrected:
-                dither = dither_of(codec, f"{seed}\0{point.stream}\0{name}") if at_random else None
-                return encode_corrected(codec, flat, residual, known, dither)
-
-            try:
-                corrected = attempt(residual, known)
-            except UnrepresentableError:
-                if residual is None and known is None:
-                    raise
-                # The sum or difference can't be carried; the values themselves may be.
-                known = None
-                corrected = attempt(None, None)
-            arrived[name], lacking[name] = corrected.arrived, corrected.residual.reshape(values.shape)
-            if known is not None:
-                based.add(name)
-            return corrected.encoded
-
-        params = encode_params(dxo.data, self._policy, encode)
-        for name in based & params.codecs.keys():
+        encoder = CorrectingEncoder(
+            # Taken once: a result that comes meanwhile may commit what is staged.
+            before=self.residuals.committed(stream) if feedback else {},
+            base=base,
+            noise=f"{message.round}\0{stream}" if self._stochastic else None,
+        )
+        params = encode_params(message.values, self._policy, encoder)
+        for name in encoder.based & params.codecs.keys():
             params.quant_state[name]["delta"] = True
         if feedback:
-            self.residuals.stage(point.stream, {k: v for k, v in lacking.items() if k in params.codecs})
-        left = Base.of({k: v for k, v in arrived.items() if k in params.codecs}) if leaves_base else None
+            self.residuals.stage(stream, {k: v for k, v in encoder.lacking.items() if k in params.codecs})
+        left = Base.of({k: v for k, v in encoder.arrived.items() if k in params.codecs}) if leaves_base else None
         if left is not None:
-            bases_of(fl_ctx).set(point.stream, left)
-        return Encoded(params, base.digest if base is not None else None, left.digest if left is not None else None)
+            bases_of(fl_ctx).set(stream, left)
+        return EncodedMessage(
+            params, base.digest if base is not None else None, left.digest if left is not None else None
+        )

@@ -1,17 +1,19 @@
-"""One tensor's codes as they lie in a message, with the ``quant_state`` entry that goes with them.
+"""One tensor's codes as they lie in a message, with the `quant_state` entry that goes with them.
 
 FLARE's layouts (source: `nvflare.app_opt.pt.quantization`), so that its dequantizer can read them:
 
-- ``float16``: the tensor itself; ``bfloat16`` (FLARE has none) likewise, in numpy as uint16. No state.
-- ``blockwise8``: codes of the tensor's shape; ``absmax`` and the table ``code``.
-- ``float4``, ``normfloat4``: a column of codes; what bitsandbytes' ``QuantState.as_dict`` gives, except that
-  ``shape`` is a list: FLARE's serializer spends 126 bytes on a tuple of two and 9 on a list.
-- ``adaquant``: flat codes; ``offset``, ``norm``, ``quantization_level`` and ``tensor_shape``. A constant tensor has
+- `float16`: the tensor itself; `bfloat16` (FLARE has none) likewise, in numpy as uint16. No state.
+- `blockwise8`: codes of the tensor's shape; `absmax` and the table `code`.
+- `float4`, `normfloat4`: a column of codes; what bitsandbytes' `QuantState.as_dict` gives, except that
+  `shape` is a list: FLARE's serializer spends 126 bytes on a tuple of two and 9 on a list.
+- `adaquant`: flat codes; `offset`, `norm`, `quantization_level` and `tensor_shape`. A constant tensor has
   one False for codes, and neither norm nor level.
 
-All other codecs: the encoded bytes as they are, flat uint8; ``dtype`` and ``shape``. FLARE's can't read these.
+All other codecs: the encoded bytes as they are, flat uint8; `dtype` and `shape`. FLARE's can't read these.
 Received layouts are checked before anything is allocated for what they stand for.
 """
+
+from __future__ import annotations
 
 import bz2
 import math
@@ -22,20 +24,32 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs import Blockwise8, Codec, FixedSizeCodec, get_codec
-from nvflare_rdma.codecs.base import Array, Bytes, Float32, Parts
-from nvflare_rdma.codecs.tensors import FLOAT_NAMES, dtype_name, from_flat, is_tensor, is_torch, to_flat
+from nvflare_rdma.codecs import (
+    FLOAT_NAMES,
+    MAX_DIMENSIONS,
+    Array,
+    Blockwise8,
+    Bytes,
+    Codec,
+    FixedSizeCodec,
+    Float32,
+    Parts,
+    dtype_name,
+    from_flat,
+    get_codec,
+    is_tensor,
+    is_torch,
+    to_flat,
+)
 from nvflare_rdma.errors import CodecError
 
 FOUR_BIT_NAMES = {"float4": "fp4", "normfloat4": "nf4"}  # what bitsandbytes calls them
-FLARE_TYPES = ("float16", "blockwise8", "float4", "normfloat4", "adaquant")
-_MAX_DIMENSIONS = 64  # what numpy takes
 _MAX_VALUES = 1 << 60  # whose bytes an int64 can count
 _ADAQUANT_DTYPES = {"u1": np.uint8, "<u2": np.uint16}
 
 
 def to_message(codec: Codec, encoded: Array, value: Any) -> tuple[Any, dict[str, Any]]:
-    """The codes (in `value`'s framework) and the state of `value`, which was encoded to `encoded`."""
+    """Return the codes, in `value`'s framework, and the `quant_state` of `value`, which was encoded to `encoded`."""
     in_torch, shape, n = is_torch(value), tuple(value.shape), math.prod(value.shape)
     parts = codec.parts(encoded, n)
     if codec.name == "adaquant":
@@ -77,7 +91,10 @@ _tables: dict[tuple[str, bool], Any] = {}
 
 
 def shared_table(codec: Any, in_torch: bool) -> Any:
-    """The codec's code table, one object per framework: FLARE's download path sends one object once per message."""
+    """Return the codec's code table, one object per framework.
+
+    FLARE's download path sends one object once per message.
+    """
     key = (codec.name, in_torch)
     if key not in _tables:
         _tables.setdefault(key, _tensor(codec.table.copy(), in_torch))
@@ -86,12 +103,12 @@ def shared_table(codec: Any, in_torch: bool) -> Any:
 
 @dataclass(frozen=True)
 class Received:
-    """Codes that have been checked.
+    """The codes of one tensor, which have been checked.
 
     Attributes:
         shape: of the tensor that they stand for.
         nbytes: how much of the message they are.
-        decode_into: writes the values to a flat float32, float16 or uint16 (bfloat16 bits) array.
+        decode_into: the function that writes the values to a flat float32, float16 or uint16 (bfloat16 bits) array.
     """
 
     shape: tuple[int, ...]
@@ -100,7 +117,7 @@ class Received:
 
 
 def from_message(name: str, codec: Codec, value: Any, state: Any, source: Any, limit: int) -> Received:
-    """What `to_message` or FLARE made of the tensor `name`, whose dtype was `source`.
+    """Check what `to_message` or FLARE made of the tensor `name`, whose dtype was `source`, before it is decoded.
 
     Args:
         limit: how many values the codes may stand for where their number doesn't follow from the number of codes.
@@ -151,7 +168,11 @@ def from_message(name: str, codec: Codec, value: Any, state: Any, source: Any, l
 
 
 def codec_for(name: str, state: Any, algorithm: Codec | None) -> Codec:
-    """The codec of the tensor `name`: the message's, or in a mixed message the one that the tensor's state names."""
+    """Return the codec of the tensor `name`: the message's or, in a mixed message, the one that its state names.
+
+    Raises:
+        CodecError: the state names no codec that is known here.
+    """
     if algorithm is not None:
         return algorithm
     given = state.get("codec") if isinstance(state, dict) else None
@@ -218,7 +239,7 @@ def _decompressed(name: str, packed: Bytes, dtype: Any, n: int) -> Array:
 def _shape(name: str, state: dict[str, Any], key: str) -> tuple[tuple[int, ...], int]:
     shape: Any = state.get(key)
     if isinstance(shape, list | tuple):
-        require(name, len(shape) <= _MAX_DIMENSIONS, f"'{key}' has {len(shape)} dimensions")
+        require(name, len(shape) <= MAX_DIMENSIONS, f"'{key}' has {len(shape)} dimensions")
     # Sizes are Python integers: a hostile shape can't wrap around to a small product.
     good = isinstance(shape, list | tuple) and all(type(d) is int and d >= 0 for d in shape)
     require(name, good, f"'{key}' is {shape!r}")
@@ -228,7 +249,7 @@ def _shape(name: str, state: dict[str, Any], key: str) -> tuple[tuple[int, ...],
 
 
 def _is(found: Any, wanted: Any) -> bool:
-    """Whether a received item equals `wanted`; an array would answer with an array."""
+    """Return whether a received item equals `wanted`; an array would answer with an array."""
     return isinstance(found, type(wanted)) and bool(found == wanted)
 
 

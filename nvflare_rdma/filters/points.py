@@ -5,6 +5,8 @@ they leave a client and as they reach the server. A filter instance belongs to o
 from the context of each call (`nvflare.apis.utils.task_utils.apply_filters`).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.apis.utils.task_utils import get_filters
 
+from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.flare_compat import filters_of
 
 DXO_PATH = "nvflare_rdma.dxo_path"  # context property: where in a collection the filtered DXO is, "" at the top
@@ -29,15 +32,16 @@ _SERVER_POINTS = {
 }
 _SERVER_CONFIG = "config_fed_server.json"
 _CLIENT_CONFIG = "config_fed_client.json"
+_FILTERS = "nvflare_rdma.filters"
 
 
 @dataclass(frozen=True)
 class FilterPoint:
-    """One use of a filter.
+    """Where a filter is being called: at which of FLARE's points, and for which task and peer.
 
     Attributes:
-        chain: ``task_data``, ``task_result``, or None if unknown (outside a job).
-        direction: ``in``, ``out``, or None if unknown.
+        chain: `task_data`, `task_result`, or None if unknown (outside a job).
+        direction: `in`, `out`, or None if unknown.
         task: the task's name, "?" if unknown.
         peer: the site or server at the other end, if known.
         path: where in a collection the filtered DXO is, "" if it is the message itself.
@@ -50,8 +54,8 @@ class FilterPoint:
     path: str = ""
 
     @classmethod
-    def of(cls, component: Filter, shareable: Shareable, fl_ctx: FLContext) -> "FilterPoint":
-        """The point at which `component` is being called."""
+    def of(cls, component: Filter, shareable: Shareable, fl_ctx: FLContext) -> FilterPoint:
+        """Return the point at which `component` is being called."""
         task = fl_ctx.get_prop(FLContextKey.TASK_NAME) or shareable.get_header(ReservedHeaderKey.TASK_NAME) or "?"
         peer = fl_ctx.get_peer_context()
         return cls(
@@ -99,15 +103,33 @@ class FilterPoint:
         sender = f" from {self.peer}" if self.peer and self.direction == FilterKey.IN else ""
         return f"{what} of task '{self.task}'{sender}"
 
-    def opposite(self) -> "FilterPoint":
-        """The same side's point for messages of the same task that go the other way. Needs `known`."""
+    def opposite(self) -> FilterPoint:
+        """Return the same side's point for messages of the same task that go the other way. Needs `known`."""
         assert self.chain is not None
         assert self.direction is not None
         return FilterPoint(_OTHER_CHAIN[self.chain], _OTHER_DIRECTION[self.direction], self.task, self.peer)
 
 
-def filters_at(point: FilterPoint, fl_ctx: FLContext) -> list[Filter] | None:
-    """The job's and the site's filters at `point` of this process, or None outside a running job.
+def require_dequantizer(point: FilterPoint, fl_ctx: FLContext) -> None:
+    """Check that a side which sends codes also decodes those that it gets; outside a running job there is no telling.
+
+    Raises:
+        ConfigError: there is no ModelDequantizer for messages that go the other way; the message says what to add.
+    """
+    back = point.opposite() if point.known else point
+    incoming = _filters_at(back, fl_ctx)
+    if incoming is None or any(_is_dequantizer(f) for f in incoming):
+        return
+    raise ConfigError(
+        f"{point.config} has ModelQuantizer in {point.section} for task '{point.task}' but no "
+        f"ModelDequantizer in {back.section}: add {_FILTERS}.ModelDequantizer to {back.section} of "
+        f"{point.config} (and {_FILTERS}.ModelQuantizer to {back.section} of {point.other_config}), or pass "
+        "one_way=true to ModelQuantizer if the other direction is meant to travel unquantized"
+    )
+
+
+def _filters_at(point: FilterPoint, fl_ctx: FLContext) -> list[Filter] | None:
+    """Return the job's and the site's filters at `point` of this process, or None outside a running job.
 
     Reads the filter tables of FLARE's ServerRunner (in its config) or ClientRunner (its own attributes).
     """
@@ -119,6 +141,6 @@ def filters_at(point: FilterPoint, fl_ctx: FLContext) -> list[Filter] | None:
     return found
 
 
-def is_dequantizer(component: Filter) -> bool:
-    """Whether it undoes quantization: ours or FLARE's own, told by name so as not to import bitsandbytes."""
+def _is_dequantizer(component: Filter) -> bool:
+    """Return whether it undoes quantization: ours or FLARE's own, told by name so as not to import bitsandbytes."""
     return any(c.__name__ == "ModelDequantizer" for c in type(component).__mro__)

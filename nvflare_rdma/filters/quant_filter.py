@@ -1,5 +1,7 @@
 """What both filters share: FLARE's DXO filtering without its changes in place, and job-stopping config errors."""
 
+from __future__ import annotations
+
 import copy
 from typing import Any, NoReturn
 
@@ -41,19 +43,14 @@ class QuantFilter(DXOFilter):
             return shareable
         if not self._concerns(dxo):
             return shareable
-        point = FilterPoint.of(self, shareable, fl_ctx)
         try:
-            self.check_config(point, fl_ctx)
             result = self._filtered(dxo, "", shareable, fl_ctx)
         except ConfigError as error:
-            self._stop(point, error, fl_ctx)
+            self._stop(FilterPoint.of(self, shareable, fl_ctx), error, fl_ctx)
         return result.update_shareable(copy.copy(shareable))
 
-    def check_config(self, point: FilterPoint, fl_ctx: FLContext) -> None:
-        """Raise `ConfigError` if this side's config can't be right. The base has nothing to check."""
-
     def _concerns(self, dxo: DXO) -> bool:
-        """Whether a DXO with data to filter is somewhere in `dxo`."""
+        """Return whether a DXO with data to filter is somewhere in `dxo`."""
         if dxo.data_kind == DataKind.COLLECTION:
             return any(isinstance(d, DXO) and self._concerns(d) for d in dxo.data.values())
         return dxo.data_kind in self.data_kinds and bool(dxo.data)
@@ -73,8 +70,11 @@ class QuantFilter(DXOFilter):
 
     @staticmethod
     def _meta_for_new_dxo(dxo: DXO) -> dict[str, Any]:
-        """A copy of the metadata to change. FLARE appends to the history list in place, so that one stays behind:
-        `_apply_filter` copies it from the old DXO to the new one."""
+        """Return a copy of the metadata to change.
+
+        FLARE appends to the history list in place, so that one stays behind: `_apply_filter` copies it from the old
+        DXO to the new one.
+        """
         return {k: v for k, v in (dxo.meta or {}).items() if k != MetaKey.FILTER_HISTORY}
 
     def _stop(self, point: FilterPoint, error: ConfigError, fl_ctx: FLContext) -> NoReturn:

@@ -1,5 +1,7 @@
 """ModelQuantizer: the sending half of eager message quantization."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,33 +14,32 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.app_common.app_constant import AppConstants
 
-from nvflare_rdma.codecs.policy import Policy
-from nvflare_rdma.codecs.warming import warm_up
+from nvflare_rdma.codecs import Policy, warm_up
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters.delta_base import answer_clients
 from nvflare_rdma.filters.dither import DITHERED
 from nvflare_rdma.filters.flat_params import flatten, rebuild
-from nvflare_rdma.filters.message_encoder import Encoded, Sender
-from nvflare_rdma.filters.points import FilterPoint, filters_at, is_dequantizer
+from nvflare_rdma.filters.message_encoder import EncodedMessage, MessageEncoder, ModelMessage
+from nvflare_rdma.filters.points import FilterPoint, require_dequantizer
 from nvflare_rdma.filters.quant_filter import OURS, QUANT_STATE, QUANTIZED_FLAG, SOURCE_DATATYPE, QuantFilter
 from nvflare_rdma.flare_compat import TRANSFER_PROP
 
-_OURS = "nvflare_rdma.filters"
 _HANDED_OVER = (EventType.AFTER_SEND_TASK_RESULT, EventType.AFTER_PROCESS_SUBMISSION)
 
 
 class ModelQuantizer(QuantFilter):
-    """Sends model weights in few bits; drop-in for `nvflare.app_opt.pt.quantization.quantizer.ModelQuantizer`.
+    """Sends model weights in few bits.
 
-    Works on WEIGHTS and WEIGHT_DIFF DXOs, also inside COLLECTIONs and with dicts in the data, with numpy arrays and
-    torch tensors, on a CPU. Tensors on a CUDA device are encoded there, to the same codes, unless error feedback,
-    delta or stochastic rounding is on. The metadata is FLARE's for FLARE's types, so the receiver may have FLARE's own
-    ModelDequantizer, unless `delta` or a policy with several codecs is used. What it was given is never changed.
+    It can be put in place of `nvflare.app_opt.pt.quantization.quantizer.ModelQuantizer`, and works on WEIGHTS and
+    WEIGHT_DIFF DXOs, also inside COLLECTIONs and with dicts in the data, with numpy arrays and torch tensors. Tensors
+    on a CUDA device are encoded there, to the same codes, unless error feedback, delta or stochastic rounding is on.
+    The metadata is FLARE's for FLARE's types, so the receiver may have FLARE's own ModelDequantizer, unless `delta` or
+    a policy with several codecs is used. What the filter was given is never changed.
 
     Where this side and the peer have `nvflare_rdma.streaming.RdmaTransfer`, tensors are only marked here, and encoded
     piece by piece as they are sent: the encoded model never exists as a whole. They must not change until the message
-    has been received, as with all that FLARE downloads. (Not with error feedback, delta or
-    stochastic rounding, and not for ``lossless`` and ``adaquant``, whose sizes show only when all is encoded.)
+    has been received, as with all that FLARE downloads. With error feedback, delta or stochastic rounding, and for
+    `lossless` and `adaquant`, whose sizes show only when all is encoded, tensors are encoded here.
 
     Tensors that the type can't carry travel exact: integers, booleans, float64, empty ones, those that would not get
     smaller, and, with a warning that names them, those with NaN or Inf (unless the type carries them) or beyond the
@@ -54,7 +55,7 @@ class ModelQuantizer(QuantFilter):
             all that can be encoded is, as with FLARE's filter.
         error_feedback: add to each message what the last one of its task lacked.
         delta: send WEIGHTS as differences from a model that the receiver holds, when both sides have the same one.
-        stochastic_rounding: round ``int8`` up or down at random, so that the mean error is zero. The noise follows from
+        stochastic_rounding: round `int8` up or down at random, so that the mean error is zero. The noise follows from
             job, site, task and round: a job that is run again makes the same.
 
     Raises:
@@ -82,44 +83,57 @@ class ModelQuantizer(QuantFilter):
         self.error_feedback = error_feedback
         self.delta = delta
         self.stochastic_rounding = stochastic_rounding
-        self._sender = Sender(parsed, error_feedback, delta, stochastic_rounding)
-        self._checked: set[FilterPoint] = set()
+        self._encoder = MessageEncoder(parsed, error_feedback, delta, stochastic_rounding)
+        self._checked: set[tuple[str | None, str | None, str]] = set()
         self._warned = False
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Learn from FLARE's events what became of the messages."""
+        """Load compiled code as the run starts, and learn from FLARE's events whether messages were handed over."""
         if event_type == EventType.START_RUN:
-            warm_up(self._sender.codecs)
+            warm_up(self._encoder.codecs)
             if self.delta and self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
                 answer_clients(fl_ctx)
         elif event_type in _HANDED_OVER and self.error_feedback:
             task, aborted = fl_ctx.get_prop(FLContextKey.TASK_NAME), fl_ctx.get_run_abort_signal()
             if aborted is not None and aborted.triggered:
-                self._sender.residuals.drop_staged(task)
+                self._encoder.residuals.drop_staged(task)
             else:
-                self._sender.residuals.commit(task, _state_folder(fl_ctx))
-
-    def check_config(self, point: FilterPoint, fl_ctx: FLContext) -> None:
-        """Refuse a side that sends codes but would not decode those that it gets. Looked at once per task."""
-        key = FilterPoint(point.chain, point.direction, point.task, "")
-        if self.one_way or key in self._checked:
-            return
-        back = key.opposite() if key.known else key
-        incoming = filters_at(back, fl_ctx)
-        if incoming is not None and not any(is_dequantizer(f) for f in incoming):
-            raise ConfigError(
-                f"{point.config} has ModelQuantizer in {point.section} for task '{point.task}' but no "
-                f"ModelDequantizer in {back.section}: add {_OURS}.ModelDequantizer to {back.section} of "
-                f"{point.config} (and {_OURS}.ModelQuantizer to {back.section} of {point.other_config}), or pass "
-                "one_way=true to ModelQuantizer if the other direction is meant to travel unquantized"
-            )
-        self._checked.add(key)
+                self._encoder.residuals.commit(task, _state_folder(fl_ctx))
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO | None:
-        """A new DXO with codes for weights, or None (unchanged) if it is quantized already."""
+        """Return a new DXO with codes for weights, or None (unchanged) if it is quantized already.
+
+        Raises:
+            ConfigError: this side would not decode the codes that it gets. Looked at once per task.
+        """
+        point = FilterPoint.of(self, shareable, fl_ctx)
+        place = point.chain, point.direction, point.task
+        if not self.one_way and place not in self._checked:
+            require_dequantizer(point, fl_ctx)
+            self._checked.add(place)
         if dxo.get_meta_prop(QUANTIZED_FLAG):
-            self.log_info(fl_ctx, "Already quantized, nothing to do")
+            self.log_info(fl_ctx, "The message is quantized already and stays as it is")
             return None
+        self._warn_of_feedback(dxo, fl_ctx)
+        root_id = shareable.get_header(ReservedHeaderKey.MSG_ROOT_ID) or ""
+        message = self._encoder.encode(
+            ModelMessage(
+                values=flatten(dxo.data),
+                whole=dxo.data_kind == DataKind.WEIGHTS,
+                point=point,
+                root_id=root_id,
+                round=_round(root_id, shareable, fl_ctx),
+                folder=_state_folder(fl_ctx),
+                direct=_goes_directly(fl_ctx),
+            ),
+            fl_ctx,
+        )
+        self._report(message, fl_ctx)
+        # Dicts of its own: other sites get the same codes, and a later filter may change dicts in place.
+        meta = self._meta_for_new_dxo(dxo) | _metadata(message)
+        return DXO(data_kind=dxo.data_kind, data=rebuild(dxo.data, message.params.values), meta=meta)
+
+    def _warn_of_feedback(self, dxo: DXO, fl_ctx: FLContext) -> None:
         if self.error_feedback and not self.delta and dxo.data_kind == DataKind.WEIGHTS and not self._warned:
             self._warned = True
             self.log_warning(
@@ -128,29 +142,8 @@ class ModelQuantizer(QuantFilter):
                 "well, or leave out error_feedback",
                 fire_event=False,
             )
-        point = FilterPoint.of(self, shareable, fl_ctx)
-        root = shareable.get_header(ReservedHeaderKey.MSG_ROOT_ID) or ""
-        seed = _seed(root, shareable, fl_ctx)
-        message = self._sender.encode(dxo, point, root, seed, _state_folder(fl_ctx), fl_ctx, _goes_directly(fl_ctx))
-        self._report(message, fl_ctx)
-        encoded = message.params
-        meta = self._meta_for_new_dxo(dxo)
-        meta[MetaKey.PROCESSED_ALGORITHM] = encoded.algorithm
-        meta[QUANT_STATE] = dict(encoded.quant_state)
-        meta[SOURCE_DATATYPE] = dict(encoded.source_datatype)
-        meta[QUANTIZED_FLAG] = True
-        ours = {
-            "tied": dict(encoded.tied),
-            "base": message.base,
-            "leaves": message.leaves,
-            "on_the_way": len(encoded.marked),
-        }
-        if any(ours.values()):
-            meta[OURS] = {key: value for key, value in ours.items() if value}
-        # Dicts of its own: other sites get the same codes, and a later filter may change dicts in place.
-        return DXO(data_kind=dxo.data_kind, data=rebuild(encoded.params, flatten(encoded.params)), meta=meta)
 
-    def _report(self, message: Encoded, fl_ctx: FLContext) -> None:
+    def _report(self, message: EncodedMessage, fl_ctx: FLContext) -> None:
         encoded = message.params
         how = f" as the difference from {message.base}" if message.base else ""
         self.log_info(fl_ctx, f"Quantized to {encoded.algorithm}{how}: {encoded.summary()}")
@@ -159,8 +152,28 @@ class ModelQuantizer(QuantFilter):
             self.log_warning(fl_ctx, f"{len(encoded.exact)} tensor(s) sent exact: {listed}", fire_event=False)
 
 
+def _metadata(message: EncodedMessage) -> dict[str, Any]:
+    """Return what the receiver needs to decode the message: FLARE's metadata, and what FLARE's filters don't know."""
+    params = message.params
+    meta: dict[str, Any] = {
+        MetaKey.PROCESSED_ALGORITHM: params.algorithm,
+        QUANT_STATE: dict(params.quant_state),
+        SOURCE_DATATYPE: dict(params.source_datatype),
+        QUANTIZED_FLAG: True,
+    }
+    ours = {
+        "tied": dict(params.tied),
+        "base": message.base,
+        "leaves": message.leaves,
+        "on_the_way": len(params.marked),
+    }
+    if any(ours.values()):
+        meta[OURS] = {key: value for key, value in ours.items() if value}
+    return meta
+
+
 def _goes_directly(fl_ctx: FLContext) -> bool:
-    """Whether both sides have `nvflare_rdma.streaming.RdmaTransfer`, which encodes and decodes what is marked."""
+    """Return whether both sides have `nvflare_rdma.streaming.RdmaTransfer`, which takes care of what is marked."""
     peer = fl_ctx.get_peer_context()
     return bool(fl_ctx.get_prop(TRANSFER_PROP) and peer is not None and peer.get_prop(TRANSFER_PROP))
 
@@ -178,16 +191,16 @@ def _check_stochastic(policy: Policy, error_feedback: bool) -> None:
         )
 
 
-def _seed(root: str, shareable: Shareable, fl_ctx: FLContext) -> str:
-    """What tells a round of this site and job from all others; outside of rounds, the message or task."""
+def _round(root_id: str, shareable: Shareable, fl_ctx: FLContext) -> str:
+    """Return what tells a round of this site and job from all others; outside of rounds, the message or task."""
     current = shareable.get_header(AppConstants.CURRENT_ROUND)
     if current is None:
-        current = root or fl_ctx.get_prop(FLContextKey.TASK_ID, "")
+        current = root_id or fl_ctx.get_prop(FLContextKey.TASK_ID, "")
     return f"{fl_ctx.get_job_id('')}\0{fl_ctx.get_identity_name()}\0{current}"
 
 
 def _state_folder(fl_ctx: FLContext) -> str | None:
-    """Where residuals outlive the process: in the job's run folder. None outside a job."""
+    """Return where residuals outlive the process: in the job's run folder. None outside a job."""
     job, engine = fl_ctx.get_job_id(), fl_ctx.get_engine()
     if not job or engine is None:
         return None

@@ -8,21 +8,23 @@ dropped. Committed residuals are saved in the job's run folder, so that they out
 Kept in bfloat16: two bytes a value, and what that rounding loses is 2**-9 of what one message lost.
 """
 
+from __future__ import annotations
+
+import logging
 import os
 import re
 import threading
 from collections.abc import Mapping
-from logging import getLogger
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from nvflare_rdma.codecs.base import Array
+from nvflare_rdma.codecs import Array
 
 Bits = NDArray[np.uint16]
 
-_log = getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Residuals:
@@ -34,15 +36,15 @@ class Residuals:
         self._staged: dict[str, dict[str, Bits]] = {}
 
     def committed(self, stream: str) -> Mapping[str, Bits]:
-        """The committed residuals of a stream as they are now; a later commit doesn't change what is returned."""
+        """Return the committed residuals of a stream as they are now; a later commit doesn't change them."""
         with self._lock:
             return self._committed.get(stream, {})
 
     def stage(self, stream: str, residuals: dict[str, Bits]) -> None:
-        """Keep what the message that was just encoded lacked, until it is known whether it was sent."""
+        """Keep what the message that was just encoded lacked until it is known whether the message was sent."""
         with self._lock:
             if self._staged.pop(stream, None) is not None:
-                _log.warning(
+                log.warning(
                     "error feedback of '%s': the message before this one was not seen to be sent; what it lacked is "
                     "not made up for",
                     stream,
@@ -50,7 +52,7 @@ class Residuals:
             self._staged[stream] = residuals
 
     def commit(self, task: str, folder: str | None) -> None:
-        """What was staged for the streams of `task` was sent: use it from now on, and save it to `folder`."""
+        """Use from now on what was staged for the streams of `task`, since it was sent, and save it to `folder`."""
         with self._lock:
             streams = [s for s in self._staged if s == task or s.startswith(f"{task}/")]
             for stream in streams:
@@ -59,7 +61,7 @@ class Residuals:
                     _save(folder, stream, self._committed[stream])
 
     def drop_staged(self, task: str) -> None:
-        """The message of `task` will not be sent."""
+        """Forget what was staged for the streams of `task`: the message will not be sent."""
         with self._lock:
             for stream in [s for s in self._staged if s == task or s.startswith(f"{task}/")]:
                 del self._staged[stream]
@@ -72,7 +74,7 @@ class Residuals:
 
 
 def fitting(residuals: Mapping[str, Bits], name: str, shape: tuple[int, ...]) -> Bits | None:
-    """A tensor's residual, flat; None if there is none or the tensor had another shape."""
+    """Return a tensor's residual, flat, or None if there is none or the tensor had another shape."""
     residual = residuals.get(name)
     return residual.reshape(-1) if residual is not None and residual.shape == shape else None
 
@@ -103,6 +105,6 @@ def _load(folder: str, stream: str) -> dict[str, Bits]:
     try:
         loaded = load_file(path)
     except (OSError, SafetensorError) as error:
-        _log.warning("error feedback of '%s' starts anew: %s can't be read: %s", stream, path, error)
+        log.warning("error feedback of '%s' starts anew: %s can't be read: %s", stream, path, error)
         return {}
     return {name: bits for name, bits in loaded.items() if bits.dtype == np.uint16}

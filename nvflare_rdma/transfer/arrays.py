@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs.base import Array
-from nvflare_rdma.codecs.tensors import is_torch
+from nvflare_rdma.codecs import Array, is_torch
 from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.fabric.slots import SlotPool
 from nvflare_rdma.transfer.manifest import Item

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgpack
 
-from nvflare_rdma.codecs.tensors import FLOAT_NAMES, MAX_DIMENSIONS, dtype_name, is_plain, is_torch, width
+from nvflare_rdma.codecs import FLOAT_NAMES, MAX_DIMENSIONS, dtype_name, is_plain, is_torch, width
 from nvflare_rdma.errors import ProtocolError, TransferError
 from nvflare_rdma.transfer.pieces import PieceLayout
 

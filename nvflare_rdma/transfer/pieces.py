@@ -14,8 +14,7 @@ import numpy as np
 
 from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES
 from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES
-from nvflare_rdma.codecs import FixedSizeCodec, get_codec
-from nvflare_rdma.codecs.tensors import NUMPY_DTYPES, dtype_name
+from nvflare_rdma.codecs import NUMPY_DTYPES, FixedSizeCodec, dtype_name, get_codec
 from nvflare_rdma.errors import ProtocolError
 
 #: Values in a piece, or the least power of two from here on that makes a unit: half a MiB of float32, which caches

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Set
 from typing import Any, TypeAlias
 
 from nvflare_rdma.channel.bodies import Sink
-from nvflare_rdma.codecs.safetensors_header import METADATA, SAFETENSORS_DTYPES, make_header
+from nvflare_rdma.codecs import is_storable, make_header
 from nvflare_rdma.transfer.arrays import from_bytes
 from nvflare_rdma.transfer.encoding import decode_pieces
 from nvflare_rdma.transfer.manifest import Item
@@ -74,7 +74,7 @@ class OnDisk(Place):
     @staticmethod
     def takes(item: Item) -> bool:
         """Whether such files have tensors of its dtype."""
-        return item.torch and item.dtype in SAFETENSORS_DTYPES and item.name != METADATA
+        return item.torch and is_storable(item.name, item.dtype)
 
     def write(self, offset: int, data: memoryview) -> None:
         with self._allocating:  # when something comes, and not because somebody has said so

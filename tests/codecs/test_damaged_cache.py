@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 import shutil
@@ -11,20 +12,27 @@ import numba
 import pytest
 from processes import run
 
+#: Makes one kernel twice with each of the folders for its cache, and prints what numba did with that.
 SCRIPT = """
+import contextlib, io, json, sys
 import numpy as np
+from numba.core import config
 from nvflare_rdma.codecs.kernels import jit
 
-def total(values, scale):
-    found = np.float64(0)
-    for i in range(values.size):
-        found += values[i] * scale
-    return found
+def twice(values):
+    return values[0] * 2.0
 
-signature = jit.float64_value(jit.float32, jit.float64_value)
-for _ in range(2):  # what is written by the first is there for the second
-    assert jit.kernel(signature)(total)(np.arange(5, dtype=np.float32), 2.0) == 20
-    print("made")
+def made():
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        kernel = jit.kernel(jit.float64_value(jit.float32))(twice)
+    assert kernel(np.full(1, 10, np.float32)) == 20
+    return output.getvalue()
+
+config.DEBUG_CACHE = 1
+for folder in sys.argv[1:]:
+    config.CACHE_DIR = folder
+    print(json.dumps([made(), made()]), flush=True)  # what is written by the first is there for the second
 """
 DAMAGE = {
     "empty": lambda content: b"",
@@ -34,47 +42,51 @@ DAMAGE = {
     "garbage": lambda content: random.Random(3).randbytes(len(content)),
     "something else": lambda content: pickle.dumps(numba.__version__) + pickle.dumps(7),
 }
+SUFFIXES = (".nbi", ".nbc")
 
 
-def make_two(script: Path, cache: Path) -> list[str]:
-    """What numba did with its cache, for each of the two kernels made."""
-    done = run(script, timeout=120, NUMBA_CACHE_DIR=str(cache), NUMBA_DEBUG_CACHE="1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.split("made\n")[:2]
+def make_two(script: Path, *caches: Path) -> list[list[str]]:
+    """What numba did with each cache, for each of the two kernels made."""
+    done = run(script, *map(str, caches), timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def damage(cache: Path, suffix: str, how: str) -> None:
+    (file,) = cache.rglob(f"*{suffix}")
+    if how == "no file":  # nobody can read it, nor write over it
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes(DAMAGE[how](file.read_bytes()))
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """A script, and what numba keeps after it has run."""
+def outcomes(tmp_path_factory):
+    """What was done with each damaged cache. One process for all: its start takes longer than all that it compiles."""
     folder = tmp_path_factory.mktemp("kept")
-    script = folder / "script.py"
+    script, pristine = folder / "script.py", folder / "cache"
     script.write_text(SCRIPT)
-    first, second = make_two(script, folder / "cache")
+    ((first, second),) = make_two(script, pristine)
     assert "data saved" in first
     assert "data loaded" in second
-    return script, folder / "cache"
+    cases = [*((suffix, how) for suffix in SUFFIXES for how in DAMAGE), (".nbi", "no file")]
+    caches = [folder / str(number) for number in range(len(cases))]
+    for cache, case in zip(caches, cases, strict=True):
+        shutil.copytree(pristine, cache)
+        damage(cache, *case)
+    return dict(zip(cases, make_two(script, *caches), strict=True))
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
-def test_it_is_compiled_and_kept_anew(kept, tmp_path, suffix, damage):
-    script, pristine = kept
-    cache = tmp_path / "cache"
-    shutil.copytree(pristine, cache)
-    (file,) = cache.rglob(f"*{suffix}")
-    file.write_bytes(DAMAGE[damage](file.read_bytes()))
-    first, second = make_two(script, cache)
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_it_is_compiled_and_kept_anew(outcomes, suffix, damage):
+    first, second = outcomes[suffix, damage]
     assert "data saved" in first
     assert "data loaded" in second
     assert "data saved" not in second
 
 
-def test_what_cannot_be_written_anew_is_compiled_all_the_same(kept, tmp_path):
-    script, pristine = kept
-    cache = tmp_path / "cache"
-    shutil.copytree(pristine, cache)
-    (index,) = cache.rglob("*.nbi")
-    index.unlink()
-    index.mkdir()  # nobody can read it, nor write over it
-    for output in make_two(script, cache):
+def test_what_cannot_be_written_anew_is_compiled_all_the_same(outcomes):
+    for output in outcomes[".nbi", "no file"]:
         assert "data loaded" not in output

@@ -278,7 +278,7 @@ def test_a_base_that_was_promised_is_kept_until_the_result_is_there(federation):
 
 def test_decoding_to_other_bits_is_noticed(federation, monkeypatch, warnings_logged):
     fed = federation()
-    monkeypatch.setattr("nvflare_rdma.filters.dequantizer.add_base", lambda d, b, out: out.fill(3))
+    monkeypatch.setattr("nvflare_rdma.filters.decoding.add_base", lambda d, b, out: out.fill(3))
     fed.task(model(0))("site-1")
     meta, _ = fed.task(model(1))("site-1")
     assert "base" in ours(meta)
@@ -341,7 +341,7 @@ def test_the_server_needs_no_residual_with_differences(federation, error_feedbac
     for _ in range(25):
         worst.append(error(fed.task(w)("site-1")[1], w))
     assert worst[-1] < 0.2 * worst[0]
-    assert not fed.server.quantizer._sender.residuals._staged
+    assert not fed.server.quantizer._encoder.residuals._staged
 
 
 def test_a_sites_results_use_both(federation):
@@ -354,7 +354,7 @@ def test_a_sites_results_use_both(federation):
         assert "base" in ours(meta)
         total = total + (back["layer0.weight"] - got["layer0.weight"])
         wanted = wanted + (trained["layer0.weight"] - got["layer0.weight"])
-    residual = fed.sites["site-1"].quantizer._sender.residuals.committed("train").get("layer0.weight")
+    residual = fed.sites["site-1"].quantizer._encoder.residuals.committed("train").get("layer0.weight")
     left = (residual.astype(np.uint32) << 16).view(np.float32).reshape(40, 50)
     np.testing.assert_allclose(total + left, wanted, atol=2e-3)
 

@@ -66,7 +66,7 @@ def quantizer(name="ternary", **kwargs):
 
 
 def residual_of(q, name="w", stream="train"):
-    bits = q._sender.residuals._committed[stream][name].reshape(-1)
+    bits = q._encoder.residuals._committed[stream][name].reshape(-1)
     return to_float32(bits)
 
 
@@ -168,7 +168,7 @@ def test_an_aborted_run_commits_nothing(job):
     stream.ctx.set_prop(ReservedKey.RUN_ABORT_SIGNAL, signal, private=True, sticky=True)
     stream.sent()
     np.testing.assert_array_equal(residual_of(q), before)
-    assert not q._sender.residuals._staged
+    assert not q._encoder.residuals._staged
 
 
 def test_another_tasks_message_commits_nothing(job):
@@ -177,7 +177,7 @@ def test_another_tasks_message_commits_nothing(job):
     stream.encode({"w": np.ones(2048, np.float32)})
     stream.ctx.set_prop(FLContextKey.TASK_NAME, "validate", private=True, sticky=False)
     stream.sent()
-    assert not q._sender.residuals._committed.get("train")
+    assert not q._encoder.residuals._committed.get("train")
 
 
 def test_tasks_and_places_in_a_collection_have_residuals_of_their_own(job):
@@ -189,7 +189,7 @@ def test_tasks_and_places_in_a_collection_have_residuals_of_their_own(job):
     for _ in range(2):
         stream.encode(nested, DataKind.COLLECTION)
         stream.sent()
-    saved = q._sender.residuals._committed
+    saved = q._encoder.residuals._committed
     assert saved.keys() == {"train/inner/a", "train/inner/b", "train/a"}
     assert np.array_equal(saved["train/inner/a"]["w"], saved["train/a"]["w"])
     assert not np.array_equal(saved["train/inner/a"]["w"], saved["train/inner/b"]["w"])
@@ -242,7 +242,7 @@ def test_a_tensor_that_can_not_be_carried_leaves_no_residual(job):
     bad[3] = np.nan
     stream.send({"w": good, "x": good})
     assert np.isnan(stream.send({"w": bad, "x": good})["w"][3])
-    assert q._sender.residuals._committed["train"].keys() == {"x"}
+    assert q._encoder.residuals._committed["train"].keys() == {"x"}
     assert np.isfinite(stream.send({"w": good, "x": good})["w"]).all()
 
 
@@ -287,7 +287,7 @@ def test_a_result_that_comes_while_the_next_message_is_encoded_changes_nothing_i
         stream.sent()
         return encode_corrected(*args)
 
-    monkeypatch.setattr("nvflare_rdma.filters.message_encoder.encode_corrected", late)
+    monkeypatch.setattr("nvflare_rdma.filters.correction.encode_corrected", late)
     got = decoded(stream.encode(w))
     for name in w:
         np.testing.assert_array_equal(got[name], expected[name])

@@ -111,7 +111,7 @@ def test_messages_without_an_id_or_from_a_client_are_not_shared(encodings, at):
 def test_the_model_is_not_kept_alive_and_its_codes_go_with_it(at):
     quantizer, model = ModelQuantizer("int8", one_way=True), params()
     to_sites(quantizer, message(model), at)
-    (shared,) = quantizer._sender._shared.values()
+    (shared,) = quantizer._encoder._shared.values()
     assert shared.results
     del model
     gc.collect()
@@ -122,7 +122,7 @@ def test_error_feedback_counts_a_broadcast_once(encodings, at):
     quantizer = ModelQuantizer("ternary", one_way=True, error_feedback=True)
     a, b, c = to_sites(quantizer, message(params()), at)
     assert a.data["w0"] is b.data["w0"] is c.data["w0"]
-    (staged,) = quantizer._sender.residuals._staged.values()
+    (staged,) = quantizer._encoder.residuals._staged.values()
     arrived = from_shareable(ModelDequantizer().process(b.to_shareable(), FLContext())).data["w0"]
     expected = (params()["w0"] - arrived).bfloat16()
     assert torch.equal(torch.from_numpy(staged["w0"].view(np.int16)).view(torch.bfloat16), expected)

@@ -20,6 +20,7 @@ JOBS = Path(__file__).parents[2] / "jobs"
 TINY = ["--rounds", "1", "--sites", "1", "--steps", "1", "--width", "64", "--layers", "1", "--quantize", "int8"]
 VALUES = 128 * 64
 RAW_BYTES = 4 * (VALUES + 64)
+MODULES = ["nvflare_rdma.streaming", "nvflare_rdma.streaming.transfer"]
 
 
 @pytest.mark.parametrize(
@@ -57,21 +58,29 @@ def test_it_runs_in_few_bits_and_directly(tmp_path):
     assert next((tmp_path / "ws" / "server").rglob("FL_global_model.pt")).is_file()
 
 
-@pytest.mark.parametrize("module", ["nvflare_rdma.streaming", "nvflare_rdma.streaming.transfer"])
-def test_a_new_export_has_the_public_names(module, tmp_path):
-    """Whatever module a job's author has them from."""
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """Exports whose authors have the classes from one module and from another: one process makes both."""
+    folder = tmp_path_factory.mktemp("named")
     code = f"""
 from nvflare.job_config.api import FedJob
+from nvflare.fuel.utils.class_loader import load_class
 from nvflare_rdma.recipe import add_quantization
-from {module} import RdmaTransfer
-job = FedJob("named", 1)
-job.to_server(RdmaTransfer(), id="transfer")
-add_quantization(job, "int8")
-job.export_job({str(tmp_path)!r})
+for module in {MODULES}:
+    job = FedJob(module, 1)
+    job.to_server(load_class(module + ".RdmaTransfer")(), id="transfer")
+    add_quantization(job, "int8")
+    job.export_job({str(folder)!r})
 """
-    done = run(["-c", code], timeout=60)
+    done = run(["-c", code], timeout=120)
     assert done.returncode == 0, done.stderr
-    app = tmp_path / "named" / "app"
+    return folder
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_new_export_has_the_public_names(module, named):
+    """Whatever module a job's author has them from."""
+    app = named / module / "app"
     text = (app / "config" / "config_fed_server.json").read_text()
     assert set(re.findall(r'"(nvflare_rdma\..+)"', text)) == {
         "nvflare_rdma.streaming.RdmaTransfer",
@@ -86,21 +95,45 @@ def test_the_public_classes_of_streaming_say_so():
         assert getattr(streaming, name).__module__ == "nvflare_rdma.streaming", name
 
 
-@pytest.mark.flare
-@pytest.mark.parametrize(("name", "options"), [("stdlib_lm", []), ("gpt2_small", ["--direct", "--vocab", "256"])])
-def test_an_exported_job_needs_nothing_of_the_machine_it_is_from(tmp_path, name, options):
-    here, there = tmp_path / "here", tmp_path / "there"
-    export = ["--workspace", str(tmp_path / "none"), "--export", "--export-dir", str(here)]
+def exported_elsewhere(folder: Path, name: str, *options: str) -> Path:
+    """The job, exported and then moved; no absolute path is left in it."""
+    here, there = folder / "here", folder / "there"
+    export = ["--workspace", str(folder / "none"), "--export", "--export-dir", str(here)]
     done = run(JOBS / name / "job.py", *TINY, *options, *export, timeout=120)
     assert done.returncode == 0, done.stderr
     configurations = [file.read_text() for file in here.rglob("*.json")]
     assert len(configurations) == 3
     for text in configurations:
         assert not re.findall(r'"(?:[^"]*[\s=:])?/.*"', text)  # an absolute path, alone or among arguments
-
     here.rename(there)
+    return there / name
+
+
+@pytest.mark.flare
+def test_an_exported_job_needs_nothing_of_the_machine_it_is_from(tmp_path):
+    job = exported_elsewhere(tmp_path, "stdlib_lm")
     simulator = ["-m", "nvflare.private.fed.app.simulator.simulator"]
-    done = run(simulator, str(there / name), "-w", str(tmp_path / "ws"), "-n", "1", "-t", "1", timeout=150)
+    done = run(simulator, str(job), "-w", str(tmp_path / "ws"), "-n", "1", "-t", "1", timeout=150)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert f"full path: {tmp_path / 'ws' / 'site-1'}" in (tmp_path / "ws" / "site-1" / "log.txt").read_text()
     assert "Finished FedAvg" in (tmp_path / "ws" / "server" / "log.txt").read_text()
+
+
+@pytest.mark.flare
+def test_all_that_an_exported_job_names_is_in_it(tmp_path):
+    """Without a run: its classes, and its script with all that this imports, are found in the job and the package."""
+    job = exported_elsewhere(tmp_path, "gpt2_small", "--direct", "--vocab", "256")
+    text = "".join(file.read_text() for file in (job / "app" / "config").glob("*.json"))
+    classes = set(re.findall(r'"path": "(.+)"', text))
+    assert "model.GPT2" in classes
+    (script,) = set(re.findall(r'"task_script_path": "(.+)"', text))
+    code = f"""
+import importlib, sys
+from nvflare.fuel.utils.class_loader import load_class
+sys.path.insert(0, {str(job / "app" / "custom")!r})
+for path in {sorted(classes)}:
+    load_class(path)
+importlib.import_module({script.removesuffix(".py")!r}).main
+"""
+    done = run(["-c", code], timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -1,5 +1,7 @@
 """Even levels between the smallest and the largest value, in float64 as FLARE's AdaQuantizer computes them."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
@@ -43,7 +45,7 @@ def extremes(bits: Any) -> Any:
     nothing(float32, float64_value, float64_value, float64_value, uint16_out),
 )
 def encode(values: Any, offset: Any, norm: Any, level: Any, codes: Any) -> None:
-    """``round((x + offset) / norm * level)``, ties to even."""
+    """`round((x + offset) / norm * level)`, ties to even."""
     for i in range(values.size):
         step = (np.float64(values[i]) + offset) / norm * level
         codes[i] = np.uint32(np.int32((step + _ROUND) - _ROUND))
@@ -54,5 +56,6 @@ def encode(values: Any, offset: Any, norm: Any, level: Any, codes: Any) -> None:
     nothing(uint16, float64_value, float64_value, float64_value, float32_out),
 )
 def decode(codes: Any, offset: Any, norm: Any, level: Any, out: Any) -> None:
+    """Write `code * norm / level - offset` as float32, computed in float64."""
     for i in range(codes.size):
         out[i] = np.float32(np.float64(codes[i]) * norm / level - offset)

@@ -1,5 +1,7 @@
 """8-bit codes that stand for entries of a table, times a scale per block."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
@@ -60,7 +62,7 @@ def encode(values: Any, block: Any, nearest: Any, scales: Any, codes: Any) -> An
 
 @kernel(nothing(uint8, float32, size, float32, float32_out))
 def decode(codes: Any, scales: Any, block: Any, table: Any, out: Any) -> None:
-    """``table[code] * scale``; the table has 256 entries."""
+    """`table[code] * scale`; the table has 256 entries."""
     for b in range(scales.size):
         block_codes = codes[b * block : (b + 1) * block]
         block_out = out[b * block : (b + 1) * block]

@@ -1,5 +1,7 @@
 """4-bit codes, two a byte with the first value in the high nibble, times a scale per block of 64 values."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ _FLOOR = np.float32(1e-38)
 
 @kernel(boolean(float32, float32, uint8, float32_out, uint8_out))
 def encode(values: Any, middles: Any, order: Any, scales: Any, codes: Any) -> Any:
-    """Write each block's absmax and the codes of x / absmax: ``order[k]`` where k of the 15 `middles` are smaller.
+    """Write each block's absmax and the codes of x / absmax: `order[k]` where k of the 15 `middles` are smaller.
 
     An incomplete last block is divided by its absmax, raised to 1e-38, where full ones are multiplied by its
     reciprocal: bitsandbytes has it so. An odd length ends with the code of 0.
@@ -71,7 +73,7 @@ def encode(values: Any, middles: Any, order: Any, scales: Any, codes: Any) -> An
 
 @kernel(nothing(uint8, float32, float32, float32_out))
 def decode(codes: Any, scales: Any, pairs: Any, out: Any) -> None:
-    """``value * scale``; `pairs` has the two values of each of the 256 bytes."""
+    """`value * scale`; `pairs` has the two values of each of the 256 bytes."""
     for b in range(scales.size):
         block_codes = codes[b * (_BLOCK // 2) : (b + 1) * (_BLOCK // 2)]
         block_out = out[b * _BLOCK : (b + 1) * _BLOCK]

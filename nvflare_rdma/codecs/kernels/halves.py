@@ -1,5 +1,7 @@
 """float32 to and from half precision and bfloat16, rounded to nearest even. NaN stays NaN (made quiet)."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,7 @@ def to_half(values: Any, out: Any) -> Any:
 
 @kernel(nothing(uint16, float32_out))
 def from_half(bits: Any, out: Any) -> None:
+    """Write the float32 values of half-precision numbers, given as their bits. Exact."""
     for i in range(bits.size):
         out[i] = half_value(bits[i])
 

@@ -3,6 +3,8 @@
 numba's cache looks at a kernel's own file only: after a change here, remove what it wrote (`__pycache__/*.nbi`).
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -4,6 +4,8 @@ Blocks whose largest magnitude is below 2**-100 become zeros: their scales or re
 range. All encoders return False, with the outputs unfinished, as soon as a block holds NaN or Inf.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,8 @@ from nvflare_rdma.codecs.kernels.jit import (
     truncated,
     uint8_out,
 )
-from nvflare_rdma.codecs.tables import largest_scale
+from nvflare_rdma.codecs.tables import WEAK, largest_scale
 
-_WEAK = np.float32(2.0**-100)
 _ROUND = np.float32(1.5 * 2.0**23)  # a float32 with this added and taken away again is rounded to an integer
 _ZERO = np.float32(0)
 _LARGEST_3, _LARGEST_127, _LARGEST_448 = largest_scale(3), largest_scale(127), largest_scale(448)
@@ -34,7 +35,7 @@ _LARGEST_3, _LARGEST_127, _LARGEST_448 = largest_scale(3), largest_scale(127), l
 
 @kernel(boolean(float32, size, float32_out, int8_out))
 def encode_int8(values: Any, block: Any, scales: Any, codes: Any) -> Any:
-    """``round(x / scale)``, ties to even, with scale = absmax / 127."""
+    """`round(x / scale)`, ties to even, with scale = absmax / 127."""
     bits = values.view(np.uint32)
     for b in range(scales.size):
         in_block = values[b * block : (b + 1) * block]
@@ -44,7 +45,7 @@ def encode_int8(values: Any, block: Any, scales: Any, codes: Any) -> Any:
         if top >= INFINITY:
             return False
         absmax = float_of(top)
-        weak = absmax < _WEAK
+        weak = absmax < WEAK
         scales[b] = _ZERO if weak else min(absmax / np.float32(127), _LARGEST_127)
         inverse = _ZERO if weak else np.float32(127) / absmax
         for i in range(in_block.size):
@@ -54,6 +55,7 @@ def encode_int8(values: Any, block: Any, scales: Any, codes: Any) -> Any:
 
 @kernel(nothing(int8, float32, size, float32_out))
 def decode_int8(codes: Any, scales: Any, block: Any, out: Any) -> None:
+    """Write `code * scale`."""
     for b in range(scales.size):
         block_codes = codes[b * block : (b + 1) * block]
         block_out = out[b * block : (b + 1) * block]
@@ -64,7 +66,7 @@ def decode_int8(codes: Any, scales: Any, block: Any, out: Any) -> None:
 
 @kernel(boolean(float32, size, float32_out, uint8_out))
 def encode_float8(values: Any, block: Any, scales: Any, codes: Any) -> Any:
-    """The float8 e4m3 number nearest to ``x / scale``, ties to even, with scale = absmax / 448."""
+    """The float8 e4m3 number nearest to `x / scale`, ties to even, with scale = absmax / 448."""
     bits = values.view(np.uint32)
     for b in range(scales.size):
         in_block = values[b * block : (b + 1) * block]
@@ -74,7 +76,7 @@ def encode_float8(values: Any, block: Any, scales: Any, codes: Any) -> Any:
         if top >= INFINITY:
             return False
         absmax = float_of(top)
-        weak = absmax < _WEAK
+        weak = absmax < WEAK
         scales[b] = _ZERO if weak else min(absmax / np.float32(448), _LARGEST_448)
         inverse = _ZERO if weak else np.float32(448) / absmax
         for i in range(in_block.size):
@@ -108,7 +110,7 @@ def encode_int2(values: Any, scales: Any, codes: Any) -> Any:
         if top >= INFINITY:
             return False
         absmax = float_of(top)
-        if absmax < _WEAK:
+        if absmax < WEAK:
             scales[b] = _ZERO
             block_codes[:] = np.uint8(0)
             continue
@@ -154,7 +156,7 @@ def encode_ternary(values: Any, scales: Any, codes: Any) -> Any:
             return False
         absmax = float_of(top)
         digit[:] = np.uint8(1)
-        if absmax < _WEAK:
+        if absmax < WEAK:
             scales[b] = _ZERO
         else:
             inverse = np.float32(65536) / absmax

@@ -4,6 +4,8 @@ Each number is first rotated left by one bit, so that the sign comes last and th
 is its exponent: that byte compresses well, where sign and mantissa are close to random.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ _1, _8, _15, _16, _24, _31 = (np.uint32(n) for n in (1, 8, 15, 16, 24, 31))
 
 @kernel(nothing(uint16, uint8_out))
 def split16(words: Any, planes: Any) -> None:
-    """`planes`: two runs of ``words.size`` bytes, the first bytes first."""
+    """`planes`: two runs of `words.size` bytes, the first bytes first."""
     n = words.size
     first, second = planes[:n], planes[n : 2 * n]
     for i in range(n):
@@ -35,6 +37,7 @@ def split16(words: Any, planes: Any) -> None:
 
 @kernel(nothing(uint8, uint16_out))
 def merge16(planes: Any, words: Any) -> None:
+    """Undo `split16`."""
     n = words.size
     first, second = planes[:n], planes[n : 2 * n]
     for i in range(n):
@@ -44,6 +47,7 @@ def merge16(planes: Any, words: Any) -> None:
 
 @kernel(nothing(uint32, uint8_out))
 def split32(words: Any, planes: Any) -> None:
+    """Rotate words left by one bit and write four runs of `words.size` bytes, the first bytes first."""
     n = words.size
     first, second, third, fourth = planes[:n], planes[n : 2 * n], planes[2 * n : 3 * n], planes[3 * n : 4 * n]
     for i in range(n):
@@ -56,6 +60,7 @@ def split32(words: Any, planes: Any) -> None:
 
 @kernel(nothing(uint8, uint32_out))
 def merge32(planes: Any, words: Any) -> None:
+    """Undo `split32`."""
     n = words.size
     first, second, third, fourth = planes[:n], planes[n : 2 * n], planes[2 * n : 3 * n], planes[3 * n : 4 * n]
     for i in range(n):

@@ -23,7 +23,7 @@ from nvflare.app_common.streamers import container_streamer as flare
 from nvflare.fuel.utils.class_loader import get_class_name, load_class
 from nvflare.fuel.utils.validation_utils import check_positive_number
 
-from nvflare_rdma.codecs.tensors import is_torch
+from nvflare_rdma.codecs import is_torch
 from nvflare_rdma.errors import ProtocolError, RdmaError, TransferError
 from nvflare_rdma.flare_compat import container_keys
 from nvflare_rdma.runtime import shared

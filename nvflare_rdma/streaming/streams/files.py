@@ -18,7 +18,7 @@ from nvflare.app_common.streamers import file_retriever as flare_retriever
 from nvflare.app_common.streamers import file_streamer as flare
 from nvflare.fuel.utils.validation_utils import check_positive_int, check_positive_number
 
-from nvflare_rdma.codecs.warming import warm_up
+from nvflare_rdma.codecs import warm_up
 from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, StorageError
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.streams import sender

@@ -12,10 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from nvflare_rdma.codecs import FixedSizeCodec
-from nvflare_rdma.codecs.policy import Policy
-from nvflare_rdma.codecs.safetensors_header import StoredTensor
-from nvflare_rdma.codecs.tensors import FLOAT_NAMES, NUMPY_DTYPES
+from nvflare_rdma.codecs import FLOAT_NAMES, NUMPY_DTYPES, FixedSizeCodec, Policy, StoredTensor
 from nvflare_rdma.errors import ProtocolError, SourceError
 from nvflare_rdma.transfer.files.source import FileIdentity
 from nvflare_rdma.transfer.manifest import INLINE_BYTES, MAX_ITEMS, Item
