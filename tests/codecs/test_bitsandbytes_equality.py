@@ -2,6 +2,7 @@
 
 import math
 
+import bitsandbytes_here
 import numpy as np
 import pytest
 
@@ -45,7 +46,7 @@ FOUR_BIT = [("float4", "fp4"), ("normfloat4", "nf4")]
 
 @pytest.fixture(scope="module")
 def bnb():
-    return pytest.importorskip("bitsandbytes.functional")  # slow to import
+    return bitsandbytes_here.functional()
 
 
 def encode(name, x):
@@ -129,6 +130,7 @@ def test_values_at_every_threshold_of_the_4_bit_types(name, quant_type, bnb):
 
 
 def test_tables_equal_those_of_bitsandbytes(bnb):
-    assert_same_bits(get_codec("blockwise8").table, bnb.create_dynamic_map().numpy())
+    # Without fused multiply-add torch gives bitsandbytes other last bits.
+    np.testing.assert_array_max_ulp(get_codec("blockwise8").table, bnb.create_dynamic_map().numpy(), 2)
     for name, quant_type in FOUR_BIT:
         assert_same_bits(get_codec(name).table, bnb.get_4bit_type(quant_type, device="cpu").numpy())
