@@ -1,5 +1,8 @@
-"""blockwise8 and the 4-bit types against bitsandbytes on a CPU: equal bit for bit."""
+"""blockwise8 and the 4-bit types against bitsandbytes on a CPU: equal bit for bit, but for a decoded zero's sign."""
 
+import math
+
+import bitsandbytes_here
 import numpy as np
 import pytest
 
@@ -43,7 +46,7 @@ FOUR_BIT = [("float4", "fp4"), ("normfloat4", "nf4")]
 
 @pytest.fixture(scope="module")
 def bnb():
-    return pytest.importorskip("bitsandbytes.functional")  # slow to import
+    return bitsandbytes_here.functional()
 
 
 def encode(name, x):
@@ -59,9 +62,12 @@ def assert_same_bits(got, wanted):
 
 
 def assert_decodes_like(codec, encoded, wanted):
+    """The same bits, where a zero has no sign: fp4 has two codes for it, and whether bitsandbytes decodes the second
+    code to +0.0 or -0.0 depends on the instructions that the processor has."""
     out = np.empty(wanted.numel(), np.float32)
     codec.decode_into(encoded, out)
-    assert_same_bits(out, wanted.numpy())
+    # The sum of -0.0 and +0.0 is +0.0; all other values stay what they are.
+    assert_same_bits(out + np.float32(0), wanted.numpy() + np.float32(0))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,9 +104,11 @@ def test_double_quantized_types_equal_bitsandbytes_given_its_mean(name, quant_ty
     if np.isinf(mean):  # torch's sum in float32 has overflowed: bitsandbytes makes NaN of all values
         assert np.isfinite(parts["offset"][0])
         return
-    # torch adds float32 in an order that depends on the processor and the number of threads; ours is exact.
-    blocks = parts["scales"].size
-    assert abs(parts["offset"][0] - mean) <= np.spacing(mean) * max(1, np.log2(blocks))
+    # torch adds float32 in an order that depends on the processor and the number of threads, and each sum may round by
+    # half a unit in the last place. Ours is exact.
+    absmax = encode(name, x)[2]["scales"]
+    assert parts["offset"][0] == np.float32(math.fsum(absmax) / absmax.size)
+    assert abs(parts["offset"][0] - mean) <= np.spacing(mean) * absmax.size
     codec._encode_with(x, parts, mean)
     assert_same_bits(parts["codes"], wanted.numpy())
     assert_same_bits(parts["scales"], state.absmax.numpy())
@@ -122,6 +130,7 @@ def test_values_at_every_threshold_of_the_4_bit_types(name, quant_type, bnb):
 
 
 def test_tables_equal_those_of_bitsandbytes(bnb):
-    assert_same_bits(get_codec("blockwise8").table, bnb.create_dynamic_map().numpy())
+    # Without fused multiply-add torch gives bitsandbytes other last bits.
+    np.testing.assert_array_max_ulp(get_codec("blockwise8").table, bnb.create_dynamic_map().numpy(), 2)
     for name, quant_type in FOUR_BIT:
         assert_same_bits(get_codec(name).table, bnb.get_4bit_type(quant_type, device="cpu").numpy())

@@ -8,9 +8,9 @@ import pytest
 import rdma_devices
 from bodies import TestSink
 from certificates import Authority
-from link_peer import DEADLINE, PATIENCE, link_peer
+from link_peer import DEADLINE, link_peer
 from link_process import FABRICS, digest, pattern
-from waiting import eventually
+from waiting import PATIENCE, eventually
 
 from nvflare_rdma.errors import TransferError
 

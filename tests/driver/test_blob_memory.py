@@ -37,7 +37,7 @@ def pattern(size: int) -> bytes:
 
 @pytest.mark.parametrize("size", [1, HUGE_PAGE_BYTES - 1, HUGE_PAGE_BYTES, 5 * CHUNK + 3])
 def test_a_blob_arrives_as_it_was_sent(size):
-    result = receive(pattern(size)).result(timeout=5)
+    result = receive(pattern(size)).result(timeout=60)
     assert isinstance(result, memoryview)
     assert result == pattern(size)
     assert not result.readonly
@@ -49,22 +49,22 @@ def test_the_next_blob_of_that_size_uses_the_memory_again_once_nobody_has_it():
     def address(view: memoryview) -> int:
         return np.frombuffer(view, np.uint8).__array_interface__["data"][0]
 
-    first = receive(pattern(size)).result(timeout=5)
+    first = receive(pattern(size)).result(timeout=60)
     kept = first[7:9]
     where = address(first)
     del first
     gc.collect()
-    second = receive(bytes(size)).result(timeout=5)
+    second = receive(bytes(size)).result(timeout=60)
     assert address(second) != where
     assert kept == pattern(size)[7:9]
     del kept
     gc.collect()
-    assert address(receive(bytes(size)).result(timeout=5)) == where
+    assert address(receive(bytes(size)).result(timeout=60)) == where
 
 
 def test_flares_own_limits_hold():
     with pytest.raises(BlobSizeError):
         receive(bytes(3 * CHUNK), max_size=CHUNK)
-    chunks = receive(pattern(3 * CHUNK), preserve_chunks=True).result(timeout=5)
+    chunks = receive(pattern(3 * CHUNK), preserve_chunks=True).result(timeout=60)
     assert not isinstance(chunks, memoryview)  # FLARE's list of chunks
     assert blob_streamer.BlobTask is HugePageBlobTask

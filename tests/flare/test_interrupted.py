@@ -39,7 +39,7 @@ def test_nothing_runs_on_after_the_job_was_killed(tmp_path):
 
         eventually(sites_run, 90)
         job.kill()
-        job.wait(timeout=10)
+        job.wait(timeout=60)
         left = of_this_run(str(tmp_path))
         assert left, "the simulator was gone before it could be tested"
         _, alive = psutil.wait_procs(left, timeout=60)

@@ -68,7 +68,7 @@ def transfers_are_recorded(folder, model_bytes):
             assert (line["path"], line["reason"], line["fabric"]) == ("direct", "", "tcp")
             assert line["raw_bytes"] == line["wire_bytes"] == model_bytes
             assert line["items"] > 1
-            assert 0 < line["seconds"] < 60
+            assert line["seconds"] > 0
             assert line["goodput"] == pytest.approx(model_bytes / line["seconds"], rel=0.01)
 
 

@@ -1,17 +1,19 @@
 """Run a command in a throw-away guest with soft-RoCE and soft-iWARP devices:
 
-    python tests/guest/guest.py [--timeout S] [--memory MiB] [--out DIR] -- COMMAND ...
+    python tests/guest/guest.py [--timeout S] [--at-most S] [--memory MiB] [--out DIR] -- COMMAND ...
 
 The guest is a QEMU machine with an emulated CPU (no KVM needed). Its root is this machine's file system with a
 writable layer in memory over it, so it has the same Python and the same repository, and changes nothing here.
 COMMAND runs as root at the repository's root; what it writes to the folder named by $OUT is in --out afterwards,
-and so is the console's text.
+and so is the console's text. At boot the guest measures how slow it is (`speed`): --timeout is as many times longer,
+--at-most is not.
 The exit status is COMMAND's, or 123: the guest died under COMMAND; 124: time is up; 125: the guest did not come up.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import selectors
 import shlex
@@ -29,12 +31,13 @@ from pathlib import Path
 import host
 import initramfs
 import kernel
+import speed
 
 ROOT = Path(__file__).resolve().parents[2]
 VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
 DIED, TIME_IS_UP, NOT_UP = 123, 124, 125
-# Booting takes some 7 s on an idle machine.
-BOOT_DEADLINE = 120.0
+# Booting takes some 7 s on an idle machine, and 40 s on one of half the speed that has five times as much to do.
+BOOT_DEADLINE = 180.0
 OUT_IN_GUEST = "/run/out"
 CONSOLE = "console.txt"  # in --out
 
@@ -47,20 +50,26 @@ class GuestError(Exception):
         self.status = status
 
 
-def run(command: Sequence[str], out: Path, timeout: float = 600.0, memory: int = 6144) -> int:
-    """Run ``command`` in a guest and return its exit status."""
+def run(
+    command: Sequence[str], out: Path, timeout: float = 600.0, memory: int = 6144, at_most: float = math.inf
+) -> int:
+    """Run ``command`` in a guest and return its exit status.
+
+    It has ``timeout`` seconds from the guest's start on a machine of the reference's speed, and as many times more on
+    a slower one, but no more than ``at_most`` seconds from now.
+    """
     linux = kernel.prepare()
     if not linux.siw.exists():
         print(
             f"guest: without siw, which could not be built: see {linux.siw_log}; 'rm -r {kernel.CACHE}' to try again",
             file=sys.stderr,
         )
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + at_most
     archive = initramfs.build(linux)
     out.mkdir(parents=True, exist_ok=True)
     for last_try in (False, True):
         try:
-            return _Guest(linux, archive, out.resolve(), memory).run(command, deadline)
+            return _Guest(linux, archive, out.resolve(), memory).run(command, timeout, deadline)
         except GuestError as error:
             # Only a boot is tried again: a command that has started may not be run twice.
             if error.status != NOT_UP or last_try or time.monotonic() > deadline:
@@ -75,7 +84,7 @@ class _Guest:
         self._tail = ""
         (out / CONSOLE).write_text("")
 
-    def run(self, command: Sequence[str], deadline: float) -> int:
+    def run(self, command: Sequence[str], timeout: float, deadline: float) -> int:
         begin = time.monotonic()
         boot_deadline = min(deadline, begin + BOOT_DEADLINE)
         with ExitStack() as stack:
@@ -91,11 +100,19 @@ class _Guest:
                 now = time.monotonic()
                 if not up and started.exists():
                     up = True
-                    print(f"guest: up after {now - begin:.1f} s", file=sys.stderr)
+                    factor = float((control / speed.FILE).read_text())
+                    deadline = min(deadline, begin + timeout * factor)
+                    print(
+                        f"guest: up after {now - begin:.1f} s; {factor:.1f} times slower than the reference, so it has "
+                        f"{deadline - begin:.0f} s",
+                        file=sys.stderr,
+                    )
                 if now > (deadline if up else boot_deadline):
                     took = f"{now - begin:.0f} s after the guest's start"
                     if up:
-                        raise self._error(TIME_IS_UP, f"time is up: the command still ran {took} (see --timeout)")
+                        raise self._error(
+                            TIME_IS_UP, f"time is up: the command still ran {took} (see --timeout and --at-most)"
+                        )
                     raise self._error(NOT_UP, f"the guest was not up {took}")
             self._show("" if self._tail.endswith("\n") else "\n")
             qemu.wait()
@@ -179,10 +196,11 @@ def _script(command: Sequence[str]) -> str:
         # Plugins that take seconds to import on an emulated CPU; @given works without its one.
         "PYTEST_ADDOPTS": "-p no:cacheprovider -p no:hypothesispytest -p no:xdist",
         "RDMA_TEST_DEVICES": "rxa,rxb",
-        "RDMA_TEST_PATIENCE": "5",
     }
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
     return f"""{exports}cd {shlex.quote(str(ROOT))} || exit
+limits=$(python -I -S tests/guest/speed.py /run/guest/{speed.FILE}) || exit
+eval "$limits"
 sh tests/guest/network.sh up || exit
 if [ -e /sys/class/infiniband/swa ]; then export RDMA_TEST_IWARP_DEVICES=swa,swb; fi
 : >/run/guest/started
@@ -233,7 +251,10 @@ def _console(qemu: subprocess.Popen[bytes]) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run a command in a throw-away guest with software RDMA devices.")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds, the boot included")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="seconds, the boot included; longer on slow machines"
+    )
+    parser.add_argument("--at-most", type=float, default=math.inf, metavar="S", help="seconds, on any machine")
     parser.add_argument("--memory", type=int, default=6144, metavar="MiB")
     parser.add_argument("--out", type=Path, default=kernel.CACHE / "out", metavar="DIR", help="$OUT in the guest")
     parser.add_argument("command", nargs="+", metavar="COMMAND")
@@ -241,7 +262,7 @@ def main() -> int:
     # So that an ended run cleans up too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        return run(args.command, args.out, args.timeout, args.memory)
+        return run(args.command, args.out, args.timeout, args.memory, args.at_most)
     except GuestError as error:
         print(f"guest: {error}", file=sys.stderr)
         return error.status

@@ -5,7 +5,7 @@
 # "up" may be called at any time: it makes what is missing, whatever a test has removed, set down or slowed.
 # Starting a process is slow on an emulated CPU: hence batches, and shell built-ins instead of cat and grep.
 set -eu
-DEADLINE=30 # seconds
+DEADLINE=$((6 * ${RDMA_TEST_PATIENCE:-5})) # seconds
 infiniband=/sys/class/infiniband
 
 if [ ! -e /run/guest/command ]; then

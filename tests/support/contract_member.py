@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 
 sys.modules["torch"] = None
 
@@ -103,13 +102,11 @@ class Member:
         return reply.payload
 
     def land(self, payload: dict, kind: int) -> dict:
-        """Download what ``payload`` refers to: whether it is what was sent, or the error, and the seconds."""
-        start = time.monotonic()
+        """Download what ``payload`` refers to: whether it is what was sent, or the error."""
         try:
-            result = {"same": same(materialize_lazy_download_refs(payload, self.cell, self.abort)["model"], kind)}
+            return {"same": same(materialize_lazy_download_refs(payload, self.cell, self.abort)["model"], kind)}
         except RuntimeError as error:
-            result = {"error": str(error)}
-        return {**result, "seconds": time.monotonic() - start}
+            return {"error": str(error)}
 
     def _serve(self, topic, request):
         return make_reply(ReturnCode.OK, "", getattr(self, f"on_{topic}")(**request.payload))

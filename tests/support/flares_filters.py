@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
+import bitsandbytes_here
 
 
 def flares_quantizer(quantization_type: str) -> Any:
-    pytest.importorskip("bitsandbytes")
+    bitsandbytes_here.functional()
     from nvflare.app_opt.pt.quantization.quantizer import ModelQuantizer
 
     return ModelQuantizer(quantization_type)
 
 
 def flares_dequantizer() -> Any:
-    pytest.importorskip("bitsandbytes")
+    bitsandbytes_here.functional()
     from nvflare.app_opt.pt.quantization.dequantizer import ModelDequantizer
 
     return ModelDequantizer()

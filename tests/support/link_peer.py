@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from link_process import digest, make_context, make_fabrics, pattern, tls_context
+from link_process import DEADLINE, digest, make_context, make_fabrics, pattern, tls_context
 from processes import ROOT
 
 from nvflare_rdma.channel.bodies import Sink
@@ -21,10 +21,6 @@ from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.protocol.state import Role
 from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
-
-#: How many times slower than others this machine is, as an emulated CPU: see `tests/guest`.
-PATIENCE = int(os.environ.get("RDMA_TEST_PATIENCE", "1"))
-DEADLINE = 60.0 * PATIENCE
 
 
 class LinkPeer:
@@ -60,11 +56,11 @@ class LinkPeer:
         self.address = ("127.0.0.1", int(line))
         rails_to = wrap(self.address)
         self.context = make_context(self.options)
-        sock = socket.create_connection(self.address, 20.0)
+        sock = socket.create_connection(self.address, DEADLINE)
         sock.sendall(CONTROL_MAGIC)
         stream = ControlStream(sock, tls_context(self.options.get("tls"), False))
-        stream.handshake(20.0)
-        self.fabrics = make_fabrics(self.options, lambda: socket.create_connection(rails_to, 20.0))
+        stream.handshake(DEADLINE)
+        self.fabrics = make_fabrics(self.options, lambda: socket.create_connection(rails_to, DEADLINE))
         self.link = Link(stream, Role.ACTIVE, self.fabrics, self.context, self._receive, "this", self.sinks.get)
         self.link.open()
         self.runner = threading.Thread(target=self.link.run, daemon=True)
@@ -105,7 +101,7 @@ class LinkPeer:
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
-            self.process.wait(10)
+            self.process.wait(DEADLINE)
         finally:
             self.process.kill()
             self.process.wait(DEADLINE)

@@ -24,7 +24,7 @@ import numpy as np
 import rdma_devices
 import xxhash
 from bodies import MaskedSource
-from waiting import eventually
+from waiting import PATIENCE, eventually
 
 from nvflare_rdma.channel.bodies import BufferSource
 from nvflare_rdma.channel.context import LinkContext
@@ -44,6 +44,8 @@ from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive
 from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache
 
 Dial = Callable[[], socket.socket] | None
+
+DEADLINE = 60.0 * PATIENCE
 
 #: What the conformance suite runs over: a name, the fabric's own name, and how to make one. ``dial`` is None on the
 #: passive side.
@@ -75,7 +77,7 @@ def digest(data: bytes | memoryview) -> str:
 
 def make_context(options: dict) -> LinkContext:
     name = FABRICS[options["fabric"]][0]
-    limits = ChannelLimits(max_message_bytes=2 << 30, stall_timeout=options.get("stall_timeout", 60.0))
+    limits = ChannelLimits(max_message_bytes=2 << 30, stall_timeout=options.get("stall_timeout", DEADLINE))
     pool = SlotPool(keep_bytes=options.get("keep_bytes", 64 << 20))
     return LinkContext(
         limits,
@@ -158,7 +160,7 @@ class Served:
 
     def _serve_link(self, sock: socket.socket) -> None:
         stream = ControlStream(sock, tls_context(self.options.get("tls"), True), server_side=True)
-        stream.handshake(20.0)
+        stream.handshake(DEADLINE)
         self.link = Link(stream, Role.PASSIVE, self.fabrics, self.context, self.receive, "peer")
         self.link.open()
         self.link.run()
@@ -169,7 +171,7 @@ class Served:
             self.work.get()()
 
     def answer(self, **fields) -> None:
-        self.link.send(json.dumps(fields).encode(), 20.0)
+        self.link.send(json.dumps(fields).encode(), DEADLINE)
 
     def receive(self, message: bytes | memoryview) -> None:
         if isinstance(message, bytes) and message[:1] == b"{":
@@ -180,17 +182,17 @@ class Served:
     def obey(self, order: dict) -> None:
         match order.pop("do"):
             case "send":
-                self.link.send(pattern(order["size"], order["seed"]), 20.0)
+                self.link.send(pattern(order["size"], order["seed"]), DEADLINE)
             case "offer":
                 message = pattern(order["size"], order["seed"])
                 source = MaskedSource(message, order["unit"]) if order["unit"] else BufferSource(message)
                 try:
-                    self.link.offer(source, order["label"]).wait(60.0)
+                    self.link.offer(source, order["label"]).wait(DEADLINE)
                     self.answer(failure="")
                 except TransferError as error:
                     self.answer(failure=str(error))
             case "send and give up":
-                sending = self.link.send(pattern(order["size"], order["seed"]), 20.0)
+                sending = self.link.send(pattern(order["size"], order["seed"]), DEADLINE)
                 self.link.withdraw(sending, "changed its mind")
             case "refuse the next":
                 incoming = eventually(lambda: [t for t, (landed, _) in self.link.incoming().items() if landed])

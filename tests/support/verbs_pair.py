@@ -11,6 +11,7 @@ from typing import Any
 import msgpack
 import numpy as np
 from recorder import Recorder
+from waiting import PATIENCE
 
 from nvflare_rdma.fabric.options import VerbsOptions
 from nvflare_rdma.fabric.shm.process_memory import address_of
@@ -18,7 +19,7 @@ from nvflare_rdma.fabric.verbs.endpoint import VerbsEndpoint
 from nvflare_rdma.fabric.verbs.fabric import VerbsFabric
 from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache
 
-DEADLINE = 30.0
+DEADLINE = 30.0 * PATIENCE
 
 
 def fabric(device: str, rails: int = 2, **options: Any) -> VerbsFabric:
@@ -72,7 +73,7 @@ def numbered(size: int) -> memoryview:
 
 def held() -> dict[str, int]:
     """What the kernel holds for RDMA, and descriptors of this process."""
-    lines = subprocess.run(["rdma", "resource"], capture_output=True, text=True, timeout=20, check=True).stdout
+    lines = subprocess.run(["rdma", "resource"], capture_output=True, text=True, timeout=DEADLINE, check=True).stdout
     counts = {"descriptors": len(os.listdir("/proc/self/fd"))}
     for line in lines.splitlines():
         words = line.split()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -9,8 +10,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+#: How many times slower than others this machine may be, as a guest's emulated CPU: see `tests/guest/speed.py`.
+PATIENCE = int(os.environ.get("RDMA_TEST_PATIENCE", "1"))
 
-def eventually(condition: Callable[[], T], deadline: float = 60.0) -> T:
+
+def eventually(condition: Callable[[], T], deadline: float = 60.0 * PATIENCE) -> T:
     """The first true value of ``condition``; fails when there was none for ``deadline`` seconds."""
     end = time.monotonic() + deadline
     while True:

@@ -3,6 +3,9 @@ from pathlib import Path
 
 import pytest
 import rdma_devices
+from waiting import PATIENCE
+
+DEADLINE = 30.0 * PATIENCE
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +33,7 @@ def wires(network):
     """Puts back whatever a test takes away."""
 
     def up():
-        subprocess.run(["sh", network, "up"], check=True, timeout=30)
+        subprocess.run(["sh", network, "up"], check=True, timeout=DEADLINE)
 
     up()
     yield up

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 # The second time as another user, who may not see this Python: all that is needed has been imported by then.
@@ -28,7 +29,12 @@ def run(*command: str, **settings: str) -> str:
     # The names of the devices for tests look like settings.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NVFLARE_")}
     result = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment | settings, capture_output=True, text=True, timeout=120
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment | settings,
+        capture_output=True,
+        text=True,
+        timeout=60 * PATIENCE,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

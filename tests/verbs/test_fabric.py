@@ -365,7 +365,7 @@ FORK = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from recorder import Recorder
-from verbs_pair import VerbsPair, buffer, fabric, held, numbered
+from verbs_pair import DEADLINE, VerbsPair, buffer, fabric, held, numbered
 pair = VerbsPair(sys.argv[2:], 2)
 waiting, offer = fabric(sys.argv[2]).offer(heard := Recorder())
 before = held()
@@ -378,7 +378,7 @@ waiting.accept(late.answer)
 for active, passive, landings in (pair.active, pair.passive, pair.heard.landings), (late, waiting, heard.landings):
     remote = passive.register(buffer(4096)).expose(7, 0, 4096, 0)
     active.write(0, numbered(4096), remote, 7, 0)
-    print(landings.get(timeout=20))
+    print(landings.get(timeout=DEADLINE))
 """
 
 
@@ -410,7 +410,7 @@ def run_script(script, *arguments):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=2 * DEADLINE,
         check=False,
     )
 

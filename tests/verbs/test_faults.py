@@ -19,7 +19,7 @@ from link_peer import DEADLINE, link_peer
 from link_process import digest, pattern
 from processes import ROOT
 from verbs_pair import verbs_pair
-from waiting import eventually
+from waiting import PATIENCE, eventually
 
 from nvflare_rdma.errors import FabricUnavailable, TransferError
 
@@ -157,11 +157,12 @@ def test_chunks_carry_a_checksum_if_asked_to(connect):
 
 def test_a_stopped_peer_breaks_no_rail_before_the_deadline(connect):
     """Its device goes on without it: only the channel's own deadline notices."""
-    with connect(stall_timeout=2.0) as peer:
+    deadline = 2 * PATIENCE  # longer than a slow machine may take for a chunk
+    with connect(stall_timeout=float(deadline)) as peer:
         begin(peer, "there")
         peer.process.send_signal(signal.SIGSTOP)
         peer.runner.join(DEADLINE)
-        assert "for 2 s" in peer.link._failure
+        assert f"for {deadline} s" in peer.link._failure
         peer.process.send_signal(signal.SIGCONT)
         assert peer.process.wait(DEADLINE) == 0
 
@@ -172,7 +173,7 @@ sys.path.insert(0, sys.argv[2])
 from nvflare_rdma.fabric.registry import probe
 from nvflare_rdma.errors import FabricError
 from nvflare_rdma.fabric.options import FabricOptions, VerbsOptions
-from verbs_pair import buffer, verbs_pair, numbered
+from verbs_pair import DEADLINE, buffer, verbs_pair, numbered
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (64 << 10, 64 << 10))
 os.setgid(65534), os.setuid(65534)
 print(probe(FabricOptions(verbs=VerbsOptions((sys.argv[1],))))["verbs"].reason)
@@ -180,7 +181,7 @@ resource.setrlimit(resource.RLIMIT_MEMLOCK, (int(sys.argv[3]), 64 << 10))
 try:
     with verbs_pair((sys.argv[1], sys.argv[1]), rails=1) as pair:  # without having looked
         pair.passive.register(buffer(1 << 20)).expose(7, 0, 1 << 20, 0)
-        print(pair.heard.down.get(timeout=30)[1])
+        print(pair.heard.down.get(timeout=DEADLINE)[1])
 except FabricError as error:
     print(error)
 """

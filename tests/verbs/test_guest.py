@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 
 def state(device: str) -> str:
@@ -20,7 +21,7 @@ def sent_packets(link: str) -> int:
 
 
 def run(*command: str | Path) -> None:
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=30 * PATIENCE)
 
 
 def open_device(name: str) -> None:
@@ -35,7 +36,7 @@ def datagram(source: str, destination: str) -> None:
         socket.socket(type=socket.SOCK_DGRAM) as sender,
     ):
         receiver.bind((destination, 0))
-        receiver.settimeout(10)
+        receiver.settimeout(10 * PATIENCE)
         sender.bind((source, 0))
         sender.sendto(b"to the other side", receiver.getsockname())
         assert receiver.recv(100) == b"to the other side"

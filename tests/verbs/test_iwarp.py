@@ -8,7 +8,6 @@ import socket
 import struct
 import subprocess
 import threading
-import time
 
 import pytest
 
@@ -195,16 +194,14 @@ def test_the_passive_side_holds_its_writes_until_the_active_side_has_spoken(iwar
 
 def test_an_address_that_does_not_answer_stops_no_other_thread(offered, network, monkeypatch):
     """What a firewall looks like that lets the control stream through, and nothing else."""
-    monkeypatch.setattr(endpoint, "CONNECT_TIMEOUT", 3.0)
+    seconds = 3.0
+    monkeypatch.setattr(endpoint, "CONNECT_TIMEOUT", seconds)
     passive = offered()
-    gaps, over = [], threading.Event()
+    turns, over = [], threading.Event()
 
     def watch():
-        last = time.monotonic()
-        while not over.wait(0.02):
-            now = time.monotonic()
-            gaps.append(now - last)
-            last = now
+        while not over.wait(seconds / 150):
+            turns.append(True)
 
     watcher = threading.Thread(target=watch, daemon=True)
     subprocess.run(
@@ -212,15 +209,14 @@ def test_an_address_that_does_not_answer_stops_no_other_thread(offered, network,
     )
     try:
         watcher.start()
-        before = time.monotonic()
         with pytest.raises(FabricError, match=r"\d port \d+ does not answer: timed out"):
             passive.dial()
-        assert time.monotonic() - before < 10
+        taken = len(turns)
     finally:
         over.set()
         subprocess.run(["sh", network, "up"], check=True, timeout=DEADLINE)
     watcher.join(DEADLINE)
-    assert max(gaps) < 2
+    assert taken > 10  # of 150: a thread that waited with the GIL would leave it one or two
     passive.check()
 
 
@@ -276,5 +272,5 @@ def test_the_end_of_an_idle_rail_is_noticed(iwarp_devices, leaver):
         eventually(lambda: not any(rail._silent for rail in pair.passive._rails), DEADLINE)
         getattr(pair, leaver).drop(1)
         other = pair.said if leaver == "passive" else pair.heard
-        rail, error = other.down.get(timeout=5.0)
+        rail, error = other.down.get(timeout=DEADLINE)
         assert (rail, type(error)) == (1, FabricError)

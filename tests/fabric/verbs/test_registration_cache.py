@@ -17,6 +17,7 @@ from nvflare_rdma.fabric.shm.process_memory import address_of
 from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache, owner_of
 
 PAGE = 4096
+DEADLINE = 30.0
 
 
 class Device:
@@ -50,7 +51,7 @@ class Registered:
 
 
 def acquire(cache, device, source, abandoned=None):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + DEADLINE
     abandoned = abandoned or (lambda: time.monotonic() > deadline)
     return cache.acquire(device, device.register, memoryview(source).cast("B"), abandoned)
 
@@ -274,7 +275,10 @@ class Waiter(threading.Thread):
 
 
 def full_cache():
+    """Two leases take all there is; who waits for a third does not look by itself, and has to be woken."""
     cache, device = RegistrationCache(4 * PAGE, PAGE), Device()
+    wait = cache._room.wait
+    cache._room.wait = lambda timeout: wait(2 * DEADLINE)
     return cache, device, acquire(cache, device, array(2)), acquire(cache, device, array(2))
 
 
@@ -287,7 +291,7 @@ def test_one_that_finds_no_room_waits_until_something_is_released():
     waiter.join(0.2)
     assert waiter.result is None  # two pages are not enough
     cache.release(second)
-    waiter.join(5)
+    waiter.join(DEADLINE)
     assert covered(waiter.result, device)
     assert cache.pinned <= 4 * PAGE
 
@@ -298,7 +302,7 @@ def test_one_that_waits_is_woken_when_its_rail_breaks():
     waiter.join(0.1)
     waiter.abandoned = True
     cache.wake()
-    waiter.join(0.5)  # less than it would take to look by itself
+    waiter.join(DEADLINE)
     assert "the rail broke" in str(waiter.result)
     assert device.pinned == 4 * PAGE
     assert covered(first, device)
@@ -312,7 +316,7 @@ def test_one_that_waits_goes_on_when_another_domain_is_dropped():
     waiter.join(0.1)
     assert waiter.result is None
     cache.drop(device)
-    waiter.join(0.5)
+    waiter.join(DEADLINE)
     assert covered(waiter.result, other)
     assert covered(held, other)
 
