@@ -90,4 +90,4 @@ def test_the_exported_job_leaves_the_package_to_the_installation(tmp_path):
     assert {"client.py", "data.py", "evaluate.py", "model.py", "progress.py", "training.py"} <= names
     assert not (custom / "nvflare_rdma").exists()
     server = json.loads((tmp_path / "stdlib_lm" / "app" / "config" / "config_fed_server.json").read_text())
-    assert "nvflare_rdma.metrics.recorder.TrafficRecorder" in {c["path"] for c in server["components"]}
+    assert "traffic.recorder.TrafficRecorder" in {c["path"] for c in server["components"]}
