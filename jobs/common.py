@@ -72,10 +72,13 @@ def check(made: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.N
 
 def add_parts(recipe: Any, args: argparse.Namespace) -> None:
     """Put what `args` ask for on the recipe, and count what moves."""
-    from nvflare_rdma.metrics import add_traffic_recorder
+    from traffic.recorder import TrafficRecorder
+
     from nvflare_rdma.recipe import add_quantization, add_transfer
 
-    add_traffic_recorder(recipe)
+    # FLARE copies the recorder's modules into the job, as it does with a training script.
+    recipe._job.to_server(TrafficRecorder(), id="traffic_recorder")
+    recipe._job.to_clients(TrafficRecorder(), id="traffic_recorder")
     if args.direct:
         add_transfer(recipe)
     if args.quantize != "none":
@@ -144,8 +147,7 @@ def print_traffic(folder: Path, title: str, rounds: int) -> None:
     """
     from rich.console import Console
     from rich.table import Table
-
-    from nvflare_rdma.metrics.summary import read_lines, summarize
+    from traffic.summary import read_lines, summarize
 
     rows = summarize(read_lines(folder)).rounds
     if len(rows) < rounds:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [p for p in (str(HERE), str(HERE.parent)) if p not in sys.path]
 
 from common import DRIVERS  # noqa: E402
+from progress import SECONDS_A_LINE  # noqa: E402
 from report import title, write_json, write_plot  # noqa: E402
 
 RUNS = ("none", "normfloat4")
@@ -60,6 +62,24 @@ def print_comparison(full: dict[str, Any], few: dict[str, Any], summary: dict[st
     )
 
 
+def wait_for(run: subprocess.Popen[bytes], progress: Path) -> int:
+    """The exit status of `run`. Until it shows its own progress, from `progress`, there is a line every few seconds:
+    loading FLARE and torch can take a minute on a busy machine.
+    """
+    began = time.monotonic()
+    try:
+        while True:
+            try:
+                return run.wait(SECONDS_A_LINE)
+            except subprocess.TimeoutExpired:
+                if not progress.is_dir():
+                    print(f"loading FLARE and torch ({time.monotonic() - began:.0f} s)", flush=True)
+    except BaseException:
+        run.kill()
+        run.wait()
+        raise
+
+
 def main() -> int:
     """Run both; 1 if either failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,7 +94,8 @@ def main() -> int:
         # What the two runs differ in comes last, so that nothing passed on can change it.
         command = [sys.executable, str(HERE / "job.py"), *for_job, "--quantize", quantize, "--driver", args.driver]
         # A run of its own process: FLARE keeps state per process.
-        status = subprocess.run([*command, "--workspace", str(folder)]).returncode
+        shutil.rmtree(folder / "progress", ignore_errors=True)  # an earlier run's
+        status = wait_for(subprocess.Popen([*command, "--workspace", str(folder)]), folder / "progress")
         if status:
             print(f"the {quantize} run failed", file=sys.stderr)
             return 1

@@ -10,11 +10,15 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 FOLDER_VARIABLE = "STDLIB_LM_PROGRESS"
+#: Outside a terminal there is a line at least this often, also when nothing has happened.
+SECONDS_A_LINE = 5.0
+_SECONDS_A_LOOK = 0.3
 
 
 def append_progress(**line: Any) -> None:
@@ -32,13 +36,24 @@ class ProgressView:
         folder: where the lines are appended; must exist.
         label: of the bar.
         total: steps of all sites and rounds.
+        clock: tells the seconds.
+        wait: is given seconds to wait before the next look, and says whether the block has ended.
     """
 
-    def __init__(self, folder: Path, label: str, total: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        label: str,
+        total: int,
+        clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[float], bool] | None = None,
+    ) -> None:
         self._folder, self._label, self._total = Path(folder), label, total
         self._read: dict[Path, int] = {}
         self._steps = 0
         self._stop = threading.Event()
+        self._clock = clock
+        self._wait = wait or self._stop.wait
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> ProgressView:
@@ -51,28 +66,47 @@ class ProgressView:
 
     def _run(self) -> None:
         if sys.stdout.isatty():
-            from rich.progress import Progress
-
-            with Progress() as bar:
-                task = bar.add_task(f"{self._label}: starting", total=self._total)
-                for text in self._follow():
-                    bar.update(task, description=f"{self._label}: {text}", completed=self._steps)
+            self._show_bar()
         else:
-            for text in self._follow():
-                if text.startswith("held-out"):
-                    print(f"{self._label}: {text} ({self._steps} of {self._total} steps)", flush=True)
+            self._print_lines()
 
-    def _follow(self) -> Iterator[str]:
-        """What is new, as text, until the block has ended and all has been read."""
+    def _show_bar(self) -> None:
+        from rich.progress import Progress, TimeElapsedColumn
+
+        with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as bar:
+            task = bar.add_task(f"{self._label}: starting", total=self._total)
+            for text in self._follow():
+                if text is not None:
+                    bar.update(task, description=f"{self._label}: {text}", completed=self._steps)
+
+    def _print_lines(self) -> None:
+        doing = "starting"
+        began = said = self._clock()
+        for text in self._follow():
+            now = self._clock()
+            if text is not None and text.startswith("held-out"):
+                doing = "moving models"
+                print(f"{self._label}: {text} ({self._steps} of {self._total} steps)", flush=True)
+                said = now
+            elif text is not None:
+                doing = text
+            elif now - said >= SECONDS_A_LINE:
+                done = f"{self._steps} of {self._total} steps, {now - began:.0f} s"
+                print(f"{self._label}: {doing} ({done})", flush=True)
+                said = now
+
+    def _follow(self) -> Iterator[str | None]:
+        """What is new, as text, and None after each look for it, until the block has ended and all has been read."""
         last = False
         while not last:
-            last = self._stop.wait(0.3)
+            last = self._wait(_SECONDS_A_LOOK)
             for line in self._new_lines():
                 if "held_out_loss" in line:
                     yield f"held-out loss {line['held_out_loss']:.3f} {_when(line['round'])}"
                 else:
                     self._steps += 1
                     yield f"round {line['round'] + 1}, training"
+            yield None
 
     def _new_lines(self) -> Iterator[dict[str, Any]]:
         for path in sorted(self._folder.glob("*.jsonl")):

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nvflare_rdma.metrics.summary import read_lines, summarize
+from traffic.summary import read_lines, summarize
 
 LOSS_FILE = "held_out_loss.jsonl"
 

@@ -1,5 +1,4 @@
 """Names of files in a job's run folder, for those who write them and those who read them."""
 
-FILE_NAME = "traffic.jsonl"
 #: Folder and name.
 TRANSFERS_FILE = ("nvflare_rdma", "transfers.jsonl")

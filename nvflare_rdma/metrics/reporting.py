@@ -21,6 +21,7 @@ from typing import Any
 from nvflare.apis.analytix import AnalyticsDataType, TrackConst
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic_dxo
 from nvflare.app_common.app_constant import AppConstants
@@ -31,7 +32,6 @@ from nvflare.metrics.metrics_publisher import publish_app_metrics
 
 from nvflare_rdma.metrics.names import TRANSFERS_FILE
 from nvflare_rdma.metrics.pools import add_to_pools
-from nvflare_rdma.metrics.recorder import task_round
 from nvflare_rdma.transfer import Ledger, TransferRecord, total
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class TransferReporter:
         elif event_type == EventType.BEFORE_PULL_TASK:
             self._pull(True, None)
         elif event_type == EventType.BEFORE_TASK_DATA_FILTER:
-            self._pull(False, task_round(fl_ctx))
+            self._pull(False, _task_round(fl_ctx))
         elif event_type in _SITE_ENDS:
             self._report()
 
@@ -157,3 +157,8 @@ class _Lines:
             if not self._failed:
                 log.warning("transfers can't be written to %s, some lines of it will be missing: %s", self._path, error)
             self._failed = True
+
+
+def _task_round(fl_ctx: FLContext) -> int | None:
+    data = fl_ctx.get_prop(FLContextKey.TASK_DATA)
+    return data.get_header(AppConstants.CURRENT_ROUND) if data is not None else None

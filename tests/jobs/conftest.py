@@ -1,7 +1,7 @@
-"""The job's modules are scripts in a folder of their own, found as FLARE finds them: by that folder on sys.path."""
+"""The jobs' modules are scripts in folders of their own, found as FLARE finds them: by those folders on sys.path."""
 
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).parents[2] / "jobs" / "stdlib_lm"
-sys.path.insert(0, str(FOLDER))
+JOBS = Path(__file__).parents[2] / "jobs"
+sys.path[:0] = [str(JOBS / "stdlib_lm"), str(JOBS)]

@@ -82,7 +82,13 @@ def test_the_exported_job_makes_the_model_on_the_server(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     app = tmp_path / "gpt2_small" / "app"
-    assert {p.name for p in (app / "custom").rglob("*.py")} == {"client.py", "model.py"}
+    assert {p.relative_to(app / "custom").as_posix() for p in (app / "custom").rglob("*.py")} == {
+        "client.py",
+        "model.py",
+        "traffic/recorder.py",
+        "traffic/summary.py",
+        "traffic/tcp_counters.py",
+    }
     for side in ("server", "client"):
         config = json.loads((app / "config" / f"config_fed_{side}.json").read_text())
         paths = {c["path"] for c in config["components"]}

@@ -55,13 +55,52 @@ def test_clearing_a_workspace_keeps_what_is_not_ours(tmp_path):
 
 def test_progress_is_shown_as_plain_lines_outside_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    with ProgressView(tmp_path, "none over tcp", total=2):
+    with ProgressView(tmp_path, "none over tcp", total=2, clock=lambda: 0.0):
         monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
         append_progress(site="site-1", round=0, step=1, loss=3.0)
         append_progress(round=0, held_out_loss=2.5)
         with open(next(tmp_path.glob("*.jsonl")), "a") as half:
             half.write('{"round": 1, "held_')
     assert capsys.readouterr().out == "none over tcp: held-out loss 2.500 after round 1 (1 of 2 steps)\n"
+
+
+def test_outside_a_terminal_there_is_a_line_every_few_seconds(tmp_path, monkeypatch, capsys):
+    """The log grows between two looks, and time goes on; nothing here waits for a clock."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+
+    def step(number):
+        append_progress(site="site-1", round=0, step=number, loss=3.0)
+
+    looks = iter(
+        [
+            (4.9, lambda: None),  # too early for a line
+            (5.0, lambda: None),  # nothing has happened, which is a line, too
+            (6.0, lambda: step(1)),
+            (10.5, lambda: step(2)),
+            (11.0, lambda: append_progress(round=0, held_out_loss=2.5)),  # at once
+            (15.9, lambda: None),
+            (16.0, lambda: None),
+        ]
+    )
+    now = 0.0
+
+    def wait(seconds):
+        nonlocal now
+        at, happens = next(looks, (now, None))
+        now = at
+        if happens:
+            happens()
+        return happens is None
+
+    with ProgressView(tmp_path, "none over tcp", total=4, clock=lambda: now, wait=wait):
+        pass
+    assert capsys.readouterr().out.splitlines() == [
+        "none over tcp: starting (0 of 4 steps, 5 s)",
+        "none over tcp: round 1, training (2 of 4 steps, 10 s)",
+        "none over tcp: held-out loss 2.500 after round 1 (2 of 4 steps)",
+        "none over tcp: moving models (2 of 4 steps, 16 s)",
+    ]
 
 
 def test_no_progress_is_written_without_a_folder(tmp_path, monkeypatch):
@@ -90,4 +129,4 @@ def test_the_exported_job_leaves_the_package_to_the_installation(tmp_path):
     assert {"client.py", "data.py", "evaluate.py", "model.py", "progress.py", "training.py"} <= names
     assert not (custom / "nvflare_rdma").exists()
     server = json.loads((tmp_path / "stdlib_lm" / "app" / "config" / "config_fed_server.json").read_text())
-    assert "nvflare_rdma.metrics.recorder.TrafficRecorder" in {c["path"] for c in server["components"]}
+    assert "traffic.recorder.TrafficRecorder" in {c["path"] for c in server["components"]}

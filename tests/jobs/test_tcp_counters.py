@@ -5,10 +5,8 @@ import subprocess
 import sys
 
 import pytest
-
-from nvflare_rdma.errors import RdmaError
-from nvflare_rdma.metrics import tcp_counters
-from nvflare_rdma.metrics.tcp_counters import TcpByteCounter, WireBytes
+from traffic import tcp_counters
+from traffic.tcp_counters import TcpByteCounter, WireBytes
 
 PEER = """
 import socket, sys
@@ -148,7 +146,7 @@ def test_what_is_sent_again_is_counted_apart():
 
 
 def test_an_old_kernel_is_named(counter):
-    with pytest.raises(RdmaError, match=r"104 bytes .* needs Linux 4\.19"):
+    with pytest.raises(RuntimeError, match=r"104 bytes .* needs Linux 4\.19"):
         tcp_counters._counts(b"\0" * 104)
 
 

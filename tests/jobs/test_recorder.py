@@ -11,9 +11,8 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
-
-from nvflare_rdma.metrics.recorder import TrafficRecorder
-from nvflare_rdma.metrics.tcp_counters import WireBytes
+from traffic.recorder import TrafficRecorder
+from traffic.tcp_counters import WireBytes
 
 
 class Run:

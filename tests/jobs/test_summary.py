@@ -1,4 +1,4 @@
-from nvflare_rdma.metrics.summary import RoundTraffic, summarize
+from traffic.summary import RoundTraffic, summarize
 
 
 def test_server_time_is_not_moving_time():

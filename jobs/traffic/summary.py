@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvflare_rdma.metrics.names import FILE_NAME
+#: In the run folder of every process of a job.
+FILE_NAME = "traffic.jsonl"
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """`TrafficRecorder`: what each round of a job moved and how long that took, one JSON line at a time.
 
-Every process of the job appends to `traffic.jsonl` in its own run folder; `nvflare_rdma.metrics.summary` reads the
-lines of all of them. Line kinds:
+Every process of the job appends to `traffic.jsonl` in its own run folder; `summary` reads the lines of all of them.
+Line kinds:
 
 - ``bytes`` (server): `sent`, `received` and `retransmitted` payload bytes over TCP since the last boundary, as the
-  kernel counted them for the server's process (see `wire`). A round reaches from its ROUND_STARTED to the next one's,
-  or to the end of the workflow, so task polls, task checks and heartbeats are in it. `round` is null for what came
-  before the first round and after the last: starting and ending the job.
+  kernel counted them for the server's process (see `tcp_counters`). A round reaches from its ROUND_STARTED to the
+  next one's, or to the end of the workflow, so task polls, task checks and heartbeats are in it. `round` is null for
+  what came before the first round and after the last: starting and ending the job.
 - ``task`` (site): seconds of one task. `pull` is the request that brought the task, from asking to having all its
   tensors (BEFORE_PULL_TASK..AFTER_PULL_TASK); `send` is from the check that the server still wants the result to its
   acknowledgement (BEFORE_SEND_TASK_RESULT..AFTER_SEND_TASK_RESULT); `decode` and `encode` are the site's task data
@@ -31,9 +31,8 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
-
-from nvflare_rdma.metrics.names import FILE_NAME
-from nvflare_rdma.metrics.tcp_counters import TcpByteCounter, WireBytes
+from traffic.summary import FILE_NAME
+from traffic.tcp_counters import TcpByteCounter, WireBytes
 
 # (event that opens a window, event that closes it, name of its seconds)
 _SITE_WINDOWS = (
@@ -104,7 +103,7 @@ class TrafficRecorder(FLComponent):
         closed = self._windows.see(event_type, _SITE_WINDOWS)
         if event_type == EventType.BEFORE_TASK_DATA_FILTER:  # the last pull brought this task
             self._windows.keep("pull")
-            self._round = task_round(fl_ctx)
+            self._round = _task_round(fl_ctx)
         if closed and closed[0] != "pull":
             self._windows.keep(closed[0], closed[1])
             if closed[0] == "send":
@@ -158,6 +157,6 @@ def _peer(fl_ctx: FLContext) -> str | None:
     return peer.get_identity_name() if peer else None
 
 
-def task_round(fl_ctx: FLContext) -> int | None:
+def _task_round(fl_ctx: FLContext) -> int | None:
     data = fl_ctx.get_prop(FLContextKey.TASK_DATA)
     return data.get_header(AppConstants.CURRENT_ROUND) if data is not None else None

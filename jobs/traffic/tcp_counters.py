@@ -23,8 +23,6 @@ import struct
 import threading
 from dataclasses import dataclass
 
-from nvflare_rdma.errors import RdmaError
-
 _BYTES_RECEIVED_AT = 128  # offsets in struct tcp_info (linux/tcp.h)
 _BYTES_SENT_AT = 200
 _BYTES_RETRANS_AT = 208
@@ -88,7 +86,7 @@ class TcpByteCounter:
         """Sample now and return the bytes of all sockets seen so far.
 
         Raises:
-            RdmaError: the kernel does not give these counters.
+            RuntimeError: the kernel does not give these counters.
         """
         with self._lock:
             counts, ends = _sample()
@@ -167,7 +165,7 @@ def _unnamed(sock: socket.socket) -> tuple[WireBytes, _Endpoints] | None:
 
 def _counts(info: bytes) -> WireBytes:
     if len(info) < _TCP_INFO_SIZE:
-        raise RdmaError(
+        raise RuntimeError(
             f"this kernel's TCP_INFO has {len(info)} bytes and no byte counters; counting needs Linux 4.19 or newer"
         )
     (received,) = struct.unpack_from("=Q", info, _BYTES_RECEIVED_AT)
