@@ -8,14 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nvflare_rdma.channel.context import LinkContext
-from nvflare_rdma.channel.protocol.limits import ChannelLimits
-from nvflare_rdma.fabric.base import Fabric
-from nvflare_rdma.fabric.budget import MemoryBudget
-from nvflare_rdma.fabric.registry import FabricFactory, LinkEnd, factories, host_identity, probe
-from nvflare_rdma.fabric.send_memory import SendMemory
-from nvflare_rdma.fabric.slots import SlotPool
-from nvflare_rdma.fabric.tcp import TcpFabric
+from nvflare_rdma.channel import ChannelLimits, LinkContext
+from nvflare_rdma.fabric import (
+    Fabric,
+    FabricFactory,
+    LinkEnd,
+    MemoryBudget,
+    SendMemory,
+    SlotPool,
+    TcpFabric,
+    factories,
+    host_identity,
+    probe,
+)
 from nvflare_rdma.settings import Settings, load_settings
 
 

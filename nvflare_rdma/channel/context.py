@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nvflare_rdma.channel.protocol.limits import ChannelLimits
-from nvflare_rdma.fabric.budget import MemoryBudget
-from nvflare_rdma.fabric.send_memory import SendMemory
-from nvflare_rdma.fabric.slots import SlotPool
+from nvflare_rdma.fabric import MemoryBudget, SendMemory, SlotPool
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable
 
 from nvflare_rdma.errors import ProtocolError
-from nvflare_rdma.fabric.base import Endpoint, Region, RemoteSlice
+from nvflare_rdma.fabric import Endpoint, Region, RemoteSlice
 
 
 class ControlRegion(Region):

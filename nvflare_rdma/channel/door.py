@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
 from nvflare_rdma.errors import ProtocolError, RdmaError, TlsError, UnreachableError
-from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric
+from nvflare_rdma.fabric import RAIL_MAGIC, TICKET_BYTES, TcpFabric
 
 log = logging.getLogger(__name__)
 

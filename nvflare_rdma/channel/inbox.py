@@ -15,8 +15,7 @@ from nvflare_rdma.channel.controllers import Controller
 from nvflare_rdma.channel.protocol import events
 from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES
 from nvflare_rdma.errors import FabricError, IntegrityError
-from nvflare_rdma.fabric.base import Endpoint, Region, RemoteSlice
-from nvflare_rdma.fabric.budget import Reservation
+from nvflare_rdma.fabric import Endpoint, Region, RemoteSlice, Reservation
 
 log = logging.getLogger(__name__)
 

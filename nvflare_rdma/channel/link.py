@@ -36,7 +36,7 @@ from nvflare_rdma.channel.protocol.connection import Connection
 from nvflare_rdma.channel.protocol.state import Phase, Role
 from nvflare_rdma.channel.rails import RailSet
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
-from nvflare_rdma.fabric.base import Fabric
+from nvflare_rdma.fabric import Fabric
 
 log = logging.getLogger(__name__)
 

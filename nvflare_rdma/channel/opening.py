@@ -15,7 +15,7 @@ from nvflare_rdma.channel.protocol import events, wire
 from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES
 from nvflare_rdma.channel.rails import FabricChooser, RailOwner, RailSet
 from nvflare_rdma.errors import FabricError, ProtocolError
-from nvflare_rdma.fabric.base import Fabric
+from nvflare_rdma.fabric import Fabric
 
 log = logging.getLogger(__name__)
 

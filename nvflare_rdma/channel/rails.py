@@ -10,8 +10,7 @@ from typing import Any, Protocol, TypeAlias
 
 from nvflare_rdma.channel.protocol import events, wire
 from nvflare_rdma.errors import FabricError, FabricUnavailable
-from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Fabric
-from nvflare_rdma.fabric.registry import choose
+from nvflare_rdma.fabric import CompletionHandler, Endpoint, Fabric, choose
 
 log = logging.getLogger(__name__)
 

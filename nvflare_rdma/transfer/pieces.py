@@ -16,8 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES, Source, Take
-from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES
+from nvflare_rdma.channel import MAX_UNIT_BYTES, MIN_CHUNK_BYTES, Source, Take
 from nvflare_rdma.codecs import FixedSizeCodec, get_codec
 from nvflare_rdma.codecs.base import Array
 from nvflare_rdma.codecs.runs import read_run

@@ -11,9 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.channel.bodies import Source, Take, whole_units
-from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.outbox import Sending
+from nvflare_rdma.channel import Link, Sending, Source, Take, whole_units
 from nvflare_rdma.codecs.runs import read_run
 from nvflare_rdma.codecs.tensors import is_torch
 from nvflare_rdma.errors import ProtocolError, TransferError, UnrepresentableError

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from nvflare_rdma.channel.link import Link
+from nvflare_rdma.channel import Link
 from nvflare_rdma.codecs.marks import codec_of
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.transfer import manifest

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from nvflare_rdma.channel.bodies import Sink
+from nvflare_rdma.channel import Sink
 from nvflare_rdma.codecs.safetensors_header import SAFETENSORS_DTYPES
 from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.transfer.arrays import from_bytes

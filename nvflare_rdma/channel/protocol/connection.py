@@ -23,7 +23,7 @@ from nvflare_rdma.channel.protocol.limits import MAX_CHUNK_BYTES, MAX_INLINE_BYT
 from nvflare_rdma.channel.protocol.outgoing import Outgoing
 from nvflare_rdma.channel.protocol.state import PHASE, RAILS, Input, Phase, RailState, Role, illegal
 from nvflare_rdma.errors import LocalProtocolError, ProtocolError, TransferError
-from nvflare_rdma.fabric.base import MAX_RAILS, RemoteSlice
+from nvflare_rdma.fabric import MAX_RAILS, RemoteSlice
 
 #: Seconds before new rails are asked for: at once, then longer and longer, until rails have lasted a while.
 _BACKOFF = (0.0, 0.1, 0.3, 1.0, 3.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from nvflare_rdma.channel.protocol.wire import Hello
-from nvflare_rdma.fabric.base import RemoteSlice
+from nvflare_rdma.fabric import RemoteSlice
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from nvflare_rdma.channel.protocol import events, wire
 from nvflare_rdma.channel.protocol.limits import ChannelLimits
 from nvflare_rdma.channel.protocol.state import RECEIVE, Input, Receive, illegal
 from nvflare_rdma.errors import ProtocolError, TransferError
-from nvflare_rdma.fabric.base import RemoteSlice
+from nvflare_rdma.fabric import RemoteSlice
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import msgpack
 
 from nvflare_rdma.errors import ProtocolError
-from nvflare_rdma.fabric.base import RemoteSlice
+from nvflare_rdma.fabric import RemoteSlice
 
 CONTROL_MAGIC = b"NVFCTRL1"
 VERSION = 4

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES, Sink, Source, Take
+from nvflare_rdma.channel import MAX_UNIT_BYTES, Sink, Source, Take
 from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.transfer.files.partial_file import PartialFile

@@ -14,7 +14,7 @@ import queue
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
-from nvflare_rdma.channel.bodies import Sink
+from nvflare_rdma.channel import Sink
 from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, UnrepresentableError
 from nvflare_rdma.transfer.files.layout import Layout, plan
 from nvflare_rdma.transfer.files.partial_file import PartialFile
