@@ -72,6 +72,7 @@ class BufferSource(Source):
         self._buffer = buffer
 
     def read(self, offset: int, length: int, take: Take) -> memoryview:
+        """See `Source.read`."""
         return self._buffer[offset : offset + length]
 
 

@@ -35,6 +35,7 @@ class ControlStream:
 
     @property
     def secure(self) -> bool:
+        """Whether the stream speaks TLS."""
         return self._tls is not None
 
     def peer_certificate(self) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ class DeferredCalls:
         self._delivering = threading.RLock()
 
     def append(self, call: Callable[[], None]) -> None:
+        """Have `call` done when the lock is released."""
         self._calls.append(call)
 
     def bring(self, message: Delivery) -> None:

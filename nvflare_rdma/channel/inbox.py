@@ -181,6 +181,7 @@ class Inbox:
         return remote
 
     def revoke(self, event: events.RevokeChunk) -> None:
+        """Take back what was exposed for a chunk. Its memory stays in use as long as its write may come."""
         landing = self._landings.get(event.notification)
         if landing is None:
             return

@@ -38,6 +38,7 @@ class Opening:
 
     @property
     def usable(self) -> bool:
+        """Whether data can move: over rails, or on the control stream."""
         return self.count > 0 or not self.name
 
 

@@ -42,6 +42,7 @@ class Sending:
 
     @property
     def ended(self) -> bool:
+        """Whether the message has been sent, or failed, and no write reads it any more."""
         return self.over and not self.reads
 
     def wait(self, timeout: float) -> None:
@@ -136,6 +137,7 @@ class Outbox:
             self._room.notify_all()
 
     def finish(self, transfer: int, failure: str) -> None:
+        """The peer has the message; or it failed, if `failure` says why."""
         entry = self._messages.pop(transfer, None)
         if entry is not None:
             _, sending = entry
@@ -151,6 +153,7 @@ class Outbox:
             sending.waiter.notify_all()
 
     def clear(self, failure: str) -> None:
+        """Fail all messages, as the connection has ended."""
         for transfer in list(self._messages):
             self.finish(transfer, failure)
         self._room.notify_all()

@@ -25,16 +25,20 @@ _LASTED = 30.0
 class RailOwner(Protocol):
     """The link: as `CompletionHandler`, and told by which set of rails, for they are replaced when they break."""
 
-    def landed(self, rails: RailSet, notification: int, length: int, digest: int) -> None: ...
+    def landed(self, rails: RailSet, notification: int, length: int, digest: int) -> None:
+        """See `CompletionHandler.landed`."""
 
-    def written(self, rails: RailSet, notification: int) -> None: ...
+    def written(self, rails: RailSet, notification: int) -> None:
+        """See `CompletionHandler.written`."""
 
-    def rail_down(self, rails: RailSet, rail: int, error: Exception) -> None: ...
+    def rail_down(self, rails: RailSet, rail: int, error: Exception) -> None:
+        """See `CompletionHandler.rail_down`."""
 
     def closed(self, rails: RailSet) -> None:
         """Nothing is written, or landed, over these rails any more."""
 
-    def failed(self, error: Exception) -> None: ...
+    def failed(self, error: Exception) -> None:
+        """See `CompletionHandler.failed`; also called for errors of this side."""
 
 
 class RailSet(CompletionHandler):
@@ -54,6 +58,7 @@ class RailSet(CompletionHandler):
         self._closed = False
 
     def start(self, rails: int) -> None:
+        """Start a sending thread for each of so many rails."""
         for rail in range(rails):
             work: queue.SimpleQueue[tuple[events.WriteChunk, MakeChunk] | None] = queue.SimpleQueue()
             thread = threading.Thread(target=self._send, args=(work,), name=f"rdma-rail-{rail}", daemon=True)
@@ -93,18 +98,22 @@ class RailSet(CompletionHandler):
     # -- what the endpoint says ----------------------------------------------------------------------------
 
     def landed(self, notification: int, length: int, digest: int) -> None:
+        """See `CompletionHandler.landed`."""
         if not self._closed:
             self._owner.landed(self, notification, length, digest)
 
     def written(self, notification: int) -> None:
+        """See `CompletionHandler.written`."""
         if not self._closed:
             self._owner.written(self, notification)
 
     def rail_down(self, rail: int, error: Exception) -> None:
+        """See `CompletionHandler.rail_down`."""
         if not self._closed:
             self._owner.rail_down(self, rail, error)
 
     def failed(self, error: Exception) -> None:
+        """See `CompletionHandler.failed`."""
         if not self._closed:
             self._owner.failed(error)
 

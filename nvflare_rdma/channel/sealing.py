@@ -27,6 +27,7 @@ _IDENTITY = struct.Struct("!QQQ")
 
 
 def new_key() -> bytes:
+    """A random key for a `Sealer`."""
     return os.urandom(KEY_BYTES)
 
 
@@ -36,6 +37,8 @@ def checksum(chunk: memoryview) -> int:
 
 
 class Sealer:
+    """Seals and opens chunks with one key, see the top of this module."""
+
     def __init__(self, key: bytes) -> None:
         self._aead = AESGCM(key)
 

@@ -77,10 +77,12 @@ class MemoryBudget:
 
     @property
     def in_use(self) -> int:
+        """Bytes that are held now."""
         return self._in_use
 
     @property
     def peak(self) -> int:
+        """The most bytes that were held at once."""
         return self._peak
 
     def watch(self) -> Peak:

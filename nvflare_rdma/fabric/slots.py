@@ -94,10 +94,12 @@ class SlotPool:
 
     @property
     def idle_bytes(self) -> int:
+        """Bytes of the slots that lie idle."""
         return sum(size * len(free) for size, free in list(self._free.items()))
 
     @property
     def used_bytes(self) -> int:
+        """Bytes of the slots that are out. It is approximate."""
         return sum(size * count for size, count in list(self._used.items()))
 
     def _release(self, slot: npt.NDArray[np.uint8]) -> None:

@@ -77,6 +77,8 @@ def _send_all(sock: socket.socket, header: bytes, payload: memoryview) -> None:
 
 
 class TcpRegion(Region):
+    """A buffer of which slices are exposed."""
+
     def __init__(self, endpoint: TcpEndpoint, key: int, buffer: memoryview) -> None:
         self._endpoint = endpoint
         self._key = key
@@ -84,6 +86,7 @@ class TcpRegion(Region):
         self._mine: set[int] = set()
 
     def expose(self, notification: int, offset: int, length: int, rail: int) -> RemoteSlice:
+        """See `Region.expose`."""
         if offset < 0 or length < 0 or offset + length > len(self._buffer):
             raise ValueError(f"slice {offset}+{length} is outside a region of {len(self._buffer)} bytes")
         remote = RemoteSlice(self._key, offset, length)
@@ -92,10 +95,12 @@ class TcpRegion(Region):
         return remote
 
     def revoke(self, notification: int) -> None:
+        """See `Region.revoke`."""
         self._mine.discard(notification)
         self._endpoint.revoke(notification)
 
     def close(self) -> None:
+        """See `Region.close`."""
         for notification in self._mine:
             self._endpoint.revoke(notification)
         self._mine.clear()
@@ -119,18 +124,22 @@ class TcpEndpoint(Endpoint):
 
     @property
     def rails(self) -> int:
+        """See `Endpoint.rails`."""
         return len(self._sockets)
 
     def register(self, buffer: memoryview) -> TcpRegion:
+        """See `Endpoint.register`."""
         return TcpRegion(self, next(self._keys), buffer)
 
     def revoke(self, notification: int) -> None:
+        """See `Region.revoke`."""
         with self._lock:  # two revocations: what the rail takes meanwhile is gone and stays gone
             entry = self.exposed.pop(notification, None)
             if entry is not None and entry[1] not in self._down and not self._closed:
                 self.exposed[notification] = (entry[0], entry[1], None)
 
     def write(self, rail: int, source: memoryview, remote: RemoteSlice, notification: int, digest: int) -> None:
+        """See `Endpoint.write`."""
         if len(source) > remote.length:
             raise ValueError(f"a write of {len(source)} bytes does not fit a slice of {remote.length}")
         sock = self._sockets.get(rail)
@@ -168,10 +177,12 @@ class TcpEndpoint(Endpoint):
             thread.start()
 
     def drop(self, rail: int) -> None:
+        """See `Endpoint.drop`."""
         with contextlib.suppress(OSError, KeyError):
             self._sockets[rail].shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        """See `Endpoint.close`."""
         with self._lock:
             if self._closed:
                 return
@@ -258,6 +269,7 @@ class TcpFabric(Fabric):
         self._lock = threading.Lock()
 
     def offer(self, handler: CompletionHandler) -> tuple[TcpEndpoint, Mapping[str, Any]]:
+        """See `Fabric.offer`."""
         endpoint = TcpEndpoint(handler, self._congestion)
         tickets = [secrets.token_bytes(TICKET_BYTES) for _ in range(self._rails)]
         now = time.monotonic()
@@ -281,6 +293,7 @@ class TcpFabric(Fabric):
         return True
 
     def connect(self, offer: Mapping[str, Any], handler: CompletionHandler) -> TcpEndpoint:
+        """See `Fabric.connect`."""
         tickets = offer.get("tickets")
         if (
             not isinstance(tickets, list)

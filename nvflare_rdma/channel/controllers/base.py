@@ -57,20 +57,22 @@ class FixedController(Controller):
 
     @property
     def chunk_bytes(self) -> int:
+        """See `Controller.chunk_bytes`."""
         return self._chunk_bytes
 
     @property
     def window_bytes(self) -> int:
+        """See `Controller.window_bytes`."""
         return self._window_bytes
 
     def granted(self, length: int, now: float, rail: int = 0) -> None:
-        pass
+        """See `Controller.granted`."""
 
     def landed(self, length: int, granted_at: float, now: float, rail: int = 0) -> None:
-        pass
+        """See `Controller.landed`."""
 
     def lost(self, length: int, now: float, rail: int = 0) -> None:
-        pass
+        """See `Controller.lost`."""
 
     def idle(self, now: float) -> None:
-        pass
+        """See `Controller.idle`."""

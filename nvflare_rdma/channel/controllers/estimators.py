@@ -66,6 +66,7 @@ class DeliveryRate:
         self._snapshots: dict[tuple[int, float], _Snapshot] = {}  # by rail and time of granting
 
     def granted(self, length: int, now: float, rail: int = 0) -> None:
+        """A chunk was granted over a rail."""
         if not self.in_flight:
             self._snapshots.clear()  # what was lost leaves its snapshot behind
             self._delivered_at = self._first_granted_at = now
@@ -94,6 +95,7 @@ class DeliveryRate:
         order.newest, order.newest_landed, order.passed = now, 0, until
 
     def landed(self, length: int, granted_at: float, now: float, rail: int = 0) -> Sample:
+        """A chunk has landed; the sample that it gives."""
         self.lost(length, rail)
         self.delivered += length
         self._delivered_at = now
@@ -116,12 +118,14 @@ class DeliveryRate:
         return Sample(rate, snapshot.app_limited, round_ended)
 
     def lost(self, length: int, rail: int = 0) -> None:
+        """A granted chunk will not land."""
         self.in_flight = max(self.in_flight - length, 0)
         if order := self._rails.get(rail):
             order.in_flight = max(order.in_flight - length, 0)
 
     @property
     def overtaken(self) -> int:
+        """Bytes in flight that wait to be sent again, see the class."""
         return sum(max(rail.in_flight - (rail.granted - rail.passed), 0) for rail in self._rails.values())
 
     @property
@@ -142,10 +146,12 @@ class MaxFilter:
         self.value = 0.0
 
     def add(self, value: float) -> None:
+        """Take a value of the current round."""
         self._rounds[-1] = max(self._rounds[-1], value)
         self.value = max(self.value, value)
 
     def next_round(self) -> None:
+        """Begin a round; the oldest one is forgotten."""
         self._rounds.append(0.0)
         self.value = max(self._rounds)
 
@@ -163,6 +169,7 @@ class LatencyFloor:
         self._least: dict[int, float] = {}
 
     def add(self, length: int, latency: float) -> None:
+        """Take the time that a chunk of `length` bytes took."""
         size = 1 << (length - 1).bit_length()
         self._least[size] = min(self._least.get(size, latency), latency)
 
@@ -187,4 +194,5 @@ class LatencyFloor:
         return min(self._least[size], 2 * others) if others is not None else self._least[size]
 
     def clear(self) -> None:
+        """Forget everything."""
         self._least.clear()

@@ -56,6 +56,8 @@ class DropRail:
 
 @dataclass(frozen=True, slots=True)
 class InlineReceived:
+    """A small message came on the control stream."""
+
     payload: bytes
 
 
@@ -113,6 +115,8 @@ class DataArrived:
 
 @dataclass(frozen=True, slots=True)
 class MessageReceived:
+    """All of a message has landed, and was checked."""
+
     transfer: int
 
 
@@ -125,12 +129,16 @@ class MessageSent:
 
 @dataclass(frozen=True, slots=True)
 class SendFailed:
+    """A message will not be sent, or not the rest of it."""
+
     transfer: int
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class ReceiveFailed:
+    """A message will not come, or not the rest of it: free its memory."""
+
     transfer: int
     reason: str
 

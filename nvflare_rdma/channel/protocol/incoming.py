@@ -110,6 +110,7 @@ class Incoming:
     # -- what the peer and the runner say ------------------------------------------------------------------
 
     def offered(self, offer: wire.Offer, now: float) -> None:
+        """The peer offers a message. Raises ProtocolError if it may not."""
         limits = self._limits
         if offer.transfer <= self._last_offered:
             raise ProtocolError(f"transfer {offer.transfer} is offered after {self._last_offered}")
@@ -126,6 +127,7 @@ class Incoming:
         self._happened(events.MessageOffered(offer.transfer, offer.length, offer.label))
 
     def accept(self, transfer: int, now: float, unit: int, room: int, most: int) -> None:
+        """See `Connection.accept`."""
         check_unit(unit)
         incoming = self._transfers.get(transfer)
         if incoming is None:
@@ -136,20 +138,24 @@ class Incoming:
         self.plan(now)
 
     def refuse(self, transfer: int, reason: str) -> None:
+        """See `Connection.refuse`."""
         if (incoming := self._transfers.get(transfer)) is not None:
             self._emit(wire.Refuse(transfer, reason))
             self._advance(transfer, incoming, Input.REFUSED_HERE, reason)
 
     def withdrawn(self, message: wire.Withdraw) -> None:
+        """The peer gives a message up. Raises ProtocolError if it was never offered."""
         if not 0 < message.transfer <= self._last_offered:
             raise ProtocolError(f"transfer {message.transfer} is withdrawn, which was never offered")
         if (incoming := self._transfers.get(message.transfer)) is not None:
             self._advance(message.transfer, incoming, Input.WITHDRAW, message.reason)
 
     def exposed(self, chunk: events.ExposeChunk, remote: RemoteSlice) -> None:
+        """See `Connection.exposed`."""
         self._emit(wire.Grant(chunk.transfer, chunk.offset, chunk.length, remote, chunk.notification, chunk.rail))
 
     def landed(self, notification: int, length: int, now: float) -> None:
+        """See `Connection.landed`."""
         exposure = self._close(notification)
         incoming = self._transfers.get(exposure.transfer)
         # An empty write answers the grant of a message that the sender gave up: its WITHDRAW is on the way.
@@ -167,6 +173,7 @@ class Incoming:
         self.plan(now)
 
     def damaged(self, notification: int, now: float) -> None:
+        """See `Connection.damaged`."""
         exposure = self._exposures.get(notification)
         if exposure is not None and exposure.transfer in self._transfers:  # what is not wanted any more is no damage
             self._damaged_in_a_row += 1
@@ -268,6 +275,7 @@ class Incoming:
     # -- ends ----------------------------------------------------------------------------------------------
 
     def check(self, now: float) -> None:
+        """Raise TransferError if a message that is being received is too slow."""
         limits = self._limits
         for number, incoming in self._transfers.items():
             if now > incoming.deadline:
@@ -288,6 +296,7 @@ class Incoming:
         return {number: (incoming.landed, incoming.length) for number, incoming in self._transfers.items()}
 
     def end(self, reason: str) -> None:
+        """The connection has ended: fail all messages."""
         for transfer in self._transfers:
             self._happened(events.ReceiveFailed(transfer, reason))
         self._transfers.clear()

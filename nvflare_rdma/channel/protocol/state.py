@@ -12,6 +12,8 @@ from nvflare_rdma.errors import LocalProtocolError, ProtocolError
 
 
 class Role(Enum):
+    """A side of a connection. The active side dials, the passive side has a door."""
+
     ACTIVE = auto()
     PASSIVE = auto()
 

@@ -39,6 +39,8 @@ _RECEIVERS = 2
 
 
 class ShmEndpoint(Endpoint):
+    """One peer on this host, over one rail: a Unix socket for messages, and memory of either process."""
+
     def __init__(self, handler: CompletionHandler) -> None:
         self._handler = handler
         self._exposures = Exposures()
@@ -82,6 +84,7 @@ class ShmEndpoint(Endpoint):
 
     @property
     def rails(self) -> int:
+        """See `Endpoint.rails`."""
         return int(self._peer is not None)
 
     @property
@@ -91,6 +94,7 @@ class ShmEndpoint(Endpoint):
 
     @property
     def write_is_nonblocking(self) -> bool:
+        """See `Endpoint.write_is_nonblocking`."""
         return self.paths.get("send") == "direct"
 
     # -- receiving ---------------------------------------------------------------------------------------------
@@ -101,6 +105,7 @@ class ShmEndpoint(Endpoint):
         return slots.take(nbytes)[1] if slots is not None and self._up else None
 
     def register(self, buffer: memoryview) -> ShmRegion:
+        """See `Endpoint.register`."""
         return self._exposures.register(buffer)
 
     def _receive(self) -> tuple[Message, Read]:
@@ -145,6 +150,7 @@ class ShmEndpoint(Endpoint):
     # -- sending -----------------------------------------------------------------------------------------------
 
     def write(self, rail: int, source: memoryview, remote: RemoteSlice, notification: int, digest: int) -> None:
+        """See `Endpoint.write`."""
         if rail != 0:
             raise ValueError(f"shm has one rail, 0, not {rail}")
         if len(source) > remote.length:
@@ -285,11 +291,13 @@ class ShmEndpoint(Endpoint):
             self._turn.notify_all()
 
     def drop(self, rail: int) -> None:
+        """See `Endpoint.drop`."""
         if rail != 0:
             raise ValueError(f"shm has one rail, 0, not {rail}")
         self._stop(FabricError("the peer gave it up"))
 
     def close(self) -> None:
+        """See `Endpoint.close`."""
         with self._state:
             self._closed = True
             receivers = list(self._receivers)

@@ -26,6 +26,8 @@ class _ExposedSlice:
 
 
 class ShmRegion(Region):
+    """A buffer of which slices are exposed: as they are, or through a shared slot."""
+
     def __init__(self, exposures: Exposures, key: int, buffer: memoryview, slot: tuple[int, int] | None) -> None:
         self._exposures = exposures
         self.key = key
@@ -34,6 +36,7 @@ class ShmRegion(Region):
         """Key of the shared slot that holds the buffer, and where in it; None if the buffer is other memory."""
 
     def expose(self, notification: int, offset: int, length: int, rail: int) -> RemoteSlice:
+        """See `Region.expose`."""
         if offset < 0 or length < 0 or offset + length > len(self.buffer):
             raise ValueError(f"slice {offset}+{length} is outside a region of {len(self.buffer)} bytes")
         if rail != 0:
@@ -41,9 +44,11 @@ class ShmRegion(Region):
         return self._exposures.expose(self, notification, offset, length)
 
     def revoke(self, notification: int) -> None:
+        """See `Region.revoke`."""
         self._exposures.revoke(self, notification)
 
     def close(self) -> None:
+        """See `Region.close`."""
         self._exposures.revoke(self, None)
         self.buffer = memoryview(b"")
 
@@ -61,6 +66,7 @@ class Exposures:
         self._closed = False
 
     def register(self, buffer: memoryview) -> ShmRegion:
+        """See `Endpoint.register`."""
         if buffer.readonly or not buffer.c_contiguous:
             raise ValueError("only writable, contiguous memory can be exposed")
         buffer = buffer.cast("B")

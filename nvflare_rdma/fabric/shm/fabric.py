@@ -22,6 +22,7 @@ class ShmFabric(Fabric):
         self._paths = tuple(paths)
 
     def offer(self, handler: CompletionHandler) -> tuple[ShmEndpoint, Mapping[str, Any]]:
+        """See `Fabric.offer`."""
         endpoint = ShmEndpoint(handler)
         endpoint.listener = handshake.ShmListener(
             self._paths, lambda peer: endpoint.attach(peer, passive=True), handshake.OFFER_LIFETIME
@@ -29,6 +30,7 @@ class ShmFabric(Fabric):
         return endpoint, endpoint.listener.offer
 
     def connect(self, offer: Mapping[str, Any], handler: CompletionHandler) -> ShmEndpoint:
+        """See `Fabric.connect`."""
         endpoint = ShmEndpoint(handler)
         endpoint.attach(handshake.dial(offer, self._paths), passive=False)
         return endpoint

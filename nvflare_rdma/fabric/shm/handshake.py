@@ -229,6 +229,7 @@ class ShmListener:
 
     @property
     def offer(self) -> Mapping[str, Any]:
+        """What the peer needs to connect (msgpack types)."""
         return {"name": self._name, "ticket": self._ticket}
 
     def close(self) -> None:

@@ -169,6 +169,7 @@ class Tracer:
             return True
 
     def release(self) -> None:
+        """Take back what one `allow` gave."""
         with self._lock:
             self._users -= 1
             if not self._users:

@@ -16,6 +16,8 @@ _TOGETHER = 16
 
 @dataclass(slots=True)
 class Read:
+    """A write of the peer that this side has to read."""
+
     notification: int
     nbytes: int
     over: bool = False

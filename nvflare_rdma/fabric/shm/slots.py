@@ -30,6 +30,8 @@ KEEP_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slot:
+    """Memory that is mapped by both processes."""
+
     key: int
     address: int
     memory: npt.NDArray[np.uint8]
@@ -170,6 +172,7 @@ class PeerSlots:
             self._changed.notify_all()
 
     def forget(self, key: int) -> None:
+        """Unmap a slot that the peer takes back. Raises ProtocolError if it is not mapped."""
         if self._slots.pop(key, None) is None:
             raise ProtocolError(f"the peer takes back slot {key}, which it has not shared")
 
@@ -189,6 +192,7 @@ class PeerSlots:
             return self._slots[key]
 
     def close(self) -> None:
+        """Unmap all slots, and end every `get` that waits."""
         with self._changed:
             self._closed = True
             self._slots.clear()

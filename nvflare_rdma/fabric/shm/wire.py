@@ -57,13 +57,16 @@ class Wake:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def fileno(self) -> int:
+        """The descriptor to poll."""
         return self._fd
 
     def set(self) -> None:
+        """End the poll, or the next one."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
+        """Take back what `set` did."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._fd)
 
@@ -102,9 +105,11 @@ class Wire:
                 self.wake.set()
 
     def share(self, key: int, nbytes: int, fd: int) -> None:
+        """Give the peer a slot; closes `fd`."""
         self.post(Message(MAP, key=key, length=nbytes), fd)
 
     def forget(self, key: int) -> None:
+        """Have the peer unmap a slot."""
         self.post(Message(FORGET, key=key))
 
     def receive(self) -> tuple[Message, int]:

@@ -64,6 +64,7 @@ class PortInfo:
 
     @property
     def active(self) -> bool:
+        """Whether the port has a link."""
         return self.state == "ACTIVE"
 
     @property

@@ -42,6 +42,7 @@ class VerbsFabric(Fabric):
         self._near = near
 
     def offer(self, handler: CompletionHandler) -> tuple[VerbsEndpoint, Mapping[str, Any]]:
+        """See `Fabric.offer`."""
         endpoint = self._open(handler, self._count, "")
         try:
             endpoint.listen()
@@ -51,6 +52,7 @@ class VerbsFabric(Fabric):
         return endpoint, endpoint.describe()
 
     def connect(self, offer: Mapping[str, Any], handler: CompletionHandler) -> VerbsEndpoint:
+        """See `Fabric.connect`."""
         peer = parse(offer)
         endpoint = self._open(handler, min(self._count, len(peer)), peer[0].port.gid.family)
         try:

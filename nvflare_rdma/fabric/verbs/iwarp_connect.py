@@ -86,6 +86,7 @@ class Events:
                 raise FabricError(f"{text}{f' ({hint})' if hint else ''}")
 
     def close(self) -> None:
+        """Close the event channel."""
         self.channel.close()
 
 
@@ -97,6 +98,7 @@ class Identifier:
 
     @property
     def device(self) -> str:
+        """Name of the device, "" if none is bound yet."""
         return str(self.cmid.dev_name)
 
     def close(self) -> None:
@@ -106,6 +108,7 @@ class Identifier:
 
 
 def make_identifier(events: Events, device: str) -> Identifier:
+    """An identifier whose events come to `events`. Raises FabricError."""
     with translated(device, "making an identifier of rdma_cm"), descriptors:
         return Identifier(CMID(creator=events.channel, port_space=ce.RDMA_PS_TCP))
 

@@ -29,6 +29,7 @@ class Notice:
     digest: int
 
     def pack(self) -> bytes:
+        """The message that says so."""
         return _NOTICE.pack(self.notification, self.length, self.digest)
 
 
@@ -70,11 +71,14 @@ class MessageRing:
         self.region = port.register(self._address, self._memory.nbytes, access)
 
     def put(self, place: int, data: bytes) -> Segment:
+        """Write a message to a place; the memory that it is in."""
         self._memory[place, : len(data)] = np.frombuffer(data, np.uint8)
         return self.segment(place, len(data))
 
     def segment(self, place: int, length: int = MESSAGE_BYTES) -> Segment:
+        """The memory of a place, for a work request."""
         return Segment(self._address + place * MESSAGE_BYTES, length, self.region.lkey)
 
     def get(self, place: int, length: int) -> bytes:
+        """The message at a place."""
         return self._memory[place, :length].tobytes()

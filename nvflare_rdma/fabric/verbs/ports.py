@@ -99,6 +99,7 @@ class MemoryRegion:
         self.rkey: int = region.rkey
 
     def close(self) -> None:
+        """Deregister the memory."""
         close_all(self._open)
 
 
@@ -159,7 +160,10 @@ class Port:
 
 
 class Closable(Protocol):
-    def close(self) -> None: ...
+    """What can be closed."""
+
+    def close(self) -> None:
+        """Close it."""
 
 
 def make_event(device: str) -> int:

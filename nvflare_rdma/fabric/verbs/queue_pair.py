@@ -68,6 +68,7 @@ class Work:
 
     @property
     def opcode(self) -> int:
+        """The operation (enum ibv_wr_opcode)."""
         if self.remote is None:
             return int(e.IBV_WR_SEND)
         return int(e.IBV_WR_RDMA_WRITE if self.immediate is None else e.IBV_WR_RDMA_WRITE_WITH_IMM)

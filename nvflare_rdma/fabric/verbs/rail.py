@@ -44,14 +44,17 @@ class VerbsRailOwner(Protocol):
     def take(self, rail: int, notification: int) -> None:
         """The exposure ``notification`` was answered over ``rail``: it is over. Raises ProtocolError: there is none."""
 
-    def landed(self, notification: int, length: int, digest: int) -> None: ...
+    def landed(self, notification: int, length: int, digest: int) -> None:
+        """See `CompletionHandler.landed`."""
 
-    def written(self, notification: int) -> None: ...
+    def written(self, notification: int) -> None:
+        """See `CompletionHandler.written`."""
 
     def lease(self, port: Port, source: memoryview, abandoned: Callable[[], bool]) -> Lease:
         """Registered memory that holds what ``source`` does. Raises FabricError."""
 
-    def release(self, lease: Lease) -> None: ...
+    def release(self, lease: Lease) -> None:
+        """Nothing reads the memory that `lease` gave any more."""
 
     def abandon(self) -> None:
         """A rail is ending: have `lease` look whether its is the one."""

@@ -32,9 +32,11 @@ class Registration(Protocol):
     """A memory region that the device may read, in one protection domain."""
 
     @property
-    def lkey(self) -> int: ...
+    def lkey(self) -> int:
+        """Its key, for local reads."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Deregister it."""
 
 
 #: Registers ``nbytes`` at an address for local reads. Raises FabricError.
