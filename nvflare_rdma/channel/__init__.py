@@ -15,14 +15,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES, Sink, Source, Take, whole_units
+    from nvflare_rdma.channel.bodies import Sink, Source, Take
     from nvflare_rdma.channel.context import LinkContext
     from nvflare_rdma.channel.control import ControlStream
     from nvflare_rdma.channel.deferred import Delivery
     from nvflare_rdma.channel.door import GREETING_TIMEOUT, Door, Pending, address_of, dial, explain_tls
     from nvflare_rdma.channel.link import Link
     from nvflare_rdma.channel.outbox import Sending
-    from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES, ChannelLimits
+    from nvflare_rdma.channel.protocol.limits import MAX_UNIT_BYTES, MIN_CHUNK_BYTES, ChannelLimits, whole_units
     from nvflare_rdma.channel.protocol.state import Role
 
 __all__ = [
@@ -48,14 +48,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    **dict.fromkeys(("MAX_UNIT_BYTES", "Sink", "Source", "Take", "whole_units"), "bodies"),
+    **dict.fromkeys(("Sink", "Source", "Take"), "bodies"),
     "LinkContext": "context",
     "ControlStream": "control",
     "Delivery": "deferred",
     **dict.fromkeys(("GREETING_TIMEOUT", "Door", "Pending", "address_of", "dial", "explain_tls"), "door"),
     "Link": "link",
     "Sending": "outbox",
-    **dict.fromkeys(("MIN_CHUNK_BYTES", "ChannelLimits"), "protocol.limits"),
+    **dict.fromkeys(("MAX_UNIT_BYTES", "MIN_CHUNK_BYTES", "ChannelLimits", "whole_units"), "protocol.limits"),
     "Role": "protocol.state",
 }
 

@@ -12,11 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeAlias
 
-from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES
-from nvflare_rdma.errors import LocalProtocolError
-
-MAX_UNIT_BYTES = 1024 * 1024
-
 #: Gives writable memory of so many bytes, for as long as a view of it is left. It may have to wait.
 Take: TypeAlias = Callable[[int], memoryview]
 
@@ -74,14 +69,3 @@ class BufferSource(Source):
     def read(self, offset: int, length: int, take: Take) -> memoryview:
         """See `Source.read`."""
         return self._buffer[offset : offset + length]
-
-
-def whole_units(nbytes: int, unit: int) -> int:
-    """The multiple of ``unit`` that is not above ``nbytes``, but one unit at least."""
-    return max(nbytes - nbytes % unit, unit)
-
-
-def check_unit(unit: int) -> None:
-    """Raise LocalProtocolError if chunks can't be cut at multiples of ``unit``."""
-    if unit != 1 and not MIN_CHUNK_BYTES <= unit <= MAX_UNIT_BYTES:
-        raise LocalProtocolError(f"a unit is 1 or {MIN_CHUNK_BYTES} to {MAX_UNIT_BYTES} bytes, not {unit}")

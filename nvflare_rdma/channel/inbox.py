@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nvflare_rdma.channel import sealing
-from nvflare_rdma.channel.bodies import Sink, whole_units
+from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.controllers import Controller
 from nvflare_rdma.channel.protocol import events
-from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES
+from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES, whole_units
 from nvflare_rdma.errors import FabricError, IntegrityError
 from nvflare_rdma.fabric import Endpoint, Region, RemoteSlice, Reservation
 

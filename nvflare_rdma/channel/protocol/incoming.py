@@ -11,10 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from nvflare_rdma.channel.bodies import check_unit, whole_units
 from nvflare_rdma.channel.controllers import Controller
 from nvflare_rdma.channel.protocol import events, wire
-from nvflare_rdma.channel.protocol.limits import ChannelLimits
+from nvflare_rdma.channel.protocol.limits import ChannelLimits, check_unit, whole_units
 from nvflare_rdma.channel.protocol.state import RECEIVE, Input, Receive, illegal
 from nvflare_rdma.errors import ProtocolError, TransferError
 from nvflare_rdma.fabric import RemoteSlice

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nvflare_rdma.errors import LocalProtocolError
+
 MAX_INLINE_BYTES = 64 * 1024
 MIN_CHUNK_BYTES = 64 * 1024
 MAX_CHUNK_BYTES = 64 * 1024 * 1024
+MAX_UNIT_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +31,14 @@ class ChannelLimits:
     handshake_timeout: float = 30.0
     stall_timeout: float = 120.0
     min_bytes_per_second: int = 16 * 1024
+
+
+def whole_units(nbytes: int, unit: int) -> int:
+    """The multiple of `unit` that is not above `nbytes`, but one unit at least."""
+    return max(nbytes - nbytes % unit, unit)
+
+
+def check_unit(unit: int) -> None:
+    """Raise LocalProtocolError if chunks can't be cut at multiples of `unit`."""
+    if unit != 1 and not MIN_CHUNK_BYTES <= unit <= MAX_UNIT_BYTES:
+        raise LocalProtocolError(f"a unit is 1 or {MIN_CHUNK_BYTES} to {MAX_UNIT_BYTES} bytes, not {unit}")
