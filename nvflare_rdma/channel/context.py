@@ -1,4 +1,4 @@
-"""What the links of a process have in common."""
+"""What the links of a process share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nvflare_rdma.fabric import MemoryBudget, SendMemory, SlotPool
 
 @dataclass(frozen=True)
 class LinkContext:
-    """What all links of a process share, and what they may do."""
+    """The memory, limits and settings that all links of a process share."""
 
     limits: ChannelLimits
     budget: MemoryBudget
@@ -21,12 +21,12 @@ class LinkContext:
     unavailable: Mapping[str, str]
     """Fabric name -> reason why this process can't use it, "" if it can."""
     host: str = ""
-    """Equal for two processes that can use shared memory."""
+    """Who this host is: equal for two processes that can use shared memory, "" if that can't be told."""
     controller: str = "fixed"
     chunk_bytes: int = 1024 * 1024
     same_host_factor: int = 1
-    """Times `chunk_bytes` in memory of the same host: a chunk is one copy there and costs its messages, and no link has
-    to be kept busy."""
+    """By how much chunks are longer than `chunk_bytes` in memory of the same host: a chunk is one copy there and costs
+    its messages, and no network has to be kept busy."""
     depth: int = 4
     integrity: str = "auto"
     window_bytes: int = 4 * 1024 * 1024

@@ -1,6 +1,7 @@
 """Chunks on the control stream: the endpoint of last resort, when no rail can be opened.
 
-The same grants are filled; only the bytes travel inside `Data` messages, at the price of two copies.
+A network may let the control stream through and cut rails, for instance one that passes TLS only. Then the same grants
+are filled, and the bytes travel inside `Data` messages, at the price of two copies.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class ControlRegion(Region):
 
 
 class ControlRail(Endpoint):
-    """``send(notification, digest, payload)`` puts a chunk on the control stream and reports it written."""
+    """The endpoint whose only rail is the control stream. `send(notification, digest, payload)` puts a chunk there and
+    reports it written."""
 
     def __init__(self, send: Callable[[int, int, memoryview], None]) -> None:
         self._send = send

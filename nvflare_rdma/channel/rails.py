@@ -23,7 +23,8 @@ _LASTED = 30.0
 
 
 class RailOwner(Protocol):
-    """The link: as `CompletionHandler`, and told by which set of rails, for they are replaced when they break."""
+    """The link, as its rails see it: a `CompletionHandler` that is told which rails speak, for they are replaced when
+    they break."""
 
     def landed(self, rails: RailSet, notification: int, length: int, digest: int) -> None:
         """See `CompletionHandler.landed`."""
@@ -35,7 +36,7 @@ class RailOwner(Protocol):
         """See `CompletionHandler.rail_down`."""
 
     def closed(self, rails: RailSet) -> None:
-        """Nothing is written, or landed, over these rails any more."""
+        """Called when nothing is written, or lands, over these rails any more."""
 
     def failed(self, error: Exception) -> None:
         """See `CompletionHandler.failed`; also called for errors of this side."""
@@ -119,8 +120,8 @@ class RailSet(CompletionHandler):
 
 
 class FabricChooser:
-    """Passive side: which fabric is next. One that keeps failing is passed over; at last there is the control
-    stream, which needs no rails, unless `rdma_fabrics` leaves tcp out."""
+    """Says which fabric the passive side offers next. One that keeps failing is passed over; at last there is the
+    control stream, which needs no rails, unless `rdma_fabrics` leaves tcp out."""
 
     def __init__(self, order: Sequence[str], own: Mapping[str, str], host: str, clock: Callable[[], float]) -> None:
         self._order = order
@@ -132,7 +133,7 @@ class FabricChooser:
         self._since = 0.0
 
     def require_tcp(self) -> None:
-        """Active side: the peer wants to do without rails. Raises FabricUnavailable where that is not allowed."""
+        """Check, on the active side, that the peer may do without rails. Raises FabricUnavailable if it may not."""
         if "tcp" not in self._order:
             raise FabricUnavailable(
                 f"the peer found no fabric that works (its log says why), and rdma_fabrics={','.join(self._order)} "
@@ -146,7 +147,8 @@ class FabricChooser:
     def offer(
         self, fabrics: Mapping[str, Fabric], rails: RailSet, peer: wire.Hello, failure: str, opened: bool
     ) -> tuple[str, str, Mapping[str, Any]]:
-        """`next`, until one can be offered: its endpoint is in ``rails`` then, and its offer is the last result."""
+        """Call `next` until a fabric can be offered. Its endpoint is put into `rails`, and its offer is the last
+        result."""
         while True:
             name, passed_over = self.next(peer, failure, opened, {n for n, f in fabrics.items() if f.same_host})
             if not name:
@@ -158,9 +160,10 @@ class FabricChooser:
                 failure, opened = str(error), False
 
     def next(self, peer: wire.Hello, failure: str, opened: bool, same_host: Collection[str] = ()) -> tuple[str, str]:
-        """Name of the fabric ("" for the control stream) and why better ones were passed over. ``failure``: what
-        happened to the one that was chosen before, which is no use again if it could not even be ``opened``.
-        ``same_host``: names of the fabrics that need both sides on one host.
+        """Return the name of the fabric ("" for the control stream), and why better ones were passed over.
+
+        `failure` says what happened to the fabric that was chosen before, which is of no use again if it could not even
+        be `opened`. `same_host` names the fabrics that need both sides on one host.
 
         Raises:
             FabricUnavailable: there is none that both sides allow.

@@ -22,9 +22,9 @@ class _State(Enum):
 
 @dataclass(eq=False, slots=True)
 class Reservation:
-    """Bytes of a budget. ``granted`` is called when ``holder`` (a connection, by name) has them (from the thread of
-    `request`, or later from the one that releases some); ``refused``, with the reason, when it has not by
-    ``deadline``."""
+    """Bytes of a budget. `granted` is called when `holder` (a connection, by name) has them (from the thread of
+    `request`, or later from the one that releases some); `refused`, with the reason, when it has not by
+    `deadline`."""
 
     budget: MemoryBudget
     nbytes: int

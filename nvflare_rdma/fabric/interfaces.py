@@ -46,7 +46,7 @@ def _address(body: memoryview) -> list[IPAddress]:
 
 
 def _split(data: bytes | memoryview, header: struct.Struct) -> Iterator[tuple[int, memoryview]]:
-    """(type, contents) of what follows one another in ``data``, each at a multiple of 4 bytes."""
+    """(type, contents) of what follows one another in `data`, each at a multiple of 4 bytes."""
     view = memoryview(data)
     while len(view) >= header.size:
         length, kind = header.unpack_from(view)[:2]

@@ -11,9 +11,9 @@ DEVICE_FILES = Path("/dev/infiniband")
 
 @dataclass(frozen=True, slots=True)
 class VerbsOptions:
-    """``devices``: names, or name:port, that rails are spread over; () for the best one. ``software``: it may be one
-    that the kernel emulates. ``ack_timeout``: 4.096 us * 2^n without an answer, then a queue pair sends again (a device
-    may wait up to four times as long); it has to be longer than the round trip. ``retries``: so often before it fails;
+    """`devices`: names, or name:port, that rails are spread over; () for the best one. `software`: it may be one
+    that the kernel emulates. `ack_timeout`: 4.096 us * 2^n without an answer, then a queue pair sends again (a device
+    may wait up to four times as long); it has to be longer than the round trip. `retries`: so often before it fails;
     7 is without end for some devices."""
 
     devices: tuple[str, ...] = ()

@@ -90,10 +90,10 @@ def choose(
     same_host: bool,
     need_same_host: Collection[str] = (),
 ) -> tuple[str, str]:
-    """The first fabric in ``order`` that both sides can use, and why the better ones were passed over.
+    """The first fabric in `order` that both sides can use, and why the better ones were passed over.
 
-    ``own`` and ``peer`` map names to the reason why not, "" for usable. ``same_host``: the two sides have the same
-    `host_identity`, and it is not "". ``need_same_host`` names
+    `own` and `peer` map names to the reason why not, "" for usable. `same_host`: the two sides have the same
+    `host_identity`, and it is not "". `need_same_host` names
     the fabrics that work on one host only. The name is "" if there is none.
     """
     passed: list[str] = []

@@ -26,7 +26,7 @@ class Allowance:
         self._back: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def take(self, nbytes: int) -> None:
-        """Wait for ``nbytes``. More than the limit is admitted alone."""
+        """Wait for `nbytes`. More than the limit is admitted alone."""
         with self._turn:
             while self._out and (self._out + nbytes > self._limit or not self._back.empty()):
                 self._out -= self._back.get()

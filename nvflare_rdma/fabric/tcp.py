@@ -29,7 +29,7 @@ TICKET_BYTES = 32
 PREAMBLE_BYTES = len(RAIL_MAGIC) + TICKET_BYTES
 TICKET_LIFETIME = 30.0
 #: For all rails of a peer together, so that one that takes its time for each does not hold who dials them; the last one
-#: may take as long as `TcpFabric`'s ``dial`` besides.
+#: may take as long as `TcpFabric`'s `dial` besides.
 CONNECT_TIMEOUT = 10.0
 _ADMITTED, _REFUSED = b"\x01", b"\x00"
 #: Unacknowledged for so long (seconds), the path is dead: the kernel alone would take a quarter of an hour to say so.
@@ -58,7 +58,7 @@ def congestion_controls() -> tuple[str, ...]:
 
 
 def receive_exactly(sock: socket.socket, buffer: memoryview) -> None:
-    """Fill ``buffer`` from a blocking socket. Raises ``ConnectionError`` if the peer closes first."""
+    """Fill `buffer` from a blocking socket. Raises `ConnectionError` if the peer closes first."""
     got, size = 0, len(buffer)
     while got < size:
         n = sock.recv_into(buffer[got:])
@@ -107,7 +107,7 @@ class TcpRegion(Region):
 
 
 class TcpEndpoint(Endpoint):
-    """``congestion``: name of the kernel's congestion control for the rails, "" for the system's default."""
+    """`congestion`: name of the kernel's congestion control for the rails, "" for the system's default."""
 
     def __init__(self, handler: CompletionHandler, congestion: str = "") -> None:
         self._handler = handler
@@ -152,7 +152,7 @@ class TcpEndpoint(Endpoint):
             self._handler.written(notification)
 
     def attach(self, rail: int, sock: socket.socket, answer: bytes = b"") -> None:
-        """Take over a connected socket as ``rail``, and send ``answer`` over it first."""
+        """Take over a connected socket as `rail`, and send `answer` over it first."""
         with contextlib.suppress(OSError):  # the peer may have gone again: the receiving thread will say so
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -249,8 +249,8 @@ class TcpEndpoint(Endpoint):
 
 
 class TcpFabric(Fabric):
-    """``rails``: connections a peer may open. ``dial``: connects one socket to the peer (active side only).
-    ``congestion``: as `TcpEndpoint`."""
+    """`rails`: connections a peer may open. `dial`: connects one socket to the peer (active side only).
+    `congestion`: as `TcpEndpoint`."""
 
     name = "tcp"
     checked = True
@@ -280,7 +280,7 @@ class TcpFabric(Fabric):
         return endpoint, {"tickets": tickets}
 
     def admit(self, sock: socket.socket, ticket: bytes) -> bool:
-        """Passive side: a connection that began with `RAIL_MAGIC` presents ``ticket``. False: refused, closed."""
+        """Passive side: a connection that began with `RAIL_MAGIC` presents `ticket`. False: refused, closed."""
         with self._lock:
             entry = self._tickets.pop(ticket, None)
         endpoint = entry[0]() if entry is not None and entry[2] > time.monotonic() else None

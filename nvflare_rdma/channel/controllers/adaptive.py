@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from nvflare_rdma.channel.controllers.base import Controller
-from nvflare_rdma.channel.controllers.climbing import LARGEST_TRIED_BYTES, SMALLEST_TRIED_BYTES, ChunkClimber
+from nvflare_rdma.channel.controllers.climbing import LARGEST_TRIED_BYTES, SMALLEST_TRIED_BYTES, ChunkClimber, Search
 from nvflare_rdma.channel.controllers.estimators import DeliveryRate, LatencyFloor, MaxFilter
 
 # Grants open at once that a sender and its NIC can be expected to hold; beyond, chunks get larger instead.
@@ -148,9 +148,8 @@ class AdaptiveController(Controller):
             many = self._wanted > MAX_GRANTS * self.chunk_bytes
             risky = self._first_try < (self.SOME_TRIES if many else self.FIRST_TRY)
             usual = self._start_chunk if self._rate.in_order else 0
-            self._climber.landed(
-                length, granted_at, now, sample.round_ended, least, most, useful, usual, risky, self._rate.in_flight
-            )
+            search = Search(least, most, useful, usual, risky)
+            self._climber.landed(length, granted_at, now, sample.round_ended, self._rate.in_flight, search)
         self._resize()
 
     def lost(self, length: int, now: float, rail: int = 0) -> None:

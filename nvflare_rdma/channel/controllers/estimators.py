@@ -10,9 +10,9 @@ _MAX_SNAPSHOTS = 16 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """``rate``: bytes/s at which data landed while a chunk was in flight, None if that can't be said.
+    """`rate`: bytes/s at which data landed while a chunk was in flight, None if that can't be said.
 
-    ``app_limited``: the sender had too little to send, so that the rate says little of the link.
+    `app_limited`: the sender had too little to send, so that the rate says little of the link.
     """
 
     rate: float | None
@@ -48,7 +48,7 @@ class DeliveryRate:
 
     `overtaken`: bytes in flight that were granted before something that has landed over the same rail. They wait to be
     sent again, and the link is free for others meanwhile; as in TCP's estimate of its pipe (RFC 6675), they don't fill
-    it. ``passed`` and ``on_time``: of all bytes granted before the newest that has landed over their rail, those that
+    it. `passed` and `on_time`: of all bytes granted before the newest that has landed over their rail, those that
     did not wait. Rails overtake one another without any loss: nothing follows from that.
     """
 
@@ -89,7 +89,7 @@ class DeliveryRate:
         order.in_flight += length
 
     def _pass(self, order: _Rail, until: int, now: float) -> None:
-        """Something granted over the rail at ``now``, after ``until`` bytes, is the newest."""
+        """Something granted over the rail at `now`, after `until` bytes, is the newest."""
         self.on_time += order.newest_landed
         self.passed += until - order.passed
         order.newest, order.newest_landed, order.passed = now, 0, until
@@ -139,7 +139,7 @@ class DeliveryRate:
 
 
 class MaxFilter:
-    """The largest value of the current and the last ``rounds`` rounds."""
+    """The largest value of the current and the last `rounds` rounds."""
 
     def __init__(self, rounds: int) -> None:
         self._rounds: deque[float] = deque([0.0], maxlen=rounds)
@@ -156,7 +156,7 @@ class MaxFilter:
         self.value = max(self._rounds)
 
     def forget(self, recent: int) -> None:
-        """Keep the last ``recent`` rounds only."""
+        """Keep the last `recent` rounds only."""
         for _ in range(len(self._rounds) - recent):
             self._rounds.popleft()
         self.value = max(self._rounds)
@@ -174,7 +174,7 @@ class LatencyFloor:
         self._least[size] = min(self._least.get(size, latency), latency)
 
     def get(self, length: int, bandwidth: float) -> float:
-        """The floor for ``length``, 0 if nothing is known.
+        """The floor for `length`, 0 if nothing is known.
 
         What other sizes say tells when a size was seen with a queue only: sizes differ by their time on the wire, and
         a smaller chunk's latency is at least its part of a larger one's. But a large chunk that must always be

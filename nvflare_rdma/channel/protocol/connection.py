@@ -41,7 +41,7 @@ _FINAL_EVENTS = (
 
 
 class Connection:
-    """One connection's protocol state. ``overhead``: bytes that sealing adds to a chunk, if it is sealed."""
+    """One connection's protocol state. `overhead`: bytes that sealing adds to a chunk, if it is sealed."""
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class Connection:
         self.rail_state = new
 
     def choose(self, fabric: str, offer: Mapping[str, Any], sealed: bool, checked: bool) -> None:
-        """Passive: the answer to `ChooseFabric`; ``fabric`` is "" to use the control stream for everything."""
+        """Passive: the answer to `ChooseFabric`; `fabric` is "" to use the control stream for everything."""
         self._move_rails(Input.CHOSEN)
         if self.state is Phase.OPENING and not self._fabric:
             self._emit(self._hello)
@@ -215,7 +215,7 @@ class Connection:
         self._overhead = self._seal_overhead if sealed else 0
 
     def dialled(self, rails: int, now: float, reason: str = "", answer: Mapping[str, Any] | None = None) -> None:
-        """Active: the answer to `OpenRails`; ``answer`` is the endpoint's."""
+        """Active: the answer to `OpenRails`; `answer` is the endpoint's."""
         self._emit(wire.Rails(rails, reason, answer or {}))
         up = rails > 0 or self._fabric == "control"
         self._move_rails(Input.DIALLED if up else Input.DIALLED_NONE)
@@ -307,7 +307,7 @@ class Connection:
         self._emit(wire.Inline(bytes(payload)))
 
     def submit(self, length: int, now: float, label: int = 0) -> int:
-        """Offer a message of ``length`` bytes; the transfer's number. `MessageSent` or `SendFailed` ends it.
+        """Offer a message of `length` bytes; the transfer's number. `MessageSent` or `SendFailed` ends it.
 
         Raises:
             TransferError: the peer takes no message of that length.
@@ -322,7 +322,7 @@ class Connection:
             self._outgoing.withdraw(transfer, reason)
 
     def written(self, notification: int, now: float) -> None:
-        """The fabric reports that the write of ``notification`` has ended."""
+        """The fabric reports that the write of `notification` has ended."""
         self._outgoing.written(notification, now)
 
     def send_data(self, notification: int, digest: int, payload: bytes | memoryview) -> None:
@@ -333,8 +333,8 @@ class Connection:
     # -- receiving -----------------------------------------------------------------------------------------
 
     def accept(self, transfer: int, now: float, unit: int = 1, room: int = 0, most: int = 0) -> None:
-        """There is memory for the message: start to grant, in chunks that begin at multiples of ``unit`` (see
-        `bodies`) and are no longer than ``most`` bytes, as long as no more than ``room`` bytes of it are granted and
+        """There is memory for the message: start to grant, in chunks that begin at multiples of `unit` (see
+        `bodies`) and are no longer than `most` bytes, as long as no more than `room` bytes of it are granted and
         have not landed (0: any number, of both). Does nothing if the transfer has failed meanwhile."""
         self._incoming.accept(transfer, now, unit, room, most)
 
@@ -348,7 +348,7 @@ class Connection:
         self._incoming.exposed(chunk, remote)
 
     def landed(self, notification: int, length: int, now: float) -> None:
-        """The fabric reports that ``length`` bytes (sealing included) are in the slice of ``notification``, and they
+        """The fabric reports that `length` bytes (sealing included) are in the slice of `notification`, and they
         have passed their check.
 
         Raises:
@@ -357,7 +357,7 @@ class Connection:
         self._incoming.landed(notification, length, now)
 
     def damaged(self, notification: int, now: float) -> None:
-        """What landed under ``notification`` is not what was sent: ask for that chunk again.
+        """What landed under `notification` is not what was sent: ask for that chunk again.
 
         Raises:
             ProtocolError: nothing is exposed there. TransferError: too many chunks in a row were damaged.

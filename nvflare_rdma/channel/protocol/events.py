@@ -12,8 +12,8 @@ from nvflare_rdma.fabric import RemoteSlice
 
 @dataclass(frozen=True, slots=True)
 class ChooseFabric:
-    """Passive: pick a fabric that both sides can use and call `Connection.choose`. ``reason`` says what went wrong
-    with the last one; it is "" the first time. ``opened``: the last one had rails, and they broke."""
+    """Passive: pick a fabric that both sides can use and call `Connection.choose`. `reason` says what went wrong
+    with the last one; it is "" the first time. `opened`: the last one had rails, and they broke."""
 
     peer: Hello
     reason: str = ""
@@ -32,8 +32,8 @@ class OpenRails:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Data can move now, for the first time or again. ``rails`` is 0 when everything has to use the control
-    stream, and why. ``answer``, on the passive side: for `Endpoint.accept`."""
+    """Data can move now, for the first time or again. `rails` is 0 when everything has to use the control
+    stream, and why. `answer`, on the passive side: for `Endpoint.accept`."""
 
     rails: int
     reason: str
@@ -63,7 +63,7 @@ class InlineReceived:
 
 @dataclass(frozen=True, slots=True)
 class MessageOffered:
-    """Find ``length`` bytes, or what the message with that ``label`` is for, then call `Connection.accept`; or
+    """Find `length` bytes, or what the message with that `label` is for, then call `Connection.accept`; or
     `Connection.refuse`."""
 
     transfer: int
@@ -73,7 +73,7 @@ class MessageOffered:
 
 @dataclass(frozen=True, slots=True)
 class ExposeChunk:
-    """Expose memory for ``length`` bytes of the message at ``offset``, then call `Connection.exposed`."""
+    """Expose memory for `length` bytes of the message at `offset`, then call `Connection.exposed`."""
 
     transfer: int
     offset: int
@@ -84,7 +84,7 @@ class ExposeChunk:
 
 @dataclass(frozen=True, slots=True)
 class RevokeChunk:
-    """Take back what was exposed under ``notification``. ``answered``: its write may still come, so keep the
+    """Take back what was exposed under `notification`. `answered`: its write may still come, so keep the
     memory from others until it has."""
 
     notification: int
@@ -93,7 +93,7 @@ class RevokeChunk:
 
 @dataclass(frozen=True, slots=True)
 class WriteChunk:
-    """Write ``length`` bytes of the message at ``offset`` over ``rail``; nothing if the message was given up.
+    """Write `length` bytes of the message at `offset` over `rail`; nothing if the message was given up.
     Call `Connection.written` when the source is free again."""
 
     transfer: int
@@ -106,7 +106,7 @@ class WriteChunk:
 
 @dataclass(frozen=True, slots=True)
 class DataArrived:
-    """A chunk came on the control stream: put it where ``notification`` points and call `Connection.landed`."""
+    """A chunk came on the control stream: put it where `notification` points and call `Connection.landed`."""
 
     notification: int
     digest: int
@@ -145,7 +145,7 @@ class ReceiveFailed:
 
 @dataclass(frozen=True, slots=True)
 class PeerLeft:
-    """The peer said goodbye; ``reason`` is "" when nothing was wrong."""
+    """The peer said goodbye; `reason` is "" when nothing was wrong."""
 
     reason: str
 

@@ -48,7 +48,7 @@ class _OpenGrant:
 
 
 class Incoming:
-    """``emit`` takes control messages, ``happened`` takes events, both in order."""
+    """`emit` takes control messages, `happened` takes events, both in order."""
 
     def __init__(
         self,
@@ -84,14 +84,14 @@ class Incoming:
         self._controller = controller
 
     def open(self, rails: Iterable[int], overhead: int, max_chunk: int, max_open: int, now: float) -> None:
-        """Rails are up: grant over them. ``overhead``: bytes that sealing adds to a chunk; ``max_chunk``: the longest
-        chunk they carry; ``max_open``: grants that the peer works on at once."""
+        """Rails are up: grant over them. `overhead`: bytes that sealing adds to a chunk; `max_chunk`: the longest
+        chunk they carry; `max_open`: grants that the peer works on at once."""
         self._load = dict.fromkeys(rails, 0)
         self._overhead, self._max_chunk, self._max_open = overhead, max_chunk, max_open
         self.plan(now)
 
     def rail_down(self, rail: int, now: float) -> None:
-        """Nothing lands over ``rail`` any more: its unfinished chunks are granted again."""
+        """Nothing lands over `rail` any more: its unfinished chunks are granted again."""
         self._load.pop(rail, None)
         for notification, exposure in list(self._exposures.items()):
             if exposure.rail == rail:

@@ -1,4 +1,4 @@
-"""What one side of a channel allows itself and its peer."""
+"""What one side of a link allows itself and its peer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MAX_UNIT_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ChannelLimits:
-    """Sizes are in bytes, times in seconds.
+    """Bounds of one link. Sizes are in bytes, times in seconds.
 
-    ``max_writes`` and ``peer_chunk_bytes`` bound what a peer may ask of this side as a sender: grants open at once,
+    `max_writes` and `peer_chunk_bytes` bound what a peer may ask of this side as a sender: grants open at once,
     and the smallest chunk that is not a message's last. A message that is being received must come at
-    ``min_bytes_per_second`` on average, or its memory would be lost to others for as long as the peer likes.
-    ``max_damaged``: chunks in a row that may fail their check before the connection is given up.
+    `min_bytes_per_second` on average, or its memory would be lost to others for as long as the peer likes. The
+    connection is given up when more than `max_damaged` chunks in a row fail their check.
     """
 
     max_message_bytes: int

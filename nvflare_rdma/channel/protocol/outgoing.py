@@ -25,7 +25,7 @@ class _OutgoingTransfer:
 
 
 class Outgoing:
-    """``emit`` takes control messages, ``happened`` takes events, both in order."""
+    """`emit` takes control messages, `happened` takes events, both in order."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Outgoing:
     # -- what the peer says --------------------------------------------------------------------------------
 
     def granted(self, grant: wire.Grant, rails: int, overhead: int, max_chunk: int, now: float) -> None:
-        """``rails``: how many were opened; ``overhead``: bytes that sealing adds to a chunk; ``max_chunk``: the longest
+        """`rails`: how many were opened; `overhead`: bytes that sealing adds to a chunk; `max_chunk`: the longest
         chunk they carry."""
         if grant.rail >= rails:
             raise ProtocolError(f"a grant names rail {grant.rail}, {rails} were opened")

@@ -137,6 +137,6 @@ RECEIVE: dict[tuple[Receive, Input], Receive] = {
 
 
 def illegal(what: str, state: Enum, happening: Input) -> ProtocolError | LocalProtocolError:
-    """The exception for an input that ``state`` does not allow."""
+    """The exception for an input that `state` does not allow."""
     kind = ProtocolError if happening.remote else LocalProtocolError
     return kind(f"{what}: {happening.name} is not allowed in state {state.name}")

@@ -3,9 +3,9 @@
 A write is a 48-byte message on a Unix socket (the one rail), and one copy of the bytes. Who copies depends on how
 the receiving side can receive, which the two find out by trying when they meet (`handshake.agree`):
 
-``direct``  the message says where the bytes are in the sender, and the receiver copies them from there into the
+`direct`  the message says where the bytes are in the sender, and the receiver copies them from there into the
             exposed slice (process_vm_readv(2)). Any memory can receive, and only its owner ever writes it.
-``memfd``   the receiver's memory comes from `ShmEndpoint.allocate`, which the sender maps too, and the sender
+`memfd`   the receiver's memory comes from `ShmEndpoint.allocate`, which the sender maps too, and the sender
             copies before it sends the message. Memory from elsewhere costs a second copy, in the receiver.
 """
 
@@ -89,7 +89,7 @@ class ShmEndpoint(Endpoint):
 
     @property
     def paths(self) -> Mapping[str, str]:
-        """``{"receive": ..., "send": ...}``, each "direct" or "memfd"; empty until the peer is here."""
+        """`{"receive": ..., "send": ...}`, each "direct" or "memfd"; empty until the peer is here."""
         return {} if self._peer is None else {"receive": self._peer.receive, "send": self._peer.send}
 
     @property
@@ -166,7 +166,7 @@ class ShmEndpoint(Endpoint):
         self._handler.written(notification)
 
     def _tell(self, message: Message, source: memoryview) -> bool:
-        """Have the peer copy ``source``; False if the rail is down. Any thread calls it, so it never waits."""
+        """Have the peer copy `source`; False if the rail is down. Any thread calls it, so it never waits."""
         try:
             with self._state:  # the peer acknowledges in the order in which it was told
                 if self._up:

@@ -54,7 +54,7 @@ class ShmRegion(Region):
 
 
 class Exposures:
-    """``slots`` is set if the peer writes into shared memory, else this side reads the peer's."""
+    """`slots` is set if the peer writes into shared memory, else this side reads the peer's."""
 
     def __init__(self) -> None:
         self.slots: SlotOwner | None = None
@@ -91,7 +91,7 @@ class Exposures:
         return exposure.remote
 
     def revoke(self, region: ShmRegion, notification: int | None) -> None:
-        """One exposure of ``region``, or all. When this returns, nothing is copied to the region any more (but the
+        """One exposure of `region`, or all. When this returns, nothing is copied to the region any more (but the
         peer may write into a slot until it has answered)."""
         with self._landed:
             for number in list(self._open) if notification is None else [notification]:
@@ -103,7 +103,7 @@ class Exposures:
             )
 
     def land(self, message: Message, read: Callable[[int, memoryview], None]) -> None:
-        """Take the peer's answer to an exposure. ``read(address, target)`` copies from the peer's memory. Several
+        """Take the peer's answer to an exposure. `read(address, target)` copies from the peer's memory. Several
         threads may be at it.
 
         Raises:

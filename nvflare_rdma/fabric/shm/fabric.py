@@ -11,7 +11,7 @@ from nvflare_rdma.fabric.shm.endpoint import ShmEndpoint
 
 
 class ShmFabric(Fabric):
-    """``paths``: how this side may receive, best first; for tests, "direct" or "memfd" alone."""
+    """`paths`: how this side may receive, best first; for tests, "direct" or "memfd" alone."""
 
     name = "shm"
     same_host = True

@@ -24,8 +24,8 @@ class Read:
 
 
 class Reads:
-    """They end in any order and are acknowledged in the order in which they came: ``acknowledge(count, last)`` says
-    that so many more are over, of which ``last`` is the notification of the last. It never waits."""
+    """They end in any order and are acknowledged in the order in which they came: `acknowledge(count, last)` says
+    that so many more are over, of which `last` is the notification of the last. It never waits."""
 
     def __init__(self, acknowledge: Callable[[int, int], None]) -> None:
         self._acknowledge = acknowledge

@@ -30,9 +30,9 @@ _ONE_FD = socket.CMSG_SPACE(array.array("i").itemsize)
 
 
 class Message(NamedTuple):
-    """``WRITE`` uses all fields; ``source`` is where the bytes are in the sender (0 if they are in place already).
-    ``ACKNOWLEDGE`` says that ``length`` writes were read, the last of them being ``notification``.
-    ``MAP`` (with a descriptor) and ``FORGET`` name a slot by ``key``; ``MAP`` gives its size as ``length``."""
+    """`WRITE` uses all fields; `source` is where the bytes are in the sender (0 if they are in place already).
+    `ACKNOWLEDGE` says that `length` writes were read, the last of them being `notification`.
+    `MAP` (with a descriptor) and `FORGET` name a slot by `key`; `MAP` gives its size as `length`."""
 
     op: int
     notification: int = 0
@@ -75,8 +75,8 @@ class Wake:
 
 
 class Wire:
-    """``idle`` is called by who receives whenever there is nothing more, and after `wake`;
-    ``greeting`` is what it sends first."""
+    """`idle` is called by who receives whenever there is nothing more, and after `wake`;
+    `greeting` is what it sends first."""
 
     def __init__(self, sock: socket.socket, idle: Callable[[], None], greeting: bytes = b"") -> None:
         sock.settimeout(None)
@@ -97,7 +97,7 @@ class Wire:
             self._sock.send(data)
 
     def post(self, message: Message, fd: int = -1) -> None:
-        """Send now or soon; never waits. Takes ``fd`` over. A rail that is down is noticed by `receive`."""
+        """Send now or soon; never waits. Takes `fd` over. A rail that is down is noticed by `receive`."""
         with self._backlog_lock:
             self._backlog.append((_FORMAT.pack(*message), fd))
             self._send_backlog()

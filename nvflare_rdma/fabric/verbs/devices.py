@@ -24,7 +24,7 @@ _SIW = "Software iWARP stack"
 
 @dataclass(frozen=True, slots=True)
 class Gid:
-    """An entry of a port's GID table. ``kind``: "IB", "RoCE v1" or "RoCE v2"; ``netdev``: the interface that it is
+    """An entry of a port's GID table. `kind`: "IB", "RoCE v1" or "RoCE v2"; `netdev`: the interface that it is
     for. "iWARP": an address of the port's interface, numbered in the kernel's order."""
 
     index: int
@@ -51,7 +51,7 @@ class Gid:
 
 @dataclass(frozen=True, slots=True)
 class PortInfo:
-    """``transport``: `INFINIBAND`, `ROCE` or `IWARP`, or what else the kernel calls it. ``software``: the kernel
+    """`transport`: `INFINIBAND`, `ROCE` or `IWARP`, or what else the kernel calls it. `software`: the kernel
     emulates it (rxe, siw)."""
 
     device: str
@@ -166,7 +166,7 @@ def _read(path: Path) -> str:
 
 
 def choose_ports(ports: Sequence[PortInfo], options: VerbsOptions) -> list[PortInfo]:
-    """The ports to use: those that ``options`` name, else the best one.
+    """The ports to use: those that `options` name, else the best one.
 
     Raises:
         FabricUnavailable: there is none, or not the one that was asked for; says why and what to do.
@@ -225,8 +225,8 @@ def choose_gid(
 ) -> tuple[Gid, str]:
     """The GID to use on a port, and why.
 
-    ``near``: this side's address on the control stream; the network that reaches the peer already is the best guess.
-    ``family``: what the peer's GID is, see `Gid.family`; "" if it is not known yet.
+    `near`: this side's address on the control stream; the network that reaches the peer already is the best guess.
+    `family`: what the peer's GID is, see `Gid.family`; "" if it is not known yet.
 
     Raises:
         FabricUnavailable: the port has none, or none of that family, or not the one that was asked for.

@@ -42,7 +42,7 @@ _HINTS = {
 
 
 class Events:
-    """An event channel, whose descriptor is ``fd``."""
+    """An event channel, whose descriptor is `fd`."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -68,7 +68,7 @@ class Events:
                     event.ack_cm_event()
 
     def expect(self, kind: int, what: str, deadline: float) -> None:
-        """Wait for an event. Raises FabricError: another one came, or none before the ``deadline``."""
+        """Wait for an event. Raises FabricError: another one came, or none before the `deadline`."""
         poller = select.poll()
         poller.register(self.fd, select.POLLIN)
         while True:
@@ -114,7 +114,7 @@ def make_identifier(events: Events, device: str) -> Identifier:
 
 
 def connect_by_cm(port: Port, remote: RemoteRail, deadline: float, queue_pair: QueuePair) -> None:
-    """Active side: connect ``queue_pair`` to where the peer listens. Both ways are open when this side has sent.
+    """Active side: connect `queue_pair` to where the peer listens. Both ways are open when this side has sent.
 
     Raises:
         FabricError: the peer can't be reached, or does not take the ticket. ProtocolError: it does not listen.
@@ -146,7 +146,7 @@ def connect_by_cm(port: Port, remote: RemoteRail, deadline: float, queue_pair: Q
 
 
 def _find_way(events: Events, port: Port, remote: RemoteRail, deadline: float, queue_pair: QueuePair) -> Identifier:
-    """An identifier that can connect to the peer. ``queue_pair`` keeps it."""
+    """An identifier that can connect to the peer. `queue_pair` keeps it."""
     device, address = port.info.device, remote.port.gid.address
     peer = f"{address} port {remote.port.service}"
     identifier = make_identifier(events, device)

@@ -22,7 +22,7 @@ GREETING = b"NVRAIL"
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A write of ``length`` bytes is complete, see `CompletionHandler.landed`."""
+    """A write of `length` bytes is complete, see `CompletionHandler.landed`."""
 
     notification: int
     length: int
@@ -43,8 +43,8 @@ def read(message: bytes) -> Notice | None:
 
 
 def writes_of(segments: Sequence[Segment], remote: RemoteSlice, max_message: int, max_segments: int) -> list[Work]:
-    """Requests that write ``segments`` one after the other: a request has up to ``max_message`` bytes, in up to
-    ``max_segments`` pieces."""
+    """Requests that write `segments` one after the other: a request has up to `max_message` bytes, in up to
+    `max_segments` pieces."""
     works: list[Work] = []
     pieces: list[Segment] = []
     address, length = remote.address, 0

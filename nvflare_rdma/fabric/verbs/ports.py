@@ -38,7 +38,7 @@ _EVENTS = {value: name.removeprefix("IBV_EVENT_") for name, value in vars(e).ite
 
 @contextlib.contextmanager
 def translated(device: str, what: str) -> Iterator[None]:
-    """Raise FabricError for what pyverbs, or the system, raises while ``device`` does ``what``."""
+    """Raise FabricError for what pyverbs, or the system, raises while `device` does `what`."""
     try:
         yield
     except (PyverbsError, OSError) as error:
@@ -66,8 +66,8 @@ def _event_descriptors(kind: str) -> set[int]:
 
 
 def with_descriptor(make: Callable[[], _Made], attribute: str, kind: str = "infinibandevent") -> tuple[_Made, int]:
-    """What ``make`` makes, and the event descriptor that came with it, which old versions of pyverbs don't tell.
-    ``kind`` is what the kernel calls it."""
+    """What `make` makes, and the event descriptor that came with it, which old versions of pyverbs don't tell.
+    `kind` is what the kernel calls it."""
     with descriptors:
         before = _event_descriptors(kind)
         made = make()
@@ -91,7 +91,7 @@ class Access(Enum):
 
 
 class MemoryRegion:
-    """``lkey`` names it in work requests of this side, ``rkey`` in writes of the peer, until it is closed."""
+    """`lkey` names it in work requests of this side, `rkey` in writes of the peer, until it is closed."""
 
     def __init__(self, region: Any) -> None:
         self._open = [region]

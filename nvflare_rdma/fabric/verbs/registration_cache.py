@@ -39,7 +39,7 @@ class Registration(Protocol):
         """Deregister it."""
 
 
-#: Registers ``nbytes`` at an address for local reads. Raises FabricError.
+#: Registers `nbytes` at an address for local reads. Raises FabricError.
 Register = Callable[[int, int], Registration]
 _Key = tuple[Hashable, int, int]  # protection domain, address, length
 
@@ -79,7 +79,7 @@ def owner_of(source: memoryview) -> Any:
 
 
 class RegistrationCache:
-    """Registered source memory of all peers of a process, about ``limit`` bytes of it.
+    """Registered source memory of all peers of a process, about `limit` bytes of it.
 
     What was used least recently goes first. A peer of which nothing is in use always gets its turn, so that one whose
     link is slow does not stop the others: beyond the limit there may be what one write needs, for each peer.
@@ -100,8 +100,8 @@ class RegistrationCache:
         self._dying: deque[tuple[int, int]] = deque()
 
     def acquire(self, domain: Hashable, register: Register, source: memoryview, abandoned: Callable[[], bool]) -> Lease:
-        """Register what ``source`` (not empty) shows, or find it registered. Blocks while the limit is reached by what
-        is in use, but no longer than until ``abandoned``; see `wake`. Once it is abandoned nothing is registered, so
+        """Register what `source` (not empty) shows, or find it registered. Blocks while the limit is reached by what
+        is in use, but no longer than until `abandoned`; see `wake`. Once it is abandoned nothing is registered, so
         nothing in a domain that was dropped after that.
 
         Raises:
@@ -157,7 +157,7 @@ class RegistrationCache:
     # -- under the lock ------------------------------------------------------------------------------------
 
     def _pieces(self, source: memoryview, start: int, end: int) -> tuple[list[tuple[int, int]], bool]:
-        """(address, length) of what has to be registered for ``source``, and whether it may stay so."""
+        """(address, length) of what has to be registered for `source`, and whether it may stay so."""
         array = owner_of(source)
         if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
             return [(start, end - start)], False  # it can't say when it dies
@@ -173,7 +173,7 @@ class RegistrationCache:
         return self._fits(sum(key[2] for key in keys if key not in self._extents), keys)
 
     def _fits(self, need: int, keys: Sequence[_Key] = ()) -> bool:
-        """Whether ``need`` more bytes are within the limit, when enough of what is idle is gone (but not ``keys``)."""
+        """Whether `need` more bytes are within the limit, when enough of what is idle is gone (but not `keys`)."""
         if self.pinned + need > self.limit:
             for key in [key for key, extent in self._extents.items() if not extent.users and key not in keys]:
                 self._deregister(key)
