@@ -1,6 +1,6 @@
 """The fabric interface: one-sided writes into memory that the peer has exposed.
 
-A fabric moves bytes and nothing else. It knows no messages, no transfers and no budget: the channel above it
+A fabric moves bytes and nothing else. It knows no messages, no transfers and no budget: the link above it
 decides what to expose and what to write. The shape follows verbs (IB spec vol. 1, ch. 10-11): memory is
 *registered* once, a *slice* of it is exposed for one write over one *rail* (a connection, a queue pair), and the
 write carries a 32-bit notification value (RDMA WRITE WITH IMM) by which the owner of the memory learns that the
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 
 from nvflare_rdma.errors import ProtocolError
 
-#: To one peer, over any fabric: each costs this side a thread.
+#: The most rails to one peer, over any fabric: each costs this side a thread.
 MAX_RAILS = 64
 
 
@@ -32,7 +32,7 @@ class RemoteSlice:
 
 
 class CompletionHandler(Protocol):
-    """Who is told what happened. Called from the fabric's own threads: be short, raise nothing."""
+    """Is told what happened, by the fabric's own threads: its methods are short and raise nothing."""
 
     def landed(self, notification: int, length: int, digest: int) -> None:
         """The peer answered the exposure `notification` with `length` bytes (0 if it withdrew the write), and
@@ -51,7 +51,7 @@ class CompletionHandler(Protocol):
 
 
 class Region(ABC):
-    """A registered buffer. Holds a reference to it until closed."""
+    """A registered buffer, which it refers to until it is closed."""
 
     @abstractmethod
     def expose(self, notification: int, offset: int, length: int, rail: int) -> RemoteSlice:
@@ -127,8 +127,8 @@ class Endpoint(ABC):
 class Fabric(ABC):
     """A way to reach a peer. The passive side offers, the active side connects.
 
-    `same_host`: it works on one host only, whose memory the bytes never leave, so they are not sealed.
-    `checked`: nothing below protects the bytes well (TCP's 16-bit sum), so chunks carry a checksum
+    A fabric that is `same_host` works on one host only, whose memory the bytes never leave, so they are not sealed.
+    With one that is `checked`, nothing below protects the bytes well (TCP's 16-bit sum), so chunks carry a checksum
     unless `rdma_integrity` says otherwise.
     """
 

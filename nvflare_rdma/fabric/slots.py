@@ -23,7 +23,7 @@ _MIB = 1024 * 1024
 
 
 def anonymous_pages(nbytes: int) -> npt.NDArray[np.uint8]:
-    """Private memory of `nbytes`, in huge pages where the kernel has some (madvise(2), MADV_HUGEPAGE).
+    """Map private memory of `nbytes`, in huge pages where the kernel has some (madvise(2), MADV_HUGEPAGE).
 
     Raises:
         MemoryError: the kernel has not that much.
@@ -39,7 +39,8 @@ def anonymous_pages(nbytes: int) -> npt.NDArray[np.uint8]:
 
 
 def slot_bytes(nbytes: int) -> int:
-    """What a slot for `nbytes` really holds: nearly equal sizes share slots, and large ones are whole huge pages."""
+    """Return what a slot for `nbytes` really holds: nearly equal sizes share slots, and large ones are whole huge
+    pages."""
     grain = _GRAIN if nbytes <= HUGE_PAGE_BYTES else HUGE_PAGE_BYTES
     return max(-(-nbytes // grain), 1) * grain
 
@@ -67,7 +68,7 @@ class SlotPool:
         self._busiest = 0
 
     def take(self, nbytes: int) -> memoryview:
-        """A writable buffer of `nbytes`. Its slot comes back when no view or slice of it is referenced.
+        """Return a writable buffer of `nbytes`. Its slot comes back when no view or slice of it is referenced.
 
         Raises:
             MemoryError: there is not that much.
@@ -89,7 +90,7 @@ class SlotPool:
         return lease.data
 
     def cost(self, nbytes: int) -> int:
-        """What `take` of `nbytes` really holds."""
+        """Return the bytes that `take(nbytes)` really holds."""
         return slot_bytes(nbytes)
 
     @property

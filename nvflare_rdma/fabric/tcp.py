@@ -107,7 +107,8 @@ class TcpRegion(Region):
 
 
 class TcpEndpoint(Endpoint):
-    """`congestion`: name of the kernel's congestion control for the rails, "" for the system's default."""
+    """One peer over TCP connections. `congestion` names the kernel's congestion control for them, "" is the system's
+    default."""
 
     def __init__(self, handler: CompletionHandler, congestion: str = "") -> None:
         self._handler = handler
@@ -249,8 +250,8 @@ class TcpEndpoint(Endpoint):
 
 
 class TcpFabric(Fabric):
-    """`rails`: connections a peer may open. `dial`: connects one socket to the peer (active side only).
-    `congestion`: as `TcpEndpoint`."""
+    """Rails that are TCP connections, up to `rails` to a peer. `dial` connects one socket to the peer (active side
+    only). `congestion` is as for `TcpEndpoint`."""
 
     name = "tcp"
     checked = True
@@ -280,7 +281,8 @@ class TcpFabric(Fabric):
         return endpoint, {"tickets": tickets}
 
     def admit(self, sock: socket.socket, ticket: bytes) -> bool:
-        """Passive side: a connection that began with `RAIL_MAGIC` presents `ticket`. False: refused, closed."""
+        """Take a connection that began with `RAIL_MAGIC` and presents `ticket`, on the passive side. If the ticket is
+        no good, it is closed and False returned."""
         with self._lock:
             entry = self._tickets.pop(ticket, None)
         endpoint = entry[0]() if entry is not None and entry[2] > time.monotonic() else None

@@ -17,7 +17,7 @@ class Controller(ABC):
 
     @abstractmethod
     def __init__(self, chunk_bytes: int, depth: int, max_window_bytes: int) -> None:
-        """Start with `depth` chunks of `chunk_bytes`; never have more than `max_window_bytes` in flight."""
+        """Start with `depth` chunks of `chunk_bytes`, and never have more than `max_window_bytes` in flight."""
 
     @property
     @abstractmethod
@@ -47,7 +47,7 @@ class Controller(ABC):
 
 
 class FixedController(Controller):
-    """The same chunk and `depth` of them in flight, whatever happens."""
+    """Grants the same chunk, and `depth` of them at once, whatever happens."""
 
     name: ClassVar[str] = "fixed"
 

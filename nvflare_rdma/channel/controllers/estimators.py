@@ -10,9 +10,10 @@ _MAX_SNAPSHOTS = 16 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`rate`: bytes/s at which data landed while a chunk was in flight, None if that can't be said.
+    """What one chunk tells. `rate` is the bytes/s at which data landed while it was in flight, None if that can't be
+    said.
 
-    `app_limited`: the sender had too little to send, so that the rate says little of the link.
+    `app_limited` says that the sender had too little to send, so that the rate says little of the link.
     """
 
     rate: float | None

@@ -1,4 +1,4 @@
-"""What the channel core asks of, or tells, whoever runs it."""
+"""What a `Connection` asks of, or tells, the link that runs it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nvflare_rdma.fabric import RemoteSlice
 
 @dataclass(frozen=True, slots=True)
 class ChooseFabric:
-    """Passive: pick a fabric that both sides can use and call `Connection.choose`. `reason` says what went wrong
-    with the last one; it is "" the first time. `opened`: the last one had rails, and they broke."""
+    """Passive side: pick a fabric that both sides can use and call `Connection.choose`. `reason` says what went wrong
+    with the last one; it is "" the first time. `opened` says that the last one had rails, and they broke."""
 
     peer: Hello
     reason: str = ""
@@ -22,7 +22,7 @@ class ChooseFabric:
 
 @dataclass(frozen=True, slots=True)
 class OpenRails:
-    """Active: open rails as offered and call `Connection.dialled`."""
+    """Active side: open rails as offered and call `Connection.dialled`."""
 
     fabric: str
     offer: Mapping[str, Any]
@@ -32,8 +32,8 @@ class OpenRails:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Data can move now, for the first time or again. `rails` is 0 when everything has to use the control
-    stream, and why. `answer`, on the passive side: for `Endpoint.accept`."""
+    """Data can move now, for the first time or again. `rails` is 0 when everything has to use the control stream;
+    `reason` says why. On the passive side `answer` is for `Endpoint.accept`."""
 
     rails: int
     reason: str
@@ -84,7 +84,7 @@ class ExposeChunk:
 
 @dataclass(frozen=True, slots=True)
 class RevokeChunk:
-    """Take back what was exposed under `notification`. `answered`: its write may still come, so keep the
+    """Take back what was exposed under `notification`. If it will be `answered`, its write may still come: keep the
     memory from others until it has."""
 
     notification: int

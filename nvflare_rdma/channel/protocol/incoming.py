@@ -1,4 +1,4 @@
-"""The receiving half of a channel: which chunks are granted, where they are, and which are still missing.
+"""The receiving half of a connection: which chunks are granted, where they are, and which are still missing.
 
 What has landed is never asked for again; what was granted over a rail that broke, or arrived damaged, is granted
 anew. That set is all there is to resuming a transfer.
@@ -48,7 +48,7 @@ class _OpenGrant:
 
 
 class Incoming:
-    """`emit` takes control messages, `happened` takes events, both in order."""
+    """All messages that a connection receives. `emit` takes control messages and `happened` events, both in order."""
 
     def __init__(
         self,
@@ -80,18 +80,18 @@ class Incoming:
     # -- rails ---------------------------------------------------------------------------------------------
 
     def set_controller(self, controller: Controller) -> None:
-        """Another controller, for another fabric; nothing is granted now."""
+        """Take another controller, for another fabric. Nothing is granted at this time."""
         self._controller = controller
 
     def open(self, rails: Iterable[int], overhead: int, max_chunk: int, max_open: int, now: float) -> None:
-        """Rails are up: grant over them. `overhead`: bytes that sealing adds to a chunk; `max_chunk`: the longest
-        chunk they carry; `max_open`: grants that the peer works on at once."""
+        """Grant over rails that are up. Sealing adds `overhead` bytes to a chunk, `max_chunk` bytes are the longest
+        that they carry, and the peer works on `max_open` grants at once."""
         self._load = dict.fromkeys(rails, 0)
         self._overhead, self._max_chunk, self._max_open = overhead, max_chunk, max_open
         self.plan(now)
 
     def rail_down(self, rail: int, now: float) -> None:
-        """Nothing lands over `rail` any more: its unfinished chunks are granted again."""
+        """Grant the unfinished chunks of a rail again: nothing lands over it any more."""
         self._load.pop(rail, None)
         for notification, exposure in list(self._exposures.items()):
             if exposure.rail == rail:
@@ -100,7 +100,7 @@ class Incoming:
         self.plan(now)
 
     def void(self, now: float) -> None:
-        """All rails are gone."""
+        """Take all chunks back that have not landed: all rails are gone."""
         rails = list(self._load)
         self._load.clear()  # so that nothing is granted over the next while one is taken away
         for rail in rails:

@@ -1,4 +1,4 @@
-"""The sending half of a channel: what is offered, what the peer has granted, and which writes are under way."""
+"""The sending half of a connection: what is offered, what the peer has granted, and which writes are under way."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _OutgoingTransfer:
 
 
 class Outgoing:
-    """`emit` takes control messages, `happened` takes events, both in order."""
+    """All messages that a connection sends. `emit` takes control messages and `happened` events, both in order."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Outgoing:
         self._finish(transfer, out)
 
     def void(self) -> None:
-        """All rails are gone: the peer grants anew what it misses."""
+        """Forget all writes: all rails are gone, and the peer grants anew what it misses."""
         self._writes.clear()
         for transfer, out in list(self._transfers.items()):
             out.open_writes = 0
@@ -78,8 +78,8 @@ class Outgoing:
     # -- what the peer says --------------------------------------------------------------------------------
 
     def granted(self, grant: wire.Grant, rails: int, overhead: int, max_chunk: int, now: float) -> None:
-        """`rails`: how many were opened; `overhead`: bytes that sealing adds to a chunk; `max_chunk`: the longest
-        chunk they carry."""
+        """Write what the peer grants. So many `rails` were opened, sealing adds `overhead` bytes to a chunk, and
+        `max_chunk` bytes are the longest that the rails carry."""
         if grant.rail >= rails:
             raise ProtocolError(f"a grant names rail {grant.rail}, {rails} were opened")
         if grant.length > max_chunk:

@@ -65,7 +65,7 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Rails:
-    """Active to passive: how many rails it opened, and if none, why. `answer`: what the passive side's fabric has to
+    """Active to passive: how many rails it opened, and if none, why. `answer` is what the passive side's fabric has to
     know of them."""
 
     count: int
@@ -97,7 +97,7 @@ class Inline:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Sender: there is a message of `length` bytes. `label`: 0, or what the receiver knows it by."""
+    """Sender: there is a message of `length` bytes. `label` is 0, or what the receiver knows it by."""
 
     transfer: int
     length: int

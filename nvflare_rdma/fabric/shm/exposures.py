@@ -54,7 +54,8 @@ class ShmRegion(Region):
 
 
 class Exposures:
-    """`slots` is set if the peer writes into shared memory, else this side reads the peer's."""
+    """What an endpoint has exposed. `slots` is set if the peer writes into shared memory; else this side reads the
+    peer's."""
 
     def __init__(self) -> None:
         self.slots: SlotOwner | None = None
@@ -91,8 +92,8 @@ class Exposures:
         return exposure.remote
 
     def revoke(self, region: ShmRegion, notification: int | None) -> None:
-        """One exposure of `region`, or all. When this returns, nothing is copied to the region any more (but the
-        peer may write into a slot until it has answered)."""
+        """Take back one exposure of `region`, or all. When this returns, nothing is copied to the region any more (but
+        the peer may write into a slot until it has answered)."""
         with self._landed:
             for number in list(self._open) if notification is None else [notification]:
                 exposure = self._open.get(number)

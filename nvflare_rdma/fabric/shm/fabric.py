@@ -11,7 +11,8 @@ from nvflare_rdma.fabric.shm.endpoint import ShmEndpoint
 
 
 class ShmFabric(Fabric):
-    """`paths`: how this side may receive, best first; for tests, "direct" or "memfd" alone."""
+    """Shared memory of two processes. `paths` says how this side may receive, best first; tests give "direct" or
+    "memfd" alone."""
 
     name = "shm"
     same_host = True

@@ -86,7 +86,7 @@ def peer_pid(sock: socket.socket) -> int:
 
 
 class _Steps:
-    """The messages of a set-up on `sock`: what waits for one of them waits until the deadline for all."""
+    """The messages of a set-up on `sock`. Who waits for one of them waits until the deadline for all."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock

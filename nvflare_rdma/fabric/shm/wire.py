@@ -75,8 +75,8 @@ class Wake:
 
 
 class Wire:
-    """`idle` is called by who receives whenever there is nothing more, and after `wake`;
-    `greeting` is what it sends first."""
+    """The socket of a rail, for messages and descriptors. `idle` is called by the thread that receives whenever there
+    is nothing more, and after `wake`; `greeting` is sent first."""
 
     def __init__(self, sock: socket.socket, idle: Callable[[], None], greeting: bytes = b"") -> None:
         sock.settimeout(None)

@@ -66,7 +66,7 @@ class VerbsRegion(Region):
 
 
 class VerbsEndpoint(Endpoint):
-    """`ports`: what rails are spread over; they belong to this endpoint."""
+    """One peer over RDMA devices. Rails are spread over `ports`, which belong to this endpoint."""
 
     def __init__(self, handler: CompletionHandler, ports: Sequence[Port], count: int, fabric: VerbsFabric) -> None:
         self._handler = handler
@@ -116,7 +116,7 @@ class VerbsEndpoint(Endpoint):
             )
 
     def describe(self, count: int | None = None) -> Mapping[str, Any]:
-        """This side's first `count` rails, for the peer."""
+        """Describe this side's first `count` rails, for the peer."""
         services = self._listener.services if self._listener is not None else {}
         ports = [
             RemotePort(p.info.transport, p.gid, p.lid, p.mtu, p.max_message, services.get(p, 0)) for p in self._ports

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 
 class VerbsFabric(Fabric):
-    """`rails`: queue pairs to a peer. `cache`: registered source memory, of all peers. `near`: this side's
-    address on the control stream, whose network is the best guess for the data too."""
+    """RDMA devices, with `rails` queue pairs to a peer. `cache` has the registered source memory of all peers. `near`
+    is this side's address on the control stream, whose network is the best guess for the data too."""
 
     name = "verbs"
 
@@ -78,7 +78,7 @@ class VerbsFabric(Fabric):
 
 
 def address_on(host: str) -> IPAddress | None:
-    """An address of a socket, for `near`."""
+    """Return the IP address that a socket's host name is, for `VerbsFabric`; None if it is none."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

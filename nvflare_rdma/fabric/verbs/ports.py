@@ -91,7 +91,8 @@ class Access(Enum):
 
 
 class MemoryRegion:
-    """`lkey` names it in work requests of this side, `rkey` in writes of the peer, until it is closed."""
+    """Registered memory. `lkey` names it in work requests of this side, `rkey` in writes of the peer, until it is
+    closed."""
 
     def __init__(self, region: Any) -> None:
         self._open = [region]
@@ -155,7 +156,7 @@ class Port:
         return os.fstat(self.context.cmd_fd).st_nlink == 0
 
     def close(self) -> None:
-        """Also when the device is gone. Everything that was made of it has to be closed before."""
+        """Close the port, also when the device is gone. Everything that was made of it has to be closed before."""
         close_all(self._open)
 
 

@@ -58,8 +58,8 @@ _RECEIVE = 1 << 63
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A send work request. `remote`: address and key of the peer's memory; None for a message (SEND). `immediate`:
-    the 32 bits that go with an RDMA WRITE WITH IMM."""
+    """A send work request. `remote` is the address and key of the peer's memory, None for a message (SEND). `immediate`
+    is the 32 bits that go with an RDMA WRITE WITH IMM."""
 
     segments: Sequence[Segment]
     remote: tuple[int, int] | None
@@ -91,7 +91,7 @@ class QueuePair:
     """A reliable connection (RC) and its completion queue, whose descriptor is `fd`."""
 
     def __init__(self, port: Port, sends: int, receives: int, inline: int) -> None:
-        """`sends`, `receives`: work requests that may be posted at once; `inline`: bytes wanted inline."""
+        """So many `sends` and `receives` may be posted at once; `inline` bytes are wanted inline."""
         self._port = port
         self._open: list[Any] = []
         self._kept: list[Closable] = []

@@ -39,7 +39,7 @@ _DEVICE_CHECK = 1  # seconds
 
 
 class VerbsRailOwner(Protocol):
-    """The endpoint."""
+    """The endpoint, as its rails see it."""
 
     def take(self, rail: int, notification: int) -> None:
         """The exposure `notification` was answered over `rail`: it is over. Raises ProtocolError: there is none."""
