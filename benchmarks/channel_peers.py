@@ -18,17 +18,10 @@ from typing import Any
 import numpy as np
 from measuring import MIB, Measured, Meter, obey, pattern
 
-from nvflare_rdma.channel.context import LinkContext
-from nvflare_rdma.channel.control import ControlStream
-from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.protocol.limits import ChannelLimits
-from nvflare_rdma.channel.protocol.state import Role
-from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
-from nvflare_rdma.fabric.budget import MemoryBudget
-from nvflare_rdma.fabric.send_memory import SendMemory
-from nvflare_rdma.fabric.shm.fabric import ShmFabric
-from nvflare_rdma.fabric.slots import SlotPool
-from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
+from nvflare_rdma.channel import ChannelLimits, ControlStream, Link, LinkContext, Role
+from nvflare_rdma.channel.protocol import CONTROL_MAGIC
+from nvflare_rdma.fabric import RAIL_MAGIC, TICKET_BYTES, MemoryBudget, SendMemory, SlotPool, TcpFabric, receive_exactly
+from nvflare_rdma.fabric.shm import ShmFabric
 
 HOST, NAME, TIMEOUT = "127.0.0.1", "bench", 120.0
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
@@ -44,10 +37,8 @@ FABRICS: dict[str, tuple[str, Callable[[dict[str, Any], Dial], Any]]] = {
 
 def make_verbs(options: dict[str, Any], dial: Dial) -> Any:
     """``devices``: the receiver's, the sender's. ``in_place``: see `endpoint.IN_PLACE_BYTES`."""
-    from nvflare_rdma.fabric.options import VerbsOptions
-    from nvflare_rdma.fabric.verbs import endpoint
-    from nvflare_rdma.fabric.verbs.fabric import VerbsFabric, address_on
-    from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache
+    from nvflare_rdma.fabric import VerbsOptions
+    from nvflare_rdma.fabric.verbs import RegistrationCache, VerbsFabric, address_on, endpoint
 
     endpoint.IN_PLACE_BYTES = options["in_place"]
     end = int(dial is not None)

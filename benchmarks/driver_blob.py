@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nvflare_rdma.cli import driver_path
-from nvflare_rdma.fabric.registry import probe
+from nvflare_rdma.fabric import probe
 from nvflare_rdma.settings import Settings
 
 CHANNEL, TOPIC = "bench", "blob"

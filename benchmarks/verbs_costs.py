@@ -58,7 +58,7 @@ def timed(step: Callable[[], object], at_least: float = 0.05) -> float:
 
 def pages(nbytes: int, huge: bool) -> memoryview:
     """Memory that is touched, in huge pages if the kernel has them, or in small ones."""
-    from nvflare_rdma.fabric.shm.process_memory import address_of
+    from nvflare_rdma.fabric.shm import address_of
 
     memory = mmap.mmap(-1, nbytes + 2 * MIB)
     memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
@@ -69,11 +69,10 @@ def pages(nbytes: int, huge: bool) -> memoryview:
 
 
 def registration(device: str, repeats: int) -> None:
-    from nvflare_rdma.fabric.options import VerbsOptions
-    from nvflare_rdma.fabric.shm.process_memory import address_of
-    from nvflare_rdma.fabric.verbs.devices import choose_gid, choose_ports, list_ports
+    from nvflare_rdma.fabric import VerbsOptions
+    from nvflare_rdma.fabric.shm import address_of
+    from nvflare_rdma.fabric.verbs import RegistrationCache, choose_gid, choose_ports, list_ports
     from nvflare_rdma.fabric.verbs.ports import Access, Port
-    from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache
 
     options = VerbsOptions((device,))
     info = choose_ports(list_ports(), options)[0]
@@ -109,9 +108,9 @@ def registration(device: str, repeats: int) -> None:
 
 def posting(devices: list[str], repeats: int) -> None:
     """Writes of 64 bytes, so that what a request costs is seen and not what it carries."""
-    from nvflare_rdma.fabric.options import VerbsOptions
-    from nvflare_rdma.fabric.shm.process_memory import address_of
-    from nvflare_rdma.fabric.verbs.devices import choose_gid, choose_ports, list_ports
+    from nvflare_rdma.fabric import VerbsOptions
+    from nvflare_rdma.fabric.shm import address_of
+    from nvflare_rdma.fabric.verbs import choose_gid, choose_ports, list_ports
     from nvflare_rdma.fabric.verbs.ports import Access, Port
     from nvflare_rdma.fabric.verbs.queue_pair import QueuePair, Work
     from nvflare_rdma.fabric.verbs.registration_cache import Segment

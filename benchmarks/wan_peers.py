@@ -21,20 +21,20 @@ from measuring import obey
 from wan_cells import LONG_MESSAGE, PLAIN, Setting
 from wan_wire import RECEIVER, SENDER, arrived
 
-from nvflare_rdma.channel.context import LinkContext
-from nvflare_rdma.channel.control import ControlStream
-from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.protocol.limits import ChannelLimits
-from nvflare_rdma.channel.protocol.state import Role
-from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
-from nvflare_rdma.fabric.base import Fabric
-from nvflare_rdma.fabric.budget import MemoryBudget
-from nvflare_rdma.fabric.options import VerbsOptions
-from nvflare_rdma.fabric.send_memory import SendMemory
-from nvflare_rdma.fabric.slots import SlotPool
-from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
-from nvflare_rdma.fabric.verbs.fabric import VerbsFabric
-from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache
+from nvflare_rdma.channel import ChannelLimits, ControlStream, Link, LinkContext, Role
+from nvflare_rdma.channel.protocol import CONTROL_MAGIC
+from nvflare_rdma.fabric import (
+    RAIL_MAGIC,
+    TICKET_BYTES,
+    Fabric,
+    MemoryBudget,
+    SendMemory,
+    SlotPool,
+    TcpFabric,
+    VerbsOptions,
+    receive_exactly,
+)
+from nvflare_rdma.fabric.verbs import RegistrationCache, VerbsFabric
 
 PORT = 7471
 TIMEOUT = 30.0

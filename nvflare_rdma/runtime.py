@@ -15,21 +15,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nvflare_rdma.channel.context import LinkContext
-from nvflare_rdma.channel.protocol.limits import ChannelLimits
+from nvflare_rdma.channel import ChannelLimits, LinkContext
 from nvflare_rdma.errors import RdmaError
-from nvflare_rdma.fabric.base import Fabric
-from nvflare_rdma.fabric.budget import MemoryBudget
-from nvflare_rdma.fabric.registry import FabricFactory, LinkEnd, factories, host_identity, probe
-from nvflare_rdma.fabric.send_memory import SendMemory
-from nvflare_rdma.fabric.slots import SlotPool
-from nvflare_rdma.fabric.tcp import TcpFabric
+from nvflare_rdma.fabric import (
+    Fabric,
+    FabricFactory,
+    LinkEnd,
+    MemoryBudget,
+    SendMemory,
+    SlotPool,
+    TcpFabric,
+    factories,
+    host_identity,
+    probe,
+)
 from nvflare_rdma.flare_compat import max_frame_bytes
 from nvflare_rdma.settings import Settings, load_settings
-from nvflare_rdma.transfer.arrays import TensorMemory
-from nvflare_rdma.transfer.encoding import EncodedChunkCache
-from nvflare_rdma.transfer.peers import PeerLinks
-from nvflare_rdma.transfer.records import Ledger
+from nvflare_rdma.transfer import EncodedChunkCache, Ledger, PeerLinks, TensorMemory
 from nvflare_rdma.transfer.requests import StreamRequestRouter
 
 log = logging.getLogger(__name__)

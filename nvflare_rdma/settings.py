@@ -13,11 +13,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from nvflare_rdma.channel.controllers import CONTROLLERS
-from nvflare_rdma.channel.protocol.wire import INTEGRITY
+from nvflare_rdma.channel.protocol import INTEGRITY
 from nvflare_rdma.errors import ConfigError
-from nvflare_rdma.fabric.base import MAX_RAILS
-from nvflare_rdma.fabric.options import FabricOptions, VerbsOptions
-from nvflare_rdma.fabric.registry import FABRICS, parse_fabrics
+from nvflare_rdma.fabric import FABRICS, MAX_RAILS, FabricOptions, VerbsOptions, parse_fabrics
 
 PREFIX = "rdma_"
 _ENV_PREFIX = "NVFLARE_RDMA_"

@@ -1,1 +1,67 @@
-"""The receiver-driven chunk protocol. Its core does no I/O: time and bytes come in as arguments."""
+"""Links between peers: messages go to the peer over the rails of a fabric, at the pace of their receiver.
+
+    Door, dial           how two processes come to a control stream
+    Link                 one connection to a peer: `send` a message, or `offer` one that the peer knows by a label
+    Source, Sink         a message whose chunks are made when they are written, and consumed when they have landed
+    LinkContext          what the links of a process share: memory, limits, settings
+
+`protocol` has the rules by which links talk, without I/O; `controllers` decide how much is on its way at once. This
+module loads what it names when it is asked for: some of it needs packages that `nvflare-rdma doctor` does without.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nvflare_rdma.channel.bodies import Sink, Source, Take
+    from nvflare_rdma.channel.context import LinkContext
+    from nvflare_rdma.channel.control import ControlStream
+    from nvflare_rdma.channel.deferred import Delivery
+    from nvflare_rdma.channel.door import GREETING_TIMEOUT, Door, Pending, address_of, dial, explain_tls
+    from nvflare_rdma.channel.link import Link
+    from nvflare_rdma.channel.outbox import Sending
+    from nvflare_rdma.channel.protocol import Role
+    from nvflare_rdma.channel.protocol.limits import MAX_UNIT_BYTES, MIN_CHUNK_BYTES, ChannelLimits, whole_units
+
+__all__ = [
+    "GREETING_TIMEOUT",
+    "MAX_UNIT_BYTES",
+    "MIN_CHUNK_BYTES",
+    "ChannelLimits",
+    "ControlStream",
+    "Delivery",
+    "Door",
+    "Link",
+    "LinkContext",
+    "Pending",
+    "Role",
+    "Sending",
+    "Sink",
+    "Source",
+    "Take",
+    "address_of",
+    "dial",
+    "explain_tls",
+    "whole_units",
+]
+
+_MODULES = {
+    **dict.fromkeys(("Sink", "Source", "Take"), "bodies"),
+    "LinkContext": "context",
+    "ControlStream": "control",
+    "Delivery": "deferred",
+    **dict.fromkeys(("GREETING_TIMEOUT", "Door", "Pending", "address_of", "dial", "explain_tls"), "door"),
+    "Link": "link",
+    "Sending": "outbox",
+    **dict.fromkeys(("MAX_UNIT_BYTES", "MIN_CHUNK_BYTES", "ChannelLimits", "whole_units"), "protocol.limits"),
+    "Role": "protocol.state",
+}
+
+if not TYPE_CHECKING:  # a type checker would take every name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

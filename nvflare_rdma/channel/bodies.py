@@ -1,9 +1,8 @@
-"""What a message is made of, where that is not one buffer: chunks that are made when they are written, and consumed
-when they have landed.
+"""Sources and sinks: messages whose chunks are made when they are written, and consumed when they have landed.
 
-A message with a ``label`` (not 0) is one that its receiver knows of from elsewhere: `Link.offer` sends it, and the
-receiving link finds the `Sink` for it by the label. Chunks of such a message begin at multiples of the sink's ``unit``,
-so that both sides can encode and decode each of them on its own.
+`Link.offer` sends such a message under a `label` (not 0) by which its receiver knows it from elsewhere: the receiving
+link finds the `Sink` for it by the label. Chunks begin at multiples of the sink's `unit`, so that both sides can encode
+and decode each of them on its own.
 """
 
 from __future__ import annotations
@@ -12,17 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeAlias
 
-from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES
-from nvflare_rdma.errors import LocalProtocolError
-
-MAX_UNIT_BYTES = 1024 * 1024
-
 #: Gives writable memory of so many bytes, for as long as a view of it is left. It may have to wait.
 Take: TypeAlias = Callable[[int], memoryview]
 
 
 class Source(ABC):
-    """``nbytes``: what is sent, more than 0."""
+    """Gives the bytes of one message, `nbytes` of them (more than 0), chunk by chunk."""
 
     nbytes: int
     ready = True
@@ -35,38 +29,44 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, offset: int, length: int, take: Take) -> memoryview:
-        """That part of the message; nothing of it changes until no view of it is left. What has to be made for it is
-        made in memory that ``take`` gives: once in a call. Called by rail threads, by several at once, for a chunk
-        again if it was lost. What it raises as RdmaError or OSError fails the message."""
+        """Return `length` bytes of the message from `offset` on. They do not change until no view of them is left.
+
+        What has to be made for them is made in memory that `take` gives; it is called once at most. Rail threads call
+        `read`, several at once, and again for a chunk that was lost. An RdmaError or OSError fails the message.
+        """
 
 
 class Sink(ABC):
-    """``nbytes``: the length that is expected. ``unit``: where chunks may begin, 1 for anywhere, else from
+    """Takes one message of `nbytes` bytes. Chunks of it begin at multiples of `unit`: that is 1 for anywhere, else from
     `MIN_CHUNK_BYTES` to `MAX_UNIT_BYTES`."""
 
     nbytes: int
     unit: int = 1
     resent_chunks: int = 0
-    """Counted by the link: chunks that were asked for again, in whatever pieces."""
+    """Chunks that were asked for again, in whatever sizes. The link counts them."""
 
     @property
     def buffer(self) -> memoryview | None:
-        """Where the message is to land, writable and contiguous; it counts to no budget. None: chunks land in slots,
-        from which `put` takes them."""
+        """Memory that the message is received straight into: writable, contiguous, and counted to no budget. If it is
+        None, chunks land in slots and are passed to `put`."""
         return None
 
     def put(self, offset: int, chunk: memoryview) -> None:
-        """Consume a chunk that was verified; it is gone afterwards. Called by rail threads, by several at once, for a
-        chunk again if its rail broke in that moment. What it raises as RdmaError or OSError fails the message."""
+        """Consume a chunk that was verified; its memory is gone afterwards.
+
+        Rail threads call this, several at once, and again for a chunk whose rail broke in that moment. An RdmaError or
+        OSError fails the message.
+        """
         raise NotImplementedError
 
     @abstractmethod
     def done(self) -> None:
-        """Everything is in, and no thread is in `put` any more."""
+        """Called when the whole message is in, and no thread is in `put` any more."""
 
     @abstractmethod
     def failed(self, reason: str) -> None:
-        """It will not come, or not all of it. The buffer may still be written for a moment: don't use it again."""
+        """Called when the message will not come, or not all of it. The buffer may still be written for a moment, so it
+        must not be used again."""
 
 
 class BufferSource(Source):
@@ -77,15 +77,5 @@ class BufferSource(Source):
         self._buffer = buffer
 
     def read(self, offset: int, length: int, take: Take) -> memoryview:
+        """See `Source.read`."""
         return self._buffer[offset : offset + length]
-
-
-def whole_units(nbytes: int, unit: int) -> int:
-    """The multiple of ``unit`` that is not above ``nbytes``, but one unit at least."""
-    return max(nbytes - nbytes % unit, unit)
-
-
-def check_unit(unit: int) -> None:
-    """Raise LocalProtocolError if chunks can't be cut at multiples of ``unit``."""
-    if unit != 1 and not MIN_CHUNK_BYTES <= unit <= MAX_UNIT_BYTES:
-        raise LocalProtocolError(f"a unit is 1 or {MIN_CHUNK_BYTES} to {MAX_UNIT_BYTES} bytes, not {unit}")

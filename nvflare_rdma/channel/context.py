@@ -1,19 +1,17 @@
-"""What the links of a process have in common."""
+"""What the links of a process share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nvflare_rdma.channel.protocol.limits import ChannelLimits
-from nvflare_rdma.fabric.budget import MemoryBudget
-from nvflare_rdma.fabric.send_memory import SendMemory
-from nvflare_rdma.fabric.slots import SlotPool
+from nvflare_rdma.channel.protocol import ChannelLimits
+from nvflare_rdma.fabric import MemoryBudget, SendMemory, SlotPool
 
 
 @dataclass(frozen=True)
 class LinkContext:
-    """What all links of a process share, and what they may do."""
+    """The memory, limits and settings that all links of a process share."""
 
     limits: ChannelLimits
     budget: MemoryBudget
@@ -23,12 +21,12 @@ class LinkContext:
     unavailable: Mapping[str, str]
     """Fabric name -> reason why this process can't use it, "" if it can."""
     host: str = ""
-    """Equal for two processes that can use shared memory."""
+    """Who this host is: equal for two processes that can use shared memory, "" if that can't be told."""
     controller: str = "fixed"
     chunk_bytes: int = 1024 * 1024
     same_host_factor: int = 1
-    """Times `chunk_bytes` in memory of the same host: a chunk is one copy there and costs its messages, and no link has
-    to be kept busy."""
+    """By how much chunks are longer than `chunk_bytes` in memory of the same host: a chunk is one copy there and costs
+    its messages, and no network has to be kept busy."""
     depth: int = 4
     integrity: str = "auto"
     window_bytes: int = 4 * 1024 * 1024

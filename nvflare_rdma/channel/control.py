@@ -19,7 +19,8 @@ _RECEIVE_BYTES = 256 * 1024
 
 
 class ControlStream:
-    """``context``: wrap the socket in TLS; None leaves it clear. ``server_side``: who greets in TLS."""
+    """Sends and receives bytes on one socket. TLS is used with `context`, and none if that is None; `server_side` says
+    which side of TLS this is."""
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext | None = None, server_side: bool = False) -> None:
         self._sock = sock
@@ -35,6 +36,7 @@ class ControlStream:
 
     @property
     def secure(self) -> bool:
+        """Whether the stream speaks TLS."""
         return self._tls is not None
 
     def peer_certificate(self) -> dict[str, Any] | None:
@@ -78,7 +80,8 @@ class ControlStream:
             self._sock.sendall(data)
 
     def protect(self, messages: Iterable[bytes]) -> bytes:
-        """What to send for ``messages``. In the order in which it is sent."""
+        """Return the bytes to send for `messages`, encrypted if the stream is secure. They must be sent in the order of
+        these calls."""
         data = b"".join(messages)
         if self._tls is None:
             return data
@@ -89,19 +92,20 @@ class ControlStream:
             return self._outgoing.read()
 
     def send(self, data: bytes) -> None:
-        """Send all of it (see `protect`). One thread at a time, and not while `send_now` is called."""
+        """Send all of `data` (see `protect`). One thread at a time calls this, and not while `send_now` is called."""
         self._sock.sendall(data)
 
     def send_now(self, data: bytes) -> bytes:
-        """Send what the socket takes at once; the rest is for `send`."""
+        """Send what the socket takes at once, and return the rest, which is for `send`."""
         try:
             return data[self._sock.send(data, socket.MSG_DONTWAIT) :]
         except BlockingIOError:
             return data
 
     def receive(self, timeout: float) -> bytes | None:
-        """At least one byte; b"" when the peer has closed; None if nothing came in ``timeout`` seconds, which parts of
-        a TLS record do not put off. Raises OSError if it is broken, or was closed here.
+        """Return what has come, waiting up to `timeout` seconds for it: b"" when the peer has closed the stream, None
+        if nothing came (parts of a TLS record do not put that off). Raises OSError if the stream is broken, or was
+        closed here.
 
         One thread at a time. Unlike a socket's timeout, this one leaves `send` alone.
         """

@@ -1,6 +1,7 @@
 """Chunks on the control stream: the endpoint of last resort, when no rail can be opened.
 
-The same grants are filled; only the bytes travel inside `Data` messages, at the price of two copies.
+A network may let the control stream through and cut rails, for instance one that passes TLS only. Then the same grants
+are filled, and the bytes travel inside `Data` messages, at the price of two copies.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import itertools
 from collections.abc import Callable
 
 from nvflare_rdma.errors import ProtocolError
-from nvflare_rdma.fabric.base import Endpoint, Region, RemoteSlice
+from nvflare_rdma.fabric import Endpoint, Region, RemoteSlice
 
 
 class ControlRegion(Region):
+    """Memory that chunks which come on the control stream are put into."""
+
     def __init__(self, key: int, buffer: memoryview, exposed: dict[int, memoryview | None]) -> None:
         self._key = key
         self._buffer = buffer
@@ -20,22 +23,26 @@ class ControlRegion(Region):
         self._mine: set[int] = set()
 
     def expose(self, notification: int, offset: int, length: int, rail: int) -> RemoteSlice:
+        """See `Region.expose`."""
         self._exposed[notification] = self._buffer[offset : offset + length]
         self._mine.add(notification)
         return RemoteSlice(self._key, offset, length)
 
     def revoke(self, notification: int) -> None:
+        """See `Region.revoke`."""
         if notification in self._exposed:
             self._exposed[notification] = None
         self._mine.discard(notification)
 
     def close(self) -> None:
+        """See `Region.close`."""
         for notification in list(self._mine):
             self.revoke(notification)
 
 
 class ControlRail(Endpoint):
-    """``send(notification, digest, payload)`` puts a chunk on the control stream and reports it written."""
+    """The endpoint whose only rail is the control stream. `send(notification, digest, payload)` puts a chunk there and
+    reports it written."""
 
     def __init__(self, send: Callable[[int, int, memoryview], None]) -> None:
         self._send = send
@@ -44,12 +51,15 @@ class ControlRail(Endpoint):
 
     @property
     def rails(self) -> int:
+        """See `Endpoint.rails`."""
         return 1
 
     def register(self, buffer: memoryview) -> ControlRegion:
+        """See `Endpoint.register`."""
         return ControlRegion(next(self._keys), buffer, self._exposed)
 
     def write(self, rail: int, source: memoryview, remote: RemoteSlice, notification: int, digest: int) -> None:
+        """See `Endpoint.write`."""
         self._send(notification, digest, source)
 
     def fill(self, notification: int, payload: bytes) -> None:
@@ -71,4 +81,5 @@ class ControlRail(Endpoint):
         """Nothing: this rail is the control stream."""
 
     def close(self) -> None:
+        """See `Endpoint.close`."""
         self._exposed.clear()

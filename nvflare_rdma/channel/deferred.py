@@ -13,8 +13,9 @@ _POLL = 0.1
 
 
 class DeferredCalls:
-    """``lock`` is the link's; `append` and `bring` are called under it, `run` is not. ``guarded`` is around each call;
-    ``closing`` says that what can't be delivered at once is not worth waiting for."""
+    """Keeps calls and messages until no lock is held. `lock` is the link's: `append` and `bring` are called under it,
+    `run` is not. Each call is made inside `guarded()`. If `closing()`, what can't be delivered at once is not waited
+    for."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class DeferredCalls:
         self._delivering = threading.RLock()
 
     def append(self, call: Callable[[], None]) -> None:
+        """Have `call` done when the lock is released."""
         self._calls.append(call)
 
     def bring(self, message: Delivery) -> None:
@@ -39,7 +41,7 @@ class DeferredCalls:
         self._deliveries.append(message)
 
     def run(self) -> None:
-        """Do what was left. Any thread may find what another has left."""
+        """Make the calls and deliver the messages that were left, by this thread or another."""
         while True:
             with self._lock:
                 todo = self._calls[:]

@@ -1,6 +1,6 @@
 """How peers come to a control stream: one listening port serves the control streams and the rails of all peers.
 
-What a connection is shows in its first bytes: a TLS record, the control stream's magic, or a rail's magic and ticket.
+The first bytes of a connection show what it is: a TLS record, the control stream's magic, or a rail's magic and ticket.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from nvflare_rdma.channel.control import ControlStream
-from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
+from nvflare_rdma.channel.protocol import CONTROL_MAGIC
 from nvflare_rdma.errors import ProtocolError, RdmaError, TlsError, UnreachableError
-from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric
+from nvflare_rdma.fabric import RAIL_MAGIC, TICKET_BYTES, TcpFabric
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _TLS_HANDSHAKE_RECORD = b"\x16"
 
 
 class Pending:
-    """Sockets on which something is being opened, so that nobody else can end it yet: `close` does."""
+    """Keeps track of sockets on which something is being opened, so that `close` can end that."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -35,7 +35,8 @@ class Pending:
 
     @contextlib.contextmanager
     def track(self, sock: socket.socket) -> Iterator[None]:
-        """From one holder to the next a socket may be in nobody's hands: the next one looks whether it is over.
+        """Have `close` disconnect the socket as long as this lasts. From one holder to the next a socket may be tracked
+        by nobody, so each asks here whether it is over.
 
         Raises:
             ConnectionAbortedError: `close` has been called. The socket is still the caller's to close.
@@ -51,7 +52,7 @@ class Pending:
                 self._sockets.discard(sock)
 
     def close(self) -> None:
-        """Disconnect the sockets that are held, and let no other be."""
+        """Disconnect the sockets that are tracked, and refuse others."""
         with self._lock:
             self._closed = True
             sockets = list(self._sockets)
@@ -118,7 +119,7 @@ class Door:
     def close(self) -> None:
         """End `serve`, and the connections that are still in their greeting. Callable from any thread, at any time.
 
-        One that has just greeted may still come to ``on_connection``.
+        A peer that has just greeted may still come to `on_connection`.
         """
         self._closed.set()
         # Wakes accept(); close() alone would leave it waiting.
@@ -170,11 +171,11 @@ class Door:
 def dial(
     address: tuple[str, int], tls: ssl.SSLContext | None, pending: Pending, timeout: float = GREETING_TIMEOUT
 ) -> tuple[socket.socket, ControlStream]:
-    """A new control stream to the door at ``address``, and its socket, all within ``timeout``. ``pending.close()`` ends
-    the greeting.
+    """Open a control stream to the door at `address` within `timeout` seconds; its socket and the stream are returned.
+    `pending.close()` ends the greeting.
 
     Raises:
-        TlsError: the peers don't trust each other. UnreachableError: nothing answered within ``timeout``. OSError:
+        TlsError: the peers don't trust each other. UnreachableError: nothing answered within `timeout`. OSError:
             nobody listens, or it did not greet in time.
     """
     deadline = time.monotonic() + timeout
@@ -193,7 +194,7 @@ def dial(
 
 
 def address_of(sock: socket.socket, peer: bool) -> str:
-    """``host:port`` of one end of a connection, for people; "N/A" when it is gone."""
+    """Return `host:port` of one end of a connection, for people, or "N/A" when it is gone."""
     try:
         host, port = (sock.getpeername() if peer else sock.getsockname())[:2]
     except OSError:
@@ -202,7 +203,7 @@ def address_of(sock: socket.socket, peer: bool) -> str:
 
 
 def explain_tls(error: ssl.SSLError, server_side: bool) -> str:
-    """A TLS failure in terms of what an operator can change."""
+    """Say what an operator can change about a TLS failure."""
     other, files = ("client", "client.crt and rootCA.pem") if server_side else ("server", "server.crt and rootCA.pem")
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
@@ -228,7 +229,7 @@ def _greet(sock: socket.socket, tls: ssl.SSLContext | None, server_side: bool, t
 
 
 def _receive_by(sock: socket.socket, size: int, deadline: float) -> bytes:
-    """Exactly ``size`` bytes."""
+    """Exactly `size` bytes."""
     data = b""
     while len(data) < size:
         if (left := deadline - time.monotonic()) <= 0:

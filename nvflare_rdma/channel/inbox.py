@@ -9,14 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nvflare_rdma.channel import sealing
-from nvflare_rdma.channel.bodies import Sink, whole_units
+from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.controllers import Controller
 from nvflare_rdma.channel.protocol import events
-from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES
+from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES, whole_units
 from nvflare_rdma.errors import FabricError, IntegrityError
-from nvflare_rdma.fabric.base import Endpoint, Region, RemoteSlice
-from nvflare_rdma.fabric.budget import Reservation
+from nvflare_rdma.fabric import Endpoint, Region, RemoteSlice, Reservation
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +44,14 @@ class _Landing:
     target: memoryview
     region: Region
     slot: memoryview | None
-    """Where a chunk lands that is sealed, and opened into ``target`` (which may be its beginning), or that its sink
+    """Where a chunk lands that is sealed, and opened into `target` (which may be its beginning), or that its sink
     takes from there."""
     revoked: bool = False
 
 
 class Inbox:
-    """All methods but `verify` are called under the link's lock; ``later`` runs a call when it is released."""
+    """What a link receives. All methods but `verify` are called under the link's lock; `later` makes a call when it is
+    released."""
 
     def __init__(
         self,
@@ -77,11 +77,11 @@ class Inbox:
         self._checked = False
 
     def set_protection(self, opener: sealing.Sealer | None, checked: bool) -> None:
-        """How chunks that are exposed from now on are verified."""
+        """Open the seals, or compare the checksums, of the chunks that are exposed from now on."""
         self._opener, self._checked = opener, checked
 
     def set_controller(self, controller: Controller, same_host: bool) -> None:
-        """See `Connection.set_controller`; ``same_host``: in memory of this host."""
+        """See `Connection.set_controller`. `same_host` says that chunks stay in memory of this host."""
         self._controller, self._same_host = controller, same_host
 
     # -- memory for a message ------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class Inbox:
         granted: Callable[[], None],
         refused: Callable[[str], None],
     ) -> None:
-        """Ask for a message's memory, when the lock is released; ``granted`` is followed by `start`."""
+        """Ask the budget for a message's memory, when the lock is released. `start` has to follow `granted`."""
         cost, room, most = self._cost(length, sink)
         # A frame that waits holds up FLARE's sender; what has a sink waits for its turn among others of its kind.
         deadline = time.monotonic() + self._wait if sink is None else float("inf")
@@ -125,9 +125,10 @@ class Inbox:
         return cost + slots * each, min(slots * chunk, room), most
 
     def start(self, transfer: int, length: int, endpoint: Endpoint | None) -> tuple[int, int, int] | None:
-        """The message has its share of the budget: take its memory, such that ``endpoint`` can land in it. The unit of
-        its chunks, how much of it may be on its way at once (0: as much as there is room for), and in one chunk (0: as
-        much as the controller says); None if it has failed meanwhile.
+        """Take the memory of a message that has its share of the budget, such that `endpoint` can land in it.
+
+        Returns the unit of its chunks, how much of it may be on its way at once (0 for as much as there is room for),
+        and how much in one chunk (0 for as much as the controller says); None if the message has failed meanwhile.
 
         Raises:
             MemoryError: there is none, whatever the budget says. `finish` is to follow.
@@ -182,6 +183,7 @@ class Inbox:
         return remote
 
     def revoke(self, event: events.RevokeChunk) -> None:
+        """Take back what was exposed for a chunk. Its memory stays in use as long as its write may come."""
         landing = self._landings.get(event.notification)
         if landing is None:
             return
@@ -192,12 +194,12 @@ class Inbox:
             self.closed(landing)
 
     def landed(self, notification: int) -> _Landing | None:
-        """What was exposed under ``notification``; it is for `verify`, and then for `closed`."""
+        """Return what was exposed under `notification`, for `verify` and then for `closed`."""
         return self._landings.pop(notification, None)
 
     def verify(self, landing: _Landing, length: int, digest: int) -> bool:
-        """Whether the chunk is what was sent; opens its seal and hands it to its sink. Takes as long as that does: not
-        under the lock.
+        """Open a chunk's seal, or compare its checksum, and hand it to its sink. Returns whether it is what was sent.
+        This takes a while, so it is not called under the lock.
 
         Raises:
             RdmaError, OSError: the sink can't consume it.
@@ -217,7 +219,7 @@ class Inbox:
         return True
 
     def closed(self, landing: _Landing) -> None:
-        """Nothing will be written there any more."""
+        """Free what a chunk was exposed in: nothing will be written there any more."""
         if landing.slot is not None:
             landing.region.close()
         landing.arriving.open_chunks -= 1
@@ -232,15 +234,15 @@ class Inbox:
                 arriving.done = None
 
     def rails_lost(self) -> None:
-        """Regions belong to an endpoint that is closed; the chunks in them are exposed anew."""
+        """Forget the regions of an endpoint that is closed. The chunks in them are exposed anew."""
         for arriving in self._arriving.values():
             arriving.region = None
 
     # -- ends ----------------------------------------------------------------------------------------------
 
     def finish(self, transfer: int, failure: str = "") -> memoryview | None:
-        """The message's buffer, unless it has a sink, which is told. Its memory does not count any more, once nothing
-        is written to it."""
+        """End a message, and return its buffer unless it has a sink, which is told. Its memory counts until nothing is
+        written to it any more."""
         if transfer in self._waiting:
             reservation, sink, *_ = self._waiting.pop(transfer)
             self._later(reservation.release)
@@ -265,7 +267,7 @@ class Inbox:
             self._later(functools.partial(sink.failed, failure))
 
     def clear(self) -> None:
-        """The endpoint is closed, or about to be: nothing will be written any more."""
+        """End everything: the endpoint is closed, or about to be, and nothing will be written any more."""
         for landing in self._landings.values():
             self.closed(landing)
         self._landings.clear()

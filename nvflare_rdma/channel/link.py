@@ -31,12 +31,10 @@ from nvflare_rdma.channel.deferred import DeferredCalls, Delivery
 from nvflare_rdma.channel.inbox import Inbox
 from nvflare_rdma.channel.opening import Opening, RailOpener
 from nvflare_rdma.channel.outbox import Outbox, Sending
-from nvflare_rdma.channel.protocol import events, wire
-from nvflare_rdma.channel.protocol.connection import Connection
-from nvflare_rdma.channel.protocol.state import Phase, Role
+from nvflare_rdma.channel.protocol import Connection, Phase, Role, events, wire
 from nvflare_rdma.channel.rails import RailSet
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
-from nvflare_rdma.fabric.base import Fabric
+from nvflare_rdma.fabric import Fabric
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +43,12 @@ _TICK = 1.0
 
 
 class Link:
-    """One connection to a peer. ``deliver`` gets each message: bytes if it came inline, else a view of a slot
-    that is re-used when the last slice of the view is gone. ``place`` finds the sink of a message with a label
-    (called under the link's lock: it may not call the link)."""
+    """One connection to a peer, over which both sides send messages.
+
+    `deliver` gets each message that comes without a label: bytes if it came inline, else a view of a slot that is used
+    again when the last slice of the view is gone. `place` finds the sink of a message with a label; it is called under
+    the link's lock, so it may not call the link.
+    """
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class Link:
     # -- life ----------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Handshake: agree on a fabric and open its rails. Blocks at most the handshake timeout.
+        """Agree with the peer on a fabric and open its rails. Blocks for the handshake timeout at most.
 
         Raises:
             RdmaError: the peer speaks another protocol, or no common fabric was allowed. OSError: it is gone.
@@ -115,7 +116,7 @@ class Link:
             raise
 
     def run(self) -> None:
-        """Receive until the connection ends. Call once, after `open`. When it returns, everything is freed."""
+        """Receive until the connection ends. Call this once, after `open`. When it returns, everything is freed."""
         reason = ""
         try:
             self._deferred.run()
@@ -161,7 +162,7 @@ class Link:
             raise TransferError(f"the peer has read nothing of the control stream for {stall:g} s")
 
     def close(self, linger: float = _LINGER) -> None:
-        """Let what was sent arrive (for at most ``linger`` seconds), then disconnect. Callable from any thread."""
+        """Let what was sent arrive (for at most `linger` seconds), then disconnect. Callable from any thread."""
         with self._lock:
             if not self._closing and self._core.state is Phase.OPEN:
                 self._outbox.drain(linger)
@@ -194,7 +195,7 @@ class Link:
             self._ended.set()
 
     def failed(self, error: Exception) -> None:
-        """Something broke in a thread that is not the reader's, or the peer broke a fabric's rules."""
+        """End the link: something broke in a thread that is not the reader's, or the peer broke a fabric's rules."""
         if not self._closing:
             log.error("%s: disconnected: %s", self.name, error, exc_info=not isinstance(error, RdmaError))
         self._shut_down(str(error))
@@ -210,11 +211,11 @@ class Link:
     # -- sending -------------------------------------------------------------------------------------------
 
     def send(self, message: bytes | bytearray | memoryview, timeout: float) -> Sending:
-        """Send a message. Blocks while more than the window waits for the peer; keeps ``message`` until it is
-        delivered, so it must not be changed before the result's `wait` returns.
+        """Send a message. Blocks while more than the window waits for the peer. The message must not be changed before
+        the result's `wait` returns.
 
         Raises:
-            SendTimeoutError: the peer took nothing for ``timeout`` seconds.
+            SendTimeoutError: the peer took nothing for `timeout` seconds.
             TransferError: the connection is closed, or the message is too large for the peer.
         """
         view = memoryview(message).cast("B") if len(message) else memoryview(b"")
@@ -237,7 +238,7 @@ class Link:
             return sending
 
     def offer(self, source: Source, label: int) -> Sending:
-        """Send what the peer knows by ``label`` (64 bits, not 0). Does not block: what is offered needs no memory here.
+        """Send what the peer knows by `label` (64 bits, not 0). Does not block: what is offered needs no memory here.
 
         Raises:
             TransferError: the connection is closed, or the message is too large for the peer.
@@ -252,7 +253,7 @@ class Link:
         return sending
 
     def withdraw(self, sending: Sending, reason: str) -> None:
-        """Give up a message that is being sent: its `wait` fails with ``reason``, unless the peer has it already."""
+        """Give up a message that is being sent: its `wait` fails with `reason`, unless the peer has it already."""
         self._withdraw(sending.transfer, reason)
 
     def _withdraw(self, transfer: int, reason: str) -> None:
@@ -262,7 +263,7 @@ class Link:
         self._deferred.run()
 
     def written(self, rails: RailSet, notification: int) -> None:
-        """A rail reports that a local write has ended."""
+        """See `RailOwner.written`."""
         with self._guarded(), self._lock:
             self._outbox.read_ended(rails, notification)
             if rails is self._rails:
@@ -270,7 +271,7 @@ class Link:
                 self._pump_locked()
 
     def closed(self, rails: RailSet) -> None:
-        """Rails are closed for good."""
+        """See `RailOwner.closed`."""
         with self._lock:
             self._outbox.rails_closed(rails)
 
@@ -286,11 +287,11 @@ class Link:
 
     @property
     def usable(self) -> bool:
-        """Whether it is not about to end; for a link that was opened."""
+        """Whether a link that was opened still works, and is not about to end."""
         return self._failure is None and not self._closing
 
     def incoming(self) -> dict[int, tuple[int, int]]:
-        """Messages that are being received: transfer -> (bytes landed, bytes in all)."""
+        """The messages that are being received: transfer -> (bytes landed, bytes in all)."""
         with self._lock:
             return self._core.progress()
 
@@ -302,7 +303,7 @@ class Link:
         self._deferred.run()
 
     def landed(self, rails: RailSet, notification: int, length: int, digest: int) -> None:
-        """A rail reports that a grant was answered."""
+        """See `RailOwner.landed`."""
         with self._guarded():
             with self._lock:
                 landing = self._inbox.landed(notification) if rails is self._rails else None
@@ -468,7 +469,7 @@ class Link:
         return rails
 
     def rail_down(self, rails: RailSet, rail: int, error: Exception) -> None:
-        """A fabric reports that a rail broke."""
+        """See `RailOwner.rail_down`."""
         with self._guarded():
             # A peer that leaves closes its rails right after its goodbye: give the goodbye time to be read.
             with self._room:

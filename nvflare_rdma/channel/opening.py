@@ -11,18 +11,17 @@ from typing import Any
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control_rail import ControlRail
 from nvflare_rdma.channel.controllers import Controller, make_controller
-from nvflare_rdma.channel.protocol import events, wire
-from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES
+from nvflare_rdma.channel.protocol import MIN_CHUNK_BYTES, events, wire
 from nvflare_rdma.channel.rails import FabricChooser, RailOwner, RailSet
 from nvflare_rdma.errors import FabricError, ProtocolError
-from nvflare_rdma.fabric.base import Fabric
+from nvflare_rdma.fabric import Fabric
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Opening:
-    """What is offered, or was dialled. ``name`` is "" for the control stream, ``count`` the rails that are open."""
+    """Rails that are offered, or were dialled. `name` is "" for the control stream; `count` rails are open."""
 
     rails: RailSet
     name: str
@@ -30,7 +29,7 @@ class Opening:
     sealed: bool
     checked: bool
     same_host: bool = False
-    """Memory of one host, see `Fabric`."""
+    """Whether the bytes stay in memory of one host, see `Fabric`."""
     offer: Mapping[str, Any] = field(default_factory=dict)
     count: int = 0
     reason: str = ""
@@ -38,12 +37,13 @@ class Opening:
 
     @property
     def usable(self) -> bool:
+        """Whether data can move: over rails, or on the control stream."""
         return self.count > 0 or not self.name
 
 
 class RailOpener:
-    """Opens the rails of one link. ``owner`` is whom they report to, ``key`` what this side seals with (empty if the
-    control stream is not TLS: then nothing is sealed), and ``send_on_control`` how a chunk goes on the control stream
+    """Opens the rails of one link. `owner` is whom they report to, `key` what this side seals with (empty if the
+    control stream is not TLS: then nothing is sealed), and `send_on_control` how a chunk goes on the control stream
     (see `ControlRail`)."""
 
     def __init__(
@@ -84,7 +84,7 @@ class RailOpener:
         )
 
     def choose(self, wanted: events.ChooseFabric) -> Opening:
-        """Passive side.
+        """Pick a fabric, on the passive side, and offer its rails.
 
         Raises:
             FabricUnavailable: there is no fabric that both sides allow. ProtocolError: only one side seals.
@@ -104,7 +104,8 @@ class RailOpener:
         return Opening(rails, name, self.controller(name), sealed, checked, self._is_same_host(name), offer)
 
     def dial(self, peer: wire.Hello, offered: events.OpenRails) -> Opening:
-        """Active side. Blocks. Rails that can't be opened are no error: the passive side chooses something else.
+        """Open the rails that the peer offers, on the active side. Blocks. It is no error if they can't be opened: the
+        passive side chooses something else.
 
         Raises:
             ProtocolError: what the peer chose is not what the two sides can agree on.
@@ -156,11 +157,12 @@ class RailOpener:
                 rails.broken[rail] = FabricError(f"{rails.fabric} rail {rail}: {reason}")
 
     def rule_out(self, name: str, reason: str) -> None:
-        """A fabric can't work: passive side, see `FabricChooser`."""
+        """See `FabricChooser.rule_out`."""
         self._chooser.rule_out(name, reason)
 
     def controller(self, name: str) -> Controller:
-        """Each fabric's own. There is nothing to adapt to in memory of the same host, nor on the control stream."""
+        """Return a fabric's controller. It is a fixed one where there is nothing to adapt to: in memory of the same
+        host, and on the control stream."""
         if name not in self._controllers:
             context = self._context
             kind = context.controller if name and not self._is_same_host(name) else "fixed"
@@ -184,7 +186,7 @@ class RailOpener:
 
 
 def _is_checked(needed: bool, own: str, peer: str) -> bool:
-    """Whether chunks carry a checksum: if a side wants it, else not if a side does not, else if it is ``needed``."""
+    """Whether chunks carry a checksum: if a side wants it, else not if a side does not, else if it is `needed`."""
     if "on" in (own, peer):
         return True
     return needed and "off" not in (own, peer)

@@ -20,35 +20,36 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class Sending:
-    """A message that was handed to `Link.send`."""
+    """A message that was handed to `Link.send` or `Link.offer`."""
 
     lock: threading.Lock
     transfer: int
-    """0 for a message that went on the control stream at once."""
+    """Its number; 0 for a message that went on the control stream at once."""
     waiting: int = 0
     """Bytes that the peer has not granted yet."""
     reads: int = 0
-    """Writes that may still read the message: until there is none it is not the caller's again."""
+    """Writes that may still read the message; it is the caller's again when there is none."""
     offered: bool = False
-    """By `Link.offer`."""
+    """Whether it came by `Link.offer`."""
     over: bool = False
     failure: str = ""
     reached: int = 0
-    """Bytes that the peer has granted so far, those that were granted again counted once."""
+    """Bytes that the peer has granted so far. What was granted again counts once."""
     resent_chunks: int = 0
-    """Granted again, because they were lost or damaged."""
+    """Chunks that were granted again, because they were lost or damaged."""
     waiter: threading.Condition | None = None
-    """Its own, if somebody waits: who does is not to wake up for each chunk of the others."""
+    """What `wait` waits on, if somebody does: not the link's, so that chunks of other messages wake nobody up."""
 
     @property
     def ended(self) -> bool:
+        """Whether the message has been sent, or failed, and no write reads it any more."""
         return self.over and not self.reads
 
     def wait(self, timeout: float) -> None:
-        """Until the peer has it all.
+        """Wait until the peer has the whole message.
 
         Raises:
-            TransferError: it will not have it. SendTimeoutError: not within ``timeout`` seconds.
+            TransferError: the peer will not have it. SendTimeoutError: it has not within `timeout` seconds.
         """
         with self.lock:
             self.waiter = self.waiter or threading.Condition(self.lock)
@@ -59,8 +60,8 @@ class Sending:
 
 
 class Outbox:
-    """Called under the link's ``lock``, which is ``room``'s. ``withdraw`` (not called under it) gives up a message that
-    can't be read."""
+    """What a link sends. All methods are called under the link's `lock`, which is that of `room`. `withdraw` gives up a
+    message that can't be read; it is called without the lock."""
 
     def __init__(
         self,
@@ -85,25 +86,24 @@ class Outbox:
         self._checked = False
 
     def set_protection(self, sealer: sealing.Sealer | None, checked: bool) -> None:
-        """How chunks that are written from now on are guarded."""
+        """Seal, or checksum, the chunks that are granted from now on."""
         self._sealer, self._checked = sealer, checked
 
     def is_work(self, transfer: int) -> bool:
-        """Whether making a chunk of it ready is work."""
+        """Whether making a chunk of a message is work, and not just a look at memory."""
         entry = self._messages.get(transfer)
         return self._checked or self._sealer is not None or (entry is not None and not entry[0].ready)
 
     def is_offered(self, transfer: int) -> bool:
-        """Whether it came by `Link.offer`."""
+        """Whether a message came by `Link.offer`."""
         entry = self._messages.get(transfer)
         return entry is not None and entry[1].offered
 
     def wait_for_room(self, length: int, used: int, timeout: float) -> bool:
-        """Wait once, or not at all if ``length`` bytes fit into the window beside ``used``; False when that woke up and
-        has to look again.
+        """Say whether `length` bytes fit into the window beside `used`. If not, wait once: the caller looks again.
 
         Raises:
-            SendTimeoutError: there was no room within ``timeout`` seconds.
+            SendTimeoutError: there was no room within `timeout` seconds.
         """
         if used == 0 or used + length <= self._window:
             return True
@@ -115,14 +115,14 @@ class Outbox:
         return False
 
     def add(self, transfer: int, message: Source, windowed: bool = True) -> Sending:
-        """``windowed``: what of it waits to be granted counts for `wait_for_room`."""
+        """Take a message over. If `windowed`, its bytes count as waiting until they are granted."""
         sending = Sending(self._lock, transfer, message.nbytes if windowed else 0, offered=not windowed)
         self._messages[transfer] = (message, sending)
         self.waiting += sending.waiting
         return sending
 
     def granted(self, transfer: int, offset: int, length: int) -> None:
-        """Chunks that are asked for again count once."""
+        """Count a chunk that the peer has granted."""
         if (entry := self._messages.get(transfer)) is not None:
             sending = entry[1]
             sending.resent_chunks += offset < sending.reached
@@ -136,6 +136,7 @@ class Outbox:
             self._room.notify_all()
 
     def finish(self, transfer: int, failure: str) -> None:
+        """The peer has the message; or it failed, if `failure` says why."""
         entry = self._messages.pop(transfer, None)
         if entry is not None:
             _, sending = entry
@@ -151,32 +152,35 @@ class Outbox:
             sending.waiter.notify_all()
 
     def clear(self, failure: str) -> None:
+        """Fail all messages, as the connection has ended."""
         for transfer in list(self._messages):
             self.finish(transfer, failure)
         self._room.notify_all()
 
     def drain(self, timeout: float) -> None:
-        """Wait until nothing is in flight, or for ``timeout`` seconds."""
+        """Wait until nothing is in flight, or for `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self._messages and (remaining := deadline - time.monotonic()) > 0:
             self._room.wait(remaining)
 
     def read_ended(self, rails: RailSet | None, notification: int) -> None:
-        """A write over ``rails`` does not need its source any more."""
+        """Count a write over `rails` as over: it does not read its source any more."""
         sending = self._reads.pop((rails, notification), None)
         if sending is not None:
             sending.reads -= 1
             self._look(sending)
 
     def rails_closed(self, rails: RailSet) -> None:
-        """Nothing reads for them any more."""
+        """Count all writes over `rails` as over."""
         for key in [key for key in self._reads if key[0] is rails]:
             self.read_ended(*key)
 
     def make_chunk(self, rails: RailSet, chunk: events.WriteChunk) -> MakeChunk:
-        """What makes the bytes of a chunk for ``rails``, guarded as chunks are now. It is called without the lock, and
-        answers the grant with nothing if the message is given up, or the rails are void, before it begins. If it
-        begins, `read_ended` or `rails_closed` is to follow."""
+        """Return what makes the bytes of a chunk for `rails`, sealed or checked as chunks are now.
+
+        It is called without the lock. It makes nothing if the message is given up, or the rails are void, before it
+        begins: the grant is answered with an empty write. If it begins, `read_ended` or `rails_closed` has to follow.
+        """
         entry = self._messages.get(chunk.transfer)
         if entry is None:
             return _nothing

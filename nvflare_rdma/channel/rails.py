@@ -10,8 +10,7 @@ from typing import Any, Protocol, TypeAlias
 
 from nvflare_rdma.channel.protocol import events, wire
 from nvflare_rdma.errors import FabricError, FabricUnavailable
-from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Fabric
-from nvflare_rdma.fabric.registry import choose
+from nvflare_rdma.fabric import CompletionHandler, Endpoint, Fabric, choose
 
 log = logging.getLogger(__name__)
 
@@ -24,18 +23,23 @@ _LASTED = 30.0
 
 
 class RailOwner(Protocol):
-    """The link: as `CompletionHandler`, and told by which set of rails, for they are replaced when they break."""
+    """The link, as its rails see it: a `CompletionHandler` that is told which rails speak, for they are replaced when
+    they break."""
 
-    def landed(self, rails: RailSet, notification: int, length: int, digest: int) -> None: ...
+    def landed(self, rails: RailSet, notification: int, length: int, digest: int) -> None:
+        """See `CompletionHandler.landed`."""
 
-    def written(self, rails: RailSet, notification: int) -> None: ...
+    def written(self, rails: RailSet, notification: int) -> None:
+        """See `CompletionHandler.written`."""
 
-    def rail_down(self, rails: RailSet, rail: int, error: Exception) -> None: ...
+    def rail_down(self, rails: RailSet, rail: int, error: Exception) -> None:
+        """See `CompletionHandler.rail_down`."""
 
     def closed(self, rails: RailSet) -> None:
-        """Nothing is written, or landed, over these rails any more."""
+        """Called when nothing is written, or lands, over these rails any more."""
 
-    def failed(self, error: Exception) -> None: ...
+    def failed(self, error: Exception) -> None:
+        """See `CompletionHandler.failed`; also called for errors of this side."""
 
 
 class RailSet(CompletionHandler):
@@ -55,6 +59,7 @@ class RailSet(CompletionHandler):
         self._closed = False
 
     def start(self, rails: int) -> None:
+        """Start a sending thread for each of so many rails."""
         for rail in range(rails):
             work: queue.SimpleQueue[tuple[events.WriteChunk, MakeChunk] | None] = queue.SimpleQueue()
             thread = threading.Thread(target=self._send, args=(work,), name=f"rdma-rail-{rail}", daemon=True)
@@ -95,25 +100,29 @@ class RailSet(CompletionHandler):
     # -- what the endpoint says ----------------------------------------------------------------------------
 
     def landed(self, notification: int, length: int, digest: int) -> None:
+        """See `CompletionHandler.landed`."""
         if not self._closed:
             self._owner.landed(self, notification, length, digest)
 
     def written(self, notification: int) -> None:
+        """See `CompletionHandler.written`."""
         if not self._closed:
             self._owner.written(self, notification)
 
     def rail_down(self, rail: int, error: Exception) -> None:
+        """See `CompletionHandler.rail_down`."""
         if not self._closed:
             self._owner.rail_down(self, rail, error)
 
     def failed(self, error: Exception) -> None:
+        """See `CompletionHandler.failed`."""
         if not self._closed:
             self._owner.failed(error)
 
 
 class FabricChooser:
-    """Passive side: which fabric is next. One that keeps failing is passed over; at last there is the control
-    stream, which needs no rails, unless `rdma_fabrics` leaves tcp out."""
+    """Says which fabric the passive side offers next. One that keeps failing is passed over; at last there is the
+    control stream, which needs no rails, unless `rdma_fabrics` leaves tcp out."""
 
     def __init__(self, order: Sequence[str], own: Mapping[str, str], host: str, clock: Callable[[], float]) -> None:
         self._order = order
@@ -125,7 +134,7 @@ class FabricChooser:
         self._since = 0.0
 
     def require_tcp(self) -> None:
-        """Active side: the peer wants to do without rails. Raises FabricUnavailable where that is not allowed."""
+        """Check, on the active side, that the peer may do without rails. Raises FabricUnavailable if it may not."""
         if "tcp" not in self._order:
             raise FabricUnavailable(
                 f"the peer found no fabric that works (its log says why), and rdma_fabrics={','.join(self._order)} "
@@ -139,7 +148,8 @@ class FabricChooser:
     def offer(
         self, fabrics: Mapping[str, Fabric], rails: RailSet, peer: wire.Hello, failure: str, opened: bool
     ) -> tuple[str, str, Mapping[str, Any]]:
-        """`next`, until one can be offered: its endpoint is in ``rails`` then, and its offer is the last result."""
+        """Call `next` until a fabric can be offered. Its endpoint is put into `rails`, and its offer is the last
+        result."""
         while True:
             name, passed_over = self.next(peer, failure, opened, {n for n, f in fabrics.items() if f.same_host})
             if not name:
@@ -151,9 +161,10 @@ class FabricChooser:
                 failure, opened = str(error), False
 
     def next(self, peer: wire.Hello, failure: str, opened: bool, same_host: Collection[str] = ()) -> tuple[str, str]:
-        """Name of the fabric ("" for the control stream) and why better ones were passed over. ``failure``: what
-        happened to the one that was chosen before, which is no use again if it could not even be ``opened``.
-        ``same_host``: names of the fabrics that need both sides on one host.
+        """Return the name of the fabric ("" for the control stream), and why better ones were passed over.
+
+        `failure` says what happened to the fabric that was chosen before, which is of no use again if it could not even
+        be `opened`. `same_host` names the fabrics that need both sides on one host.
 
         Raises:
             FabricUnavailable: there is none that both sides allow.

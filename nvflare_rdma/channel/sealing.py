@@ -1,7 +1,7 @@
 """What guards a chunk on its way: a seal in secure mode, else a checksum.
 
 Seals are AES-256-GCM (NIST SP 800-38D). Each side seals what it sends with a key of its own, given to the peer over
-the TLS control stream when the connection opens. A nonce is ``transfer (u64) | notification (u32)``: transfers are
+the TLS control stream when the connection opens. A nonce is `transfer (u64) | notification (u32)`: transfers are
 numbered by a counter, and every grant has a higher notification than the last, so no nonce repeats under one key, also
 when a chunk is sent again. Transfer, offset and length are the associated data, so a chunk can't be passed off as
 another one.
@@ -27,25 +27,28 @@ _IDENTITY = struct.Struct("!QQQ")
 
 
 def new_key() -> bytes:
+    """A random key for a `Sealer`."""
     return os.urandom(KEY_BYTES)
 
 
 def checksum(chunk: memoryview) -> int:
-    """64 bits that a changed ``chunk`` is very unlikely to have as well."""
+    """64 bits that a changed `chunk` is very unlikely to have as well."""
     return xxhash.xxh3_64_intdigest(chunk)
 
 
 class Sealer:
+    """Seals and opens chunks with one key, see the top of this module."""
+
     def __init__(self, key: bytes) -> None:
         self._aead = AESGCM(key)
 
     def seal_into(self, transfer: int, offset: int, notification: int, plain: memoryview, out: memoryview) -> None:
-        """Write ciphertext and tag to ``out``, which is `TAG_BYTES` longer than ``plain``."""
+        """Write ciphertext and tag to `out`, which is `TAG_BYTES` longer than `plain`."""
         identity = _IDENTITY.pack(transfer, offset, len(plain))
         self._aead.encrypt_into(_NONCE.pack(transfer, notification), plain, identity, out)
 
     def open_into(self, transfer: int, offset: int, notification: int, sealed: memoryview, out: memoryview) -> None:
-        """Write the plaintext to ``out``.
+        """Write the plaintext to `out`.
 
         Raises:
             IntegrityError: the chunk was changed on its way, or is not this chunk.

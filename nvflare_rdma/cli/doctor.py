@@ -16,11 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from nvflare_rdma.errors import ConfigError, FabricUnavailable, UnsupportedVersionError
-from nvflare_rdma.fabric.options import DEVICE_FILES, SYSFS
-from nvflare_rdma.fabric.registry import probe
-from nvflare_rdma.fabric.verbs.availability import device_file_reason, pyverbs_reason
-from nvflare_rdma.fabric.verbs.devices import PortInfo, choose_gid, choose_ports, device_file, list_ports
-from nvflare_rdma.fabric.verbs.memlock import memlock_limit, memlock_needed, memlock_reason
+from nvflare_rdma.fabric import DEVICE_FILES, SYSFS, probe
+from nvflare_rdma.fabric.verbs import (
+    PortInfo,
+    choose_gid,
+    choose_ports,
+    device_file,
+    device_file_reason,
+    list_ports,
+    memlock_limit,
+    memlock_needed,
+    memlock_reason,
+    pyverbs_reason,
+)
 from nvflare_rdma.flare_compat import require_flare
 from nvflare_rdma.settings import Settings, load_settings
 from nvflare_rdma.version import __version__
@@ -237,7 +245,7 @@ def roce_packet_bytes(mtu: int) -> int:
 def _packet_bytes(port: PortInfo) -> tuple[int | None, str]:
     """The MTU in force (active_mtu, ibv_query_port(3)), or why it can't be told."""
     try:
-        from nvflare_rdma.fabric.verbs.pyverbs import Context
+        from nvflare_rdma.fabric.verbs import Context
 
         with Context(name=port.device) as context:
             return 128 << context.query_port(port.number).active_mtu, ""

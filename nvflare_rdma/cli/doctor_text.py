@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from nvflare_rdma.cli.doctor import ROCE_HEADERS, PortReport, Report, roce_packet_bytes
-from nvflare_rdma.fabric.options import DEVICE_FILES
-from nvflare_rdma.fabric.verbs.devices import ROCE
+from nvflare_rdma.fabric import DEVICE_FILES
+from nvflare_rdma.fabric.verbs import ROCE
 
 WIDTH = 100
 _SLOWER = (

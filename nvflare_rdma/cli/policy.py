@@ -135,7 +135,7 @@ def _read_json_model(path: Path) -> list[Tensor]:
 
 
 def _read_safetensors(path: Path) -> list[Tensor]:
-    from nvflare_rdma.codecs.safetensors_header import read_header
+    from nvflare_rdma.codecs import read_header
 
     with path.open("rb") as file:
 

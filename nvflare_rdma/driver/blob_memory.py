@@ -11,7 +11,7 @@ from typing import Any
 
 from nvflare.fuel.f3.streaming import blob_streamer
 
-from nvflare_rdma.fabric.slots import HUGE_PAGE_BYTES
+from nvflare_rdma.fabric import HUGE_PAGE_BYTES
 from nvflare_rdma.flare_compat import replace_blob_task
 from nvflare_rdma.runtime import shared
 

@@ -9,8 +9,7 @@ from nvflare.fuel.f3.comm_error import CommError
 from nvflare.fuel.f3.connection import BytesAlike, Connection
 from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo
 
-from nvflare_rdma.channel.deferred import Delivery
-from nvflare_rdma.channel.link import Link
+from nvflare_rdma.channel import Delivery, Link
 from nvflare_rdma.errors import RdmaError, SendTimeoutError, TransferError
 
 

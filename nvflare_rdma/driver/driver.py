@@ -21,14 +21,21 @@ from nvflare.fuel.f3.drivers.driver_params import DriverCap, DriverParams
 from nvflare.fuel.f3.drivers.net_utils import get_ssl_context, get_tcp_urls
 from nvflare.fuel.hci.security import get_certificate_common_name
 
-from nvflare_rdma.channel.control import ControlStream
-from nvflare_rdma.channel.door import GREETING_TIMEOUT, Door, Pending, address_of, dial, explain_tls
-from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.protocol.state import Role
+from nvflare_rdma.channel import (
+    GREETING_TIMEOUT,
+    ControlStream,
+    Door,
+    Link,
+    Pending,
+    Role,
+    address_of,
+    dial,
+    explain_tls,
+)
 from nvflare_rdma.driver.blob_memory import use_huge_pages
 from nvflare_rdma.driver.connection import RdmaConnection
 from nvflare_rdma.errors import ConfigError, RdmaError, TlsError, UnsupportedVersionError
-from nvflare_rdma.fabric.tcp import TcpFabric
+from nvflare_rdma.fabric import TcpFabric
 from nvflare_rdma.flare_compat import require_flare
 from nvflare_rdma.runtime import Runtime, this_runtime
 

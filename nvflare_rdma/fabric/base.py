@@ -1,6 +1,6 @@
 """The fabric interface: one-sided writes into memory that the peer has exposed.
 
-A fabric moves bytes and nothing else. It knows no messages, no transfers and no budget: the channel above it
+A fabric moves bytes and nothing else. It knows no messages, no transfers and no budget: the link above it
 decides what to expose and what to write. The shape follows verbs (IB spec vol. 1, ch. 10-11): memory is
 *registered* once, a *slice* of it is exposed for one write over one *rail* (a connection, a queue pair), and the
 write carries a 32-bit notification value (RDMA WRITE WITH IMM) by which the owner of the memory learns that the
@@ -16,13 +16,13 @@ from typing import Any, ClassVar, Protocol
 
 from nvflare_rdma.errors import ProtocolError
 
-#: To one peer, over any fabric: each costs this side a thread.
+#: The most rails to one peer, over any fabric: each costs this side a thread.
 MAX_RAILS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteSlice:
-    """Memory of a peer that may be written once: ``key`` names the region, ``address`` the first byte in it.
+    """Memory of a peer that may be written once: `key` names the region, `address` the first byte in it.
 
     All three come over the wire; the fabric that owns the memory checks them before every use."""
 
@@ -32,11 +32,11 @@ class RemoteSlice:
 
 
 class CompletionHandler(Protocol):
-    """Who is told what happened. Called from the fabric's own threads: be short, raise nothing."""
+    """Is told what happened, by the fabric's own threads: its methods are short and raise nothing."""
 
     def landed(self, notification: int, length: int, digest: int) -> None:
-        """The peer answered the exposure ``notification`` with ``length`` bytes (0 if it withdrew the write), and
-        with the ``digest`` that it gave to `Endpoint.write`. The slice is closed again."""
+        """The peer answered the exposure `notification` with `length` bytes (0 if it withdrew the write), and
+        with the `digest` that it gave to `Endpoint.write`. The slice is closed again."""
 
     def written(self, notification: int) -> None:
         """A local write has ended: its source may be changed or freed. If it landed, it is in the receiver's memory."""
@@ -51,11 +51,11 @@ class CompletionHandler(Protocol):
 
 
 class Region(ABC):
-    """A registered buffer. Holds a reference to it until closed."""
+    """A registered buffer, which it refers to until it is closed."""
 
     @abstractmethod
     def expose(self, notification: int, offset: int, length: int, rail: int) -> RemoteSlice:
-        """Let the peer write ``[offset, offset + length)`` once, over ``rail``; `landed` reports ``notification``."""
+        """Let the peer write `[offset, offset + length)` once, over `rail`; `landed` reports `notification`."""
 
     @abstractmethod
     def revoke(self, notification: int) -> None:
@@ -84,7 +84,7 @@ class Endpoint(ABC):
         """Passive side: take the peer's `answer`, if it gave one. It does so before anything moves.
 
         Raises:
-            FabricError: no rail can be used. ProtocolError: ``answer`` is malformed.
+            FabricError: no rail can be used. ProtocolError: `answer` is malformed.
         """
         raise ProtocolError("the peer answered an offer that asks for nothing")
 
@@ -106,13 +106,13 @@ class Endpoint(ABC):
 
     @abstractmethod
     def write(self, rail: int, source: memoryview, remote: RemoteSlice, notification: int, digest: int) -> None:
-        """Write ``source`` (at most ``remote.length`` bytes) one-sidedly; ``digest`` (64 bits) travels with it.
+        """Write `source` (at most `remote.length` bytes) one-sidedly; `digest` (64 bits) travels with it.
 
         May block while the rail is full: one thread per rail calls it. `written` reports the end, also if the rail
-        is down or breaks meanwhile. ``source`` may be empty: that answers the exposure and writes nothing.
+        is down or breaks meanwhile. `source` may be empty: that answers the exposure and writes nothing.
 
         Raises:
-            ValueError: ``source`` is larger than the slice.
+            ValueError: `source` is larger than the slice.
         """
 
     @abstractmethod
@@ -127,8 +127,8 @@ class Endpoint(ABC):
 class Fabric(ABC):
     """A way to reach a peer. The passive side offers, the active side connects.
 
-    ``same_host``: it works on one host only, whose memory the bytes never leave, so they are not sealed.
-    ``checked``: nothing below protects the bytes well (TCP's 16-bit sum), so chunks carry a checksum
+    A fabric that is `same_host` works on one host only, whose memory the bytes never leave, so they are not sealed.
+    With one that is `checked`, nothing below protects the bytes well (TCP's 16-bit sum), so chunks carry a checksum
     unless `rdma_integrity` says otherwise.
     """
 
@@ -142,9 +142,9 @@ class Fabric(ABC):
 
     @abstractmethod
     def connect(self, offer: Mapping[str, Any], handler: CompletionHandler) -> Endpoint:
-        """Active side: open the rails that ``offer`` describes.
+        """Active side: open the rails that `offer` describes.
 
         Raises:
             FabricError: no rail could be opened (firewall, wrong ticket); the message says which address and why.
-            ProtocolError: ``offer`` is malformed.
+            ProtocolError: `offer` is malformed.
         """

@@ -22,9 +22,11 @@ class _State(Enum):
 
 @dataclass(eq=False, slots=True)
 class Reservation:
-    """Bytes of a budget. ``granted`` is called when ``holder`` (a connection, by name) has them (from the thread of
-    `request`, or later from the one that releases some); ``refused``, with the reason, when it has not by
-    ``deadline``."""
+    """Bytes of a budget that `holder` (a connection, by name) asks for.
+
+    `granted` is called when it has them, from the thread of `request` or later from the one that releases some.
+    `refused` is called with the reason when it has not got them by `deadline`.
+    """
 
     budget: MemoryBudget
     nbytes: int
@@ -77,14 +79,16 @@ class MemoryBudget:
 
     @property
     def in_use(self) -> int:
+        """Bytes that are held now."""
         return self._in_use
 
     @property
     def peak(self) -> int:
+        """The most bytes that were held at once."""
         return self._peak
 
     def watch(self) -> Peak:
-        """What is held from now on, until nobody refers to the result."""
+        """Watch what is held from now on, until nobody refers to the result."""
         with self._lock:
             watch = Peak(self._in_use)
             self._watching.add(watch)
@@ -134,7 +138,7 @@ class MemoryBudget:
             self._serve()
 
     def describe(self) -> str:
-        """Who holds what, the largest first."""
+        """Say who holds what, the largest first."""
         with self._lock:
             held = self._held.most_common(8)
         return ", ".join(f"{holder}: {nbytes / _MIB:.1f} MiB" for holder, nbytes in held) or "nobody"

@@ -20,7 +20,7 @@ _PATIENCE = 5.0  # seconds; the kernel answers at once
 
 
 def addresses_of(interface: str) -> list[IPAddress]:
-    """In the kernel's order; empty if there is no such interface."""
+    """Return an interface's addresses in the kernel's order; none if there is no such interface."""
     request = _MESSAGE.pack(_MESSAGE.size + _ADDRESS.size, _GET_ADDRESS, _REQUEST_DUMP, 1, 0)
     found: list[IPAddress] = []
     try:
@@ -46,7 +46,7 @@ def _address(body: memoryview) -> list[IPAddress]:
 
 
 def _split(data: bytes | memoryview, header: struct.Struct) -> Iterator[tuple[int, memoryview]]:
-    """(type, contents) of what follows one another in ``data``, each at a multiple of 4 bytes."""
+    """(type, contents) of what follows one another in `data`, each at a multiple of 4 bytes."""
     view = memoryview(data)
     while len(view) >= header.size:
         length, kind = header.unpack_from(view)[:2]

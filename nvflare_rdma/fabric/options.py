@@ -11,10 +11,13 @@ DEVICE_FILES = Path("/dev/infiniband")
 
 @dataclass(frozen=True, slots=True)
 class VerbsOptions:
-    """``devices``: names, or name:port, that rails are spread over; () for the best one. ``software``: it may be one
-    that the kernel emulates. ``ack_timeout``: 4.096 us * 2^n without an answer, then a queue pair sends again (a device
-    may wait up to four times as long); it has to be longer than the round trip. ``retries``: so often before it fails;
-    7 is without end for some devices."""
+    """The settings of the verbs fabric.
+
+    Rails are spread over `devices` (names, or name:port); () is the best one, which may be one that the kernel emulates
+    if `software` says so. A queue pair sends again after 4.096 us * 2^`ack_timeout` without an answer (a device may
+    wait up to four times as long), which has to be longer than the round trip; it fails after `retries`, of which 7 is
+    without end for some devices.
+    """
 
     devices: tuple[str, ...] = ()
     gid_index: int | None = None

@@ -90,11 +90,11 @@ def choose(
     same_host: bool,
     need_same_host: Collection[str] = (),
 ) -> tuple[str, str]:
-    """The first fabric in ``order`` that both sides can use, and why the better ones were passed over.
+    """Return the first fabric in `order` that both sides can use ("" if there is none), and why the better ones were
+    passed over.
 
-    ``own`` and ``peer`` map names to the reason why not, "" for usable. ``same_host``: the two sides have the same
-    `host_identity`, and it is not "". ``need_same_host`` names
-    the fabrics that work on one host only. The name is "" if there is none.
+    `own` and `peer` map names to the reason why not, "" for usable. `same_host` says that the two sides have the same
+    `host_identity`, and it is not "". `need_same_host` names the fabrics that work on one host only.
     """
     passed: list[str] = []
     for name in order:

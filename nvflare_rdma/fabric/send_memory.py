@@ -26,14 +26,14 @@ class Allowance:
         self._back: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def take(self, nbytes: int) -> None:
-        """Wait for ``nbytes``. More than the limit is admitted alone."""
+        """Wait for `nbytes`. More than the limit is admitted alone."""
         with self._turn:
             while self._out and (self._out + nbytes > self._limit or not self._back.empty()):
                 self._out -= self._back.get()
             self._out += nbytes
 
     def give(self, nbytes: int) -> None:
-        """They are not needed any more."""
+        """Give bytes back that are not needed any more."""
         self._back.put(nbytes)
 
 
@@ -50,7 +50,7 @@ class SendMemory:
         self._allowance = Allowance(limit)
 
     def share(self) -> Callable[[int], memoryview]:
-        """For one connection: gives writable slots of so many bytes. It may wait for others to be written."""
+        """Return what gives one connection writable slots of so many bytes. It may wait for others to be written."""
         own = Allowance(self._limit // 4)
 
         def take(nbytes: int) -> memoryview:

@@ -23,7 +23,7 @@ _MIB = 1024 * 1024
 
 
 def anonymous_pages(nbytes: int) -> npt.NDArray[np.uint8]:
-    """Private memory of ``nbytes``, in huge pages where the kernel has some (madvise(2), MADV_HUGEPAGE).
+    """Map private memory of `nbytes`, in huge pages where the kernel has some (madvise(2), MADV_HUGEPAGE).
 
     Raises:
         MemoryError: the kernel has not that much.
@@ -39,7 +39,8 @@ def anonymous_pages(nbytes: int) -> npt.NDArray[np.uint8]:
 
 
 def slot_bytes(nbytes: int) -> int:
-    """What a slot for ``nbytes`` really holds: nearly equal sizes share slots, and large ones are whole huge pages."""
+    """Return what a slot for `nbytes` really holds: nearly equal sizes share slots, and large ones are whole huge
+    pages."""
     grain = _GRAIN if nbytes <= HUGE_PAGE_BYTES else HUGE_PAGE_BYTES
     return max(-(-nbytes // grain), 1) * grain
 
@@ -48,8 +49,8 @@ class SlotPool:
     """Buffers that are recycled when the last view of them is gone.
 
     Sizes are rounded up to a grain, so that messages of nearly the same length share slots. What is idle stays within
-    ``keep_bytes``; without that, idle and used together stay within what was in use at the busiest moment. What was
-    of use least recently goes first. ``allocate`` makes new slots.
+    `keep_bytes`; without that, idle and used together stay within what was in use at the busiest moment. What was
+    of use least recently goes first. `allocate` makes new slots.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class SlotPool:
         self._busiest = 0
 
     def take(self, nbytes: int) -> memoryview:
-        """A writable buffer of ``nbytes``. Its slot comes back when no view or slice of it is referenced.
+        """Return a writable buffer of `nbytes`. Its slot comes back when no view or slice of it is referenced.
 
         Raises:
             MemoryError: there is not that much.
@@ -89,15 +90,17 @@ class SlotPool:
         return lease.data
 
     def cost(self, nbytes: int) -> int:
-        """What `take` of ``nbytes`` really holds."""
+        """Return the bytes that `take(nbytes)` really holds."""
         return slot_bytes(nbytes)
 
     @property
     def idle_bytes(self) -> int:
+        """Bytes of the slots that lie idle."""
         return sum(size * len(free) for size, free in list(self._free.items()))
 
     @property
     def used_bytes(self) -> int:
+        """Bytes of the slots that are out. It is approximate."""
         return sum(size * count for size, count in list(self._used.items()))
 
     def _release(self, slot: npt.NDArray[np.uint8]) -> None:
@@ -110,7 +113,7 @@ class SlotPool:
             self._free[slot.size].append(slot)
 
     def _drop_idle(self, keep: int, spare: int = 0) -> None:
-        """Give idle slots back until ``keep`` bytes are left, but none of ``spare`` bytes."""
+        """Give idle slots back until `keep` bytes are left, but none of `spare` bytes."""
         while self.idle_bytes > keep:
             sizes = [size for size, free in list(self._free.items()) if free and size != spare]
             if not sizes:

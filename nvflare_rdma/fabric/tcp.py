@@ -29,7 +29,7 @@ TICKET_BYTES = 32
 PREAMBLE_BYTES = len(RAIL_MAGIC) + TICKET_BYTES
 TICKET_LIFETIME = 30.0
 #: For all rails of a peer together, so that one that takes its time for each does not hold who dials them; the last one
-#: may take as long as `TcpFabric`'s ``dial`` besides.
+#: may take as long as `TcpFabric`'s `dial` besides.
 CONNECT_TIMEOUT = 10.0
 _ADMITTED, _REFUSED = b"\x01", b"\x00"
 #: Unacknowledged for so long (seconds), the path is dead: the kernel alone would take a quarter of an hour to say so.
@@ -58,7 +58,7 @@ def congestion_controls() -> tuple[str, ...]:
 
 
 def receive_exactly(sock: socket.socket, buffer: memoryview) -> None:
-    """Fill ``buffer`` from a blocking socket. Raises ``ConnectionError`` if the peer closes first."""
+    """Fill `buffer` from a blocking socket. Raises `ConnectionError` if the peer closes first."""
     got, size = 0, len(buffer)
     while got < size:
         n = sock.recv_into(buffer[got:])
@@ -77,6 +77,8 @@ def _send_all(sock: socket.socket, header: bytes, payload: memoryview) -> None:
 
 
 class TcpRegion(Region):
+    """A buffer of which slices are exposed."""
+
     def __init__(self, endpoint: TcpEndpoint, key: int, buffer: memoryview) -> None:
         self._endpoint = endpoint
         self._key = key
@@ -84,6 +86,7 @@ class TcpRegion(Region):
         self._mine: set[int] = set()
 
     def expose(self, notification: int, offset: int, length: int, rail: int) -> RemoteSlice:
+        """See `Region.expose`."""
         if offset < 0 or length < 0 or offset + length > len(self._buffer):
             raise ValueError(f"slice {offset}+{length} is outside a region of {len(self._buffer)} bytes")
         remote = RemoteSlice(self._key, offset, length)
@@ -92,17 +95,20 @@ class TcpRegion(Region):
         return remote
 
     def revoke(self, notification: int) -> None:
+        """See `Region.revoke`."""
         self._mine.discard(notification)
         self._endpoint.revoke(notification)
 
     def close(self) -> None:
+        """See `Region.close`."""
         for notification in self._mine:
             self._endpoint.revoke(notification)
         self._mine.clear()
 
 
 class TcpEndpoint(Endpoint):
-    """``congestion``: name of the kernel's congestion control for the rails, "" for the system's default."""
+    """One peer over TCP connections. `congestion` names the kernel's congestion control for them, "" is the system's
+    default."""
 
     def __init__(self, handler: CompletionHandler, congestion: str = "") -> None:
         self._handler = handler
@@ -119,18 +125,22 @@ class TcpEndpoint(Endpoint):
 
     @property
     def rails(self) -> int:
+        """See `Endpoint.rails`."""
         return len(self._sockets)
 
     def register(self, buffer: memoryview) -> TcpRegion:
+        """See `Endpoint.register`."""
         return TcpRegion(self, next(self._keys), buffer)
 
     def revoke(self, notification: int) -> None:
+        """See `Region.revoke`."""
         with self._lock:  # two revocations: what the rail takes meanwhile is gone and stays gone
             entry = self.exposed.pop(notification, None)
             if entry is not None and entry[1] not in self._down and not self._closed:
                 self.exposed[notification] = (entry[0], entry[1], None)
 
     def write(self, rail: int, source: memoryview, remote: RemoteSlice, notification: int, digest: int) -> None:
+        """See `Endpoint.write`."""
         if len(source) > remote.length:
             raise ValueError(f"a write of {len(source)} bytes does not fit a slice of {remote.length}")
         sock = self._sockets.get(rail)
@@ -143,7 +153,7 @@ class TcpEndpoint(Endpoint):
             self._handler.written(notification)
 
     def attach(self, rail: int, sock: socket.socket, answer: bytes = b"") -> None:
-        """Take over a connected socket as ``rail``, and send ``answer`` over it first."""
+        """Take over a connected socket as `rail`, and send `answer` over it first."""
         with contextlib.suppress(OSError):  # the peer may have gone again: the receiving thread will say so
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -168,10 +178,12 @@ class TcpEndpoint(Endpoint):
             thread.start()
 
     def drop(self, rail: int) -> None:
+        """See `Endpoint.drop`."""
         with contextlib.suppress(OSError, KeyError):
             self._sockets[rail].shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        """See `Endpoint.close`."""
         with self._lock:
             if self._closed:
                 return
@@ -238,8 +250,8 @@ class TcpEndpoint(Endpoint):
 
 
 class TcpFabric(Fabric):
-    """``rails``: connections a peer may open. ``dial``: connects one socket to the peer (active side only).
-    ``congestion``: as `TcpEndpoint`."""
+    """Rails that are TCP connections, up to `rails` to a peer. `dial` connects one socket to the peer (active side
+    only). `congestion` is as for `TcpEndpoint`."""
 
     name = "tcp"
     checked = True
@@ -258,6 +270,7 @@ class TcpFabric(Fabric):
         self._lock = threading.Lock()
 
     def offer(self, handler: CompletionHandler) -> tuple[TcpEndpoint, Mapping[str, Any]]:
+        """See `Fabric.offer`."""
         endpoint = TcpEndpoint(handler, self._congestion)
         tickets = [secrets.token_bytes(TICKET_BYTES) for _ in range(self._rails)]
         now = time.monotonic()
@@ -268,7 +281,8 @@ class TcpFabric(Fabric):
         return endpoint, {"tickets": tickets}
 
     def admit(self, sock: socket.socket, ticket: bytes) -> bool:
-        """Passive side: a connection that began with `RAIL_MAGIC` presents ``ticket``. False: refused, closed."""
+        """Take a connection that began with `RAIL_MAGIC` and presents `ticket`, on the passive side. If the ticket is
+        no good, it is closed and False returned."""
         with self._lock:
             entry = self._tickets.pop(ticket, None)
         endpoint = entry[0]() if entry is not None and entry[2] > time.monotonic() else None
@@ -281,6 +295,7 @@ class TcpFabric(Fabric):
         return True
 
     def connect(self, offer: Mapping[str, Any], handler: CompletionHandler) -> TcpEndpoint:
+        """See `Fabric.connect`."""
         tickets = offer.get("tickets")
         if (
             not isinstance(tickets, list)

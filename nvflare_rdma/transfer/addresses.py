@@ -6,7 +6,7 @@ import socket
 from typing import Any
 
 from nvflare_rdma.errors import ProtocolError
-from nvflare_rdma.fabric.interfaces import addresses_of
+from nvflare_rdma.fabric import addresses_of
 
 TICKET_BYTES = 32
 MAX_ADDRESSES = 16

@@ -9,7 +9,7 @@ import numpy as np
 
 from nvflare_rdma.codecs import Array, is_torch
 from nvflare_rdma.errors import ProtocolError
-from nvflare_rdma.fabric.slots import SlotPool
+from nvflare_rdma.fabric import SlotPool
 from nvflare_rdma.transfer.manifest import Item
 
 _GRAIN = 64 * 1024

@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.channel.bodies import Source, Take
-from nvflare_rdma.codecs.marks import codec_of
-from nvflare_rdma.codecs.runs import read_run
-from nvflare_rdma.codecs.tensors import is_torch
+from nvflare_rdma.channel import Source, Take
+from nvflare_rdma.codecs import codec_of, is_torch, read_run
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.arrays import raw_bytes, strided, to_bytes
 from nvflare_rdma.transfer.encoding import EncodedChunkCache, EncodedSource

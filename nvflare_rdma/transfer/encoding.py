@@ -15,10 +15,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from nvflare_rdma.channel.bodies import Source, Take
-from nvflare_rdma.codecs.base import Array
-from nvflare_rdma.codecs.runs import read_run
-from nvflare_rdma.codecs.tensors import NUMPY_DTYPES, is_on_gpu, to_array
+from nvflare_rdma.channel import Source, Take
+from nvflare_rdma.codecs import NUMPY_DTYPES, Array, is_on_gpu, read_run, to_array
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.transfer.pieces import PieceLayout
 

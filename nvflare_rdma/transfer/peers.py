@@ -21,16 +21,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from nvflare_rdma.channel.bodies import Sink
-from nvflare_rdma.channel.context import LinkContext
-from nvflare_rdma.channel.control import ControlStream
-from nvflare_rdma.channel.door import GREETING_TIMEOUT, Door, Pending, dial
-from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.protocol.limits import ChannelLimits
-from nvflare_rdma.channel.protocol.state import Role
+from nvflare_rdma.channel import (
+    GREETING_TIMEOUT,
+    ChannelLimits,
+    ControlStream,
+    Door,
+    Link,
+    LinkContext,
+    Pending,
+    Role,
+    Sink,
+    dial,
+)
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TlsError, UnreachableError
-from nvflare_rdma.fabric.budget import MemoryBudget
-from nvflare_rdma.fabric.tcp import TcpFabric
+from nvflare_rdma.fabric import MemoryBudget, TcpFabric
 from nvflare_rdma.transfer.addresses import TICKET_BYTES, is_loopback, listen, own_hosts, parse_invitation
 from nvflare_rdma.transfer.records import Ledger
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES
-from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES
+from nvflare_rdma.channel import MAX_UNIT_BYTES, MIN_CHUNK_BYTES
 from nvflare_rdma.codecs import NUMPY_DTYPES, FixedSizeCodec, dtype_name, get_codec
 from nvflare_rdma.errors import ProtocolError
 

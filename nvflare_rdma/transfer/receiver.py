@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from nvflare_rdma.channel.bodies import Sink
+from nvflare_rdma.channel import Sink
 from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.manifest import Item

@@ -8,9 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from nvflare_rdma.channel.bodies import Source, whole_units
-from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.outbox import Sending
+from nvflare_rdma.channel import Link, Sending, Source, whole_units
 from nvflare_rdma.errors import ProtocolError, TransferError, UnrepresentableError
 from nvflare_rdma.transfer.content import Content
 from nvflare_rdma.transfer.manifest import Item

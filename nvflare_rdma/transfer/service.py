@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nvflare_rdma.channel.link import Link
+from nvflare_rdma.channel import Link
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.content import Content

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Set
 from typing import Any, TypeAlias
 
-from nvflare_rdma.channel.bodies import Sink
+from nvflare_rdma.channel import Sink
 from nvflare_rdma.codecs import is_storable, make_header
 from nvflare_rdma.transfer.arrays import from_bytes
 from nvflare_rdma.transfer.encoding import decode_pieces

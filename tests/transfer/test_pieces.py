@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from tcp_pair import DEADLINE, in_parallel
 from waiting import eventually
 
-from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES
-from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES
+from nvflare_rdma.channel import MAX_UNIT_BYTES, MIN_CHUNK_BYTES
 from nvflare_rdma.codecs import CODEC_NAMES, FixedSizeCodec, get_codec
 from nvflare_rdma.codecs.marks import codec_of, marked
 from nvflare_rdma.codecs.tensors import to_flat

@@ -11,8 +11,8 @@ CONTROLLERS: dict[str, type[Controller]] = {c.name: c for c in (FixedController,
 
 
 def make_controller(name: str, chunk_bytes: int, depth: int, max_window_bytes: int) -> Controller:
-    """The controller called ``name``: a key of `CONTROLLERS`, else KeyError.
+    """Make the controller called `name`, a key of `CONTROLLERS` (else KeyError).
 
-    It starts with ``depth`` chunks of ``chunk_bytes`` and never has more than ``max_window_bytes`` in flight.
+    It starts with `depth` chunks of `chunk_bytes` and never has more than `max_window_bytes` in flight.
     """
     return CONTROLLERS[name](chunk_bytes, depth, max_window_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from nvflare_rdma.channel.controllers.base import Controller
-from nvflare_rdma.channel.controllers.climbing import LARGEST_TRIED_BYTES, SMALLEST_TRIED_BYTES, ChunkClimber
+from nvflare_rdma.channel.controllers.climbing import LARGEST_TRIED_BYTES, SMALLEST_TRIED_BYTES, ChunkClimber, Search
 from nvflare_rdma.channel.controllers.estimators import DeliveryRate, LatencyFloor, MaxFilter
 
 # Grants open at once that a sender and its NIC can be expected to hold; beyond, chunks get larger instead.
@@ -98,21 +98,26 @@ class AdaptiveController(Controller):
 
     @property
     def chunk_bytes(self) -> int:
+        """See `Controller.chunk_bytes`."""
         return self._smallest if self._scouts else min(self._climber.size, self._largest)
 
     @property
     def window_bytes(self) -> int:
+        """See `Controller.window_bytes`."""
         return self._window
 
     def granted(self, length: int, now: float, rail: int = 0) -> None:
+        """See `Controller.granted`."""
         self._rate.granted(length, now, rail)
         self._most_in_flight = max(self._most_in_flight, self._rate.in_flight)
         self._scouts = max(self._scouts - 1, 0)
 
     def idle(self, now: float) -> None:
+        """See `Controller.idle`."""
         self._rate.idle()
 
     def landed(self, length: int, granted_at: float, now: float, rail: int = 0) -> None:
+        """See `Controller.landed`."""
         sample = self._rate.landed(length, granted_at, now, rail)
         self._app_limited = sample.app_limited
         latency = max(now - granted_at, 0.0)
@@ -143,12 +148,12 @@ class AdaptiveController(Controller):
             many = self._wanted > MAX_GRANTS * self.chunk_bytes
             risky = self._first_try < (self.SOME_TRIES if many else self.FIRST_TRY)
             usual = self._start_chunk if self._rate.in_order else 0
-            self._climber.landed(
-                length, granted_at, now, sample.round_ended, least, most, useful, usual, risky, self._rate.in_flight
-            )
+            search = Search(least, most, useful, usual, risky)
+            self._climber.landed(length, granted_at, now, sample.round_ended, self._rate.in_flight, search)
         self._resize()
 
     def lost(self, length: int, now: float, rail: int = 0) -> None:
+        """See `Controller.lost`."""
         self._rate.lost(length, rail)
         self._round_lost += length
         # What is lost at another size than the present one says nothing new, unless nothing has ever arrived.

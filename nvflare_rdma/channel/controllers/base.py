@@ -17,7 +17,7 @@ class Controller(ABC):
 
     @abstractmethod
     def __init__(self, chunk_bytes: int, depth: int, max_window_bytes: int) -> None:
-        """Start with ``depth`` chunks of ``chunk_bytes``; never have more than ``max_window_bytes`` in flight."""
+        """Start with `depth` chunks of `chunk_bytes`, and never have more than `max_window_bytes` in flight."""
 
     @property
     @abstractmethod
@@ -31,11 +31,11 @@ class Controller(ABC):
 
     @abstractmethod
     def granted(self, length: int, now: float, rail: int = 0) -> None:
-        """A chunk was granted at ``now``, over a rail: what goes over one is expected to land in order."""
+        """A chunk was granted at `now`, over a rail: what goes over one is expected to land in order."""
 
     @abstractmethod
     def landed(self, length: int, granted_at: float, now: float, rail: int = 0) -> None:
-        """A chunk that was granted at ``granted_at`` (the same value as told then) has landed."""
+        """A chunk that was granted at `granted_at` (the same value as told then) has landed."""
 
     @abstractmethod
     def lost(self, length: int, now: float, rail: int = 0) -> None:
@@ -47,7 +47,7 @@ class Controller(ABC):
 
 
 class FixedController(Controller):
-    """The same chunk and ``depth`` of them in flight, whatever happens."""
+    """Grants the same chunk, and `depth` of them at once, whatever happens."""
 
     name: ClassVar[str] = "fixed"
 
@@ -57,20 +57,22 @@ class FixedController(Controller):
 
     @property
     def chunk_bytes(self) -> int:
+        """See `Controller.chunk_bytes`."""
         return self._chunk_bytes
 
     @property
     def window_bytes(self) -> int:
+        """See `Controller.window_bytes`."""
         return self._window_bytes
 
     def granted(self, length: int, now: float, rail: int = 0) -> None:
-        pass
+        """See `Controller.granted`."""
 
     def landed(self, length: int, granted_at: float, now: float, rail: int = 0) -> None:
-        pass
+        """See `Controller.landed`."""
 
     def lost(self, length: int, now: float, rail: int = 0) -> None:
-        pass
+        """See `Controller.lost`."""
 
     def idle(self, now: float) -> None:
-        pass
+        """See `Controller.idle`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 SMALLEST_TRIED_BYTES = 64 * 1024
 LARGEST_TRIED_BYTES = 16 * 1024 * 1024
 
@@ -16,6 +18,22 @@ _STEADY = 1.25  # two epochs differ by less: the rate is no longer on its way so
 _MAX_PATIENCE = 64
 _SUSPECT_PATIENCE = 4
 _RISKY_PATIENCE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Where to look for a better size, and how boldly.
+
+    Sizes are tried from `least` to `most` bytes. Those under `useful` can't do as well as the present one, as the
+    number of chunks in flight is bounded. Those under `usual` cost more requests, and there is no sign that they are
+    better. `risky` says that larger chunks may well fail.
+    """
+
+    least: int
+    most: int
+    useful: float
+    usual: int
+    risky: bool
 
 
 class ChunkClimber:
@@ -54,7 +72,7 @@ class ChunkClimber:
         self.interrupt()
 
     def suspect(self, steps: int, at_once: bool, least: int, most: int, in_flight: int, now: float) -> None:
-        """There is a sign that chunks ``steps`` times halved do better: try that soon, or take it ``at_once``."""
+        """There is a sign that chunks `steps` times halved do better: try that soon, or take it `at_once`."""
         size = min(max(self.size >> steps, least), most)
         if size >= self.size or self._trial_of is not None:
             return
@@ -95,22 +113,10 @@ class ChunkClimber:
         return True
 
     def landed(
-        self,
-        length: int,
-        granted_at: float,
-        now: float,
-        round_ended: bool,
-        least: int,
-        most: int,
-        useful: float,
-        usual: int,
-        risky: bool,
-        in_flight: int,
+        self, length: int, granted_at: float, now: float, round_ended: bool, in_flight: int, search: Search
     ) -> None:
-        """``least`` and ``most``: sizes within which to search; ``useful``: smaller ones can't do as well as this one
-        (their number is bounded); ``usual``: there is no sign that smaller ones are better, and they cost more
-        requests. ``risky``: larger chunks may well fail."""
-        if self.keep_within(least, most, in_flight, now):
+        """Count a chunk that has landed, and go on to another size when an epoch is over."""
+        if self.keep_within(search.least, search.most, in_flight, now):
             return
         if granted_at < self._changed_at:
             self._in_flight_before -= length
@@ -128,16 +134,16 @@ class ChunkClimber:
         if self._chunks >= _CHUNKS and self._rounds >= _ROUNDS and now > self._began:
             goodput = self._bytes / (now - self._began)
             self.interrupt()
-            size = self._next_size(goodput, least, most, useful, usual, risky)
+            size = self._next_size(goodput, search)
             if size != self.size:
                 self._change(size, in_flight, now)
 
-    def _next_size(self, goodput: float, least: int, most: int, useful: float, usual: int, risky: bool) -> int:
-        """The size for the next epoch, after one that brought ``goodput``."""
+    def _next_size(self, goodput: float, search: Search) -> int:
+        """The size for the next epoch, after one that brought `goodput`."""
         self._suspect_wait -= 1
         if self._trial_of is not None:
             before, self._trial_of = self._trial_of, None
-            if goodput <= (_CLEAR_GAIN if self.size < min(before, usual) else _GAIN) * self.baseline:
+            if goodput <= (_CLEAR_GAIN if self.size < min(before, search.usual) else _GAIN) * self.baseline:
                 self._turn()
                 return before
             self._failed = 0
@@ -152,12 +158,12 @@ class ChunkClimber:
             self._wait -= 1
             if self._wait > 0:
                 return self.size
-            if risky and self._step > 0 and self._patience < _RISKY_PATIENCE:
+            if search.risky and self._step > 0 and self._patience < _RISKY_PATIENCE:
                 self._patience = self._wait = _RISKY_PATIENCE
                 return self.size
         size = self.size * 2 if self._step > 0 else self.size // 2
-        rare = size < min(self.size, usual) and self._patience < _RARE_PATIENCE
-        if not rare and (least if self._step > 0 else max(least, useful)) <= size <= most:
+        rare = size < min(self.size, search.usual) and self._patience < _RARE_PATIENCE
+        if not rare and (search.least if self._step > 0 else max(search.least, search.useful)) <= size <= search.most:
             self._trial_of = self.size
             return size
         self._turn()

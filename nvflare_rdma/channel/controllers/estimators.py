@@ -10,9 +10,10 @@ _MAX_SNAPSHOTS = 16 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """``rate``: bytes/s at which data landed while a chunk was in flight, None if that can't be said.
+    """What one chunk tells. `rate` is the bytes/s at which data landed while it was in flight, None if that can't be
+    said.
 
-    ``app_limited``: the sender had too little to send, so that the rate says little of the link.
+    `app_limited` says that the sender had too little to send, so that the rate says little of the link.
     """
 
     rate: float | None
@@ -48,7 +49,7 @@ class DeliveryRate:
 
     `overtaken`: bytes in flight that were granted before something that has landed over the same rail. They wait to be
     sent again, and the link is free for others meanwhile; as in TCP's estimate of its pipe (RFC 6675), they don't fill
-    it. ``passed`` and ``on_time``: of all bytes granted before the newest that has landed over their rail, those that
+    it. `passed` and `on_time`: of all bytes granted before the newest that has landed over their rail, those that
     did not wait. Rails overtake one another without any loss: nothing follows from that.
     """
 
@@ -66,6 +67,7 @@ class DeliveryRate:
         self._snapshots: dict[tuple[int, float], _Snapshot] = {}  # by rail and time of granting
 
     def granted(self, length: int, now: float, rail: int = 0) -> None:
+        """A chunk was granted over a rail."""
         if not self.in_flight:
             self._snapshots.clear()  # what was lost leaves its snapshot behind
             self._delivered_at = self._first_granted_at = now
@@ -88,12 +90,13 @@ class DeliveryRate:
         order.in_flight += length
 
     def _pass(self, order: _Rail, until: int, now: float) -> None:
-        """Something granted over the rail at ``now``, after ``until`` bytes, is the newest."""
+        """Something granted over the rail at `now`, after `until` bytes, is the newest."""
         self.on_time += order.newest_landed
         self.passed += until - order.passed
         order.newest, order.newest_landed, order.passed = now, 0, until
 
     def landed(self, length: int, granted_at: float, now: float, rail: int = 0) -> Sample:
+        """A chunk has landed; the sample that it gives."""
         self.lost(length, rail)
         self.delivered += length
         self._delivered_at = now
@@ -116,12 +119,14 @@ class DeliveryRate:
         return Sample(rate, snapshot.app_limited, round_ended)
 
     def lost(self, length: int, rail: int = 0) -> None:
+        """A granted chunk will not land."""
         self.in_flight = max(self.in_flight - length, 0)
         if order := self._rails.get(rail):
             order.in_flight = max(order.in_flight - length, 0)
 
     @property
     def overtaken(self) -> int:
+        """Bytes in flight that wait to be sent again, see the class."""
         return sum(max(rail.in_flight - (rail.granted - rail.passed), 0) for rail in self._rails.values())
 
     @property
@@ -135,22 +140,24 @@ class DeliveryRate:
 
 
 class MaxFilter:
-    """The largest value of the current and the last ``rounds`` rounds."""
+    """The largest value of the current and the last `rounds` rounds."""
 
     def __init__(self, rounds: int) -> None:
         self._rounds: deque[float] = deque([0.0], maxlen=rounds)
         self.value = 0.0
 
     def add(self, value: float) -> None:
+        """Take a value of the current round."""
         self._rounds[-1] = max(self._rounds[-1], value)
         self.value = max(self.value, value)
 
     def next_round(self) -> None:
+        """Begin a round; the oldest one is forgotten."""
         self._rounds.append(0.0)
         self.value = max(self._rounds)
 
     def forget(self, recent: int) -> None:
-        """Keep the last ``recent`` rounds only."""
+        """Keep the last `recent` rounds only."""
         for _ in range(len(self._rounds) - recent):
             self._rounds.popleft()
         self.value = max(self._rounds)
@@ -163,11 +170,12 @@ class LatencyFloor:
         self._least: dict[int, float] = {}
 
     def add(self, length: int, latency: float) -> None:
+        """Take the time that a chunk of `length` bytes took."""
         size = 1 << (length - 1).bit_length()
         self._least[size] = min(self._least.get(size, latency), latency)
 
     def get(self, length: int, bandwidth: float) -> float:
-        """The floor for ``length``, 0 if nothing is known.
+        """The floor for `length`, 0 if nothing is known.
 
         What other sizes say tells when a size was seen with a queue only: sizes differ by their time on the wire, and
         a smaller chunk's latency is at least its part of a larger one's. But a large chunk that must always be
@@ -187,4 +195,5 @@ class LatencyFloor:
         return min(self._least[size], 2 * others) if others is not None else self._least[size]
 
     def clear(self) -> None:
+        """Forget everything."""
         self._least.clear()

@@ -23,7 +23,7 @@ from nvflare_rdma.channel.protocol.limits import MAX_CHUNK_BYTES, MAX_INLINE_BYT
 from nvflare_rdma.channel.protocol.outgoing import Outgoing
 from nvflare_rdma.channel.protocol.state import PHASE, RAILS, Input, Phase, RailState, Role, illegal
 from nvflare_rdma.errors import LocalProtocolError, ProtocolError, TransferError
-from nvflare_rdma.fabric.base import MAX_RAILS, RemoteSlice
+from nvflare_rdma.fabric import MAX_RAILS, RemoteSlice
 
 #: Seconds before new rails are asked for: at once, then longer and longer, until rails have lasted a while.
 _BACKOFF = (0.0, 0.1, 0.3, 1.0, 3.0)
@@ -41,7 +41,7 @@ _FINAL_EVENTS = (
 
 
 class Connection:
-    """One connection's protocol state. ``overhead``: bytes that sealing adds to a chunk, if it is sealed."""
+    """The protocol state of one connection. Sealing adds `overhead` bytes to a chunk, if it is sealed."""
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class Connection:
         self.rail_state = new
 
     def choose(self, fabric: str, offer: Mapping[str, Any], sealed: bool, checked: bool) -> None:
-        """Passive: the answer to `ChooseFabric`; ``fabric`` is "" to use the control stream for everything."""
+        """Answer `ChooseFabric`, on the passive side. `fabric` is "" to use the control stream for everything."""
         self._move_rails(Input.CHOSEN)
         if self.state is Phase.OPENING and not self._fabric:
             self._emit(self._hello)
@@ -207,7 +207,7 @@ class Connection:
         self._emit(wire.Open(fabric, offer, sealed, checked))
 
     def set_controller(self, controller: Controller) -> None:
-        """Before `choose` or `dialled`: what decides how much is granted over the rails that come."""
+        """Set what decides how much is granted over the rails that come. Called before `choose` or `dialled`."""
         self._incoming.set_controller(controller)
 
     def _agree(self, fabric: str, sealed: bool) -> None:
@@ -215,7 +215,7 @@ class Connection:
         self._overhead = self._seal_overhead if sealed else 0
 
     def dialled(self, rails: int, now: float, reason: str = "", answer: Mapping[str, Any] | None = None) -> None:
-        """Active: the answer to `OpenRails`; ``answer`` is the endpoint's."""
+        """Answer `OpenRails`, on the active side. `answer` is the endpoint's."""
         self._emit(wire.Rails(rails, reason, answer or {}))
         up = rails > 0 or self._fabric == "control"
         self._move_rails(Input.DIALLED if up else Input.DIALLED_NONE)
@@ -296,7 +296,8 @@ class Connection:
     # -- sending -------------------------------------------------------------------------------------------
 
     def fits_inline(self, length: int) -> bool:
-        """Whether a message goes inline; a longer one must be submitted. The receiver sets the limit, up to ours."""
+        """Whether a message goes inline; a longer one must be submitted. The receiver sets the limit, up to this
+        side's."""
         return self.peer is not None and length <= min(self.peer.inline_bytes, MAX_INLINE_BYTES)
 
     def send_inline(self, payload: bytes | bytearray | memoryview) -> None:
@@ -307,7 +308,7 @@ class Connection:
         self._emit(wire.Inline(bytes(payload)))
 
     def submit(self, length: int, now: float, label: int = 0) -> int:
-        """Offer a message of ``length`` bytes; the transfer's number. `MessageSent` or `SendFailed` ends it.
+        """Offer a message of `length` bytes, and return the transfer's number. `MessageSent` or `SendFailed` ends it.
 
         Raises:
             TransferError: the peer takes no message of that length.
@@ -322,7 +323,7 @@ class Connection:
             self._outgoing.withdraw(transfer, reason)
 
     def written(self, notification: int, now: float) -> None:
-        """The fabric reports that the write of ``notification`` has ended."""
+        """The fabric reports that the write of `notification` has ended."""
         self._outgoing.written(notification, now)
 
     def send_data(self, notification: int, digest: int, payload: bytes | memoryview) -> None:
@@ -333,22 +334,22 @@ class Connection:
     # -- receiving -----------------------------------------------------------------------------------------
 
     def accept(self, transfer: int, now: float, unit: int = 1, room: int = 0, most: int = 0) -> None:
-        """There is memory for the message: start to grant, in chunks that begin at multiples of ``unit`` (see
-        `bodies`) and are no longer than ``most`` bytes, as long as no more than ``room`` bytes of it are granted and
-        have not landed (0: any number, of both). Does nothing if the transfer has failed meanwhile."""
+        """Start to grant a message that there is memory for. Chunks begin at multiples of `unit` (see `Sink`) and are
+        no longer than `most` bytes; no more than `room` bytes are granted and have not landed (0 is any number, for
+        both). Does nothing if the transfer has failed meanwhile."""
         self._incoming.accept(transfer, now, unit, room, most)
 
     def refuse(self, transfer: int, reason: str) -> None:
-        """Don't take the message, or not the rest of it. Does nothing if it has ended already."""
+        """Refuse a message, or the rest of it. Does nothing if it has ended already."""
         if self.state is Phase.OPEN:
             self._incoming.refuse(transfer, reason)
 
     def exposed(self, chunk: events.ExposeChunk, remote: RemoteSlice) -> None:
-        """The answer to `ExposeChunk`: grant it to the sender."""
+        """Answer `ExposeChunk`: the chunk is granted to the sender."""
         self._incoming.exposed(chunk, remote)
 
     def landed(self, notification: int, length: int, now: float) -> None:
-        """The fabric reports that ``length`` bytes (sealing included) are in the slice of ``notification``, and they
+        """The fabric reports that `length` bytes (sealing included) are in the slice of `notification`, and they
         have passed their check.
 
         Raises:
@@ -357,7 +358,7 @@ class Connection:
         self._incoming.landed(notification, length, now)
 
     def damaged(self, notification: int, now: float) -> None:
-        """What landed under ``notification`` is not what was sent: ask for that chunk again.
+        """What landed under `notification` is not what was sent: ask for that chunk again.
 
         Raises:
             ProtocolError: nothing is exposed there. TransferError: too many chunks in a row were damaged.
@@ -365,5 +366,5 @@ class Connection:
         self._incoming.damaged(notification, now)
 
     def progress(self) -> dict[int, tuple[int, int]]:
-        """Messages that are being received: transfer -> (bytes landed, bytes in all)."""
+        """The messages that are being received: transfer -> (bytes landed, bytes in all)."""
         return self._incoming.progress()

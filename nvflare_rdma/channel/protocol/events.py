@@ -1,4 +1,4 @@
-"""What the channel core asks of, or tells, whoever runs it."""
+"""What a `Connection` asks of, or tells, the link that runs it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from nvflare_rdma.channel.protocol.wire import Hello
-from nvflare_rdma.fabric.base import RemoteSlice
+from nvflare_rdma.fabric import RemoteSlice
 
 
 @dataclass(frozen=True, slots=True)
 class ChooseFabric:
-    """Passive: pick a fabric that both sides can use and call `Connection.choose`. ``reason`` says what went wrong
-    with the last one; it is "" the first time. ``opened``: the last one had rails, and they broke."""
+    """Passive side: pick a fabric that both sides can use and call `Connection.choose`. `reason` says what went wrong
+    with the last one; it is "" the first time. `opened` says that the last one had rails, and they broke."""
 
     peer: Hello
     reason: str = ""
@@ -22,7 +22,7 @@ class ChooseFabric:
 
 @dataclass(frozen=True, slots=True)
 class OpenRails:
-    """Active: open rails as offered and call `Connection.dialled`."""
+    """Active side: open rails as offered and call `Connection.dialled`."""
 
     fabric: str
     offer: Mapping[str, Any]
@@ -32,8 +32,8 @@ class OpenRails:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Data can move now, for the first time or again. ``rails`` is 0 when everything has to use the control
-    stream, and why. ``answer``, on the passive side: for `Endpoint.accept`."""
+    """Data can move now, for the first time or again. `rails` is 0 when everything has to use the control stream;
+    `reason` says why. On the passive side `answer` is for `Endpoint.accept`."""
 
     rails: int
     reason: str
@@ -56,12 +56,14 @@ class DropRail:
 
 @dataclass(frozen=True, slots=True)
 class InlineReceived:
+    """A small message came on the control stream."""
+
     payload: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class MessageOffered:
-    """Find ``length`` bytes, or what the message with that ``label`` is for, then call `Connection.accept`; or
+    """Find `length` bytes, or what the message with that `label` is for, then call `Connection.accept`; or
     `Connection.refuse`."""
 
     transfer: int
@@ -71,7 +73,7 @@ class MessageOffered:
 
 @dataclass(frozen=True, slots=True)
 class ExposeChunk:
-    """Expose memory for ``length`` bytes of the message at ``offset``, then call `Connection.exposed`."""
+    """Expose memory for `length` bytes of the message at `offset`, then call `Connection.exposed`."""
 
     transfer: int
     offset: int
@@ -82,7 +84,7 @@ class ExposeChunk:
 
 @dataclass(frozen=True, slots=True)
 class RevokeChunk:
-    """Take back what was exposed under ``notification``. ``answered``: its write may still come, so keep the
+    """Take back what was exposed under `notification`. If it will be `answered`, its write may still come: keep the
     memory from others until it has."""
 
     notification: int
@@ -91,7 +93,7 @@ class RevokeChunk:
 
 @dataclass(frozen=True, slots=True)
 class WriteChunk:
-    """Write ``length`` bytes of the message at ``offset`` over ``rail``; nothing if the message was given up.
+    """Write `length` bytes of the message at `offset` over `rail`; nothing if the message was given up.
     Call `Connection.written` when the source is free again."""
 
     transfer: int
@@ -104,7 +106,7 @@ class WriteChunk:
 
 @dataclass(frozen=True, slots=True)
 class DataArrived:
-    """A chunk came on the control stream: put it where ``notification`` points and call `Connection.landed`."""
+    """A chunk came on the control stream: put it where `notification` points and call `Connection.landed`."""
 
     notification: int
     digest: int
@@ -113,6 +115,8 @@ class DataArrived:
 
 @dataclass(frozen=True, slots=True)
 class MessageReceived:
+    """All of a message has landed, and was checked."""
+
     transfer: int
 
 
@@ -125,19 +129,23 @@ class MessageSent:
 
 @dataclass(frozen=True, slots=True)
 class SendFailed:
+    """A message will not be sent, or not the rest of it."""
+
     transfer: int
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class ReceiveFailed:
+    """A message will not come, or not the rest of it: free its memory."""
+
     transfer: int
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class PeerLeft:
-    """The peer said goodbye; ``reason`` is "" when nothing was wrong."""
+    """The peer said goodbye; `reason` is "" when nothing was wrong."""
 
     reason: str
 

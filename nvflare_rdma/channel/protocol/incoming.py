@@ -1,4 +1,4 @@
-"""The receiving half of a channel: which chunks are granted, where they are, and which are still missing.
+"""The receiving half of a connection: which chunks are granted, where they are, and which are still missing.
 
 What has landed is never asked for again; what was granted over a rail that broke, or arrived damaged, is granted
 anew. That set is all there is to resuming a transfer.
@@ -11,13 +11,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from nvflare_rdma.channel.bodies import check_unit, whole_units
 from nvflare_rdma.channel.controllers import Controller
 from nvflare_rdma.channel.protocol import events, wire
-from nvflare_rdma.channel.protocol.limits import ChannelLimits
+from nvflare_rdma.channel.protocol.limits import ChannelLimits, check_unit, whole_units
 from nvflare_rdma.channel.protocol.state import RECEIVE, Input, Receive, illegal
 from nvflare_rdma.errors import ProtocolError, TransferError
-from nvflare_rdma.fabric.base import RemoteSlice
+from nvflare_rdma.fabric import RemoteSlice
 
 
 @dataclass(slots=True)
@@ -49,7 +48,7 @@ class _OpenGrant:
 
 
 class Incoming:
-    """``emit`` takes control messages, ``happened`` takes events, both in order."""
+    """All messages that a connection receives. `emit` takes control messages and `happened` events, both in order."""
 
     def __init__(
         self,
@@ -81,18 +80,18 @@ class Incoming:
     # -- rails ---------------------------------------------------------------------------------------------
 
     def set_controller(self, controller: Controller) -> None:
-        """Another controller, for another fabric; nothing is granted now."""
+        """Take another controller, for another fabric. Nothing is granted at this time."""
         self._controller = controller
 
     def open(self, rails: Iterable[int], overhead: int, max_chunk: int, max_open: int, now: float) -> None:
-        """Rails are up: grant over them. ``overhead``: bytes that sealing adds to a chunk; ``max_chunk``: the longest
-        chunk they carry; ``max_open``: grants that the peer works on at once."""
+        """Grant over rails that are up. Sealing adds `overhead` bytes to a chunk, `max_chunk` bytes are the longest
+        that they carry, and the peer works on `max_open` grants at once."""
         self._load = dict.fromkeys(rails, 0)
         self._overhead, self._max_chunk, self._max_open = overhead, max_chunk, max_open
         self.plan(now)
 
     def rail_down(self, rail: int, now: float) -> None:
-        """Nothing lands over ``rail`` any more: its unfinished chunks are granted again."""
+        """Grant the unfinished chunks of a rail again: nothing lands over it any more."""
         self._load.pop(rail, None)
         for notification, exposure in list(self._exposures.items()):
             if exposure.rail == rail:
@@ -101,7 +100,7 @@ class Incoming:
         self.plan(now)
 
     def void(self, now: float) -> None:
-        """All rails are gone."""
+        """Take all chunks back that have not landed: all rails are gone."""
         rails = list(self._load)
         self._load.clear()  # so that nothing is granted over the next while one is taken away
         for rail in rails:
@@ -110,6 +109,7 @@ class Incoming:
     # -- what the peer and the runner say ------------------------------------------------------------------
 
     def offered(self, offer: wire.Offer, now: float) -> None:
+        """The peer offers a message. Raises ProtocolError if it may not."""
         limits = self._limits
         if offer.transfer <= self._last_offered:
             raise ProtocolError(f"transfer {offer.transfer} is offered after {self._last_offered}")
@@ -126,6 +126,7 @@ class Incoming:
         self._happened(events.MessageOffered(offer.transfer, offer.length, offer.label))
 
     def accept(self, transfer: int, now: float, unit: int, room: int, most: int) -> None:
+        """See `Connection.accept`."""
         check_unit(unit)
         incoming = self._transfers.get(transfer)
         if incoming is None:
@@ -136,20 +137,24 @@ class Incoming:
         self.plan(now)
 
     def refuse(self, transfer: int, reason: str) -> None:
+        """See `Connection.refuse`."""
         if (incoming := self._transfers.get(transfer)) is not None:
             self._emit(wire.Refuse(transfer, reason))
             self._advance(transfer, incoming, Input.REFUSED_HERE, reason)
 
     def withdrawn(self, message: wire.Withdraw) -> None:
+        """The peer gives a message up. Raises ProtocolError if it was never offered."""
         if not 0 < message.transfer <= self._last_offered:
             raise ProtocolError(f"transfer {message.transfer} is withdrawn, which was never offered")
         if (incoming := self._transfers.get(message.transfer)) is not None:
             self._advance(message.transfer, incoming, Input.WITHDRAW, message.reason)
 
     def exposed(self, chunk: events.ExposeChunk, remote: RemoteSlice) -> None:
+        """See `Connection.exposed`."""
         self._emit(wire.Grant(chunk.transfer, chunk.offset, chunk.length, remote, chunk.notification, chunk.rail))
 
     def landed(self, notification: int, length: int, now: float) -> None:
+        """See `Connection.landed`."""
         exposure = self._close(notification)
         incoming = self._transfers.get(exposure.transfer)
         # An empty write answers the grant of a message that the sender gave up: its WITHDRAW is on the way.
@@ -167,6 +172,7 @@ class Incoming:
         self.plan(now)
 
     def damaged(self, notification: int, now: float) -> None:
+        """See `Connection.damaged`."""
         exposure = self._exposures.get(notification)
         if exposure is not None and exposure.transfer in self._transfers:  # what is not wanted any more is no damage
             self._damaged_in_a_row += 1
@@ -268,6 +274,7 @@ class Incoming:
     # -- ends ----------------------------------------------------------------------------------------------
 
     def check(self, now: float) -> None:
+        """Raise TransferError if a message that is being received is too slow."""
         limits = self._limits
         for number, incoming in self._transfers.items():
             if now > incoming.deadline:
@@ -288,6 +295,7 @@ class Incoming:
         return {number: (incoming.landed, incoming.length) for number, incoming in self._transfers.items()}
 
     def end(self, reason: str) -> None:
+        """The connection has ended: fail all messages."""
         for transfer in self._transfers:
             self._happened(events.ReceiveFailed(transfer, reason))
         self._transfers.clear()

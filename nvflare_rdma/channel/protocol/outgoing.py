@@ -1,4 +1,4 @@
-"""The sending half of a channel: what is offered, what the peer has granted, and which writes are under way."""
+"""The sending half of a connection: what is offered, what the peer has granted, and which writes are under way."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _OutgoingTransfer:
 
 
 class Outgoing:
-    """``emit`` takes control messages, ``happened`` takes events, both in order."""
+    """All messages that a connection sends. `emit` takes control messages and `happened` events, both in order."""
 
     def __init__(
         self,
@@ -42,6 +42,7 @@ class Outgoing:
         self._last_notification = -1
 
     def submit(self, length: int, limit: int, now: float, label: int) -> int:
+        """See `Connection.submit`; the peer takes up to `limit` bytes."""
         if length > limit:
             raise TransferError(f"a message of {length} bytes is larger than the peer's {limit}")
         number = self._next
@@ -51,12 +52,14 @@ class Outgoing:
         return number
 
     def withdraw(self, transfer: int, reason: str) -> None:
+        """See `Connection.withdraw`."""
         out = self._transfers.get(transfer)
         if out is not None and (out.state, Input.WITHDRAWN_HERE) in SEND:
             self._emit(wire.Withdraw(transfer, reason))
             self._advance(transfer, out, Input.WITHDRAWN_HERE, reason)
 
     def written(self, notification: int, now: float) -> None:
+        """See `Connection.written`."""
         transfer = self._writes.pop(notification, None)
         out = self._transfers.get(transfer) if transfer is not None else None
         if transfer is None or out is None:
@@ -66,7 +69,7 @@ class Outgoing:
         self._finish(transfer, out)
 
     def void(self) -> None:
-        """All rails are gone: the peer grants anew what it misses."""
+        """Forget all writes: all rails are gone, and the peer grants anew what it misses."""
         self._writes.clear()
         for transfer, out in list(self._transfers.items()):
             out.open_writes = 0
@@ -75,8 +78,8 @@ class Outgoing:
     # -- what the peer says --------------------------------------------------------------------------------
 
     def granted(self, grant: wire.Grant, rails: int, overhead: int, max_chunk: int, now: float) -> None:
-        """``rails``: how many were opened; ``overhead``: bytes that sealing adds to a chunk; ``max_chunk``: the longest
-        chunk they carry."""
+        """Write what the peer grants. So many `rails` were opened, sealing adds `overhead` bytes to a chunk, and
+        `max_chunk` bytes are the longest that the rails carry."""
         if grant.rail >= rails:
             raise ProtocolError(f"a grant names rail {grant.rail}, {rails} were opened")
         if grant.length > max_chunk:
@@ -126,6 +129,7 @@ class Outgoing:
         out.granted = end
 
     def done(self, transfer: int) -> None:
+        """The peer has all of a message. Raises ProtocolError if that can't be."""
         if (out := self._find(transfer)) is not None:
             if out.granted != out.length:
                 raise ProtocolError(f"transfer {transfer} is done with {out.granted} bytes granted")
@@ -133,6 +137,7 @@ class Outgoing:
             self._finish(transfer, out)
 
     def refused(self, message: wire.Refuse) -> None:
+        """The peer does not take a message. Raises ProtocolError if it was never offered."""
         if (out := self._find(message.transfer)) is not None:
             self._advance(message.transfer, out, Input.REFUSE, message.reason)
 
@@ -145,6 +150,7 @@ class Outgoing:
     # -- ends ----------------------------------------------------------------------------------------------
 
     def check(self, now: float) -> None:
+        """Raise TransferError if the peer asks for nothing more of a message that it has begun to take."""
         for number, out in self._transfers.items():
             # A message that was only offered waits for the receiver's memory: that is no stall of the link.
             if out.state is not Send.OFFERED and now - out.progress_at > self._limits.stall_timeout:
@@ -154,6 +160,7 @@ class Outgoing:
                 )
 
     def end(self, reason: str) -> None:
+        """The connection has ended: fail all messages."""
         for transfer in self._transfers:
             self._happened(events.SendFailed(transfer, reason))
         self._transfers.clear()

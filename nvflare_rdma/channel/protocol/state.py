@@ -12,12 +12,14 @@ from nvflare_rdma.errors import LocalProtocolError, ProtocolError
 
 
 class Role(Enum):
+    """A side of a connection. The active side dials, the passive side has a door."""
+
     ACTIVE = auto()
     PASSIVE = auto()
 
 
 class Phase(Enum):
-    """A connection. OPENING: until rails are open, or it is agreed to do without."""
+    """States of a connection. It is OPENING until rails are open, or it is agreed to do without."""
 
     GREETING = auto()
     OPENING = auto()
@@ -26,8 +28,8 @@ class Phase(Enum):
 
 
 class RailState(Enum):
-    """The rails of a connection. CHOOSING: the passive side picks a fabric; DIALLING: the active side opens its
-    rails; DOWN: none is left, and the active side waits a moment before it asks for new ones."""
+    """States of a connection's rails. While CHOOSING, the passive side picks a fabric; while DIALLING, the active side
+    opens its rails; when they are DOWN, the active side waits a moment before it asks for new ones."""
 
     CHOOSING = auto()
     DIALLING = auto()
@@ -36,7 +38,8 @@ class RailState(Enum):
 
 
 class Send(Enum):
-    """A message on its sender. CONFIRMED: the peer has it all, but a local write has not been reported yet."""
+    """States of a message on its sender. When it is CONFIRMED, the peer has it all, but the end of a local write has
+    not been reported yet."""
 
     OFFERED = auto()
     WRITING = auto()
@@ -46,7 +49,7 @@ class Send(Enum):
 
 
 class Receive(Enum):
-    """A message on its receiver. OFFERED: it waits for memory."""
+    """States of a message on its receiver. While it is OFFERED, it waits for memory."""
 
     OFFERED = auto()
     LANDING = auto()
@@ -135,6 +138,6 @@ RECEIVE: dict[tuple[Receive, Input], Receive] = {
 
 
 def illegal(what: str, state: Enum, happening: Input) -> ProtocolError | LocalProtocolError:
-    """The exception for an input that ``state`` does not allow."""
+    """The exception for an input that `state` does not allow."""
     kind = ProtocolError if happening.remote else LocalProtocolError
     return kind(f"{what}: {happening.name} is not allowed in state {state.name}")

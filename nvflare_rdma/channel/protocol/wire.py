@@ -1,6 +1,6 @@
 """The control stream's messages and how they are framed.
 
-A message is ``length (u32) | type (u8) | body``, network byte order; ``length`` counts type and body. Bodies
+A message is `length (u32) | type (u8) | body`, network byte order; `length` counts type and body. Bodies
 are fixed structs, but for those that agree on rails (HELLO, OPEN, RAILS), which are msgpack maps so that later
 versions can add keys. Every length is checked against the limits that this side chose
 before anything is stored.
@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import msgpack
 
 from nvflare_rdma.errors import ProtocolError
-from nvflare_rdma.fabric.base import RemoteSlice
+from nvflare_rdma.fabric import RemoteSlice
 
 CONTROL_MAGIC = b"NVFCTRL1"
 VERSION = 4
@@ -38,9 +38,9 @@ _DEFAULT_LIMIT = _GRANT.size + MAX_REASON_BYTES
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First message of each side: version, what fabrics it can use (``name -> reason why not``, "" if usable),
+    """First message of each side: version, what fabrics it can use (`name -> reason why not`, "" if usable),
     the largest message and inline payload it takes, how many grants it works on at once, the key that seals the
-    chunks it sends (or b""), which host it is on, and whether chunks shall be checked (``auto``, ``on``, ``off``)."""
+    chunks it sends (or b""), which host it is on, and whether chunks shall be checked (`auto`, `on`, `off`)."""
 
     fabrics: Mapping[str, str]
     max_message_bytes: int
@@ -65,7 +65,7 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Rails:
-    """Active to passive: how many rails it opened, and if none, why. ``answer``: what the passive side's fabric has to
+    """Active to passive: how many rails it opened, and if none, why. `answer` is what the passive side's fabric has to
     know of them."""
 
     count: int
@@ -97,7 +97,7 @@ class Inline:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Sender: there is a message of ``length`` bytes. ``label``: 0, or what the receiver knows it by."""
+    """Sender: there is a message of `length` bytes. `label` is 0, or what the receiver knows it by."""
 
     transfer: int
     length: int
@@ -106,8 +106,8 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Receiver: write ``length`` bytes of the message at ``offset`` to ``remote`` over ``rail``, and notify with
-    ``notification``. Every grant is answered by one write, which is empty if the sender gave the message up."""
+    """Receiver: write `length` bytes of the message at `offset` to `remote` over `rail`, and notify with
+    `notification`. Every grant is answered by one write, which is empty if the sender gave the message up."""
 
     transfer: int
     offset: int
@@ -151,7 +151,7 @@ class Withdraw:
 
 @dataclass(frozen=True, slots=True)
 class Bye:
-    """The connection ends; ``reason`` is "" when nothing is wrong."""
+    """The connection ends; `reason` is "" when nothing is wrong."""
 
     reason: str = ""
 
@@ -333,7 +333,7 @@ class Parser:
         self._buffer = bytearray()
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Message]:
-        """The messages that ``data`` completes.
+        """The messages that `data` completes.
 
         Raises:
             ProtocolError: a message is malformed or larger than what this side allows for its type.

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import socket
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from nvflare_rdma.fabric.base import Fabric
 from nvflare_rdma.fabric.options import Availability, FabricOptions
 from nvflare_rdma.fabric.registry import FabricFactory, LinkEnd
 
-__all__ = ["factory", "probe"]
+if TYPE_CHECKING:
+    from nvflare_rdma.fabric.shm.fabric import ShmFabric
+    from nvflare_rdma.fabric.shm.process_memory import address_of
+
+__all__ = ["ShmFabric", "address_of", "factory", "probe"]
+
+_MODULES = {"ShmFabric": "fabric", "address_of": "process_memory"}
+
+if not TYPE_CHECKING:  # a type checker would take every name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def factory(options: FabricOptions) -> FabricFactory:

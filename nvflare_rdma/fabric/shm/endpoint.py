@@ -3,9 +3,9 @@
 A write is a 48-byte message on a Unix socket (the one rail), and one copy of the bytes. Who copies depends on how
 the receiving side can receive, which the two find out by trying when they meet (`handshake.agree`):
 
-``direct``  the message says where the bytes are in the sender, and the receiver copies them from there into the
+`direct`  the message says where the bytes are in the sender, and the receiver copies them from there into the
             exposed slice (process_vm_readv(2)). Any memory can receive, and only its owner ever writes it.
-``memfd``   the receiver's memory comes from `ShmEndpoint.allocate`, which the sender maps too, and the sender
+`memfd`   the receiver's memory comes from `ShmEndpoint.allocate`, which the sender maps too, and the sender
             copies before it sends the message. Memory from elsewhere costs a second copy, in the receiver.
 """
 
@@ -39,6 +39,8 @@ _RECEIVERS = 2
 
 
 class ShmEndpoint(Endpoint):
+    """One peer on this host, over one rail: a Unix socket for messages, and memory of either process."""
+
     def __init__(self, handler: CompletionHandler) -> None:
         self._handler = handler
         self._exposures = Exposures()
@@ -82,15 +84,17 @@ class ShmEndpoint(Endpoint):
 
     @property
     def rails(self) -> int:
+        """See `Endpoint.rails`."""
         return int(self._peer is not None)
 
     @property
     def paths(self) -> Mapping[str, str]:
-        """``{"receive": ..., "send": ...}``, each "direct" or "memfd"; empty until the peer is here."""
+        """`{"receive": ..., "send": ...}`, each "direct" or "memfd"; empty until the peer is here."""
         return {} if self._peer is None else {"receive": self._peer.receive, "send": self._peer.send}
 
     @property
     def write_is_nonblocking(self) -> bool:
+        """See `Endpoint.write_is_nonblocking`."""
         return self.paths.get("send") == "direct"
 
     # -- receiving ---------------------------------------------------------------------------------------------
@@ -101,6 +105,7 @@ class ShmEndpoint(Endpoint):
         return slots.take(nbytes)[1] if slots is not None and self._up else None
 
     def register(self, buffer: memoryview) -> ShmRegion:
+        """See `Endpoint.register`."""
         return self._exposures.register(buffer)
 
     def _receive(self) -> tuple[Message, Read]:
@@ -145,6 +150,7 @@ class ShmEndpoint(Endpoint):
     # -- sending -----------------------------------------------------------------------------------------------
 
     def write(self, rail: int, source: memoryview, remote: RemoteSlice, notification: int, digest: int) -> None:
+        """See `Endpoint.write`."""
         if rail != 0:
             raise ValueError(f"shm has one rail, 0, not {rail}")
         if len(source) > remote.length:
@@ -160,7 +166,7 @@ class ShmEndpoint(Endpoint):
         self._handler.written(notification)
 
     def _tell(self, message: Message, source: memoryview) -> bool:
-        """Have the peer copy ``source``; False if the rail is down. Any thread calls it, so it never waits."""
+        """Have the peer copy `source`; False if the rail is down. Any thread calls it, so it never waits."""
         try:
             with self._state:  # the peer acknowledges in the order in which it was told
                 if self._up:
@@ -285,11 +291,13 @@ class ShmEndpoint(Endpoint):
             self._turn.notify_all()
 
     def drop(self, rail: int) -> None:
+        """See `Endpoint.drop`."""
         if rail != 0:
             raise ValueError(f"shm has one rail, 0, not {rail}")
         self._stop(FabricError("the peer gave it up"))
 
     def close(self) -> None:
+        """See `Endpoint.close`."""
         with self._state:
             self._closed = True
             receivers = list(self._receivers)

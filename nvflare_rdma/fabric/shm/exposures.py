@@ -26,6 +26,8 @@ class _ExposedSlice:
 
 
 class ShmRegion(Region):
+    """A buffer of which slices are exposed: as they are, or through a shared slot."""
+
     def __init__(self, exposures: Exposures, key: int, buffer: memoryview, slot: tuple[int, int] | None) -> None:
         self._exposures = exposures
         self.key = key
@@ -34,6 +36,7 @@ class ShmRegion(Region):
         """Key of the shared slot that holds the buffer, and where in it; None if the buffer is other memory."""
 
     def expose(self, notification: int, offset: int, length: int, rail: int) -> RemoteSlice:
+        """See `Region.expose`."""
         if offset < 0 or length < 0 or offset + length > len(self.buffer):
             raise ValueError(f"slice {offset}+{length} is outside a region of {len(self.buffer)} bytes")
         if rail != 0:
@@ -41,15 +44,18 @@ class ShmRegion(Region):
         return self._exposures.expose(self, notification, offset, length)
 
     def revoke(self, notification: int) -> None:
+        """See `Region.revoke`."""
         self._exposures.revoke(self, notification)
 
     def close(self) -> None:
+        """See `Region.close`."""
         self._exposures.revoke(self, None)
         self.buffer = memoryview(b"")
 
 
 class Exposures:
-    """``slots`` is set if the peer writes into shared memory, else this side reads the peer's."""
+    """What an endpoint has exposed. `slots` is set if the peer writes into shared memory; else this side reads the
+    peer's."""
 
     def __init__(self) -> None:
         self.slots: SlotOwner | None = None
@@ -61,6 +67,7 @@ class Exposures:
         self._closed = False
 
     def register(self, buffer: memoryview) -> ShmRegion:
+        """See `Endpoint.register`."""
         if buffer.readonly or not buffer.c_contiguous:
             raise ValueError("only writable, contiguous memory can be exposed")
         buffer = buffer.cast("B")
@@ -85,8 +92,8 @@ class Exposures:
         return exposure.remote
 
     def revoke(self, region: ShmRegion, notification: int | None) -> None:
-        """One exposure of ``region``, or all. When this returns, nothing is copied to the region any more (but the
-        peer may write into a slot until it has answered)."""
+        """Take back one exposure of `region`, or all. When this returns, nothing is copied to the region any more (but
+        the peer may write into a slot until it has answered)."""
         with self._landed:
             for number in list(self._open) if notification is None else [notification]:
                 exposure = self._open.get(number)
@@ -97,7 +104,7 @@ class Exposures:
             )
 
     def land(self, message: Message, read: Callable[[int, memoryview], None]) -> None:
-        """Take the peer's answer to an exposure. ``read(address, target)`` copies from the peer's memory. Several
+        """Take the peer's answer to an exposure. `read(address, target)` copies from the peer's memory. Several
         threads may be at it.
 
         Raises:

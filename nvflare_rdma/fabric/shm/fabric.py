@@ -11,7 +11,8 @@ from nvflare_rdma.fabric.shm.endpoint import ShmEndpoint
 
 
 class ShmFabric(Fabric):
-    """``paths``: how this side may receive, best first; for tests, "direct" or "memfd" alone."""
+    """Shared memory of two processes. `paths` says how this side may receive, best first; tests give "direct" or
+    "memfd" alone."""
 
     name = "shm"
     same_host = True
@@ -22,6 +23,7 @@ class ShmFabric(Fabric):
         self._paths = tuple(paths)
 
     def offer(self, handler: CompletionHandler) -> tuple[ShmEndpoint, Mapping[str, Any]]:
+        """See `Fabric.offer`."""
         endpoint = ShmEndpoint(handler)
         endpoint.listener = handshake.ShmListener(
             self._paths, lambda peer: endpoint.attach(peer, passive=True), handshake.OFFER_LIFETIME
@@ -29,6 +31,7 @@ class ShmFabric(Fabric):
         return endpoint, endpoint.listener.offer
 
     def connect(self, offer: Mapping[str, Any], handler: CompletionHandler) -> ShmEndpoint:
+        """See `Fabric.connect`."""
         endpoint = ShmEndpoint(handler)
         endpoint.attach(handshake.dial(offer, self._paths), passive=False)
         return endpoint

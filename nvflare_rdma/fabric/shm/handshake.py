@@ -55,7 +55,7 @@ _CREDENTIALS = struct.Struct("=iII")
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A peer that has been let in. ``receive`` and ``send`` name this side's paths."""
+    """A peer that has been let in. `receive` and `send` name this side's paths."""
 
     sock: socket.socket
     pid: int
@@ -86,7 +86,7 @@ def peer_pid(sock: socket.socket) -> int:
 
 
 class _Steps:
-    """The messages of a set-up on ``sock``: what waits for one of them waits until the deadline for all."""
+    """The messages of a set-up on `sock`. Who waits for one of them waits until the deadline for all."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -229,6 +229,7 @@ class ShmListener:
 
     @property
     def offer(self) -> Mapping[str, Any]:
+        """What the peer needs to connect (msgpack types)."""
         return {"name": self._name, "ticket": self._ticket}
 
     def close(self) -> None:
@@ -287,7 +288,7 @@ def dial(offer: Mapping[str, Any], paths: Sequence[str]) -> Peer:
     """Connect to a `ShmListener`. The peer takes messages when this returns.
 
     Raises:
-        ProtocolError: ``offer`` is malformed. FabricError: nobody listens there, it refuses, or no path works.
+        ProtocolError: `offer` is malformed. FabricError: nobody listens there, it refuses, or no path works.
     """
     name, ticket = offer.get("name"), offer.get("ticket")
     if not isinstance(name, str) or not isinstance(ticket, bytes) or len(ticket) != TICKET_BYTES or len(name) > 100:

@@ -67,7 +67,7 @@ def address_of(view: memoryview) -> int:
 
 
 def read_into(pid: int, address: int, target: memoryview) -> None:
-    """Copy ``len(target)`` bytes at ``address`` of process ``pid``.
+    """Copy `len(target)` bytes at `address` of process `pid`.
 
     Raises:
         OSError: EPERM (not allowed to trace it), ESRCH (it is gone), EFAULT (nothing is mapped there), ENOSYS.
@@ -88,7 +88,7 @@ def read_into(pid: int, address: int, target: memoryview) -> None:
 
 
 def sealed_memory(nbytes: int) -> int:
-    """The descriptor of an anonymous file of ``nbytes`` whose size can't be changed.
+    """The descriptor of an anonymous file of `nbytes` whose size can't be changed.
 
     Pages come as they are touched, as with other memory; what can't be enough is refused here. (fallocate(2) would
     take pages at once, and wake the out-of-memory killer where this gets an error.)
@@ -117,7 +117,7 @@ def check_sealed(fd: int, nbytes: int) -> None:
     """Make sure that a mapping of a stranger's descriptor can be touched safely.
 
     Raises:
-        ValueError: it is no memfd, its size can still be changed, or it is not ``nbytes`` long.
+        ValueError: it is no memfd, its size can still be changed, or it is not `nbytes` long.
     """
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -130,7 +130,7 @@ def check_sealed(fd: int, nbytes: int) -> None:
 
 
 def map_shared(fd: int, nbytes: int) -> npt.NDArray[np.uint8]:
-    """Map a file for reading and writing. It is unmapped when no view of the array is left; ``fd`` can be closed.
+    """Map a file for reading and writing. It is unmapped when no view of the array is left; `fd` can be closed.
 
     Raises:
         MemoryError: there is no room for it (address space, vm.max_map_count).
@@ -158,7 +158,7 @@ class Tracer:
         self._users = 0
 
     def allow(self, pid: int) -> bool:
-        """True: ``pid`` is declared; call `release` later. False: another peer holds it, or there is no Yama."""
+        """True: `pid` is declared; call `release` later. False: another peer holds it, or there is no Yama."""
         with self._lock:
             if self._users and self._pid != pid:
                 return False
@@ -169,6 +169,7 @@ class Tracer:
             return True
 
     def release(self) -> None:
+        """Take back what one `allow` gave."""
         with self._lock:
             self._users -= 1
             if not self._users:

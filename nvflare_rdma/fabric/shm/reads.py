@@ -16,14 +16,17 @@ _TOGETHER = 16
 
 @dataclass(slots=True)
 class Read:
+    """A write of the peer that this side has to read."""
+
     notification: int
     nbytes: int
     over: bool = False
 
 
 class Reads:
-    """They end in any order and are acknowledged in the order in which they came: ``acknowledge(count, last)`` says
-    that so many more are over, of which ``last`` is the notification of the last. It never waits."""
+    """The peer's writes that this side reads. They end in any order and are acknowledged in the order in which they
+    came: `acknowledge(count, last)` says
+    that so many more are over, of which `last` is the notification of the last. It never waits."""
 
     def __init__(self, acknowledge: Callable[[int, int], None]) -> None:
         self._acknowledge = acknowledge
@@ -32,14 +35,14 @@ class Reads:
         self._count = self._nbytes = self._last = 0  # over, and not acknowledged
 
     def begin(self, notification: int, nbytes: int) -> Read:
-        """In the order in which they came."""
+        """Begin a read. They are begun in the order in which they came."""
         read = Read(notification, nbytes)
         with self._lock:
             self._reads.append(read)
         return read
 
     def end(self, read: Read) -> None:
-        """The peer may have its memory back."""
+        """End a read: the peer may have its memory back."""
         with self._lock:
             read.over = True
             while self._reads and self._reads[0].over:

@@ -30,16 +30,18 @@ KEEP_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slot:
+    """Memory that is mapped by both processes."""
+
     key: int
     address: int
     memory: npt.NDArray[np.uint8]
 
 
 class SlotOwner:
-    """Slots that are recycled when the last view of them is gone; at most ``keep_bytes`` lie idle.
+    """Slots that are recycled when the last view of them is gone; at most `keep_bytes` lie idle.
 
-    ``announce(key, nbytes, fd)`` gives a new slot to the peer and closes ``fd``; ``forget(key)`` tells it to unmap
-    one; ``wake`` makes another thread call `settle` soon, and is called from finalisers: it takes no lock.
+    `announce(key, nbytes, fd)` gives a new slot to the peer and closes `fd`; `forget(key)` tells it to unmap
+    one; `wake` makes another thread call `settle` soon, and is called from finalisers: it takes no lock.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class SlotOwner:
         self._closed = False
 
     def take(self, nbytes: int) -> tuple[Slot, memoryview]:
-        """A slot and its first ``nbytes`` bytes; it comes back when no view or slice of those is referenced.
+        """A slot and its first `nbytes` bytes; it comes back when no view or slice of those is referenced.
 
         Raises:
             MemoryError: no memory, or too many slots. FabricError: no descriptor is left.
@@ -80,7 +82,7 @@ class SlotOwner:
         return slot, lease.data
 
     def find(self, buffer: memoryview) -> tuple[Slot, int] | None:
-        """The slot that holds all of ``buffer`` and the buffer's offset in it, however the view was derived."""
+        """The slot that holds all of `buffer` and the buffer's offset in it, however the view was derived."""
         if not len(buffer):
             return None
         address = address_of(buffer)
@@ -153,7 +155,7 @@ class PeerSlots:
         self._closed = False
 
     def add(self, key: int, nbytes: int, fd: int) -> None:
-        """Map what the peer sent; closes ``fd``. Raises ProtocolError, or MemoryError."""
+        """Map what the peer sent; closes `fd`. Raises ProtocolError, or MemoryError."""
         try:
             if len(self._slots) >= MAX_SLOTS or key <= self._newest:
                 raise ProtocolError(f"the peer shares slot {key} after {self._newest}, with {len(self._slots)} mapped")
@@ -170,6 +172,7 @@ class PeerSlots:
             self._changed.notify_all()
 
     def forget(self, key: int) -> None:
+        """Unmap a slot that the peer takes back. Raises ProtocolError if it is not mapped."""
         if self._slots.pop(key, None) is None:
             raise ProtocolError(f"the peer takes back slot {key}, which it has not shared")
 
@@ -189,6 +192,7 @@ class PeerSlots:
             return self._slots[key]
 
     def close(self) -> None:
+        """Unmap all slots, and end every `get` that waits."""
         with self._changed:
             self._closed = True
             self._slots.clear()

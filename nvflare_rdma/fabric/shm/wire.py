@@ -30,9 +30,9 @@ _ONE_FD = socket.CMSG_SPACE(array.array("i").itemsize)
 
 
 class Message(NamedTuple):
-    """``WRITE`` uses all fields; ``source`` is where the bytes are in the sender (0 if they are in place already).
-    ``ACKNOWLEDGE`` says that ``length`` writes were read, the last of them being ``notification``.
-    ``MAP`` (with a descriptor) and ``FORGET`` name a slot by ``key``; ``MAP`` gives its size as ``length``."""
+    """`WRITE` uses all fields; `source` is where the bytes are in the sender (0 if they are in place already).
+    `ACKNOWLEDGE` says that `length` writes were read, the last of them being `notification`.
+    `MAP` (with a descriptor) and `FORGET` name a slot by `key`; `MAP` gives its size as `length`."""
 
     op: int
     notification: int = 0
@@ -57,13 +57,16 @@ class Wake:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def fileno(self) -> int:
+        """The descriptor to poll."""
         return self._fd
 
     def set(self) -> None:
+        """End the poll, or the next one."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
+        """Take back what `set` did."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._fd)
 
@@ -72,8 +75,8 @@ class Wake:
 
 
 class Wire:
-    """``idle`` is called by who receives whenever there is nothing more, and after `wake`;
-    ``greeting`` is what it sends first."""
+    """The socket of a rail, for messages and descriptors. `idle` is called by the thread that receives whenever there
+    is nothing more, and after `wake`; `greeting` is sent first."""
 
     def __init__(self, sock: socket.socket, idle: Callable[[], None], greeting: bytes = b"") -> None:
         sock.settimeout(None)
@@ -94,7 +97,7 @@ class Wire:
             self._sock.send(data)
 
     def post(self, message: Message, fd: int = -1) -> None:
-        """Send now or soon; never waits. Takes ``fd`` over. A rail that is down is noticed by `receive`."""
+        """Send now or soon; never waits. Takes `fd` over. A rail that is down is noticed by `receive`."""
         with self._backlog_lock:
             self._backlog.append((_FORMAT.pack(*message), fd))
             self._send_backlog()
@@ -102,9 +105,11 @@ class Wire:
                 self.wake.set()
 
     def share(self, key: int, nbytes: int, fd: int) -> None:
+        """Give the peer a slot; closes `fd`."""
         self.post(Message(MAP, key=key, length=nbytes), fd)
 
     def forget(self, key: int) -> None:
+        """Have the peer unmap a slot."""
         self.post(Message(FORGET, key=key))
 
     def receive(self) -> tuple[Message, int]:

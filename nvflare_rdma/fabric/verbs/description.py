@@ -5,9 +5,9 @@ The passive side's offer and the active side's answer have the same form (msgpac
     {"ports": [{"transport", "kind", "gid", "lid", "mtu", "max_message", "service"}, ...],
      "rails": [{"port", "number", "packet", "ticket"}, ...]}
 
-``port`` counts in ``ports``; rail i of one side is connected to rail i of the other. InfiniBand and RoCE need the
-queue pairs' ``number`` and ``packet``. On iWARP rdma_cm connects them: the offer says on which TCP port (``service``)
-it listens and gives each rail a ``ticket`` to come with, and the answer repeats the tickets of the rails that came.
+`port` counts in `ports`; rail i of one side is connected to rail i of the other. InfiniBand and RoCE need the
+queue pairs' `number` and `packet`. On iWARP rdma_cm connects them: the offer says on which TCP port (`service`)
+it listens and gives each rail a `ticket` to come with, and the answer repeats the tickets of the rails that came.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ TICKET_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class RemotePort:
-    """``mtu``: as ibv_mtu numbers them, 1 (256 bytes) to 5 (4096). ``max_message``: bytes of one request. ``service``:
-    of an iWARP port that listens, else 0."""
+    """A port of the peer. `mtu` is as ibv_mtu numbers them, 1 (256 bytes) to 5 (4096). A request has up to
+    `max_message` bytes. `service` is where an iWARP port listens, else 0."""
 
     transport: str
     gid: Gid
@@ -41,8 +41,8 @@ class RemotePort:
 
 @dataclass(frozen=True, slots=True)
 class RemoteRail:
-    """``number`` of the queue pair, and of the first ``packet`` that it sends (PSN); ``ticket``: on iWARP, else
-    empty."""
+    """A rail of the peer: the `number` of its queue pair, and that of the first `packet` that it sends (PSN). `ticket`
+    is empty but on iWARP."""
 
     port: RemotePort
     number: int
@@ -51,7 +51,7 @@ class RemoteRail:
 
 
 def describe(ports: Sequence[RemotePort], rails: Sequence[tuple[int, int, int, bytes]]) -> Mapping[str, Any]:
-    """``rails``: index of the port, number, packet, ticket."""
+    """Describe this side. Each of the `rails` is (index of the port, number, packet, ticket)."""
     return {
         "ports": [
             {

@@ -24,8 +24,8 @@ _SIW = "Software iWARP stack"
 
 @dataclass(frozen=True, slots=True)
 class Gid:
-    """An entry of a port's GID table. ``kind``: "IB", "RoCE v1" or "RoCE v2"; ``netdev``: the interface that it is
-    for. "iWARP": an address of the port's interface, numbered in the kernel's order."""
+    """An entry of a port's GID table, of the `kind` "IB", "RoCE v1" or "RoCE v2", for the interface `netdev`. The kind
+    "iWARP" is an address of the port's interface, numbered in the kernel's order."""
 
     index: int
     value: ipaddress.IPv6Address
@@ -39,7 +39,7 @@ class Gid:
 
     @property
     def family(self) -> str:
-        """Two GIDs reach each other only within a family."""
+        """The family of the GID. Two GIDs reach each other only within a family."""
         if self.kind.startswith((ROCE, IWARP)):
             return f"{self.kind} over IPv{self.address.version}"
         return INFINIBAND if self.kind == "IB" else self.kind
@@ -51,8 +51,8 @@ class Gid:
 
 @dataclass(frozen=True, slots=True)
 class PortInfo:
-    """``transport``: `INFINIBAND`, `ROCE` or `IWARP`, or what else the kernel calls it. ``software``: the kernel
-    emulates it (rxe, siw)."""
+    """A port of an RDMA device. `transport` is `INFINIBAND`, `ROCE`, `IWARP` or what else the kernel calls it;
+    `software` says that the kernel emulates it (rxe, siw)."""
 
     device: str
     number: int
@@ -64,6 +64,7 @@ class PortInfo:
 
     @property
     def active(self) -> bool:
+        """Whether the port has a link."""
         return self.state == "ACTIVE"
 
     @property
@@ -165,7 +166,7 @@ def _read(path: Path) -> str:
 
 
 def choose_ports(ports: Sequence[PortInfo], options: VerbsOptions) -> list[PortInfo]:
-    """The ports to use: those that ``options`` name, else the best one.
+    """Return the ports to use: those that `options` name, else the best one.
 
     Raises:
         FabricUnavailable: there is none, or not the one that was asked for; says why and what to do.
@@ -222,10 +223,10 @@ def _gigabits(rate: str) -> float:
 def choose_gid(
     port: PortInfo, options: VerbsOptions, near: IPAddress | None = None, family: str = ""
 ) -> tuple[Gid, str]:
-    """The GID to use on a port, and why.
+    """Return the GID to use on a port, and why.
 
-    ``near``: this side's address on the control stream; the network that reaches the peer already is the best guess.
-    ``family``: what the peer's GID is, see `Gid.family`; "" if it is not known yet.
+    `near` is this side's address on the control stream: the network that reaches the peer already is the best guess.
+    `family` is that of the peer's GID, see `Gid.family`; "" if it is not known yet.
 
     Raises:
         FabricUnavailable: the port has none, or none of that family, or not the one that was asked for.

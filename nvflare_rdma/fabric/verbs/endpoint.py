@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric.base import CompletionHandler, Endpoint, Region, RemoteSlice
-from nvflare_rdma.fabric.shm.process_memory import address_of
+from nvflare_rdma.fabric.shm import address_of
 from nvflare_rdma.fabric.verbs.description import TICKET_BYTES, RemotePort, RemoteRail, describe, parse
 from nvflare_rdma.fabric.verbs.devices import IWARP
 from nvflare_rdma.fabric.verbs.iwarp_connect import CONNECT_TIMEOUT, connect_by_cm
@@ -53,6 +53,7 @@ class VerbsRegion(Region):
         self._buffer = buffer
 
     def expose(self, notification: int, offset: int, length: int, rail: int) -> RemoteSlice:
+        """See `Region.expose`."""
         if offset < 0 or length < 0 or offset + length > len(self._buffer):
             raise ValueError(f"slice {offset}+{length} is outside a region of {len(self._buffer)} bytes")
         return self._endpoint.expose(notification, self._buffer[offset : offset + length], rail)
@@ -65,7 +66,7 @@ class VerbsRegion(Region):
 
 
 class VerbsEndpoint(Endpoint):
-    """``ports``: what rails are spread over; they belong to this endpoint."""
+    """One peer over RDMA devices. Rails are spread over `ports`, which belong to this endpoint."""
 
     def __init__(self, handler: CompletionHandler, ports: Sequence[Port], count: int, fabric: VerbsFabric) -> None:
         self._handler = handler
@@ -97,10 +98,12 @@ class VerbsEndpoint(Endpoint):
 
     @property
     def rails(self) -> int:
+        """See `Endpoint.rails`."""
         return len(self._started)
 
     @property
     def answer(self) -> Mapping[str, Any]:
+        """See `Endpoint.answer`."""
         return self._answer
 
     def listen(self) -> None:
@@ -113,7 +116,7 @@ class VerbsEndpoint(Endpoint):
             )
 
     def describe(self, count: int | None = None) -> Mapping[str, Any]:
-        """This side's first ``count`` rails, for the peer."""
+        """Describe this side's first `count` rails, for the peer."""
         services = self._listener.services if self._listener is not None else {}
         ports = [
             RemotePort(p.info.transport, p.gid, p.lid, p.mtu, p.max_message, services.get(p, 0)) for p in self._ports
@@ -182,10 +185,12 @@ class VerbsEndpoint(Endpoint):
         queue_pair.connect(port.gid, port.lid, port.mtu, remote.number, remote.packet, self._fabric.options)
 
     def drop(self, rail: int) -> None:
+        """See `Endpoint.drop`."""
         if rail in self._started:
             self._rails[rail].stop(FabricError(f"{self._rails[rail]}: the peer gave it up"))
 
     def close(self) -> None:
+        """See `Endpoint.close`."""
         with self._state:
             self._closed = True
             listener = self._listener
@@ -217,6 +222,7 @@ class VerbsEndpoint(Endpoint):
     # -- receiving -----------------------------------------------------------------------------------------
 
     def register(self, buffer: memoryview) -> VerbsRegion:
+        """See `Endpoint.register`."""
         return VerbsRegion(self, buffer)
 
     def expose(self, notification: int, memory: memoryview, rail: int) -> RemoteSlice:
@@ -236,6 +242,7 @@ class VerbsEndpoint(Endpoint):
         return RemoteSlice(region.rkey, address_of(memory), len(memory))
 
     def take(self, rail: int, notification: int) -> None:
+        """See `VerbsRailOwner.take`."""
         with self._state:
             exposure = self._exposed.get(notification)
             if exposure is None or exposure.rail != rail:
@@ -244,11 +251,13 @@ class VerbsEndpoint(Endpoint):
         exposure.region.close()
 
     def landed(self, notification: int, length: int, digest: int) -> None:
+        """See `VerbsRailOwner.landed`."""
         self._handler.landed(notification, length, digest)
 
     # -- sending -------------------------------------------------------------------------------------------
 
     def write(self, rail: int, source: memoryview, remote: RemoteSlice, notification: int, digest: int) -> None:
+        """See `Endpoint.write`."""
         if len(source) > remote.length:
             raise ValueError(f"a write of {len(source)} bytes does not fit a slice of {remote.length}")
         if rail >= len(self._rails) or remote.address + remote.length > 1 << 64:
@@ -256,6 +265,7 @@ class VerbsEndpoint(Endpoint):
         self._rails[rail].write(source, remote, notification, digest)
 
     def lease(self, port: Port, source: memoryview, abandoned: Callable[[], bool]) -> Lease:
+        """See `VerbsRailOwner.lease`."""
         fabric = self._fabric
         if len(source) < IN_PLACE_BYTES:
             slot = fabric.pool.take(len(source))
@@ -264,17 +274,21 @@ class VerbsEndpoint(Endpoint):
         return fabric.cache.acquire(port, lambda at, size: port.register(at, size, Access.SOURCE), source, abandoned)
 
     def release(self, lease: Lease) -> None:
+        """See `VerbsRailOwner.release`."""
         self._fabric.cache.release(lease)
 
     def abandon(self) -> None:
+        """See `VerbsRailOwner.abandon`."""
         self._fabric.cache.wake()
 
     def written(self, notification: int) -> None:
+        """See `VerbsRailOwner.written`."""
         self._handler.written(notification)
 
     # -- the end of a rail ---------------------------------------------------------------------------------
 
     def rail_over(self, rail: int, error: Exception) -> None:
+        """See `VerbsRailOwner.rail_over`."""
         with self._state:
             # The key of what was exposed from here on would work over the other rails: nobody would close it.
             self._ended.add(rail)

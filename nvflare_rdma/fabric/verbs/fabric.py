@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 
 class VerbsFabric(Fabric):
-    """``rails``: queue pairs to a peer. ``cache``: registered source memory, of all peers. ``near``: this side's
-    address on the control stream, whose network is the best guess for the data too."""
+    """RDMA devices, with `rails` queue pairs to a peer. `cache` has the registered source memory of all peers. `near`
+    is this side's address on the control stream, whose network is the best guess for the data too."""
 
     name = "verbs"
 
@@ -42,6 +42,7 @@ class VerbsFabric(Fabric):
         self._near = near
 
     def offer(self, handler: CompletionHandler) -> tuple[VerbsEndpoint, Mapping[str, Any]]:
+        """See `Fabric.offer`."""
         endpoint = self._open(handler, self._count, "")
         try:
             endpoint.listen()
@@ -51,6 +52,7 @@ class VerbsFabric(Fabric):
         return endpoint, endpoint.describe()
 
     def connect(self, offer: Mapping[str, Any], handler: CompletionHandler) -> VerbsEndpoint:
+        """See `Fabric.connect`."""
         peer = parse(offer)
         endpoint = self._open(handler, min(self._count, len(peer)), peer[0].port.gid.family)
         try:
@@ -76,7 +78,7 @@ class VerbsFabric(Fabric):
 
 
 def address_on(host: str) -> IPAddress | None:
-    """An address of a socket, for ``near``."""
+    """Return the IP address that a socket's host name is, for `VerbsFabric`; None if it is none."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

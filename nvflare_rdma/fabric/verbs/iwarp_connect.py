@@ -42,7 +42,7 @@ _HINTS = {
 
 
 class Events:
-    """An event channel, whose descriptor is ``fd``."""
+    """An event channel, whose descriptor is `fd`."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -68,7 +68,7 @@ class Events:
                     event.ack_cm_event()
 
     def expect(self, kind: int, what: str, deadline: float) -> None:
-        """Wait for an event. Raises FabricError: another one came, or none before the ``deadline``."""
+        """Wait for an event. Raises FabricError: another one came, or none before the `deadline`."""
         poller = select.poll()
         poller.register(self.fd, select.POLLIN)
         while True:
@@ -86,6 +86,7 @@ class Events:
                 raise FabricError(f"{text}{f' ({hint})' if hint else ''}")
 
     def close(self) -> None:
+        """Close the event channel."""
         self.channel.close()
 
 
@@ -97,6 +98,7 @@ class Identifier:
 
     @property
     def device(self) -> str:
+        """Name of the device, "" if none is bound yet."""
         return str(self.cmid.dev_name)
 
     def close(self) -> None:
@@ -106,12 +108,13 @@ class Identifier:
 
 
 def make_identifier(events: Events, device: str) -> Identifier:
+    """An identifier whose events come to `events`. Raises FabricError."""
     with translated(device, "making an identifier of rdma_cm"), descriptors:
         return Identifier(CMID(creator=events.channel, port_space=ce.RDMA_PS_TCP))
 
 
 def connect_by_cm(port: Port, remote: RemoteRail, deadline: float, queue_pair: QueuePair) -> None:
-    """Active side: connect ``queue_pair`` to where the peer listens. Both ways are open when this side has sent.
+    """Active side: connect `queue_pair` to where the peer listens. Both ways are open when this side has sent.
 
     Raises:
         FabricError: the peer can't be reached, or does not take the ticket. ProtocolError: it does not listen.
@@ -143,7 +146,7 @@ def connect_by_cm(port: Port, remote: RemoteRail, deadline: float, queue_pair: Q
 
 
 def _find_way(events: Events, port: Port, remote: RemoteRail, deadline: float, queue_pair: QueuePair) -> Identifier:
-    """An identifier that can connect to the peer. ``queue_pair`` keeps it."""
+    """An identifier that can connect to the peer. `queue_pair` keeps it."""
     device, address = port.info.device, remote.port.gid.address
     peer = f"{address} port {remote.port.service}"
     identifier = make_identifier(events, device)

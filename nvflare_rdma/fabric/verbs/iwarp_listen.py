@@ -29,7 +29,7 @@ _LISTEN_ATTEMPTS = 10
 class IwarpListener:
     """Passive side: takes one connection for each ticket, for `TICKET_LIFETIME`.
 
-    ``offered``: ticket -> the queue pair that it is for. Queue pairs may be closed after `stop`, and this after them.
+    `offered`: ticket -> the queue pair that it is for. Queue pairs may be closed after `stop`, and this after them.
     """
 
     def __init__(self, offered: Mapping[bytes, tuple[Port, QueuePair]]) -> None:
@@ -82,7 +82,7 @@ class IwarpListener:
         raise AssertionError("unreachable")
 
     def has_taken(self, ticket: bytes) -> bool:
-        """Whether the peer has come with ``ticket``."""
+        """Whether the peer has come with `ticket`."""
         with self._lock:
             return ticket in self._taken
 

@@ -30,13 +30,13 @@ def _ignores_limits() -> bool:
 
 
 def memlock_needed(budget: int) -> int:
-    """What RDMA needs to lock with a memory budget of ``budget`` bytes: that for what comes in, and as much for what
+    """What RDMA needs to lock with a memory budget of `budget` bytes: that for what comes in, and as much for what
     goes out. Many peers at once may take more, see `RegistrationCache`."""
     return 2 * budget + _RESERVE
 
 
 def memlock_reason(budget: int) -> str:
-    """Why RDMA can't have what it needs for ``budget``, and what to do; "" if it can."""
+    """Why RDMA can't have what it needs for `budget`, and what to do; "" if it can."""
     limit, needed = memlock_limit(), memlock_needed(budget)
     if limit is None or limit >= needed:
         return ""

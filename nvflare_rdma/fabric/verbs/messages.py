@@ -22,13 +22,14 @@ GREETING = b"NVRAIL"
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A write of ``length`` bytes is complete, see `CompletionHandler.landed`."""
+    """A write of `length` bytes is complete, see `CompletionHandler.landed`."""
 
     notification: int
     length: int
     digest: int
 
     def pack(self) -> bytes:
+        """The message that says so."""
         return _NOTICE.pack(self.notification, self.length, self.digest)
 
 
@@ -42,8 +43,8 @@ def read(message: bytes) -> Notice | None:
 
 
 def writes_of(segments: Sequence[Segment], remote: RemoteSlice, max_message: int, max_segments: int) -> list[Work]:
-    """Requests that write ``segments`` one after the other: a request has up to ``max_message`` bytes, in up to
-    ``max_segments`` pieces."""
+    """Requests that write `segments` one after the other: a request has up to `max_message` bytes, in up to
+    `max_segments` pieces."""
     works: list[Work] = []
     pieces: list[Segment] = []
     address, length = remote.address, 0
@@ -70,11 +71,14 @@ class MessageRing:
         self.region = port.register(self._address, self._memory.nbytes, access)
 
     def put(self, place: int, data: bytes) -> Segment:
+        """Write a message to a place; the memory that it is in."""
         self._memory[place, : len(data)] = np.frombuffer(data, np.uint8)
         return self.segment(place, len(data))
 
     def segment(self, place: int, length: int = MESSAGE_BYTES) -> Segment:
+        """The memory of a place, for a work request."""
         return Segment(self._address + place * MESSAGE_BYTES, length, self.region.lkey)
 
     def get(self, place: int, length: int) -> bytes:
+        """The message at a place."""
         return self._memory[place, :length].tobytes()

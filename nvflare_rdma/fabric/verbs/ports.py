@@ -38,7 +38,7 @@ _EVENTS = {value: name.removeprefix("IBV_EVENT_") for name, value in vars(e).ite
 
 @contextlib.contextmanager
 def translated(device: str, what: str) -> Iterator[None]:
-    """Raise FabricError for what pyverbs, or the system, raises while ``device`` does ``what``."""
+    """Raise FabricError for what pyverbs, or the system, raises while `device` does `what`."""
     try:
         yield
     except (PyverbsError, OSError) as error:
@@ -66,8 +66,8 @@ def _event_descriptors(kind: str) -> set[int]:
 
 
 def with_descriptor(make: Callable[[], _Made], attribute: str, kind: str = "infinibandevent") -> tuple[_Made, int]:
-    """What ``make`` makes, and the event descriptor that came with it, which old versions of pyverbs don't tell.
-    ``kind`` is what the kernel calls it."""
+    """What `make` makes, and the event descriptor that came with it, which old versions of pyverbs don't tell.
+    `kind` is what the kernel calls it."""
     with descriptors:
         before = _event_descriptors(kind)
         made = make()
@@ -91,7 +91,8 @@ class Access(Enum):
 
 
 class MemoryRegion:
-    """``lkey`` names it in work requests of this side, ``rkey`` in writes of the peer, until it is closed."""
+    """Registered memory. `lkey` names it in work requests of this side, `rkey` in writes of the peer, until it is
+    closed."""
 
     def __init__(self, region: Any) -> None:
         self._open = [region]
@@ -99,6 +100,7 @@ class MemoryRegion:
         self.rkey: int = region.rkey
 
     def close(self) -> None:
+        """Deregister the memory."""
         close_all(self._open)
 
 
@@ -154,12 +156,15 @@ class Port:
         return os.fstat(self.context.cmd_fd).st_nlink == 0
 
     def close(self) -> None:
-        """Also when the device is gone. Everything that was made of it has to be closed before."""
+        """Close the port, also when the device is gone. Everything that was made of it has to be closed before."""
         close_all(self._open)
 
 
 class Closable(Protocol):
-    def close(self) -> None: ...
+    """What can be closed."""
+
+    def close(self) -> None:
+        """Close it."""
 
 
 def make_event(device: str) -> int:

@@ -58,8 +58,8 @@ _RECEIVE = 1 << 63
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A send work request. ``remote``: address and key of the peer's memory; None for a message (SEND). ``immediate``:
-    the 32 bits that go with an RDMA WRITE WITH IMM."""
+    """A send work request. `remote` is the address and key of the peer's memory, None for a message (SEND). `immediate`
+    is the 32 bits that go with an RDMA WRITE WITH IMM."""
 
     segments: Sequence[Segment]
     remote: tuple[int, int] | None
@@ -68,6 +68,7 @@ class Work:
 
     @property
     def opcode(self) -> int:
+        """The operation (enum ibv_wr_opcode)."""
         if self.remote is None:
             return int(e.IBV_WR_SEND)
         return int(e.IBV_WR_RDMA_WRITE if self.immediate is None else e.IBV_WR_RDMA_WRITE_WITH_IMM)
@@ -75,8 +76,8 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """``number`` is what the work or the receive was posted with, 0 for requests that others follow in a chain (where
-    those are completed one by one). ``immediate`` is None unless the peer's write carried one; ``error`` is "" or what
+    """`number` is what the work or the receive was posted with, 0 for requests that others follow in a chain (where
+    those are completed one by one). `immediate` is None unless the peer's write carried one; `error` is "" or what
     went wrong, with a hint."""
 
     received: bool
@@ -87,10 +88,10 @@ class Completion:
 
 
 class QueuePair:
-    """A reliable connection (RC) and its completion queue, whose descriptor is ``fd``."""
+    """A reliable connection (RC) and its completion queue, whose descriptor is `fd`."""
 
     def __init__(self, port: Port, sends: int, receives: int, inline: int) -> None:
-        """``sends``, ``receives``: work requests that may be posted at once; ``inline``: bytes wanted inline."""
+        """So many `sends` and `receives` may be posted at once; `inline` bytes are wanted inline."""
         self._port = port
         self._open: list[Any] = []
         self._kept: list[Closable] = []
@@ -130,7 +131,7 @@ class QueuePair:
             self._qp.to_init(attributes)
 
     def connect(self, gid: Gid, lid: int, mtu: int, number: int, first_packet: int, options: VerbsOptions) -> None:
-        """To the states RTR and RTS, with the queue pair ``number`` of the port at ``gid`` and ``lid``. Both ways are
+        """To the states RTR and RTS, with the queue pair `number` of the port at `gid` and `lid`. Both ways are
         open as soon as the peer has done the same."""
         port = self._port
         attributes = QPAttr(port_num=port.info.number)
@@ -154,7 +155,7 @@ class QueuePair:
             self._qp.to_rts(attributes)
 
     def post_receive(self, number: int, segment: Segment) -> None:
-        """Have a message of the peer, or the notice of its write, completed as ``number``."""
+        """Have a message of the peer, or the notice of its write, completed as `number`."""
         sge = SGE(segment.address, segment.length, segment.lkey)
         request = RecvWR(wr_id=_RECEIVE | number, num_sge=1, sg=[sge])
         try:
@@ -164,7 +165,7 @@ class QueuePair:
             request.close()  # its finaliser leaks
 
     def post(self, works: Sequence[Work], number: int) -> None:
-        """Post work requests as one chain; the last is completed as ``number`` (not 0), and with it those before."""
+        """Post work requests as one chain; the last is completed as `number` (not 0), and with it those before."""
         # siw sends what is not signaled without a copy, so that TCP may read it after all of the chain is completed
         # (siw_qp_tx.c, SENDPAGE_THRESH).
         each = e.IBV_SEND_SIGNALED if self._port.info.transport == IWARP else 0
@@ -194,13 +195,13 @@ class QueuePair:
                 request.close()
 
     def completions(self) -> list[Completion]:
-        """Those that are there; call it when ``fd`` is readable, until there are none."""
+        """Those that are there; call it when `fd` is readable, until there are none."""
         with translated(self._port.info.device, "polling for completions"):
             count, found = self._cq.poll(32)
         return [_completion(wc) for wc in found[:count]] if count > 0 else []
 
     def rearm(self) -> None:
-        """Take the event that made ``fd`` readable, and ask for the next. `completions` is to follow."""
+        """Take the event that made `fd` readable, and ask for the next. `completions` is to follow."""
         with translated(self._port.info.device, "asking for completion events"):
             try:
                 self._channel.get_cq_event(self._cq)
@@ -214,7 +215,7 @@ class QueuePair:
             self._cq.req_notify()
 
     def keep(self, opened: Closable) -> None:
-        """Close ``opened`` with the queue pair, after it and what is kept later."""
+        """Close `opened` with the queue pair, after it and what is kept later."""
         self._kept.append(opened)
 
     def fail(self) -> None:

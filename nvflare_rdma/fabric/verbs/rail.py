@@ -39,19 +39,22 @@ _DEVICE_CHECK = 1  # seconds
 
 
 class VerbsRailOwner(Protocol):
-    """The endpoint."""
+    """The endpoint, as its rails see it."""
 
     def take(self, rail: int, notification: int) -> None:
-        """The exposure ``notification`` was answered over ``rail``: it is over. Raises ProtocolError: there is none."""
+        """The exposure `notification` was answered over `rail`: it is over. Raises ProtocolError: there is none."""
 
-    def landed(self, notification: int, length: int, digest: int) -> None: ...
+    def landed(self, notification: int, length: int, digest: int) -> None:
+        """See `CompletionHandler.landed`."""
 
-    def written(self, notification: int) -> None: ...
+    def written(self, notification: int) -> None:
+        """See `CompletionHandler.written`."""
 
     def lease(self, port: Port, source: memoryview, abandoned: Callable[[], bool]) -> Lease:
-        """Registered memory that holds what ``source`` does. Raises FabricError."""
+        """Registered memory that holds what `source` does. Raises FabricError."""
 
-    def release(self, lease: Lease) -> None: ...
+    def release(self, lease: Lease) -> None:
+        """Nothing reads the memory that `lease` gave any more."""
 
     def abandon(self) -> None:
         """A rail is ending: have `lease` look whether its is the one."""
@@ -62,7 +65,7 @@ class VerbsRailOwner(Protocol):
 
 @dataclass(slots=True)
 class _Write:
-    """``notification`` is None for the greeting."""
+    """`notification` is None for the greeting."""
 
     notification: int | None
     requests: int
@@ -112,7 +115,7 @@ class VerbsRail:
     # -- life ----------------------------------------------------------------------------------------------
 
     def start(self, connect: Callable[[QueuePair], None], max_message: int, greet: bool, wait: bool = False) -> None:
-        """Connect and begin to listen. ``greet``: be the first to send; ``wait``: write nothing before the peer has.
+        """Connect and begin to listen. `greet`: be the first to send; `wait`: write nothing before the peer has.
         Raises FabricError, and is closed then."""
         self._max_message = max_message
         self._silent = wait
@@ -284,7 +287,7 @@ class VerbsRail:
             self._over(write)
 
     def _post(self, requests: int, works: Callable[[int], list[Work]], write: _Write) -> bool:
-        """Post ``works``, given a place for the notice, when there is room. False if the rail is down."""
+        """Post `works`, given a place for the notice, when there is room. False if the rail is down."""
         if requests > self._sends:
             raise FabricError(f"{self}: a write needs {requests} requests, the device takes {self._sends}")
         with self._state:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nvflare_rdma.errors import FabricError
-from nvflare_rdma.fabric.shm.process_memory import address_of
+from nvflare_rdma.fabric.shm import address_of
 
 #: Large buffers are registered in pieces of at most this size, so that a tensor larger than the limit can be sent from
 #: where it is, and what is pinned for it stays bounded.
@@ -32,12 +32,14 @@ class Registration(Protocol):
     """A memory region that the device may read, in one protection domain."""
 
     @property
-    def lkey(self) -> int: ...
+    def lkey(self) -> int:
+        """Its key, for local reads."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Deregister it."""
 
 
-#: Registers ``nbytes`` at an address for local reads. Raises FabricError.
+#: Registers `nbytes` at an address for local reads. Raises FabricError.
 Register = Callable[[int, int], Registration]
 _Key = tuple[Hashable, int, int]  # protection domain, address, length
 
@@ -77,7 +79,7 @@ def owner_of(source: memoryview) -> Any:
 
 
 class RegistrationCache:
-    """Registered source memory of all peers of a process, about ``limit`` bytes of it.
+    """Registered source memory of all peers of a process, about `limit` bytes of it.
 
     What was used least recently goes first. A peer of which nothing is in use always gets its turn, so that one whose
     link is slow does not stop the others: beyond the limit there may be what one write needs, for each peer.
@@ -98,8 +100,8 @@ class RegistrationCache:
         self._dying: deque[tuple[int, int]] = deque()
 
     def acquire(self, domain: Hashable, register: Register, source: memoryview, abandoned: Callable[[], bool]) -> Lease:
-        """Register what ``source`` (not empty) shows, or find it registered. Blocks while the limit is reached by what
-        is in use, but no longer than until ``abandoned``; see `wake`. Once it is abandoned nothing is registered, so
+        """Register what `source` (not empty) shows, or find it registered. Blocks while the limit is reached by what
+        is in use, but no longer than until `abandoned`; see `wake`. Once it is abandoned nothing is registered, so
         nothing in a domain that was dropped after that.
 
         Raises:
@@ -155,7 +157,7 @@ class RegistrationCache:
     # -- under the lock ------------------------------------------------------------------------------------
 
     def _pieces(self, source: memoryview, start: int, end: int) -> tuple[list[tuple[int, int]], bool]:
-        """(address, length) of what has to be registered for ``source``, and whether it may stay so."""
+        """(address, length) of what has to be registered for `source`, and whether it may stay so."""
         array = owner_of(source)
         if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
             return [(start, end - start)], False  # it can't say when it dies
@@ -171,7 +173,7 @@ class RegistrationCache:
         return self._fits(sum(key[2] for key in keys if key not in self._extents), keys)
 
     def _fits(self, need: int, keys: Sequence[_Key] = ()) -> bool:
-        """Whether ``need`` more bytes are within the limit, when enough of what is idle is gone (but not ``keys``)."""
+        """Whether `need` more bytes are within the limit, when enough of what is idle is gone (but not `keys`)."""
         if self.pinned + need > self.limit:
             for key in [key for key, extent in self._extents.items() if not extent.users and key not in keys]:
                 self._deregister(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES, Sink, Source, Take
+from nvflare_rdma.channel import MAX_UNIT_BYTES, Sink, Source, Take
 from nvflare_rdma.codecs import NUMPY_DTYPES
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.transfer.encoding import Scratch, decode_pieces, pieces_in, thread_scratch

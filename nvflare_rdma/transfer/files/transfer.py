@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from nvflare_rdma.channel.bodies import Sink
+from nvflare_rdma.channel import Sink
 from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, UnrepresentableError
 from nvflare_rdma.transfer.content import Content
 from nvflare_rdma.transfer.files.layout import Layout, plan

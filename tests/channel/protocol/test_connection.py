@@ -7,7 +7,7 @@ from core_pair import CHUNK, DEPTH, LIMITS, hello, make_pair, open_pair, run_to_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvflare_rdma.channel.bodies import MAX_UNIT_BYTES
+from nvflare_rdma.channel import MAX_UNIT_BYTES
 from nvflare_rdma.channel.controllers import make_controller
 from nvflare_rdma.channel.protocol import events, wire
 from nvflare_rdma.channel.protocol.limits import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, ChannelLimits
