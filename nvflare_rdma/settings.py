@@ -26,15 +26,15 @@ KIB, MIB = 1024, 1024 * 1024
 
 @dataclass(frozen=True)
 class Settings:
-    """``rdma_fabrics``: allowed fabrics, best first. ``rdma_chunk_bytes``: size of one granted chunk (of tensors in
-    shared memory: six). ``rdma_rails``: parallel TCP connections per peer. ``rdma_memory_budget_bytes``: what all
-    messages of the process may hold until they are handed over, or sent. ``rdma_controller``: who decides how much is
-    granted, ``adaptive`` (follows the link) or ``fixed`` (4 chunks). ``rdma_integrity``: checksum of each chunk,
-    ``auto`` (over tcp), ``on`` or ``off``; sealed chunks need none. ``rdma_tcp_congestion``: the kernel's congestion
-    control for rails (``bbr``, ``cubic``, ...), "" for the system's. ``rdma_device``: RDMA devices to use (``mlx5_0``
-    or ``mlx5_0:1``), () to have one chosen; ``rdma_gid_index``: entry of their GID table, None to have one chosen;
-    ``rdma_ack_timeout`` and ``rdma_retry_count``: see `VerbsOptions`. ``rdma_data_ports``: where this side listens for
-    direct data channels: ``auto`` (the server on any free port, clients nowhere), ``none``, a port or a range."""
+    """`rdma_fabrics`: allowed fabrics, best first. `rdma_chunk_bytes`: size of one granted chunk (of tensors in
+    shared memory: six). `rdma_rails`: parallel TCP connections per peer. `rdma_memory_budget_bytes`: what all
+    messages of the process may hold until they are handed over, or sent. `rdma_controller`: who decides how much is
+    granted, `adaptive` (follows the link) or `fixed` (4 chunks). `rdma_integrity`: checksum of each chunk,
+    `auto` (over tcp), `on` or `off`; sealed chunks need none. `rdma_tcp_congestion`: the kernel's congestion
+    control for rails (`bbr`, `cubic`, ...), "" for the system's. `rdma_device`: RDMA devices to use (`mlx5_0`
+    or `mlx5_0:1`), () to have one chosen; `rdma_gid_index`: entry of their GID table, None to have one chosen;
+    `rdma_ack_timeout` and `rdma_retry_count`: see `VerbsOptions`. `rdma_data_ports`: where this side listens for
+    direct data channels: `auto` (the server on any free port, clients nowhere), `none`, a port or a range."""
 
     rdma_fabrics: tuple[str, ...] = tuple(FABRICS)
     rdma_chunk_bytes: int = MIB

@@ -1,4 +1,4 @@
-"""``nvflare-rdma driver-path | doctor | policy``."""
+"""`nvflare-rdma driver-path | doctor | policy`."""
 
 from __future__ import annotations
 

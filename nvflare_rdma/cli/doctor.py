@@ -1,4 +1,4 @@
-"""What this machine and this process can use, and why not the rest: ``nvflare-rdma doctor``.
+"""What this machine and this process can use, and why not the rest: `nvflare-rdma doctor`.
 
 `examine` collects, and `doctor_text` prints. Nothing is changed; RDMA devices are opened and closed.
 """
@@ -48,8 +48,8 @@ class GidReport:
 
 @dataclass(frozen=True, kw_only=True)
 class PortReport:
-    """``netdevs``: MTU of the interfaces that the GIDs are for, None if this network namespace has it not.
-    ``packet_bytes``: what one RDMA packet carries, at most. ``chosen``: rails would use it."""
+    """`netdevs`: MTU of the interfaces that the GIDs are for, None if this network namespace has it not.
+    `packet_bytes`: what one RDMA packet carries, at most. `chosen`: rails would use it."""
 
     device: str
     port: int
@@ -104,7 +104,7 @@ class Report:
 
 
 def examine(workspace: Path | None = None, sysfs: Path = SYSFS, files: Path = DEVICE_FILES) -> Report:
-    """``workspace``: the folder of a FLARE site, see `read_settings`."""
+    """`workspace`: the folder of a FLARE site, see `read_settings`."""
     settings, settings_from, problems = read_settings(workspace)
     budget = settings.rdma_memory_budget_bytes
     loaded = [name for name in MODULES if (sysfs / "module" / name).is_dir()]

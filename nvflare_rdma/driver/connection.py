@@ -15,7 +15,7 @@ from nvflare_rdma.errors import RdmaError, SendTimeoutError, TransferError
 
 
 class RdmaConnection(Connection):
-    """``link`` is set by the driver as soon as it has one; ``properties`` are what FLARE logs and checks."""
+    """`link` is set by the driver as soon as it has one; `properties` are what FLARE logs and checks."""
 
     def __init__(self, connector: ConnectorInfo, properties: dict[str, Any]) -> None:
         super().__init__(connector)

@@ -1,4 +1,4 @@
-"""The F3 driver for ``rdma://`` and ``srdma://`` (TLS): sockets and threads as FLARE's TCP driver has them
+"""The F3 driver for `rdma://` and `srdma://` (TLS): sockets and threads as FLARE's TCP driver has them
 (`nvflare.fuel.f3.drivers.tcp_driver`), with a channel link behind each connection. `channel.door` is how peers come to
 one.
 """

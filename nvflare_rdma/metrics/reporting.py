@@ -1,12 +1,12 @@
 """Transfers of a job's run, where FLARE's users look: lines in the run's folder, stats pools, and analytics.
 
-- ``nvflare_rdma/transfers.jsonl`` in the run's folder of each process: one JSON line per transfer (`TransferRecord`)
+- `nvflare_rdma/transfers.jsonl` in the run's folder of each process: one JSON line per transfer (`TransferRecord`)
   with its round, null outside of rounds.
 - FLARE's stats pools: see `pools`.
 - Totals of each round on the server (ROUND_STARTED to the next one, or to the end of the workflow), and of each task on
   a site (what brought the task and what sent its result), fired as FLARE's own analytics are: a local event, which
   `ConvertToFedEvent` on a site takes to the server's receivers; and published on FLARE's data bus as job metrics, which
-  `StatsDReporter` takes. Names are ``rdma/...``, the step is the round; nothing is fired where nothing was moved.
+  `StatsDReporter` takes. Names are `rdma/...`, the step is the round; nothing is fired where nothing was moved.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SITE_ENDS = (EventType.AFTER_SEND_TASK_RESULT,)
 
 
 class TransferReporter:
-    """Of one run. ``component`` fires the events; `handle_event` is to see all of the run's, from START_RUN on."""
+    """Of one run. `component` fires the events; `handle_event` is to see all of the run's, from START_RUN on."""
 
     def __init__(self, component: FLComponent, fl_ctx: FLContext, ledger: Ledger) -> None:
         engine = fl_ctx.get_engine()
@@ -136,7 +136,7 @@ def summarize(records: Sequence[TransferRecord]) -> dict[str, float]:
 
 
 def _is_of(cell: str, run: str) -> bool:
-    """Whether what ``cell`` moves belongs to the run whose cell is ``run``: the simulator's server has a job's messages
+    """Whether what `cell` moves belongs to the run whose cell is `run`: the simulator's server has a job's messages
     in its parent's cell, too, and another job's cell may be in this process."""
     return f"{run}.".startswith(f"{cell}.") or cell.startswith(f"{run}.")
 

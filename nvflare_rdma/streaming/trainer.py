@@ -29,8 +29,7 @@ _FOLDER = str(Path(__file__).parents[1] / "trainer_plugin")
 
 @dataclass(frozen=True)
 class Site:
-    """What a cell's data channels need to know of where it is. ``url``: how the server is reached, "" if unknown;
-    the others: see `CellConnections`."""
+    """What a cell's links need to know of the site that the cell belongs to: see `CellConnections`."""
 
     url: str
     secure: bool
@@ -39,13 +38,14 @@ class Site:
 
     @classmethod
     def of(cls, cell: Any) -> Site:
-        """As the cell's own connections are."""
+        """The site of a FLARE cell: links are made as the cell's own connections are."""
         known = cell_connections(cell)
         return cls(known.url, known.secure, known.credentials, known.identities)
 
 
 def hand_on(cell: Any) -> None:
-    """Have trainers that this process starts from now on install the transfer, too, until as many `take_back`."""
+    """Have trainers that this process starts from now on install the transfer, too. Each call is undone by one
+    `take_back`."""
     site = Site.of(cell)
     credentials = {name: value for name, value in site.credentials.items() if isinstance(value, str)}
 
@@ -62,7 +62,7 @@ def hand_on(cell: Any) -> None:
 
 
 def take_back() -> None:
-    """Undo one `hand_on`."""
+    """Undo one `hand_on`. The last one restores the environment."""
     shared().environment.remove()
 
 
@@ -72,6 +72,7 @@ def is_trainer() -> bool:
 
 
 def inherited_site() -> Site | None:
-    """What the site's job process has handed on; None if this is no trainer, or it was not started with one."""
+    """The site of this trainer, as the site's job process has handed it on; None if this process is no trainer, or
+    nothing was handed on."""
     text = os.environ.get(_SITE) if is_trainer() else None
     return Site(**json.loads(text)) if text else None
