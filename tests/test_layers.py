@@ -66,6 +66,21 @@ def test_a_layer_imports_only_what_is_below_it(layer):
         assert not above, f"{path.name} imports {above}"
 
 
+#: Packages whose modules are their own business: others import what the package's face names.
+FACES = ("streaming", "driver", "metrics", "cli")
+
+
+@pytest.mark.parametrize("layer", FACES)
+def test_others_import_the_face_of_a_package(layer):
+    face = ast.parse((PACKAGE / layer / "__init__.py").read_text())
+    (names,) = [node.value for node in face.body if isinstance(node, ast.Assign) and "__all__" in ast.unparse(node)]
+    allowed = {f"nvflare_rdma.{layer}.{name}" for name in ast.literal_eval(names)}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if PACKAGE / layer not in path.parents:
+            found = {name for name in imports(path) if name.startswith(f"nvflare_rdma.{layer}.")}
+            assert found <= allowed, path
+
+
 @pytest.mark.parametrize("layer", [*NO_FLARE_OR_TORCH, *NO_FLARE])
 def test_low_layers_know_neither_flare_nor_torch(layer):
     for path in (PACKAGE / layer).rglob("*.py"):

@@ -1,5 +1,7 @@
 """`nvflare-rdma policy CONFIG MODEL`: what each tensor of a model would travel as, and what that adds up to."""
 
+from __future__ import annotations
+
 import json
 import math
 import re

@@ -1,12 +1,23 @@
 """What a job moved and how long that took.
 
-Whole processes, by round: `wire` counts bytes, `recorder` writes lines, `summary` reads them. Single transfers:
-`transfers` has their records, `reporting` shows them (with `pools`).
+Two things are measured. By round, for whole processes: `tcp_counters` counts bytes, `recorder` writes lines, and
+`summary` reads them. By transfer: `reporting` shows the records of `nvflare_rdma.transfer.records` where FLARE's users
+look (with `pools`). What imports FLARE is imported when it is asked for.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
+
+_MODULES = {"TransferReporter": "reporting"}
+__all__ = ["TransferReporter", "add_traffic_recorder"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def add_traffic_recorder(recipe: Any) -> None:

@@ -1,5 +1,5 @@
 """Names of files in a job's run folder, for those who write them and those who read them."""
 
 FILE_NAME = "traffic.jsonl"
-#: Folder and name.
+#: Folder in the run folder, and name of the file in it.
 TRANSFERS_FILE = ("nvflare_rdma", "transfers.jsonl")

@@ -11,7 +11,7 @@ has to report them: payload bytes that TCP carried, headers of IP and TCP not in
 - received: `tcpi_bytes_received`, payload bytes that arrived in order (RFC 4898,
   tcpEStatsAppHCThruOctetsReceived).
 
-Needs Linux 4.19 or newer.
+Counting needs Linux 4.19 or newer.
 """
 
 from __future__ import annotations

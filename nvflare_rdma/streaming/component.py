@@ -17,7 +17,7 @@ from nvflare.fuel.f3.drivers.driver_params import DriverParams
 from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 
 from nvflare_rdma.flare_compat import TRANSFER_PROP, replace_decomposer, require_flare
-from nvflare_rdma.metrics.reporting import TransferReporter
+from nvflare_rdma.metrics import TransferReporter
 from nvflare_rdma.runtime import shared, this_runtime
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
 from nvflare_rdma.streaming.identity import identifier
