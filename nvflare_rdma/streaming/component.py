@@ -16,12 +16,12 @@ from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.drivers.driver_params import DriverParams
 from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 
-from nvflare_rdma.flare_compat import TRANSFER_PROP, replace_decomposer, require_flare
+from nvflare_rdma.flare_compat import TRANSFER_PROP, cell_connections, replace_decomposer, require_flare
 from nvflare_rdma.metrics import TransferReporter
 from nvflare_rdma.runtime import shared, this_runtime
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
 from nvflare_rdma.streaming.identity import identifier
-from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, is_trainer, take_back
+from nvflare_rdma.streaming.trainer import hand_on, inherited_site, is_trainer, take_back
 from nvflare_rdma.transfer.peers import DataChannels
 
 _ANY_PORT = (0, 0)
@@ -98,7 +98,7 @@ def open_links(cell: Any) -> DataChannels:
     """The links of a cell. They are as its own connections are: with its certificates, if it has any. A trainer's are
     its site's."""
     runtime, name = this_runtime(), cell.get_fqcn()
-    site = inherited_site() or Site.of(cell)
+    site = inherited_site() or cell_connections(cell)
     ports, trainers = runtime.settings.rdma_data_ports, False
     if ports == "auto":
         server = FQCN.get_root(name) == FQCN.ROOT_SERVER

@@ -35,12 +35,15 @@ def test_a_message_lands_directly_and_flare_sees_it_finished(results):
     assert len(logged(down, "server listens for data on port")) == 1
     assert logged(down, "data goes over tcp")
     assert not logged(down, "FLARE's own path")
+    assert not logged(down, "duplicates ignored")
 
 
 @pytest.mark.parametrize("which", ["again", "up"])
 def test_the_channel_serves_what_comes_later_either_way(results, which):
     assert results[which]["same"] is True
-    assert not any(logged(results[which], text) for text in ("listens", "data goes over", "FLARE's own path"))
+    assert not any(
+        logged(results[which], text) for text in ("listens", "data goes over", "FLARE's own path", "duplicates ignored")
+    )
 
 
 def test_what_comes_again_because_its_sender_has_not_heard_that_it_arrived_does_no_harm(results):
