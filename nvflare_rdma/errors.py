@@ -1,7 +1,7 @@
 """The package's one exception hierarchy.
 
 Messages name the thing, the value, the reason and the fix. `RdmaError` subclasses also derive from the
-built-in that a caller of FLARE's own component would expect, so that existing ``except ValueError`` code
+built-in that a caller of FLARE's own component would expect, so that existing `except ValueError` code
 keeps working.
 """
 

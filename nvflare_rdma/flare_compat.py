@@ -12,7 +12,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -177,14 +177,20 @@ def container_keys() -> ContainerKeys:
 
 @dataclass(frozen=True)
 class CellConnections:
-    """How a cell's own connections are made. `url` is how the server is reached, "" if that is unknown; `credentials`
-    are FLARE's connection parameters, with the paths of certificates; `identities` maps a cell's name, which stands
-    for all names below it, too, to the common name in its certificate."""
+    """How a cell's own connections are made, which is how its links are made, too.
+
+    Attributes:
+        url: how the server is reached; "" if that is unknown.
+        secure: whether links need TLS.
+        credentials: FLARE's connection parameters, with the paths of certificates.
+        identities: maps a cell's name, which stands for all names below it, too, to the common name in its
+            certificate.
+    """
 
     url: str
     secure: bool
     credentials: Mapping[str, Any]
-    identities: Mapping[str, str]
+    identities: Mapping[str, str] = field(default_factory=dict)
 
 
 def cell_connections(cell: Any) -> CellConnections:

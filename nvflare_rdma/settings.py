@@ -24,15 +24,24 @@ KIB, MIB = 1024, 1024 * 1024
 
 @dataclass(frozen=True)
 class Settings:
-    """``rdma_fabrics``: allowed fabrics, best first. ``rdma_chunk_bytes``: size of one granted chunk (of tensors in
-    shared memory: six). ``rdma_rails``: parallel TCP connections per peer. ``rdma_memory_budget_bytes``: what all
-    messages of the process may hold until they are handed over, or sent. ``rdma_controller``: who decides how much is
-    granted, ``adaptive`` (follows the link) or ``fixed`` (4 chunks). ``rdma_integrity``: checksum of each chunk,
-    ``auto`` (over tcp), ``on`` or ``off``; sealed chunks need none. ``rdma_tcp_congestion``: the kernel's congestion
-    control for rails (``bbr``, ``cubic``, ...), "" for the system's. ``rdma_device``: RDMA devices to use (``mlx5_0``
-    or ``mlx5_0:1``), () to have one chosen; ``rdma_gid_index``: entry of their GID table, None to have one chosen;
-    ``rdma_ack_timeout`` and ``rdma_retry_count``: see `VerbsOptions`. ``rdma_data_ports``: where this side listens for
-    direct data channels: ``auto`` (the server on any free port, clients nowhere), ``none``, a port or a range."""
+    """The settings of a process. All are optional.
+
+    Attributes:
+        rdma_fabrics: the fabrics that may be used, the best first.
+        rdma_chunk_bytes: the size of one granted chunk. Six times as many for tensors in shared memory.
+        rdma_rails: how many parallel TCP connections there are to a peer.
+        rdma_memory_budget_bytes: how many bytes all messages of the process may hold until they are handed over, or
+            sent.
+        rdma_controller: who decides how much is granted: `adaptive` (follows the link) or `fixed` (4 chunks).
+        rdma_integrity: whether each chunk has a checksum: `auto` (over tcp), `on` or `off`. Sealed chunks need none.
+        rdma_tcp_congestion: the kernel's congestion control for rails (`bbr`, `cubic`, ...), "" for the system's.
+        rdma_device: the RDMA devices to use (`mlx5_0` or `mlx5_0:1`), () to have one chosen.
+        rdma_gid_index: the entry of the devices' GID table, None to have one chosen.
+        rdma_ack_timeout: see `VerbsOptions`.
+        rdma_retry_count: see `VerbsOptions`.
+        rdma_data_ports: where this side listens for direct links: `auto` (the server on any free port, clients
+            nowhere), `none`, a port or a range.
+    """
 
     rdma_fabrics: tuple[str, ...] = tuple(FABRICS)
     rdma_chunk_bytes: int = MIB
@@ -49,8 +58,8 @@ class Settings:
 
     @property
     def verbs(self) -> VerbsOptions:
-        """What the verbs fabric is told. A device that the kernel emulates is slower than tcp: it has to be asked for,
-        by its name or by leaving no other fabric."""
+        """The options of the verbs fabric. A device that the kernel emulates is slower than tcp: it has to be asked
+        for, by its name or by leaving no other fabric."""
         return VerbsOptions(
             self.rdma_device,
             self.rdma_gid_index,
@@ -61,7 +70,7 @@ class Settings:
 
     @property
     def fabric_options(self) -> FabricOptions:
-        """What the fabrics are told."""
+        """The options of all fabrics."""
         return FabricOptions(self.rdma_rails, self.rdma_memory_budget_bytes, self.rdma_tcp_congestion, self.verbs)
 
 
@@ -144,7 +153,8 @@ def load_settings() -> Settings:
 
 
 def settings_environment() -> dict[str, str]:
-    """The environment that gives another process, which does not read this one's configuration, the same settings."""
+    """The environment variables that give another process, which does not read this one's configuration, the same
+    settings."""
     return {_ENV_PREFIX + name[len(PREFIX) :].upper(): str(value) for name, value in _present().items()}
 
 

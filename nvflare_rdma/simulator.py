@@ -1,14 +1,14 @@
 """FLARE's simulator with the driver of your choice between the server and its sites.
 
-FLARE's simulator always uses its ``tcp`` driver. `RdmaSimEnv` is FLARE's `SimEnv` with one more argument, ``scheme``;
-everything else (workspace layout, errors, return codes) is `SimEnv`'s own. The same switch gives ``tcp`` and ``grpc``,
+FLARE's simulator always uses its `tcp` driver. `RdmaSimEnv` is FLARE's `SimEnv` with one more argument, `scheme`;
+everything else (workspace layout, errors, return codes) is `SimEnv`'s own. The same switch gives `tcp` and `grpc`,
 so that drivers are compared with everything else equal.
 
     recipe.run(RdmaSimEnv(num_clients=3, workspace_root="ws", scheme="rdma"))
 
     python -m nvflare_rdma.simulator JOB_FOLDER -w WORKSPACE -n 3 -t 3 --scheme rdma
 
-The second form takes every option of ``nvflare simulator``.
+The second form takes every option of `nvflare simulator`.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this session when ``parent`` is gone: killed, it can't do so itself. The sites end when we have."""
+    """End this session when `parent` is gone: killed, it can't do so itself. The sites end when we have."""
     while os.getppid() == parent:
         time.sleep(_WATCH_SECONDS)
     os.killpg(0, signal.SIGTERM)

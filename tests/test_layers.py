@@ -33,7 +33,7 @@ NO_FLARE = ("codecs", "transfer")
 #: Folders whose code does no I/O.
 NO_IO = ("channel/protocol", "channel/controllers")
 #: Packages with an `__all__` whose modules others import all the same; each leaves this list when its face is done.
-FACES_TO_COME = {"driver", "filters", "streaming"}
+FACES_TO_COME: set[str] = set()
 #: Who may look behind a face, and why.
 BEHIND_FACES = {
     "benchmarks/verbs_costs.py": "measures what the parts of the verbs fabric cost on their own",
@@ -220,13 +220,11 @@ RUNTIME = "runtime.py"
 #: Objects that live elsewhere for as long as the process does, and why they may.
 PROCESS_WIDE = {
     "codecs/runs.py: _scratch": "memory of each thread, which nobody shares",
-    "transfer/sinks.py: _scratch": "memory of each thread, which nobody shares",
-    "transfer/files/parts.py: HERE": "a constant without state",
+    "transfer/encoding.py: _thread_memory": "memory of each thread, which nobody shares",
     "codecs/marks.py: _marks": "weak entries by tensor: the mark goes with an object, whoever has it",
     "filters/metadata.py: _tables": "constants, made once per framework; FLARE makes filters without arguments",
     "fabric/shm/process_memory.py: TRACER": "the kernel has one tracer per process (prctl)",
     "fabric/verbs/endpoint.py: _endpoints": "what exit and fork have to find, whoever has made it",
-    "transfer/pieces.py: Encoding._open": "weak entries by tensor: its encoding goes with an object, whoever sends it",
 }
 MUTABLE = {"dict", "list", "set", "deque", "defaultdict", "OrderedDict", "Counter"}
 

@@ -2,10 +2,10 @@
 
 Seconds of a row are means over the sites, each from the site's own clock:
 
-- ``seconds_down``: pulling the task, less the server's encoding for that site (that is: request, serialization,
+- `seconds_down`: pulling the task, less the server's encoding for that site (that is: request, serialization,
   transfer of all tensors, deserialization);
-- ``seconds_up``: sending the result, less the server's decoding and aggregating of it, which the site waits for;
-- ``seconds_codec``: encoding and decoding by filters on both ends, for both directions. Zero without filters.
+- `seconds_up`: sending the result, less the server's decoding and aggregating of it, which the site waits for;
+- `seconds_codec`: encoding and decoding by filters on both ends, for both directions. Zero without filters.
 
 When several sites move data at once they share the machine and the link, so a site's seconds include waiting for the
 others'.

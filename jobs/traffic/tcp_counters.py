@@ -1,17 +1,17 @@
 """How many bytes this process has moved over TCP, as the kernel counted them. Knows nothing of FLARE.
 
-The kernel keeps the counts per socket (``TCP_INFO``), so they are the same for every driver and library, and no one
+The kernel keeps the counts per socket (`TCP_INFO`), so they are the same for every driver and library, and no one
 has to report them: payload bytes that TCP carried, headers of IP and TCP not included.
 
-- sent: ``tcpi_bytes_sent`` less ``tcpi_bytes_retrans``, payload bytes put on the wire for the first time (RFC 4898,
+- sent: `tcpi_bytes_sent` less `tcpi_bytes_retrans`, payload bytes put on the wire for the first time (RFC 4898,
   tcpEStatsPerfHCDataOctetsOut less tcpEStatsPerfOctetsRetrans);
-- retransmitted: ``tcpi_bytes_retrans``, payload bytes put on the wire again. Apart, because they come from the state
+- retransmitted: `tcpi_bytes_retrans`, payload bytes put on the wire again. Apart, because they come from the state
   of the link and of the machine (a receiver that gets no CPU is probed with its last bytes again, on loopback too) and
   would blur what two drivers or two encodings differ in;
-- received: ``tcpi_bytes_received``, payload bytes that arrived in order (RFC 4898,
+- received: `tcpi_bytes_received`, payload bytes that arrived in order (RFC 4898,
   tcpEStatsAppHCThruOctetsReceived).
 
-Needs Linux 4.19 or newer.
+Counting needs Linux 4.19 or newer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``nvflare-rdma driver-path | doctor | policy``."""
+"""The command `nvflare-rdma driver-path | doctor | policy`: its arguments, and which module does what it asks for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 from nvflare_rdma.version import __version__
+
+__all__ = ["driver_path", "main"]
 
 
 def driver_path() -> str:
@@ -46,6 +48,7 @@ def _policy(config: str, model: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command with `argv`, or with the process's own arguments. Returns its exit status."""
     parser = argparse.ArgumentParser(prog="nvflare-rdma", description="RDMA-chunked streaming for NVIDIA FLARE")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)

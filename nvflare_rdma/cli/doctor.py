@@ -1,4 +1,4 @@
-"""What this machine and this process can use, and why not the rest: ``nvflare-rdma doctor``.
+"""What this machine and this process can use, and why not the rest: `nvflare-rdma doctor`.
 
 `examine` collects, and `doctor_text` prints. Nothing is changed; RDMA devices are opened and closed.
 """
@@ -46,6 +46,8 @@ ROCE_HEADERS = 96
 
 @dataclass(frozen=True)
 class GidReport:
+    """One entry of a port's GID table."""
+
     index: int
     address: str
     kind: str
@@ -56,8 +58,11 @@ class GidReport:
 
 @dataclass(frozen=True, kw_only=True)
 class PortReport:
-    """``netdevs``: MTU of the interfaces that the GIDs are for, None if this network namespace has it not.
-    ``packet_bytes``: what one RDMA packet carries, at most. ``chosen``: rails would use it."""
+    """One port of an RDMA device.
+
+    `chosen` says whether rails would use it. `netdevs` has the MTU of the interfaces that the GIDs are for, None if
+    this network namespace does not have the interface. `packet_bytes` is what one RDMA packet carries, at most.
+    """
 
     device: str
     port: int
@@ -79,6 +84,8 @@ class PortReport:
 
 @dataclass(frozen=True)
 class FabricReport:
+    """Whether a fabric can be used and may be used, and why not."""
+
     usable: bool
     allowed: bool
     """By the setting `rdma_fabrics`."""
@@ -88,6 +95,8 @@ class FabricReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
+    """What the doctor has found on this machine."""
+
     nvflare_rdma: str
     python: str
     executable: str
@@ -112,7 +121,7 @@ class Report:
 
 
 def examine(workspace: Path | None = None, sysfs: Path = SYSFS, files: Path = DEVICE_FILES) -> Report:
-    """``workspace``: the folder of a FLARE site, see `read_settings`."""
+    """Look at this machine and process. `workspace` is the folder of a FLARE site: see `read_settings`."""
     settings, settings_from, problems = read_settings(workspace)
     budget = settings.rdma_memory_budget_bytes
     loaded = [name for name in MODULES if (sysfs / "module" / name).is_dir()]
@@ -274,4 +283,5 @@ def _huge_pages(sysfs: Path) -> str:
 
 
 def to_json(report: Report) -> str:
+    """The report for programs."""
     return json.dumps(asdict(report), indent=2)

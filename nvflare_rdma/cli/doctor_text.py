@@ -17,6 +17,7 @@ _SLOWER = (
 
 
 def to_text(report: Report) -> str:
+    """The report for people."""
     sections = (_machine(report), _settings(report), _devices(report), _needs(report), _fabrics(report))
     return "\n\n".join("\n".join(section) for section in sections)
 

@@ -1,4 +1,6 @@
-"""``nvflare-rdma policy CONFIG MODEL``: what each tensor of a model would travel as, and what that adds up to."""
+"""`nvflare-rdma policy CONFIG MODEL`: what each tensor of a model would travel as, and what that adds up to."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -31,7 +33,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of a model under a policy: its codec's name or ``exact``, the reason, and the bytes on the way."""
+    """One tensor of a model under a policy: its codec's name or `exact`, the reason, and the bytes on the way."""
 
     tensor: Tensor
     codec: str
@@ -59,8 +61,8 @@ def read_policies(path: Path) -> dict[str, Policy]:
     """The policies in a config, by what they are for.
 
     Args:
-        path: the folder of an exported job, one of its ``config_fed_*.json``, or a JSON file with the arguments of a
-            ModelQuantizer (``quantization_type``, ``policy``).
+        path: the folder of an exported job, one of its `config_fed_*.json`, or a JSON file with the arguments of a
+            ModelQuantizer (`quantization_type`, `policy`).
 
     Raises:
         ConfigError: no such file, no JSON, sections that are not as FLARE has them, or no ModelQuantizer in it.
@@ -116,7 +118,7 @@ def read_model(path: Path) -> list[Tensor]:
 
     Raises:
         ConfigError: the file isn't there or isn't what its name says. Only headers are read, and a torch file is
-            opened with ``weights_only=True``, so that nothing in it runs.
+            opened with `weights_only=True`, so that nothing in it runs.
     """
     if not path.is_file():
         raise ConfigError(f"there is no model file {path}")

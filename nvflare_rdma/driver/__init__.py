@@ -1,4 +1,6 @@
-"""The F3 driver: a thin adapter from FLARE's Connection to the channel."""
+"""The F3 driver for `rdma://` and `srdma://`: FLARE's `Driver` and `Connection` on a link."""
+
+from __future__ import annotations
 
 from nvflare_rdma.driver.driver import RdmaDriver
 

@@ -1,4 +1,4 @@
-"""FLARE's `Connection` on a channel link."""
+"""FLARE's `Connection` on a link."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from nvflare_rdma.errors import RdmaError, SendTimeoutError, TransferError
 
 
 class RdmaConnection(Connection):
-    """``link`` is set by the driver as soon as it has one; ``properties`` are what FLARE logs and checks."""
+    """A FLARE connection whose frames travel over `link`, which the driver sets as soon as it has one. `properties`
+    are what FLARE logs and checks."""
 
     def __init__(self, connector: ConnectorInfo, properties: dict[str, Any]) -> None:
         super().__init__(connector)
@@ -24,6 +25,7 @@ class RdmaConnection(Connection):
         self.link: Link | None = None
 
     def get_conn_properties(self) -> dict[str, Any]:
+        """FLARE's hook: addresses and the peer's common name."""
         return self._properties
 
     def receive(self, message: Delivery) -> None:
@@ -31,6 +33,7 @@ class RdmaConnection(Connection):
         self.process_frame(message)
 
     def send_frame(self, frame: BytesAlike) -> None:
+        """FLARE's hook: send a frame, and return when the peer has it. Raises FLARE's `CommError`."""
         assert self.link is not None
         try:
             self.link.send(frame, self._send_timeout)
@@ -46,6 +49,7 @@ class RdmaConnection(Connection):
             raise CommError(code, f"can't send a frame of {len(frame)} bytes on {self.name}: {error}") from error
 
     def close(self, linger: float | None = None) -> None:
+        """FLARE's hook: end the link. `linger` is how many seconds it may wait for its peer; None for its default."""
         self._closing = True
         if self.link is None:
             return

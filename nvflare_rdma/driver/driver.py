@@ -1,6 +1,5 @@
-"""The F3 driver for ``rdma://`` and ``srdma://`` (TLS): sockets and threads as FLARE's TCP driver has them
-(`nvflare.fuel.f3.drivers.tcp_driver`), with a channel link behind each connection. `channel.door` is how peers come to
-one.
+"""The F3 driver for `rdma://` and `srdma://` (TLS): sockets and threads as FLARE's TCP driver has them
+(`nvflare.fuel.f3.drivers.tcp_driver`), with a link behind each connection. Peers come to one by `channel.door`.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ CLEAR_SCHEME, SECURE_SCHEME = "rdma", "srdma"
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A connector's parameters and the process's settings, checked."""
+    """A connector's parameters and the process's runtime, checked."""
 
     host: str
     port: int
@@ -67,7 +66,7 @@ def _parse_port(params: dict[str, Any]) -> int:
 
 
 class RdmaDriver(BaseDriver):
-    """Registered by FLARE through `comm_driver_path` (`nvflare-rdma driver-path` prints it)."""
+    """The driver that FLARE finds in `comm_driver_path` (`nvflare-rdma driver-path` prints it)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,20 +76,24 @@ class RdmaDriver(BaseDriver):
 
     @staticmethod
     def supported_transports() -> list[str]:
+        """FLARE's hook: the schemes of URLs that are this driver's."""
         return [CLEAR_SCHEME, SECURE_SCHEME]
 
     @staticmethod
     def capabilities() -> dict[str, Any]:
+        """FLARE's hook: FLARE has to send heartbeats, and TLS is supported."""
         return {DriverCap.SEND_HEARTBEAT.value: True, DriverCap.SUPPORT_SSL.value: True}
 
     @staticmethod
     def get_urls(scheme: str, resources: dict[str, Any]) -> tuple[str, str]:
+        """FLARE's hook: the URLs to connect to and to listen at."""
         secure = requires_secure_connection(resources)
         return get_tcp_urls(SECURE_SCHEME if secure else scheme, resources)  # type: ignore[no-any-return]
 
     # -- the two ways to start -----------------------------------------------------------------------------
 
     def listen(self, connector: ConnectorInfo) -> None:
+        """FLARE's hook: take connections until `shutdown`."""
         self.connector = connector
         prepared = self._prepare(connector, ssl_server=True)
         fabric = TcpFabric(
@@ -107,6 +110,7 @@ class RdmaDriver(BaseDriver):
         self._door.serve()
 
     def connect(self, connector: ConnectorInfo) -> None:
+        """FLARE's hook: connect to the peer, and return when the connection has ended."""
         self.connector = connector
         prepared = self._prepare(connector, ssl_server=False)
         address = prepared.host, prepared.port
@@ -125,6 +129,7 @@ class RdmaDriver(BaseDriver):
             raise
 
     def shutdown(self) -> None:
+        """FLARE's hook: end all connections, and take no more."""
         self._stopping.set()
         if self._door is not None:
             self._door.close()

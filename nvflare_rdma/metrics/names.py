@@ -1,4 +1,4 @@
 """Names of files in a job's run folder, for those who write them and those who read them."""
 
-#: Folder and name.
+#: Folder in the run folder, and name of the file in it.
 TRANSFERS_FILE = ("nvflare_rdma", "transfers.jsonl")

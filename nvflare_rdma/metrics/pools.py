@@ -1,4 +1,7 @@
-"""Transfers in FLARE's stats pools, which its admin commands show. They are the process's, and stay until it ends."""
+"""Transfers in FLARE's stats pools, which its admin commands show.
+
+The pools belong to the process and stay until it ends.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _lock = threading.Lock()
 
 
 def add_to_pools(record: TransferRecord) -> None:
-    """Category of a transfer is, for example, "sent direct tcp", or "received flare"."""
+    """Add a transfer to the pools. Its category there is, for example, "sent direct tcp", or "received flare"."""
     time, goodput, counters = _pools()
     category = " ".join(part for part in (record.direction, record.path, record.fabric) if part)
     amounts = (1, int(record.failed), record.raw_bytes, record.wire_bytes, record.resent_chunks)

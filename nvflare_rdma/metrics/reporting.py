@@ -1,12 +1,12 @@
 """Transfers of a job's run, where FLARE's users look: lines in the run's folder, stats pools, and analytics.
 
-- ``nvflare_rdma/transfers.jsonl`` in the run's folder of each process: one JSON line per transfer (`TransferRecord`)
+- `nvflare_rdma/transfers.jsonl` in the run's folder of each process: one JSON line per transfer (`TransferRecord`)
   with its round, null outside of rounds.
 - FLARE's stats pools: see `pools`.
 - Totals of each round on the server (ROUND_STARTED to the next one, or to the end of the workflow), and of each task on
   a site (what brought the task and what sent its result), fired as FLARE's own analytics are: a local event, which
   `ConvertToFedEvent` on a site takes to the server's receivers; and published on FLARE's data bus as job metrics, which
-  `StatsDReporter` takes. Names are ``rdma/...``, the step is the round; nothing is fired where nothing was moved.
+  `StatsDReporter` takes. Names are `rdma/...`, the step is the round; nothing is fired where nothing was moved.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ _SITE_ENDS = (EventType.AFTER_SEND_TASK_RESULT,)
 
 
 class TransferReporter:
-    """Of one run. ``component`` fires the events; `handle_event` is to see all of the run's, from START_RUN on."""
+    """Shows the transfers of one run, which `ledger` has the records of.
+
+    `component` fires the analytics events. `handle_event` has to see all events of the run, from START_RUN on.
+    """
 
     def __init__(self, component: FLComponent, fl_ctx: FLContext, ledger: Ledger) -> None:
         engine = fl_ctx.get_engine()
@@ -62,7 +65,7 @@ class TransferReporter:
         self._unsubscribe = ledger.subscribe(self._ended)
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """FLARE's hook."""
+        """Take an event of the run: it says when a round or a task is over."""
         if self._is_server:
             if event_type in _SERVER_ENDS:
                 self._report()
@@ -76,7 +79,7 @@ class TransferReporter:
             self._report()
 
     def close(self) -> None:
-        """The run has ended."""
+        """End the report: the run is over."""
         self._unsubscribe()
         self._pull(False, None)
 
@@ -103,7 +106,7 @@ class TransferReporter:
             records, self._records = self._records, []
         if not records:
             return
-        values = summarize(records)
+        values = figures_of(records)
         step = {} if self._round is None else {TrackConst.GLOBAL_STEP_KEY: self._round}
         for name, value in values.items():
             dxo = create_analytic_dxo(f"rdma/{name}", value, AnalyticsDataType.SCALAR, **step)
@@ -113,8 +116,9 @@ class TransferReporter:
         publish_app_metrics({**values, MetricKeys.type: MetricTypes.GAUGE}, "rdma", tags, DataBus())
 
 
-def summarize(records: Sequence[TransferRecord]) -> dict[str, float]:
-    """Figures of several transfers, by name. Bytes, seconds, bytes a second, and numbers of chunks and transfers."""
+def figures_of(records: Sequence[TransferRecord]) -> dict[str, float]:
+    """The figures of several transfers together, by name: bytes, seconds, bytes a second, and numbers of chunks and
+    transfers."""
     values: dict[str, float] = {}
     for direction in ("sent", "received"):
         sums = total(record for record in records if record.direction == direction)
@@ -136,13 +140,13 @@ def summarize(records: Sequence[TransferRecord]) -> dict[str, float]:
 
 
 def _is_of(cell: str, run: str) -> bool:
-    """Whether what ``cell`` moves belongs to the run whose cell is ``run``: the simulator's server has a job's messages
+    """Whether what `cell` moves belongs to the run whose cell is `run`: the simulator's server has a job's messages
     in its parent's cell, too, and another job's cell may be in this process."""
     return f"{run}.".startswith(f"{cell}.") or cell.startswith(f"{run}.")
 
 
 class _Lines:
-    """A file of JSON lines. What can't be written is lost, which is said once."""
+    """A file of JSON lines. A line that can't be written is lost; the log says so once."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -155,7 +159,7 @@ class _Lines:
                 out.write(json.dumps(line) + "\n")
         except OSError as error:
             if not self._failed:
-                log.warning("transfers can't be written to %s, some lines of it will be missing: %s", self._path, error)
+                log.warning("can't write a transfer to %s, so that lines will be missing there: %s", self._path, error)
             self._failed = True
 
 

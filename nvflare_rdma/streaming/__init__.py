@@ -1,4 +1,9 @@
-"""FLARE's large objects on the channel."""
+"""FLARE's large objects over links of this package: tensors in messages, containers and files.
+
+Everything here is imported when it is asked for, because it imports FLARE.
+"""
+
+from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
@@ -9,12 +14,19 @@ _MODULES = {
     "FileRetriever": "streams.files",
     "FileStreamer": "streams.files",
     "RdmaTransfer": "component",
+    "install_in_trainer": "component",
 }
-__all__ = ["ContainerRetriever", "ContainerStreamer", "FileRetriever", "FileStreamer", "RdmaTransfer"]
+__all__ = [
+    "ContainerRetriever",
+    "ContainerStreamer",
+    "FileRetriever",
+    "FileStreamer",
+    "RdmaTransfer",
+    "install_in_trainer",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """On demand, because they import FLARE."""
     if name in _MODULES:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`RdmaTransfer`: the FLARE component that puts a job's tensors on data channels."""
+"""`RdmaTransfer`: the FLARE component that moves a job's tensors over links of its own."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.drivers.driver_params import DriverParams
 from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 
-from nvflare_rdma.flare_compat import TRANSFER_PROP, replace_decomposer, require_flare
-from nvflare_rdma.metrics.reporting import TransferReporter
+from nvflare_rdma.flare_compat import TRANSFER_PROP, cell_connections, replace_decomposer, require_flare
+from nvflare_rdma.metrics import TransferReporter
 from nvflare_rdma.runtime import shared, this_runtime
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
 from nvflare_rdma.streaming.identity import identifier
-from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, is_trainer, take_back
+from nvflare_rdma.streaming.trainer import hand_on, inherited_site, is_trainer, take_back
 from nvflare_rdma.transfer import PeerLinks
 
 _ANY_PORT = (0, 0)
@@ -33,8 +33,8 @@ class RdmaTransfer(FLComponent):
 
     A trainer that FLARE starts in a process of its own (`launch_external_process`) gets it from the site's job process.
 
-    Where there is no direct way (a firewall, a peer without this package or component), they go on FLARE's own path,
-    and one log line says why.
+    Where there is no direct way (a firewall, a peer without this package or component), they take FLARE's own path, and
+    one log line says why.
 
     Raises:
         UnsupportedVersionError: when the run starts, unless FLARE is 2.9. ConfigError: a setting is wrong.
@@ -49,7 +49,7 @@ class RdmaTransfer(FLComponent):
         self._reporter: TransferReporter | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """FLARE's hook: channels live as long as the run."""
+        """FLARE's hook: links live as long as the run."""
         if event_type == EventType.END_RUN and self._handed_on:  # also of a run that did not start
             self._handed_on = False
             take_back()
@@ -74,7 +74,7 @@ class RdmaTransfer(FLComponent):
 
 
 def install() -> None:
-    """From now on FLARE's tensors and arrays move over data channels, until `LinksByCell.stop`."""
+    """Have FLARE's tensors and arrays move over links, from now on until `LinksByCell.stop`."""
     require_flare("RdmaTransfer")
     runtime = this_runtime()  # a wrong setting is said now
     runtime.shared.encoded_chunks.limit = runtime.settings.rdma_memory_budget_bytes // 16
@@ -84,20 +84,21 @@ def install() -> None:
     if not is_trainer() or "torch" in sys.modules:
         with contextlib.suppress(ImportError):  # a site without torch
             replace_decomposer(torch_decomposer())
-    runtime.shared.links.start(open_channels)
+    runtime.shared.links.start(open_links)
 
 
 def install_in_trainer() -> None:
-    """`install` for as long as the process lives, if FLARE has started it as a Client API trainer."""
+    """Call `install` for as long as the process lives, if FLARE has started it as a Client API trainer."""
     if is_trainer():
         install()
         atexit.register(shared().links.stop)
 
 
-def open_channels(cell: Any) -> PeerLinks:
-    """As the cell's own connections are: with its certificates, if it has any. A trainer's are its site's."""
+def open_links(cell: Any) -> PeerLinks:
+    """The links of a cell. They are as its own connections are: with its certificates, if it has any. A trainer's are
+    its site's."""
     runtime, name = this_runtime(), cell.get_fqcn()
-    site = inherited_site() or Site.of(cell)
+    site = inherited_site() or cell_connections(cell)
     ports, trainers = runtime.settings.rdma_data_ports, False
     if ports == "auto":
         server = FQCN.get_root(name) == FQCN.ROOT_SERVER

@@ -1,7 +1,7 @@
-"""FLARE's decomposers of torch tensors and numpy arrays, whose items move over a data channel where there is one.
+"""FLARE's decomposers of torch tensors and numpy arrays, whose items move over a link where there is one.
 
     sender     serialize -> `to_downloadable` makes a FLARE Downloadable that also answers direct requests
-    receiver   deserialize -> `download`: the reference says that the sender has this package: `pulling.pull`,
+    receiver   deserialize -> `download`: the reference says that the sender has this package: `receiver.Pull`,
                then FLARE's own `download_object`, which finds everything delivered and does the confirming;
                or, if there is no direct way, does the moving as well
 
@@ -29,7 +29,7 @@ from nvflare.fuel.utils.fobs import FOBSContextKey
 from nvflare_rdma.errors import RdmaError, TransferError
 from nvflare_rdma.flare_compat import PrefixedReferences, abortable_download, add_download_progress, cancel_download
 from nvflare_rdma.runtime import shared
-from nvflare_rdma.streaming.fallback import finish, flares_own
+from nvflare_rdma.streaming.fallback import download_by_fallback, finish
 from nvflare_rdma.streaming.progress import DirectProgress
 from nvflare_rdma.streaming.relay import RelayConsumer, produce
 from nvflare_rdma.streaming.requests import RequestFunction, request_function
@@ -48,7 +48,7 @@ from nvflare_rdma.transfer import (
 
 log = logging.getLogger(__name__)
 
-#: What a reference to tensors begins with whose sender answers direct requests.
+#: A reference that begins with this is to tensors whose sender answers direct requests.
 REF_PREFIX = "rdma1-"
 #: Where requests and answers are in the state that FLARE's download messages carry.
 STATE_KEY = "nvflare_rdma"
@@ -58,9 +58,11 @@ _ANSWER_SECONDS = 60.0
 
 
 class Served:
-    """Makes a FLARE `CacheableObject` answer direct requests. Those of other receivers are FLARE's."""
+    """A mixin for a FLARE `CacheableObject`, before it, that answers direct requests. All others are FLARE's to
+    answer."""
 
     def serve(self, tensors: Mapping[str, Any], cell: Any) -> None:
+        """Answer requests for `tensors` (FLARE's item id -> tensor) that reach `cell`. To be called first."""
         self._ref_id = ""
         ours = shared()
         meters = Meters(cell.get_fqcn() if cell is not None else "", ledger=ours.ledger)
@@ -68,10 +70,12 @@ class Served:
         self._service = Service(content, functools.partial(ours.links.of, cell), self._moved, meters)
 
     def set_transaction(self, tx_id: str, ref_id: str) -> None:
+        """FLARE's hook: the object belongs to this transaction and has this reference."""
         super().set_transaction(tx_id, ref_id)  # type: ignore[misc]
         self._ref_id = ref_id
 
     def produce(self, state: dict[str, Any] | None, requester: str) -> tuple[str, Any, dict[str, Any]]:
+        """FLARE's hook: the answer to a message of `requester`, direct request or not."""
         if state and STATE_KEY in state:
             return ProduceRC.OK, [], {STATE_KEY: self._service.answer(state[STATE_KEY], requester)}
         if not state and self._service.has_served(requester):
@@ -90,11 +94,13 @@ class Served:
         return answer
 
     def downloaded_to_one(self, to_receiver: str, status: str) -> None:
+        """FLARE's hook: a receiver has everything, or will not have it."""
         failure = "" if status == DownloadStatus.SUCCESS else "the receiver did not get it on FLARE's own path"
         self._service.ended(to_receiver, failure)
         super().downloaded_to_one(to_receiver, status)  # type: ignore[misc]
 
     def release(self) -> None:
+        """FLARE's hook: nobody will ask any more."""
         self._service.close()
         super().release()  # type: ignore[misc]
 
@@ -103,32 +109,35 @@ class Served:
 
 
 class ServedArrays(Served, ArrayDownloadable):
-    """numpy arrays to be downloaded."""
+    """FLARE's `ArrayDownloadable` (numpy arrays), which also answers direct requests."""
 
 
 class _Delivered(ItemConsumer):
-    """Takes FLARE's confirmation of what is here already."""
+    """Consumes a download of which everything is here already: FLARE only has to confirm it."""
 
     def consume_items(self, items: list[Any], result: Any) -> Any:
-        # The channel broke before the sender had heard that they arrived.
-        log.warning("%d tensors that are here came again, on FLARE's own path", len(items))
+        # The link broke before the sender had heard that they arrived.
+        log.warning("received %d tensors again through FLARE's default path; duplicates ignored", len(items))
 
 
 @dataclass(frozen=True)
 class Landing:
-    """``give``: what the receiver is given, from what the places gave by item id."""
+    """Where a message's tensors are received. `land` makes the place of each; `give` makes what the application is
+    given from what the places gave, by item id."""
 
     land: Land
     give: Callable[[Any], Any] = lambda items: items
 
 
 class DirectDecomposer(PrefixedReferences):
-    """Mixed into a `ViaDownloaderDecomposer`, before it."""
+    """A mixin for a `ViaDownloaderDecomposer`, before it, that moves items over links. `served` is the class of its
+    downloadable objects, which has `Served`."""
 
     reference_prefix = REF_PREFIX
     served: Callable[..., Any]
 
     def to_downloadable(self, items: dict[str, Any], max_chunk_size: int, fobs_ctx: dict[str, Any]) -> Any:
+        """FLARE's hook on the sending side: the object from which receivers download `items`."""
         downloadable = self.served(items, max_chunk_size)
         downloadable.serve(items, fobs_ctx.get(FOBSContextKey.CELL))
         return downloadable
@@ -145,27 +154,27 @@ class DirectDecomposer(PrefixedReferences):
         progress_cb: Callable[..., None] | None = None,
         **others: Any,
     ) -> tuple[str | None, Any]:
-        """As FLARE's: (error, items by id)."""
-        channels = shared().links.of(cell) if ref_id.startswith(REF_PREFIX) else None
+        """FLARE's hook on the receiving side. Returns an error or None, and the items by id."""
+        links = shared().links.of(cell) if ref_id.startswith(REF_PREFIX) else None
         common = {"from_fqcn": from_fqcn, "ref_id": ref_id, "per_request_timeout": per_request_timeout, "cell": cell}
         common |= {"secure": secure, "optional": optional}
         flares = functools.partial(super().download, **common, **others)  # type: ignore[misc]
         meter = Meter("received", cell.get_fqcn(), from_fqcn, ledger=shared().ledger)
 
-        def own(reason: str, progress_cb: Callable[..., None] | None, abort: Any) -> tuple[str | None, Any]:
-            return flares_own(meter, reason, functools.partial(flares, abort_signal=abort), progress_cb)
+        def fall_back(reason: str, progress_cb: Callable[..., None] | None, abort: Any) -> tuple[str | None, Any]:
+            return download_by_fallback(meter, reason, functools.partial(flares, abort_signal=abort), progress_cb)
 
-        if channels is None:
+        if links is None:
             direct = ref_id.startswith(REF_PREFIX)
-            reason = "this process has no data channels" if direct else "the sender answers no direct requests"
-            return own(reason, progress_cb, abort_signal)
-        meter.budget = channels.budget.watch()
+            reason = "this process has no data links" if direct else "the sender answers no direct requests"
+            return fall_back(reason, progress_cb, abort_signal)
+        meter.budget = links.budget.watch()
 
         progress = DirectProgress(ref_id, progress_cb)
         with abortable_download(cell, from_fqcn, ref_id, abort_signal) as signal, self.landing(cell, others) as landing:
             ask = _download_request_function(signal, **common)
             destination = TensorDestination(landing.land)
-            pull = Pull(channels, from_fqcn, ask, destination, lambda: signal.triggered, progress.moved, meter)
+            pull = Pull(links, from_fqcn, ask, destination, lambda: signal.triggered, progress.moved, meter)
             failure: str | None = None
             try:
                 items = landing.give(pull.run(confirmed=True))
@@ -181,8 +190,8 @@ class DirectDecomposer(PrefixedReferences):
                 if any(item.cut is not None for item in pull.items):
                     take = functools.partial(download_object, progress_cb=progress.go_on, abort_signal=signal)
                     meter.fall_back(str(error))
-                    return _relayed(ask, landing, functools.partial(take, **common), meter)
-                failure, items = own(str(error), progress.go_on, signal)
+                    return _download_encoded(ask, landing, functools.partial(take, **common), meter)
+                failure, items = fall_back(str(error), progress.go_on, signal)
                 if not failure and items is None:
                     failure = "the sender takes them for delivered"
                 return failure, items
@@ -194,11 +203,14 @@ class DirectDecomposer(PrefixedReferences):
 
     @contextlib.contextmanager
     def landing(self, cell: Any, others: dict[str, Any]) -> Iterator[Landing]:
-        """Where what comes is to land."""
+        """Where the tensors of one message are received: in memory, unless a subclass says otherwise."""
         yield Landing(in_memory(shared().tensor_memory.take))
 
 
-def _relayed(ask: RequestFunction, landing: Landing, take: Callable[..., None], meter: Meter) -> tuple[str | None, Any]:
+def _download_encoded(
+    ask: RequestFunction, landing: Landing, take: Callable[..., None], meter: Meter
+) -> tuple[str | None, Any]:
+    """Download tensors that the sender was to encode through FLARE's messages, encoded; `take` is FLARE's download."""
     failure: str | None = None
     items, result = [], None
     try:
@@ -217,7 +229,10 @@ def _relayed(ask: RequestFunction, landing: Landing, take: Callable[..., None], 
 
 
 def known_as(original: type) -> Callable[[type], type]:
-    """FLARE writes a decomposer's class into its messages, where a peer without this package has to know it."""
+    """A class decorator that gives a decomposer the name of FLARE's `original`.
+
+    FLARE writes a decomposer's class into its messages, where a peer without this package has to know it.
+    """
 
     def named(cls: type) -> type:
         cls.__module__, cls.__qualname__ = original.__module__, original.__qualname__
@@ -228,13 +243,13 @@ def known_as(original: type) -> Callable[[type], type]:
 
 @known_as(NumpyArrayDecomposer)
 class RdmaArrayDecomposer(DirectDecomposer, NumpyArrayDecomposer):
-    """numpy arrays."""
+    """FLARE's `NumpyArrayDecomposer`, whose arrays move over links."""
 
     served = ServedArrays
 
 
 def torch_decomposer() -> Any:
-    """The one for torch tensors; imports torch."""
+    """The decomposer of torch tensors. The call imports torch."""
     from nvflare_rdma.streaming.torch_decomposer import RdmaTensorDecomposer
 
     return RdmaTensorDecomposer()

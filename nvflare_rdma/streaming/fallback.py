@@ -1,4 +1,4 @@
-"""Counts downloads that go on FLARE's own path, and sizes of what was moved."""
+"""Downloads that take the fallback, FLARE's own path, and what they and direct ones are recorded as."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 from nvflare_rdma.transfer import Item, Meter, raw_bytes
 
 
-def flares_own(
+def download_by_fallback(
     meter: Meter,
     reason: str,
     download: Callable[..., tuple[str | None, Any]],
     progress: Callable[..., None] | None,
 ) -> tuple[str | None, Any]:
-    """FLARE's ``download``, counted by ``meter``; ``reason`` says why it is not a direct one."""
+    """Run FLARE's `download` and count it with `meter`. `reason` says why there is no direct one, and `progress` gets
+    FLARE's events. Returns what `download` does: an error or None, and the tensors."""
     meter.fall_back(reason)
     before = meter.wire_bytes
 
@@ -32,7 +33,7 @@ def flares_own(
 
 
 def finish(meter: Meter, failure: str | None, items: Sequence[Item]) -> None:
-    """End ``meter``: ``items`` have come, or ``failure`` says why not."""
+    """End `meter`: `items` have arrived, or `failure` says why they have not."""
     if failure:
         meter.end(failure=failure)
     else:

@@ -1,4 +1,4 @@
-"""Whose certificate a peer has to show on a data channel: by FLARE's own rules, those of its cells' connections."""
+"""Whose certificate a peer has to show on a link: FLARE's own rules say it, those of its cells' connections."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def identifier(identities: Mapping[str, str]) -> Identify:
 
     def identify(peer: str, certificate: Mapping[str, Any]) -> None:
         # Not the resolver's `require_match`, which takes any certificate of a cell that is called as an admin client's
-        # are: those have no data channels.
+        # are: those have no links.
         expected, shown = resolve(peer), get_certificate_common_name(dict(certificate))
         if not shown or shown != expected:
             raise TlsError(f"{peer!r} has the certificate of {expected!r}, but who is there shows that of {shown!r}")

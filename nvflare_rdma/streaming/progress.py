@@ -13,7 +13,10 @@ log = logging.getLogger(__name__)
 
 
 class DirectProgress:
-    """The receiver's: events of the direct part, then those with which FLARE ends the download, in one sequence."""
+    """Calls a receiver's progress callback, which is None if nobody wants to know.
+
+    It first tells of the direct part, then of the events with which FLARE ends the download, in one sequence.
+    """
 
     def __init__(self, ref_id: str, callback: Callable[..., None] | None) -> None:
         self._ref_id = ref_id
@@ -22,17 +25,17 @@ class DirectProgress:
         self._done = Progress(0, 0)
 
     def moved(self, done: Progress) -> None:
-        """So much is here."""
+        """Tell that `done` has arrived directly."""
         self._done = done
         self._tell("start" if not self._sequence else "active")
 
     def finish(self, **event: Any) -> None:
-        """FLARE's own events, which know of no bytes."""
+        """Pass on an event of FLARE's that knows of no bytes: the download of what has arrived directly."""
         if event["state"] != "start" or not self._sequence:
             self._tell(event["state"])
 
     def go_on(self, **event: Any) -> None:
-        """FLARE's events of a download on its own path, after the direct part has failed."""
+        """Pass on an event of FLARE's own download, which began after the direct one had failed."""
         done = self._done
         self._done = Progress(max(done.nbytes, event["bytes_done"]), max(done.items, event["items_done"] or 0))
         self.finish(**event)

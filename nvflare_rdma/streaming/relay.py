@@ -1,7 +1,7 @@
-"""Tensors that were to be encoded on their way, where there is no direct way: the same pieces on FLARE's own path.
+"""Encoded tensors in FLARE's messages: what is sent where there is no direct way for tensors that are to be encoded.
 
-FLARE's `download_object` asks, piece by piece, and relays the answers. The receiver lets the sender know beforehand
-("relay", see `serving`), so that a receiver without this package still gets what FLARE would send.
+FLARE's `download_object` asks for one piece after the other, and relays the answers. The receiver lets the sender know
+beforehand ("relay", see `transfer.service`), so that a receiver without this package still gets what FLARE would send.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PIECE_BYTES = 2 << 20  # as much as FLARE sends at once
 
 
 def produce(relayed: Relayed, state: Mapping[str, Any] | None) -> tuple[str, Any, dict[str, Any]]:
-    """The sender's answer to FLARE's request: the piece that follows the one in ``state``."""
+    """The sender's answer to FLARE's request: the piece that follows the one that `state` names."""
     number, offset, exact = (state or {}).get(RELAY_KEY) or (0, 0, False)
     piece = relayed.piece(int(number), int(offset), bool(exact), PIECE_BYTES)
     if piece is None:
@@ -31,8 +31,13 @@ def produce(relayed: Relayed, state: Mapping[str, Any] | None) -> tuple[str, Any
 
 
 class RelayConsumer(Consumer):
-    """Lands the pieces. ``result``: what the places give, by name; None if it failed, for ``error``. ``nbytes``: what
-    has come, with what was in the manifest."""
+    """Receives the pieces and puts them where `land` says.
+
+    Attributes:
+        result: what the places gave, by name; None until the download is over, and if it failed.
+        error: why it failed; None if it did not.
+        nbytes: how many bytes have arrived, in pieces and in the manifest.
+    """
 
     def __init__(self, items: list[Item], land: Land) -> None:
         super().__init__()
@@ -44,6 +49,7 @@ class RelayConsumer(Consumer):
         self._at = (0, 0)
 
     def consume(self, ref_id: str, state: dict[str, Any], data: Any) -> dict[str, Any]:
+        """FLARE's hook: one answer of the sender."""
         match state.get(RELAY_KEY), data:
             case [int(number), int(end), bool(exact)], [bytes() | bytearray() | memoryview() as piece]:
                 self._land(number, end - len(piece), exact, memoryview(piece).cast("B"))
@@ -69,13 +75,14 @@ class RelayConsumer(Consumer):
         self._at = (number, end) if end < nbytes else (number + 1, 0)
 
     def _skip_empty(self) -> None:
-        """What has no bytes, or is in the manifest, does not come."""
+        """Go on to the next tensor that has pieces: the others have no bytes, or are in the manifest."""
         number, offset = self._at
         while number < len(self._items) and self._items[number].content is not None:
             number, offset = number + 1, 0
         self._at = number, offset
 
     def download_completed(self, ref_id: str) -> None:
+        """FLARE's hook: the sender has nothing more."""
         self._skip_empty()
         if self._at[0] != len(self._items):
             self.error = f"tensor {self._at[0]} of {len(self._items)} did not come whole"
@@ -89,4 +96,5 @@ class RelayConsumer(Consumer):
             self.error = str(error)
 
     def download_failed(self, ref_id: str, reason: str) -> None:
+        """FLARE's hook: the download has failed."""
         self.error, self.result = reason, None

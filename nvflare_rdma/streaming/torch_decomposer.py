@@ -20,18 +20,19 @@ from nvflare_rdma.transfer import Item, OnDisk, Place
 
 
 class ServedTensors(Served, TensorDownloadable):
-    """torch tensors to be downloaded."""
+    """FLARE's `TensorDownloadable` (torch tensors), which also answers direct requests."""
 
 
 @known_as(TensorDecomposer)
 class RdmaTensorDecomposer(DirectDecomposer, TensorDecomposer):
-    """torch tensors."""
+    """FLARE's `TensorDecomposer`, whose tensors move over links."""
 
     served = ServedTensors
 
     @contextlib.contextmanager
     def landing(self, cell: Any, others: dict[str, Any]) -> Iterator[Landing]:
-        """In memory, or in files where FLARE has a `LazyTensorDict` of them."""
+        """Where the tensors of one message are received: in files if the workflow has FLARE put them on disk (the
+        application then gets a `LazyTensorDict`), else in memory."""
         root = offload_folder((others.get("fobs_ctx") or {}, cell.get_fobs_context()))
         if root is None:
             with super().landing(cell, others) as landing:
@@ -45,7 +46,10 @@ class RdmaTensorDecomposer(DirectDecomposer, TensorDecomposer):
 
 
 class _Folder:
-    """Of one message's tensors. FLARE looks for `DiskTensorConsumer`s when it ends a workflow, and removes theirs."""
+    """The folder of one message's tensors, a file for each.
+
+    It belongs to a `DiskTensorConsumer`, as FLARE looks for these when it ends a workflow, and removes their folders.
+    """
 
     def __init__(self, root: str) -> None:
         self._path = tempfile.mkdtemp(prefix="nvflare_tensors_", dir=root)

@@ -10,43 +10,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from nvflare.client.cell.bootstrap import BOOTSTRAP_FILE_ENV_VAR
 
-from nvflare_rdma.flare_compat import cell_connections
+from nvflare_rdma.flare_compat import CellConnections, cell_connections
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.settings import settings_environment
 
 _DRIVER_PATH = "NVFLARE_COMM_DRIVER_PATH"
-#: JSON of a `Site`. No NVFLARE_RDMA_ name: those are settings.
+#: JSON of the site's `CellConnections`. No NVFLARE_RDMA_ name: those are settings.
 _SITE = "RDMA_TRANSFER_SITE"
 _FOLDER = str(Path(__file__).parents[1] / "trainer_plugin")
 
 
-@dataclass(frozen=True)
-class Site:
-    """What a cell's data channels need to know of where it is. ``url``: how the server is reached, "" if unknown;
-    the others: see `CellConnections`."""
-
-    url: str
-    secure: bool
-    credentials: Mapping[str, Any]
-    identities: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, cell: Any) -> Site:
-        """As the cell's own connections are."""
-        known = cell_connections(cell)
-        return cls(known.url, known.secure, known.credentials, known.identities)
-
-
 def hand_on(cell: Any) -> None:
-    """Have trainers that this process starts from now on install the transfer, too, until as many `take_back`."""
-    site = Site.of(cell)
+    """Have trainers that this process starts from now on install the transfer, too. Each call is undone by one
+    `take_back`."""
+    site = cell_connections(cell)
     credentials = {name: value for name, value in site.credentials.items() if isinstance(value, str)}
 
     def handed() -> dict[str, str]:
@@ -62,7 +45,7 @@ def hand_on(cell: Any) -> None:
 
 
 def take_back() -> None:
-    """Undo one `hand_on`."""
+    """Undo one `hand_on`. The last one restores the environment."""
     shared().environment.remove()
 
 
@@ -71,7 +54,8 @@ def is_trainer() -> bool:
     return BOOTSTRAP_FILE_ENV_VAR in os.environ
 
 
-def inherited_site() -> Site | None:
-    """What the site's job process has handed on; None if this is no trainer, or it was not started with one."""
+def inherited_site() -> CellConnections | None:
+    """How this trainer's site is connected, as the site's job process has handed it on; None if this process is no
+    trainer, or nothing was handed on."""
     text = os.environ.get(_SITE) if is_trainer() else None
-    return Site(**json.loads(text)) if text else None
+    return CellConnections(**json.loads(text)) if text else None

@@ -1,6 +1,6 @@
 """What FLARE loads in the process of a Client API trainer: see `nvflare_rdma.streaming.trainer`. It imports every file
 of this folder, so it holds only this one."""
 
-from nvflare_rdma.streaming.component import install_in_trainer
+from nvflare_rdma.streaming import install_in_trainer
 
 install_in_trainer()

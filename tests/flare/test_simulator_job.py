@@ -48,6 +48,7 @@ def test_job_runs_over_the_chosen_driver_and_counts_its_bytes(tmp_path, driver, 
         log = (tmp_path / "stdlib_lm" / process / "log.txt").read_text()
         assert f"{side} {driver}://" in log
         assert "FLARE's own path" not in log
+        assert "duplicates ignored" not in log
         assert ("server.simulate_job listens for data on port" in log) == (direct and process == "server")
         assert (": data goes over tcp" in log and "data site-" in log) == (direct and process != "server")
     assert "ACTIVE tcp://" not in (tmp_path / "stdlib_lm" / "site-1" / "log.txt").read_text()

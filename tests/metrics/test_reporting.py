@@ -21,7 +21,7 @@ from nvflare.fuel.f3.stats_pool import StatsPoolManager
 from transfer_records import record
 
 from nvflare_rdma.metrics import pools
-from nvflare_rdma.metrics.reporting import TransferReporter, summarize
+from nvflare_rdma.metrics.reporting import TransferReporter, figures_of
 from nvflare_rdma.transfer.records import Ledger
 
 ledger = Ledger()
@@ -196,7 +196,7 @@ def test_flares_data_bus_has_a_rounds_totals_as_job_metrics(run):
 
 
 def test_only_directions_that_were_used_have_figures():
-    values = summarize([record()])
+    values = figures_of([record()])
     assert values["sent_goodput"] == 2000
     assert values["sent_seconds"] == 0.5
     assert not any(name.startswith("received") for name in values)

@@ -35,18 +35,21 @@ def test_a_message_lands_directly_and_flare_sees_it_finished(results):
     assert len(logged(down, "server listens for data on port")) == 1
     assert logged(down, "data goes over tcp")
     assert not logged(down, "FLARE's own path")
+    assert not logged(down, "duplicates ignored")
 
 
 @pytest.mark.parametrize("which", ["again", "up"])
 def test_the_channel_serves_what_comes_later_either_way(results, which):
     assert results[which]["same"] is True
-    assert not any(logged(results[which], text) for text in ("listens", "data goes over", "FLARE's own path"))
+    assert not any(
+        logged(results[which], text) for text in ("listens", "data goes over", "FLARE's own path", "duplicates ignored")
+    )
 
 
 def test_what_comes_again_because_its_sender_has_not_heard_that_it_arrived_does_no_harm(results):
     result = results["a sender that has not heard what arrived"]
     assert GOOD.items() <= result.items()
-    assert logged(result, "that are here came again")
+    assert logged(result, "duplicates ignored")
 
 
 def test_progress_counts_what_came_directly(results):
@@ -115,7 +118,7 @@ def test_sealed_chunks_take_a_share_of_the_budget_and_others_none(results, reque
 @pytest.mark.parametrize(
     ("which", "why_received", "why_sent"),
     [
-        ("a receiver without this package", "no data channels", "asked on FLARE's own path"),
+        ("a receiver without this package", "no data links", "asked on FLARE's own path"),
         ("a sender that has ended its channels", "no data channels any more", "no data channels any more"),
         ("no door on either side", "neither side has a door", "asked on FLARE's own path"),
     ],

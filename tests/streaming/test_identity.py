@@ -73,7 +73,7 @@ def channels(cell, flare_cell, monkeypatch):
     monkeypatch.setattr(component, "this_runtime", runtime)
 
     def make(name: str, **credentials: str):
-        cell.made.append(component.open_channels(flare_cell(name, **credentials)))
+        cell.made.append(component.open_links(flare_cell(name, **credentials)))
         return cell.made[-1]
 
     return make

@@ -13,10 +13,11 @@ from nvflare.fuel.f3.cellnet.identity import CellIdentityResolver
 
 from nvflare_rdma import runtime
 from nvflare_rdma.errors import ConfigError, FabricUnavailable
+from nvflare_rdma.flare_compat import CellConnections, cell_connections
 from nvflare_rdma.recipe import add_transfer
 from nvflare_rdma.settings import load_settings
 from nvflare_rdma.streaming import RdmaTransfer
-from nvflare_rdma.streaming.trainer import Site, hand_on, inherited_site, take_back
+from nvflare_rdma.streaming.trainer import hand_on, inherited_site, take_back
 
 IDENTITIES = {"server": "fl.example.org", "site-1.job": "site-1"}
 CREDENTIALS = {"ca_cert": "/site/startup/rootCA.pem", "client_key": "/site/startup/client.key"}
@@ -47,7 +48,7 @@ def test_a_trainer_knows_its_site(environment):
     assert environment["NVFLARE_COMM_DRIVER_PATH"].endswith("nvflare_rdma/trainer_plugin")
     assert inherited_site() is None  # the site's job process is none
     environment[BOOTSTRAP_FILE_ENV_VAR] = "/site/app/bootstrap.json"
-    assert inherited_site() == Site("grpc://fl.example.org:8002", True, CREDENTIALS, IDENTITIES)
+    assert inherited_site() == CellConnections("grpc://fl.example.org:8002", True, CREDENTIALS, IDENTITIES)
     assert load_settings() == settings
     del environment[BOOTSTRAP_FILE_ENV_VAR]
     take_back()
@@ -86,14 +87,14 @@ def test_the_last_of_several_runs_takes_it_back(environment):
 @pytest.mark.parametrize(
     ("credentials", "url", "secure", "site"),
     [
-        (None, None, False, Site("", False, {}, IDENTITIES)),
-        ({}, ["tcp://a:1", "tcp://b:2"], False, Site("tcp://a:1", False, {}, IDENTITIES)),
+        (None, None, False, CellConnections("", False, {}, IDENTITIES)),
+        ({}, ["tcp://a:1", "tcp://b:2"], False, CellConnections("tcp://a:1", False, {}, IDENTITIES)),
         # Somebody else protects FLARE's own connections, but not these.
-        (CREDENTIALS, "tcp://a:1", False, Site("tcp://a:1", True, CREDENTIALS, IDENTITIES)),
+        (CREDENTIALS, "tcp://a:1", False, CellConnections("tcp://a:1", True, CREDENTIALS, IDENTITIES)),
     ],
 )
 def test_a_site_is_as_its_cell(credentials, url, secure, site):
-    assert Site.of(flare_cell(credentials, url, secure)) == site
+    assert cell_connections(flare_cell(credentials, url, secure)) == site
 
 
 def test_trainers_dial_their_site_on_this_host_and_nobody_else_does(cell):
