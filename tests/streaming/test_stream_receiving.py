@@ -25,7 +25,7 @@ class _Quick(Receiving):
     def finish(self, stream_ctx):
         stream_ctx["finished"] = True
 
-    def may_come_otherwise(self, error):
+    def may_fall_back(self, error):
         return True
 
 

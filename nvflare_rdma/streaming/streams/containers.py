@@ -1,7 +1,7 @@
-"""FLARE's `ContainerStreamer`, whose tensors go from memory to memory over data channels: see `streams`.
+"""FLARE's `ContainerStreamer`, whose tensors go from memory to memory over links: see `sender`.
 
-The sender's tensors and arrays are offered as they are (`serving`), and land in memory of their own (`pulling`). Keys
-and all other entries go with FLARE's messages, some at a time; what is in them is FLARE's to serialize.
+The sender's tensors and arrays are sent as they are, and received into memory of their own. Keys and all other entries
+go with FLARE's messages, some at a time; what is in them is FLARE's to serialize.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from nvflare_rdma.transfer import (
 require_flare("ContainerStreamer")  # names of FLARE's that it keeps to itself
 
 _ENTRY_TIMEOUT = 60.0
-#: Of entries that are no tensors, in one message: as many, or as many bytes. Of other types than these nobody knows
-#: how many bytes are in them: each goes alone.
+#: So many entries that are no tensors, or so many bytes of them, go in one message. Entries of other types than these
+#: go alone, as nobody knows how many bytes are in them.
 _SMALL = (int, float, bool, str, bytes, type(None))
 _ROWS, _ROW_BYTES = 4096, 1 << 20
-#: Without any message from the sender.
+#: A receiver gives up after so long without any message from the sender.
 _WAIT_SECONDS = 120.0
 _LOOK_SECONDS = 0.2
 _PORTIONS = PREFIX + "portions"
@@ -100,25 +100,28 @@ class ContainerStreamer(flare.ContainerStreamer):
         ]
         portions = _portions(entries, set(numbers), isinstance(container, dict))
 
-        def own(to: Any) -> Any:
+        def fallback(to: Any) -> Any:
             return flare.ContainerStreamer.stream_container(
                 channel, topic, stream_ctx, to, container, fl_ctx, entry_timeout, optional, secure
             )
 
-        code, _ = sender.stream(
+        call = sender.StreamCall(
             fl_ctx,
             channel,
             topic,
             stream_ctx,
-            {_PORTIONS: len(portions)},
-            targets,
-            lambda cell: _StreamedContainer(entries, numbers, portions, isinstance(container, dict), cell),
-            own,
-            f"a container ({type(container).__name__}, {len(container)} entries)",
-            entry_timeout,
+            extra={_PORTIONS: len(portions)},
+            targets=targets,
+            what=f"a container ({type(container).__name__}, {len(container)} entries)",
+            timeout=entry_timeout,
             optional=optional,
             secure=secure,
         )
+
+        def make(cell: Any) -> sender.StreamedObject:
+            return _StreamedContainer(entries, numbers, portions, isinstance(container, dict), cell)
+
+        code, _ = sender.stream(call, make, fallback)
         return code, code == flare.ReturnCode.OK
 
 
@@ -133,7 +136,7 @@ def _size(value: Any) -> float:
 
 
 def _portions(entries: list[Any], tensors: set[int], keyed: bool) -> list[list[int]]:
-    """Numbers of the entries of which something goes with messages."""
+    """Put the entries of which something goes with messages into portions, by their numbers."""
     found: list[list[int]] = [[]]
     nbytes = 0.0
     for number, entry in enumerate(entries):
@@ -180,7 +183,7 @@ class _StreamedContainer(sender.StreamedObject):
 
 
 class ContainerReceiving(Receiving):
-    """Puts a container together."""
+    """Puts a container together from its tensors and entries."""
 
     kind = "container"
 
@@ -198,7 +201,7 @@ class ContainerReceiving(Receiving):
         self._heard_at = time.monotonic()
 
     def take(self, what: Any) -> None:
-        """See `stream_receiving.Receiving`."""
+        """See `Receiving`."""
         if not isinstance(what, list | tuple):
             raise ProtocolError("malformed entries")
         with self._changed:
@@ -218,7 +221,7 @@ class ContainerReceiving(Receiving):
         aborted: Callable[[], bool],
         meter: Meter,
     ) -> None:
-        """See `stream_receiving.Receiving`."""
+        """See `Receiving`."""
         tensors = pull(links, peer, ask, in_memory(memory.take), aborted, meter=meter)
         memory.keep_for(tensor.nbytes for tensor in tensors.values())
         self.size = self._size, raw_bytes(tensors)
@@ -252,12 +255,12 @@ class ContainerReceiving(Receiving):
     def _add(self, value: Any) -> None:
         self._container.add(value) if isinstance(self._container, MutableSet) else self._container.append(value)
 
-    def may_come_otherwise(self, error: Exception) -> bool:
-        """FLARE's own path needs none of what fails here."""
+    def may_fall_back(self, error: Exception) -> bool:
+        """See `Receiving`. The fallback needs none of what fails here."""
         return isinstance(error, RdmaError) and not isinstance(error, AbortedError | ProtocolError)
 
     def finish(self, stream_ctx: dict[str, Any]) -> None:
-        """See `stream_receiving.Receiving`."""
+        """See `Receiving`."""
         stream_ctx[flare._CTX_RESULT] = self._container
 
 
