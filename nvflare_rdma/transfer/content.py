@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Content(ABC):
-    """What one message holds for all its receivers. Its methods are called from several threads at once."""
+    """Knows what one message holds for all its receivers. Several threads call its methods at once."""
 
     size: tuple[int, int]
     """How many items, and how many bytes of them, are recorded of a receiver that has everything."""
@@ -49,8 +49,7 @@ class Content(ABC):
 
     @abstractmethod
     def send_exact(self, name: str, reason: str) -> None:
-        """The item called `name` can't be encoded, for `reason`; `items` describes it without an encoding from now
-        on."""
+        """Send the item called `name` exact from now on, so in `items`: it can't be encoded, for `reason`."""
 
     def answer(self, request: Any, receiver: str) -> dict[str, Any] | None:
         """The answer to a request that only this kind of content knows, or that it refuses; None for all others."""
@@ -62,7 +61,7 @@ class Content(ABC):
 
 
 class TensorContent(Content):
-    """The tensors of one message.
+    """Sends the tensors of one message.
 
     Args:
         tensors: FLARE's item id -> tensor. Not changed.

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.codecs.safetensors_header import METADATA, SAFETENSORS_DTYPES, make_header
 from nvflare_rdma.transfer.arrays import from_bytes
+from nvflare_rdma.transfer.disk import write_at
 from nvflare_rdma.transfer.encoding import decode_pieces
 from nvflare_rdma.transfer.manifest import Item
 
@@ -93,9 +94,7 @@ class OnDisk(Place):
             if not self._allocated:
                 os.posix_fallocate(self._fd, self._start, self._nbytes)
                 self._allocated = True
-        while data:
-            done = os.pwrite(self._fd, data, self._start + offset)
-            offset, data = offset + done, data[done:]
+        write_at(self._fd, data, self._start + offset)
 
     def finish(self) -> Any:
         """See `Place.finish`."""
@@ -111,7 +110,7 @@ def _abandon(fd: int, path: str) -> None:
 
 
 class Arrivals:
-    """What is still to come in one attempt of a `Pull`, and what has come."""
+    """Keeps what is still to come in one attempt of a `Pull`, and what has come."""
 
     def __init__(self, numbers: set[int]) -> None:
         self.changed = threading.Condition()
@@ -124,13 +123,13 @@ class Arrivals:
         """Why one of them did not come."""
 
     def fail(self, reason: str) -> None:
-        """No more items will come. The first reason counts."""
+        """Note that no more items will come. The first reason counts."""
         with self.changed:
             self.failure = self.failure or reason
             self.changed.notify_all()
 
     def came(self, number: int, nbytes: int) -> None:
-        """An item is whole, of which `nbytes` were sent."""
+        """Note that an item is whole, of which `nbytes` were sent."""
         with self.changed:
             self.open.discard(number)
             self.whole.add(number)
@@ -138,7 +137,7 @@ class Arrivals:
             self._tell_if_over()
 
     def lose(self, number: int, reason: str) -> None:
-        """An item will not come in this attempt."""
+        """Note that an item will not come in this attempt."""
         with self.changed:
             self.open.discard(number)
             self.lost = self.lost or reason
@@ -228,7 +227,7 @@ class Destination(ABC):
         """Give what the receiver gets, when every item is here. Raises RdmaError or OSError."""
 
     def close(self) -> None:
-        """End, whether everything came or not."""
+        """Let go of everything, whether all items came or not."""
         return
 
 

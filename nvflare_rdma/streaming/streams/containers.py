@@ -53,7 +53,7 @@ _ROWS, _ROW_BYTES = 4096, 1 << 20
 #: A receiver gives up after so long without any message from the sender.
 _WAIT_SECONDS = 120.0
 _LOOK_SECONDS = 0.2
-_PORTIONS = PREFIX + "portions"
+_BATCH_COUNT = PREFIX + "portions"
 
 
 class ContainerStreamer(flare.ContainerStreamer):
@@ -98,7 +98,7 @@ class ContainerStreamer(flare.ContainerStreamer):
         numbers = [
             n for n, entry in enumerate(entries) if _is_plain(entry[1] if isinstance(container, dict) else entry)
         ]
-        portions = _portions(entries, set(numbers), isinstance(container, dict))
+        batches = _batches(entries, set(numbers), isinstance(container, dict))
 
         def fallback(to: Any) -> Any:
             return flare.ContainerStreamer.stream_container(
@@ -110,7 +110,7 @@ class ContainerStreamer(flare.ContainerStreamer):
             channel,
             topic,
             stream_ctx,
-            extra={_PORTIONS: len(portions)},
+            extra={_BATCH_COUNT: len(batches)},
             targets=targets,
             what=f"a container ({type(container).__name__}, {len(container)} entries)",
             timeout=entry_timeout,
@@ -119,7 +119,7 @@ class ContainerStreamer(flare.ContainerStreamer):
         )
 
         def make(cell: Any) -> sender.StreamedObject:
-            return _StreamedContainer(entries, numbers, portions, isinstance(container, dict), cell)
+            return _StreamedContainer(entries, numbers, batches, isinstance(container, dict), cell)
 
         code, _ = sender.stream(call, make, fallback)
         return code, code == flare.ReturnCode.OK
@@ -135,8 +135,8 @@ def _size(value: Any) -> float:
     return sys.getsizeof(value) if small else math.inf
 
 
-def _portions(entries: list[Any], tensors: set[int], keyed: bool) -> list[list[int]]:
-    """Put the entries of which something goes with messages into portions, by their numbers."""
+def _batches(entries: list[Any], tensors: set[int], keyed: bool) -> list[list[int]]:
+    """Put the entries of which something goes with messages into batches, by their numbers."""
     found: list[list[int]] = [[]]
     nbytes = 0.0
     for number, entry in enumerate(entries):
@@ -151,7 +151,7 @@ def _portions(entries: list[Any], tensors: set[int], keyed: bool) -> list[list[i
             nbytes = 0.0
         found[-1].append(number)
         nbytes += size
-    return [portion for portion in found if portion]
+    return [batch for batch in found if batch]
 
 
 class _StreamedContainer(sender.StreamedObject):
@@ -159,26 +159,26 @@ class _StreamedContainer(sender.StreamedObject):
         self,
         entries: list[Any],
         numbers: list[int],
-        portions: list[list[int]],
+        batches: list[list[int]],
         keyed: bool,
         cell: Any,
     ) -> None:
         self._entries = entries
         self._keyed = keyed
         self._tensors = set(numbers)
-        self._portions = portions
+        self._batches = batches
         tensors = {str(n): entries[n][1] if keyed else entries[n] for n in numbers}
         meters = Meters(cell.get_fqcn(), "container")
         content = TensorContent(tensors, len(entries))  # all entries count, tensors or not
         self.service = Service(content, functools.partial(registry.of, cell), meters=meters)
 
     def more(self) -> Iterator[Any]:
-        for portion in self._portions:
+        for batch in self._batches:
             yield [
                 [n, self._entries[n][0]]
                 if n in self._tensors
                 else [n, *(self._entries[n] if self._keyed else [self._entries[n]])]
-                for n in portion
+                for n in batch
             ]
 
 
@@ -188,14 +188,14 @@ class ContainerReceiving(Receiving):
     kind = "container"
 
     def __init__(self, stream_ctx: dict[str, Any], site: str) -> None:
-        size, portions = stream_ctx.get(flare._CTX_SIZE), stream_ctx.pop(_PORTIONS, None)
-        if type(size) is not int or type(portions) is not int or not 0 <= portions <= size:
-            raise ProtocolError(f"a container of {size} entries in {portions} portions can't be received")
+        size, batches = stream_ctx.get(flare._CTX_SIZE), stream_ctx.pop(_BATCH_COUNT, None)
+        if type(size) is not int or type(batches) is not int or not 0 <= batches <= size:
+            raise ProtocolError(f"a container of {size} entries in {batches} batches can't be received")
         self._container = _new(stream_ctx.get(flare._CTX_TYPE))
         self._keyed = isinstance(self._container, MutableMapping)
         self._size = size
         self._changed = threading.Condition()
-        self._portions = portions
+        self._batches = batches
         #: Number -> [key or value] or [key, value].
         self._rows: dict[int, list[Any]] = {}
         self._heard_at = time.monotonic()
@@ -209,7 +209,7 @@ class ContainerReceiving(Receiving):
                 if type(number) is not int or number in self._rows or not 0 <= number < self._size:
                     raise ProtocolError(f"entry {number} of {self._size} comes twice, or is none")
                 self._rows[number] = row
-            self._portions -= 1
+            self._batches -= 1
             self._heard_at = time.monotonic()
             self._changed.notify_all()
 
@@ -226,7 +226,7 @@ class ContainerReceiving(Receiving):
         memory.keep_for(tensor.nbytes for tensor in tensors.values())
         self.size = self._size, raw_bytes(tensors)
         with self._changed:
-            while self._portions > 0:
+            while self._batches > 0:
                 self._changed.wait(_LOOK_SECONDS)
                 if aborted():
                     raise AbortedError(f"the container from {peer} was aborted")

@@ -3,7 +3,7 @@
     stream       sender, in FLARE's stream messages                  receiver
     "hello"      who can take it directly?                           yes, or why not; the stream of hello is over
     "start"      which stream to ask for, at which cell              a `Pull` begins in a thread, which asks that cell
-    "more"       what goes with messages, in small portions          takes it
+    "more"       what goes with messages, in small batches           takes it
     "wait"       how is it?                                          running, done, failed or "own", after some time
     "end"        when nobody is running any more                     FLARE's stream ends: result, callback, return code
 
@@ -43,7 +43,7 @@ class StreamedObject(ABC):
     service: Service
 
     def more(self) -> Iterator[Any]:
-        """The portions that go with messages; each is for `Receiving.take`."""
+        """The batches that go with messages; each is for `Receiving.take`."""
         return iter(())
 
     @property

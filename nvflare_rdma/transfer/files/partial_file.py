@@ -21,6 +21,7 @@ import uuid
 from pathlib import Path
 
 from nvflare_rdma.errors import StorageError, TransferError
+from nvflare_rdma.transfer.disk import read_at, write_at
 from nvflare_rdma.transfer.files import owned_files as owned
 from nvflare_rdma.transfer.files.layout import Layout
 from nvflare_rdma.transfer.files.source import BLOCK_BYTES, FileIdentity, PartDigests
@@ -153,7 +154,7 @@ class PartialFile:
         nbytes, start = self._layout.nbytes(part), self._layout.start(part)
         digests, block = PartDigests(nbytes), memoryview(bytearray(BLOCK_BYTES))
         for offset in range(0, nbytes, BLOCK_BYTES):
-            count = os.preadv(self._data, [block[: nbytes - offset]], start + offset)
+            count = read_at(self._data, block[: nbytes - offset], start + offset)
             if count != min(BLOCK_BYTES, nbytes - offset):
                 return None
             digests.add(offset, block[:count])
@@ -185,10 +186,8 @@ class PartialFile:
             if self._closed or self.error is not None:
                 raise self.error or StorageError(f"{self.identity.name} is not being received any more")
             self._writing += 1
-        position, done = self._layout.start(part) + offset, 0
         try:
-            while done < len(data):
-                done += os.pwrite(self._data, data[done:], position + done)
+            write_at(self._data, data, self._layout.start(part) + offset)
         except OSError as error:
             self.error = self.error or self._failure(error)
             raise self.error from error

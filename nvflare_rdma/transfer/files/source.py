@@ -18,6 +18,7 @@ import xxhash
 from nvflare_rdma.codecs import CODEC_NAMES, FixedSizeCodec, get_codec
 from nvflare_rdma.codecs.safetensors_header import StoredTensor, read_header
 from nvflare_rdma.errors import ConfigError, ProtocolError, SourceError
+from nvflare_rdma.transfer.disk import read_at
 from nvflare_rdma.transfer.manifest import MAX_ITEMS
 from nvflare_rdma.transfer.pieces import PIECE_VALUES
 
@@ -170,15 +171,10 @@ class OpenFile:
         Raises:
             SourceError: the file can't be read, or has changed since it was opened.
         """
-        done = 0
         try:
-            while done < len(memory):
-                count = os.preadv(self._fd, [memory[done:]], offset + done)
-                if not count:
-                    break
-                done += count
+            done = read_at(self._fd, memory, offset)
         except OSError as error:
-            raise self.failure(f"can't be read at {offset + done}: {error}") from error
+            raise self.failure(f"can't be read at {offset}: {error}") from error
         self.check()
         if done < len(memory):
             raise self.failure(f"ended at {offset + done} while it was sent")

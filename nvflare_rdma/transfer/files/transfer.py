@@ -31,7 +31,7 @@ _COMPARED = 2
 
 
 class FileContent(Content):
-    """The parts of one file, for all its receivers."""
+    """Sends the parts of one file to all its receivers."""
 
     def __init__(self, file: OpenFile) -> None:
         self.size = 1, file.identity.size
@@ -66,7 +66,7 @@ class FileContent(Content):
         return self.parts[item.name].source(item.cut is None)
 
     def send_exact(self, name: str, reason: str) -> None:
-        """The part knows it, and had to before its receiver could ask again."""
+        """Do nothing: the part knows it, and had to before its receiver could ask again."""
 
     def answer(self, request: Any, receiver: str) -> dict[str, Any] | None:
         """See `Content.answer`."""
