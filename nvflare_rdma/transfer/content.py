@@ -81,7 +81,7 @@ class TensorContent(Content):
         self._lock = threading.Lock()
         #: Marked tensors that their codec can't carry.
         self._exact: set[str] = set()
-        #: What is told to those who come, and what was exact then.
+        #: The items that receivers are told of, and which tensors were exact when these were made.
         self._described: tuple[set[str] | None, list[Item]] = None, []
 
     def items(self) -> list[Item]:

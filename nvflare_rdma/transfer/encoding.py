@@ -156,7 +156,7 @@ class EncodedChunkCache:
                     self._held -= len(chunk)
 
 
-#: The process's, where no other is handed down.
+#: The cache of the process, where no other is handed down.
 encoded_chunks = EncodedChunkCache()
 
 

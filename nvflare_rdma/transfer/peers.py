@@ -174,7 +174,7 @@ class PeerLinks:
     def _require(self, stream: ControlStream, peer: str, role: Role, consequence: str) -> None:
         """Check that `peer` is at the other end of a stream, where there are certificates."""
         certificate = stream.peer_certificate()
-        # Who dials has none to show with server-side TLS only; else TLS itself has seen that there is one.
+        # With server-side TLS only, who dials has no certificate to show; else TLS itself has seen that there is one.
         if certificate is None or (role is Role.PASSIVE and not certificate):
             return
         try:
@@ -256,7 +256,7 @@ class PeerLinks:
         if silent:
             with self._lock:
                 count, since, _ = self._unreachable.get(peer, (0, 0.0, ""))
-                # Several that dial at once have found out the same.
+                # Several threads that dial at once find out the same; that counts once.
                 self._unreachable[peer] = count + (since <= began), time.monotonic(), reason
         raise FabricError(reason)
 
@@ -311,7 +311,7 @@ class PeerLinks:
     def expect(self, peer: str, sinks: Sequence[Sink]) -> int:
         """Let `peer` send what the sinks are for, as messages with the label that is returned and those that follow it.
         `forget` is to be called afterwards."""
-        # Nobody else can know them: what is late from an earlier attempt has no place in this one.
+        # Labels that nobody else can know: what is late from an earlier attempt has no place in this one.
         first = secrets.randbits(62) + 1
         with self._lock:
             self._sinks |= {(peer, first + i): sink for i, sink in enumerate(sinks)}

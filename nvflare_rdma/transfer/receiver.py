@@ -116,9 +116,9 @@ class Pull:
                 failed.
         """
         try:
-            # First: once the peer has heard "done", nobody else has it.
+            # This comes first: once the peer has heard "done", nobody else has the message.
             result = self._receive()
-            # A sender that says so sees for itself what has arrived, while the link lives.
+            # A sender that "sees" knows by itself what has arrived, while the link lives.
             if not (confirmed and self._seen and self._links.find(self._peer)):
                 self._say_done()
             return result
@@ -241,7 +241,7 @@ class Pull:
         try:
             failed = ask_for(self._ask_peer, {"do": "report"}).get("failed")
         except LostError as error:
-            log.info("the transfer from %s goes on: %s", self._peer, error)  # whether data comes shows by itself
+            log.info("the transfer goes on, though %s", error)  # whether data comes shows by itself
             return
         if failed:
             arrivals.fail(str(failed))
@@ -250,7 +250,7 @@ class Pull:
         request = {"do": "describe", "channel": self._links.find(self._peer) is not None}
         described = ask_for(self._ask_peer, request)
         items, known = manifest.unpack(described.get("manifest")), self.items
-        # Again: how they are sent may have changed, but not what they are.
+        # How the items are sent may have changed since, but not what they are.
         if known and list(map(_identity, items)) != list(map(_identity, known)):
             raise ProtocolError("the peer has other tensors than it said before")
         self.items = items

@@ -112,7 +112,7 @@ class Ledger:
                     )
 
 
-#: The process's.
+#: Takes the records of all transfers of the process, where no other ledger is handed down.
 ledger = Ledger()
 
 
@@ -126,7 +126,7 @@ class Meter:
         self.wire_bytes = 0
         self.resent_chunks = 0
         self.fabric = ""
-        #: To look at the budget while the transfer lasts; None where there is none.
+        #: Watches the budget while the transfer lasts; None where there is no budget.
         self.budget: HasPeak | None = None
         self._direction, self._cell, self._peer, self._kind, self._ledger = direction, cell, peer, kind, ledger
         self._reason = ""

@@ -169,7 +169,7 @@ class FileReceiving(Receiving):
         self.size = 1, self._identity.size
         self._site = site
         self._folder = folder
-        # As FLARE's: callbacks know where it will be.
+        # As with FLARE's streams, callbacks know where the file will be.
         self._path = stream_ctx[flare.KEY_FILE_LOCATION] = os.path.join(folder, str(uuid.uuid4()))
 
     def run(

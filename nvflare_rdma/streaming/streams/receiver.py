@@ -151,7 +151,7 @@ class _Consumer(ObjectConsumer):
         try:
             state, reason = self._run(receiving, links, peer, ask, aborted)
         except Exception:
-            log.exception("receiving a stream failed")
+            log.exception("receiving a stream from %s failed, and its sender is told so", peer)
         finally:  # the sender asks until it is not "running"
             with self._lock:
                 self._state, self._reason = state, reason
@@ -179,7 +179,7 @@ class _Consumer(ObjectConsumer):
         except (RdmaError, OSError, MemoryError) as error:
             state, reason = (FALLBACK if receiving.may_fall_back(error) else "failed"), str(error)
         except Exception as error:
-            log.exception("receiving a stream failed")
+            log.exception("receiving a stream from %s failed, and its sender is told so", peer)
             state, reason = "failed", f"{type(error).__name__}: {error}"
         meter.end(failure=reason)
         return state, reason
@@ -230,7 +230,7 @@ class _Factory(ConsumerFactory):
 
     def get_consumer(self, stream_ctx: dict[str, Any], fl_ctx: Any) -> ObjectConsumer:
         """Make what answers a stream's messages; FLARE calls this."""
-        # As the application knows it.
+        # The application knows the channel by this name.
         stream_ctx[StreamContextKey.CHANNEL] = str(stream_ctx.get(StreamContextKey.CHANNEL, "")).removeprefix(PREFIX)
         return _Consumer(stream_ctx, self._make)
 

@@ -202,7 +202,7 @@ def stream(
     for target, reason in others.items():
         log.warning("%s goes to %s on FLARE's own path: %s", call.what, target, reason)
     if others or not reasons:
-        # Without a single answer: FLARE says what is wrong with the targets.
+        # If no target has answered, FLARE says what is wrong with them.
         code, their_replies = _fall_back(fallback, list(others) if replies or failed else call.targets)
         if code != ReturnCode.OK:
             return code, {}

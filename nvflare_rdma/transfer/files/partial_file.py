@@ -91,8 +91,8 @@ class PartialFile:
         self._journal_path, self._data_path = _paths(self._folder, key)
         if self._open_shared():
             return
-        # It comes twice at once, or somebody else has these names, or nothing can be locked here: under names of its
-        # own it can't be resumed.
+        # The file is received twice at once, or somebody else has these names, or nothing can be locked here. It gets
+        # names of its own, under which it can't be resumed.
         self._resumable = False
         self._journal_path, self._data_path = _paths(self._folder, f"{key}-{uuid.uuid4().hex}")
         self._journal = os.open(self._journal_path, owned.CREATE | os.O_EXCL, 0o600)
@@ -206,7 +206,7 @@ class PartialFile:
                 self.error = self.error or self._failure(error)
                 raise self.error from error
         with contextlib.suppress(OSError):
-            # Its writing to disk begins now (fadvise(2)), and not when all are here and `finish` waits for it.
+            # The kernel begins to write it now (fadvise(2)), and not when all parts are here and `finish` waits for it.
             start, nbytes = self._layout.start(part), self._layout.nbytes(part)
             os.posix_fadvise(self._data, start, nbytes, os.POSIX_FADV_DONTNEED)
 

@@ -39,7 +39,7 @@ class PartSource(Source):
         cut = self._item.cut
         step = min(self.nbytes, cut.unit if cut is not None else BLOCK_BYTES)
         block = memoryview(bytearray(step))
-        # Not the thread's own: there are many that answer requests.
+        # Not the thread's scratch memory: many threads answer requests, and each would keep it.
         room = memoryview(bytearray(0 if cut is None else cut.values * NUMPY_DTYPES[self._item.dtype].itemsize))
         while (digest := self.digests.whole()) is None:
             for offset in range(0, self.nbytes, step):
@@ -111,7 +111,7 @@ class PartSink(Sink):
     ) -> None:
         cut = item.cut
         self.nbytes = item.sent_nbytes
-        # Small chunks cost more time than they save memory, unless that is little.
+        # Small chunks cost time, and save memory that matters only where there is little.
         unit = MAX_UNIT_BYTES if budget >= _ROOMY * MAX_UNIT_BYTES else BLOCK_BYTES
         self.unit = cut.unit if cut is not None else unit
         self._file = file

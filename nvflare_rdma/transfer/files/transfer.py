@@ -222,11 +222,15 @@ class FileDestination(Destination):
                 asked = parts[start : start + _COMPARED]
                 theirs |= zip(asked, self._digests("compare", asked), strict=True)
         except LostError as error:
-            log.info("parts that are here are sent again, as they could not be compared: %s", error)
+            log.info("some parts that are here could not be compared: %s", error)
         wrong = [part for part in parts if theirs.get(part) != ours[part]]
         if wrong:
             name = self._target.expected.name
-            log.warning("%s: %d of the parts that are here will be sent again: the sender has others", name, len(wrong))
+            log.warning(
+                "%s: %d of the parts that are here will be sent again: the sender did not confirm them",
+                name,
+                len(wrong),
+            )
         for part in wrong:
             self._file.drop(part)
 
