@@ -1,4 +1,4 @@
-"""Where a side listens for data, and what it tells others about how they get there."""
+"""Where a peer listens for data, and how it tells others to get there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ MAX_ADDRESSES = 16
 
 
 def parse_invitation(invitation: Any) -> tuple[list[str], int, bytes]:
-    """Hosts, port and ticket of what a peer's `PeerLinks.invite` made. Raises ProtocolError."""
+    """Take apart what a peer's `PeerLinks.invite` made: hosts, port and ticket.
+
+    Raises:
+        ProtocolError: it is malformed.
+    """
     match invitation:
         case {"hosts": [*hosts], "port": port, "ticket": bytes(ticket)} if (
             len(hosts) <= MAX_ADDRESSES
@@ -23,11 +27,15 @@ def parse_invitation(invitation: Any) -> tuple[list[str], int, bytes]:
             and len(ticket) == TICKET_BYTES
         ):
             return hosts, port, ticket
-    raise ProtocolError("malformed invitation to a data channel")
+    raise ProtocolError("malformed invitation to a link")
 
 
 def listen(host: str, ports: tuple[int, int]) -> socket.socket:
-    """On the first port of the range (both ends included) that is free. Raises OSError."""
+    """Listen on the first free port of a range, both ends included.
+
+    Raises:
+        OSError: no port of it is free.
+    """
     for port in range(ports[0], ports[1] + 1):
         try:
             return socket.create_server((host, port))
@@ -37,11 +45,12 @@ def listen(host: str, ports: tuple[int, int]) -> socket.socket:
 
 
 def own_hosts() -> list[str]:
-    """What others may reach this host by: its name, and the addresses of its interfaces that are up."""
+    """Names that others may reach this host by: the addresses of its interfaces that are up, and its own name."""
     known = [address for _, name in socket.if_nameindex() for address in addresses_of(name)]
     found = [str(address) for address in known if not (address.is_loopback or address.is_link_local)]
     return [*dict.fromkeys([*found, socket.gethostname()])][:MAX_ADDRESSES]
 
 
 def is_loopback(host: str) -> bool:
+    """Whether `host` is a name or an address of the loopback device."""
     return host == "localhost" or host.startswith("127.") or host == "::1"

@@ -1,4 +1,4 @@
-"""Tensors as bytes, and bytes as tensors. torch is imported only when it is used."""
+"""Turns tensors into bytes, and bytes into tensors. torch is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -16,34 +16,37 @@ _GRAIN = 64 * 1024
 
 
 class TensorMemory(SlotPool):
-    """Memory of received tensors. It comes back when nobody holds the tensor any more, so that the next round's lands
-    where this one's was, on warm pages. What is idle is enough for the largest message that has come, and no more: who
-    receives from many does not keep the memory of all."""
+    """Gives memory for received tensors, and takes it back when nobody holds the tensor any more.
+
+    So the tensors of the next round are received where those of this one were, on warm pages. As much idle memory is
+    kept as the largest message needed that has come, and no more: who receives from many does not keep memory for all
+    of them.
+    """
 
     def __init__(self) -> None:
         super().__init__(keep_bytes=0)
 
     def keep_for(self, sizes: Iterable[int]) -> None:
-        """A message has come with tensors of so many bytes."""
+        """Keep enough idle memory for a message with tensors of these sizes."""
         self._keep_bytes = max(self._keep_bytes or 0, sum(map(self.cost, sizes)))
 
     def take(self, nbytes: int) -> memoryview:
-        """As `SlotPool.take`; small tensors have memory of their own."""
+        """Give memory for a tensor; small ones get memory that is not taken back. See `SlotPool.take`."""
         return super().take(nbytes) if nbytes >= _GRAIN else np.empty(nbytes, np.uint8).data
 
     def cost(self, nbytes: int) -> int:
-        """Not in whole huge pages, as slots are: a model has many tensors."""
+        """Bytes that a tensor takes. They are not rounded to huge pages, as slots are: a model has many tensors."""
         return -(-nbytes // _GRAIN) * _GRAIN
 
 
 def raw_bytes(tensors: Mapping[str, Any]) -> int:
-    """Bytes of tensors and arrays in memory; a sparse tensor counts as if it were dense."""
+    """Count the bytes of tensors and arrays in memory. A sparse tensor counts as if it were dense."""
     sizes = (t.numel() * t.element_size() if is_torch(t) else getattr(t, "nbytes", 0) for t in tensors.values())
     return int(sum(sizes))
 
 
 def to_bytes(tensor: Any) -> memoryview:
-    """The values in C order. A view of the tensor's own memory if it is contiguous and on the CPU, else a copy."""
+    """The tensor's values in C order: a view of its own memory if it is contiguous and on the CPU, otherwise a copy."""
     if is_torch(tensor):
         import torch
 
@@ -56,7 +59,7 @@ def to_bytes(tensor: Any) -> memoryview:
 
 
 def strided(tensor: Any) -> Array:
-    """A view of a tensor on the CPU with its strides, of numbers that are as wide."""
+    """A numpy view of a tensor on the CPU, with its strides; where numpy lacks the dtype, of integers of its width."""
     if not is_torch(tensor):
         return np.asarray(tensor)
     import torch
@@ -68,7 +71,7 @@ def strided(tensor: Any) -> Array:
 
 
 def from_bytes(item: Item, memory: memoryview) -> Any:
-    """The tensor whose values are in ``memory``, which it keeps.
+    """Make the tensor whose values are in `memory`, which it shares.
 
     Raises:
         ProtocolError: this side's numpy or torch has no such tensors.

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Content(ABC):
-    """What one message holds for all its receivers. Its methods are called from several threads at once."""
+    """Knows what one message holds for all its receivers. Several threads call its methods at once."""
 
     size: tuple[int, int]
     """How many items, and how many bytes of them, are recorded of a receiver that has everything."""
@@ -35,16 +35,19 @@ class Content(ABC):
 
     @abstractmethod
     def items(self) -> list[Item]:
-        """The items as they would be sent now. Raises RdmaError if they can't be."""
+        """The items as they would be sent now.
+
+        Raises:
+            RdmaError: they can't be sent.
+        """
 
     @abstractmethod
     def source(self, item: Item) -> Source:
-        """The bytes of ``item``, encoded as ``item.cut`` says."""
+        """The bytes of `item`, encoded as `item.cut` says."""
 
     @abstractmethod
     def send_exact(self, name: str, reason: str) -> None:
-        """The item called ``name`` can't be encoded, for ``reason``; `items` describes it without an encoding from now
-        on."""
+        """Send the item called `name` exact from now on, so in `items`: it can't be encoded, for `reason`."""
 
     def answer(self, request: Any, receiver: str) -> dict[str, Any] | None:
         """The answer to a request that only this kind of content knows, or that it refuses; None for all others."""
@@ -56,7 +59,7 @@ class Content(ABC):
 
 
 class TensorContent(Content):
-    """The tensors of one message.
+    """Sends the tensors of one message.
 
     Args:
         tensors: FLARE's item id -> tensor. Not changed.
@@ -76,10 +79,11 @@ class TensorContent(Content):
         self._lock = threading.Lock()
         #: Marked tensors that their codec can't carry.
         self._exact: set[str] = set()
-        #: What is told to those who come, and what was exact then.
+        #: The items that receivers are told of, and which tensors were exact when these were made.
         self._described: tuple[set[str] | None, list[Item]] = None, []
 
     def items(self) -> list[Item]:
+        """See `Content.items`."""
         with self._lock:
             exact = set(self._exact)
         known, items = self._described
@@ -96,18 +100,21 @@ class TensorContent(Content):
         return [item if (cut := cuts.get(item.name)) is None else replace(item, cut=cut) for item in items]
 
     def source(self, item: Item) -> Source:
+        """See `Content.source`."""
         tensor = self._tensors[item.name]
         if item.cut is None:
             return TensorSource(tensor, item.nbytes)
         return EncodedSource(self._cache.encoding(tensor, item.cut))
 
     def send_exact(self, name: str, reason: str) -> None:
+        """See `Content.send_exact`."""
         with self._lock:
             if name not in self._exact:
                 log.warning("tensor %s is sent exact: %s", name, reason)
             self._exact.add(name)
 
     def count_marked(self) -> int:
+        """See `Content.count_marked`."""
         return sum(codec_of(tensor) is not None for tensor in self._tensors.values())
 
 
@@ -124,7 +131,7 @@ def _with_content(items: list[Item], tensors: Mapping[str, Any]) -> list[Item]:
 
 
 class TensorSource(Source):
-    """A tensor's bytes. Of one that lies on a GPU, or is not contiguous, each chunk is a copy."""
+    """The bytes of a tensor. Each chunk is a copy if the tensor is on a GPU, or not contiguous."""
 
     def __init__(self, tensor: Any, nbytes: int) -> None:
         self.nbytes = nbytes
@@ -134,6 +141,7 @@ class TensorSource(Source):
         self._bytes = to_bytes(tensor) if plain else None
 
     def read(self, offset: int, length: int, take: Take) -> memoryview:
+        """See `Source.read`."""
         if self._bytes is not None:
             return self._bytes[offset : offset + length]
         tensor = self._tensor

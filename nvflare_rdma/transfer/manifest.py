@@ -1,8 +1,8 @@
-"""What a message's tensors are, told to who receives them before any of their bytes move.
+"""Describes a message's tensors to the peer that receives them, before any of their bytes move.
 
 Tensors of up to `INLINE_BYTES` are in the manifest themselves (all together at most `INLINE_TOTAL`); each of the others
-is a message of its own on the data channel. Bytes are the tensor's values in C order, little-endian, or what a codec
-makes of them piece by piece (see `encoded`).
+is a message of its own on the link. Its bytes are the tensor's values in C order, little-endian, or what a codec makes
+of them piece by piece (see `pieces`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ MAX_ITEMS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One tensor. ``name``: FLARE's id of it in its message. ``content``: its bytes, or None if they come apart.
-    ``cut``: how they are encoded then, None if not."""
+    """Describes one tensor, or one part of a file.
+
+    `name` is its id in its message. `content` has its bytes, or is None if they come apart; `cut` tells then how they
+    are encoded, and is None if they are not.
+    """
 
     name: str
     torch: bool
@@ -38,20 +41,20 @@ class Item:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor."""
+        """Bytes of the tensor."""
         return math.prod(self.shape) * width(self.dtype, self.torch)
 
     @property
     def sent_nbytes(self) -> int:
-        """Of its message."""
+        """Bytes of its message on the link."""
         return self.cut.nbytes if self.cut is not None else self.nbytes
 
 
 def describe(tensors: Mapping[str, Any]) -> list[Item]:
-    """The items of a message, without their content.
+    """Describe a message's tensors, without their content.
 
     Raises:
-        TransferError: one is no plain dense tensor; FLARE's own path takes it.
+        TransferError: one of them is no plain dense tensor, and is left to the fallback.
     """
     return [_describe(name, tensor) for name, tensor in tensors.items()]
 
@@ -70,7 +73,7 @@ def _describe(name: str, tensor: Any) -> Item:
 
 
 def pack(items: list[Item]) -> bytes:
-    """For `unpack`."""
+    """Make bytes of a manifest, for `unpack`."""
     packed: bytes = msgpack.packb(
         [
             [i.name, i.torch, i.dtype, list(i.shape), i.content, *([i.cut.codec.name, i.cut.values] if i.cut else [])]
@@ -81,10 +84,10 @@ def pack(items: list[Item]) -> bytes:
 
 
 def unpack(data: Any) -> list[Item]:
-    """The items that `pack` was given.
+    """Check a peer's manifest, and give the items that `pack` was given there.
 
     Raises:
-        ProtocolError: ``data`` is malformed.
+        ProtocolError: `data` is malformed.
     """
     if type(data) is not bytes:
         raise ProtocolError(f"a manifest should be bytes, but is {type(data).__name__}")

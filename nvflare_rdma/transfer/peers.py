@@ -1,10 +1,10 @@
-"""Direct data channels between the processes that hold and want tensors, beside FLARE's own connections.
+"""Direct links between the processes that hold and want tensors, beside FLARE's own connections.
 
-The side that others can reach has a door; the other side dials it. Whoever dials, data flows either way, and a channel
-stays open for what comes later. A door is opened by a ticket only (one use, bound to the peer's name, expiring), which
+The side that others can reach has a door; the other side dials it. Whoever dials, data flows either way, and a link
+stays open for later transfers. A door is opened by a ticket only (one use, bound to the peer's name, expiring), which
 travels in FLARE's messages, whose senders FLARE has authenticated. Where FLARE's connections are secure, so are these,
-with the same certificates: a ticket opens a door, and a certificate says who comes. Each side sees first that the
-certificate is the one of the peer that it means.
+with the same certificates: a ticket opens a door, and a certificate says who comes. Before anything else, each side
+checks that the certificate is that of the peer that it means.
 """
 
 from __future__ import annotations
@@ -46,37 +46,37 @@ log = logging.getLogger(__name__)
 SERVER = "server"  # the root of its cells' names
 TICKET_SECONDS = 120.0
 MAX_TICKETS = 4096
-#: For all addresses of a peer together; the last one that is tried may take an `_ADDRESS_SECONDS` longer, and what is
-#: reached has the handshake's deadline besides.
+#: The time for all addresses of a peer together. The last one that is tried may take an `_ADDRESS_SECONDS` longer, and
+#: an address that answers has the handshake's deadline besides.
 DIAL_SECONDS = 20.0
 _ADDRESS_SECONDS = 5.0
-#: A peer that does not answer, as behind a firewall that drops what comes, is not dialled again for so long, twice as
-#: long the next time, and so on.
+#: A peer that does not answer, as behind a firewall that drops packets, is not dialled again for so long; twice as long
+#: the next time, and so on.
 _AVOID_SECONDS, _AVOID_DOUBLINGS = 60.0, 6
 _WELCOME = b"\x01"
 _MAX_TENSOR_BYTES = 1 << 48
-#: See `LinkContext`; tensors are large. The end of one may be in the last chunk, twice as long, which still fits into
-#: what is for sending, if it has to be staged (as from a GPU).
+#: See `LinkContext`; tensors are large. A tensor's last chunk may be twice as long; that still fits into the memory for
+#: sending, if it has to be staged (as from a GPU).
 _SAME_HOST_FACTOR = 6
 
 
-#: Of a peer's cell name and of the certificate that was shown, as `ssl.SSLSocket.getpeercert` gives it. Raises TlsError
-#: unless the certificate is the peer's.
+#: Called with a peer's cell name and the certificate that was shown, as `ssl.SSLSocket.getpeercert` gives it. Raises
+#: TlsError unless the certificate is the peer's.
 Identify: TypeAlias = Callable[[str, Mapping[str, Any]], None]
 
 
 class PeerLinks:
-    """Those of one cell.
+    """Opens and keeps one cell's links to its peers, and knows the sinks of the messages that are expected over them.
 
     Args:
         name: the cell's FQCN.
-        runtime: what all channels of the process share.
+        runtime: what all links of the process share.
         tls: makes the context for the listening side (True) or the dialling one; gives None where FLARE is not secure.
         identify: says whether a certificate is a peer's.
         server_host: how this side's FLARE reaches the server, "" if it is unknown; tried before the addresses that a
             peer names.
         ports: what the door may listen on, (0, 0) for any port; None for no door.
-        trainers: without ``ports``, whether there is a door on the loopback device for the cells below this one: the
+        trainers: without `ports`, whether there is a door on the loopback device for the cells below this one: the
             Client API's processes.
     """
 
@@ -107,7 +107,7 @@ class PeerLinks:
         self._tickets: dict[bytes, tuple[str, float]] = {}
         #: Peer -> its links, the newest last. An older one lives on: a transfer may still use it.
         self._links: dict[str, list[Link]] = {}
-        #: Peer -> how many of its tickets came whose channel is not there yet.
+        #: Peer -> how many of its tickets came whose link is not there yet.
         self._opening: Counter[str] = Counter()
         self._sinks: dict[tuple[str, int], Sink] = {}
         #: Peer -> how often in a row it did not answer, when that was last, and what was tried.
@@ -117,7 +117,7 @@ class PeerLinks:
     # -- doors ---------------------------------------------------------------------------------------------
 
     def invite(self, peer: str) -> dict[str, Any]:
-        """How ``peer`` gets in, for `dial` over there (msgpack types). Opens the door if need be.
+        """Make an invitation for `peer`, which it gives to its `dial` (msgpack types). Opens the door if need be.
 
         Raises:
             FabricUnavailable: this side has no door.
@@ -152,9 +152,9 @@ class PeerLinks:
             return self._door
 
     def _on_connection(self, sock: socket.socket, stream: ControlStream) -> None:
-        """A peer that has dialled: serves it until it goes."""
+        """Serve a peer that has dialled until it goes."""
         with self._pending.track(sock):
-            ticket = _read(stream, TICKET_BYTES, GREETING_TIMEOUT)
+            ticket = _receive_exactly(stream, TICKET_BYTES, GREETING_TIMEOUT)
         with self._lock:
             peer, expires = self._tickets.pop(ticket, ("", 0.0))
             self._opening[peer] += 1
@@ -179,9 +179,9 @@ class PeerLinks:
         return self._open(Role.PASSIVE, sock, stream, self._fabric, peer)
 
     def _require(self, stream: ControlStream, peer: str, role: Role, consequence: str) -> None:
-        """See that ``peer`` is at the other end of a stream, where there are certificates."""
+        """Check that `peer` is at the other end of a stream, where there are certificates."""
         certificate = stream.peer_certificate()
-        # Who dials has none to show with server-side TLS only; else TLS itself has seen that there is one.
+        # With server-side TLS only, who dials has no certificate to show; else TLS itself has seen that there is one.
         if certificate is None or (role is Role.PASSIVE and not certificate):
             return
         try:
@@ -197,7 +197,7 @@ class PeerLinks:
 
     @property
     def budget(self) -> MemoryBudget:
-        """The process's, which what these channels receive is bound by."""
+        """The process's memory budget, which bounds what is received over these links."""
         return self._context.budget
 
     @property
@@ -209,14 +209,14 @@ class PeerLinks:
         return self._ports is not None or (self._trainers and peer.startswith(f"{self.name}."))
 
     def has_door_for(self, peer: str) -> bool:
-        """Whether it listens, and ``peer`` may be invited: then this side never dials where ``peer`` says."""
+        """Whether this side listens, and `peer` may be invited: then it never dials where `peer` says."""
         with self._lock:
             return self._door is not None and self._may_come(peer)
 
-    # -- channels ------------------------------------------------------------------------------------------
+    # -- links ---------------------------------------------------------------------------------------------
 
     def find(self, peer: str) -> Link | None:
-        """The channel to ``peer``, if there is one that is not about to end."""
+        """The link to `peer`, if there is one that is not about to end."""
         with self._lock:
             return self._find(peer)
 
@@ -224,24 +224,23 @@ class PeerLinks:
         return next((link for link in reversed(self._links.get(peer, [])) if link.usable), None)
 
     def await_open(self, peer: str) -> Link | None:
-        """As `find`, but if ``peer`` has dialled, this side's end may still be opening: then after that."""
+        """Find the link to `peer`, and if `peer` has dialled, first wait until this side's end of it is open."""
         with self._opened:
             self._opened.wait_for(lambda: self._find(peer) or not self._opening[peer], GREETING_TIMEOUT)
             return self._find(peer)
 
     def arriving(self, peer: str) -> int:
-        """Bytes that are here of messages that ``peer`` has not finished: more of them, or fewer, show that data
-        moves."""
+        """How many bytes are here of messages that `peer` has not finished. Where this number changes, data moves."""
         with self._lock:
             links = list(self._links.get(peer, []))
         return sum(landed for link in links for landed, _ in link.incoming().values())
 
     def dial(self, peer: str, invitation: Any) -> Link:
-        """A new channel to ``peer``, which has sent the invitation.
+        """Open a new link to `peer`, which has sent the invitation.
 
         Raises:
-            RdmaError: none of its addresses leads there, or did lately: then none is tried. ProtocolError:
-                ``invitation`` is malformed.
+            RdmaError: none of its addresses leads there; or that was so a short time ago, and none was tried.
+            ProtocolError: `invitation` is malformed.
         """
         hosts, port, ticket = parse_invitation(invitation)
         began = time.monotonic()
@@ -269,7 +268,7 @@ class PeerLinks:
         if silent:
             with self._lock:
                 count, since, _ = self._unreachable.get(peer, (0, 0.0, ""))
-                # Several that dial at once have found out the same.
+                # Several threads that dial at once find out the same; that counts once.
                 self._unreachable[peer] = count + (since <= began), time.monotonic(), reason
         raise FabricError(reason)
 
@@ -287,7 +286,7 @@ class PeerLinks:
             self._require(stream, peer, Role.ACTIVE, "it was sent no ticket")
             with self._pending.track(sock):
                 stream.send(stream.protect([ticket]))
-                if _read(stream, len(_WELCOME), deadline - time.monotonic()) != _WELCOME:
+                if _receive_exactly(stream, len(_WELCOME), deadline - time.monotonic()) != _WELCOME:
                     raise ProtocolError("it is no data port of nvflare-rdma")
             way = functools.partial(socket.create_connection, address, GREETING_TIMEOUT)
             return self._open(Role.ACTIVE, sock, stream, self._runtime.tcp(way), peer)
@@ -322,16 +321,16 @@ class PeerLinks:
     # -- what is expected ----------------------------------------------------------------------------------
 
     def expect(self, peer: str, sinks: Sequence[Sink]) -> int:
-        """From now on ``peer`` may send what the sinks are for, as messages with the label that is returned and those
-        that follow it. `forget` is to follow."""
-        # Nobody else can know them: what is late from an earlier attempt has no place in this one.
+        """Let `peer` send what the sinks are for, as messages with the label that is returned and those that follow it.
+        `forget` is to be called afterwards."""
+        # Labels that nobody else can know: what is late from an earlier attempt has no place in this one.
         first = secrets.randbits(62) + 1
         with self._lock:
             self._sinks |= {(peer, first + i): sink for i, sink in enumerate(sinks)}
         return first
 
     def forget(self, peer: str, first: int, count: int) -> None:
-        """Don't take them any more. What is landing goes on; its sink is told in the end."""
+        """Expect these messages no more. One that has begun to come goes on, and its sink is told how it ended."""
         with self._lock:
             for label in range(first, first + count):
                 self._sinks.pop((peer, label), None)
@@ -341,7 +340,7 @@ class PeerLinks:
             return self._sinks.pop((peer, label), None)
 
     def close(self) -> None:
-        """End all channels at once and close the door. Idempotent."""
+        """End all links at once, and close the door. Idempotent."""
         with self._lock:
             self._closed = True
             door, self._door = self._door, None
@@ -353,8 +352,8 @@ class PeerLinks:
             link.close(0.0)
 
 
-def _read(stream: ControlStream, size: int, timeout: float) -> bytes:
-    """Exactly ``size`` bytes; the peer sends no more before it has an answer."""
+def _receive_exactly(stream: ControlStream, size: int, timeout: float) -> bytes:
+    """Receive exactly `size` bytes. The peer sends no more before it has an answer."""
     deadline, data = time.monotonic() + timeout, b""
     while len(data) < size:
         part = stream.receive(max(deadline - time.monotonic(), 0.0))
@@ -367,4 +366,4 @@ def _read(stream: ControlStream, size: int, timeout: float) -> bytes:
 
 
 def _unexpected(message: object) -> None:
-    raise ProtocolError("a message without a label came over a data channel")
+    raise ProtocolError("a message without a label came over a link")

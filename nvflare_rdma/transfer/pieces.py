@@ -24,7 +24,7 @@ _MAX_PIECE_VALUES = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class PieceLayout:
-    """How a tensor of `n` values is cut: into pieces of `values` values, which `codec` encodes."""
+    """Tells how a tensor of `n` values is cut: into pieces of `values` values, which `codec` encodes."""
 
     codec: FixedSizeCodec
     n: int

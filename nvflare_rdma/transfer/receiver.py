@@ -1,13 +1,12 @@
-"""The receiving half of a direct transfer: a message's tensors, landed in their own memory.
+"""The receiving half of a transfer: asks a peer's `Service` for a message's items, and receives them over a link.
 
-    describe   what there is, and how to get there          (FLARE's messages, `serving`)
-    send       "that and that, under these labels"
-               ... each tensor lands over the data channel (`channels`) ...
-    report     every few seconds: is it still coming? This also tells FLARE that the transfer lives.
-    done       it may be forgotten                          (unless FLARE's next message says that)
-    give up    nothing more need be sent: the receiver has failed
+    describe   tells what there is, and how to get there
+    send       asks for items, under labels; each of them comes over the link then
+    report     asks every few seconds why nothing more will come; this also tells FLARE that the transfer lives
+    done       tells that everything is here      (not where FLARE's next message tells that)
+    give up    tells that the receiver has failed, and nothing more need be sent
 
-A channel that breaks is opened again, and what is missing is asked for again.
+A link that breaks is opened again, and what is missing is asked for again.
 """
 
 from __future__ import annotations
@@ -31,22 +30,24 @@ log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 2.0
 _LOOK_SECONDS = 0.2
-#: In which nothing at all comes over the channel, and nobody says why: longer than a message may wait for memory.
+#: An attempt ends if nothing at all comes for so long and nobody says why. A message may wait for memory for less.
 STALL_SECONDS = 120.0
-#: In a row, of which nothing came.
+#: So many attempts in a row that bring nothing are the end of a transfer.
 ATTEMPTS = 3
 
 
 class AbortedError(TransferError):
-    """The receiver does not want it any more."""
+    """The receiver does not want the message any more."""
 
 
 class LostError(TransferError):
-    """No answer to a request came in time."""
+    """An answer to a request did not come in time."""
 
 
 @dataclass(frozen=True)
 class Progress:
+    """Tells how much is here: whole items, and their bytes as they were sent."""
+
     nbytes: int
     items: int
 
@@ -60,16 +61,16 @@ def pull(
     progress: Callable[[Progress], None] = lambda done: None,
     meter: Meter | None = None,
 ) -> dict[str, Any]:
-    """All tensors of a message that ``peer`` holds, by FLARE's item ids: what their places give.
+    """Receive all tensors of a message that `peer` holds, and give what their places give, by FLARE's item ids.
 
     Args:
-        ask: sends a request to the peer's `Service.answer` and gives what it says.
+        ask: brings a request to the peer's `Service.answer`, and gives its answer.
         land: makes the place of a tensor.
-        aborted: whether to stop; it is looked at several times a second.
+        aborted: tells whether to stop; it is called several times a second.
         meter: counts what came over links, and how.
 
     Raises:
-        AbortedError: ``aborted`` said so.
+        AbortedError: `aborted` said so.
         RdmaError: there is no direct way, or what came over it is no good. Nothing is kept.
     """
     meter = meter or Meter("received", links.name, peer, ledger=links.ledger)
@@ -78,8 +79,8 @@ def pull(
 
 
 class Pull:
-    """Gets what one peer's `Service` holds into a destination; one for each message. ``items``: what there is, as far
-    as the peer has told."""
+    """Receives what one peer's `Service` holds into a destination; one for each message. `items` are those that the
+    peer has told of."""
 
     def __init__(
         self,
@@ -115,9 +116,9 @@ class Pull:
                 failed.
         """
         try:
-            # First: once the peer has heard "done", nobody else has it.
+            # This comes first: once the peer has heard "done", nobody else has the message.
             result = self._receive()
-            # A sender that says so sees for itself what has arrived, while the channel lives.
+            # A sender that "sees" knows by itself what has arrived, while the link lives.
             if not (confirmed and self._seen and self._links.find(self._peer)):
                 self._say_done()
             return result
@@ -125,7 +126,8 @@ class Pull:
             if self._asked or self._destination.durable:
                 with contextlib.suppress(Exception):  # the error is told as it is
                     self._ask_peer({"do": "give up"})
-            if isinstance(error, OSError) and not isinstance(error, RdmaError):  # where it is stored, not how it comes
+            # An OSError is about where the items are stored, and not about how they come.
+            if not (self._destination.durable or isinstance(error, RdmaError)) and isinstance(error, OSError):
                 raise TransferError(f"tensors from {self._peer} can't be stored: {error}") from error
             raise
 
@@ -146,7 +148,7 @@ class Pull:
         except RdmaError as error:
             if not self._destination.durable:
                 raise
-            log.info("%s was not told that everything is here: %s", self._peer, error)
+            log.info("%s could not be told that everything is here, which changes nothing: %s", self._peer, error)
 
     def _land(self, described: Mapping[str, Any]) -> None:
         large = {number for number, item in enumerate(self.items) if item.content is None}
@@ -157,14 +159,15 @@ class Pull:
             left = missing - self._whole
             if not left:
                 return
-            log.warning("%s: %d of %d tensors are missing: %s", self._peer, len(left), len(large), reason)
+            what = f"{len(left)} of {len(large)} items from {self._peer}"
+            log.warning("%s did not come, and are asked for again unless nothing comes any more: %s", what, reason)
             fruitless = fruitless + 1 if len(left) == len(missing) else 0
             if fruitless == ATTEMPTS:
                 raise TransferError(f"{len(left)} of {len(large)} tensors did not come from {self._peer}: {reason}")
             missing, described = left, self._describe()
 
     def _attempt(self, missing: Set[int], described: Mapping[str, Any]) -> str:
-        """Land what is missing, and say why not all of it came."""
+        """Receive what is missing, and give the reason if not all of it came."""
         invitation = self._find_way(described)
         arrivals = Arrivals(set(missing))
         sinks = [self._destination.sink(number, arrivals) for number in sorted(missing)]
@@ -174,7 +177,7 @@ class Pull:
             request = {"do": "send", "first": first, "items": sorted(missing), "invitation": invitation}
             self._seen = ask_for(self._ask_peer, request).get("sees") is True
             if invitation is not None and self._links.await_open(self._peer) is None:
-                return "the channel that the peer has dialled did not open"
+                return "the link that the peer has dialled did not open"
             self._wait(arrivals)
         finally:
             self._count(sinks, arrivals)
@@ -193,7 +196,7 @@ class Pull:
             self._meter.wire_bytes += arrivals.nbytes
 
     def _find_way(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
-        """See that there is a channel; an invitation if the peer has to make it."""
+        """Open a link if there is none. Returns an invitation if the peer has to open it."""
         if described.get("channel") is True and self._links.find(self._peer) is not None:
             return None
         theirs = described.get("invitation")
@@ -206,7 +209,7 @@ class Pull:
             raise FabricUnavailable(f"neither side has a door: {error}; {described.get('closed')}") from error
 
     def _wait(self, arrivals: Arrivals) -> None:
-        """Until everything is there, or something is wrong."""
+        """Wait until everything is here, or something is wrong."""
         now = time.monotonic()
         report_at, moved_at, known, moved, asked_why = now + REPORT_SECONDS, now, -1, (0, 0), False
         while True:
@@ -226,7 +229,7 @@ class Pull:
             if (moving := (nbytes, self._links.arriving(self._peer))) != moved:
                 moved, moved_at = moving, now
             if self._links.find(self._peer) is None:
-                arrivals.fail("the data channel broke")
+                arrivals.fail("the link broke")
             elif now - moved_at > STALL_SECONDS:
                 arrivals.fail(f"nothing has come for {STALL_SECONDS:g} s")
             elif now >= report_at or (lost and not asked_why):
@@ -238,7 +241,7 @@ class Pull:
         try:
             failed = ask_for(self._ask_peer, {"do": "report"}).get("failed")
         except LostError as error:
-            log.info("%s: %s", self._peer, error)  # the data shows by itself whether it comes
+            log.info("the transfer goes on, though %s", error)  # whether data comes shows by itself
             return
         if failed:
             arrivals.fail(str(failed))
@@ -247,7 +250,7 @@ class Pull:
         request = {"do": "describe", "channel": self._links.find(self._peer) is not None}
         described = ask_for(self._ask_peer, request)
         items, known = manifest.unpack(described.get("manifest")), self.items
-        # Again: how they are sent may have changed, but not what they are.
+        # How the items are sent may have changed since, but not what they are.
         if known and list(map(_identity, items)) != list(map(_identity, known)):
             raise ProtocolError("the peer has other tensors than it said before")
         self.items = items
@@ -256,7 +259,7 @@ class Pull:
 
 
 def ask_for(ask: Callable[[dict[str, Any]], Any], request: dict[str, Any]) -> Mapping[str, Any]:
-    """The answer that ``ask`` brings.
+    """The answer that `ask` brings.
 
     Raises:
         ProtocolError: it is malformed. TransferError: the peer refuses.

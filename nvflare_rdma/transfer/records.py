@@ -1,8 +1,8 @@
-"""What each transfer of this process did, for whoever wants to know. Knows nothing of FLARE.
+"""Records what each transfer of this process did.
 
 Who moves data makes a `Meter`, counts on it, and ends it; the record then goes to the `Ledger` that the meter was
-given, and from there to its subscribers (`reporting` is one). What is counted belongs to the transfer alone, also where
-several share a link, but for the budget, which is the process's.
+given, and from there to its subscribers (`metrics.reporting` is one). What is counted belongs to the transfer alone,
+also where several share a link, except for the budget, which is the process's.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Direction: TypeAlias = Literal["sent", "received"]
 
 
 class HasPeak(Protocol):
-    """Bytes: see `MemoryBudget.watch`."""
+    """Knows the most bytes that were held at a time: see `MemoryBudget.watch`."""
 
     peak: int
 
 
 @dataclass(frozen=True)
 class TransferRecord:
-    """One transfer to, or from, one peer."""
+    """Tells how one transfer to or from one peer went."""
 
     time: float
     """When it ended: seconds since 1970."""
@@ -35,30 +35,31 @@ class TransferRecord:
     cell: str
     """FQCN of this side's cell."""
     peer: str
-    """FQCN of the other side's."""
+    """FQCN of the peer's cell."""
     kind: str
     """What was moved: "tensors", "container" or "file"."""
     items: int
     """Tensors, entries or files that have arrived; 0 if it failed."""
     raw_bytes: int
-    """Bytes that they have for their users; 0 if it failed."""
+    """Bytes that the items have for their users; 0 if it failed."""
     wire_bytes: int
-    """Bytes of them as they travel, encoded or not, without headers and seals, and without what was sent again."""
+    """Bytes of the items as they travel, encoded or not, without headers and seals, and without what was sent again."""
     seconds: float
     resent_chunks: int
     """Chunks that were asked for (received) or written (sent) once more, lost with a rail or damaged."""
     fabric: str
-    """The one in use in the end; "control" is the control stream; "" if no channel was needed, or on FLARE's path."""
+    """The fabric in use in the end; "control" is the control stream; "" if no link was needed, or on FLARE's path."""
     budget_peak_bytes: int
-    """The most that all transfers of the process together held meanwhile of its memory budget for what arrives."""
+    """The most that all transfers of the process together held meanwhile of its budget for what arrives."""
     path: Literal["direct", "flare"]
     reason: str
-    """Why it took FLARE's own path; "" if it did not."""
+    """Why it took the fallback, FLARE's own path; "" if it did not."""
     outcome: str
     """"done", or "failed: " and the reason."""
 
     @property
     def failed(self) -> bool:
+        """Whether it did not bring what it was for."""
         return self.outcome != "done"
 
     @property
@@ -67,13 +68,13 @@ class TransferRecord:
         return self.raw_bytes / self.seconds if self.seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the fields and ``goodput``, with sensible digits."""
+        """The fields and `goodput` for JSON, rounded to sensible digits."""
         times = {"time": round(self.time, 3), "seconds": round(self.seconds, 6), "goodput": round(self.goodput)}
         return {**asdict(self), **times}
 
 
 class Ledger:
-    """Takes records from any thread and hands them to its subscribers."""
+    """Takes records from any thread, and hands them to its subscribers."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -81,8 +82,8 @@ class Ledger:
         self._failed: set[Callable[[TransferRecord], None]] = set()
 
     def subscribe(self, callback: Callable[[TransferRecord], None]) -> Callable[[], None]:
-        """``callback`` gets every record from now on, in the thread in which the transfer ends; what is returned ends
-        that."""
+        """Call `callback` with every record from now on, in the thread in which the transfer ends. Returns a function
+        that ends this."""
         with self._lock:
             self._subscribers.append(callback)
 
@@ -95,7 +96,7 @@ class Ledger:
         return unsubscribe
 
     def record(self, record: TransferRecord) -> None:
-        """A transfer has ended. A subscriber that fails is logged once, and disturbs nobody."""
+        """Hand a record to all subscribers. One that fails is logged once, and disturbs nobody."""
         with self._lock:
             subscribers = list(self._subscribers)
         for callback in subscribers:
@@ -106,11 +107,14 @@ class Ledger:
                     first = callback not in self._failed
                     self._failed.add(callback)
                 if first:
-                    log.exception("a transfer could not be reported; further failures of this kind are not logged")
+                    log.exception(
+                        "a subscriber failed to take a transfer's record; its further failures are not logged"
+                    )
 
 
 class Meter:
-    """One transfer as it goes on. Whoever moves the data sets and adds to what is public; `end` makes the record."""
+    """Counts one transfer as it goes on. Who moves the data sets and adds to the public attributes; `end` makes the
+    record."""
 
     def __init__(
         self, direction: Direction, cell: str, peer: str, kind: str = "tensors", ledger: Ledger | None = None
@@ -118,7 +122,7 @@ class Meter:
         self.wire_bytes = 0
         self.resent_chunks = 0
         self.fabric = ""
-        #: To look at the budget while the transfer lasts; None where there is none.
+        #: Watches the budget while the transfer lasts; None where there is no budget.
         self.budget: HasPeak | None = None
         self._direction, self._cell, self._peer, self._kind, self._ledger = direction, cell, peer, kind, ledger
         self._reason = ""
@@ -127,11 +131,11 @@ class Meter:
         self._ended = False
 
     def fall_back(self, reason: str) -> None:
-        """It goes on FLARE's own path. The first reason counts."""
+        """Note that the transfer takes the fallback. The first reason counts."""
         self._reason, self.fabric = self._reason or reason, ""
 
     def end(self, items: int = 0, raw_bytes: int = 0, failure: str = "") -> None:
-        """It is over; what arrived, or why nothing did. Only the first call does anything."""
+        """End the transfer: what arrived, or why nothing did. Only the first call does anything."""
         with self._lock:
             if self._ended:
                 return
@@ -160,7 +164,7 @@ class Meter:
 
 
 class Meters:
-    """A sender's, one for each receiver that has begun and not ended."""
+    """Keeps a sender's meters: one for each receiver that has begun and not ended."""
 
     def __init__(self, cell: str, kind: str = "tensors", ledger: Ledger | None = None) -> None:
         self._cell, self._kind, self._ledger = cell, kind, ledger
@@ -168,26 +172,26 @@ class Meters:
         self._open: dict[str, Meter] = {}
 
     def begin(self, receiver: str) -> Meter:
-        """Its meter; a new one if there is none."""
+        """The meter of a receiver, a new one if it has none."""
         with self._lock:
             if receiver not in self._open:
                 self._open[receiver] = Meter("sent", self._cell, receiver, self._kind, self._ledger)
             return self._open[receiver]
 
     def find(self, receiver: str) -> Meter | None:
-        """Its meter, if it has begun."""
+        """The meter of a receiver, None if it has not begun."""
         with self._lock:
             return self._open.get(receiver)
 
     def end(self, receiver: str, items: int = 0, raw_bytes: int = 0, failure: str = "") -> None:
-        """See `Meter.end`. Does nothing for one that has not begun."""
+        """End a receiver's transfer, if it has begun. See `Meter.end`."""
         with self._lock:
             meter = self._open.pop(receiver, None)
         if meter is not None:
             meter.end(items, raw_bytes, failure)
 
     def close(self, failure: str) -> None:
-        """Those that are left have failed."""
+        """End all transfers that are left; they have failed."""
         with self._lock:
             receivers = list(self._open)
         for receiver in receivers:
@@ -196,13 +200,13 @@ class Meters:
 
 @dataclass(frozen=True)
 class Totals:
-    """Several transfers, of one direction, together."""
+    """Sums of several transfers in one direction."""
 
     transfers: int = 0
     raw_bytes: int = 0
     wire_bytes: int = 0
     seconds: float = 0.0
-    """In which at least one of them was under way."""
+    """Time in which at least one of them was under way."""
     resent_chunks: int = 0
 
     @property
@@ -212,7 +216,7 @@ class Totals:
 
 
 def total(records: Iterable[TransferRecord]) -> Totals:
-    """Add them up."""
+    """Add up records."""
     records = list(records)
     seconds, until = 0.0, float("-inf")
     for begin, end in sorted((record.time - record.seconds, record.time) for record in records):

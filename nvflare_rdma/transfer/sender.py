@@ -1,4 +1,4 @@
-"""What a sender does for one receiver: tensors become messages of a data channel, or pieces of FLARE's own."""
+"""What a sender does for one receiver: items become messages of a link, or pieces of FLARE's messages."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from nvflare_rdma.transfer.content import Content
 from nvflare_rdma.transfer.manifest import Item
 from nvflare_rdma.transfer.records import Meter
 
-#: Tensors, and bytes, that are offered and not over: enough that their receiver always has the next one to grant.
+#: How many items, and bytes, may be offered and not over: enough for the receiver to have always the next one to grant.
 _AHEAD, _AHEAD_BYTES = 64, 64 << 20
-#: How long who waits for the first of them may sleep on when that is over, so that it is not woken for each.
+#: Who waits for the first of them may sleep on for so long when that is over, so that it is not woken for each.
 _DOZE_SECONDS = 0.05
 _SEND_TIMEOUT = 3600.0
 
 
 class Relayed:
-    """The tensors that are not in the manifest, as bytes, for one receiver that asks for them piece by piece."""
+    """Gives the items that are not in the manifest as bytes to one receiver, which asks for them piece by piece."""
 
     def __init__(self, items: list[Item], content: Content) -> None:
         self._items = list(items)
@@ -31,8 +31,10 @@ class Relayed:
         self._open: tuple[int, Source] | None = None
 
     def piece(self, number: int, offset: int, exact: bool, most: int) -> tuple[int, int, bool, bytes] | None:
-        """What follows ``offset`` bytes of an item: its number, the offset, whether the item is not encoded (any more:
-        it then begins anew), and at most ``most`` bytes (but one unit at least); None after the last.
+        """Give the bytes that follow `offset` bytes of an item: at most `most` of them, but one unit at least.
+
+        Returns the item's number, the offset, whether the item is not encoded (any more: it then begins anew), and the
+        bytes; None after the last item.
 
         Raises:
             ProtocolError: there is no such item. CodecError: no piece begins there.
@@ -72,8 +74,8 @@ class OfferedItem:
 
 
 class OfferThread(threading.Thread):
-    """Offers items of ``content`` to one receiver, one after the other. ``moved``: told the bytes of each that has
-    arrived."""
+    """Offers items of `content` to one receiver, one after the other. `moved` is called with the bytes of each one that
+    has arrived."""
 
     def __init__(self, link: Link, content: Content, wanted: list[OfferedItem], moved: Callable[[int], None]) -> None:
         super().__init__(name="rdma-offers", daemon=True)
@@ -94,6 +96,7 @@ class OfferThread(threading.Thread):
             return self._failure
 
     def run(self) -> None:
+        """Offer everything, and wait until it has arrived. What fails is in `failure`, for the receiver to ask."""
         try:
             for wanted in self._wanted:
                 while len(self._open) >= _AHEAD or (len(self._open) > 1 and self._ahead() >= _AHEAD_BYTES):
@@ -125,15 +128,15 @@ class OfferThread(threading.Thread):
             self._link.withdraw(sending, failure)
 
     def has_arrived(self, timeout: float) -> bool:
-        """Whether everything has, if that is known within ``timeout`` seconds."""
+        """Whether everything has arrived, if that is known within `timeout` seconds."""
         if self.ident is None:
             return False
         self.join(timeout)
         return not self._missing
 
     def _wait_for_some(self, count: int) -> None:
-        """Until the first one is over, and ``count`` of them where they go fast."""
-        with contextlib.suppress(TransferError):  # each is told of in its turn
+        """Wait until the first offer is over, and `count` of them where they go fast."""
+        with contextlib.suppress(TransferError):  # each is looked at in its turn
             self._open[count - 1][0].wait(_DOZE_SECONDS)
         self._wait_for_one()
         while self._open and self._open[0][0].ended:
@@ -155,7 +158,7 @@ class OfferThread(threading.Thread):
             self._open.popleft()
 
     def tell_exact(self) -> None:
-        """Of those that turned out to be so, also before this has waited for them."""
+        """Tell the content which items can't be encoded, also those that this thread has not waited for yet."""
         with self._lock:
             open_now = list(self._open)
         for _, item, source in open_now:
@@ -163,14 +166,14 @@ class OfferThread(threading.Thread):
                 self._content.send_exact(item.name, source.unrepresentable)
 
     def count(self, meter: Meter) -> None:
-        """Add what the receiver was sent so far."""
+        """Add what the receiver was sent so far to `meter`."""
         with self._lock:
             meter.wire_bytes += sum(sending.reached for sending in self._offered)
             meter.resent_chunks += sum(sending.resent_chunks for sending in self._offered)
         meter.fabric = self._link.fabric
 
     def stop(self, reason: str) -> None:
-        """Withdraw what is not over. The first reason counts."""
+        """Withdraw the offers that are not over. The first reason counts."""
         with self._lock:
             self._failure = reason = self._failure or reason
             open_now = list(self._open)

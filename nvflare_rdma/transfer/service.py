@@ -1,4 +1,4 @@
-"""The sending half of a direct transfer: what the holder of tensors answers to those who come for them."""
+"""The sending half of a transfer: answers the requests of those who come for a message's items."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nvflare_rdma.transfer.sender import OfferedItem, OfferThread, Relayed
 log = logging.getLogger(__name__)
 
 _ENDED = "the sender has ended the transfer"
-#: In which the sender hears that a message has arrived, once its receiver has it.
+#: How long the sender may take to hear that a message has arrived, once its receiver has it.
 _NOTICE_SECONDS = 5.0
 
 
@@ -27,10 +27,10 @@ class Service:
     """Serves the content of one message to all its receivers.
 
     Args:
-        content: what is sent; let go of when the service is closed.
-        links: this process's; None when there are none (any more).
-        moved: told (receiver, bytes, tensors) of what has arrived there.
-        meters: count what goes to each receiver; those of "done" are ended here, others by `ended` or `close`.
+        content: what is sent. The service lets go of it when it is closed.
+        links: gives this cell's links, or None when there are none (any more).
+        moved: called with (receiver, bytes, items) of what has arrived there.
+        meters: count what goes to each receiver. They are ended by its "done", by `ended` or by `close`.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class Service:
         self._links = links
         self._moved = moved
         self._lock = threading.Lock()
-        #: Receiver -> what it was told.
+        #: Receiver -> the items that it was told of.
         self._items: dict[str, list[Item]] = {}
-        self._sendings: dict[str, OfferThread] = {}
+        self._offering: dict[str, OfferThread] = {}
         self._relayed: dict[str, Relayed] = {}
         self._served: set[str] = set()
-        #: Receivers to whom the sender in `_sendings` sends what they want now.
+        #: Receivers to whom the thread in `_offering` sends what they want now.
         self._asked: set[str] = set()
 
     def answer(self, request: Any, receiver: str) -> dict[str, Any]:
-        """What to say to a `pulling` receiver's request; ``refused`` has the reason if it can't be served directly."""
+        """Answer a request of a receiver's `Pull`. "refused" has the reason if it can't be served directly."""
         what = request.get("do") if isinstance(request, Mapping) else None
         try:
             if (content := self._content) is not None and (answer := content.answer(request, receiver)) is not None:
@@ -67,7 +67,7 @@ class Service:
                     return self._send(request, receiver)
                 case "report":
                     with self._lock:
-                        sender = self._sendings.get(receiver)
+                        sender = self._offering.get(receiver)
                     return {"failed": sender.failure if sender else "nothing is being sent"}
                 case "relay":
                     return self._relay(receiver)
@@ -79,37 +79,38 @@ class Service:
                         self._served.discard(receiver)
                         self._asked.discard(receiver)
                         self._relayed.pop(receiver, None)
-                        sender = self._sendings.pop(receiver, None)
+                        sender = self._offering.pop(receiver, None)
                     if sender is not None:
                         sender.stop("the receiver has given up")
                     self._count(receiver, sender, "the receiver has given up")
                     return {}
                 case _:
                     raise ProtocolError(f"unknown request {what!r}")
-        except Exception as error:  # noqa: BLE001 - whatever it is, FLARE's own path is left
+        except Exception as error:  # noqa: BLE001 - whatever it is, the fallback is left
             expected = isinstance(error, RdmaError | MemoryError)
-            log.log(logging.INFO if expected else logging.ERROR, "%s can't be served directly: %s", receiver, error)
+            level = logging.INFO if expected else logging.ERROR
+            log.log(level, "%s can't be served directly and is refused, so it takes another way: %s", receiver, error)
             refusal = str(error) or type(error).__name__
             self._count(receiver, None, refusal)
             return {"refused": refusal}
 
     def relayed(self, receiver: str) -> Relayed | None:
-        """What ``receiver`` wants piece by piece on FLARE's own path."""
+        """What `receiver` wants piece by piece on the fallback; None if it has not asked for that."""
         with self._lock:
             return self._relayed.get(receiver)
 
     def say_what_is_not_encoded(self, receiver: str) -> None:
-        """``receiver`` takes everything on FLARE's own path, and has nothing that could decode."""
+        """Log that `receiver` takes everything on the fallback, where nothing can decode."""
         if (content := self._content) is not None and (plain := content.count_marked()):
             log.warning(
                 "%d tensors go to %s as they are, not encoded: it takes them on FLARE's own path", plain, receiver
             )
 
     def has_served(self, receiver: str) -> bool:
-        """Whether ``receiver`` has everything: it has said so, or took what it had asked for and has not given up.
-        Waits for what is on its way."""
+        """Whether `receiver` has everything: it has said so, or took what it had asked for and has not given up. This
+        waits for items that are on their way."""
         with self._lock:
-            sender = self._sendings.get(receiver) if receiver in self._asked else None
+            sender = self._offering.get(receiver) if receiver in self._asked else None
             if sender is None:
                 return receiver in self._served
         if not sender.has_arrived(_NOTICE_SECONDS):
@@ -117,26 +118,27 @@ class Service:
         return self._done(receiver, sender)
 
     def _done(self, receiver: str, seen: OfferThread | None = None) -> bool:
-        """``receiver`` has everything; if that is what ``seen`` says, unless it has asked for more since."""
+        """Note that `receiver` has everything. If `seen` is how that is known, it may have asked for more since: then
+        nothing is noted."""
         with self._lock:
-            if seen is not None and (receiver not in self._asked or self._sendings.get(receiver) is not seen):
+            if seen is not None and (receiver not in self._asked or self._offering.get(receiver) is not seen):
                 return False
             self._served.add(receiver)
             self._asked.discard(receiver)
-            sender = self._sendings.pop(receiver, None)
+            sender = self._offering.pop(receiver, None)
         self._count(receiver, sender)
         self.ended(receiver)
         return True
 
     def ended(self, receiver: str, failure: str = "") -> None:
-        """``receiver`` has everything, whichever way; or it will not have it, and why."""
+        """Record that `receiver` has everything, whichever way it came; or that it will not, and why."""
         items, nbytes = self._size if not failure else (0, 0)
         self.meters.end(receiver, items, nbytes, failure)
 
     def close(self) -> None:
-        """Stop sending and let go of the tensors."""
+        """Stop sending, and let go of the content."""
         with self._lock:
-            senders, self._sendings, self._content = self._sendings, {}, None
+            senders, self._offering, self._content = self._offering, {}, None
             self._relayed.clear()
         for receiver, sender in senders.items():
             sender.stop(_ENDED)
@@ -144,7 +146,7 @@ class Service:
         self.meters.close(_ENDED)
 
     def _count(self, receiver: str, sender: OfferThread | None, given_up: str = "") -> None:
-        """``sender`` is not needed any more; ``given_up``: why there is no direct way."""
+        """Count what `sender` has sent, which is not needed any more. `given_up` says why there is no direct way."""
         meter = self.meters.find(receiver)
         if meter is None:
             return
@@ -156,7 +158,7 @@ class Service:
     def _open(self) -> tuple[PeerLinks, Content]:
         links = self._links()
         if links is None:
-            raise TransferError("the sender has no data channels any more")
+            raise TransferError("the sender has no links any more")
         return links, self._open_content()
 
     def _open_content(self) -> Content:
@@ -168,7 +170,7 @@ class Service:
         meter = self.meters.begin(receiver)
         links, content = self._open()
         with self._lock:
-            sender = self._sendings.get(receiver)
+            sender = self._offering.get(receiver)
         if sender is not None:  # it may hear later than the receiver what could not be encoded
             sender.tell_exact()
         with self._lock:
@@ -179,7 +181,7 @@ class Service:
             meter.budget = links.budget.watch()
             meter.wire_bytes += sum(len(item.content or b"") for item in items)
         invitation, closed, channel = None, "", links.find(receiver) is not None
-        # One side may not have noticed yet that the channel is gone.
+        # One side may not have noticed yet that the link is gone.
         if not channel or request.get("channel") is not True:
             try:
                 invitation = links.invite(receiver)
@@ -214,13 +216,13 @@ class Service:
         elif (found := links.await_open(receiver)) is not None:
             link = found
         else:
-            raise TransferError(f"there is no data channel to {receiver}")
+            raise TransferError(f"there is no link to {receiver}")
         offered = [OfferedItem(first + n, items[i]) for n, i in enumerate(wanted)]
         sender = OfferThread(link, content, offered, lambda nbytes: self._moved(receiver, nbytes, 1))
         with self._lock:
             if self._content is None:
                 raise TransferError(_ENDED)
-            previous, self._sendings[receiver] = self._sendings.get(receiver), sender
+            previous, self._offering[receiver] = self._offering.get(receiver), sender
             self._asked.add(receiver)
         if previous is not None:
             previous.stop("the receiver has asked again")
@@ -230,7 +232,7 @@ class Service:
 
 
 def _dial(links: PeerLinks, receiver: str, invitation: Any) -> Link:
-    """Only where the receiver can't dial: nobody is to have this side connect to addresses of his choice."""
+    """Dial a receiver that can't dial this side. Where it can, this side connects to no addresses of its choice."""
     if links.has_door_for(receiver):
         raise ProtocolError("an invitation to a side that has a door")
     try:

@@ -1,4 +1,4 @@
-"""Where received tensors land: in memory of their own, or in files."""
+"""Where received items go: each tensor into memory of its own, or into a file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from nvflare_rdma.channel import Sink
 from nvflare_rdma.codecs import is_storable, make_header
 from nvflare_rdma.transfer.arrays import from_bytes
+from nvflare_rdma.transfer.disk import write_at
 from nvflare_rdma.transfer.encoding import decode_pieces
 from nvflare_rdma.transfer.manifest import Item
 
@@ -20,40 +21,51 @@ Land: TypeAlias = "Callable[[Item], Place]"
 
 
 class Place(ABC):
-    """Of one tensor. ``memory``: of all its bytes, for them to land in; None if they are to be given to `write`."""
+    """Where one tensor is stored. If `memory` is set, its bytes are received straight into it; otherwise they are
+    passed to `write`."""
 
     memory: memoryview | None = None
 
     @abstractmethod
     def write(self, offset: int, data: memoryview) -> None:
-        """Put those bytes there. By several threads at once, and perhaps the same bytes twice. Raises OSError."""
+        """Store bytes of the tensor. Several threads call this at once, and perhaps with the same bytes twice.
+
+        Raises:
+            OSError: they can't be stored.
+        """
 
     @abstractmethod
     def finish(self) -> Any:
-        """Everything is there: what the receiver is given. Raises ProtocolError, OSError."""
+        """Give what the receiver gets, when every byte is stored.
+
+        Raises:
+            ProtocolError: no tensor can be made of them. OSError: they can't be stored.
+        """
 
 
 class InMemory(Place):
-    """Gives the tensor. ``memory``: as large as the tensor, nobody else's."""
+    """Gives the tensor. `memory` is as large as the tensor, and used by nobody else."""
 
     def __init__(self, item: Item, memory: memoryview) -> None:
         self.memory: memoryview = memory
         self._item = item
 
     def write(self, offset: int, data: memoryview) -> None:
+        """See `Place.write`."""
         self.memory[offset : offset + len(data)] = data
 
     def finish(self) -> Any:
+        """See `Place.finish`."""
         return from_bytes(self._item, self.memory)
 
 
 def in_memory(allocate: Callable[[int], memoryview]) -> Land:
-    """Places in memory that ``allocate`` gives."""
+    """Store tensors in memory that `allocate` gives."""
     return lambda item: InMemory(item, allocate(item.nbytes))
 
 
 class OnDisk(Place):
-    """Gives (path, name in it) of a safetensors file with this one tensor.
+    """Gives the path of a safetensors file that has only this tensor, and the tensor's name in it.
 
     Raises:
         OSError: it can't be written; a full disk is seen before anything is, where the file system can tell.
@@ -73,19 +85,19 @@ class OnDisk(Place):
 
     @staticmethod
     def takes(item: Item) -> bool:
-        """Whether such files have tensors of its dtype."""
+        """Whether a safetensors file can have the tensor."""
         return item.torch and is_storable(item.name, item.dtype)
 
     def write(self, offset: int, data: memoryview) -> None:
-        with self._allocating:  # when something comes, and not because somebody has said so
+        """See `Place.write`."""
+        with self._allocating:  # when something comes, and not because a peer has announced it
             if not self._allocated:
                 os.posix_fallocate(self._fd, self._start, self._nbytes)
                 self._allocated = True
-        while data:
-            done = os.pwrite(self._fd, data, self._start + offset)
-            offset, data = offset + done, data[done:]
+        write_at(self._fd, data, self._start + offset)
 
     def finish(self) -> Any:
+        """See `Place.finish`."""
         if self._abandon.detach():
             os.close(self._fd)
         return self.path, self._name
@@ -98,7 +110,7 @@ def _abandon(fd: int, path: str) -> None:
 
 
 class Arrivals:
-    """What is still to come in one attempt of a `Pull`, and what has come."""
+    """Keeps what is still to come in one attempt of a `Pull`, and what has come."""
 
     def __init__(self, numbers: set[int]) -> None:
         self.changed = threading.Condition()
@@ -111,13 +123,13 @@ class Arrivals:
         """Why one of them did not come."""
 
     def fail(self, reason: str) -> None:
-        """No more items will come. The first reason counts."""
+        """Note that no more items will come. The first reason counts."""
         with self.changed:
             self.failure = self.failure or reason
             self.changed.notify_all()
 
     def came(self, number: int, nbytes: int) -> None:
-        """An item is whole, of which ``nbytes`` were sent."""
+        """Note that an item is whole, of which `nbytes` were sent."""
         with self.changed:
             self.open.discard(number)
             self.whole.add(number)
@@ -125,7 +137,7 @@ class Arrivals:
             self._tell_if_over()
 
     def lose(self, number: int, reason: str) -> None:
-        """An item will not come in this attempt."""
+        """Note that an item will not come in this attempt."""
         with self.changed:
             self.open.discard(number)
             self.lost = self.lost or reason
@@ -138,7 +150,7 @@ class Arrivals:
 
 
 class TensorSink(Sink):
-    """Receives one tensor into ``place``; ``whole`` is called with the place when all of it is there."""
+    """Receives one tensor into `place`; `whole` is called with the place when all of it is there."""
 
     def __init__(
         self, number: int, item: Item, place: Place, arrivals: Arrivals, whole: Callable[[int, Place], None]
@@ -153,16 +165,20 @@ class TensorSink(Sink):
 
     @property
     def buffer(self) -> memoryview | None:
+        """See `Sink.buffer`."""
         return self._place.memory if self._item.cut is None else None
 
     def put(self, offset: int, chunk: memoryview) -> None:
+        """See `Sink.put`."""
         store_chunk(self._item, self._place, offset, chunk)
 
     def done(self) -> None:
+        """See `Sink.done`."""
         self._whole(self._number, self._place)
         self._arrivals.came(self._number, self.nbytes)
 
     def failed(self, reason: str) -> None:
+        """See `Sink.failed`."""
         self._arrivals.lose(self._number, reason)
 
 
@@ -199,7 +215,7 @@ class Destination(ABC):
 
     @abstractmethod
     def sink(self, number: int, arrivals: Arrivals) -> Sink:
-        """The sink of an item in one attempt, which tells ``arrivals`` how it went."""
+        """The sink of an item in one attempt, which tells `arrivals` how it went."""
 
     def check(self, attempt_is_over: bool) -> None:
         """Look at what has come: from time to time in an attempt, and when it is over. Raises RdmaError if there is no
@@ -211,12 +227,12 @@ class Destination(ABC):
         """Give what the receiver gets, when every item is here. Raises RdmaError or OSError."""
 
     def close(self) -> None:
-        """End, whether everything came or not."""
+        """Let go of everything, whether all items came or not."""
         return
 
 
 class TensorDestination(Destination):
-    """Gives what the places of the tensors give, by FLARE's item ids. ``land`` makes each tensor's place."""
+    """Gives what the places of the tensors give, by FLARE's item ids. `land` makes each tensor's place."""
 
     def __init__(self, land: Land) -> None:
         self._land = land
@@ -224,13 +240,16 @@ class TensorDestination(Destination):
         self._places: dict[int, Place] = {}
 
     def accept(self, items: list[Item], described: Mapping[str, Any]) -> None:
+        """See `Destination.accept`."""
         self._items = items
 
     def sink(self, number: int, arrivals: Arrivals) -> Sink:
+        """See `Destination.sink`."""
         item = self._items[number]
         return TensorSink(number, item, self._land(item), arrivals, self._places.__setitem__)
 
     def finish(self) -> dict[str, Any]:
+        """See `Destination.finish`."""
         return {item.name: self._finish(number, item) for number, item in enumerate(self._items)}
 
     def _finish(self, number: int, item: Item) -> Any:

@@ -70,7 +70,7 @@ def test_progress_counts_what_came_directly(results):
     ("which", "reason"),
     [
         ("a receiver without this package", ""),
-        ("a sender that has ended its channels", "the sender has no data channels any more"),
+        ("a sender that has ended its channels", "the sender has no links any more"),
         ("no door on either side", "neither side has a door"),
     ],
 )
@@ -119,7 +119,7 @@ def test_sealed_chunks_take_a_share_of_the_budget_and_others_none(results, reque
     ("which", "why_received", "why_sent"),
     [
         ("a receiver without this package", "no data links", "asked on FLARE's own path"),
-        ("a sender that has ended its channels", "no data channels any more", "no data channels any more"),
+        ("a sender that has ended its channels", "no links any more", "no links any more"),
         ("no door on either side", "neither side has a door", "asked on FLARE's own path"),
     ],
 )

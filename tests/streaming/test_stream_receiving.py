@@ -25,7 +25,7 @@ class _Quick(Receiving):
     def finish(self, stream_ctx):
         stream_ctx["finished"] = True
 
-    def may_come_otherwise(self, error):
+    def may_fall_back(self, error):
         return True
 
 
@@ -132,5 +132,5 @@ def test_whatever_breaks_it_is_told(monkeypatch):
 def test_only_entries_of_known_size_share_a_message():
     arrays = {"a": np.zeros(10)}
     entries = [("a", 1), ("b", "x"), ("c", arrays), ("d", arrays), ("e", 2.0), ("f", np.float32(1)), ((1, 2), 3)]
-    assert containers._portions(entries, set(), True) == [[0, 1], [2], [3], [4, 5], [6]]
-    assert containers._portions([value for _, value in entries], {0}, False) == [[1], [2], [3], [4, 5, 6]]
+    assert containers._batches(entries, set(), True) == [[0, 1], [2], [3], [4, 5], [6]]
+    assert containers._batches([value for _, value in entries], {0}, False) == [[1], [2], [3], [4, 5, 6]]

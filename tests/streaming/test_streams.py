@@ -111,8 +111,8 @@ def test_flares_own_path_does_not_encode(results):
 @pytest.mark.parametrize(
     ("which", "reason"),
     [
-        ("before", "goes on FLARE's own path: this side has no data channels"),
-        ("mixed", "goes to site-2 on FLARE's own path: it has no data channels"),
+        ("before", "goes on FLARE's own path: this side has no links"),
+        ("mixed", "goes to site-2 on FLARE's own path: it has no links"),
         ("own sender", ""),
         ("own receiver", "goes to site-1 on FLARE's own path: it does not know this package's streams"),
     ],

@@ -99,7 +99,7 @@ def test_a_tensor_that_this_side_has_not_is_told_before_all_is_forgotten(direct,
         ({**SEND, "items": [1]}, "not in the manifest"),
         ({**SEND, "items": [0, 0]}, "the same twice"),
         ({**SEND, "invitation": {"hosts": ["10.0.0.1"]}}, "an invitation to a side that has a door"),
-        (SEND, "there is no data channel to site-1"),
+        (SEND, "there is no link to site-1"),
     ],
     ids=str,
 )

@@ -268,7 +268,7 @@ def test_a_message_without_a_label_ends_that_channel_only(cell, caplog):
     other, _ = join(server, bad)
     other.send(b"hello", DEADLINE)
     eventually(lambda: server.find("site-2") is None and bad.find("server") is None, DEADLINE)
-    assert "a message without a label came over a data channel" in caplog.text
+    assert "a message without a label came over a link" in caplog.text
     assert_moves(near, good, server)
 
 

@@ -1,1 +1,1 @@
-"""FLARE's object streams (containers and files) over direct links."""
+"""Moves FLARE's object streams, containers and files, over direct links."""

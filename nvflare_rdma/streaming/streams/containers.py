@@ -1,7 +1,7 @@
-"""FLARE's `ContainerStreamer`, whose tensors go from memory to memory over data channels: see `streams`.
+"""FLARE's `ContainerStreamer`, whose tensors go from memory to memory over links: see `sender`.
 
-The sender's tensors and arrays are offered as they are (`serving`), and land in memory of their own (`pulling`). Keys
-and all other entries go with FLARE's messages, some at a time; what is in them is FLARE's to serialize.
+The sender's tensors and arrays are sent as they are, and received into memory of their own. Keys and all other entries
+go with FLARE's messages, some at a time; what is in them is FLARE's to serialize.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from nvflare_rdma.transfer import (
 _FLARES = container_keys()
 
 _ENTRY_TIMEOUT = 60.0
-#: Of entries that are no tensors, in one message: as many, or as many bytes. Of other types than these nobody knows
-#: how many bytes are in them: each goes alone.
+#: So many entries that are no tensors, or so many bytes of them, go in one message. Entries of other types than these
+#: go alone, as nobody knows how many bytes are in them.
 _SMALL = (int, float, bool, str, bytes, type(None))
 _ROWS, _ROW_BYTES = 4096, 1 << 20
-#: Without any message from the sender.
+#: A receiver gives up after so long without any message from the sender.
 _WAIT_SECONDS = 120.0
 _LOOK_SECONDS = 0.2
-_PORTIONS = PREFIX + "portions"
+_BATCH_COUNT = PREFIX + "portions"
 
 
 class ContainerStreamer(flare.ContainerStreamer):
@@ -97,27 +97,30 @@ class ContainerStreamer(flare.ContainerStreamer):
         numbers = [
             n for n, entry in enumerate(entries) if _is_plain(entry[1] if isinstance(container, dict) else entry)
         ]
-        portions = _portions(entries, set(numbers), isinstance(container, dict))
+        batches = _batches(entries, set(numbers), isinstance(container, dict))
 
-        def own(to: Any) -> Any:
+        def fallback(to: Any) -> Any:
             return flare.ContainerStreamer.stream_container(
                 channel, topic, stream_ctx, to, container, fl_ctx, entry_timeout, optional, secure
             )
 
-        code, _ = sender.stream(
+        call = sender.StreamCall(
             fl_ctx,
             channel,
             topic,
             stream_ctx,
-            {_PORTIONS: len(portions)},
-            targets,
-            lambda cell: _StreamedContainer(entries, numbers, portions, isinstance(container, dict), cell),
-            own,
-            f"a container ({type(container).__name__}, {len(container)} entries)",
-            entry_timeout,
+            extra={_BATCH_COUNT: len(batches)},
+            targets=targets,
+            what=f"a container ({type(container).__name__}, {len(container)} entries)",
+            timeout=entry_timeout,
             optional=optional,
             secure=secure,
         )
+
+        def make(cell: Any) -> sender.StreamedObject:
+            return _StreamedContainer(entries, numbers, batches, isinstance(container, dict), cell)
+
+        code, _ = sender.stream(call, make, fallback)
         return code, code == flare.ReturnCode.OK
 
 
@@ -131,8 +134,8 @@ def _size(value: Any) -> float:
     return sys.getsizeof(value) if small else math.inf
 
 
-def _portions(entries: list[Any], tensors: set[int], keyed: bool) -> list[list[int]]:
-    """Numbers of the entries of which something goes with messages."""
+def _batches(entries: list[Any], tensors: set[int], keyed: bool) -> list[list[int]]:
+    """Put the entries of which something goes with messages into batches, by their numbers."""
     found: list[list[int]] = [[]]
     nbytes = 0.0
     for number, entry in enumerate(entries):
@@ -147,7 +150,7 @@ def _portions(entries: list[Any], tensors: set[int], keyed: bool) -> list[list[i
             nbytes = 0.0
         found[-1].append(number)
         nbytes += size
-    return [portion for portion in found if portion]
+    return [batch for batch in found if batch]
 
 
 class _StreamedContainer(sender.StreamedObject):
@@ -155,14 +158,14 @@ class _StreamedContainer(sender.StreamedObject):
         self,
         entries: list[Any],
         numbers: list[int],
-        portions: list[list[int]],
+        batches: list[list[int]],
         keyed: bool,
         cell: Any,
     ) -> None:
         self._entries = entries
         self._keyed = keyed
         self._tensors = set(numbers)
-        self._portions = portions
+        self._batches = batches
         tensors = {str(n): entries[n][1] if keyed else entries[n] for n in numbers}
         ours = shared()
         meters = Meters(cell.get_fqcn(), "container", ours.ledger)
@@ -170,35 +173,35 @@ class _StreamedContainer(sender.StreamedObject):
         self.service = Service(content, functools.partial(ours.links.of, cell), meters=meters)
 
     def more(self) -> Iterator[Any]:
-        for portion in self._portions:
+        for batch in self._batches:
             yield [
                 [n, self._entries[n][0]]
                 if n in self._tensors
                 else [n, *(self._entries[n] if self._keyed else [self._entries[n]])]
-                for n in portion
+                for n in batch
             ]
 
 
 class ContainerReceiving(Receiving):
-    """Puts a container together."""
+    """Puts a container together from its tensors and entries."""
 
     kind = "container"
 
     def __init__(self, stream_ctx: dict[str, Any], site: str) -> None:
-        size, portions = stream_ctx.get(_FLARES.size), stream_ctx.pop(_PORTIONS, None)
-        if type(size) is not int or type(portions) is not int or not 0 <= portions <= size:
-            raise ProtocolError(f"a container of {size} entries in {portions} portions can't be received")
+        size, batches = stream_ctx.get(_FLARES.size), stream_ctx.pop(_BATCH_COUNT, None)
+        if type(size) is not int or type(batches) is not int or not 0 <= batches <= size:
+            raise ProtocolError(f"a container of {size} entries in {batches} batches can't be received")
         self._container = _new(stream_ctx.get(_FLARES.type))
         self._keyed = isinstance(self._container, MutableMapping)
         self._size = size
         self._changed = threading.Condition()
-        self._portions = portions
+        self._batches = batches
         #: Number -> [key or value] or [key, value].
         self._rows: dict[int, list[Any]] = {}
         self._heard_at = time.monotonic()
 
     def take(self, what: Any) -> None:
-        """See `stream_receiving.Receiving`."""
+        """See `Receiving`."""
         if not isinstance(what, list | tuple):
             raise ProtocolError("malformed entries")
         with self._changed:
@@ -206,7 +209,7 @@ class ContainerReceiving(Receiving):
                 if type(number) is not int or number in self._rows or not 0 <= number < self._size:
                     raise ProtocolError(f"entry {number} of {self._size} comes twice, or is none")
                 self._rows[number] = row
-            self._portions -= 1
+            self._batches -= 1
             self._heard_at = time.monotonic()
             self._changed.notify_all()
 
@@ -218,13 +221,13 @@ class ContainerReceiving(Receiving):
         aborted: Callable[[], bool],
         meter: Meter,
     ) -> None:
-        """See `stream_receiving.Receiving`."""
+        """See `Receiving`."""
         memory = shared().tensor_memory
         tensors = pull(links, peer, ask, in_memory(memory.take), aborted, meter=meter)
         memory.keep_for(tensor.nbytes for tensor in tensors.values())
         self.size = self._size, raw_bytes(tensors)
         with self._changed:
-            while self._portions > 0:
+            while self._batches > 0:
                 self._changed.wait(_LOOK_SECONDS)
                 if aborted():
                     raise AbortedError(f"the container from {peer} was aborted")
@@ -253,12 +256,12 @@ class ContainerReceiving(Receiving):
     def _add(self, value: Any) -> None:
         self._container.add(value) if isinstance(self._container, MutableSet) else self._container.append(value)
 
-    def may_come_otherwise(self, error: Exception) -> bool:
-        """FLARE's own path needs none of what fails here."""
+    def may_fall_back(self, error: Exception) -> bool:
+        """See `Receiving`. The fallback needs none of what fails here."""
         return isinstance(error, RdmaError) and not isinstance(error, AbortedError | ProtocolError)
 
     def finish(self, stream_ctx: dict[str, Any]) -> None:
-        """See `stream_receiving.Receiving`."""
+        """See `Receiving`."""
         stream_ctx[_FLARES.result] = self._container
 
 

@@ -1,4 +1,4 @@
-"""FLARE's `FileStreamer`, from disk to disk over data channels: see `streams` and `file_transfer`."""
+"""FLARE's `FileStreamer`, whose files go from disk to disk over links: see `sender` and `transfer.files`."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class FileStreamer(flare.FileStreamer):
     """Streams files, with the methods, arguments, callbacks and results of FLARE's.
 
     What arrives is compared with what was read (xxh3-128 of each part), and appears under its name, a random one in
-    ``dest_dir`` as FLARE's, when all of it is on disk. If the transfer is interrupted, also by the end of a process,
-    the next one of the same file (name, size, time of change, samples of its content) to the same ``dest_dir`` goes on
+    `dest_dir` as FLARE's, when all of it is on disk. If the transfer is interrupted, also by the end of a process,
+    the next one of the same file (name, size, time of change, samples of its content) to the same `dest_dir` goes on
     from what is there under a hidden name, as far as the sender has the same. A full disk is
     an error before bytes move, and nothing is left of the file.
     """
@@ -63,7 +63,7 @@ class FileStreamer(flare.FileStreamer):
         chunk_consumed_cb: Any = None,
         **cb_kwargs: Any,
     ) -> None:
-        """See FLARE's. ``chunk_consumed_cb`` is called for the stream's messages: every few seconds, and at the end."""
+        """See FLARE's. `chunk_consumed_cb` is called for the stream's messages: every few seconds, and at the end."""
         folder = dest_dir if dest_dir else tempfile.gettempdir()
         flare.FileStreamer.register_stream_processing(
             fl_ctx, channel, topic, folder, stream_done_cb, chunk_consumed_cb, **cb_kwargs
@@ -86,8 +86,8 @@ class FileStreamer(flare.FileStreamer):
         secure: bool = False,
         quantization_type: str | None = None,
     ) -> tuple[str, Any]:
-        """See FLARE's. ``chunk_size`` is that of FLARE's own path; over a channel, receivers choose. A chunk's timeout
-        is that of a message; the file may take as long as it moves.
+        """See FLARE's. `chunk_size` is that of FLARE's own path; over a link, receivers choose. A chunk's timeout is
+        that of a message; the file may take as long as it moves.
 
         Args:
             quantization_type: a codec's name, as `nvflare_rdma.filters.ModelQuantizer` takes it: the tensors of a
@@ -97,7 +97,7 @@ class FileStreamer(flare.FileStreamer):
 
         Raises:
             SourceError: it can't be read, or encoded. ConfigError: an unknown type, or one whose sizes are not known
-                before (``lossless``, ``adaquant``).
+                before (`lossless`, `adaquant`).
         """
         if not os.path.isfile(file_name):
             raise ValueError(f"file {file_name} is not a valid file")
@@ -114,7 +114,7 @@ class FileStreamer(flare.FileStreamer):
         stream_ctx[flare.KEY_FILE_SIZE] = file.identity.size
         stream_ctx[flare.KEY_FILE_NAME] = file.identity.name
 
-        def own(to: Any) -> Any:
+        def fallback(to: Any) -> Any:
             if quantization_type:
                 log.warning(
                     "%s goes exact, not as %s: FLARE's own path has nothing that decodes", file_name, quantization_type
@@ -123,20 +123,19 @@ class FileStreamer(flare.FileStreamer):
                 channel, topic, stream_ctx, to, file_name, fl_ctx, chunk_size, chunk_timeout, optional, secure
             )
 
-        code, replies = sender.stream(
+        call = sender.StreamCall(
             fl_ctx,
             channel,
             topic,
             stream_ctx,
-            {_IDENTITY: file.identity.pack()},
-            targets,
-            lambda cell: _StreamedFile(file, cell),
-            own,
-            file_name,
-            chunk_timeout,
+            extra={_IDENTITY: file.identity.pack()},
+            targets=targets,
+            what=file_name,
+            timeout=chunk_timeout,
             optional=optional,
             secure=secure,
         )
+        code, replies = sender.stream(call, lambda cell: _StreamedFile(file, cell), fallback)
         return code, replies if code == flare.ReturnCode.OK else False
 
 
@@ -158,7 +157,7 @@ class _StreamedFile(sender.StreamedObject):
 
 
 class FileReceiving(Receiving):
-    """Puts a file into ``folder``, under a name of its own."""
+    """Receives a file into `folder`, under a name of its own."""
 
     kind = "file"
 
@@ -171,7 +170,7 @@ class FileReceiving(Receiving):
         self.size = 1, self._identity.size
         self._site = site
         self._folder = folder
-        # As FLARE's: callbacks know where it will be.
+        # As with FLARE's streams, callbacks know where the file will be.
         self._path = stream_ctx[flare.KEY_FILE_LOCATION] = os.path.join(folder, str(uuid.uuid4()))
 
     def run(
@@ -182,27 +181,27 @@ class FileReceiving(Receiving):
         aborted: Callable[[], bool],
         meter: Meter,
     ) -> None:
-        """See `stream_receiving.Receiving`."""
+        """See `Receiving`."""
         target = FileTarget(self._identity, self._folder, self._path, self._site)
         pull_file(links, peer, ask, target, aborted, meter)
 
-    def may_come_otherwise(self, error: Exception) -> bool:
-        """Not if the disk is full, or the data wrong."""
+    def may_fall_back(self, error: Exception) -> bool:
+        """See `Receiving`. There is no use in it if the disk is full, or the data wrong."""
         hopeless = isinstance(error, StorageError | IntegrityError | ProtocolError | AbortedError)
         return isinstance(error, RdmaError) and not hopeless
 
     def dismiss(self) -> None:
-        """See `stream_receiving.Receiving`."""
+        """See `Receiving`."""
         forget(self._folder, self._identity, self._site)
 
     def undo(self) -> None:
-        """See `stream_receiving.Receiving`."""
+        """See `Receiving`."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
 
 
 class FileRetriever(flare_retriever.FileRetriever):
-    """Gets a file from another site's ``source_dir`` into this one's ``dest_dir``; as FLARE's.
+    """Gets a file from another site's `source_dir` into this one's `dest_dir`; as FLARE's.
 
     Args:
         quantization_type: how this site sends files: see `FileStreamer.stream_file`.

@@ -1,4 +1,4 @@
-"""The receiving half of `streams`."""
+"""The receiving half of FLARE's streams over links: see `sender`."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ log = logging.getLogger(__name__)
 
 PREFIX = "nvflare_rdma."
 KEY = "nvflare_rdma"
-_SILENT = PREFIX + "silent"  # in a receiver's stream context: FLARE's own stream follows, or came before
+_SILENT = PREFIX + "silent"  # in a receiver's stream context: FLARE's stream follows on the fallback, or came before
+#: A receiver's state that asks for the fallback, as messages have it.
+FALLBACK = "own"
 #: How long a receiver waits for its data to come before it answers that it is still coming.
 TURN_SECONDS = 2.0
-#: A receiver whose own part is over hears no more of its sender: at least, and in turns of the sender's, which waits
-#: for the slowest of its targets.
+#: A receiver whose own part is over takes its sender for gone if it is silent for so long, or for so many of the
+#: sender's turns if that is longer: it waits for the slowest of its targets.
 SENDER_SILENCE_SECONDS, _SILENCE_TURNS = 120.0, 4
 _LOOK_SECONDS = 1.0
 _MAX_TIMEOUT = 7 * 24 * 3600.0
 
 
 class Receiving(ABC):
-    """One stream's object on its way in. It is made when the stream starts, from the stream's context. ``kind``: see
-    `TransferRecord`. ``size``: items and bytes that have arrived.
+    """Receives one stream's object. It is made when the stream starts, from the stream's context.
+
+    `kind` is that of its `TransferRecord`; `size` tells how many items and bytes have arrived.
 
     Raises:
         RdmaError: the context is malformed.
@@ -43,7 +46,7 @@ class Receiving(ABC):
     size: tuple[int, int]
 
     def take(self, what: Any) -> None:
-        """What came with a message."""
+        """Take what came with a message."""
         raise TransferError("nothing is expected with messages")
 
     @abstractmethod
@@ -55,26 +58,30 @@ class Receiving(ABC):
         aborted: Callable[[], bool],
         meter: Meter,
     ) -> None:
-        """Receive it. Raises RdmaError, OSError or MemoryError."""
+        """Receive the object.
+
+        Raises:
+            RdmaError, OSError, MemoryError: it did not come, or can't be stored.
+        """
 
     def finish(self, stream_ctx: dict[str, Any]) -> None:
-        """Everything is here: make it known."""
+        """Make the object known: everything is here."""
         return
 
     def undo(self) -> None:
-        """Everything is here, but its stream has ended with an error."""
+        """Undo what `finish` did: everything is here, but the stream has ended with an error."""
         return
 
     @abstractmethod
-    def may_come_otherwise(self, error: Exception) -> bool:
-        """Whether FLARE's own path is worth a try."""
+    def may_fall_back(self, error: Exception) -> bool:
+        """Whether the fallback is worth a try after `error`."""
 
     def dismiss(self) -> None:
-        """It will not come in this way, now or later."""
+        """Remove what is left: the object will not come in this way, now or later."""
         return
 
 
-#: Of a stream's context, and this site's name.
+#: Makes what receives a stream, from the stream's context and this site's name.
 Make: TypeAlias = Callable[[dict[str, Any], str], Receiving]
 
 
@@ -92,6 +99,7 @@ class _Consumer(ObjectConsumer):
         self._heard_at, self._patience = time.monotonic(), SENDER_SILENCE_SECONDS
 
     def consume(self, shareable: Any, stream_ctx: dict[str, Any], fl_ctx: Any) -> tuple[bool, Any]:
+        """Answer a message of the sender; FLARE calls this."""
         self._fl_ctx, self._heard_at = fl_ctx, time.monotonic()
         message = shareable.get(KEY)
         what = message.get("do") if isinstance(message, dict) else None
@@ -99,8 +107,8 @@ class _Consumer(ObjectConsumer):
             stream_ctx[_SILENT] = True
             cell = fl_ctx.get_engine().get_cell()
             ready = shared().links.of(cell) is not None
-            reason = "" if ready else "it has no data channels (RdmaTransfer is not running)"
-            return False, _reply("ready" if ready else "own", reason)
+            reason = "" if ready else "it has no links (RdmaTransfer is not running)"
+            return False, _reply("ready" if ready else FALLBACK, reason)
         if what == "start" and self._thread is None:
             self._start(message, fl_ctx)
         elif self._thread is None:
@@ -143,7 +151,7 @@ class _Consumer(ObjectConsumer):
         try:
             state, reason = self._run(receiving, links, peer, ask, aborted)
         except Exception:
-            log.exception("receiving a stream failed")
+            log.exception("receiving a stream from %s failed, and its sender is told so", peer)
         finally:  # the sender asks until it is not "running"
             with self._lock:
                 self._state, self._reason = state, reason
@@ -159,20 +167,20 @@ class _Consumer(ObjectConsumer):
     def _run(
         self, receiving: Receiving, links: Any, peer: str, ask: Any, aborted: Callable[[], bool]
     ) -> tuple[str, str]:
-        """State and reason."""
+        """Receive the object, and give the state that it ends in, and the reason."""
         state, reason = "done", ""
         name = self._fl_ctx.get_engine().get_cell().get_fqcn()
         meter = Meter("received", name, peer, receiving.kind, shared().ledger)
         try:
             if links is None:
-                raise FabricError("this side has no data channels any more")
+                raise FabricError("this side has no links any more")
             meter.budget = links.budget.watch()
             receiving.run(links, peer, ask, aborted, meter)
             meter.end(*receiving.size)
         except (RdmaError, OSError, MemoryError) as error:
-            state, reason = ("own" if receiving.may_come_otherwise(error) else "failed"), str(error)
+            state, reason = (FALLBACK if receiving.may_fall_back(error) else "failed"), str(error)
         except Exception as error:
-            log.exception("receiving a stream failed")
+            log.exception("receiving a stream from %s failed, and its sender is told so", peer)
             state, reason = "failed", f"{type(error).__name__}: {error}"
         meter.end(failure=reason)
         return state, reason
@@ -186,9 +194,9 @@ class _Consumer(ObjectConsumer):
 
     def _end(self, gone: bool) -> Any:
         assert self._receiving is not None
-        if gone or self._state == "own":
+        if gone or self._state == FALLBACK:
             self._receiving.dismiss()
-        if self._state == "own":
+        if self._state == FALLBACK:
             self._stream_ctx[_SILENT] = True
         elif self._state == "done":
             self._receiving.finish(self._stream_ctx)
@@ -197,7 +205,7 @@ class _Consumer(ObjectConsumer):
         return _reply(self._state, self._reason)
 
     def finalize(self, stream_ctx: dict[str, Any], fl_ctx: Any) -> None:
-        """FLARE's: the stream is over, however it went."""
+        """End: FLARE calls this when the stream is over, however it went."""
         self._ended.set()
         with self._lock:
             self._failed = stream_ctx.get(StreamContextKey.RC) != ReturnCode.OK
@@ -206,7 +214,7 @@ class _Consumer(ObjectConsumer):
             self._over.wait(TURN_SECONDS)
 
     def _undo_if_failed(self) -> None:
-        """Whichever comes last: what is received, or the end of its stream."""
+        """Undo what was received if its stream has failed, whichever of the two comes last."""
         if self._failed and self._state == "done" and self._receiving is not None:
             self._receiving.undo()
 
@@ -222,13 +230,14 @@ class _Factory(ConsumerFactory):
         self._make = make
 
     def get_consumer(self, stream_ctx: dict[str, Any], fl_ctx: Any) -> ObjectConsumer:
-        # As the application knows it.
+        """Make what answers a stream's messages; FLARE calls this."""
+        # The application knows the channel by this name.
         stream_ctx[StreamContextKey.CHANNEL] = str(stream_ctx.get(StreamContextKey.CHANNEL, "")).removeprefix(PREFIX)
         return _Consumer(stream_ctx, self._make)
 
 
 def register(engine: Any, channel: str, topic: str, make: Make, callbacks: dict[str, Any]) -> None:
-    """Take direct streams, besides FLARE's own. ``callbacks``: FLARE's, and what they get."""
+    """Receive streams over links, besides those of FLARE's way. `callbacks` has FLARE's, and what they get."""
     wrapped = {
         name: _unless_silent(value, position)
         for name, position in (("stream_done_cb", 0), ("consumed_cb", 1))
@@ -240,7 +249,7 @@ def register(engine: Any, channel: str, topic: str, make: Make, callbacks: dict[
 
 
 def _unless_silent(callback: Callable[..., Any], position: int) -> Callable[..., Any]:
-    """``position``: of the stream's context among the arguments."""
+    """Wrap a callback, which has the stream's context at `position` of its arguments."""
 
     def told(*args: Any, **kwargs: Any) -> Any:
         return None if args[position].get(_SILENT) else callback(*args, **kwargs)

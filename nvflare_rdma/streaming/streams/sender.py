@@ -1,15 +1,16 @@
-"""FLARE's streams (`nvflare.private.stream_runner`) whose objects move over data channels: containers and files.
+"""Streams containers and files as FLARE does (`nvflare.private.stream_runner`), but moves their data over links.
 
     stream       sender, in FLARE's stream messages                  receiver
     "hello"      who can take it directly?                           yes, or why not; the stream of hello is over
-    "start"      which stream to ask for, at which cell              `pulling` begins in a thread: it asks by cell
-    "more"       what goes with messages, in small portions          takes it
+    "start"      which stream to ask for, at which cell              a `Pull` begins in a thread, which asks that cell
+    "more"       what goes with messages, in small batches           takes it
     "wait"       how is it?                                          running, done, failed or "own", after some time
     "end"        when nobody is running any more                     FLARE's stream ends: result, callback, return code
 
-These go under a channel's name of their own, where a receiver without this package has nothing registered. To it, and
-to those who can't be served directly ("own"), the sender streams in FLARE's way afterwards. So stream contexts,
-callbacks, return codes and the abort signal are FLARE's, and N receivers pull at the same time.
+These messages go under a FLARE channel name that is this package's, where a receiver without this package has nothing
+registered. To it, and to those who can't be served directly ("own"), the sender streams on the fallback afterwards, in
+FLARE's way. So stream contexts, callbacks, return codes and the abort signal are FLARE's, and N receivers pull at the
+same time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import logging
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from nvflare.apis.shareable import ReturnCode, Shareable
@@ -24,33 +26,35 @@ from nvflare.apis.streaming import ObjectProducer, StreamContextKey
 
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.requests import close_stream, open_stream
-from nvflare_rdma.streaming.streams.receiver import KEY, PREFIX, TURN_SECONDS
+from nvflare_rdma.streaming.streams.receiver import FALLBACK, KEY, PREFIX, TURN_SECONDS
 from nvflare_rdma.transfer import Service
 
 log = logging.getLogger(__name__)
 
-#: For an answer, besides; FLARE's default for a chunk of a file is 5 s.
+#: An answer may take so long at least. FLARE's default for a chunk of a file is 5 s.
 _MIN_TIMEOUT = 10.0
-#: In a row, that a receiver may leave unanswered.
+#: A receiver that leaves so many messages in a row unanswered has failed.
 _UNANSWERED = 3
 
 
 class StreamedObject(ABC):
-    """What is streamed. ``service``: has its data."""
+    """An object that is streamed. `service` serves its data."""
 
     service: Service
 
     def more(self) -> Iterator[Any]:
-        """What goes with messages; `Receiving.take` gets each."""
+        """The batches that go with messages; each is for `Receiving.take`."""
         return iter(())
 
     @property
     def broken(self) -> str:
-        """Why nobody can have it, in no way."""
+        """Why nobody can have the object, in no way; "" as long as they can."""
         return ""
 
 
 class _Inquiry(ObjectProducer):
+    """Asks targets who of them can take an object directly."""
+
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self.answers: dict[str, Any] = {}
@@ -66,10 +70,10 @@ class _Inquiry(ObjectProducer):
 class _Announcements(ObjectProducer):
     """Tells receivers what to ask for, and hears how they get on."""
 
-    def __init__(self, offer: StreamedObject, start: dict[str, Any], targets: Iterable[str], timeout: float) -> None:
-        self._offer = offer
+    def __init__(self, streamed: StreamedObject, start: dict[str, Any], targets: Iterable[str], timeout: float) -> None:
+        self._streamed = streamed
         self._start = start
-        self._more = offer.more()
+        self._more = streamed.more()
         self._timeout = timeout
         self._begun = self._ending = False
         self.states = dict.fromkeys(targets, "running")
@@ -81,7 +85,7 @@ class _Announcements(ObjectProducer):
         if not self._begun:
             self._begun, message = True, self._start
         elif "running" not in self.states.values():
-            self._ending, message = True, {"do": "end", "gone": bool(self._offer.broken)}
+            self._ending, message = True, {"do": "end", "gone": bool(self._streamed.broken)}
         elif (more := next(self._more, None)) is not None:
             message = {"do": "more", "what": more}
         else:
@@ -100,10 +104,10 @@ class _Announcements(ObjectProducer):
 
     def _heard(self, target: str, reply: Any) -> None:
         state = self.states[target]
-        if state in ("failed", "own"):
+        if state in ("failed", FALLBACK):
             return
         said = reply.get(KEY) if isinstance(reply, Shareable) else None
-        if isinstance(said, dict) and said.get("state") in ("running", "done", "failed", "own"):
+        if isinstance(said, dict) and said.get("state") in ("running", "done", "failed", FALLBACK):
             self._unanswered[target] = 0
             self.states[target], self.reasons[target] = said["state"], str(said.get("reason", ""))
             return
@@ -114,85 +118,104 @@ class _Announcements(ObjectProducer):
             self.states[target], self.reasons[target] = "failed", f"it answered with {code}"
 
 
-def stream(
-    fl_ctx: Any,
-    channel: str,
-    topic: str,
-    stream_ctx: dict[str, Any],
-    extra: dict[str, Any],
-    targets: Any,
-    offer: Callable[[Any], StreamedObject],
-    own: Callable[[Any], tuple[str, Any]],
-    what: str,
-    timeout: float,
-    **flags: bool,
-) -> tuple[str, dict[str, Any]]:
-    """FLARE's return code, and the replies of targets that were served directly.
+@dataclass(frozen=True)
+class StreamCall:
+    """What a caller of FLARE's streamers wants streamed, and to whom.
 
-    Args:
-        stream_ctx: FLARE's. ``extra``: what it also has for those who make a `Receiving` of it, and take it out.
-        targets: FLARE's; who they are is heard from their answers.
-        offer: makes what is offered by FLARE's cell, if anybody takes it directly.
-        own: streams in FLARE's way, to the targets it is given.
-        timeout: for each message, seconds.
-        flags: FLARE's ``optional`` and ``secure``.
+    `channel`, `topic`, `stream_ctx`, `targets`, `optional` and `secure` are FLARE's; who the targets are is heard from
+    their answers. `extra` is added to the stream's context for those who make a `Receiving` of it, and take it out.
+    `what` names the object in log lines. `timeout` is that of each message, in seconds.
     """
-    engine, timeout = fl_ctx.get_engine(), max(timeout, _MIN_TIMEOUT)
-    cell = engine.get_cell()
-    if shared().links.of(cell) is None:
-        log.warning("%s goes on FLARE's own path: this side has no data channels (RdmaTransfer is not running)", what)
-        return _own(own, targets)
 
-    stream_ctx |= {StreamContextKey.CHANNEL: channel, StreamContextKey.TOPIC: topic}
+    fl_ctx: Any
+    channel: str
+    topic: str
+    stream_ctx: dict[str, Any]
+    extra: dict[str, Any]
+    targets: Any
+    what: str
+    timeout: float
+    optional: bool = False
+    secure: bool = False
 
-    def run(producer: ObjectProducer, to: Any) -> str:
-        code, _ = engine.stream_objects(PREFIX + channel, topic, {**stream_ctx, **extra}, to, producer, fl_ctx, **flags)
+    def run(self, producer: ObjectProducer, targets: Any) -> str:
+        """Run one of FLARE's streams, and give its return code."""
+        context = {**self.stream_ctx, **self.extra}
+        engine, flags = self.fl_ctx.get_engine(), {"optional": self.optional, "secure": self.secure}
+        code, _ = engine.stream_objects(
+            PREFIX + self.channel, self.topic, context, targets, producer, self.fl_ctx, **flags
+        )
         return str(code)
 
-    hello = _Inquiry(timeout)
-    if (code := run(hello, targets)) != ReturnCode.OK:
+
+def stream(
+    call: StreamCall,
+    make: Callable[[Any], StreamedObject],
+    fallback: Callable[[Any], tuple[str, Any]],
+) -> tuple[str, dict[str, Any]]:
+    """Stream an object, and give FLARE's return code and the replies of the targets that have it.
+
+    Args:
+        make: makes what is streamed by a FLARE cell, if anybody takes it directly.
+        fallback: streams in FLARE's way, to the targets it is given.
+    """
+    cell, timeout = call.fl_ctx.get_engine().get_cell(), max(call.timeout, _MIN_TIMEOUT)
+    if shared().links.of(cell) is None:
+        reason = "this side has no links (RdmaTransfer is not running)"
+        log.warning("%s goes on FLARE's own path: %s", call.what, reason)
+        return _fall_back(fallback, call.targets)
+
+    call.stream_ctx.update({StreamContextKey.CHANNEL: call.channel, StreamContextKey.TOPIC: call.topic})
+    inquiry = _Inquiry(timeout)
+    if (code := call.run(inquiry, call.targets)) != ReturnCode.OK:
         return code, {}
-    reasons = {target: _hello_reason(reply) for target, reply in hello.answers.items()}
+    reasons = {target: _why_not_direct(reply) for target, reply in inquiry.answers.items()}
     direct = [target for target, reason in reasons.items() if reason is None]
     others = {target: reason or "" for target, reason in reasons.items() if reason is not None}
     failed, replies = False, {}
     if direct:
-        made = offer(cell)
+        made = make(cell)
         name = open_stream(cell, made.service)
         timeout += TURN_SECONDS
-        secure = bool(flags.get("secure"))
-        start = {"do": "start", "stream": name, "peer": cell.get_fqcn(), "secure": secure, "timeout": timeout}
-        tickets = _Announcements(made, start, direct, timeout)
+        start = {
+            "do": "start",
+            "stream": name,
+            "peer": cell.get_fqcn(),
+            "secure": bool(call.secure),
+            "timeout": timeout,
+        }
+        announcements = _Announcements(made, start, direct, timeout)
         try:
-            code = run(tickets, direct)
+            code = call.run(announcements, direct)
         finally:
             close_stream(name)
         if code != ReturnCode.OK:
             return code, {}
-        replies = tickets.replies
-        for target, state in tickets.states.items():
-            if state == "own" and not made.broken:
-                others[target] = tickets.reasons[target]
+        replies = announcements.replies
+        for target, state in announcements.states.items():
+            if state == FALLBACK and not made.broken:
+                others[target] = announcements.reasons[target]
             elif state != "done":
                 failed = True
-                log.error("%s did not get to %s: %s", what, target, made.broken or tickets.reasons[target])
+                reason = made.broken or announcements.reasons[target]
+                log.error("%s did not get to %s: %s", call.what, target, reason)
     for target, reason in others.items():
-        log.warning("%s goes to %s on FLARE's own path: %s", what, target, reason)
+        log.warning("%s goes to %s on FLARE's own path: %s", call.what, target, reason)
     if others or not reasons:
-        # Without a single answer: FLARE says what is wrong with the targets.
-        code, their_replies = _own(own, list(others) if replies or failed else targets)
+        # If no target has answered, FLARE says what is wrong with them.
+        code, their_replies = _fall_back(fallback, list(others) if replies or failed else call.targets)
         if code != ReturnCode.OK:
             return code, {}
         replies = {**replies, **their_replies}
     return (ReturnCode.ERROR if failed else ReturnCode.OK), replies
 
 
-def _own(own: Callable[[Any], tuple[str, Any]], targets: Any) -> tuple[str, dict[str, Any]]:
-    code, result = own(targets)
+def _fall_back(fallback: Callable[[Any], tuple[str, Any]], targets: Any) -> tuple[str, dict[str, Any]]:
+    code, result = fallback(targets)
     return code, result if isinstance(result, dict) else {}
 
 
-def _hello_reason(reply: Any) -> str | None:
+def _why_not_direct(reply: Any) -> str | None:
     """Why a target can't be served directly; None if it can."""
     said = reply.get(KEY) if isinstance(reply, Shareable) else None
     if not isinstance(said, dict):

@@ -1,6 +1,6 @@
 """Moves files from disk to disk, in parts that are verified and resumed one by one.
 
-The sender opens an `OpenFile` and serves its `FileContent`; the receiver calls `pull_file`. The items of its message
+The sender opens an `OpenFile` and serves its `FileContent`; the receiver calls `pull_file`. The items of the message
 are the file's parts. Besides the requests of all transfers, the receiver asks for
 
     "digests"   digests of parts that have come, as the sender has read them

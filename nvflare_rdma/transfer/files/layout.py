@@ -1,8 +1,9 @@
-"""A file's parts: where each lies, and how it travels.
+"""Where each part of a file lies, and how it travels.
 
 Parts follow each other without gaps; none is longer than `FileIdentity.part_bytes`. A part is some of the file's bytes
-as they are (an item of dtype uint8), or, if the file is encoded on the way, values of one tensor. Those are encoded,
-piece by piece as tensors of messages are, unless their codec can't carry them. The sender tells it as a manifest.
+as they are (an item of dtype uint8), or, if the file is encoded on the way, values of one tensor. Those are encoded
+piece by piece, as tensors of messages are, unless their codec can't carry them. The sender describes the parts in a
+manifest.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from nvflare_rdma.transfer.pieces import PieceLayout
 
 
 class Layout:
-    """What a sender says of a file, checked.
+    """Knows where the parts of a file are, as its sender has described them, and checks that.
 
     Raises:
-        ProtocolError: these are no parts of that file.
+        ProtocolError: these items are no parts of that file.
     """
 
     def __init__(self, identity: FileIdentity, items: Sequence[Item]) -> None:
@@ -42,11 +43,11 @@ class Layout:
         return len(self._starts) - 1
 
     def start(self, part: int) -> int:
-        """Where in the file it begins."""
+        """Where a part begins in the file."""
         return self._starts[part]
 
     def nbytes(self, part: int) -> int:
-        """Its length there."""
+        """How long a part is in the file."""
         return self._starts[part + 1] - self._starts[part]
 
 
@@ -64,12 +65,13 @@ def _is_part(identity: FileIdentity, number: int, item: Item) -> bool:
 
 
 def plan(identity: FileIdentity, tensors: Sequence[StoredTensor] = ()) -> list[tuple[Item, str]]:
-    """The parts of a file with those tensors, each with the name of the tensor whose values it has, "" if it has none.
+    """Plan the parts of a file with these tensors: each part's item, and the name of the tensor whose values it has,
+    "" if it has none.
 
     Tensors of up to `INLINE_BYTES` are not encoded, as in messages, nor are those that would not get smaller.
 
     Raises:
-        SourceError: they are too many.
+        SourceError: there are too many parts.
     """
     found, end = list[tuple[Item, str]](), 0
 

@@ -1,4 +1,4 @@
-"""Files that this process's user owns, in a folder that anybody may write to, and their locks."""
+"""Opens and locks files that this process's user owns, in a folder that anybody may write to."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from pathlib import Path
 
 OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe is not waited for
 CREATE = OPEN | os.O_CREAT
-#: What opening somebody else's file says, or one that is none.
+#: Errors of opening what is somebody else's, or no file.
 FOREIGN = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EISDIR, errno.ENODEV)
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-#: Of a folder, where the file system has no such thing.
+#: Errors of fsync on a folder, where the file system has no such thing.
 _NO_FSYNC = (errno.EINVAL, errno.EOPNOTSUPP)
 _LOOK_SECONDS = 0.05
 
 
 def open_own(path: Path, mode: int) -> int:
-    """Open or create it; -1 if it is somebody else's, or no plain file: anybody may write to some folders."""
+    """Open or create a file. Returns -1 if it is somebody else's or no plain file: anybody may write to some
+    folders."""
     try:
         fd = os.open(path, CREATE, mode)
     except OSError as error:
@@ -35,13 +36,13 @@ def open_own(path: Path, mode: int) -> int:
 
 
 def is_own(fd: int) -> bool:
-    """Whether it is a plain file of this user's, under one name."""
+    """Whether an open file is a plain one of this user's, under one name."""
     found = os.fstat(fd)
     return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink <= 1
 
 
 def sync_folder(folder: int, path: str) -> None:
-    """What has just got the name ``path`` keeps it, or is removed."""
+    """Make sure that what has just got the name `path` keeps it; if that can't be, remove it and raise OSError."""
     try:
         os.fsync(folder)
     except OSError as error:
@@ -52,14 +53,16 @@ def sync_folder(folder: int, path: str) -> None:
 
 
 def release(fd: int) -> None:
-    """Close it without its lock: a process that was forked meanwhile has the descriptor, too, and does not know."""
+    """Give up a file's lock, and close it. Closing alone would leave the lock to a process that was forked meanwhile
+    and has the descriptor, too."""
     with contextlib.suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
 
 
 def lock(fd: int) -> bool:
-    """Whether nobody else has it. The system takes it back when the process ends, however it does.
+    """Lock an open file, unless somebody else has it locked. The system unlocks it when the process ends, however it
+    does. Returns whether it is locked now.
 
     Raises:
         OSError: one of `NO_LOCKS`, where the file system has no locks.
@@ -72,7 +75,8 @@ def lock(fd: int) -> bool:
 
 
 def wait_for_lock(fd: int, seconds: float) -> bool:
-    """`lock`, as soon as it can be had: an earlier transfer whose sender is gone may not have noticed yet."""
+    """Lock an open file as soon as that can be done, as `lock`: an earlier transfer whose sender is gone may not have
+    noticed yet."""
     deadline = time.monotonic() + seconds
     while not (locked := lock(fd)) and time.monotonic() < deadline:
         time.sleep(_LOOK_SECONDS)

@@ -1,11 +1,11 @@
-"""A file that is being received: on disk under a hidden name until it is whole, with a journal to go on from.
+"""Keeps a file that is being received on disk under a hidden name until it is whole, with a journal to go on from.
 
     .KEY.rdma-part      the file, as long as it will be; KEY tells the source's identity, and which site receives it
     .KEY.rdma-journal   a line of JSON with that identity, then "NUMBER CAME KEPT" for every part that is whole:
                         digests of what came, and of what is in the file; locked while somebody works on it
 
-Lines are added without fsync: who goes on reads those parts again, and takes what has its digest. What came differs
-from what is kept if it was encoded on the way.
+Lines are added without fsync: a transfer that goes on reads those parts again, and takes the ones that have their
+digest. What came differs from what is kept if it was encoded on the way.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import uuid
 from pathlib import Path
 
 from nvflare_rdma.errors import StorageError, TransferError
+from nvflare_rdma.transfer.disk import read_at, write_at
 from nvflare_rdma.transfer.files import owned_files as owned
 from nvflare_rdma.transfer.files.layout import Layout
 from nvflare_rdma.transfer.files.source import BLOCK_BYTES, FileIdentity, PartDigests
@@ -29,25 +30,26 @@ log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _JOURNAL, _PART = ".rdma-journal", ".rdma-part"
-#: More than what a transfer whose sender is gone may wait for answers (`asking`).
+#: Longer than a transfer whose sender is gone may wait for answers.
 LOCK_SECONDS = 90.0
 _KEEP_SECONDS = 7 * 24 * 3600.0
 
 
 class PartialFile:
-    """Takes up what an earlier one of the same identity and ``owner`` left in ``folder``, unless that is still at work,
-    and does not end within seconds. One of `finish`, `keep` and `discard` is to follow. What nobody has taken up for a
-    week is removed.
+    """Receives a file into `folder`, and takes up what an earlier transfer of the same identity and `owner` left there,
+    unless that is still at work and does not end within seconds.
+
+    One of `finish`, `keep` and `discard` is to be called in the end. What nobody has taken up for a week is removed.
 
     Raises:
-        StorageError: there is no room for it, or ``folder`` can't be written. Nothing of it is left.
+        StorageError: there is no room for the file, or `folder` can't be written. Nothing of the file is left.
     """
 
     def __init__(self, folder: str, layout: Layout, owner: str = "") -> None:
         self.identity = identity = layout.identity
         self._layout = layout
         self.error: StorageError | None = None
-        """The first; nothing can be done about it here."""
+        """The first error of the disk; None as long as there was none."""
         self._folder = Path(folder)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -69,11 +71,11 @@ class PartialFile:
 
     @property
     def whole(self) -> frozenset[int]:
-        """Parts that need not be sent."""
+        """The parts that are whole, and need not be sent."""
         return frozenset(self.digests())
 
     def digests(self) -> dict[int, bytes]:
-        """Of those parts, as they came."""
+        """The digests of the parts that are whole, as they came."""
         with self._lock:
             return {part: came for part, (came, _) in self._whole.items()}
 
@@ -89,8 +91,8 @@ class PartialFile:
         self._journal_path, self._data_path = _paths(self._folder, key)
         if self._open_shared():
             return
-        # It comes twice at once, or somebody else has these names, or nothing can be locked here: under names of its
-        # own it can't be resumed.
+        # The file is received twice at once, or somebody else has these names, or nothing can be locked here. It gets
+        # names of its own, under which it can't be resumed.
         self._resumable = False
         self._journal_path, self._data_path = _paths(self._folder, f"{key}-{uuid.uuid4().hex}")
         self._journal = os.open(self._journal_path, owned.CREATE | os.O_EXCL, 0o600)
@@ -99,7 +101,7 @@ class PartialFile:
         self._data = os.open(self._data_path, owned.CREATE | os.O_EXCL, 0o666)
 
     def _open_shared(self) -> bool:
-        """Open what has the names that another attempt has, too; False if that can't be."""
+        """Open the files under the names that all attempts share. Returns False if that can't be done."""
         while (journal := owned.open_own(self._journal_path, 0o600)) >= 0:
             try:
                 if not owned.wait_for_lock(journal, LOCK_SECONDS):
@@ -123,7 +125,7 @@ class PartialFile:
         return False
 
     def _take_up(self) -> None:
-        """What the journal says is there, as far as it is."""
+        """Take up the parts that the journal has, as far as they are on disk."""
         header = json.dumps(self.identity.pack()).encode()
         with open(self._journal, "rb", closefd=False) as file:
             first, *lines = file.read().split(b"\n")
@@ -148,18 +150,18 @@ class PartialFile:
         return f"{part} {came.hex()} {kept.hex()}\n".encode()
 
     def _digest(self, part: int) -> bytes | None:
-        """Of what is on disk."""
+        """The digest of what is on disk of a part; None if not all of it is."""
         nbytes, start = self._layout.nbytes(part), self._layout.start(part)
         digests, block = PartDigests(nbytes), memoryview(bytearray(BLOCK_BYTES))
         for offset in range(0, nbytes, BLOCK_BYTES):
-            count = os.preadv(self._data, [block[: nbytes - offset]], start + offset)
+            count = read_at(self._data, block[: nbytes - offset], start + offset)
             if count != min(BLOCK_BYTES, nbytes - offset):
                 return None
             digests.add(offset, block[:count])
         return digests.whole()
 
     def _allocate(self) -> None:
-        """So that a full disk shows before bytes move."""
+        """Reserve room for the whole file, so that a full disk shows before bytes move."""
         os.ftruncate(self._data, min(os.fstat(self._data).st_size, self.identity.size))
         if not self.identity.size:
             return
@@ -175,19 +177,17 @@ class PartialFile:
     # -- parts ---------------------------------------------------------------------------------------------
 
     def write(self, part: int, offset: int, data: memoryview) -> None:
-        """A piece of a part.
+        """Write bytes of a part, which begin at `offset` in it.
 
         Raises:
-            StorageError: the disk does not take it.
+            StorageError: the disk does not take them.
         """
         with self._lock:
             if self._closed or self.error is not None:
                 raise self.error or StorageError(f"{self.identity.name} is not being received any more")
             self._writing += 1
-        position, done = self._layout.start(part) + offset, 0
         try:
-            while done < len(data):
-                done += os.pwrite(self._data, data[done:], position + done)
+            write_at(self._data, data, self._layout.start(part) + offset)
         except OSError as error:
             self.error = self.error or self._failure(error)
             raise self.error from error
@@ -197,7 +197,7 @@ class PartialFile:
                 self._idle.notify_all()
 
     def add(self, part: int, came: bytes, kept: bytes) -> None:
-        """A part is whole and verified: digests of what came, and of what was written."""
+        """Note in the journal that a part is whole and verified, with the digests of what came and of what is kept."""
         with self._lock:
             self._whole[part] = came, kept
             try:
@@ -206,19 +206,19 @@ class PartialFile:
                 self.error = self.error or self._failure(error)
                 raise self.error from error
         with contextlib.suppress(OSError):
-            # Its writing to disk begins now (fadvise(2)), and not when all are here and `finish` waits for it.
+            # The kernel begins to write it now (fadvise(2)), and not when all parts are here and `finish` waits for it.
             start, nbytes = self._layout.start(part), self._layout.nbytes(part)
             os.posix_fadvise(self._data, start, nbytes, os.POSIX_FADV_DONTNEED)
 
     def drop(self, part: int) -> None:
-        """It is not what the sender has. The journal's next line about it counts."""
+        """Forget a part that is not what the sender has. The journal's next line about it counts."""
         with self._lock:
             del self._whole[part]
 
     # -- ends ----------------------------------------------------------------------------------------------
 
     def finish(self, path: str) -> None:
-        """Have it appear as ``path``, in the same folder, and last.
+        """Give the file its name, `path` in the same folder, when all of it is safe on disk.
 
         Raises:
             StorageError: the disk does not take it. TransferError: it is not whole.
@@ -239,7 +239,7 @@ class PartialFile:
         self.discard()
 
     def keep(self) -> None:
-        """Leave it for another time, if there can be one."""
+        """Leave what is here for another transfer, if it can be taken up; otherwise discard it."""
         if self._resumable and self.error is None and self.whole:
             self._close()
         else:
@@ -256,7 +256,7 @@ class PartialFile:
         self._data = self._journal = -1
 
     def discard(self) -> None:
-        """Remove what is there under the hidden names."""
+        """Remove the files under the hidden names."""
         with self._idle:
             self._closed = True
         if self._journal >= 0:
@@ -282,12 +282,12 @@ class PartialFile:
 
 
 def forget(folder: str, identity: FileIdentity, owner: str = "") -> None:
-    """It will not be gone on with."""
+    """Remove what an earlier transfer left of a file, which will not be gone on with."""
     remove(_paths(Path(folder), identity.key(owner))[0])
 
 
 def remove(journal: Path) -> None:
-    """And what it is about, unless somebody works on it, or it is somebody else's."""
+    """Remove a journal and its file, unless somebody works on them, or they are somebody else's."""
     try:
         fd = os.open(journal, owned.OPEN)
         try:

@@ -1,4 +1,4 @@
-"""A part of a file on its way: read, and encoded, when it is written to the peer; decoded, and written, as it lands."""
+"""Reads parts of a file, and encodes them, as they are sent; decodes and writes them as they come."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nvflare_rdma.transfer.files.source import BLOCK_BYTES, OpenFile, PartDigest
 from nvflare_rdma.transfer.manifest import Item
 from nvflare_rdma.transfer.sinks import Arrivals
 
-#: So many large chunks have to fit into the budget.
+#: Large chunks are asked for if so many of them fit into the budget.
 _ROOMY = 4
 
 
 class PartSource(Source):
-    """One part of a file, which begins at ``start`` there. ``digests``: of what was sent."""
+    """Reads one part of a file, which begins at `start` there. `digests` has those of what was sent."""
 
     ready = False
     unrepresentable: str = ""
@@ -31,15 +31,15 @@ class PartSource(Source):
         self.digests = PartDigests(self.nbytes, item.cut.unit if item.cut is not None else BLOCK_BYTES)
 
     def digest(self) -> bytes:
-        """The part's digest; reads it if it was not read yet.
+        """The digest of the part, which is read for it if it was not read yet.
 
         Raises:
-            SourceError: it can't be read, or has changed. UnrepresentableError: it has to travel exact.
+            SourceError: it can't be read, or has changed. UnrepresentableError: it can't be encoded.
         """
         cut = self._item.cut
         step = min(self.nbytes, cut.unit if cut is not None else BLOCK_BYTES)
         block = memoryview(bytearray(step))
-        # Not the thread's own: there are many that answer requests.
+        # Not the thread's scratch memory: many threads answer requests, and each would keep it.
         room = memoryview(bytearray(0 if cut is None else cut.values * NUMPY_DTYPES[self._item.dtype].itemsize))
         while (digest := self.digests.whole()) is None:
             for offset in range(0, self.nbytes, step):
@@ -47,6 +47,7 @@ class PartSource(Source):
         return digest
 
     def read(self, offset: int, length: int, take: Take) -> memoryview:
+        """See `Source.read`."""
         slot = take(length)
         self._fill(offset, slot, thread_scratch)
         return slot
@@ -69,7 +70,7 @@ class PartSource(Source):
 
 
 class FilePart:
-    """For all its receivers. ``tensor``: the name of that whose values it has."""
+    """A part for all its receivers. `tensor` is the name of the tensor whose values it has."""
 
     def __init__(self, file: OpenFile, start: int, item: Item, tensor: str) -> None:
         self.tensor = tensor
@@ -80,33 +81,37 @@ class FilePart:
 
     @property
     def unrepresentable(self) -> str:
-        """Why it has to travel exact, as far as it was read."""
+        """Why it has to travel exact; "" as long as nothing that was read says so."""
         return self._encoded.unrepresentable
 
     def source(self, exact: bool) -> PartSource:
-        """What is sent, and has the digests of that."""
+        """The source of the part, exact or encoded, with the digests of what it has sent."""
         return self._exact if exact else self._encoded
 
     def current(self) -> PartSource:
-        """The one that is sent, as far as is known."""
+        """The source that is sent, as far as is known now."""
         return self.source(bool(self.unrepresentable))
 
 
 class PartSink(Sink):
-    """Writes a part to disk as it comes. ``landed``: told its number, and digests of what came and of what is there;
-    ``budget``: bytes that chunks may take, of this and all else that comes."""
+    """Writes a part to disk as it comes.
+
+    Args:
+        whole: called with the part's number, and the digests of what came and of what is kept.
+        budget: bytes that chunks may take, of this part and all else that comes.
+    """
 
     def __init__(
         self,
         file: PartialFile,
         item: Item,
         arrivals: Arrivals,
-        landed: Callable[[int, bytes, bytes], None],
+        whole: Callable[[int, bytes, bytes], None],
         budget: int,
     ) -> None:
         cut = item.cut
         self.nbytes = item.sent_nbytes
-        # Small chunks cost more time than they save memory, unless that is little.
+        # Small chunks cost time, and save memory that matters only where there is little.
         unit = MAX_UNIT_BYTES if budget >= _ROOMY * MAX_UNIT_BYTES else BLOCK_BYTES
         self.unit = cut.unit if cut is not None else unit
         self._file = file
@@ -115,9 +120,10 @@ class PartSink(Sink):
         self._kept = PartDigests(item.nbytes)
         self._came = PartDigests(self.nbytes, cut.unit) if cut is not None else self._kept
         self._arrivals = arrivals
-        self._landed = landed
+        self._whole = whole
 
     def put(self, offset: int, chunk: memoryview) -> None:
+        """See `Sink.put`."""
         self._came.add(offset, chunk)
         cut = self._item.cut
         if cut is None:
@@ -128,12 +134,14 @@ class PartSink(Sink):
             self._file.write(self._number, start, values)
 
     def done(self) -> None:
+        """See `Sink.done`."""
         came, kept = self._came.whole(), self._kept.whole()
         if came is None or kept is None:
             self._arrivals.lose(self._number, f"part {self._number} came in pieces that can't be verified")
             return
-        self._landed(self._number, came, kept)
+        self._whole(self._number, came, kept)
         self._arrivals.came(self._number, self.nbytes)
 
     def failed(self, reason: str) -> None:
+        """See `Sink.failed`."""
         self._arrivals.lose(self._number, reason)

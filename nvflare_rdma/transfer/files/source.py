@@ -1,7 +1,7 @@
-"""A file that is sent in parts, and what tells whether two sides have the same.
+"""Opens a file that is sent in parts, and tells whether two sides have the same.
 
-Digests are xxh3-128 (xxhash): of each block, so that blocks may be read and written in any order; a part's is that of
-its blocks' digests. They find what broke, not attackers.
+Digests are xxh3-128 (xxhash). Each block has one, so that blocks may be read and written in any order; a part's digest
+is that of its blocks' digests. They find what broke, not attackers.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ import xxhash
 
 from nvflare_rdma.codecs import CODEC_NAMES, FixedSizeCodec, StoredTensor, get_codec, read_header
 from nvflare_rdma.errors import ConfigError, ProtocolError, SourceError
+from nvflare_rdma.transfer.disk import read_at
 from nvflare_rdma.transfer.manifest import MAX_ITEMS
 from nvflare_rdma.transfer.pieces import PIECE_VALUES
 
-#: What has a digest of its own: a piece of values of 16 bits, or a half of one of float32.
+#: The length of a block: a piece of values of 16 bits, or half a piece of float32.
 BLOCK_BYTES = 2 * PIECE_VALUES
-#: What is sent again after an interruption, at most, for each file that was moving.
+#: The longest part: so much, at most, is sent again after an interruption for each file that was moving.
 PART_BYTES = 256 * BLOCK_BYTES
 _SAMPLES, _SAMPLE_BYTES = 16, 64 * 1024
 
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Which file, in which state, and how it is sent. ``content``: digest (hex) of samples of it, as a file system may
-    not tell times apart. ``part_bytes``: the longest part. ``quantization_type``: see `codec_for_files`, "" for none.
+    """Tells which file it is, in which state, and how it is sent.
+
+    `content` is a digest (hex) of samples of the file, as a file system may not tell times apart. `part_bytes` is the
+    length of the longest part, and `quantization_type` the codec (see `codec_for_files`), "" for none.
     """
 
     name: str
@@ -42,20 +45,20 @@ class FileIdentity:
 
     @property
     def codec(self) -> FixedSizeCodec | None:
-        """What its tensors are encoded with."""
+        """The codec that encodes its tensors; None if they are sent as they are."""
         return codec_for_files(self.quantization_type) if self.quantization_type else None
 
     def key(self, owner: str) -> str:
-        """For names of files of ``owner``: nothing of them is the sender's choice."""
+        """A key for names of files of `owner`, in which nothing is the sender's choice."""
         return xxhash.xxh3_128_hexdigest(repr([owner, *sorted(asdict(self).items())]).encode())
 
     def pack(self) -> dict[str, Any]:
-        """For `unpack`."""
+        """Make msgpack types of it, for `unpack`."""
         return asdict(self)
 
     @classmethod
     def unpack(cls, data: Any) -> FileIdentity:
-        """What `pack` gave.
+        """Check a peer's description of a file, and take what `pack` gave there.
 
         Raises:
             ProtocolError: it is malformed, or its name is no plain file name.
@@ -85,16 +88,17 @@ class FileIdentity:
 
 
 def check_name(name: Any) -> None:
-    """Raise ProtocolError unless ``name`` is a plain file name: nobody is to choose another folder."""
+    """Raise ProtocolError unless `name` is a plain file name: nobody is to choose another folder."""
     if type(name) is not str or name in ("", ".", "..") or len(name) > 255 or set(name) & {"/", "\0"}:
         raise ProtocolError(f"{name!r} is no plain file name")
 
 
 def codec_for_files(quantization_type: str) -> FixedSizeCodec:
-    """What encodes the tensors of a file on its way: always to the same bytes, of a number that is known before.
+    """The codec that encodes the tensors of a file on its way: always to the same bytes, of a number that is known
+    before.
 
     Raises:
-        ConfigError: no such codec, or a machine with another byte order than the file.
+        ConfigError: there is no such codec, or this machine has another byte order than the file.
     """
     codec = get_codec(quantization_type)
     if sys.byteorder != "little":
@@ -111,13 +115,15 @@ def codec_for_files(quantization_type: str) -> FixedSizeCodec:
 class OpenFile:
     """A file that is read, with its identity when it was opened. It is closed when nothing reads it any more.
 
-    ``broken``: why it can't be sent, "" as long as it can. ``tensors``: which it has, if it is to be encoded.
+    `broken` tells why the file can't be sent, and is "" as long as it can. `tensors` has the file's tensors if they are
+    to be encoded.
 
     Args:
-        quantization_type: see `codec_for_files`; "" to send it as it is.
+        quantization_type: see `codec_for_files`; "" sends the file as it is.
 
     Raises:
-        SourceError: it can't be read, or is to be encoded and no safetensors file. ConfigError: no such type.
+        SourceError: the file can't be read, or is to be encoded and is no safetensors file. ConfigError: there is no
+            such type.
     """
 
     def __init__(self, path: str, quantization_type: str = "") -> None:
@@ -159,26 +165,21 @@ class OpenFile:
         return digest.hexdigest()
 
     def read_into(self, memory: memoryview, offset: int) -> None:
-        """Fill ``memory``.
+        """Fill `memory` with the file's bytes from `offset` on.
 
         Raises:
-            SourceError: it can't be read, or has changed since it was opened.
+            SourceError: the file can't be read, or has changed since it was opened.
         """
-        done = 0
         try:
-            while done < len(memory):
-                count = os.preadv(self._fd, [memory[done:]], offset + done)
-                if not count:
-                    break
-                done += count
+            done = read_at(self._fd, memory, offset)
         except OSError as error:
-            raise self.failure(f"can't be read at {offset + done}: {error}") from error
+            raise self.failure(f"can't be read at {offset}: {error}") from error
         self.check()
         if done < len(memory):
             raise self.failure(f"ended at {offset + done} while it was sent")
 
     def check(self) -> None:
-        """Raise SourceError if it has changed since it was opened, or could not be read."""
+        """Raise SourceError if the file has changed since it was opened, or could not be read."""
         if self.broken:
             raise SourceError(self.broken)
         found = os.fstat(self._fd)
@@ -189,13 +190,14 @@ class OpenFile:
             )
 
     def failure(self, why: str) -> SourceError:
-        """What to raise. The first reason counts."""
+        """Make the error to raise. The first reason counts."""
         self.broken = self.broken or f"{self.path} {why}"
         return SourceError(self.broken)
 
 
 class PartDigests:
-    """Of the blocks of ``nbytes`` as they come, in any order. ``block``: their length."""
+    """Collects the digests of a part's blocks as they come, in any order. The part has `nbytes` bytes, and each block
+    but the last one `block`."""
 
     def __init__(self, nbytes: int, block: int = BLOCK_BYTES) -> None:
         self._nbytes = nbytes
@@ -204,8 +206,8 @@ class PartDigests:
         self._blocks: dict[int, bytes] = {}
 
     def add(self, offset: int, data: memoryview) -> bool:
-        """Blocks of ``data``, which lies at ``offset``; False if one was another before. Pieces of blocks don't
-        count."""
+        """Take the digests of the whole blocks in `data`, which begins at `offset` in the part. Returns False if one of
+        them was another before."""
         found, size = {}, self._block
         for start in range(-offset % size, len(data), size):
             block = data[start : start + size]
@@ -217,7 +219,7 @@ class PartDigests:
         return same
 
     def whole(self) -> bytes | None:
-        """The digest, when all of it was there."""
+        """The digest of the part; None until all of it was there."""
         with self._lock:
             if len(self._blocks) != -(-self._nbytes // self._block):
                 return None

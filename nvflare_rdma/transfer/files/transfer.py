@@ -1,10 +1,5 @@
-"""Both halves of a direct file transfer, from disk to disk through slots of the pool.
-
-A file is a message of `serving` whose tensors are its parts (`file_layout`); besides, a receiver may ask for
-
-    digests    those of parts that have come, as the sender has read them
-    compare    those of parts that an earlier transfer has left, which the sender reads now
-"""
+"""What a file transfer adds to `Service` and `Pull`: a content and a destination, from disk to disk through slots of
+the pool."""
 
 from __future__ import annotations
 
@@ -31,12 +26,12 @@ from nvflare_rdma.transfer.sinks import Arrivals, Destination
 
 log = logging.getLogger(__name__)
 
-#: Parts in a request: they are read before it is answered. If that takes too long, they are sent.
+#: How many parts are compared in a request: they are read before it is answered. If that takes too long, they are sent.
 _COMPARED = 2
 
 
 class FileContent(Content):
-    """The parts of one file, for all its receivers."""
+    """Sends the parts of one file to all its receivers."""
 
     def __init__(self, file: OpenFile) -> None:
         self.size = 1, file.identity.size
@@ -48,9 +43,11 @@ class FileContent(Content):
 
     @property
     def extra(self) -> Mapping[str, Any]:
+        """See `Content.extra`."""
         return {"file": self._file.identity.pack()}
 
     def items(self) -> list[Item]:
+        """See `Content.items`."""
         return [self._item(part) for part in self.parts.values()]
 
     def _item(self, part: FilePart) -> Item:
@@ -65,12 +62,14 @@ class FileContent(Content):
         return part.exact_item
 
     def source(self, item: Item) -> PartSource:
+        """See `Content.source`."""
         return self.parts[item.name].source(item.cut is None)
 
     def send_exact(self, name: str, reason: str) -> None:
-        """The part knows it, and had to before its receiver could ask again."""
+        """Do nothing: the part knows it, and had to before its receiver could ask again."""
 
     def answer(self, request: Any, receiver: str) -> dict[str, Any] | None:
+        """See `Content.answer`."""
         what = request.get("do") if isinstance(request, Mapping) else None
         try:
             if what not in ("done", "give up"):
@@ -81,7 +80,7 @@ class FileContent(Content):
             if what == "compare":
                 return {"digests": [self._digest(part) for part in self._wanted(request.get("items"))[:_COMPARED]]}
         except (RdmaError, OSError) as error:
-            log.info("%s is refused: %s", receiver, error)
+            log.info("the request of %s for a file was refused: %s", receiver, error)
             return {"refused": str(error)}
         return None
 
@@ -109,8 +108,8 @@ class FileTarget:
     Args:
         expected: which file it has to be.
         folder: where it is received.
-        path: its name when it is whole, in ``folder``.
-        owner: the site that receives it, and may have a part of it in ``folder`` already.
+        path: its name when it is whole, in `folder`.
+        owner: the site that receives it, and may have a part of it in `folder` already.
     """
 
     expected: FileIdentity
@@ -127,12 +126,12 @@ def pull_file(
     aborted: Callable[[], bool] = lambda: False,
     meter: Meter | None = None,
 ) -> None:
-    """Receive the file that ``peer`` holds.
+    """Receive the file that `peer` holds.
 
     What came is kept in the target's folder for another attempt if this one fails, unless the disk is the reason.
 
     Raises:
-        AbortedError: ``aborted`` said so. StorageError: the disk is full, or refuses it. IntegrityError: what came is
+        AbortedError: `aborted` said so. StorageError: the disk is full, or refuses it. IntegrityError: what came is
         not what was read. RdmaError: there is no direct way, or the transfer failed.
     """
     meter = meter or Meter("received", links.name, peer, "file", links.ledger)
@@ -144,7 +143,7 @@ class FileDestination(Destination):
     """A `PartialFile` that gets its name when all of its parts are here and have the sender's digests.
 
     Args:
-        ask: sends requests to ``peer``, for its digests.
+        ask: sends requests to `peer`, for its digests.
         budget: bytes that chunks may take, of this file and all else that comes.
         aborted: whether to stop.
     """
@@ -171,12 +170,14 @@ class FileDestination(Destination):
         self._unchecked: queue.SimpleQueue[tuple[int, bytes, bytes]] = queue.SimpleQueue()
 
     def accept(self, items: list[Item], described: Mapping[str, Any]) -> None:
+        """See `Destination.accept`."""
         identity = FileIdentity.unpack(described.get("file"))
         if identity != self._target.expected:
             raise ProtocolError(f"{self._peer} announced {self._target.expected}, but sends {identity}")
         self._items, self._layout = items, Layout(identity, items)
 
     def begin(self) -> Set[int]:
+        """See `Destination.begin`."""
         self._opened = PartialFile(self._target.folder, self._layout, self._target.owner)
         self._compare()
         return self._file.whole
@@ -187,19 +188,23 @@ class FileDestination(Destination):
         return self._opened
 
     def sink(self, number: int, arrivals: Arrivals) -> Sink:
+        """See `Destination.sink`."""
         landed = self._unchecked.put
         return PartSink(self._file, self._items[number], arrivals, lambda *part: landed(part), self._budget)
 
     def check(self, attempt_is_over: bool) -> None:
+        """See `Destination.check`."""
         if attempt_is_over and self._file.error is not None:
             raise self._file.error
         self._check_digests(attempt_is_over)
 
     def finish(self) -> None:
+        """See `Destination.finish`."""
         self._raise_if_aborted()
         self._file.finish(self._target.path)
 
     def close(self) -> None:
+        """See `Destination.close`."""
         if self._opened is not None:
             self._opened.keep()
 
@@ -217,11 +222,15 @@ class FileDestination(Destination):
                 asked = parts[start : start + _COMPARED]
                 theirs |= zip(asked, self._digests("compare", asked), strict=True)
         except LostError as error:
-            log.info("%s: %s", self._peer, error)
+            log.info("some parts that are here could not be compared: %s", error)
         wrong = [part for part in parts if theirs.get(part) != ours[part]]
         if wrong:
             name = self._target.expected.name
-            log.warning("%s: %d parts of those here will be sent again", name, len(wrong))
+            log.warning(
+                "%s: %d of the parts that are here will be sent again: the sender did not confirm them",
+                name,
+                len(wrong),
+            )
         for part in wrong:
             self._file.drop(part)
 
