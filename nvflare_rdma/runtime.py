@@ -31,8 +31,7 @@ from nvflare_rdma.fabric import (
 )
 from nvflare_rdma.flare_compat import max_frame_bytes
 from nvflare_rdma.settings import Settings, load_settings
-from nvflare_rdma.transfer import EncodedChunkCache, Ledger, PeerLinks, TensorMemory
-from nvflare_rdma.transfer.requests import StreamRequestRouter
+from nvflare_rdma.transfer import EncodedChunkCache, Ledger, PeerLinks, StreamRequestRouter, TensorMemory
 
 log = logging.getLogger(__name__)
 

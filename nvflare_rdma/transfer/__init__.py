@@ -46,6 +46,7 @@ from nvflare_rdma.transfer.manifest import unpack as unpack_manifest
 from nvflare_rdma.transfer.peers import Identify, PeerLinks
 from nvflare_rdma.transfer.receiver import AbortedError, LostError, Progress, Pull, pull
 from nvflare_rdma.transfer.records import Ledger, Meter, Meters, TransferRecord, total
+from nvflare_rdma.transfer.requests import StreamRequestRouter
 from nvflare_rdma.transfer.sender import Relayed
 from nvflare_rdma.transfer.service import Service
 from nvflare_rdma.transfer.sinks import Destination, Land, OnDisk, Place, TensorDestination, in_memory, store_chunk
@@ -69,6 +70,7 @@ __all__ = [
     "Pull",
     "Relayed",
     "Service",
+    "StreamRequestRouter",
     "TensorContent",
     "TensorDestination",
     "TensorMemory",
