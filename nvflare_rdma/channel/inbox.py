@@ -206,7 +206,7 @@ class Inbox:
         """
         chunk = landing.chunk
         if landing.revoked or length != len(landing.target if landing.slot is None else landing.slot):
-            return True  # what came was discarded, or nothing was written, or the core says what is wrong
+            return True  # what came was discarded, or nothing was written, or the connection says what is wrong
         if landing.slot is not None and self._opener is not None:
             try:
                 self._opener.open_into(chunk.transfer, chunk.offset, chunk.notification, landing.slot, landing.target)

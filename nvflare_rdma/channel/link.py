@@ -2,14 +2,15 @@
 
 With `control_writer.py`, `rails.py` and `door.py` this is all that has threads:
 
-    FLARE's thread   Link.send         -> core -> control stream
-    reader thread    Link.run          control stream -> core -> events; the deadlines
+    sender's thread  Link.send         -> connection -> control stream
+    reader thread    Link.run          control stream -> connection -> events; the deadlines
     writer thread                      what the control stream did not take at once
     rail threads     RailSet.write     seal or checksum a granted chunk, then Endpoint.write
-    fabric threads   landed, written   verify what landed, then -> core
+    fabric threads   landed, written   verify what landed, then -> connection
 
-The core is called under one lock. Whatever calls out of the link (delivery, budget, endpoints that close) happens
-after it is released: a budget that one link frees may start a transfer of another.
+The connection is called under one lock, and so is every method whose name ends in `_locked`. Whatever calls out of the
+link (delivery, budget, endpoints that close) happens after it is released: a budget that one link frees may start a
+transfer of another.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Link:
             with self._lock:
                 self._pump_locked()
             while self._core.state is not Phase.OPEN:
-                self._step()  # what it leaves for afterwards waits for `run`: who receives may not be ready yet
+                self._step()  # what it defers waits for `run`: who receives may not be ready yet
                 if self._core.state is Phase.CLOSED:
                     raise FabricError(f"{self.name}: {self._failure or 'the peer closed the connection'}")
                 if self._to_dial is not None:
@@ -382,10 +383,10 @@ class Link:
             raise TransferError(f"no memory for a chunk of {chunk.length} bytes: {error}") from error
         self._core.exposed(chunk, remote)
 
-    # -- the core's events ---------------------------------------------------------------------------------
+    # -- the connection's events ---------------------------------------------------------------------------
 
     def _pump_locked(self, inline_bytes: int = 0) -> None:
-        """Carry out what the core asks for and send what it has to say."""
+        """Carry out what the connection asks for and send what it has to say."""
         while happened := self._core.next_events():
             for event in happened:
                 self._handle_locked(event)

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 SEND_DEPTH = 128
 #: More exposures than that on one rail wait for receives, and the device has the peer's writes wait for those.
 RECEIVE_DEPTH = 512
-#: Of a device that has none wait: more than the channel grants (its limit of a peer's open grants), and the greeting.
+#: Of a device that has none wait: more than a link grants (its limit of a peer's open grants), and the greeting.
 RECEIVE_DEPTH_NO_WAITING = 1100
 _DEVICE_CHECK = 1  # seconds
 
