@@ -31,7 +31,8 @@ WIDTH = 28
 def _load(path: str) -> ModuleType:
     """A module of the tests, which are no package that could be imported by name."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -105,6 +105,12 @@ def build_wheel(work: Path, pip_args: Sequence[str]) -> Path:
     return wheel
 
 
+def _install(python: Path, what: str, work: Path, pip_args: Sequence[str]) -> None:
+    # What is imported is compiled then: it is a small part of all that is installed.
+    pip = [python, "-m", "pip", "install", "-q", "--no-compile", *pip_args]
+    _run([*pip, "-c", ROOT / "constraints.txt", what], INSTALL_SECONDS, work)
+
+
 def _doctor(python: Path, work: Path) -> str:
     """In one line, which fabrics `nvflare-rdma doctor` finds usable."""
     command = python.with_name("nvflare-rdma")
@@ -117,8 +123,7 @@ def _doctor(python: Path, work: Path) -> str:
 
 
 def _plain(python: Path, wheel: Path, work: Path, pip_args: Sequence[str]) -> str:
-    pip = [python, "-m", "pip", "install", "-q", *pip_args]
-    _run([*pip, "-c", ROOT / "constraints.txt", wheel], INSTALL_SECONDS, work)
+    _install(python, str(wheel), work, pip_args)
     code = (
         "import importlib.util, nvflare_rdma.driver, nvflare_rdma.filters, nvflare_rdma.recipe\n"
         "assert importlib.util.find_spec('torch') is None, 'torch was installed without being asked for'\n"
@@ -129,8 +134,7 @@ def _plain(python: Path, wheel: Path, work: Path, pip_args: Sequence[str]) -> st
 
 
 def _with_torch(python: Path, wheel: Path, work: Path, pip_args: Sequence[str]) -> str:
-    pip = [python, "-m", "pip", "install", "-q", *pip_args]
-    _run([*pip, "-c", ROOT / "constraints.txt", f"{wheel}[torch]"], INSTALL_SECONDS, work)
+    _install(python, f"{wheel}[torch]", work, pip_args)
     doctor = _doctor(python, work)
     job, workspace = work / "job", work / "workspace"
     shutil.copytree(JOB, job)
