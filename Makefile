@@ -43,7 +43,7 @@ test-pythons: $(STAMP)
 # How much of transfer/ and streaming/ their own tests reach, in all processes that they start.
 coverage: $(STAMP)
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest tests/transfer tests/streaming
+	$(BIN)/coverage run -m pytest $(PYTEST_ARGS) tests/transfer tests/streaming
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
