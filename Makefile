@@ -1,4 +1,5 @@
-# make demo | test | test-verbs | test-verbs-all | lint | format | docs | clean      (Debian 12 / Ubuntu 24.04, Python >= 3.11)
+# make demo | test | test-verbs | test-verbs-all | test-pythons | coverage | lint | format | docs | clean
+# (Debian 12 / Ubuntu 24.04, Python >= 3.11)
 PYTHON ?= python3
 VENV   ?= .venv
 # Extra pip options, for example a private index or a CPU-only PyTorch index.
@@ -7,7 +8,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?= -n 3 --dist worksteal
 
-.PHONY: demo test test-verbs test-verbs-all lint format docs clean setup
+.PHONY: demo test test-verbs test-verbs-all test-pythons coverage lint format docs clean setup
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -37,9 +38,23 @@ test-verbs: $(STAMP)
 test-verbs-all: $(STAMP)
 	$(BIN)/python tests/guest/run_tests.py --all
 
+# A wheel in a clean environment, without and with torch, on each supported Python that is here. PYTHONS="3.12 /path/of/python"
+# chooses others, PYTHONS_STEPS=plain leaves out torch and the job.
+PYTHONS_STEPS ?= all
+test-pythons: $(STAMP)
+	$(BIN)/python tests/pythons/smoke.py --steps $(PYTHONS_STEPS) -- $(PIP_ARGS)
+
+# How much of transfer/ and streaming/ their own tests reach, in all processes that they start.
+coverage: $(STAMP)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(PYTEST_ARGS) tests/transfer tests/streaming
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 format: $(STAMP)

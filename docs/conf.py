@@ -1,13 +1,14 @@
 from nvflare_rdma import __version__
 
 project = "nvflare-rdma"
-author = "the nvflare-rdma authors"
+author = "nvflare-rdma maintainers"
 release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 # Links to headings, as on GitHub.
 myst_heading_anchors = 3
-exclude_patterns = ["_build", "controllers-table.md", "controllers-fedrdma.md", "wan-table.md"]
+# What other pages include.
+exclude_patterns = ["_build", "controllers-table.md", "controllers-fedrdma.md", "wan-table.md", "convergence-table.md"]
 html_theme = "alabaster"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

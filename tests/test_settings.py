@@ -41,7 +41,7 @@ def test_a_bad_setting_names_key_value_and_what_is_allowed(values, message):
 
 
 def test_the_documentation_has_a_row_for_each_setting():
-    text = (Path(__file__).parents[1] / "docs/driver.md").read_text()
+    text = (Path(__file__).parents[1] / "docs/settings.md").read_text()
     rows = re.findall(r"^\| `(rdma_\w+)` \|", text, re.MULTILINE)
     assert sorted(rows) == sorted(each.name for each in fields(Settings))
 

@@ -1,0 +1,96 @@
+"""What the docs say of the code, where that can be compared."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+USER_GUIDE_LINES = 150
+#: Files that the design names and that are being made.
+TO_COME = {"channel/control_writer.py", "transfer/content.py", "transfer/encoding.py", "transfer/requests.py"}
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return load(DOCS / "pictures.py")
+
+
+def test_the_pictures_show_the_code_as_it_is(pictures):
+    page = pictures.PAGE.read_text()
+    assert page == pictures.with_pictures(page), "run: python docs/pictures.py --write"
+
+
+def test_a_circle_of_imports_is_no_picture(pictures):
+    with pytest.raises(ValueError, match=r"circle: \['a', 'b'\]"):
+        pictures.floors_of({"a": {"b"}, "b": {"a"}, "c": set()})
+
+
+def test_the_threads_in_the_design_are_those_of_the_code():
+    named = set(re.findall(r"rdma-[a-z]+(?:-[a-z]+)*", (DOCS / "design.md").read_text()))
+    code = "\n".join(path.read_text() for path in (ROOT / "nvflare_rdma").rglob("*.py"))
+    assert len(named) > 5
+    assert not [name for name in named if f'"{name}' not in code]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_between_files_lead_somewhere(page):
+    """Sphinx looks at those between pages; these are the others, and those of the folder's figures."""
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_files_in_the_design_exist():
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", (DOCS / "design.md").read_text()))
+    package = ROOT / "nvflare_rdma"
+    roots = (ROOT, package, package / "channel", package / "fabric")
+    missing = {name for name in named if not any((root / name).exists() for root in roots)}
+    assert len(named) > 40
+    assert missing <= TO_COME
+
+
+def user_guide():
+    index = (DOCS / "index.md").read_text()
+    block = re.search(r":caption: User guide\n\n(.*?)```", index, re.DOTALL)
+    return [DOCS / f"{name}.md" for name in block[1].split()]
+
+
+@pytest.mark.parametrize("page", user_guide(), ids=lambda page: page.stem)
+def test_a_page_of_the_user_guide_is_short(page):
+    assert len(page.read_text().splitlines()) <= USER_GUIDE_LINES
+
+
+def test_every_page_is_in_the_index():
+    index = (DOCS / "index.md").read_text()
+    included = {name for page in PAGES for name in re.findall(r"\{include\} (\S+)\.md", page.read_text())}
+    listed = set(re.findall(r"^([a-z-]+)$", index, re.MULTILINE))
+    assert {page.stem for page in PAGES} - included - {"index"} == listed
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ("channel: revoke grants before their rail is dropped\n\nThe peer could still write.\n", ""),
+        ("docs, tests: draw the floors", ""),
+        ("Merge branch 'x'", ""),
+        ("Draw the floors", "has to be"),
+        ("docs: draw the floors.", "has to be"),
+        ("docs: " + "draw " * 20 + "them", "72 are allowed"),
+        ("docs: draw the floors\nthe reason", "has to be empty"),
+    ],
+)
+def test_the_subject_of_a_commit(message, problem):
+    found = load(ROOT / ".ci" / "check_message.py").problem(message)
+    assert problem in found if problem else not found
