@@ -209,8 +209,7 @@ def report_cuda(model: list[np.ndarray], repeats: int) -> None:
     if not torch.cuda.is_available():
         print("CUDA: not run: no CUDA device")
         return
-    from nvflare_rdma.codecs import to_array
-    from nvflare_rdma.codecs.on_device import can_encode_on_device, encode_on_device
+    from nvflare_rdma.codecs import can_encode_on_device, encode_on_device, to_array
 
     def on_cpu(codec: Codec, tensor: torch.Tensor) -> np.ndarray:
         values = to_array(tensor)

@@ -36,7 +36,7 @@ NO_IO = ("channel/protocol", "channel/controllers")
 FACES_TO_COME: set[str] = set()
 #: Who may look behind a face, and why.
 BEHIND_FACES = {
-    "benchmarks/codecs.py": "measures what encodes on a device, whether or not anybody would choose it",
+    "benchmarks/state_dict.py": "installs the transfer without a FLARE job that has the component",
     "benchmarks/containers_files.py": "installs the transfer without a FLARE job that has the component",
     "benchmarks/verbs_costs.py": "measures what the parts of the verbs fabric cost on their own",
     "benchmarks/channel_peers.py": "sets endpoint.IN_PLACE_BYTES of the verbs fabric, which is no setting",

@@ -1,7 +1,6 @@
 """Codecs: tensors to few bits and back. Needs numpy and numba, neither FLARE nor torch.
 
-What other packages use is here; only `nvflare_rdma.codecs.on_device` is imported by its own name, where a torch tensor
-is at hand, because it imports torch.
+What other packages use is here. What encodes on a GPU needs torch, and is loaded when it is asked for.
 
 - `get_codec` gives a `Codec` by name, `warm_up` loads its compiled code beforehand. What a codec is, and what its parts
   are, is in `nvflare_rdma.codecs.base`.
@@ -22,6 +21,9 @@ is at hand, because it imports torch.
 """
 
 from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from nvflare_rdma.codecs.base import Array, Bytes, Codec, FixedSizeCodec, Float32, Parts
 from nvflare_rdma.codecs.blockwise import Blockwise8
@@ -51,6 +53,9 @@ from nvflare_rdma.codecs.tensors import (
 )
 from nvflare_rdma.codecs.warming import warm_up
 
+if TYPE_CHECKING:
+    from nvflare_rdma.codecs.on_device import can_encode_on_device, encode_on_device
+
 __all__ = [
     "CODEC_NAMES",
     "FLOAT_NAMES",
@@ -67,8 +72,10 @@ __all__ = [
     "Parts",
     "Policy",
     "StoredTensor",
+    "can_encode_on_device",
     "codec_of",
     "dtype_name",
+    "encode_on_device",
     "float32_runs",
     "float_bits",
     "from_flat",
@@ -92,3 +99,12 @@ __all__ = [
     "warm_up",
     "width",
 ]
+
+_ON_DEVICE = ("can_encode_on_device", "encode_on_device")
+
+if not TYPE_CHECKING:  # a type checker would take every name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name in _ON_DEVICE:
+            return getattr(import_module(f"{__name__}.on_device"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

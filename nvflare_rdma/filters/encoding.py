@@ -57,7 +57,7 @@ class TensorEncoder:
             UnrepresentableError: the codec can't carry the tensor's values.
         """
         if is_on_gpu(value):
-            from nvflare_rdma.codecs.on_device import can_encode_on_device, encode_on_device
+            from nvflare_rdma.codecs import can_encode_on_device, encode_on_device
 
             if can_encode_on_device(codec):
                 return encode_on_device(codec, value)

@@ -94,6 +94,9 @@ def install_in_trainer() -> None:
         atexit.register(shared().links.stop)
 
 
+install_in_trainer.__module__ = "nvflare_rdma.streaming"  # as all that this package hands on
+
+
 def open_links(cell: Any) -> PeerLinks:
     """The links of a cell. They are as its own connections are: with its certificates, if it has any. A trainer's are
     its site's."""

@@ -195,7 +195,7 @@ class Encoding:
     def _encode(self, first: int, last: int, out: memoryview) -> None:
         codec, array = self.layout.codec, self._array
         if array is None:
-            from nvflare_rdma.codecs.on_device import can_encode_on_device, encode_on_device
+            from nvflare_rdma.codecs import can_encode_on_device, encode_on_device
 
             if self._flat is None:
                 self._flat = self.tensor.detach().reshape(-1)  # a copy on its device if it is not contiguous, once
