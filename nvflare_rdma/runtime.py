@@ -149,6 +149,11 @@ class Runtime:
     factories: Mapping[str, FabricFactory]
     shared: Shared = field(default_factory=Shared)
 
+    @property
+    def ledger(self) -> Ledger:
+        """Where the records of transfers go."""
+        return self.shared.ledger
+
     def tcp(self, dial: Callable[[], socket.socket] | None = None) -> TcpFabric:
         """The tcp fabric of a door, or of a link that `dial` makes the rails of."""
         return TcpFabric(self.settings.rdma_rails, dial, self.settings.rdma_tcp_congestion)

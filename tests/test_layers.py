@@ -17,7 +17,7 @@ ALLOWED = {
     "fabric": set(),
     "channel": {"fabric"},
     "codecs": set(),
-    "transfer": {"channel", "codecs", "fabric", "runtime"},  # the last for types only
+    "transfer": {"channel", "codecs", "fabric"},  # the last for types only
     "streaming": {
         *("transfer", "channel", "codecs", "fabric", "filters"),
         *("metrics", "runtime", "settings", "flare_compat"),

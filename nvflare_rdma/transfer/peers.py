@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from nvflare_rdma.channel import (
     GREETING_TIMEOUT,
@@ -34,12 +34,9 @@ from nvflare_rdma.channel import (
     dial,
 )
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TlsError, UnreachableError
-from nvflare_rdma.fabric import MemoryBudget, TcpFabric
+from nvflare_rdma.fabric import Fabric, MemoryBudget, TcpFabric
 from nvflare_rdma.transfer.addresses import TICKET_BYTES, is_loopback, listen, own_hosts, parse_invitation
 from nvflare_rdma.transfer.records import Ledger
-
-if TYPE_CHECKING:
-    from nvflare_rdma.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +62,30 @@ _SAME_HOST_FACTOR = 6
 Identify: TypeAlias = Callable[[str, Mapping[str, Any]], None]
 
 
+class SharedByLinks(Protocol):
+    """What `PeerLinks` needs of its process: `nvflare_rdma.runtime.Runtime` has it."""
+
+    @property
+    def context(self) -> LinkContext:
+        """The limits, memory and settings of links."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """Where the records of transfers go."""
+
+    def tcp(self, dial: Callable[[], socket.socket] | None = None) -> TcpFabric:
+        """The tcp fabric of a door, or of a link that `dial` makes the rails of."""
+
+    def fabrics(self, tcp: TcpFabric, sock: socket.socket) -> dict[str, Fabric]:
+        """The fabrics of a link whose control stream is on `sock`."""
+
+
 class PeerLinks:
     """Opens and keeps one cell's links to its peers, and knows the sinks of the messages that are expected over them.
 
     Args:
         name: the cell's FQCN.
-        runtime: what all links of the process share.
+        shared: what all links of the process share.
         tls: makes the context for the listening side (True) or the dialling one; gives None where FLARE is not secure.
         identify: says whether a certificate is a peer's.
         server_host: how this side's FLARE reaches the server, "" if it is unknown; tried before the addresses that a
@@ -83,7 +98,7 @@ class PeerLinks:
     def __init__(
         self,
         name: str,
-        runtime: Runtime,
+        shared: SharedByLinks,
         tls: Callable[[bool], ssl.SSLContext | None],
         identify: Identify,
         server_host: str,
@@ -91,15 +106,15 @@ class PeerLinks:
         trainers: bool = False,
     ) -> None:
         self.name = name
-        self._runtime = runtime
+        self._shared = shared
         self._tls = tls
         self._identify = identify
         self._server_host = server_host
         self._ports = ports
         self._trainers = trainers
         limits = ChannelLimits(max_message_bytes=_MAX_TENSOR_BYTES)
-        self._context: LinkContext = replace(runtime.context, limits=limits, same_host_factor=_SAME_HOST_FACTOR)
-        self._fabric = runtime.tcp()
+        self._context: LinkContext = replace(shared.context, limits=limits, same_host_factor=_SAME_HOST_FACTOR)
+        self._fabric = shared.tcp()
         self._lock = threading.Lock()
         self._opened = threading.Condition(self._lock)
         self._door: Door | None = None
@@ -203,7 +218,7 @@ class PeerLinks:
     @property
     def ledger(self) -> Ledger:
         """The process's, which the records of transfers over these links go to."""
-        return self._runtime.shared.ledger
+        return self._shared.ledger
 
     def _may_come(self, peer: str) -> bool:
         return self._ports is not None or (self._trainers and peer.startswith(f"{self.name}."))
@@ -289,14 +304,14 @@ class PeerLinks:
                 if _receive_exactly(stream, len(_WELCOME), deadline - time.monotonic()) != _WELCOME:
                     raise ProtocolError("it is no data port of nvflare-rdma")
             way = functools.partial(socket.create_connection, address, GREETING_TIMEOUT)
-            return self._open(Role.ACTIVE, sock, stream, self._runtime.tcp(way), peer)
+            return self._open(Role.ACTIVE, sock, stream, self._shared.tcp(way), peer)
         except (OSError, RdmaError):
             stream.close()
             raise
 
     def _open(self, role: Role, sock: socket.socket, stream: ControlStream, tcp: TcpFabric, peer: str) -> Link:
         place = functools.partial(self._place, peer)
-        fabrics = self._runtime.fabrics(tcp, sock)
+        fabrics = self._shared.fabrics(tcp, sock)
         link = Link(stream, role, fabrics, self._context, _unexpected, f"data {self.name} - {peer}", place)
         with self._pending.track(sock):
             link.open()

@@ -74,7 +74,7 @@ def cells() -> Iterator[Cells]:
             channels.close()
         eventually(lambda: not _left(before), DEADLINE)
         for channels in make.made:
-            assert channels._runtime.context.budget.in_use == 0
+            assert channels._shared.context.budget.in_use == 0
             assert not channels._links
             assert not channels._sinks
 

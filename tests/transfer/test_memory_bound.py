@@ -39,7 +39,7 @@ def secure(tmp_path_factory):
 
 def held_at_most(channels: PeerLinks) -> int:
     """Slots that were in use at once."""
-    pool = channels._runtime.context.pool
+    pool = channels._shared.context.pool
     return pool._busiest
 
 
@@ -58,7 +58,7 @@ def test_a_tensor_larger_than_the_budget(sealed, cell, secure):
     assert float((got["few bits"] - sent["few bits"]).abs().max()) < 1
     for side in (it.channels, site):
         assert 0 < held_at_most(side) <= MIB
-        context = side._runtime.context
+        context = side._shared.context
         assert context.budget.peak <= context.budget.limit
     it.service.close()
 
@@ -111,7 +111,7 @@ def test_whatever_ends_a_transfer_frees_everything(how, monkeypatch):
     for side in (it.channels, site):
         side.close()
     for side in (it.channels, site):
-        context = side._runtime.context
+        context = side._shared.context
         eventually(lambda context=context: not context.budget.in_use and not context.pool.used_bytes, DEADLINE)
     eventually(lambda: descriptors() <= before, DEADLINE)
 

@@ -84,7 +84,7 @@ def test_a_file_larger_than_the_budget_in_little_memory(encoded, cell):
     it, site = encoded(budget=4 * MIB, fabrics=("tcp",)), cell("site-1", budget=4 * MIB, fabrics=("tcp",))
     it.pull(site)
     for side in (it.channels, site):
-        context = side._runtime.context
+        context = side._shared.context
         assert 0 < context.pool._busiest <= 4 * MIB < it.file.identity.size
         assert context.budget.peak <= context.budget.limit
 

@@ -37,7 +37,7 @@ def test_a_file_in_the_smallest_budget(files, cell):
     site = cell("site-1", fabrics=("tcp",), budget=1 << 20)
     it.pull(site)
     for side in (it.channels, site):
-        context = side._runtime.context
+        context = side._shared.context
         assert 0 < context.pool._busiest <= 1 << 20
         assert context.budget.peak <= context.budget.limit
 
