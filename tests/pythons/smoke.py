@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 JOB = ROOT / "tests" / "exported" / "linear"
 SUPPORTED = ("3.11", "3.12", "3.13")
-INSTALL_SECONDS, RUN_SECONDS, JOB_SECONDS = 1800, 120, 300
+INSTALL_SECONDS, RUN_SECONDS, JOB_SECONDS = 1800, 300, 600
 _VERSION = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
 
 
