@@ -21,7 +21,8 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	  { echo "$(PYTHON) has no venv module. Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip setuptools wheel
-	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[test,lint]'
+	@echo "Installing what is missing into $(VENV); the first time that takes some minutes."
+	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt -e '.[test,lint]'
 	touch $@
 
 demo: $(STAMP)
