@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 from nvflare_rdma import __version__
 
 project = "nvflare-rdma"

@@ -5,6 +5,8 @@ built-in that a caller of FLARE's own component would expect, so that existing `
 keeps working.
 """
 
+from __future__ import annotations
+
 
 class RdmaError(Exception):
     """Base of every error that nvflare-rdma raises on purpose."""
@@ -18,7 +20,7 @@ class FabricError(RdmaError, OSError):
     """A fabric (the means of moving bytes) failed: a rail broke, a device or socket call was refused."""
 
 
-class FabricUnavailable(FabricError):
+class FabricUnavailable(FabricError):  # noqa: N818 - a public name of the first release
     """A fabric can't be used here; the message says why and what would make it usable."""
 
 

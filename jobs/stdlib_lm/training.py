@@ -28,7 +28,7 @@ def rate_at(step: int, total: int) -> float:
     return PEAK_RATE * (0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-def train(
+def train(  # noqa: PLR0913
     model: ByteGPT,
     optimizer: torch.optim.Optimizer,
     text: Tensor,

@@ -142,7 +142,7 @@ class DirectDecomposer(PrefixedReferences):
         downloadable.serve(items, fobs_ctx.get(FOBSContextKey.CELL))
         return downloadable
 
-    def download(
+    def download(  # noqa: PLR0913 - the signature is FLARE's
         self,
         from_fqcn: str,
         ref_id: str,

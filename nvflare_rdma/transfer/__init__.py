@@ -38,6 +38,8 @@ Who is who:
 Files move in the same way; their items are parts (see `nvflare_rdma.transfer.files`).
 """
 
+from __future__ import annotations
+
 from nvflare_rdma.transfer.arrays import TensorMemory, raw_bytes
 from nvflare_rdma.transfer.content import Content, TensorContent
 from nvflare_rdma.transfer.encoding import EncodedChunkCache

@@ -1,5 +1,7 @@
 """nvflare-rdma policy CONFIG MODEL."""
 
+from __future__ import annotations
+
 import json
 import struct
 

@@ -1,5 +1,7 @@
 """adaquant against FLARE's AdaQuantizer: the same offset, norm, level and codes."""
 
+from __future__ import annotations
+
 import struct
 
 import numpy as np

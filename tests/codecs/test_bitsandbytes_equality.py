@@ -1,5 +1,7 @@
 """blockwise8 and the 4-bit types against bitsandbytes on a CPU: equal bit for bit, but for a decoded zero's sign."""
 
+from __future__ import annotations
+
 import math
 
 import bitsandbytes_here

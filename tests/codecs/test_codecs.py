@@ -1,5 +1,7 @@
 """Every codec: sizes, pieces, bounds, bad input."""
 
+from __future__ import annotations
+
 import itertools
 
 import numpy as np

@@ -1,5 +1,7 @@
 """int8, float8_e4m3, int2 and ternary: their levels, and what error feedback needs of the last two."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -1,5 +1,7 @@
 """lossless: every bit arrives, sizes, and damaged bytes."""
 
+from __future__ import annotations
+
 import contextlib
 
 import numpy as np

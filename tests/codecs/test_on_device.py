@@ -1,5 +1,7 @@
 """Encoding with torch ops against the numba kernels, bit for bit: on CPU tensors, and on CUDA's where there are any."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings

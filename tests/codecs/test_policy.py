@@ -1,5 +1,7 @@
 """Policies: roles, rules in order, the defaults behind them, and what is exact whatever the rules say."""
 
+from __future__ import annotations
+
 import math
 
 import pytest

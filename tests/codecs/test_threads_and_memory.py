@@ -1,5 +1,7 @@
 """What the codecs promise about memory, threads, imports and the compiler's cache."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess

@@ -1,5 +1,7 @@
 """Codecs are loaded in the background, all that a policy may choose."""
 
+from __future__ import annotations
+
 import sys
 
 from nvflare_rdma.codecs import get_codec

@@ -1,5 +1,7 @@
 """add_quantization puts the right filter at each of the four points of a recipe or job."""
 
+from __future__ import annotations
+
 import json
 
 import numpy as np

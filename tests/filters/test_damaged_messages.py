@@ -1,5 +1,7 @@
 """ModelDequantizer with metadata that a peer damaged or forged."""
 
+from __future__ import annotations
+
 import tracemalloc
 
 import numpy as np

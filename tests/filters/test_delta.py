@@ -1,5 +1,7 @@
 """Differences are sent only against a model that both sides hold; whatever goes wrong costs a whole message."""
 
+from __future__ import annotations
+
 from types import SimpleNamespace
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Error feedback: what a message lacks is in the next one, once, and survives the process."""
 
+from __future__ import annotations
+
 import logging
 from types import SimpleNamespace
 

@@ -1,5 +1,7 @@
 """Quantize and dequantize a message: values, dtypes, frameworks, exact tensors, and nothing changed."""
 
+from __future__ import annotations
+
 import copy
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Either side may be FLARE's own filter. Its `.cuda()` calls are made to do nothing, since tests run on a CPU."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch

@@ -1,5 +1,7 @@
 """One-sided configs are refused, at each of the four points, by a message that names key and fix."""
 
+from __future__ import annotations
+
 from types import SimpleNamespace
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Tensors on a GPU are encoded there, with the same result. Without one, CPU tensors take that path here."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch

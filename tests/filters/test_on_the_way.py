@@ -1,5 +1,7 @@
 """With `RdmaTransfer` on both sides tensors are marked, not encoded; what the receiver then gets is left as it is."""
 
+from __future__ import annotations
+
 import gc
 import weakref
 

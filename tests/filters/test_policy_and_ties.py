@@ -1,5 +1,7 @@
 """Messages under a policy: several codecs, exact tensors, ties, adapters, dicts in dicts."""
 
+from __future__ import annotations
+
 import math
 import tracemalloc
 

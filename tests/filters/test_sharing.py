@@ -1,5 +1,7 @@
 """One encoding serves all sites that are sent one message, and only those."""
 
+from __future__ import annotations
+
 import copy
 import gc
 import threading

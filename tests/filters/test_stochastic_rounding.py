@@ -1,5 +1,7 @@
 """Stochastic rounding: no mean error, nothing beyond a step, the same noise for the same round."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch

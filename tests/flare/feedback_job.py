@@ -4,6 +4,8 @@ feedback: results in 4 bits with error feedback, the model in full; one thread f
 site's process anew for each task. delta: both ways, as differences.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Sends back the model it gets, as float32, and prints what it got."""
 
+from __future__ import annotations
+
 import numpy as np
 import nvflare.client as flare
 

@@ -1,5 +1,7 @@
 """Runs one simulated FedAvg job with a chosen subset of the four filters: one_sided_job.py WORKSPACE POINT..."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Keeps the scalars that FLARE's analytics receivers would show."""
 
+from __future__ import annotations
+
 import json
 import os
 

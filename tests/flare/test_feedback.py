@@ -1,5 +1,7 @@
 """Error feedback and differences in real FLARE jobs: state survives FLARE's restarts, and both sides agree."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Real FLARE jobs whose quantization config is one-sided: the job stops and says what to change."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

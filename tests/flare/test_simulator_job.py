@@ -1,5 +1,7 @@
 """The whole job in FLARE's simulator, as small as it can be."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess

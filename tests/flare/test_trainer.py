@@ -1,5 +1,7 @@
 """A training script in a process of its own (`launch_external_process`) gets and sends its model directly."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import numpy as np

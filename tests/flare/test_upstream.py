@@ -1,5 +1,7 @@
 """The tool that runs FLARE's own tests; what it needs of FLARE's sources is not here."""
 
+from __future__ import annotations
+
 import importlib.util
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """jobs/stdlib_lm/job.py, with a receiver of analytics on the server."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

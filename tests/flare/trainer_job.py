@@ -3,6 +3,8 @@
 python trainer_job.py FOLDER     in FOLDER: initial.npy, received.npy, sent.npy, and the workspace ws
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

@@ -3,6 +3,8 @@
 python weights_job.py FOLDER QUANTIZATION_TYPE
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """A module with tensors that quantize well, badly and not at all."""
 
+from __future__ import annotations
+
 import torch
 from torch import nn
 

@@ -1,5 +1,7 @@
 """What `make test-verbs` leaves out, and what it makes of the results."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """The jobs' modules are scripts in folders of their own, found as FLARE finds them: by those folders on sys.path."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import data
 import pytest
 import torch

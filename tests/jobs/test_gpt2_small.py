@@ -1,5 +1,7 @@
 """jobs/gpt2_small: its model with and without transformers, its training step, and what it exports."""
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import subprocess

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 from traffic.summary import RoundTraffic, summarize
 
 

@@ -1,5 +1,7 @@
 """FLARE cells, messages and download transactions, with tensors on data channels."""
 
+from __future__ import annotations
+
 import json
 
 import pytest

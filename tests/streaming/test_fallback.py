@@ -1,5 +1,7 @@
 """What a direct transfer is recorded as, on both sides, where not everything goes well."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch

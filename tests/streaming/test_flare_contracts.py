@@ -3,6 +3,8 @@
 ``contract_server.py FOLDER flare`` does the same on FLARE's own path, with the same results.
 """
 
+from __future__ import annotations
+
 import json
 
 import pytest

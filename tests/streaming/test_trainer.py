@@ -1,5 +1,7 @@
 """What a site's job process hands on to trainers, and who gets `RdmaTransfer` in a job."""
 
+from __future__ import annotations
+
 import os
 import types
 from pathlib import Path

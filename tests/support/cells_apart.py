@@ -2,6 +2,8 @@
 to its data ports: cells_apart.py FOLDER, in a network namespace in which this process may do all. What the site got is
 in FOLDER/results.json: first behind the firewall, then without it."""
 
+from __future__ import annotations
+
 import json
 import logging
 import os

@@ -6,6 +6,8 @@
 `contract_server` tells it what to do. It knows no torch, which takes long to load.
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import logging

@@ -2,6 +2,8 @@
 flare|ours [CREDENTIALS]. What happened is in FOLDER/results.json; CREDENTIALS is JSON of each cell's, for TLS.
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 import logging

@@ -1,6 +1,8 @@
 """A server and two sites that stream containers and files: stream_cells.py FOLDER. What happened is in
 FOLDER/results.json. "own" in a name: that side has FLARE's streamers, not ours; the sites are asked in parallel."""
 
+from __future__ import annotations
+
 import json
 import logging
 import os

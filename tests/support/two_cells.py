@@ -4,6 +4,8 @@ FOLDER/results.json; CREDENTIALS is JSON of each cell's, for TLS between them.
 One process, as FLARE's own tests have it; the bytes still go through sockets or shared memory.
 """
 
+from __future__ import annotations
+
 import gc
 import json
 import logging

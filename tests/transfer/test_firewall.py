@@ -1,5 +1,7 @@
 """A firewall that lets FLARE's own connection through, and drops what comes to the data ports."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """A training script that keeps what it received and what it sends."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

@@ -4,6 +4,8 @@ on an emulated CPU.
     python array_job.py FOLDER SIZE SECONDS     in FOLDER: initial.npy, received.npy, sent.npy, and the workspace ws
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """The guest in which the other tests of verbs run has the devices and wires that they count on."""
 
+from __future__ import annotations
+
 import socket
 import subprocess
 from pathlib import Path

@@ -70,7 +70,7 @@ class ContainerStreamer(flare.ContainerStreamer):
         register(fl_ctx.get_engine(), channel, topic, ContainerReceiving, callbacks)
 
     @staticmethod
-    def stream_container(
+    def stream_container(  # noqa: PLR0913 - the signature is FLARE's
         channel: str,
         topic: str,
         stream_ctx: Any,

@@ -73,7 +73,7 @@ class FileStreamer(flare.FileStreamer):
         register(fl_ctx.get_engine(), channel, topic, make, callbacks)
 
     @staticmethod
-    def stream_file(
+    def stream_file(  # noqa: PLR0913 - the signature is FLARE's
         channel: str,
         topic: str,
         stream_ctx: Any,
@@ -212,7 +212,7 @@ class FileRetriever(flare_retriever.FileRetriever):
 
     __module__ = "nvflare_rdma.streaming"  # the public name, which FLARE writes into exported jobs
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the signature is FLARE's
         self,
         source_dir: str,
         topic: str | None = None,

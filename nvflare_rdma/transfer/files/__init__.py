@@ -10,6 +10,8 @@ What has come is under a hidden name until the file is whole (`partial_file`); `
 with.
 """
 
+from __future__ import annotations
+
 from nvflare_rdma.transfer.files.layout import plan
 from nvflare_rdma.transfer.files.partial_file import forget
 from nvflare_rdma.transfer.files.source import FileIdentity, OpenFile, codec_for_files
