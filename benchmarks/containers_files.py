@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from state_dict import make_model
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 CONFIGURATIONS = ("flare", "direct-shm", "direct-tcp")
 KINDS = ("container", "file")
@@ -47,7 +47,8 @@ class Side(Measured):
         from nvflare.app_common.streamers import container_streamer, file_streamer
         from nvflare.app_opt.pt.decomposers import TensorDecomposer
         from nvflare.fuel.utils import fobs
-        from stream_engine import StreamEngine
+
+        from tests.support.stream_engine import StreamEngine
 
         fobs.register(TensorDecomposer)
         self._containers, self._files = container_streamer.ContainerStreamer, file_streamer.FileStreamer

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "support"))
-
-from link_search import CHUNKS, best_fixed, mean_goodput, restart_goodput  # noqa: E402
-from links import GIB, MIB, MODELS, RESTART, TCP, Link, simulate  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from nvflare_rdma.channel.controllers import Controller, make_controller  # noqa: E402
+from tests.support.link_search import CHUNKS, best_fixed, mean_goodput, restart_goodput  # noqa: E402
+from tests.support.links import GIB, MIB, MODELS, RESTART, TCP, Link, simulate  # noqa: E402
 
 BANDWIDTHS = (10e6, 100e6, 1e9, 10e9, 100e9)
 RTTS = (0.05e-3, 1e-3, 10e-3, 50e-3, 200e-3)

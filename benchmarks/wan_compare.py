@@ -15,11 +15,10 @@ from wan_report import Results
 from wan_wire import RATE, VERBS_PAYLOAD
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "support"))
-
-from links import RESTART, Link, simulate  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from nvflare_rdma.channel.controllers import make_controller  # noqa: E402
+from tests.support.links import RESTART, Link, simulate  # noqa: E402
 
 #: Simulated seconds: as long as a huge write may take.
 DEADLINE, SEEDS = 20.0, 5

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [p for p in (str(ROOT),) if p not in sys.path]
 PACKAGE = ROOT / "nvflare_rdma"
 PAGE = ROOT / "docs" / "design.md"
 #: Everybody imports them.
@@ -135,7 +136,7 @@ class _Chart:
     """Runs two protocol cores as the tests do, and notes what one tells the other."""
 
     def __init__(self) -> None:
-        self.pair = _load("tests/support/core_pair.py")
+        self.pair = importlib.import_module("tests.support.core_pair")
         self.active, self.passive = self.pair.make_pair()
         self.lines = [f"{'active side, sender':{WIDTH}}{'':{WIDTH}}passive side, receiver"]
 

@@ -4,8 +4,12 @@ import os
 import sys
 from pathlib import Path
 
-# Helpers that tests of several folders share are imported by name.
-sys.path.insert(0, str(Path(__file__).parent / "support"))
+ROOT = str(Path(__file__).resolve().parents[1])
+
+# `tests.support` is a package that tests, and the processes that they start, import by that name.
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
 # Before torch is loaded, and for all processes that tests start: tests run side by side, and threads of torch that
 # spin while they wait for each other would take the processors from the others.

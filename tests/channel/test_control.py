@@ -7,9 +7,6 @@ import ssl
 import threading
 
 import pytest
-from certificates import Authority
-from tcp_pair import DEADLINE, context, in_parallel
-from trickling import TlsPeer, trickle
 
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.link import Link
@@ -17,6 +14,9 @@ from nvflare_rdma.channel.protocol.limits import ChannelLimits
 from nvflare_rdma.channel.protocol.state import Role
 from nvflare_rdma.errors import TransferError
 from nvflare_rdma.fabric.tcp import TcpFabric
+from tests.support.certificates import Authority
+from tests.support.tcp_pair import DEADLINE, context, in_parallel
+from tests.support.trickling import TlsPeer, trickle
 
 
 @pytest.fixture(scope="module")

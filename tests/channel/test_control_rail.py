@@ -16,15 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from certificates import Authority
-from link_process import tls_context
-from tcp_pair import DEADLINE, context
 
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.door import Door, Pending, dial
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.protocol.state import Role
 from nvflare_rdma.fabric.tcp import TcpFabric
+from tests.support.certificates import Authority
+from tests.support.link_process import tls_context
+from tests.support.tcp_pair import DEADLINE, context
 
 TLS_RECORD = b"\x16"
 

@@ -12,10 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from certificates import Authority
-from link_process import tls_context
-from tcp_pair import DEADLINE, context, in_parallel
-from waiting import eventually
 
 from nvflare_rdma.channel import door as door_module
 from nvflare_rdma.channel.control import ControlStream
@@ -25,6 +21,10 @@ from nvflare_rdma.channel.protocol.state import Role
 from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
 from nvflare_rdma.errors import TlsError, TransferError
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric
+from tests.support.certificates import Authority
+from tests.support.link_process import tls_context
+from tests.support.tcp_pair import DEADLINE, context, in_parallel
+from tests.support.waiting import eventually
 
 FOR_EVER = 600.0
 TLS_RECORD = b"\x16"

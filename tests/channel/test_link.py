@@ -13,11 +13,6 @@ import time
 import weakref
 
 import pytest
-from bodies import MaskedSource, TestSink
-from certificates import Authority
-from recorder import Recorder
-from tcp_pair import DEADLINE, admitting, context, in_parallel, link_pair
-from waiting import eventually
 
 from nvflare_rdma.channel.bodies import BufferSource, Source, Take
 from nvflare_rdma.channel.control import ControlStream
@@ -36,6 +31,11 @@ from nvflare_rdma.errors import (
 from nvflare_rdma.fabric.base import RemoteSlice
 from nvflare_rdma.fabric.budget import Reservation
 from nvflare_rdma.fabric.tcp import TcpFabric
+from tests.support.bodies import MaskedSource, TestSink
+from tests.support.certificates import Authority
+from tests.support.recorder import Recorder
+from tests.support.tcp_pair import DEADLINE, admitting, context, in_parallel, link_pair
+from tests.support.waiting import eventually
 
 SIZES = [0, 1, 65_536, 65_537, 256 * 1024 + 1, 5_000_003]
 

@@ -11,8 +11,6 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tcp_pair import DEADLINE, context
-from waiting import eventually
 
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.link import Link
@@ -23,6 +21,8 @@ from nvflare_rdma.errors import FabricError, RdmaError, TransferError
 from nvflare_rdma.fabric.base import RemoteSlice
 from nvflare_rdma.fabric.budget import MemoryBudget, Reservation
 from nvflare_rdma.fabric.tcp import TcpFabric
+from tests.support.tcp_pair import DEADLINE, context
+from tests.support.waiting import eventually
 
 LIMITS = ChannelLimits(max_message_bytes=1 << 30, stall_timeout=1.0, handshake_timeout=1.0)
 HELLO = wire.Hello({"tcp": ""}, 1 << 30, 64 * 1024, 64)

@@ -13,13 +13,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from fake_sysfs import FakeSysfs
 
 from nvflare_rdma.cli import main
 from nvflare_rdma.cli.doctor import Report, examine, roce_packet_bytes, to_json
 from nvflare_rdma.cli.doctor_text import WIDTH, to_text
 from nvflare_rdma.fabric.verbs import availability, memlock
 from nvflare_rdma.settings import Settings
+from tests.support.fake_sysfs import FakeSysfs
 
 
 @pytest.fixture(autouse=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-import bitsandbytes_here
 import numpy as np
 import pytest
 
 from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.runs import TILE
+from tests.support import bitsandbytes_here
 
 torch = pytest.importorskip("torch")
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numba
 import pytest
-from processes import run
+
+from tests.support.processes import run
 
 #: Makes one kernel twice with each of the folders for its cache, and prints what numba did with that.
 SCRIPT = """

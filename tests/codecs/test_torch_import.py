@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from processes import run
+from tests.support.processes import run
 
 PAUSED = """
 import sys, threading

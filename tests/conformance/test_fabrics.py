@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 
 import pytest
-import rdma_devices
-from bodies import TestSink
-from certificates import Authority
-from link_peer import DEADLINE, link_peer
-from link_process import FABRICS, digest, pattern
-from waiting import PATIENCE, eventually
 
 from nvflare_rdma.errors import TransferError
+from tests.support import rdma_devices
+from tests.support.bodies import TestSink
+from tests.support.certificates import Authority
+from tests.support.link_peer import DEADLINE, link_peer
+from tests.support.link_process import FABRICS, digest, pattern
+from tests.support.waiting import PATIENCE, eventually
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 LONG = 512 * MIB // PATIENCE  # long enough to be given up before it is over

@@ -12,11 +12,11 @@ from nvflare.fuel.f3.connection import ConnState, FrameReceiver
 from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo, Mode
 from nvflare.fuel.f3.drivers.driver import ConnMonitor
 from nvflare.fuel.f3.drivers.net_utils import parse_url
-from processes import free_port
-from waiting import eventually
 
 from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC, Hello, encode
 from nvflare_rdma.driver import RdmaDriver
+from tests.support.processes import free_port
+from tests.support.waiting import eventually
 
 DEADLINE = 20.0
 

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from certificates import Authority
-from processes import SMALL, background, environment, free_port, run
+
+from tests.support.certificates import Authority
+from tests.support.processes import SMALL, background, environment, free_port, run
 
 PEER = Path(__file__).with_name("echo_peer.py")
 SIZES = [0, 1, 64 * 1024, 64 * 1024 + 1, 1024 * 1024 + 300, 9 * 1024 * 1024 + 7]

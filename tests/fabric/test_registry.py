@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from processes import ROOT
 
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.fabric.options import Availability, FabricOptions
 from nvflare_rdma.fabric.registry import choose, host_identity, parse_fabrics, probe
 from nvflare_rdma.fabric.shm import process_memory
+from tests.support.processes import ROOT
 
 OK, NO_DEVICE = "", "no device"
 

@@ -8,13 +8,13 @@ import socket
 import types
 
 import pytest
-from recorder import Recorder
-from tcp_pair import DEADLINE, admitting
 
 from nvflare_rdma.errors import ConfigError, FabricError, ProtocolError
 from nvflare_rdma.fabric import tcp
 from nvflare_rdma.fabric.base import RemoteSlice
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TcpFabric, congestion_controls, pack_header
+from tests.support.recorder import Recorder
+from tests.support.tcp_pair import DEADLINE, admitting
 
 
 @contextlib.contextmanager

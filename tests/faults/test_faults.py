@@ -10,14 +10,14 @@ import subprocess
 import threading
 
 import pytest
-from certificates import Authority
-from flipping_proxy import FlippingProxy
-from link_peer import DEADLINE, link_peer
-from link_process import FABRICS, digest, pattern, resources
-from waiting import eventually
 
 from nvflare_rdma.errors import TransferError
 from nvflare_rdma.fabric.tcp import HEADER_BYTES, PREAMBLE_BYTES
+from tests.support.certificates import Authority
+from tests.support.flipping_proxy import FlippingProxy
+from tests.support.link_peer import DEADLINE, link_peer
+from tests.support.link_process import FABRICS, digest, pattern, resources
+from tests.support.waiting import eventually
 
 KIB, MIB = 1 << 10, 1 << 20
 # Those of verbs are in tests/verbs: it takes a device, and breaks in ways of its own.

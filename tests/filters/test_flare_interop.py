@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from flares_filters import flares_dequantizer, flares_quantizer
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+from tests.support.flares_filters import flares_dequantizer, flares_quantizer
 
 SHARED_TYPES = ["float16", "blockwise8", "float4", "normfloat4"]
 

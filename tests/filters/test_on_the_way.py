@@ -8,7 +8,6 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from flares_filters import flares_dequantizer
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, make_copy
@@ -16,6 +15,7 @@ from nvflare.apis.shareable import ReservedHeaderKey, make_copy
 from nvflare_rdma.codecs.marks import codec_of
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
 from nvflare_rdma.flare_compat import TRANSFER_PROP
+from tests.support.flares_filters import flares_dequantizer
 
 
 def model() -> dict:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import WITHOUT_TORCH, run
 
 from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.filters.correction import encode_corrected
+from tests.support.processes import WITHOUT_TORCH, run
 
 JOB = Path(__file__).with_name("feedback_job.py")
 SITES = (1, 2)

@@ -7,8 +7,9 @@ import sys
 
 import psutil
 import pytest
-from processes import ROOT, environment
-from waiting import eventually
+
+from tests.support.processes import ROOT, environment
+from tests.support.waiting import eventually
 
 JOB = ROOT / "jobs" / "stdlib_lm" / "job.py"
 ENDLESS = ["--quantize", "none", "--sites", "2", "--width", "64", "--layers", "1", "--steps", "1000000"]

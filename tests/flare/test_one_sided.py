@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from processes import WITHOUT_TORCH, run
+
+from tests.support.processes import WITHOUT_TORCH, run
 
 JOB = Path(__file__).with_name("one_sided_job.py")
 CASES = {

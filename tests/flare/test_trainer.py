@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import WITHOUT_TORCH, run
+
+from tests.support.processes import WITHOUT_TORCH, run
 
 JOB = Path(__file__).with_name("trainer_job.py")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import run
 
 from nvflare_rdma.codecs import get_codec
+from tests.support.processes import run
 
 JOB = Path(__file__).with_name("weights_job.py")
 EXACT = {"one", "nothing", "steps", "mask"}

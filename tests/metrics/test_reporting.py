@@ -20,11 +20,11 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.fuel.data_event.data_bus import DataBus
 from nvflare.fuel.f3.stats_pool import StatsPoolManager
-from transfer_records import record
 
 from nvflare_rdma.metrics import pools
 from nvflare_rdma.metrics.reporting import TransferReporter, figures_of
 from nvflare_rdma.transfer.records import Ledger
+from tests.support.transfer_records import record
 
 ledger = Ledger()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from certificates import Authority
-from processes import SMALL, run
+
+from tests.support.certificates import Authority
+from tests.support.processes import SMALL, run
 
 RAW_TORCH = 5 * 500 * 1000 * 4 + 300 * 300 * 2 + 4
 RAW_NUMPY = 500_000 * 8 + 30

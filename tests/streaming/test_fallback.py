@@ -5,10 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from data_channels import ANY_PORT, shared
-from direct_transfers import large, new
-from tcp_pair import DEADLINE
-from waiting import eventually
 
 from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.marks import marked
@@ -19,6 +15,10 @@ from nvflare_rdma.transfer.manifest import INLINE_BYTES
 from nvflare_rdma.transfer.receiver import Pull
 from nvflare_rdma.transfer.records import Meter
 from nvflare_rdma.transfer.sinks import TensorDestination
+from tests.support.data_channels import ANY_PORT, shared
+from tests.support.direct_transfers import large, new
+from tests.support.tcp_pair import DEADLINE
+from tests.support.waiting import eventually
 
 
 @pytest.fixture

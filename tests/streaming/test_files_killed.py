@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from file_transfers import as_received
-from processes import SMALL, WITHOUT_TORCH, background, free_port
-from stream_peer import PART
-from waiting import eventually
+
+from tests.support.file_transfers import as_received
+from tests.support.processes import SMALL, WITHOUT_TORCH, background, free_port
+from tests.support.stream_peer import PART
+from tests.support.waiting import eventually
 
 PARTS, STALL = 12, 8
 DEADLINE = 150.0

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from certificates import Authority
-from processes import SMALL, run
+
+from tests.support.certificates import Authority
+from tests.support.processes import SMALL, run
 
 BYTES = 4 * 300_000 * 4 + 700_000 * 8
 SITES = ("site-1", "site-2")

@@ -12,18 +12,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from bodies import TestSink
-from certificates import Authority
-from data_channels import runtime
-from direct_transfers import LARGE, Direct
 from nvflare.client.cell.bootstrap import BOOTSTRAP_FILE_ENV_VAR
 from nvflare.fuel.f3.cellnet.cell import Cell
 from nvflare.fuel.f3.cellnet.core_cell import CoreCell
 from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 from nvflare.fuel.f3.stats_pool import StatsPoolManager
-from tcp_pair import DEADLINE
-from trickling import TlsPeer, trickle
-from waiting import eventually
 
 from nvflare_rdma import runtime as runtimes
 from nvflare_rdma.channel.bodies import BufferSource
@@ -31,6 +24,13 @@ from nvflare_rdma.errors import FabricError
 from nvflare_rdma.streaming import component, trainer
 from nvflare_rdma.transfer import peers
 from nvflare_rdma.transfer.addresses import TICKET_BYTES
+from tests.support.bodies import TestSink
+from tests.support.certificates import Authority
+from tests.support.data_channels import runtime
+from tests.support.direct_transfers import LARGE, Direct
+from tests.support.tcp_pair import DEADLINE
+from tests.support.trickling import TlsPeer, trickle
+from tests.support.waiting import eventually
 
 SERVER, SITE, OTHER, TRAINER = "server.job", "site-1.job", "site-2.job", "site-1.job.trainer"
 HOST = "fl.example.org"  # the name in the server's certificate, which is not the cell's

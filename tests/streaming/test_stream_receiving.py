@@ -7,11 +7,11 @@ import types
 
 import numpy as np
 import pytest
-from tcp_pair import DEADLINE
 
 from nvflare_rdma.errors import TransferError
 from nvflare_rdma.streaming.streams import containers, receiver
 from nvflare_rdma.streaming.streams.receiver import KEY, Receiving, _Consumer
+from tests.support.tcp_pair import DEADLINE
 
 START = {"do": "start", "stream": "x", "peer": "server", "timeout": 12.0}
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from processes import SMALL, run
 
 from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.streaming.streams.containers import ContainerReceiving
+from tests.support.processes import SMALL, run
 
 OWN = "on FLARE's own path"
 THANKS = {"site-1": "thanks from site-1", "site-2": "thanks from site-2"}

@@ -18,11 +18,11 @@ from nvflare.fuel.f3.cellnet.cell import Cell
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
 from nvflare.fuel.utils import fobs
-from two_cells import Lines
-from waiting import eventually
 
 from nvflare_rdma.streaming.component import install
 from nvflare_rdma.transfer import peers
+from tests.support.two_cells import Lines
+from tests.support.waiting import eventually
 
 SERVER, SITE = "10.9.0.1", "10.9.0.2"
 URL = f"tcp://{SERVER}:8002"

@@ -15,7 +15,6 @@ import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from contract_member import CHANNEL, DEADLINE, Member, model, start
 from nvflare.app_common.decomposers import numpy_decomposers
 from nvflare.fuel.f3.cellnet.cell import Cell
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
@@ -23,11 +22,12 @@ from nvflare.fuel.f3.cellnet.utils import new_cell_message
 from nvflare.fuel.f3.streaming.download_service import DownloadService
 from nvflare.fuel.utils.fobs import FOBSContextKey
 from nvflare.fuel.utils.fobs.decomposers.via_downloader import _collect_lazy_download_refs
-from processes import free_port
-from waiting import eventually
 
 from nvflare_rdma.runtime import this_runtime
 from nvflare_rdma.streaming.component import install
+from tests.support.contract_member import CHANNEL, DEADLINE, Member, model, start
+from tests.support.processes import free_port
+from tests.support.waiting import eventually
 
 TRAINER = "site-1.trainer"
 EVERYONE, ABORTED, BUDGETS, PASSED, GIVEN, DIED = range(6)

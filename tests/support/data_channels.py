@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from link_process import resources
-from tcp_pair import DEADLINE
-from waiting import eventually
-
 from nvflare_rdma.fabric.registry import factories
 from nvflare_rdma.runtime import Runtime, Shared, make_context, make_memory
 from nvflare_rdma.settings import Settings
 from nvflare_rdma.transfer.peers import PeerLinks
+from tests.support.link_process import resources
+from tests.support.tcp_pair import DEADLINE
+from tests.support.waiting import eventually
 
 ANY_PORT = (0, 0)
 #: What all of them share.

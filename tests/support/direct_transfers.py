@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from data_channels import ANY_PORT, shared
-from tcp_pair import DEADLINE
 
 from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.tensors import to_flat
@@ -21,6 +19,8 @@ from nvflare_rdma.transfer.receiver import pull
 from nvflare_rdma.transfer.records import Meters
 from nvflare_rdma.transfer.service import Service
 from nvflare_rdma.transfer.sinks import in_memory
+from tests.support.data_channels import ANY_PORT, shared
+from tests.support.tcp_pair import DEADLINE
 
 LARGE = INLINE_BYTES + 1  # values, so that it is no small tensor whatever its dtype
 SEND = {"do": "send", "first": 1, "items": [0], "invitation": None}

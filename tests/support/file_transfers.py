@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 
 import safetensors.torch
-from data_channels import ANY_PORT
-from direct_transfers import as_encoded
 
 from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.tensors import FLOAT_NAMES, dtype_name
@@ -18,6 +16,8 @@ from nvflare_rdma.transfer.files.transfer import FileContent, FileTarget, pull_f
 from nvflare_rdma.transfer.manifest import INLINE_BYTES
 from nvflare_rdma.transfer.pieces import PIECE_VALUES
 from nvflare_rdma.transfer.service import Service
+from tests.support.data_channels import ANY_PORT
+from tests.support.direct_transfers import as_encoded
 
 PART = 8 * BLOCK_BYTES
 

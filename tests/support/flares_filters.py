@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import bitsandbytes_here
+from tests.support import bitsandbytes_here
 
 
 def flares_quantizer(quantization_type: str) -> Any:

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from link_process import DEADLINE, digest, make_context, make_fabrics, pattern, tls_context
-from processes import ROOT
-
 from nvflare_rdma.channel.bodies import Sink
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.protocol.state import Role
 from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
+from tests.support.link_process import DEADLINE, digest, make_context, make_fabrics, pattern, tls_context
+from tests.support.processes import ROOT
 
 
 class LinkPeer:

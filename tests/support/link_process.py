@@ -21,10 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import rdma_devices
 import xxhash
-from bodies import MaskedSource
-from waiting import PATIENCE, eventually
 
 from nvflare_rdma.channel.bodies import BufferSource
 from nvflare_rdma.channel.context import LinkContext
@@ -42,6 +39,9 @@ from nvflare_rdma.fabric.shm.fabric import ShmFabric
 from nvflare_rdma.fabric.slots import SlotPool
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric, receive_exactly
 from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache
+from tests.support import rdma_devices
+from tests.support.bodies import MaskedSource
+from tests.support.waiting import PATIENCE, eventually
 
 Dial = Callable[[], socket.socket] | None
 

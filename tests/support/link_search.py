@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from links import KIB, RESTART, Link, simulate
-
 from nvflare_rdma.channel.controllers import Controller, make_controller
+from tests.support.links import KIB, RESTART, Link, simulate
 
 CHUNKS = tuple(64 * KIB << i for i in range(9))
 DEPTHS = tuple(1 << i for i in range(9))

@@ -7,11 +7,10 @@ import os
 import socket
 import struct
 
-from recorder import Recorder
-from shm_peer import DEADLINE
-
 from nvflare_rdma.fabric.shm import handshake
 from nvflare_rdma.fabric.shm.endpoint import ShmEndpoint
+from tests.support.recorder import Recorder
+from tests.support.shm_peer import DEADLINE
 
 
 @contextlib.contextmanager

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 from numpy.random import default_rng  # now: it can't be imported by a user who may not read the package
-from recorder import Recorder
 
 from nvflare_rdma.fabric.base import RemoteSlice
 from nvflare_rdma.fabric.shm import handshake, process_memory
 from nvflare_rdma.fabric.shm.endpoint import ShmEndpoint
 from nvflare_rdma.fabric.shm.fabric import ShmFabric
+from tests.support.recorder import Recorder
 
 DEADLINE = 20.0
 

@@ -13,23 +13,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from file_transfers import as_received
 from nvflare.apis.event_type import EventType
 from nvflare.app_common.decomposers.numpy_decomposers import NumpyArrayDecomposer
 from nvflare.app_common.streamers import container_streamer, file_streamer
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
-from processes import free_port
 from safetensors.torch import save_file
-from stream_engine import StreamEngine
-from two_cells import Lines
-from waiting import eventually
 
 from nvflare_rdma.errors import SourceError
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming import ContainerRetriever, ContainerStreamer, FileRetriever, FileStreamer
 from nvflare_rdma.streaming.component import install
 from nvflare_rdma.streaming.streams.receiver import KEY, PREFIX
+from tests.support.file_transfers import as_received
+from tests.support.processes import free_port
+from tests.support.stream_engine import StreamEngine
+from tests.support.two_cells import Lines
+from tests.support.waiting import eventually
 
 SITES = ["site-1", "site-2"]
 STATE = OrderedDict(

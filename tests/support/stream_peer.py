@@ -12,13 +12,12 @@ import sys
 import threading
 from pathlib import Path
 
-from stream_engine import StreamEngine
-from waiting import eventually
-
 from nvflare_rdma.streaming import FileStreamer
 from nvflare_rdma.streaming.component import install
 from nvflare_rdma.streaming.streams import files
 from nvflare_rdma.transfer.files.source import BLOCK_BYTES, FileIdentity, OpenFile
+from tests.support.stream_engine import StreamEngine
+from tests.support.waiting import eventually
 
 PART = 8 * BLOCK_BYTES
 

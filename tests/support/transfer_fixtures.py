@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 
 import pytest
-from data_channels import cells
-from direct_transfers import Direct
-from file_transfers import Files
-from tcp_pair import DEADLINE
-from waiting import eventually
+
+from tests.support.data_channels import cells
+from tests.support.direct_transfers import Direct
+from tests.support.file_transfers import Files
+from tests.support.tcp_pair import DEADLINE
+from tests.support.waiting import eventually
 
 
 @pytest.fixture

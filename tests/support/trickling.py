@@ -8,7 +8,7 @@ import ssl
 import threading
 from collections.abc import Iterator
 
-from tcp_pair import DEADLINE
+from tests.support.tcp_pair import DEADLINE
 
 _GAP = 0.02
 

@@ -26,14 +26,14 @@ from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
 from nvflare.fuel.utils import fobs
 from nvflare.fuel.utils.fobs import FOBSContextKey
-from processes import free_port
-from waiting import eventually
 
 from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.marks import marked
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.component import install
 from nvflare_rdma.transfer.sender import OfferThread
+from tests.support.processes import free_port
+from tests.support.waiting import eventually
 
 MODEL = {
     **{f"w{i}": torch.randn(500, 1000) for i in range(5)},

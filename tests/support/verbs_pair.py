@@ -10,14 +10,14 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from recorder import Recorder
-from waiting import PATIENCE
 
 from nvflare_rdma.fabric.options import VerbsOptions
 from nvflare_rdma.fabric.shm.process_memory import address_of
 from nvflare_rdma.fabric.verbs.endpoint import VerbsEndpoint
 from nvflare_rdma.fabric.verbs.fabric import VerbsFabric
 from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache
+from tests.support.recorder import Recorder
+from tests.support.waiting import PATIENCE
 
 DEADLINE = 30.0 * PATIENCE
 

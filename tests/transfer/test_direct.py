@@ -9,11 +9,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-from bodies import TestSink
-from data_channels import ANY_PORT
-from direct_transfers import LARGE, SEND, assert_equal, large, new, new_memory
-from tcp_pair import DEADLINE, in_parallel
-from waiting import eventually
 
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.errors import FabricUnavailable, TransferError
@@ -25,6 +20,11 @@ from nvflare_rdma.transfer.receiver import AbortedError, Pull, pull
 from nvflare_rdma.transfer.records import Meter
 from nvflare_rdma.transfer.service import Service
 from nvflare_rdma.transfer.sinks import TensorDestination
+from tests.support.bodies import TestSink
+from tests.support.data_channels import ANY_PORT
+from tests.support.direct_transfers import LARGE, SEND, assert_equal, large, new, new_memory
+from tests.support.tcp_pair import DEADLINE, in_parallel
+from tests.support.waiting import eventually
 
 # -- what arrives is what was sent -------------------------------------------------------------------------
 

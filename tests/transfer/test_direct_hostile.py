@@ -8,15 +8,15 @@ import threading
 import numpy as np
 import pytest
 import torch
-from direct_transfers import LARGE, SEND, assert_equal, large, new
-from tcp_pair import DEADLINE
-from waiting import eventually
 
 from nvflare_rdma.errors import FabricUnavailable, ProtocolError, TransferError
 from nvflare_rdma.transfer import manifest, receiver, service
 from nvflare_rdma.transfer.arrays import TensorMemory
 from nvflare_rdma.transfer.manifest import Item
 from nvflare_rdma.transfer.receiver import AbortedError, pull
+from tests.support.direct_transfers import LARGE, SEND, assert_equal, large, new
+from tests.support.tcp_pair import DEADLINE
+from tests.support.waiting import eventually
 
 # -- hostile -----------------------------------------------------------------------------------------------
 

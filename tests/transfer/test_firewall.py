@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from processes import SMALL, environment
+
+from tests.support.processes import SMALL, environment
 
 #: As root of a network of its own, which this machine's does not touch.
 APART = ["unshare", "--user", "--map-root-user", "--net", "--"]

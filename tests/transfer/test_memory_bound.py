@@ -8,11 +8,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-from certificates import Authority
-from data_channels import Cells, clear, descriptors
-from direct_transfers import Direct, assert_equal, large, new
-from tcp_pair import DEADLINE, in_parallel
-from waiting import eventually
 
 from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.marks import marked
@@ -24,6 +19,11 @@ from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.receiver import pull
 from nvflare_rdma.transfer.service import Service
+from tests.support.certificates import Authority
+from tests.support.data_channels import Cells, clear, descriptors
+from tests.support.direct_transfers import Direct, assert_equal, large, new
+from tests.support.tcp_pair import DEADLINE, in_parallel
+from tests.support.waiting import eventually
 
 MIB = 1 << 20
 

@@ -8,12 +8,6 @@ import socket
 import threading
 
 import pytest
-from bodies import TestSink
-from certificates import Authority
-from data_channels import cells, descriptors
-from link_process import tls_context
-from tcp_pair import DEADLINE
-from waiting import eventually
 
 from nvflare_rdma.channel.bodies import BufferSource
 from nvflare_rdma.channel.link import Link
@@ -21,6 +15,12 @@ from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, TransferError
 from nvflare_rdma.transfer import peers as channels_module
 from nvflare_rdma.transfer.addresses import MAX_ADDRESSES, TICKET_BYTES, own_hosts, parse_invitation
+from tests.support.bodies import TestSink
+from tests.support.certificates import Authority
+from tests.support.data_channels import cells, descriptors
+from tests.support.link_process import tls_context
+from tests.support.tcp_pair import DEADLINE
+from tests.support.waiting import eventually
 
 SIZE = 300_000
 FOR_EVER = 600.0

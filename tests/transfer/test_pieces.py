@@ -9,11 +9,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from direct_transfers import as_encoded, assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcp_pair import DEADLINE, in_parallel
-from waiting import eventually
 
 from nvflare_rdma.channel import MAX_UNIT_BYTES, MIN_CHUNK_BYTES
 from nvflare_rdma.codecs import CODEC_NAMES, FixedSizeCodec, get_codec
@@ -25,6 +22,9 @@ from nvflare_rdma.transfer import manifest, sender
 from nvflare_rdma.transfer.encoding import EncodedChunkCache, EncodedSource, Encoding, decode_pieces
 from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.sinks import OnDisk, in_memory
+from tests.support.direct_transfers import as_encoded, assert_equal
+from tests.support.tcp_pair import DEADLINE, in_parallel
+from tests.support.waiting import eventually
 
 FIXED = [name for name in CODEC_NAMES if isinstance(get_codec(name), FixedSizeCodec)]
 SHAPE = (700, 701)

@@ -7,9 +7,9 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from transfer_records import record
 
 from nvflare_rdma.transfer.records import Ledger, Meter, Meters, total
+from tests.support.transfer_records import record
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import rdma_devices
-from waiting import PATIENCE
+
+from tests.support import rdma_devices
+from tests.support.waiting import PATIENCE
 
 DEADLINE = 30.0 * PATIENCE
 

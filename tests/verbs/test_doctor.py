@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from waiting import PATIENCE
+
+from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 # The second time as another user, who may not see this Python: all that is needed has been imported by then.

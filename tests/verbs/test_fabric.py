@@ -13,16 +13,15 @@ import pytest
 
 pytest.importorskip("pyverbs.device", reason="pyverbs is not installed for this Python")
 
-import rdma_devices
-from processes import ROOT
-from recorder import Recorder
-from verbs_pair import DEADLINE, buffer, fabric, held, numbered, verbs_pair
-
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice
 from nvflare_rdma.fabric.verbs.devices import IWARP
 from nvflare_rdma.fabric.verbs.endpoint import IN_PLACE_BYTES
 from nvflare_rdma.fabric.verbs.registration_cache import EXTENT_BYTES
+from tests.support import rdma_devices
+from tests.support.processes import ROOT
+from tests.support.recorder import Recorder
+from tests.support.verbs_pair import DEADLINE, buffer, fabric, held, numbered, verbs_pair
 
 MIB = 1 << 20
 
@@ -333,8 +332,8 @@ LAST = """
 import errno, os, sys
 sys.path.insert(0, sys.argv[1])
 from nvflare_rdma.errors import FabricError
-from recorder import Recorder
-from verbs_pair import VerbsPair, fabric, held
+from tests.support.recorder import Recorder
+from tests.support.verbs_pair import VerbsPair, fabric, held
 VerbsPair(sys.argv[2:], 1).close()  # librdmacm keeps what it has opened
 before, make, made = held(), os.eventfd, []
 def one(*arguments):
@@ -364,8 +363,8 @@ def test_an_endpoint_that_lacks_descriptors_leaves_nothing_open(devices):
 FORK = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from recorder import Recorder
-from verbs_pair import DEADLINE, VerbsPair, buffer, fabric, held, numbered
+from tests.support.recorder import Recorder
+from tests.support.verbs_pair import DEADLINE, VerbsPair, buffer, fabric, held, numbered
 pair = VerbsPair(sys.argv[2:], 2)
 waiting, offer = fabric(sys.argv[2]).offer(heard := Recorder())
 before = held()
@@ -390,8 +389,8 @@ def test_a_forked_process_that_ends_closes_nothing_of_its_parent(devices):
 CLOSED_BY_MANY = """
 import sys, threading
 sys.path.insert(0, sys.argv[1])
-from recorder import Recorder
-from verbs_pair import fabric
+from tests.support.recorder import Recorder
+from tests.support.verbs_pair import fabric
 sys.setswitchinterval(1e-6)
 for _ in range(8):
     endpoint, _ = fabric(sys.argv[2]).offer(Recorder())
@@ -404,7 +403,7 @@ print("closed")
 
 def run_script(script, *arguments):
     """In a process of its own, which may crash."""
-    support = str(Path(__file__).parents[1] / "support")
+    support = str(Path(__file__).parents[2])
     return subprocess.run(
         [sys.executable, "-c", script, support, *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -423,7 +422,7 @@ def test_an_endpoint_is_closed_by_several_threads_at_once(devices):
 EXIT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from verbs_pair import VerbsPair, buffer, numbered
+from tests.support.verbs_pair import VerbsPair, buffer, numbered
 pair = VerbsPair((sys.argv[2], sys.argv[3]), 2)
 remote = pair.passive.register(buffer(1 << 20)).expose(7, 0, 1 << 20, 0)
 pair.active.write(0, numbered(1 << 20), remote, 7, 0)

@@ -14,14 +14,13 @@ import pytest
 
 pytest.importorskip("pyverbs.device", reason="pyverbs is not installed for this Python")
 
-import rdma_devices
-from link_peer import DEADLINE, link_peer
-from link_process import digest, pattern
-from processes import ROOT
-from verbs_pair import verbs_pair
-from waiting import PATIENCE, eventually
-
 from nvflare_rdma.errors import FabricUnavailable, TransferError
+from tests.support import rdma_devices
+from tests.support.link_peer import DEADLINE, link_peer
+from tests.support.link_process import digest, pattern
+from tests.support.processes import ROOT
+from tests.support.verbs_pair import verbs_pair
+from tests.support.waiting import PATIENCE, eventually
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 128 * MIB
@@ -173,7 +172,7 @@ sys.path.insert(0, sys.argv[2])
 from nvflare_rdma.fabric.registry import probe
 from nvflare_rdma.errors import FabricError
 from nvflare_rdma.fabric.options import FabricOptions, VerbsOptions
-from verbs_pair import DEADLINE, buffer, verbs_pair, numbered
+from tests.support.verbs_pair import DEADLINE, buffer, verbs_pair, numbered
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (64 << 10, 64 << 10))
 os.setgid(65534), os.setuid(65534)
 print(probe(FabricOptions(verbs=VerbsOptions((sys.argv[1],))))["verbs"].reason)
@@ -190,7 +189,7 @@ except FabricError as error:
 @pytest.mark.parametrize("limit", [4 * KIB, 64 * KIB], ids=["4 KiB", "64 KiB"])
 def test_too_little_memory_may_be_locked(devices, tmp_path, limit):
     """Known before anything is registered; and said if something is: the queues' memory, or an exposed slice."""
-    support = str(Path(__file__).parents[1] / "support")
+    support = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, devices[0], support, str(limit)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

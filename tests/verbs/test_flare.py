@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("pyverbs.device", reason="pyverbs is not installed for this Python")
 
-from certificates import Authority
-from link_peer import DEADLINE
-from processes import background, free_port, run
+from tests.support.certificates import Authority
+from tests.support.link_peer import DEADLINE
+from tests.support.processes import background, free_port, run
 
 HERE = Path(__file__).parent
 PEER = HERE.parent / "driver" / "echo_peer.py"

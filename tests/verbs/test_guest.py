@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from waiting import PATIENCE
+
+from tests.support.waiting import PATIENCE
 
 
 def state(device: str) -> str:

@@ -13,16 +13,15 @@ import pytest
 
 pytest.importorskip("pyverbs.device", reason="pyverbs is not installed for this Python")
 
-from crowded_ports import crowded_ports
-from recorder import Recorder
-from verbs_pair import DEADLINE, VerbsPair, buffer, fabric, held, numbered, verbs_pair
-from waiting import eventually
-
 from nvflare_rdma.errors import FabricError, ProtocolError
 from nvflare_rdma.fabric.verbs import endpoint, iwarp_connect, iwarp_listen
 from nvflare_rdma.fabric.verbs.description import TICKET_BYTES
 from nvflare_rdma.fabric.verbs.devices import list_ports
 from nvflare_rdma.fabric.verbs.rail import VerbsRail
+from tests.support.crowded_ports import crowded_ports
+from tests.support.recorder import Recorder
+from tests.support.verbs_pair import DEADLINE, VerbsPair, buffer, fabric, held, numbered, verbs_pair
+from tests.support.waiting import eventually
 
 REFUSED = "refused the rail's ticket"
 

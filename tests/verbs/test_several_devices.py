@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("pyverbs.device", reason="pyverbs is not installed for this Python")
 
-from verbs_pair import DEADLINE, buffer, numbered, verbs_pair
+from tests.support.verbs_pair import DEADLINE, buffer, numbered, verbs_pair
 
 SIZE, RAILS = 700_001, 4
 

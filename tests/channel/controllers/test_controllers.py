@@ -11,11 +11,11 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from link_search import best_fixed, mean_goodput, restart_goodput
-from links import GIB, KIB, MIB, MODELS, RESTART, RESUME, TCP, Link, simulate
 
 from nvflare_rdma.channel.controllers import CONTROLLERS, MAX_GRANTS, Controller, make_controller
 from nvflare_rdma.channel.controllers.estimators import DeliveryRate, LatencyFloor
+from tests.support.link_search import best_fixed, mean_goodput, restart_goodput
+from tests.support.links import GIB, KIB, MIB, MODELS, RESTART, RESUME, TCP, Link, simulate
 
 GBIT = 1e9 / 8
 CHUNKS, DEPTHS = tuple(64 * KIB << i for i in range(0, 9, 2)), (1, 8, 64, 256)

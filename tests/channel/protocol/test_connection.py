@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from core_pair import CHUNK, DEPTH, LIMITS, hello, make_pair, open_pair, run_to_end, take_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from nvflare_rdma.channel.protocol.limits import MAX_CHUNK_BYTES, MIN_CHUNK_BYTE
 from nvflare_rdma.channel.protocol.state import Phase, RailState
 from nvflare_rdma.errors import LocalProtocolError, ProtocolError, TransferError
 from nvflare_rdma.fabric.base import RemoteSlice
+from tests.support.core_pair import CHUNK, DEPTH, LIMITS, hello, make_pair, open_pair, run_to_end, take_step
 
 
 def message(size: int, seed: int = 0) -> bytes:

@@ -7,7 +7,8 @@ import gc
 import threading
 
 import pytest
-from shm_peer import Peer, RemotePeer, digest, pattern
+
+from tests.support.shm_peer import Peer, RemotePeer, digest, pattern
 
 DIRECT, MEMFD = ("direct",), ("memfd",)
 # How this process receives, and how the other one does.

@@ -11,13 +11,13 @@ import types
 from pathlib import Path
 
 import pytest
-from recorder import Recorder
-from shm_peer import DEADLINE, Peer, RemotePeer, digest, pattern
-from waiting import eventually
 
 from nvflare_rdma.errors import FabricError, ProtocolError
 from nvflare_rdma.fabric.shm import handshake, process_memory
 from nvflare_rdma.fabric.shm.fabric import ShmFabric
+from tests.support.recorder import Recorder
+from tests.support.shm_peer import DEADLINE, Peer, RemotePeer, digest, pattern
+from tests.support.waiting import eventually
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="changes the user of a process")
 NOBODY = 65534

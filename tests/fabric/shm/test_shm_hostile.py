@@ -14,8 +14,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from shm_liar import liar, message
-from shm_peer import DEADLINE, Peer, RemotePeer, digest, mappings, pattern
 
 from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.fabric.base import RemoteSlice
@@ -24,6 +22,8 @@ from nvflare_rdma.fabric.shm import slots
 from nvflare_rdma.fabric.shm.exposures import Exposures
 from nvflare_rdma.fabric.shm.process_memory import SIZE_SEALS, sealed_memory
 from nvflare_rdma.fabric.shm.wire import ACKNOWLEDGE, FORGET, MAP, WRITE
+from tests.support.shm_liar import liar, message
+from tests.support.shm_peer import DEADLINE, Peer, RemotePeer, digest, mappings, pattern
 
 EACH_PATH = pytest.mark.parametrize("path", ["direct", "memfd"])
 MIB = 1 << 20

@@ -8,16 +8,16 @@ import threading
 
 from hypothesis import given
 from hypothesis import strategies as st
-from recorder import Recorder
-from shm_liar import liar, message
-from shm_peer import DEADLINE, Peer, RemotePeer, digest, pattern
-from waiting import eventually
 
 from nvflare_rdma.errors import FabricError
 from nvflare_rdma.fabric.shm.exposures import Exposures
 from nvflare_rdma.fabric.shm.process_memory import address_of
 from nvflare_rdma.fabric.shm.reads import LARGE_BYTES, Reads
 from nvflare_rdma.fabric.shm.wire import WRITE, Message
+from tests.support.recorder import Recorder
+from tests.support.shm_liar import liar, message
+from tests.support.shm_peer import DEADLINE, Peer, RemotePeer, digest, pattern
+from tests.support.waiting import eventually
 
 
 @st.composite

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from waiting import eventually
 
 from nvflare_rdma.errors import FabricError
 from nvflare_rdma.fabric.shm.process_memory import address_of
 from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache, owner_of
+from tests.support.waiting import eventually
 
 PAGE = 4096
 DEADLINE = 30.0

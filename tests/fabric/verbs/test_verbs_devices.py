@@ -4,11 +4,11 @@ import ipaddress
 import os
 
 import pytest
-from fake_sysfs import PCI, FakeSysfs
 
 from nvflare_rdma.errors import FabricUnavailable
 from nvflare_rdma.fabric.options import VerbsOptions
 from nvflare_rdma.fabric.verbs.devices import Gid, PortInfo, choose_gid, choose_ports, device_file, list_ports
+from tests.support.fake_sysfs import PCI, FakeSysfs
 
 #: The table of a ConnectX port with two IPv4 networks and global IPv6, one address of which was removed.
 MLX5_GIDS = {

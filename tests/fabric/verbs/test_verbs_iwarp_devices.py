@@ -5,12 +5,12 @@ from __future__ import annotations
 import ipaddress
 
 import pytest
-from fake_sysfs import FakeSysfs
 
 from nvflare_rdma.errors import FabricUnavailable
 from nvflare_rdma.fabric.options import VerbsOptions
 from nvflare_rdma.fabric.verbs import devices
 from nvflare_rdma.fabric.verbs.devices import choose_gid, list_ports
+from tests.support.fake_sysfs import FakeSysfs
 
 FOUR, SIX, LINK = "192.0.2.1", "2001:db8::1", "fe80::1"
 

@@ -10,8 +10,6 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
-from file_transfers import as_received
-from tcp_pair import in_parallel
 
 from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.errors import ConfigError, IntegrityError, ProtocolError, SourceError, TransferError
@@ -24,6 +22,8 @@ from nvflare_rdma.transfer.files.transfer import pull_file
 from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.receiver import AbortedError
 from nvflare_rdma.transfer.records import Meter
+from tests.support.file_transfers import as_received
+from tests.support.tcp_pair import in_parallel
 
 MIB = 1 << 20
 

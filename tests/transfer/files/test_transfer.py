@@ -6,8 +6,6 @@ import os
 import threading
 
 import pytest
-from file_transfers import PART
-from tcp_pair import DEADLINE, in_parallel
 
 from nvflare_rdma.errors import FabricUnavailable, IntegrityError, ProtocolError, StorageError, TransferError
 from nvflare_rdma.transfer import receiver
@@ -15,6 +13,8 @@ from nvflare_rdma.transfer.files.source import BLOCK_BYTES, PartDigests
 from nvflare_rdma.transfer.files.transfer import pull_file
 from nvflare_rdma.transfer.manifest import Item, pack
 from nvflare_rdma.transfer.receiver import AbortedError, LostError
+from tests.support.file_transfers import PART
+from tests.support.tcp_pair import DEADLINE, in_parallel
 
 
 def content(parts: float) -> bytes:
