@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from nvflare.fuel.utils.class_loader import load_class
-from processes import run
 
 from nvflare_rdma import streaming
+from tests.support.processes import run
 
 #: As FLARE exported it, but for `task_script_path`, which was an absolute one.
 EXPORTED = Path(__file__).parents[1] / "exported" / "linear"
