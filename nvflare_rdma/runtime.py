@@ -18,6 +18,7 @@ from typing import Any
 from nvflare_rdma.channel import ChannelLimits, LinkContext
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.fabric import (
+    Availability,
     Fabric,
     FabricFactory,
     LinkEnd,
@@ -156,7 +157,9 @@ class Runtime:
 
     def tcp(self, dial: Callable[[], socket.socket] | None = None) -> TcpFabric:
         """The tcp fabric of a door, or of a link that `dial` makes the rails of."""
-        return TcpFabric(self.settings.rdma_rails, dial, self.settings.rdma_tcp_congestion)
+        made = self.factories[TcpFabric.name](LinkEnd(dial=dial))
+        assert isinstance(made, TcpFabric)
+        return made
 
     def fabrics(self, tcp: TcpFabric, sock: socket.socket) -> dict[str, Fabric]:
         """What a link whose control stream is on `sock` can use; `tcp` is its own, or that of the door it came by."""
@@ -184,18 +187,21 @@ def this_runtime() -> Runtime:
     settings = load_settings()
     with _lock:
         if settings not in _runtimes:
-            made = Runtime(settings, make_context(settings), factories(settings.fabric_options), shared())
+            available = probe(settings.fabric_options)
+            made = Runtime(
+                settings, make_context(settings, available), factories(settings.fabric_options, available), shared()
+            )
             _runtimes[settings] = made
         return _runtimes[settings]
 
 
-def make_context(settings: Settings) -> LinkContext:
-    """The context of links with these settings, with memory of its own."""
+def make_context(settings: Settings, available: Mapping[str, Availability]) -> LinkContext:
+    """The context of links with these settings, with memory of its own. `available` is what `probe` has found."""
     return LinkContext(
         limits=ChannelLimits(max_message_bytes=max_frame_bytes()),
         **make_memory(settings.rdma_memory_budget_bytes),
         order=settings.rdma_fabrics,
-        unavailable={name: state.reason for name, state in probe(settings.fabric_options).items()},
+        unavailable={name: state.reason for name, state in available.items()},
         host=host_identity(),
         controller=settings.rdma_controller,
         chunk_bytes=settings.rdma_chunk_bytes,

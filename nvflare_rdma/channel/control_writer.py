@@ -84,6 +84,7 @@ class ControlWriter:
                     self.unsent -= 1
                     self._progress_at = time.monotonic()
                     self._room.notify_all()
+                del batch, output  # up to a chunk, which would stay while nothing is sent
 
     @contextlib.contextmanager
     def _closing_broken_stream(self) -> Iterator[None]:

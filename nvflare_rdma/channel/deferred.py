@@ -51,6 +51,7 @@ class DeferredCalls:
             for call in todo:
                 with self._guarded():
                     call()
+                del call  # it may hold memory, and who is delivered to below may take long
         while self._deliveries:
             # One at a time, so that messages keep their order; a receiver that blocks holds up every thread that
             # brings it more. Reentrant: it may close the link.

@@ -171,18 +171,20 @@ class Door:
 def dial(
     address: tuple[str, int], tls: ssl.SSLContext | None, pending: Pending, timeout: float = GREETING_TIMEOUT
 ) -> tuple[socket.socket, ControlStream]:
-    """Open a control stream to the door at `address` within `timeout` seconds; its socket and the stream are returned.
-    `pending.close()` ends the greeting.
+    """Open a control stream to the door at `address`; its socket and the stream are returned.
+
+    `timeout`, in seconds, is for each of the host's addresses to answer, and once more for the whole greeting, which is
+    what the peer could draw out. `pending.close()` ends the greeting.
 
     Raises:
         TlsError: the peers don't trust each other. UnreachableError: nothing answered within `timeout`. OSError:
             nobody listens, or it did not greet in time.
     """
-    deadline = time.monotonic() + timeout
     try:
         sock = socket.create_connection(address, timeout)
     except TimeoutError as error:
         raise UnreachableError(f"timed out: nothing answered within {timeout:g} s") from error
+    deadline = time.monotonic() + timeout
     try:
         with pending.track(sock):
             if tls is None:

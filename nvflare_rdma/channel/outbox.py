@@ -180,23 +180,23 @@ class Outbox:
 
         It is called without the lock. It makes nothing if the message is given up, or the rails are void, before it
         begins: the grant is answered with an empty write. If it begins, `read_ended` or `rails_closed` has to follow.
+        It knows the message by its number only: a chunk that waits for its rail keeps no tensor alive whose message is
+        over.
         """
-        entry = self._messages.get(chunk.transfer)
-        if entry is None:
-            return _nothing
-        prepare = functools.partial(self._prepare, chunk, entry[0], self._sealer, self._checked)
-        return functools.partial(self._make, rails, chunk, entry[1], prepare)
+        return functools.partial(self._make, rails, chunk, self._sealer, self._checked)
 
     def _make(
-        self, rails: RailSet, chunk: events.WriteChunk, sending: Sending, prepare: MakeChunk
+        self, rails: RailSet, chunk: events.WriteChunk, sealer: sealing.Sealer | None, checked: bool
     ) -> tuple[memoryview, int]:
         with self._lock:
-            if rails.void or sending.over:
+            entry = self._messages.get(chunk.transfer)
+            if entry is None or rails.void:
                 return _nothing()
+            message, sending = entry
             sending.reads += 1
             self._reads[rails, chunk.notification] = sending
         try:
-            return prepare()
+            return self._prepare(chunk, message, sealer, checked)
         except Exception as error:
             if not isinstance(error, RdmaError | OSError | MemoryError):
                 log.exception("%s: message %d can't be read", self._name, chunk.transfer)

@@ -83,7 +83,6 @@ class RailSet(CompletionHandler):
     def _send(self, work: queue.SimpleQueue[tuple[events.WriteChunk, MakeChunk] | None]) -> None:
         while (item := work.get()) is not None and not self._closed:
             self.write(*item)
-            del item  # it has the message's source, which may be a model's tensor, while this waits for the next one
 
     def close(self) -> None:
         """Close the endpoint and end the threads. Not under a lock that they need."""

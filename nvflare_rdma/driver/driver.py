@@ -96,9 +96,7 @@ class RdmaDriver(BaseDriver):
         """FLARE's hook: take connections until `shutdown`."""
         self.connector = connector
         prepared = self._prepare(connector, ssl_server=True)
-        fabric = TcpFabric(
-            prepared.runtime.settings.rdma_rails, congestion=prepared.runtime.settings.rdma_tcp_congestion
-        )
+        fabric = prepared.runtime.tcp()
 
         def on_connection(sock: socket.socket, stream: ControlStream) -> None:
             self._run(sock, stream, Role.PASSIVE, connector, fabric, prepared)
@@ -118,9 +116,7 @@ class RdmaDriver(BaseDriver):
             sock, stream = dial(address, prepared.tls, self._opening)
             with sock:
                 dial_rail = functools.partial(socket.create_connection, address, GREETING_TIMEOUT)
-                fabric = TcpFabric(
-                    prepared.runtime.settings.rdma_rails, dial_rail, prepared.runtime.settings.rdma_tcp_congestion
-                )
+                fabric = prepared.runtime.tcp(dial_rail)
                 self._run(sock, stream, Role.ACTIVE, connector, fabric, prepared)
         except (OSError, RdmaError) as error:
             # A refused or dropped TCP connection is for FLARE's retry loop to report; what only we know is said here.

@@ -46,9 +46,9 @@ def probe(options: FabricOptions) -> dict[str, Availability]:
     return {name: importlib.import_module(module).probe(options) for name, module in FABRICS.items()}
 
 
-def factories(options: FabricOptions) -> dict[str, FabricFactory]:
+def factories(options: FabricOptions, available: Mapping[str, Availability]) -> dict[str, FabricFactory]:
     """What makes the fabrics of links, for the fabrics that this process can use. To be called once per process."""
-    usable = [name for name, state in probe(options).items() if state.usable]
+    usable = [name for name, state in available.items() if state.usable]
     return {name: importlib.import_module(FABRICS[name]).factory(options) for name in usable}
 
 

@@ -171,23 +171,25 @@ class PeerLinks:
         with self._pending.track(sock):
             ticket = _receive_exactly(stream, TICKET_BYTES, GREETING_TIMEOUT)
         with self._lock:
-            peer, expires = self._tickets.pop(ticket, ("", 0.0))
+            peer, _ = self._tickets.get(ticket, ("", 0.0))
             self._opening[peer] += 1
         try:
-            link = self._admit(sock, stream, peer, expires)
+            link = self._admit(sock, stream, peer, ticket)
         finally:
             with self._opened:
                 self._opening[peer] -= 1
                 self._opened.notify_all()
         self._run(link, peer)
 
-    def _admit(self, sock: socket.socket, stream: ControlStream, peer: str, expires: float) -> Link:
-        if time.monotonic() > expires:
-            stream.close()
-            raise ProtocolError("its ticket is unknown, used or expired")
+    def _admit(self, sock: socket.socket, stream: ControlStream, peer: str, ticket: bytes) -> Link:
         try:
-            self._require(stream, peer, Role.PASSIVE, "it came with that one's ticket and gets nothing")
-        except TlsError:
+            if peer:  # first: a ticket in the wrong hands stays good for who it was made for
+                self._require(stream, peer, Role.PASSIVE, "it came with that one's ticket and gets nothing")
+            with self._lock:
+                _, expires = self._tickets.pop(ticket, ("", 0.0))
+            if time.monotonic() > expires:
+                raise ProtocolError("its ticket is unknown, used or expired")
+        except RdmaError:
             stream.close()
             raise
         stream.send(stream.protect([_WELCOME]))
@@ -203,6 +205,8 @@ class PeerLinks:
             self._identify(peer, certificate)
         except TlsError as error:
             raise TlsError(f"{error}: {consequence}") from None
+        except Exception as error:  # FLARE's code, on what a peer has sent
+            raise TlsError(f"the certificate shown for {peer!r} can't be read: {error!r}: {consequence}") from error
 
     def _secure(self, server_side: bool) -> ssl.SSLContext | None:
         try:
@@ -295,9 +299,9 @@ class PeerLinks:
             raise FabricUnavailable(f"{reason} (tried {now - since:.0f} s ago, and again in {left:.0f} s)")
 
     def _dial(self, address: tuple[str, int], ticket: bytes, peer: str, timeout: float) -> Link:
-        deadline = time.monotonic() + timeout
         sock, stream = dial(address, self._secure(False), self._pending, timeout)
         try:
+            deadline = time.monotonic() + timeout
             self._require(stream, peer, Role.ACTIVE, "it was sent no ticket")
             with self._pending.track(sock):
                 stream.send(stream.protect([ticket]))

@@ -159,11 +159,11 @@ class Pull:
             left = missing - self._whole
             if not left:
                 return
-            what = f"{len(left)} of {len(large)} items from {self._peer}"
-            log.warning("%s did not come, and are asked for again unless nothing comes any more: %s", what, reason)
+            what = f"{len(left)} of {len(large)} items did not come from {self._peer}"
             fruitless = fruitless + 1 if len(left) == len(missing) else 0
             if fruitless == ATTEMPTS:
-                raise TransferError(f"{len(left)} of {len(large)} tensors did not come from {self._peer}: {reason}")
+                raise TransferError(f"{what}: {reason}")
+            log.warning("%s, and are asked for again: %s", what, reason)
             missing, described = left, self._describe()
 
     def _attempt(self, missing: Set[int], described: Mapping[str, Any]) -> str:

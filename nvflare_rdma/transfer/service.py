@@ -84,6 +84,8 @@ class Service:
                         sender.stop("the receiver has given up")
                     self._count(receiver, sender, "the receiver has given up")
                     return {}
+                case _ if content is None:
+                    return {"refused": _ENDED}
                 case _:
                     raise ProtocolError(f"unknown request {what!r}")
         except Exception as error:  # noqa: BLE001 - whatever it is, the fallback is left

@@ -153,7 +153,7 @@ class TensorSink(Sink):
     """Receives one tensor into `place`; `whole` is called with the place when all of it is there."""
 
     def __init__(
-        self, number: int, item: Item, place: Place, arrivals: Arrivals, whole: Callable[[int, Place], None]
+        self, number: int, item: Item, place: Place, arrivals: Arrivals, whole: Callable[[int, Place], object]
     ) -> None:
         self._number = number
         self._item = item
@@ -246,7 +246,8 @@ class TensorDestination(Destination):
     def sink(self, number: int, arrivals: Arrivals) -> Sink:
         """See `Destination.sink`."""
         item = self._items[number]
-        return TensorSink(number, item, self._land(item), arrivals, self._places.__setitem__)
+        # What is late from an earlier attempt may come as well: the first place that is whole counts.
+        return TensorSink(number, item, self._land(item), arrivals, self._places.setdefault)
 
     def finish(self) -> dict[str, Any]:
         """See `Destination.finish`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 
@@ -67,6 +68,17 @@ def test_a_message_that_is_given_up_is_not_read_any_more():
     for make in (it.make, it.make_chunk()):
         assert make() == NOTHING
     assert it.sending.ended
+
+
+def test_a_queued_chunk_keeps_no_message_alive_that_is_over():
+    source = BufferSource(memoryview(MESSAGE))
+    it, alive = Case(source), weakref.ref(source)
+    del source
+    make = it.make_chunk()
+    with it.lock:
+        it.outbox.finish(1, "given up")
+    assert alive() is None
+    assert make() == NOTHING
 
 
 def test_nothing_is_made_for_rails_that_are_replaced():

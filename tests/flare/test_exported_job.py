@@ -34,6 +34,8 @@ MODULES = ["nvflare_rdma.streaming", "nvflare_rdma.streaming.transfer"]
         "nvflare_rdma.streaming.FileStreamer",
         "nvflare_rdma.streaming.RdmaTransfer",
         "nvflare_rdma.streaming.transfer.RdmaTransfer",  # what exports had first
+        "nvflare_rdma.streaming.container_retriever.ContainerRetriever",
+        "nvflare_rdma.streaming.file_retriever.FileRetriever",
         "nvflare_rdma.driver.RdmaDriver",
     ],
 )

@@ -167,7 +167,7 @@ def test_a_sites_ticket_is_no_use_to_another_site(channels, caplog):
     sink = TestSink(len(DATA))
     label = server.expect(SITE, [sink])
     with pytest.raises(FabricError, match="no direct way from site-2"):
-        thief.dial(SERVER, server.invite(SITE))
+        thief.dial(SERVER, invitation := server.invite(SITE))
     eventually(lambda: refusals(caplog), DEADLINE)
     [line] = refusals(caplog)
     assert "'site-1.job' has the certificate of 'site-1', but who is there shows that of 'site-2'" in line
@@ -175,6 +175,7 @@ def test_a_sites_ticket_is_no_use_to_another_site(channels, caplog):
     assert server.find(SITE) is None
     assert not sink.ended.is_set()
     server.forget(SITE, label, 1)
+    assert owner.dial(SERVER, invitation)  # the thief has not used it up
     assert_joined(owner, server)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from nvflare_rdma.fabric.registry import factories
+from nvflare_rdma.fabric.registry import factories, probe
 from nvflare_rdma.runtime import Runtime, Shared, make_context, make_memory
 from nvflare_rdma.settings import Settings
 from nvflare_rdma.transfer.peers import PeerLinks
@@ -27,7 +27,9 @@ def runtime(fabrics: tuple[str, ...] = ("tcp",), budget: int = 16 << 20) -> Runt
     """With a budget of its own."""
     settings = Settings(rdma_fabrics=fabrics, rdma_chunk_bytes=64 * 1024, rdma_memory_budget_bytes=budget)
     if fabrics not in _base:
-        _base[fabrics] = Runtime(settings, make_context(settings), factories(settings.fabric_options), shared)
+        available = probe(settings.fabric_options)
+        made = factories(settings.fabric_options, available)
+        _base[fabrics] = Runtime(settings, make_context(settings, available), made, shared)
     base = _base[fabrics]
     return replace(base, settings=settings, context=replace(base.context, **make_memory(budget)))
 

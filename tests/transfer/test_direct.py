@@ -382,7 +382,7 @@ def test_nothing_comes(direct, cell, monkeypatch):
     monkeypatch.setattr(receiver, "STALL_SECONDS", 0.05)
     monkeypatch.setattr(receiver, "_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(service.OfferThread, "run", lambda self: None)
-    with pytest.raises(TransferError, match=r"1 of 1 tensors did not come from server: nothing has come for 0.05 s"):
+    with pytest.raises(TransferError, match=r"1 of 1 items did not come from server: nothing has come for 0.05 s"):
         direct(large(1)).pull(cell("site-1"))
 
 
