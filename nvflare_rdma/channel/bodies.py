@@ -54,8 +54,8 @@ class Sink(ABC):
     def put(self, offset: int, chunk: memoryview) -> None:
         """Consume a chunk that was verified; its memory is gone afterwards.
 
-        Rail threads call this, several at once, and again for a chunk whose rail broke in that moment. An RdmaError or
-        OSError fails the message.
+        The fabric's receiving threads call this, several at once, and again for a chunk whose rail broke in that
+        moment. An RdmaError or OSError fails the message.
         """
         raise NotImplementedError
 

@@ -33,7 +33,11 @@ class RdmaConnection(Connection):
         self.process_frame(message)
 
     def send_frame(self, frame: BytesAlike) -> None:
-        """FLARE's hook: send a frame, and return when the peer has it. Raises FLARE's `CommError`."""
+        """FLARE's hook: send a frame. It blocks while the peer makes no room, and does not wait for its arrival.
+
+        Raises:
+            CommError: FLARE's; the link has ended, or there was no room in time.
+        """
         assert self.link is not None
         try:
             self.link.send(frame, self._send_timeout)

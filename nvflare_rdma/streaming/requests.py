@@ -1,4 +1,4 @@
-"""Requests of pulling receivers, and answers of serving senders, in FLARE's messages from cell to cell."""
+"""How the requests of a receiver's `Pull`, and the answers of a sender's `Service`, travel in FLARE's messages."""
 
 from __future__ import annotations
 
