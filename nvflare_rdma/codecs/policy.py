@@ -30,7 +30,7 @@ EXACT = "exact"
 EXACT_BELOW = 1024  # elements: 4 KiB of float32, of which a codec's metadata would eat up most of the gain
 ROLES = ("norm", "bias", "embedding", "head", "other")
 
-#: What is appended to every list of rules. A rule without conditions, `{"quantization_type": ...}`, overrides it.
+#: The rules that are appended to every list of rules. A rule that has nothing but `quantization_type` overrides them.
 DEFAULT_RULES: tuple[Mapping[str, Any], ...] = (
     {"role": "norm", "quantization_type": EXACT},
     {"role": "bias", "quantization_type": EXACT},
