@@ -77,7 +77,11 @@ def digest(data: bytes | memoryview) -> str:
 
 def make_context(options: dict) -> LinkContext:
     name = FABRICS[options["fabric"]][0]
-    limits = ChannelLimits(max_message_bytes=2 << 30, stall_timeout=options.get("stall_timeout", DEADLINE))
+    limits = ChannelLimits(
+        max_message_bytes=2 << 30,
+        handshake_timeout=DEADLINE,
+        stall_timeout=options.get("stall_timeout", DEADLINE),
+    )
     pool = SlotPool(keep_bytes=options.get("keep_bytes", 64 << 20))
     return LinkContext(
         limits,

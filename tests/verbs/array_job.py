@@ -6,12 +6,21 @@ on an emulated CPU.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 HERE = Path(__file__).parent
+WORKER = "-m nvflare.private.fed.app.simulator.simulator_worker "
+
+
+def as_array_worker(command: str, posix: bool) -> list[str]:
+    """The command of a site's process, which starts ours."""
+    assert WORKER in command
+    return shlex.split(command.replace(WORKER, f"{shlex.quote(str(HERE / 'array_worker.py'))} "), posix=posix)
 
 
 def main() -> int:
@@ -33,6 +42,8 @@ def main() -> int:
     recipe.export(str(folder))
     # A site's process has so long to load FLARE; the simulator gives it a minute, and has no option for more.
     simulator_runner.parse_vars = lambda items: {"simulator_worker_timeout": seconds}
+    # Then it has ten seconds to reach the server, and there is no option for that either.
+    simulator_runner.shlex = SimpleNamespace(split=as_array_worker)
     return simulator.main([str(folder / "array"), "-w", str(folder / "ws"), "-n", "1", "-t", "1", "--scheme", "rdma"])
 
 
