@@ -1,13 +1,14 @@
-"""The adaptive controller: a window from measured bandwidth and latency, a chunk size from hill climbing."""
+"""The adaptive controller: a window from measured bandwidth and latency, a chunk size from bandwidth."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 from nvflare_rdma.channel.controllers.base import Controller
-from nvflare_rdma.channel.controllers.climbing import LARGEST_TRIED_BYTES, SMALLEST_TRIED_BYTES, ChunkClimber, Search
 from nvflare_rdma.channel.controllers.estimators import DeliveryRate, LatencyFloor, MaxFilter
 
+SMALLEST_BYTES = 64 * 1024
+LARGEST_BYTES = 16 * 1024 * 1024
 # Grants open at once that a sender and its NIC can be expected to hold; beyond, chunks get larger instead.
 MAX_GRANTS = 256
 
@@ -24,9 +25,11 @@ class AdaptiveController(Controller):
     probe forward, which tells a slower link from a longer one. If more than 2 % of a round (BBRv2's threshold) never
     lands, the gain is taken off the window.
 
-    The chunk size is found by hill climbing on goodput (see `ChunkClimber`). That there is a best one on lossy
-    links, and that fast links want several in flight, is FedRDMA's finding (arXiv 2403.00881). The share of chunks
-    that arrive at the first try says where to look.
+    The chunk size stays what it was at the start as long as all arrives in order. What is overtaken on its rail, or
+    never lands, was probably lost in part, and small chunks lose less: from then on the size follows from bandwidth
+    alone, just large enough that the cost of each grant does not matter. That there is a best size on lossy links, that
+    it grows with bandwidth, and that fast links want several in flight, is FedRDMA's finding (arXiv 2403.00881). More
+    than `MAX_GRANTS` would be needed on a long fat link: chunks get larger instead.
     """
 
     name: ClassVar[str] = "adaptive"
@@ -40,32 +43,25 @@ class AdaptiveController(Controller):
     HEADROOM = 2  # times what was ever in flight: no sender with too little to send needs a larger window
     RATE_ROUNDS = 10  # that the bandwidth is the largest of, as in BBR
     OVERTAKEN = 2.0  # windows of overtaken chunks that are let come on top
-    FIRST_TRY = 0.75  # smaller chunks are tried when fewer than this share arrive at the first try,
-    SURE = 0.9  # larger ones taken when more do; a tie of twice the bytes in flight and chances squared is at
-    SOME_TRIES = 0.5
-    FEW_TRIES = 0.05  # so few call for more than a careful step
     SCOUTS = 2  # smallest chunks at the start
-    LOSSES = 4  # in a row: the chunks are too large to arrive
+    LOSSES = 4  # in a row: the chunks are too large to arrive; so many if ever one has,
+    FIRST_LOSSES = 2  # or so many
     MAX_LOSS = 0.02
     BACKOFF = 0.7
     PROBE_SECONDS = 10.0  # between probes, as in BBR,
     PROBE_ROUNDS = 50  # and at least so many rounds; fewer when late and slow
     PROBE_CHUNKS = 4
     MAX_PROBE_PATIENCE = 640
-    CHUNK_SECONDS = 0.05  # a chunk longer than this on the wire leaves too few completions to learn from
+    CHUNK_SECONDS = 0.025  # a chunk twice as long on the wire leaves too few completions to learn from
+    SMALL_CHUNK_SECONDS = 50e-6  # what a grant may cost a sender
 
     def __init__(self, chunk_bytes: int, depth: int, max_window_bytes: int) -> None:
         self._max_window = max_window_bytes
         # A few chunks in flight even in little memory: one at a time would leave the link idle between them.
-        self._largest = min(
-            LARGEST_TRIED_BYTES, max(max_window_bytes // 4, min(SMALLEST_TRIED_BYTES, max_window_bytes))
-        )
-        self._smallest = min(SMALLEST_TRIED_BYTES, self._largest)
+        self._largest = min(LARGEST_BYTES, max(max_window_bytes // 4, min(SMALLEST_BYTES, max_window_bytes)))
+        self._smallest = min(SMALLEST_BYTES, self._largest)
         chunk_bytes = min(max(chunk_bytes, self._smallest), self._largest)
-        self._climber = ChunkClimber(chunk_bytes)
-        self._start_chunk = chunk_bytes
-        self._first_try = 1.0
-        self._wanted: float = 0
+        self._chunk = self._start_chunk = chunk_bytes
         self._window = self._start_window = min(max(chunk_bytes * depth, chunk_bytes), max_window_bytes)
         self._rate = DeliveryRate()
         self._bandwidth = MaxFilter(self.RATE_ROUNDS)
@@ -83,8 +79,6 @@ class AdaptiveController(Controller):
         self._slow_rounds = 0
         self._probe_patience = self.RATE_ROUNDS
         self._losses_in_a_row = 0
-        self._passed = self._on_time = self._judged_from = 0
-        self._chunk_judged = chunk_bytes
         # Should nothing of the start size get through, these tell after two round trips; the sender's NIC may take
         # eight to give up.
         self._scouting = depth > self.SCOUTS and chunk_bytes > self._smallest
@@ -99,7 +93,7 @@ class AdaptiveController(Controller):
     @property
     def chunk_bytes(self) -> int:
         """See `Controller.chunk_bytes`."""
-        return self._smallest if self._scouts else min(self._climber.size, self._largest)
+        return self._smallest if self._scouts else self._chunk
 
     @property
     def window_bytes(self) -> int:
@@ -123,8 +117,8 @@ class AdaptiveController(Controller):
         latency = max(now - granted_at, 0.0)
         self._losses_in_a_row = 0
         if self._scouting:
-            # Until one of the start size is in, each that lands is followed by another.
-            self._scouting = length <= self._smallest
+            # Until one of the start size is in, or has been overtaken, each that lands is followed by another.
+            self._scouting = length <= self._smallest and self._rate.in_order
             self._scouts += self._scouting
         if self._probed_at is None:
             self._probed_at = now
@@ -139,17 +133,6 @@ class AdaptiveController(Controller):
             self._end_round(sample.app_limited, now)
         if self._probe is not None:
             self._probing(length, granted_at, latency, now)
-        least, most = self._chunk_limits()
-        if self._starting or self._probe is not None or sample.app_limited:
-            self._climber.interrupt()
-            self._climber.keep_within(least, most, self._rate.in_flight, now)
-        else:
-            useful = self._useful_chunk()
-            many = self._wanted > MAX_GRANTS * self.chunk_bytes
-            risky = self._first_try < (self.SOME_TRIES if many else self.FIRST_TRY)
-            usual = self._start_chunk if self._rate.in_order else 0
-            search = Search(least, most, useful, usual, risky)
-            self._climber.landed(length, granted_at, now, sample.round_ended, self._rate.in_flight, search)
         self._resize()
 
     def lost(self, length: int, now: float, rail: int = 0) -> None:
@@ -159,8 +142,6 @@ class AdaptiveController(Controller):
         # What is lost at another size than the present one says nothing new, unless nothing has ever arrived.
         counts = length == self.chunk_bytes or not self._rate.delivered
         self._losses_in_a_row += counts
-        if counts and self._losses_in_a_row >= (self.LOSSES if self._rate.delivered else 2):
-            self._climber.halve(self._rate.in_flight, now)
         self._resize()
 
     # -- rounds --------------------------------------------------------------------------------------------
@@ -171,7 +152,6 @@ class AdaptiveController(Controller):
             self._loss_cap = self.BACKOFF * self._window
         elif self._loss_cap is not None:
             self._loss_cap = self._loss_cap * self.GROWTH if self._loss_cap < self._max_window else None
-        self._look_for_retries(now)
         if self._probe is None:
             if self._starting:
                 self._look_for_the_end_of_growth(app_limited)
@@ -180,31 +160,6 @@ class AdaptiveController(Controller):
             if not app_limited:
                 self._bandwidth.next_round()
         self._new_round()
-
-    def _look_for_retries(self, now: float) -> None:
-        """Chunks that others overtake were probably sent twice: smaller ones have better chances."""
-        if self._chunk_judged != self._climber.size:
-            self._chunk_judged = self._climber.size
-            self._first_try = 0.0
-            self._judged_from = self._rate.granted_bytes
-        if self._rate.passed < self._judged_from:
-            self._passed, self._on_time = self._rate.passed, self._rate.on_time
-        passed = self._rate.passed - self._passed
-        if passed >= 6 * self._climber.size:
-            first_try = min(max((self._rate.on_time - self._on_time) / passed, 0.01), 1.0)
-            self._passed, self._on_time = self._rate.passed, self._rate.on_time
-            self._first_try = first_try
-            steps, most_steps = 0, 4 if first_try < self.FEW_TRIES else 2
-            while first_try < self.FIRST_TRY and steps < most_steps:
-                first_try **= 0.5  # half the packets
-                steps += 1
-            self._scouting &= not steps
-            if self._wanted > MAX_GRANTS * self.chunk_bytes:
-                self._climber.try_larger()
-            elif steps:
-                least, most = self._chunk_limits()
-                least = max(least, self._useful_chunk())
-                self._climber.suspect(steps, self._starting, least, most, self._rate.in_flight, now)
 
     def _look_for_the_end_of_growth(self, app_limited: bool) -> None:
         if self._bandwidth.value > self.GROWTH * self._best_rate:
@@ -263,27 +218,25 @@ class AdaptiveController(Controller):
     def _probe_window(self) -> float:
         return max(self.chunk_bytes, 0.5 * self._bandwidth.value * self._least_latency())
 
-    def _chunk_limits(self) -> tuple[int, int]:
-        """Sizes to search: enough chunks to learn from, and, unless many fail, no more than may be in flight."""
-        most = self._smallest
-        while most * 2 <= min(self._largest, self._bandwidth.value * self.CHUNK_SECONDS):
-            most *= 2
-        least = self._smallest
-        needed = self.GROWTH * self._bandwidth.value * self._least_latency() / MAX_GRANTS
-        if self._first_try >= self.SURE and self._chunk_judged == self._climber.size:
-            while least < min(needed, 2 * self._climber.size) and least * 2 <= self._largest:
-                least *= 2
-        return least, max(least, most, self._start_chunk if self._starting else 0)
-
-    def _useful_chunk(self) -> int:
-        """`MAX_GRANTS` of anything smaller would be less than what is in flight at the present goodput."""
-        least = self.GAIN * self._climber.baseline * self._least_latency() / MAX_GRANTS
+    def _chunk_size(self) -> int:
+        """A power of two, once the bandwidth is known."""
+        bandwidth = self._bandwidth.value
+        losses = self.LOSSES if self._rate.delivered else self.FIRST_LOSSES
+        usual = self._rate.in_order and self._losses_in_a_row < losses
+        if usual and not bandwidth:
+            return self._chunk
+        least = self.SMALL_CHUNK_SECONDS * bandwidth
+        if usual:
+            most = float("inf") if self._starting else self.CHUNK_SECONDS * bandwidth
+            least = max(least, min(self._start_chunk, most))
+        least = max(least, self.GAIN * bandwidth * self._floor.get(self._chunk, bandwidth) / MAX_GRANTS)
         size = self._smallest
-        while size < least:
+        while size < least and 2 * size <= self._largest:
             size *= 2
         return size
 
     def _resize(self) -> None:
+        self._chunk = self._chunk_size()
         chunk = self.chunk_bytes
         floor = self._least_latency()
         if self._probe is not None:
@@ -300,5 +253,4 @@ class AdaptiveController(Controller):
             window += min(self._rate.overtaken, self.OVERTAKEN * window)
             if self._starting:
                 window = max(window, self._start_window)
-        self._wanted = min(max(window, chunk), self._max_window)
-        self._window = int(min(self._wanted, MAX_GRANTS * chunk))
+        self._window = int(min(max(window, chunk), self._max_window, MAX_GRANTS * chunk))

@@ -58,7 +58,6 @@ class DeliveryRate:
         self.in_flight = 0
         self.passed = 0
         self.on_time = 0
-        self.granted_bytes = 0
         self._delivered_at = 0.0
         self._first_granted_at = 0.0
         self._app_limited_until = 0
@@ -85,7 +84,6 @@ class DeliveryRate:
             if len(self._snapshots) > _MAX_SNAPSHOTS:
                 del self._snapshots[next(iter(self._snapshots))]
         snapshot.chunks += 1
-        self.granted_bytes += length
         order.granted += length
         order.in_flight += length
 
