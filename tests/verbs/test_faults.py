@@ -173,9 +173,11 @@ from nvflare_rdma.fabric.registry import probe
 from nvflare_rdma.errors import FabricError
 from nvflare_rdma.fabric.options import FabricOptions, VerbsOptions
 from tests.support.verbs_pair import DEADLINE, buffer, verbs_pair, numbered
+options = FabricOptions(verbs=VerbsOptions((sys.argv[1],)))
+probe(options)  # loads what it needs: the user that this process becomes may have no right to read the code
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (64 << 10, 64 << 10))
 os.setgid(65534), os.setuid(65534)
-print(probe(FabricOptions(verbs=VerbsOptions((sys.argv[1],))))["verbs"].reason)
+print(probe(options)["verbs"].reason)
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (int(sys.argv[3]), 64 << 10))
 try:
     with verbs_pair((sys.argv[1], sys.argv[1]), rails=1) as pair:  # without having looked
