@@ -28,6 +28,7 @@ from nvflare_rdma.fabric import (
     TcpFabric,
     factories,
     host_identity,
+    plain_host,
     probe,
 )
 from nvflare_rdma.flare_compat import max_frame_bytes
@@ -163,7 +164,7 @@ class Runtime:
 
     def fabrics(self, tcp: TcpFabric, sock: socket.socket) -> dict[str, Fabric]:
         """What a link whose control stream is on `sock` can use; `tcp` is its own, or that of the door it came by."""
-        end = LinkEnd(str(sock.getsockname()[0]))
+        end = LinkEnd(plain_host(str(sock.getsockname()[0])))
         others = {name: make(end) for name, make in self.factories.items() if name != tcp.name}
         return {tcp.name: tcp, **others}
 

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from nvflare_rdma.fabric import keep_alive
+
 _RECEIVE_BYTES = 256 * 1024
 
 
@@ -31,6 +33,7 @@ class ControlStream:
         self._readable.register(sock, select.POLLIN)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_alive(sock)
         if context is not None:
             self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
 

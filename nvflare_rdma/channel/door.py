@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.protocol import CONTROL_MAGIC
 from nvflare_rdma.errors import ProtocolError, RdmaError, TlsError, UnreachableError
-from nvflare_rdma.fabric import RAIL_MAGIC, TICKET_BYTES, TcpFabric
+from nvflare_rdma.fabric import RAIL_MAGIC, TICKET_BYTES, TcpFabric, connect_tcp, join_address, plain_host
 
 log = logging.getLogger(__name__)
 
@@ -173,18 +173,18 @@ def dial(
 ) -> tuple[socket.socket, ControlStream]:
     """Open a control stream to the door at `address`; its socket and the stream are returned.
 
-    `timeout`, in seconds, is for each of the host's addresses to answer, and once more for the whole greeting, which is
-    what the peer could draw out. `pending.close()` ends the greeting.
+    `timeout`, in seconds, is for all of it: the host's addresses, one of which has to answer, and the whole greeting,
+    which is what the peer could draw out. `pending.close()` ends the greeting.
 
     Raises:
         TlsError: the peers don't trust each other. UnreachableError: nothing answered within `timeout`. OSError:
             nobody listens, or it did not greet in time.
     """
+    deadline = time.monotonic() + timeout
     try:
-        sock = socket.create_connection(address, timeout)
+        sock = connect_tcp(address, timeout)
     except TimeoutError as error:
         raise UnreachableError(f"timed out: nothing answered within {timeout:g} s") from error
-    deadline = time.monotonic() + timeout
     try:
         with pending.track(sock):
             if tls is None:
@@ -196,12 +196,12 @@ def dial(
 
 
 def address_of(sock: socket.socket, peer: bool) -> str:
-    """Return `host:port` of one end of a connection, for people, or "N/A" when it is gone."""
+    """Return `host:port` of one end of a connection ([host]:port over IPv6), for people, or "N/A" when it is gone."""
     try:
         host, port = (sock.getpeername() if peer else sock.getsockname())[:2]
     except OSError:
         return "N/A"
-    return f"{host}:{port}"
+    return join_address(plain_host(host), port)
 
 
 def explain_tls(error: ssl.SSLError, server_side: bool) -> str:

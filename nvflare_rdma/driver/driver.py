@@ -5,7 +5,10 @@
 from __future__ import annotations
 
 import functools
+import ipaddress
 import logging
+import os
+import re
 import socket
 import ssl
 import threading
@@ -34,13 +37,15 @@ from nvflare_rdma.channel import (
 from nvflare_rdma.driver.blob_memory import use_huge_pages
 from nvflare_rdma.driver.connection import RdmaConnection
 from nvflare_rdma.errors import ConfigError, RdmaError, TlsError, UnsupportedVersionError
-from nvflare_rdma.fabric import TcpFabric
+from nvflare_rdma.fabric import TcpFabric, connect_tcp, listen_tcp
 from nvflare_rdma.flare_compat import require_flare
 from nvflare_rdma.runtime import Runtime, this_runtime
 
 log = logging.getLogger(__name__)
 
 CLEAR_SCHEME, SECURE_SCHEME = "rdma", "srdma"
+#: A URL with an IPv6 address: that, and the port.
+_IPV6 = re.compile(r"[^/]*//\[([^\]]*)\]:?([^/?#]*)")
 
 
 @dataclass(frozen=True)
@@ -53,16 +58,27 @@ class _Prepared:
     runtime: Runtime
 
 
-def _parse_port(params: dict[str, Any]) -> int:
-    raw = params.get(DriverParams.PORT.value)
+def _parse_address(params: dict[str, Any]) -> tuple[str, int]:
+    """Host and port of a connector."""
+    host, raw = params.get(DriverParams.HOST.value) or "", params.get(DriverParams.PORT.value)
+    # FLARE takes a URL apart at its colons, of which an IPv6 address has more.
+    if (bracketed := _IPV6.match(str(params.get(DriverParams.URL.value)))) is not None:
+        host, raw = bracketed.groups()
     try:
         port = int(str(raw))
         if 0 < port < 65536:
-            return port
+            return host, port
     except ValueError:
         pass
     url = params.get(DriverParams.URL.value) or "the connector's parameters"
     raise ConfigError(f"bad port {raw!r} in {url}: give a whole number from 1 to 65535, as in rdma://host:8002")
+
+
+def _is_ipv6(host: Any) -> bool:
+    try:
+        return ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return False
 
 
 class RdmaDriver(BaseDriver):
@@ -88,7 +104,9 @@ class RdmaDriver(BaseDriver):
     def get_urls(scheme: str, resources: dict[str, Any]) -> tuple[str, str]:
         """FLARE's hook: the URLs to connect to and to listen at."""
         secure = requires_secure_connection(resources)
-        return get_tcp_urls(SECURE_SCHEME if secure else scheme, resources)  # type: ignore[no-any-return]
+        hosts = (DriverParams.HOST.value, DriverParams.LISTEN_HOST.value)
+        ipv6 = {key: f"[{resources[key]}]" for key in hosts if _is_ipv6(resources.get(key))} if resources else {}
+        return get_tcp_urls(SECURE_SCHEME if secure else scheme, {**resources, **ipv6})  # type: ignore[no-any-return]
 
     # -- the two ways to start -----------------------------------------------------------------------------
 
@@ -101,7 +119,7 @@ class RdmaDriver(BaseDriver):
         def on_connection(sock: socket.socket, stream: ControlStream) -> None:
             self._run(sock, stream, Role.PASSIVE, connector, fabric, prepared)
 
-        listener = socket.create_server((prepared.host, prepared.port))
+        listener = listen_tcp(prepared.host, prepared.port)
         self._door = Door(listener, prepared.tls, fabric, on_connection, str(connector))
         if self._stopping.is_set():  # shut down before `shutdown` could see the door
             self._door.close()
@@ -115,7 +133,8 @@ class RdmaDriver(BaseDriver):
         try:
             sock, stream = dial(address, prepared.tls, self._opening)
             with sock:
-                dial_rail = functools.partial(socket.create_connection, address, GREETING_TIMEOUT)
+                # To where the control stream came through: a name may have several addresses, and hosts.
+                dial_rail = functools.partial(connect_tcp, sock.getpeername()[:2], GREETING_TIMEOUT)
                 fabric = prepared.runtime.tcp(dial_rail)
                 self._run(sock, stream, Role.ACTIVE, connector, fabric, prepared)
         except (OSError, RdmaError) as error:
@@ -154,8 +173,7 @@ class RdmaDriver(BaseDriver):
                 # FLARE knows its own secure schemes only; this is how a connection says the same.
                 params[DriverParams.SECURE.value] = True
             return _Prepared(
-                params.get(DriverParams.HOST.value) or "",
-                _parse_port(params),
+                *_parse_address(params),
                 get_ssl_context(params, ssl_server),
                 this_runtime(),
             )

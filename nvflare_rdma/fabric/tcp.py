@@ -23,6 +23,7 @@ from nvflare_rdma.errors import ConfigError, FabricError, ProtocolError
 from nvflare_rdma.fabric.base import MAX_RAILS, CompletionHandler, Endpoint, Fabric, Region, RemoteSlice
 from nvflare_rdma.fabric.options import Availability, FabricOptions
 from nvflare_rdma.fabric.registry import LinkEnd
+from nvflare_rdma.fabric.sockets import acknowledged, keep_alive
 
 RAIL_MAGIC = b"NVFRAIL2"
 TICKET_BYTES = 32
@@ -32,8 +33,10 @@ TICKET_LIFETIME = 30.0
 #: may take as long as `TcpFabric`'s `dial` besides.
 CONNECT_TIMEOUT = 10.0
 _ADMITTED, _REFUSED = b"\x01", b"\x00"
-#: Unacknowledged for so long (seconds), the path is dead: the kernel alone would take a quarter of an hour to say so.
-_DEAD_AFTER = 60
+#: A firewall or NAT on the way may forget a rail that is idle for so long (seconds). What is written then has to be
+#: acknowledged within `_PROOF_SECONDS`, or a part of it; a rail in use may be without an answer for `DEAD_AFTER`.
+_IDLE_SECONDS = 5.0
+_PROOF_SECONDS = 5.0
 
 # key (u64), address (u64), digest (u64), length (u32), notification (u32); then the CRC-32 of these.
 _FIELDS = struct.Struct("!QQQII")
@@ -157,12 +160,11 @@ class TcpEndpoint(Endpoint):
         with contextlib.suppress(OSError):  # the peer may have gone again: the receiving thread will say so
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_AFTER * 1000)
             # Buffer sizes are the kernel's: it grows them with the bandwidth-delay product, up to tcp_rmem and
             # tcp_wmem; setting them would end that, at the lower rmem_max and wmem_max.
             if self._congestion:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._congestion.encode())
+        keep_alive(sock)
         with self._lock:
             if self._closed or rail in self._sockets:
                 sock.close()

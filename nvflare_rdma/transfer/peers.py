@@ -34,8 +34,8 @@ from nvflare_rdma.channel import (
     dial,
 )
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TlsError, UnreachableError
-from nvflare_rdma.fabric import Fabric, MemoryBudget, TcpFabric
-from nvflare_rdma.transfer.addresses import TICKET_BYTES, is_loopback, listen, own_hosts, parse_invitation
+from nvflare_rdma.fabric import Fabric, MemoryBudget, TcpFabric, connect_tcp, join_address
+from nvflare_rdma.transfer.addresses import TICKET_BYTES, is_loopback, listen, loopback, own_hosts, parse_invitation
 from nvflare_rdma.transfer.records import Ledger
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 SERVER = "server"  # the root of its cells' names
 TICKET_SECONDS = 120.0
 MAX_TICKETS = 4096
-#: The time for all addresses of a peer together. The last one that is tried may take an `_ADDRESS_SECONDS` longer, and
-#: an address that answers has the handshake's deadline besides.
+#: The time for all addresses of a peer together. One of them may take `_ADDRESS_SECONDS` for the greeting, and as long
+#: again for the ticket; when the ticket is taken, the link has the handshake's deadline besides.
 DIAL_SECONDS = 20.0
 _ADDRESS_SECONDS = 5.0
 #: A peer that does not answer, as behind a firewall that drops packets, is not dialled again for so long; twice as long
@@ -158,7 +158,7 @@ class PeerLinks:
                 inside = self._ports is None or is_loopback(self._server_host)
                 try:
                     tls = self._secure(True)
-                    listener = listen("127.0.0.1" if inside else "", self._ports or (0, 0))
+                    listener = listen(loopback(self._server_host) if inside else "", self._ports or (0, 0))
                 except OSError as error:
                     raise FabricUnavailable(f"{self.name} can't listen for data: {error}") from error
                 self._door = Door(listener, tls, self._fabric, self._on_connection, f"{self.name}'s data port")
@@ -268,13 +268,13 @@ class PeerLinks:
             hosts = [self._server_host, *hosts]
         failures, deadline, silent, impostors = [], began + DIAL_SECONDS, False, []
         for host in hosts:
-            if (left := deadline - time.monotonic()) <= 0:
+            if time.monotonic() >= deadline:
                 failures.append(f"the others were not tried: {DIAL_SECONDS:g} s are over")
                 break
             try:
-                link = self._dial((host, port), ticket, peer, min(left, _ADDRESS_SECONDS))
+                link = self._dial((host, port), ticket, peer, deadline)
             except (OSError, RdmaError, ValueError) as error:  # ValueError: what can't be a host's name
-                failures.append(f"{host}:{port}: {error}")
+                failures.append(f"{join_address(host, port)}: {error}")
                 silent = silent or isinstance(error, UnreachableError)
                 if isinstance(error, TlsError):
                     impostors.append(failures[-1])
@@ -298,16 +298,18 @@ class PeerLinks:
         if count and left > 0:
             raise FabricUnavailable(f"{reason} (tried {now - since:.0f} s ago, and again in {left:.0f} s)")
 
-    def _dial(self, address: tuple[str, int], ticket: bytes, peer: str, timeout: float) -> Link:
-        sock, stream = dial(address, self._secure(False), self._pending, timeout)
+    def _dial(self, address: tuple[str, int], ticket: bytes, peer: str, deadline: float) -> Link:
+        left = deadline - time.monotonic()
+        sock, stream = dial(address, self._secure(False), self._pending, min(left, _ADDRESS_SECONDS))
         try:
-            deadline = time.monotonic() + timeout
+            deadline = min(deadline, time.monotonic() + _ADDRESS_SECONDS)
             self._require(stream, peer, Role.ACTIVE, "it was sent no ticket")
             with self._pending.track(sock):
                 stream.send(stream.protect([ticket]))
                 if _receive_exactly(stream, len(_WELCOME), deadline - time.monotonic()) != _WELCOME:
                     raise ProtocolError("it is no data port of nvflare-rdma")
-            way = functools.partial(socket.create_connection, address, GREETING_TIMEOUT)
+            # To where the control stream came through: a name may have several addresses, and hosts.
+            way = functools.partial(connect_tcp, sock.getpeername()[:2], GREETING_TIMEOUT)
             return self._open(Role.ACTIVE, sock, stream, self._shared.tcp(way), peer)
         except (OSError, RdmaError):
             stream.close()
