@@ -122,6 +122,11 @@ class TcpEndpoint(Endpoint):
         self._threads: list[threading.Thread] = []
         self._down: set[int] = set()
         self._closed = False
+        #: Rail -> when a write over it ended, or it brought something.
+        self._used_at: dict[int, float] = {}
+        #: Rail -> when it was written to after it was idle, how long it had been, and the bytes acknowledged before.
+        self._doubted: dict[int, tuple[float, float, int]] = {}
+        self._dead: dict[int, str] = {}
         #: notification -> what the peer may write there, once, and over which rail; no memory once it is revoked.
         #: Popping is atomic: whoever pops an entry closes the slice.
         self.exposed: dict[int, tuple[RemoteSlice, int, memoryview | None]] = {}
@@ -149,7 +154,9 @@ class TcpEndpoint(Endpoint):
         sock = self._sockets.get(rail)
         try:
             if sock is not None and rail not in self._down and not self._closed:
+                self._doubt_if_idle(rail, sock)
                 _send_all(sock, pack_header(remote, len(source), notification, digest), source)
+                self._used_at[rail] = time.monotonic()
         except OSError:
             self.drop(rail)  # its receiving thread says what happened
         finally:
@@ -170,6 +177,7 @@ class TcpEndpoint(Endpoint):
                 sock.close()
                 return
             self._sockets[rail] = sock
+            self._used_at[rail] = time.monotonic()
             thread = threading.Thread(
                 target=self._receive_loop,
                 args=(rail, sock, answer),
@@ -177,7 +185,30 @@ class TcpEndpoint(Endpoint):
                 daemon=True,
             )
             self._threads.append(thread)
-            thread.start()
+
+    def _doubt_if_idle(self, rail: int, sock: socket.socket) -> None:
+        now = time.monotonic()
+        idle = now - self._used_at[rail]
+        if idle >= _IDLE_SECONDS and rail not in self._doubted and (before := acknowledged(sock)) is not None:
+            self._doubted[rail] = now, idle, before
+
+    def check(self) -> None:
+        """See `Endpoint.check`. What had been idle as long as a dead rail is taken for dead with it."""
+        now = time.monotonic()
+        for rail, (since, idle, before) in list(self._doubted.items()):
+            told = acknowledged(self._sockets[rail]) if rail not in self._down else None
+            if told is None or told > before:
+                del self._doubted[rail]
+            elif now - since >= _PROOF_SECONDS:
+                reason = (
+                    f"what was written after {idle:.0f} s of silence was not acknowledged within {_PROOF_SECONDS:g} s; "
+                    "a firewall or NAT on the way may have forgotten the connection"
+                )
+                for other, used_at in list(self._used_at.items()):
+                    if other not in self._down and (other in self._doubted or used_at < since):
+                        self._dead[other] = reason
+                        self.drop(other)
+                return
 
     def drop(self, rail: int) -> None:
         """See `Endpoint.drop`."""
@@ -216,7 +247,8 @@ class TcpEndpoint(Endpoint):
             closed = self._closed
         self.drop(rail)  # also for the thread that may be sending
         if not closed:
-            self._handler.rail_down(rail, FabricError(f"tcp rail {rail} broke: {error}"))
+            why = self._dead.get(rail) or (str(error) if isinstance(error, OSError) else repr(error))
+            self._handler.rail_down(rail, FabricError(f"tcp rail {rail} broke: {why}"))
 
     def _receive(self, rail: int, sock: socket.socket) -> None:
         header = memoryview(bytearray(HEADER_BYTES))
@@ -240,6 +272,7 @@ class TcpEndpoint(Endpoint):
             else:
                 self._discard(sock, length)
             del entry, target
+            self._used_at[rail] = time.monotonic()
             self._handler.landed(notification, length, digest)
 
     @staticmethod

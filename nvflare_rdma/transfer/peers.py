@@ -50,6 +50,9 @@ _ADDRESS_SECONDS = 5.0
 #: A peer that does not answer, as behind a firewall that drops packets, is not dialled again for so long; twice as long
 #: the next time, and so on.
 _AVOID_SECONDS, _AVOID_DOUBLINGS = 60.0, 6
+#: A peer from which nothing has come for so long is asked for a sign of life before its link is used again, and has so
+#: long to give one.
+_QUIET_SECONDS, _ANSWER_SECONDS = 5.0, 5.0
 _WELCOME = b"\x01"
 _MAX_TENSOR_BYTES = 1 << 48
 #: See `LinkContext`; tensors are large. A tensor's last chunk may be twice as long; that still fits into the memory for
@@ -242,10 +245,22 @@ class PeerLinks:
     def _find(self, peer: str) -> Link | None:
         return next((link for link in reversed(self._links.get(peer, [])) if link.usable), None)
 
+    def find_alive(self, peer: str) -> Link | None:
+        """The link to `peer` that works, if there is one. A peer from which nothing has come for a while is asked for a
+        sign of life: whatever is on the way to it may have forgotten an idle link, without a word. Links that bring
+        none are given up. Blocks for `_ANSWER_SECONDS` at most."""
+        with self._lock:
+            links = [link for link in reversed(self._links.get(peer, [])) if link.usable]
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        for link in links:
+            link.ask(_QUIET_SECONDS)
+        return next((link for link in links if link.is_alive(deadline)), None)
+
     def await_open(self, peer: str) -> Link | None:
-        """Find the link to `peer`, and if `peer` has dialled, first wait until this side's end of it is open."""
+        """Find the link to `peer`, and if `peer` has dialled, first wait until this side's end of it is open: an older
+        link may be one that `peer` has given up."""
         with self._opened:
-            self._opened.wait_for(lambda: self._find(peer) or not self._opening[peer], GREETING_TIMEOUT)
+            self._opened.wait_for(lambda: not self._opening[peer], GREETING_TIMEOUT)
             return self._find(peer)
 
     def arriving(self, peer: str) -> int:

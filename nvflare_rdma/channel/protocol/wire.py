@@ -19,7 +19,7 @@ from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.fabric import RemoteSlice
 
 CONTROL_MAGIC = b"NVFCTRL1"
-VERSION = 4
+VERSION = 5
 MAX_HELLO_BYTES = 16 * 1024
 MAX_REASON_BYTES = 1024
 #: The longest chunk that travels on the control stream; what is on its way there delays everything behind it.
@@ -150,6 +150,16 @@ class Withdraw:
 
 
 @dataclass(frozen=True, slots=True)
+class Ping:
+    """Asks for a sign of life."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """The answer to all `Ping`s that have come so far."""
+
+
+@dataclass(frozen=True, slots=True)
 class Bye:
     """The connection ends; `reason` is "" when nothing is wrong."""
 
@@ -157,7 +167,21 @@ class Bye:
 
 
 Message: TypeAlias = (
-    Hello | Open | Rails | RailDown | Reopen | Inline | Offer | Grant | Data | Done | Refuse | Withdraw | Bye
+    Hello
+    | Open
+    | Rails
+    | RailDown
+    | Reopen
+    | Inline
+    | Offer
+    | Grant
+    | Data
+    | Done
+    | Refuse
+    | Withdraw
+    | Ping
+    | Pong
+    | Bye
 )
 
 _TYPES: dict[type, int] = {
@@ -174,6 +198,8 @@ _TYPES: dict[type, int] = {
     RailDown: 11,
     Reopen: 12,
     Withdraw: 13,
+    Ping: 14,
+    Pong: 15,
 }
 _CLASSES = {number: cls for cls, number in _TYPES.items()}
 
@@ -244,6 +270,8 @@ def encode(message: Message) -> bytes:
             body = _TRANSFER.pack(message.transfer) + _reason(message.reason)
         case Bye():
             body = _reason(message.reason)
+        case Ping() | Pong():
+            body = b""
     return _PREFIX.pack(len(body) + 1, _TYPES[type(message)]) + body
 
 
@@ -301,6 +329,10 @@ def _decode(cls: type, body: bytes) -> Message:
         return Reopen(_text(body))
     if cls is Bye:
         return Bye(_text(body))
+    if cls is Ping or cls is Pong:
+        if body:
+            raise ValueError(f"{len(body)} bytes where there are none")
+        return Ping() if cls is Ping else Pong()
     fields = msgpack.unpackb(body)  # its size was checked with the prefix
     if not isinstance(fields, dict):
         raise ProtocolError("the body should be a map")
