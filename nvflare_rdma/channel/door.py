@@ -6,7 +6,9 @@ The first bytes of a connection show what it is: a TLS record, the control strea
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 import socket
 import ssl
 import threading
@@ -22,6 +24,8 @@ log = logging.getLogger(__name__)
 
 GREETING_TIMEOUT = 10.0
 MAX_HANDSHAKES = 256  # connections that have not shown yet what they are
+#: Errors of accept(2) that don't pass: the socket listens no more, whoever has shut it down, or was closed.
+_LISTENS_NO_MORE = (errno.EINVAL, errno.EBADF, errno.ENOTSOCK)
 _TLS_HANDSHAKE_RECORD = b"\x16"
 
 
@@ -87,34 +91,55 @@ class Door:
         self._on_connection = on_connection
         self._name = name
         self._greeting_timeout = greeting_timeout
-        self._closed = threading.Event()
+        self._closed, self._over = threading.Event(), threading.Event()
+        self._process = os.getpid()
         self._greeting = Pending()
         self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether `serve` has returned, so that nobody will be let in any more and the port is free."""
+        return self._over.is_set()
+
     def serve(self) -> None:
-        """Let peers in until `close` is called; then the port is free again. Call once, also if closed already."""
-        with self._listener:
-            while not self._closed.is_set():
-                try:
-                    sock, _ = self._listener.accept()
-                except OSError as error:
-                    if not self._closed.is_set():
-                        # Out of descriptors, or the peer has gone again: the port stays open.
-                        log.error("can't accept a connection on %s: %s", self._name, error)
-                        self._closed.wait(0.1)
-                    continue
-                if not self._handshakes.acquire(blocking=False):
-                    log.error("refused a connection: %d others have not finished their greeting", MAX_HANDSHAKES)
-                    sock.close()
-                    continue
-                try:
-                    threading.Thread(
-                        target=self._receive, args=(sock,), name=f"rdma-conn-{sock.fileno()}", daemon=True
-                    ).start()
-                except RuntimeError as error:
-                    log.error("can't serve a connection: %s", error)
-                    self._handshakes.release()
-                    sock.close()
+        """Let peers in until `close` is called; then the port is free again. Call once, also if closed already. It also
+        returns if the listening socket is shut down by anybody else, which is logged."""
+        try:
+            with self._listener:
+                self._serve()
+        finally:
+            self._over.set()
+
+    def _serve(self) -> None:
+        while not self._closed.is_set():
+            try:
+                sock, _ = self._listener.accept()
+            except OSError as error:
+                if self._closed.is_set():
+                    return
+                if error.errno in _LISTENS_NO_MORE:
+                    log.error(
+                        "%s listens no more, as its socket was shut down (%s); it is opened anew when it is needed",
+                        self._name,
+                        error,
+                    )
+                    return
+                # Out of descriptors, or the peer has gone again: the port stays open.
+                log.error("can't accept a connection on %s: %s", self._name, error)
+                self._closed.wait(0.1)
+                continue
+            if not self._handshakes.acquire(blocking=False):
+                log.error("refused a connection: %d others have not finished their greeting", MAX_HANDSHAKES)
+                sock.close()
+                continue
+            try:
+                threading.Thread(
+                    target=self._receive, args=(sock,), name=f"rdma-conn-{sock.fileno()}", daemon=True
+                ).start()
+            except RuntimeError as error:
+                log.error("can't serve a connection: %s", error)
+                self._handshakes.release()
+                sock.close()
 
     def close(self) -> None:
         """End `serve`, and the connections that are still in their greeting. Callable from any thread, at any time.
@@ -141,6 +166,9 @@ class Door:
             sock.close()
             if not self._closed.is_set():
                 log.error("refused the connection from %s: %s", peer, error)
+        except Exception:
+            sock.close()
+            log.exception("ended the connection from %s by an error of this side", peer)
 
     def _identify(self, sock: socket.socket, peer: str) -> ControlStream | None:
         """The control stream that a new connection turns out to be; None if it was a rail, or nothing."""

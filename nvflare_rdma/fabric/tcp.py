@@ -163,7 +163,8 @@ class TcpEndpoint(Endpoint):
             self._handler.written(notification)
 
     def attach(self, rail: int, sock: socket.socket, answer: bytes = b"") -> None:
-        """Take over a connected socket as `rail`, and send `answer` over it first."""
+        """Take over a connected socket as `rail`, and send `answer` over it first. Raises FabricError: this process
+        can't have another thread."""
         with contextlib.suppress(OSError):  # the peer may have gone again: the receiving thread will say so
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -184,6 +185,12 @@ class TcpEndpoint(Endpoint):
                 name=f"rdma-tcp-{rail}-{sock.fileno()}",
                 daemon=True,
             )
+            try:
+                thread.start()
+            except RuntimeError as error:
+                del self._sockets[rail], self._used_at[rail]
+                sock.close()
+                raise FabricError(f"tcp rail {rail} can't be served: {error}") from error
             self._threads.append(thread)
 
     def _doubt_if_idle(self, rail: int, sock: socket.socket) -> None:
@@ -240,7 +247,7 @@ class TcpEndpoint(Endpoint):
             if not self._closed:
                 self._handler.failed(violation)
             return
-        except (OSError, FabricError) as failure:
+        except Exception as failure:  # noqa: BLE001 - whatever it is, it ends the rail and is reported
             error = failure
         with self._lock:
             self._down.add(rail)

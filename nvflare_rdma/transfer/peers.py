@@ -157,7 +157,7 @@ class PeerLinks:
         with self._lock:
             if self._closed:
                 raise FabricUnavailable(f"{self.name} is ending")
-            if self._door is None:
+            if self._door is None or self._door.is_over:
                 inside = self._ports is None or is_loopback(self._server_host)
                 try:
                     tls = self._secure(True)

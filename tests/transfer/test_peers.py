@@ -17,7 +17,7 @@ from nvflare_rdma.transfer import peers as channels_module
 from nvflare_rdma.transfer.addresses import MAX_ADDRESSES, TICKET_BYTES, own_hosts, parse_invitation
 from tests.support.bodies import TestSink
 from tests.support.certificates import Authority
-from tests.support.data_channels import cells, descriptors
+from tests.support.data_channels import ANY_PORT, cells, descriptors
 from tests.support.link_process import tls_context
 from tests.support.tcp_pair import DEADLINE
 from tests.support.waiting import eventually
@@ -320,6 +320,22 @@ def test_a_side_waits_for_who_has_dialled(cell, monkeypatch):
     opened.set()
     assert found.get(timeout=DEADLINE) is server.find("site-1") is not None
     waiting.join(DEADLINE)
+
+
+def test_a_door_that_was_shut_is_opened_anew_for_the_next_invitation(cell, caplog):
+    for ports in (ANY_PORT, None):
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port = sock.getsockname()[1]
+        server, client = cell("server", ports=ports or (port, port)), cell("site-1", ports=None)
+        near, far = join(server, client)
+        door = server._door
+        door._listener.shutdown(socket.SHUT_RDWR)
+        eventually(lambda door=door: door.is_over, DEADLINE)
+        assert client.dial("server", server.invite("site-1")) is not near
+        assert_moves(far, server, client)  # what came by the old one goes on
+        server.close()
+        client.close()
+    assert caplog.text.count("server's data port listens no more") == 2
 
 
 # -- the end -----------------------------------------------------------------------------------------------
