@@ -7,6 +7,7 @@ locked for the moment of an encryption or decryption, while the socket itself is
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import ssl
@@ -26,6 +27,7 @@ class ControlStream:
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext | None = None, server_side: bool = False) -> None:
         self._sock = sock
+        self._process = os.getpid()
         self._tls: ssl.SSLObject | None = None
         self._tls_lock = threading.Lock()
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -147,7 +149,9 @@ class ControlStream:
         return bytes(plain), True
 
     def close(self) -> None:
-        """Close at once; a blocked `send` or `receive` fails. Callable from any thread, any number of times."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        """Close at once; a blocked `send` or `receive` fails. Callable from any thread, any number of times. A forked
+        process closes its own descriptor only."""
+        if self._process == os.getpid():
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()

@@ -36,6 +36,7 @@ class Pending:
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
         self._closed = False
+        self._process = os.getpid()
 
     @contextlib.contextmanager
     def track(self, sock: socket.socket) -> Iterator[None]:
@@ -56,7 +57,9 @@ class Pending:
                 self._sockets.discard(sock)
 
     def close(self) -> None:
-        """Disconnect the sockets that are tracked, and refuse others."""
+        """Disconnect the sockets that are tracked, and refuse others. A forked process leaves them to its parent."""
+        if self._process != os.getpid():
+            return
         with self._lock:
             self._closed = True
             sockets = list(self._sockets)
@@ -142,10 +145,13 @@ class Door:
                 sock.close()
 
     def close(self) -> None:
-        """End `serve`, and the connections that are still in their greeting. Callable from any thread, at any time.
+        """End `serve`, and the connections that are still in their greeting. Callable from any thread, at any time. In
+        a forked process it does nothing: the socket that listens is its parent's, too.
 
         A peer that has just greeted may still come to `on_connection`.
         """
+        if self._process != os.getpid():
+            return
         self._closed.set()
         # Wakes accept(); close() alone would leave it waiting.
         with contextlib.suppress(OSError):

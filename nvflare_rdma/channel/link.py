@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -93,6 +94,7 @@ class Link:
         self._asked_at = 0.0
         self._doubted = 0  # threads that wait for a sign of life
         self._ended = threading.Event()
+        self._process = os.getpid()
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -169,7 +171,10 @@ class Link:
             raise TransferError(f"the peer has read nothing of the control stream for {stall:g} s")
 
     def close(self, linger: float = _LINGER) -> None:
-        """Let what was sent arrive (for at most `linger` seconds), then disconnect. Callable from any thread."""
+        """Let what was sent arrive (for at most `linger` seconds), then disconnect. Callable from any thread. In a
+        forked process it does nothing: the link is its parent's."""
+        if self._process != os.getpid():
+            return  # nor is the lock taken, which nobody may be here to release
         with self._lock:
             if not self._closing and self._core.state is Phase.OPEN:
                 self._outbox.drain(linger)
@@ -177,6 +182,8 @@ class Link:
 
     def _shut_down(self, reason: str) -> None:
         """End the connection and free everything that this side holds for it. Only the first call does anything."""
+        if self._process != os.getpid():
+            return
         with self._lock:
             if self._closing:
                 return

@@ -88,6 +88,7 @@ class RdmaDriver(BaseDriver):
         super().__init__()
         self._door: Door | None = None
         self._stopping = threading.Event()
+        self._process = os.getpid()
         self._opening = Pending()  # what FLARE does not know yet, and has left the door
 
     @staticmethod
@@ -144,7 +145,10 @@ class RdmaDriver(BaseDriver):
             raise
 
     def shutdown(self) -> None:
-        """FLARE's hook: end all connections, and take no more."""
+        """FLARE's hook: end all connections, and take no more. FLARE also calls it when a forked process exits, where
+        they are the parent's and stay."""
+        if self._process != os.getpid():
+            return
         self._stopping.set()
         if self._door is not None:
             self._door.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import secrets
 import socket
 import ssl
@@ -131,6 +132,7 @@ class PeerLinks:
         #: Peer -> how often in a row it did not answer, when that was last, and what was tried.
         self._unreachable: dict[str, tuple[int, float, str]] = {}
         self._closed = False
+        self._process = os.getpid()
 
     # -- doors ---------------------------------------------------------------------------------------------
 
@@ -376,7 +378,10 @@ class PeerLinks:
             return self._sinks.pop((peer, label), None)
 
     def close(self) -> None:
-        """End all links at once, and close the door. Idempotent."""
+        """End all links at once, and close the door. Idempotent. In a forked process it does nothing: they are its
+        parent's."""
+        if self._process != os.getpid():
+            return
         with self._lock:
             self._closed = True
             door, self._door = self._door, None
