@@ -262,7 +262,10 @@ class PeerLinks:
         """Find the link to `peer`, and if `peer` has dialled, first wait until this side's end of it is open: an older
         link may be one that `peer` has given up."""
         with self._opened:
-            self._opened.wait_for(lambda: not self._opening[peer], GREETING_TIMEOUT)
+            before = self._find(peer)
+            self._opened.wait_for(
+                lambda: not self._opening[peer] or self._find(peer) not in (before, None), GREETING_TIMEOUT
+            )
             return self._find(peer)
 
     def arriving(self, peer: str) -> int:

@@ -54,7 +54,8 @@ def serve(folder: Path) -> int:
         cell = Cell("server", URL, secure=False, credentials={})
 
         def put(request):
-            return reply({"same": torch.equal(request.payload["w"], MODEL["w"]), "log": lines.take()})
+            named = shared().links.of(cell).invite("site-2")["hosts"]
+            return reply({"same": torch.equal(request.payload["w"], MODEL["w"]), "log": lines.take(), "named": named})
 
         for topic, answer in (("get", lambda request: reply(MODEL)), ("put", put)):
             cell.register_request_cb(channel="test", topic=topic, cb=answer)

@@ -210,6 +210,21 @@ def test_dialling_has_one_deadline_for_all_addresses(cell, monkeypatch):
     assert "it said nothing in time; the others were not tried: 0.2 s are over" in str(caught.value)
 
 
+def test_a_server_on_the_loopback_device_of_ipv6(cell):
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as sock:
+            port = sock.getsockname()[1]
+    except OSError as error:
+        pytest.skip(f"this machine has no ::1: {error}")
+    server, client = cell("server", host="::1"), cell("site-1", ports=None, host="::1")
+    assert server.invite("x")["hosts"] == ["::1"]
+    near, far = join(server, client)
+    assert_moves(near, client, server)
+    assert_moves(far, server, client)
+    with pytest.raises(FabricError, match=rf"no direct way .*: \[::1\]:{port}: .*refused"):
+        client.dial("server", {**GOOD, "hosts": [], "port": port})
+
+
 def test_a_range_of_ports(cell):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
