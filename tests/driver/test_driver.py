@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 from contextlib import contextmanager
@@ -139,7 +140,7 @@ def test_a_listener_that_somebody_has_shut_is_opened_anew():
     url = f"rdma://127.0.0.1:{port}"
     with running(url, Mode.PASSIVE) as server:
         wait_for_port(port)
-        server.driver._door._listener.shutdown(socket.SHUT_RDWR)
+        eventually(lambda: server.driver._door)._listener.shutdown(socket.SHUT_RDWR)
         server.join()  # then FLARE's loop calls `listen` again
         assert server.error is None
         assert not server.connector.stopped.is_set()
@@ -232,6 +233,29 @@ def test_peers_that_take_nothing_are_left_all_at_once():
         client.driver.shutdown()
         client.join()
     server.monitor.wait_for(ConnState.CLOSED, 6)
+
+
+def test_a_forked_process_that_exits_leaves_the_drivers_to_its_parent():
+    url = f"rdma://127.0.0.1:{free_port()}"
+    with running(url, Mode.PASSIVE) as server:
+        wait_for_port(int(url.rsplit(":", 1)[1]))
+        with running(url, Mode.ACTIVE) as client:
+            client.monitor.wait_for(ConnState.CONNECTED)
+            server.monitor.wait_for(ConnState.CONNECTED)
+            child = os.fork()
+            if not child:
+                # What FLARE does at exit. A lock that another thread had is nobody's here, and would hold it for ever.
+                for side in (client, server):
+                    side.driver.shutdown()
+                    side.monitor.connections[0].close()
+                os._exit(0)
+            done: list[int] = []
+            eventually(lambda: done.extend(os.waitpid(child, os.WNOHANG)) or child in done, DEADLINE)
+            assert done[-2:] == [child, 0]
+            link = client.monitor.connections[0].link
+            link.send(bytearray(300_000), DEADLINE).wait(DEADLINE)
+            with running(url, Mode.ACTIVE) as another:
+                another.monitor.wait_for(ConnState.CONNECTED)
 
 
 def test_a_probe_of_the_port_is_no_error(caplog):
