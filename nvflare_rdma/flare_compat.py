@@ -271,6 +271,12 @@ def filters_of(runner: Any, section: str) -> Any:
     return getattr(runner if hasattr(runner, section) else runner.config, section)
 
 
+def apply_dxo_filter(component: Any, dxo: Any, shareable: Any, fl_ctx: Any) -> Any:
+    """What FLARE's `DXOFilter` does with one DXO: `process_dxo`, the DXO's filter history, and the job's audit log."""
+    require_flare("A filter")
+    return component._apply_filter(dxo, shareable, fl_ctx)
+
+
 # -- the simulator -------------------------------------------------------------------------------------------
 
 

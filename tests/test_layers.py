@@ -47,6 +47,7 @@ FLARES_PRIVATE = {
     *("_deploy_map", "_ensure_client_apps_prepared", "_decomposers", "_dot_handlers", "_ref_table"),
     *("_register_source_download", "_unregister_source_download", "_create_datum"),
     *("_create_simulator_server_config", "_create_simulator_client_config"),
+    *("_apply_filter", "_filter_dxos"),
     *("identity_resolver", "conn_props", "root_url"),
 }
 IO_MODULES = {"socket", "threading", "select", "selectors", "ssl", "queue", "time", "asyncio", "subprocess"}

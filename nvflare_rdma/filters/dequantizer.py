@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from nvflare.apis.dxo import DXO, MetaKey
@@ -12,7 +13,6 @@ from nvflare_rdma.codecs import Array
 from nvflare_rdma.errors import CodecError, ConfigError
 from nvflare_rdma.filters.decoding import Metadata, decode_params
 from nvflare_rdma.filters.delta_base import Base, bases_of, tell_held
-from nvflare_rdma.filters.flat_params import flatten, rebuild
 from nvflare_rdma.filters.points import FilterPoint
 from nvflare_rdma.filters.quant_filter import OURS, QUANT_META, QUANT_STATE, SOURCE_DATATYPE, QuantFilter
 
@@ -31,8 +31,10 @@ class ModelDequantizer(QuantFilter):
             constants and compressed codes may stand for 4096 values per byte of the message, and 16 Mi more.
     """
 
-    def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
-        """Return a new DXO with the decoded weights and without the quantization metadata."""
+    def process_values(
+        self, values: Mapping[str, Any], dxo: DXO, shareable: Shareable, fl_ctx: FLContext
+    ) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """Return the decoded weights, and metadata that says nothing of quantization."""
         meta = self._meta_for_new_dxo(dxo)
         point = FilterPoint.of(self, shareable, fl_ctx)
         if QUANT_STATE not in meta:
@@ -41,7 +43,7 @@ class ModelDequantizer(QuantFilter):
         if not isinstance(ours, dict):
             raise CodecError(f"the message's {OURS} must be a dict but is a {type(ours).__name__}")
         decoded = decode_params(
-            flatten(dxo.data),
+            values,
             Metadata(
                 algorithm=meta.get(MetaKey.PROCESSED_ALGORITHM),
                 quant_state=meta[QUANT_STATE],
@@ -59,7 +61,7 @@ class ModelDequantizer(QuantFilter):
             self._keep(decoded.arrays, ours.get("leaves"), point, fl_ctx)
         for key in QUANT_META:
             meta.pop(key, None)
-        return DXO(data_kind=dxo.data_kind, data=rebuild(dxo.data, decoded.values), meta=meta)
+        return decoded.values, meta
 
     @staticmethod
     def _base(digest: Any, point: FilterPoint, fl_ctx: FLContext) -> Base | None:

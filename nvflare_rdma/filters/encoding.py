@@ -7,7 +7,8 @@ leaves those as they are. `quant_state` has what `nvflare_rdma.filters.metadata`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from nvflare_rdma.codecs import (
     is_on_gpu,
     is_tensor,
     is_torch,
+    marked,
     to_array,
 )
 from nvflare_rdma.errors import UnrepresentableError
@@ -41,7 +43,7 @@ class TensorEncoder:
     """Encodes the tensors of one message, each on its own: nothing is known of earlier messages.
 
     Subclasses know more: what else was sent (`nvflare_rdma.filters.correction`), or that the transfer will encode
-    (`nvflare_rdma.filters.sharing`).
+    (`MarkingEncoder`).
     """
 
     def mark(self, name: str, codec: FixedSizeCodec, value: Any) -> Any:
@@ -64,6 +66,34 @@ class TensorEncoder:
         values = to_array(value)
         encoded = np.empty(codec.encoded_nbytes(values.size), np.uint8)
         return encoded[: codec.encode_into(values, encoded)]
+
+
+class MarkingEncoder(TensorEncoder):
+    """Leaves the encoding to the transfer wherever a tensor's encoded size is known beforehand.
+
+    All sites get the same views while one of them has them, so that a chunk that is encoded for one is there for the
+    others. The views are not kept alive here: one of a numpy array would keep the model alive. Codes of the tensors
+    that are encoded now are kept.
+    """
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        """`results` is where what sites share is kept: those of `Shared`, or an empty dict."""
+        self._views: dict[str, Callable[[], Any]] = results.setdefault("views", {})
+        self._codes: dict[str, Array] = results.setdefault("codes", {})
+
+    def mark(self, name: str, codec: FixedSizeCodec, value: Any) -> Any:
+        """Return the view that another site has, or a new one."""
+        view = self._views[name]() if name in self._views else None
+        if view is None:
+            view = marked(value, codec)
+            self._views[name] = weakref.ref(view)
+        return view
+
+    def encode(self, name: str, codec: Codec, value: Any) -> Array:
+        """Return the codes that another site got, or new ones."""
+        if name not in self._codes:
+            self._codes[name] = super().encode(name, codec, value)
+        return self._codes[name]
 
 
 @dataclass

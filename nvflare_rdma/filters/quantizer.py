@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nvflare.apis.dxo import DXO, DataKind, MetaKey
@@ -18,7 +18,6 @@ from nvflare_rdma.codecs import Policy, warm_up
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters.delta_base import answer_clients
 from nvflare_rdma.filters.dither import DITHERED
-from nvflare_rdma.filters.flat_params import flatten, rebuild
 from nvflare_rdma.filters.message_encoder import EncodedMessage, MessageEncoder, ModelMessage
 from nvflare_rdma.filters.points import FilterPoint, require_dequantizer
 from nvflare_rdma.filters.quant_filter import OURS, QUANT_STATE, QUANTIZED_FLAG, SOURCE_DATATYPE, QuantFilter
@@ -100,8 +99,10 @@ class ModelQuantizer(QuantFilter):
             else:
                 self._encoder.residuals.commit(task, _state_folder(fl_ctx))
 
-    def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO | None:
-        """Return a new DXO with codes for weights, or None (unchanged) if it is quantized already.
+    def process_values(
+        self, values: Mapping[str, Any], dxo: DXO, shareable: Shareable, fl_ctx: FLContext
+    ) -> tuple[Mapping[str, Any], dict[str, Any]] | None:
+        """Return codes in place of weights, or None (unchanged) if the DXO is quantized already.
 
         Raises:
             ConfigError: this side would not decode the codes that it gets. Looked at once per task.
@@ -118,7 +119,7 @@ class ModelQuantizer(QuantFilter):
         root_id = shareable.get_header(ReservedHeaderKey.MSG_ROOT_ID) or ""
         message = self._encoder.encode(
             ModelMessage(
-                values=flatten(dxo.data),
+                values=values,
                 whole=dxo.data_kind == DataKind.WEIGHTS,
                 point=point,
                 root_id=root_id,
@@ -129,9 +130,7 @@ class ModelQuantizer(QuantFilter):
             fl_ctx,
         )
         self._report(message, fl_ctx)
-        # Dicts of its own: other sites get the same codes, and a later filter may change dicts in place.
-        meta = self._meta_for_new_dxo(dxo) | _metadata(message)
-        return DXO(data_kind=dxo.data_kind, data=rebuild(dxo.data, message.params.values), meta=meta)
+        return message.params.values, self._meta_for_new_dxo(dxo) | _metadata(message)
 
     def _warn_of_feedback(self, dxo: DXO, fl_ctx: FLContext) -> None:
         if self.error_feedback and not self.delta and dxo.data_kind == DataKind.WEIGHTS and not self._warned:
