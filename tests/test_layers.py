@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "nvflare_rdma"
 
-# Layer -> what it may import of this package besides itself and errors.py.
+# Layer -> what it may import of this package besides itself, errors.py and logs.py.
 ALLOWED = {
     "fabric": set(),
     "channel": {"fabric"},
@@ -94,7 +94,7 @@ def behind_faces(path: Path, package: str) -> set[str]:
 
 def own(names: set[str]) -> set[str]:
     parts = {name.split(".")[1] for name in names if name.startswith("nvflare_rdma.")}
-    return parts - {"errors", "version"}
+    return parts - {"errors", "logs", "version"}
 
 
 @pytest.mark.parametrize("layer", sorted(p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()))
@@ -170,6 +170,36 @@ def test_private_names_of_flare_are_in_one_place():
     }
     assert found.pop(COMPAT)
     assert not found
+
+
+#: pyverbs configures the root logger, which is undone; nothing is logged there.
+OWN_LOGGERS = {"logs.py", "fabric/verbs/pyverbs.py"}
+
+
+def unescaped_log_lines(tree: ast.AST) -> set[str]:
+    """Loggers that are not `get_logger`'s, and lines of FLARE components that are neither constant nor `escaped`."""
+    found = set()
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        if node.func.attr == "getLogger":
+            found.add(ast.unparse(node))
+        elif node.func.attr.startswith("log_"):
+            line = node.args[1]
+            safe = isinstance(line, ast.Call) and isinstance(line.func, ast.Name) and line.func.id == "escaped"
+            if not safe and not isinstance(line, ast.Constant):
+                found.add(ast.unparse(node))
+    return found
+
+
+def test_what_is_logged_is_escaped():
+    assert unescaped_log_lines(ast.parse("self.log_info(ctx, f'{x}')")), "this test sees nothing"
+    found = {
+        str(path.relative_to(PACKAGE)): lines
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if (lines := unescaped_log_lines(ast.parse(path.read_text())))
+    }
+    assert found.keys() == OWN_LOGGERS
 
 
 @pytest.mark.parametrize("place", NO_IO)

@@ -6,7 +6,6 @@ The first bytes of a connection show what it is: a TLS record, the control strea
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
 import ssl
 import threading
@@ -17,8 +16,9 @@ from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.protocol import CONTROL_MAGIC
 from nvflare_rdma.errors import ProtocolError, RdmaError, TlsError, UnreachableError
 from nvflare_rdma.fabric import RAIL_MAGIC, TICKET_BYTES, TcpFabric
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 GREETING_TIMEOUT = 10.0
 MAX_HANDSHAKES = 256  # connections that have not shown yet what they are

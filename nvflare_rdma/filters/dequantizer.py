@@ -15,6 +15,7 @@ from nvflare_rdma.filters.decoding import Metadata, decode_params
 from nvflare_rdma.filters.delta_base import Base, bases_of, tell_held
 from nvflare_rdma.filters.points import FilterPoint
 from nvflare_rdma.filters.quant_filter import OURS, QUANT_META, QUANT_STATE, SOURCE_DATATYPE, QuantFilter
+from nvflare_rdma.logs import escaped
 
 
 class ModelDequantizer(QuantFilter):
@@ -54,7 +55,8 @@ class ModelDequantizer(QuantFilter):
         )
         on_the_way = ours.get("on_the_way")
         done = f"{on_the_way} params were sent encoded and are decoded already. " if type(on_the_way) is int else ""
-        self.log_info(fl_ctx, f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {done}{decoded.summary()}")
+        what = f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {done}{decoded.summary()}"
+        self.log_info(fl_ctx, escaped(what))
         if point.on_server:
             bases_of(fl_ctx).fulfil(point.stream, point.peer)
         else:
@@ -84,9 +86,8 @@ class ModelDequantizer(QuantFilter):
         if leaves is not None:
             base = Base.of({name: array.copy() for name, array in arrays.items()})  # training changes its own
             if base.digest != leaves:
-                self.log_warning(
-                    fl_ctx, f"{point.message} decoded to other bits than at the server; the next message will be whole"
-                )
+                what = f"{point.message} decoded to other bits than at the server; the next message will be whole"
+                self.log_warning(fl_ctx, escaped(what))
                 base = None
         bases.set(point.stream, base)
         tell_held(point.stream, base, fl_ctx)

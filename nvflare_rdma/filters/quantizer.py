@@ -22,6 +22,7 @@ from nvflare_rdma.filters.message_encoder import EncodedMessage, MessageEncoder,
 from nvflare_rdma.filters.points import FilterPoint, require_dequantizer
 from nvflare_rdma.filters.quant_filter import OURS, QUANT_STATE, QUANTIZED_FLAG, SOURCE_DATATYPE, QuantFilter
 from nvflare_rdma.flare_compat import TRANSFER_PROP
+from nvflare_rdma.logs import escaped
 
 _HANDED_OVER = (EventType.AFTER_SEND_TASK_RESULT, EventType.AFTER_PROCESS_SUBMISSION)
 
@@ -145,10 +146,11 @@ class ModelQuantizer(QuantFilter):
     def _report(self, message: EncodedMessage, fl_ctx: FLContext) -> None:
         encoded = message.params
         how = f" as the difference from {message.base}" if message.base else ""
-        self.log_info(fl_ctx, f"Quantized to {encoded.algorithm}{how}: {encoded.summary()}")
+        self.log_info(fl_ctx, escaped(f"Quantized to {encoded.algorithm}{how}: {encoded.summary()}"))
         if encoded.exact:
             listed = "; ".join(f"{name}: {reason}" for name, reason in encoded.exact.items())
-            self.log_warning(fl_ctx, f"{len(encoded.exact)} tensor(s) sent exact: {listed}", fire_event=False)
+            what = f"{len(encoded.exact)} tensor(s) sent exact: {listed}"
+            self.log_warning(fl_ctx, escaped(what), fire_event=False)
 
 
 def _metadata(message: EncodedMessage) -> dict[str, Any]:

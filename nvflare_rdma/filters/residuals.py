@@ -10,7 +10,6 @@ Kept in bfloat16: two bytes a value, and what that rounding loses is 2**-9 of wh
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import threading
@@ -21,10 +20,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from nvflare_rdma.codecs import Array
+from nvflare_rdma.logs import get_logger
 
 Bits = NDArray[np.uint16]
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class Residuals:

@@ -10,7 +10,6 @@ checks that the certificate is that of the peer that it means.
 from __future__ import annotations
 
 import functools
-import logging
 import secrets
 import socket
 import ssl
@@ -35,10 +34,11 @@ from nvflare_rdma.channel import (
 )
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TlsError, UnreachableError
 from nvflare_rdma.fabric import Fabric, MemoryBudget, TcpFabric
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer.addresses import TICKET_BYTES, is_loopback, listen, own_hosts, parse_invitation
 from nvflare_rdma.transfer.records import Ledger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 SERVER = "server"  # the root of its cells' names
 TICKET_SECONDS = 120.0
