@@ -26,6 +26,8 @@ Bits = NDArray[np.uint16]
 
 log = get_logger(__name__)
 
+_OWNER_ONLY = 0o600
+
 
 class Residuals:
     """The residuals of one filter, by stream and tensor name: arrays of the tensor's shape, bfloat16 bits."""
@@ -90,6 +92,12 @@ def _save(folder: str, stream: str, residuals: Mapping[str, Array]) -> None:
 
     os.makedirs(folder, exist_ok=True)
     path = _file(folder, stream)
+    # It tells about a site's data, so nobody else reads it: what is written keeps the mode of the file that is there.
+    fd = os.open(f"{path}.new", os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, _OWNER_ONLY)
+    try:
+        os.fchmod(fd, _OWNER_ONLY)  # one that a process left that has died
+    finally:
+        os.close(fd)
     # Renamed when whole: a process that dies while it writes leaves the old file.
     save_file(dict(residuals), f"{path}.new", metadata={"stream": stream})
     os.replace(f"{path}.new", path)
