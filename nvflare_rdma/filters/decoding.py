@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs import CODEC_NAMES, Array, Codec, from_flat, get_codec, is_torch, new_flat
+from nvflare_rdma.codecs import CODEC_NAMES, Array, Codec, from_flat, get_codec, is_plain, is_tensor, is_torch, new_flat
 from nvflare_rdma.errors import CodecError
 from nvflare_rdma.filters.correction import add_base
 from nvflare_rdma.filters.delta_base import Base
-from nvflare_rdma.filters.encoding import EXACT_DTYPE, MIB, MIXED, has_memory, is_no_wider
+from nvflare_rdma.filters.encoding import EXACT_DTYPE, MIB, MIXED, is_no_wider
 from nvflare_rdma.filters.metadata import codec_for, from_message, require
 
 # Values that a message may stand for beyond those that its codes are counted for: constants take no codes at all, and
@@ -83,7 +83,7 @@ def decode_params(values: Mapping[str, Any], metadata: Metadata, base: Base | No
         if not isinstance(part, dict):
             raise CodecError(f"the message's {what} must be a dict but is a {type(part).__name__}")
     ties = _checked_ties(tied, values)
-    limit = _FREE_VALUES + _VALUES_PER_BYTE * sum(v.nbytes for v in values.values() if has_memory(v))
+    limit = _FREE_VALUES + _VALUES_PER_BYTE * sum(v.nbytes for v in values.values() if is_tensor(v) and is_plain(v))
     result = DecodedParams(count=len(values))
     for name, value in values.items():
         source = sources.get(name)

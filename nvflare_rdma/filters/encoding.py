@@ -26,8 +26,8 @@ from nvflare_rdma.codecs import (
     identity,
     is_encodable,
     is_on_gpu,
+    is_plain,
     is_tensor,
-    is_torch,
     marked,
     to_array,
 )
@@ -148,7 +148,8 @@ def encode_params(values: Mapping[str, Any], policy: Policy, encoder: TensorEnco
     result = EncodedParams(policy.codec.name)
     first: dict[tuple[Any, ...], str] = {}
     for name, value in values.items():
-        other = first.setdefault(identity(value), name) if has_memory(value) else name
+        key = identity(value)
+        other = name if key is None else first.setdefault(key, name)
         if other != name:
             result.tied[name] = other
             result.values[name] = result.values[other]
@@ -175,22 +176,17 @@ def encode_params(values: Mapping[str, Any], policy: Policy, encoder: TensorEnco
     return result
 
 
-def has_memory(value: Any) -> bool:
-    """Return whether `value` is a tensor with an address that it can share with another one."""
-    if is_torch(value):
-        return str(value.layout) == "torch.strided" and value.device.type != "meta" and value.numel() > 0
-    return type(value) is np.ndarray and value.size > 0
-
-
 def _decide(name: str, value: Any, policy: Policy) -> tuple[Decision, str | None]:
     """Return what the policy says, and why a value that it can't encode deserves a warning, if it does."""
     if not is_tensor(value):
         listed = isinstance(value, list | tuple | dict)
         return Decision(None, "no tensor"), f"a {type(value).__name__}, not a tensor" if listed else None
     dtype = dtype_name(value)
+    if not is_plain(value):
+        return Decision(None, dtype), f"a {type(value).__name__} of dtype {dtype} is no plain dense tensor"
     if not is_encodable(value):
         expected = dtype.startswith(("int", "uint", "bool")) or 0 in value.shape
-        reason = None if expected else f"{type(value).__name__} of dtype {dtype} is not a type that can be quantized"
+        reason = None if expected else f"dtype {dtype} is not one that can be quantized"
         return Decision(None, dtype), reason
     return policy.decide(name, dtype, tuple(value.shape)), None
 

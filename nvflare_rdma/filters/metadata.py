@@ -37,6 +37,7 @@ from nvflare_rdma.codecs import (
     dtype_name,
     from_flat,
     get_codec,
+    is_plain,
     is_tensor,
     is_torch,
     to_flat,
@@ -127,7 +128,7 @@ def from_message(name: str, codec: Codec, value: Any, state: Any, source: Any, l
     """
     require(name, source in FLOAT_NAMES, f"source_datatype is {source!r}")
     require(name, isinstance(state, dict), f"quant_state is a {type(state).__name__}, not a dict")
-    require(name, is_tensor(value), f"the codes are a {type(value).__name__}, not a tensor")
+    _require_plain(name, value, "the codes are")
     require(name, is_torch(value) or source != "bfloat16", "a numpy array can't have dtype bfloat16")
     if codec.name == "adaquant":
         return _received_adaquant(name, codec, value, state, limit)
@@ -186,6 +187,12 @@ def require(name: str, condition: bool, problem: str) -> None:
     """Raise `CodecError` about the tensor `name` unless `condition` holds."""
     if not condition:
         raise CodecError(f"can't dequantize '{name}': {problem}")
+
+
+def _require_plain(name: str, value: Any, what: str) -> None:
+    """Raise `CodecError` unless `value` is a tensor whose values can be read: sparse and meta tensors have none."""
+    require(name, is_tensor(value), f"{what} a {type(value).__name__}, not a tensor")
+    require(name, is_plain(value), f"{what} a {type(value).__name__}, but no plain dense tensor")
 
 
 def _received(codec: Codec, parts: Parts, shape: tuple[int, ...]) -> Received:
@@ -258,7 +265,7 @@ def _check_limit(name: str, n: int, limit: int) -> None:
 
 
 def _codes(name: str, value: Any) -> Array:
-    require(name, is_tensor(value), f"the codes are a {type(value).__name__}, not a tensor")
+    _require_plain(name, value, "the codes are")
     require(name, dtype_name(value) == "uint8", f"the codes have dtype {dtype_name(value)}, not uint8")
     return to_flat(value)
 
@@ -266,7 +273,7 @@ def _codes(name: str, value: Any) -> Array:
 def _floats(name: str, state: dict[str, Any], key: str, count: int) -> Float32:
     """`state[key]` as a flat float32 array of exactly `count` values."""
     value = state.get(key)
-    require(name, is_tensor(value), f"'{key}' is a {type(value).__name__}, not a tensor")
+    _require_plain(name, value, f"'{key}' is")
     require(name, dtype_name(value) == "float32", f"'{key}' has dtype {dtype_name(value)}, not float32")
     flat = to_flat(value)
     require(name, flat.size == count, f"'{key}' has {flat.size} values, not {count}")
