@@ -47,13 +47,15 @@ class EncodedMessage:
 
     Attributes:
         params: codes and FLARE's metadata.
-        base: digest of the model that the codes are the difference from, if they are.
+        base: digest of the model that some of the codes are the difference from, if they are.
+        based: how many tensors' codes are.
         leaves: digest of the model that the receiver has after decoding, if the sender keeps it too.
     """
 
     params: EncodedParams
     base: str | None = None
     leaves: str | None = None
+    based: int = 0
 
 
 class Shared:
@@ -187,7 +189,8 @@ class MessageEncoder:
             noise=f"{message.round}\0{stream}" if self._stochastic else None,
         )
         params = encode_params(message.values, self._policy, encoder)
-        for name in encoder.based & params.codecs.keys():
+        based = encoder.based & params.codecs.keys()
+        for name in based:
             params.quant_state[name]["delta"] = True
         if feedback:
             self.residuals.stage(stream, {k: v for k, v in encoder.lacking.items() if k in params.codecs})
@@ -195,5 +198,8 @@ class MessageEncoder:
         if left is not None:
             bases_of(fl_ctx).set(stream, left)
         return EncodedMessage(
-            params, base.digest if base is not None else None, left.digest if left is not None else None
+            params,
+            base=base.digest if base is not None else None,
+            leaves=left.digest if left is not None else None,
+            based=len(based),
         )

@@ -145,7 +145,7 @@ class ModelQuantizer(QuantFilter):
 
     def _report(self, message: EncodedMessage, fl_ctx: FLContext) -> None:
         encoded = message.params
-        how = f" as the difference from {message.base}" if message.base else ""
+        how = f", {message.based} params as the difference from {message.base}" if message.base else ""
         self.log_info(fl_ctx, escaped(f"Quantized to {encoded.algorithm}{how}: {encoded.summary()}"))
         if encoded.exact:
             listed = "; ".join(f"{name}: {reason}" for name, reason in encoded.exact.items())
