@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvflare.apis.dxo import DXO, MetaKey
+from nvflare.apis.event_type import EventType
+from nvflare.apis.filter import FilterChainType, FilterContextKey
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
@@ -13,6 +16,7 @@ from nvflare_rdma.codecs import Array
 from nvflare_rdma.errors import CodecError, ConfigError
 from nvflare_rdma.filters.decoding import Metadata, decode_params
 from nvflare_rdma.filters.delta_base import Base, bases_of, tell_held
+from nvflare_rdma.filters.expected import expected_of, sizes_of
 from nvflare_rdma.filters.points import FilterPoint
 from nvflare_rdma.filters.quant_filter import OURS, QUANT_META, QUANT_STATE, SOURCE_DATATYPE, QuantFilter
 from nvflare_rdma.logs import escaped
@@ -28,9 +32,20 @@ class ModelDequantizer(QuantFilter):
     Raises:
         ConfigError: the message carries no quantization metadata, so the sender has no quantizer.
         CodecError: the metadata or the codes are damaged, or the difference from a model that isn't here; the message
-            names the tensor. Nothing larger than what the codes hold is allocated before they have been checked;
-            constants and compressed codes may stand for 4096 values per byte of the message, and 16 Mi more.
+            names the tensor. Nothing larger than what the codes hold is allocated before they have been checked.
+            Compressed codes, and constants at the server, may stand for as many values as are expected: those of the
+            model that was sent to the site, of the base, or of the task's message before; and beyond that for 64
+            values per byte of the message, and 16 Mi more. At a site larger constants are views of one value, which
+            can only be read.
     """
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Learn at the server which model goes to a site."""
+        of_results = self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_RESULT_CHAIN
+        if event_type == EventType.BEFORE_TASK_DATA_FILTER and of_results:
+            peer = fl_ctx.get_peer_context()
+            task, site = fl_ctx.get_prop(FLContextKey.TASK_NAME), peer.get_identity_name() if peer is not None else ""
+            expected_of(fl_ctx).note_sent(task, site, fl_ctx.get_prop(FLContextKey.TASK_DATA))
 
     def process_values(
         self, values: Mapping[str, Any], dxo: DXO, shareable: Shareable, fl_ctx: FLContext
@@ -52,6 +67,8 @@ class ModelDequantizer(QuantFilter):
                 tied=ours.get("tied"),
             ),
             self._base(ours.get("base"), point, fl_ctx),
+            expected_of(fl_ctx).of(point.task, point.peer, point.path),
+            strict=point.on_server,
         )
         on_the_way = ours.get("on_the_way")
         done = f"{on_the_way} params were sent encoded and are decoded already. " if type(on_the_way) is int else ""
@@ -60,6 +77,8 @@ class ModelDequantizer(QuantFilter):
         if point.on_server:
             bases_of(fl_ctx).fulfil(point.stream, point.peer)
         else:
+            sizes = sizes_of({name: value for name, value in decoded.values.items() if name not in decoded.views})
+            expected_of(fl_ctx).note(point.task, point.peer, point.path, sizes)
             self._keep(decoded.arrays, ours.get("leaves"), point, fl_ctx)
         for key in QUANT_META:
             meta.pop(key, None)
