@@ -47,7 +47,7 @@ FLARES_PRIVATE = {
     *("_deploy_map", "_ensure_client_apps_prepared", "_decomposers", "_dot_handlers", "_ref_table"),
     *("_register_source_download", "_unregister_source_download", "_create_datum"),
     *("_create_simulator_server_config", "_create_simulator_client_config"),
-    *("_apply_filter", "_filter_dxos"),
+    *("_apply_filter", "_filter_dxos", "run_manager"),
     *("identity_resolver", "conn_props", "root_url"),
 }
 IO_MODULES = {"socket", "threading", "select", "selectors", "ssl", "queue", "time", "asyncio", "subprocess"}
@@ -256,6 +256,7 @@ PROCESS_WIDE = {
     "codecs/runs.py: _scratch": "memory of each thread, which nobody shares",
     "transfer/encoding.py: _thread_memory": "memory of each thread, which nobody shares",
     "codecs/marks.py: _marks": "weak entries by tensor: the mark goes with an object, whoever has it",
+    "codecs/marks.py: _decoded": "the same",
     "filters/metadata.py: _tables": "constants, made once per framework; FLARE makes filters without arguments",
     "fabric/shm/process_memory.py: TRACER": "the kernel has one tracer per process (prctl)",
     "fabric/verbs/endpoint.py: _endpoints": "what exit and fork have to find, whoever has made it",

@@ -12,7 +12,7 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
-from nvflare_rdma.codecs import Array
+from nvflare_rdma.codecs import Array, is_tensor, was_decoded
 from nvflare_rdma.errors import CodecError, ConfigError
 from nvflare_rdma.filters.decoding import Metadata, decode_params
 from nvflare_rdma.filters.delta_base import Base, bases_of, tell_held
@@ -70,9 +70,8 @@ class ModelDequantizer(QuantFilter):
             expected_of(fl_ctx).of(point.task, point.peer, point.path),
             strict=point.on_server,
         )
-        on_the_way = ours.get("on_the_way")
-        done = f"{on_the_way} params were sent encoded and are decoded already. " if type(on_the_way) is int else ""
-        what = f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {done}{decoded.summary()}"
+        on_the_way = _of_those_on_the_way(ours.get("on_the_way"), values)
+        what = f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {on_the_way}{decoded.summary()}"
         self.log_info(fl_ctx, escaped(what))
         if point.on_server:
             bases_of(fl_ctx).fulfil(point.stream, point.peer)
@@ -118,3 +117,16 @@ class ModelDequantizer(QuantFilter):
             f"{point.section}: add nvflare_rdma.filters.ModelQuantizer to {point.section} of {point.other_config}, "
             f"or remove ModelDequantizer from {point.section} of {point.config}"
         )
+
+
+def _of_those_on_the_way(marked: Any, values: Mapping[str, Any]) -> str:
+    """Return what the log says of tensors that the sender has left to the transfer: what came of them, as far as this
+    side has seen it."""
+    if type(marked) is not int:
+        return ""
+    came = sum(map(was_decoded, values.values()))
+    if came:
+        return f"{came} of {marked} params that were to be encoded on their way came so, and are decoded already. "
+    seen = any(map(is_tensor, values.values()))  # and not in files, where the transfer has decoded them
+    known = ", but nothing here has decoded any of them" if seen else ""
+    return f"{marked} params were to be encoded on their way{known}. "

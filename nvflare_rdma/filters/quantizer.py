@@ -21,7 +21,7 @@ from nvflare_rdma.filters.dither import DITHERED
 from nvflare_rdma.filters.message_encoder import EncodedMessage, MessageEncoder, ModelMessage
 from nvflare_rdma.filters.points import FilterPoint, require_dequantizer
 from nvflare_rdma.filters.quant_filter import OURS, QUANT_STATE, QUANTIZED_FLAG, SOURCE_DATATYPE, QuantFilter
-from nvflare_rdma.flare_compat import TRANSFER_PROP
+from nvflare_rdma.flare_compat import TRANSFER_PROP, streams_tensors
 from nvflare_rdma.logs import escaped
 
 _HANDED_OVER = (EventType.AFTER_SEND_TASK_RESULT, EventType.AFTER_PROCESS_SUBMISSION)
@@ -126,7 +126,7 @@ class ModelQuantizer(QuantFilter):
                 root_id=root_id,
                 round=_round(root_id, shareable, fl_ctx),
                 folder=_state_folder(fl_ctx),
-                direct=_goes_directly(fl_ctx),
+                direct=_goes_directly(point.task, fl_ctx),
             ),
             fl_ctx,
         )
@@ -173,10 +173,12 @@ def _metadata(message: EncodedMessage) -> dict[str, Any]:
     return meta
 
 
-def _goes_directly(fl_ctx: FLContext) -> bool:
-    """Return whether both sides have `nvflare_rdma.streaming.RdmaTransfer`, which takes care of what is marked."""
+def _goes_directly(task: str, fl_ctx: FLContext) -> bool:
+    """Return whether both sides have `nvflare_rdma.streaming.RdmaTransfer`, which takes care of what is marked, and
+    FLARE doesn't take the tensors out of the message to stream them."""
     peer = fl_ctx.get_peer_context()
-    return bool(fl_ctx.get_prop(TRANSFER_PROP) and peer is not None and peer.get_prop(TRANSFER_PROP))
+    both = fl_ctx.get_prop(TRANSFER_PROP) and peer is not None and peer.get_prop(TRANSFER_PROP)
+    return bool(both) and not streams_tensors(fl_ctx, task)
 
 
 def _check_stochastic(policy: Policy, error_feedback: bool) -> None:
