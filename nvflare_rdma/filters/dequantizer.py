@@ -18,7 +18,15 @@ from nvflare_rdma.filters.decoding import Metadata, decode_params
 from nvflare_rdma.filters.delta_base import Base, bases_of, tell_held
 from nvflare_rdma.filters.expected import expected_of, sizes_of
 from nvflare_rdma.filters.points import FilterPoint
-from nvflare_rdma.filters.quant_filter import OURS, QUANT_META, QUANT_STATE, SOURCE_DATATYPE, QuantFilter
+from nvflare_rdma.filters.quant_filter import (
+    OURS,
+    QUANT_META,
+    QUANT_STATE,
+    SOURCE_DATATYPE,
+    QuantFilter,
+    flatten,
+    rebuild,
+)
 from nvflare_rdma.logs import escaped
 
 
@@ -82,6 +90,23 @@ class ModelDequantizer(QuantFilter):
         for key in QUANT_META:
             meta.pop(key, None)
         return decoded.values, meta
+
+    def dequantization(
+        self,
+        params: dict[str, Any],
+        quant_state: dict[str, Any],
+        quantization_type: str,
+        source_datatype: dict[str, Any],
+        fl_ctx: FLContext,
+    ) -> dict[str, Any]:
+        """Decode what `ModelQuantizer.quantization` gave; the name and arguments are those of FLARE's filter.
+
+        Raises:
+            CodecError: see `process_values`. `params` is not changed.
+        """
+        decoded = decode_params(flatten(params), Metadata(quantization_type, quant_state, source_datatype))
+        self.log_info(fl_ctx, escaped(f"Dequantized from {quantization_type}: {decoded.summary()}"))
+        return rebuild(params, decoded.values)
 
     @staticmethod
     def _base(digest: Any, point: FilterPoint, fl_ctx: FLContext) -> Base | None:

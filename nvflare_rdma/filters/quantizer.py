@@ -14,13 +14,22 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.app_common.app_constant import AppConstants
 
-from nvflare_rdma.codecs import Policy, warm_up
+from nvflare_rdma.codecs import Policy, is_plain, is_tensor, warm_up
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters.delta_base import answer_clients
 from nvflare_rdma.filters.dither import DITHERED
+from nvflare_rdma.filters.encoding import MIB, TensorEncoder, encode_params
 from nvflare_rdma.filters.message_encoder import EncodedMessage, MessageEncoder, ModelMessage
 from nvflare_rdma.filters.points import FilterPoint, require_dequantizer
-from nvflare_rdma.filters.quant_filter import OURS, QUANT_STATE, QUANTIZED_FLAG, SOURCE_DATATYPE, QuantFilter
+from nvflare_rdma.filters.quant_filter import (
+    OURS,
+    QUANT_STATE,
+    QUANTIZED_FLAG,
+    SOURCE_DATATYPE,
+    QuantFilter,
+    flatten,
+    rebuild,
+)
 from nvflare_rdma.flare_compat import TRANSFER_PROP, streams_tensors
 from nvflare_rdma.logs import escaped
 
@@ -83,9 +92,11 @@ class ModelQuantizer(QuantFilter):
         self.error_feedback = error_feedback
         self.delta = delta
         self.stochastic_rounding = stochastic_rounding
+        self._policy = parsed
         self._encoder = MessageEncoder(parsed, error_feedback, delta, stochastic_rounding)
         self._checked: set[tuple[str | None, str | None, str]] = set()
         self._warned = False
+        self._told_of_meta = False
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Load compiled code as the run starts, and learn from FLARE's events whether messages were handed over."""
@@ -117,6 +128,7 @@ class ModelQuantizer(QuantFilter):
             self.log_info(fl_ctx, "The message is quantized already and stays as it is")
             return None
         self._warn_of_feedback(dxo, fl_ctx)
+        self._tell_of_meta(dxo, fl_ctx)
         root_id = shareable.get_header(ReservedHeaderKey.MSG_ROOT_ID) or ""
         message = self._encoder.encode(
             ModelMessage(
@@ -133,6 +145,20 @@ class ModelQuantizer(QuantFilter):
         self._report(message, fl_ctx)
         return message.params.values, self._meta_for_new_dxo(dxo) | _metadata(message)
 
+    def quantization(
+        self, params: dict[str, Any], fl_ctx: FLContext
+    ) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, str]]:
+        """Encode tensors apart from any message; the name and arguments are those of FLARE's filter.
+
+        Residuals, bases and random rounding belong to messages, and have no part in this. `params` is not changed.
+
+        Returns:
+            Codes in place of the tensors, and FLARE's `quant_state` and `source_datatype`, by name.
+        """
+        encoded = encode_params(flatten(params), self._policy, TensorEncoder())
+        self._report(EncodedMessage(encoded), fl_ctx)
+        return rebuild(params, encoded.values), encoded.quant_state, encoded.source_datatype
+
     def _warn_of_feedback(self, dxo: DXO, fl_ctx: FLContext) -> None:
         if self.error_feedback and not self.delta and dxo.data_kind == DataKind.WEIGHTS and not self._warned:
             self._warned = True
@@ -142,6 +168,16 @@ class ModelQuantizer(QuantFilter):
                 "well, or leave out error_feedback",
                 fire_event=False,
             )
+
+    def _tell_of_meta(self, dxo: DXO, fl_ctx: FLContext) -> None:
+        """Say once what is not encoded: tensors in the metadata, such as SCAFFOLD's control variates."""
+        sizes = {key: _tensor_bytes(value) for key, value in (dxo.meta or {}).items()}
+        found = sorted(key for key, size in sizes.items() if size)
+        if found and not self._told_of_meta:
+            self._told_of_meta = True
+            size = sum(sizes.values()) / MIB
+            what = f"{size:.2f} MB of tensors in the message's metadata ({', '.join(map(str, found))}) travel exact"
+            self.log_warning(fl_ctx, escaped(f"{what}: only the model is quantized"), fire_event=False)
 
     def _report(self, message: EncodedMessage, fl_ctx: FLContext) -> None:
         encoded = message.params
@@ -171,6 +207,15 @@ def _metadata(message: EncodedMessage) -> dict[str, Any]:
     if any(ours.values()):
         meta[OURS] = {key: value for key, value in ours.items() if value}
     return meta
+
+
+def _tensor_bytes(value: Any) -> int:
+    """Return the bytes of all plain tensors in a value of the metadata."""
+    if isinstance(value, Mapping):
+        return sum(map(_tensor_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_tensor_bytes, value))
+    return int(value.nbytes) if is_tensor(value) and is_plain(value) else 0
 
 
 def _goes_directly(task: str, fl_ctx: FLContext) -> bool:
