@@ -17,7 +17,7 @@ from nvflare_rdma.errors import CodecError, ConfigError
 from nvflare_rdma.filters.decoding import Metadata, decode_params
 from nvflare_rdma.filters.delta_base import Base, bases_of, tell_held
 from nvflare_rdma.filters.expected import expected_of, sizes_of
-from nvflare_rdma.filters.points import FilterPoint
+from nvflare_rdma.filters.points import FilterPoint, tell_what_is_decoded
 from nvflare_rdma.filters.quant_filter import (
     OURS,
     QUANT_META,
@@ -48,7 +48,9 @@ class ModelDequantizer(QuantFilter):
     """
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Learn at the server which model goes to a site."""
+        """Tell the server that this site decodes, and learn at the server which model goes to a site."""
+        if event_type == EventType.START_RUN:
+            tell_what_is_decoded(fl_ctx)
         of_results = self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_RESULT_CHAIN
         if event_type == EventType.BEFORE_TASK_DATA_FILTER and of_results:
             peer = fl_ctx.get_peer_context()

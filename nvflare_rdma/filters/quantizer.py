@@ -20,7 +20,7 @@ from nvflare_rdma.filters.delta_base import answer_clients
 from nvflare_rdma.filters.dither import DITHERED
 from nvflare_rdma.filters.encoding import MIB, TensorEncoder, encode_params
 from nvflare_rdma.filters.message_encoder import EncodedMessage, MessageEncoder, ModelMessage
-from nvflare_rdma.filters.points import FilterPoint, require_dequantizer
+from nvflare_rdma.filters.points import FilterPoint, require_decoding_site, require_dequantizer, tell_what_is_decoded
 from nvflare_rdma.filters.quant_filter import (
     OURS,
     QUANT_STATE,
@@ -95,12 +95,14 @@ class ModelQuantizer(QuantFilter):
         self._policy = parsed
         self._encoder = MessageEncoder(parsed, error_feedback, delta, stochastic_rounding)
         self._checked: set[tuple[str | None, str | None, str]] = set()
+        self._doubted: set[tuple[str, str]] = set()
         self._warned = False
         self._told_of_meta = False
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Load compiled code as the run starts, and learn from FLARE's events whether messages were handed over."""
         if event_type == EventType.START_RUN:
+            tell_what_is_decoded(fl_ctx)
             warm_up(self._encoder.codecs)
             if self.delta and self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
                 answer_clients(fl_ctx)
@@ -124,6 +126,7 @@ class ModelQuantizer(QuantFilter):
         if not self.one_way and place not in self._checked:
             require_dequantizer(point, fl_ctx)
             self._checked.add(place)
+        self._check_site(point, fl_ctx)
         if dxo.get_meta_prop(QUANTIZED_FLAG):
             self.log_info(fl_ctx, "The message is quantized already and stays as it is")
             return None
@@ -144,6 +147,12 @@ class ModelQuantizer(QuantFilter):
         )
         self._report(message, fl_ctx)
         return message.params.values, self._meta_for_new_dxo(dxo) | _metadata(message)
+
+    def _check_site(self, point: FilterPoint, fl_ctx: FLContext) -> None:
+        warning = require_decoding_site(point, fl_ctx)
+        if warning and (point.peer, point.task) not in self._doubted:
+            self._doubted.add((point.peer, point.task))
+            self.log_warning(fl_ctx, escaped(warning), fire_event=False)
 
     def quantization(
         self, params: dict[str, Any], fl_ctx: FLContext
