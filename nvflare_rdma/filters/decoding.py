@@ -86,6 +86,7 @@ def decode_params(
     base: Base | None = None,
     expected: Sizes | None = None,
     strict: bool = False,
+    count: int = 1,
 ) -> DecodedParams:
     """Decode what was received, given by flat name. `values` is not changed.
 
@@ -97,6 +98,7 @@ def decode_params(
         base: the model that tensors are the difference from, if there is one.
         expected: how many values tensors may have, whatever they take in the message.
         strict: refuse what would be such a view.
+        count: how many of these are in the message, which share what may come without being expected.
 
     Raises:
         CodecError: an unknown algorithm, metadata that doesn't fit the codes, the difference from a tensor that isn't
@@ -108,7 +110,9 @@ def decode_params(
         if not isinstance(part, dict):
             raise CodecError(f"the message's {what} must be a dict but is a {type(part).__name__}")
     ties = _checked_ties(tied, values)
-    limit = _FREE_VALUES + _VALUES_PER_BYTE * sum(v.nbytes for v in values.values() if is_tensor(v) and is_plain(v))
+    limit = _FREE_VALUES // count + _VALUES_PER_BYTE * sum(
+        v.nbytes for v in values.values() if is_tensor(v) and is_plain(v)
+    )
     result = DecodedParams(count=len(values))
     for name, value in values.items():
         source = sources.get(name)

@@ -77,8 +77,9 @@ class ModelDequantizer(QuantFilter):
                 tied=ours.get("tied"),
             ),
             self._base(ours.get("base"), point, fl_ctx),
-            expected_of(fl_ctx).of(point.task, point.peer, point.path),
+            expected_of(fl_ctx).of(point.task, point.peer, point.path, point.count),
             strict=point.on_server,
+            count=point.count,
         )
         on_the_way = _of_those_on_the_way(ours.get("on_the_way"), values)
         what = f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {on_the_way}{decoded.summary()}"

@@ -21,6 +21,7 @@ from nvflare_rdma.filters.quant_filter import flatten
 Sizes = Mapping[str, int]
 
 _PROP = "nvflare_rdma.expected"
+_FORMS = 2  # models in a result that were not apart in the task's data: weights, and what an algorithm adds to them
 _creation = threading.Lock()
 
 
@@ -54,12 +55,14 @@ class Expected:
             same = next((known for known in self._known.values() if known == found), found)  # most sites get the same
             self._known[task, peer] = same
 
-    def of(self, task: str, peer: str, path: str) -> Sizes:
-        """Return what is expected at a place; nothing if nothing is known of the task."""
+    def of(self, task: str, peer: str, path: str, count: int = 1) -> Sizes:
+        """Return what is expected at a place of a message with `count` models; nothing if nothing is known."""
         with self._lock:
             known = self._known.get((task, peer), {})
             if path in known:
                 return known[path]
+            if count > max(len(known), _FORMS):
+                return {}
             # A result may have another form than the task's data.
             merged: dict[str, int] = {}
             for sizes in known.values():

@@ -20,6 +20,7 @@ from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.flare_compat import filters_of
 
 DECODED = "nvflare_rdma.decoded"  # public context property of a site: the tasks whose data it decodes
+DXO_COUNT = "nvflare_rdma.dxo_count"  # context property: how many DXOs of the message are filtered
 DXO_PATH = "nvflare_rdma.dxo_path"  # context property: where in a collection the filtered DXO is, "" at the top
 
 _OTHER_CHAIN = {
@@ -48,6 +49,7 @@ class FilterPoint:
         task: the task's name, "?" if unknown.
         peer: the site or server at the other end, if known.
         path: where in a collection the filtered DXO is, "" if it is the message itself.
+        count: how many DXOs of the message are filtered.
     """
 
     chain: str | None
@@ -55,6 +57,7 @@ class FilterPoint:
     task: str
     peer: str
     path: str = ""
+    count: int = 1
 
     @classmethod
     def of(cls, component: Filter, shareable: Shareable, fl_ctx: FLContext) -> FilterPoint:
@@ -67,6 +70,7 @@ class FilterPoint:
             task=task,
             peer=peer.get_identity_name() if peer is not None else "",
             path=fl_ctx.get_prop(DXO_PATH, ""),
+            count=fl_ctx.get_prop(DXO_COUNT, 1),
         )
 
     @property

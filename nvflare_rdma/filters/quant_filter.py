@@ -15,7 +15,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
 from nvflare_rdma.errors import CodecError, ConfigError
-from nvflare_rdma.filters.points import DXO_PATH, FilterPoint
+from nvflare_rdma.filters.points import DXO_COUNT, DXO_PATH, FilterPoint
 from nvflare_rdma.flare_compat import apply_dxo_filter
 
 QUANT_STATE = "quant_state"
@@ -46,19 +46,22 @@ class QuantFilter(DXOFilter):
             dxo = from_shareable(shareable)
         except ValueError:
             return shareable
-        if not self._concerns(dxo):
+        concerned = self._count(dxo)
+        if not concerned:
             return shareable
+        # process_dxo's signature is FLARE's; the context belongs to this one call.
+        fl_ctx.set_prop(DXO_COUNT, concerned, private=True, sticky=False)
         try:
             result = self._filtered(dxo, "", shareable, fl_ctx)
         except ConfigError as error:
             self._stop(FilterPoint.of(self, shareable, fl_ctx), error, fl_ctx)
         return result.update_shareable(copy.copy(shareable))
 
-    def _concerns(self, dxo: DXO) -> bool:
-        """Return whether a DXO with data to filter is somewhere in `dxo`."""
+    def _count(self, dxo: DXO) -> int:
+        """Return how many DXOs with data to filter are in `dxo`, itself included."""
         if dxo.data_kind == DataKind.COLLECTION:
-            return any(isinstance(d, DXO) and self._concerns(d) for d in dxo.data.values())
-        return dxo.data_kind in self.data_kinds and bool(dxo.data)
+            return sum(self._count(d) for d in dxo.data.values() if isinstance(d, DXO))
+        return int(dxo.data_kind in self.data_kinds and bool(dxo.data))
 
     def _filtered(self, dxo: DXO, path: str, shareable: Shareable, fl_ctx: FLContext) -> DXO:
         if dxo.data_kind == DataKind.COLLECTION:
@@ -67,8 +70,7 @@ class QuantFilter(DXOFilter):
                 for k, d in dxo.data.items()
             }
             return DXO(DataKind.COLLECTION, data=parts, meta=dxo.meta)
-        if self._concerns(dxo):
-            # process_dxo's signature is FLARE's; the context belongs to this one call.
+        if self._count(dxo):
             fl_ctx.set_prop(DXO_PATH, path, private=True, sticky=False)
             return apply_dxo_filter(self, dxo, shareable, fl_ctx)
         return dxo

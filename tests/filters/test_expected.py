@@ -137,6 +137,23 @@ def test_many_constants_add_up(at):
     assert len(from_shareable(dequantizer.process(made, ctx)).data) == 10
 
 
+@pytest.mark.parametrize(("models", "taken"), [(1, True), (2, True), (3, False), (40, False)])
+def test_a_collection_is_one_message(at, models, taken):
+    """Each of its models alone would be taken: by the size of the model that was sent, or as one of a few values."""
+    dequantizer, ctx = after_sending(at, {"w": constant((1 << 20,))})
+    parts = {f"part-{i}": from_flare((1 << 20,)) for i in range(models)}
+    for part in parts.values():
+        part.data["other"], part.meta["source_datatype"]["other"] = part.data["w"], "float32"
+        part.meta["quant_state"]["other"] = {"offset": 0.0, "tensor_shape": [6 << 20]}
+    message = DXO(DataKind.COLLECTION, data=parts).to_shareable()
+    if taken:
+        got = from_shareable(dequantizer.process(message, ctx)).data
+        assert {part.data["other"].shape for part in got.values()} == {(6 << 20,)}
+    else:
+        with pytest.raises(CodecError, match=r"it stands for \d+ values, but is not expected"):
+            dequantizer.process(message, ctx)
+
+
 def test_a_difference_from_a_base_may_have_its_size(at):
     """Nothing was sent that the server remembers, but it holds the base."""
     from nvflare_rdma.filters.decoding import Metadata, decode_params
@@ -161,6 +178,8 @@ def test_collections_are_expected_by_place_and_results_may_have_another_form():
     expected.note_sent("train", "site-1", None)
     assert expected.of("train", "site-1", "/a") == {"w": 3}
     assert expected.of("train", "site-1", "") == {"w": 5}
+    assert expected.of("train", "site-1", "/c", count=2) == {"w": 5}
+    assert expected.of("train", "site-1", "/c", count=3) == {}
     assert expected.of("train", "site-2", "/a") == {}
     nested = DXO(DataKind.WEIGHTS, data={"x": {"w": np.zeros((2, 2))}, "steps": 3})
     expected.note_sent("train", "site-2", nested.to_shareable())
