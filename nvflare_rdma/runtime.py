@@ -7,7 +7,6 @@ Tests make a `Runtime` or a `Shared` of their own. To import this module takes n
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
@@ -32,10 +31,11 @@ from nvflare_rdma.fabric import (
     probe,
 )
 from nvflare_rdma.flare_compat import max_frame_bytes
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.settings import Settings, load_settings
 from nvflare_rdma.transfer import EncodedChunkCache, Ledger, PeerLinks, StreamRequestRouter, TensorMemory
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class LinksByCell:

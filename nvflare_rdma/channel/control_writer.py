@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _SEND_NOW_BYTES = 128 * 1024
 #: Batches that wait for the control stream when the next chunk is put behind them.

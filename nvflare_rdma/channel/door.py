@@ -22,8 +22,9 @@ from nvflare_rdma.channel.guests import Complaints, Guests
 from nvflare_rdma.channel.protocol import CONTROL_MAGIC
 from nvflare_rdma.errors import ProtocolError, RdmaError, TlsError, UnreachableError
 from nvflare_rdma.fabric import RAIL_MAGIC, TICKET_BYTES, TcpFabric, connect_tcp, join_address, plain_host
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 GREETING_TIMEOUT = 10.0
 #: Errors of accept(2) that don't pass: the socket listens no more, whoever has shut it down, or was closed.

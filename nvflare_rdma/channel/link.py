@@ -37,8 +37,9 @@ from nvflare_rdma.channel.protocol import Connection, Phase, Role, events, wire
 from nvflare_rdma.channel.rails import RailSet
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.fabric import Fabric
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _LINGER = 5.0
 _TICK = 1.0

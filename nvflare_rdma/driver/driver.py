@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-import logging
 import os
 import re
 import socket
@@ -40,9 +39,10 @@ from nvflare_rdma.driver.connection import RdmaConnection
 from nvflare_rdma.errors import ConfigError, RdmaError, TlsError, UnsupportedVersionError
 from nvflare_rdma.fabric import TcpFabric, connect_tcp, listen_tcp
 from nvflare_rdma.flare_compat import require_flare
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import Runtime, this_runtime
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 CLEAR_SCHEME, SECURE_SCHEME = "rdma", "srdma"
 #: A URL with an IPv6 address: that, and the port.

@@ -51,7 +51,16 @@ from nvflare_rdma.transfer.records import Ledger, Meter, Meters, TransferRecord,
 from nvflare_rdma.transfer.requests import StreamRequestRouter
 from nvflare_rdma.transfer.sender import Relayed
 from nvflare_rdma.transfer.service import Service
-from nvflare_rdma.transfer.sinks import Destination, Land, OnDisk, Place, TensorDestination, in_memory, store_chunk
+from nvflare_rdma.transfer.sinks import (
+    Destination,
+    Land,
+    OnDisk,
+    Place,
+    TensorDestination,
+    give,
+    in_memory,
+    store_chunk,
+)
 
 __all__ = [
     "AbortedError",
@@ -77,6 +86,7 @@ __all__ = [
     "TensorDestination",
     "TensorMemory",
     "TransferRecord",
+    "give",
     "in_memory",
     "is_sendable",
     "pull",

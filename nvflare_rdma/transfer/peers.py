@@ -12,7 +12,6 @@ What a peer may use counts for its site, however many cells, tickets and links i
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import secrets
 import socket
@@ -38,6 +37,7 @@ from nvflare_rdma.channel import (
 )
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TlsError, UnreachableError
 from nvflare_rdma.fabric import Fabric, MemoryBudget, TcpFabric, connect_tcp, join_address
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer.addresses import (
     MAX_ADDRESSES,
     TICKET_BYTES,
@@ -55,7 +55,7 @@ from nvflare_rdma.transfer.addresses import (
 )
 from nvflare_rdma.transfer.records import Ledger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 SERVER = "server"  # the root of its cells' names
 TICKET_SECONDS = 120.0

@@ -12,7 +12,6 @@ A link that breaks is opened again, and what is missing is asked for again.
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
@@ -20,13 +19,14 @@ from typing import Any
 
 from nvflare_rdma.channel import Sink
 from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TransferError
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.manifest import Item
 from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.records import Meter
 from nvflare_rdma.transfer.sinks import Arrivals, Destination, Land, TensorDestination
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 REPORT_SECONDS = 2.0
 _LOOK_SECONDS = 0.2

@@ -10,6 +10,7 @@ from typing import Any
 
 from nvflare_rdma.channel import Link
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.addresses import parse_invitation
 from nvflare_rdma.transfer.content import Content
@@ -18,7 +19,7 @@ from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.records import Meters
 from nvflare_rdma.transfer.sender import OfferedItem, OfferThread, Relayed
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _ENDED = "the sender has ended the transfer"
 #: How long the sender may take to hear that a message has arrived, once its receiver has it.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Set
 from typing import Any, TypeAlias
 
 from nvflare_rdma.channel import Sink
-from nvflare_rdma.codecs import is_storable, make_header
+from nvflare_rdma.codecs import is_storable, is_tensor, make_header, note_decoded
 from nvflare_rdma.transfer.arrays import from_bytes
 from nvflare_rdma.transfer.disk import write_at
 from nvflare_rdma.transfer.encoding import decode_pieces
@@ -199,6 +199,18 @@ def store_chunk(item: Item, place: Place, offset: int, chunk: memoryview) -> Non
             place.write(start, values)
 
 
+def give(item: Item, place: Place) -> Any:
+    """What the receiver gets of an item: what its place gives, noted as decoded if it came encoded.
+
+    Raises:
+        ProtocolError, OSError: see `Place.finish`.
+    """
+    given = place.finish()
+    if item.cut is not None and is_tensor(given):
+        note_decoded(given)
+    return given
+
+
 class Destination(ABC):
     """Where a `Pull` puts the items of one message. One thread calls its methods, in the order in which they are here;
     `accept`, `sink` and `check` more than once."""
@@ -257,7 +269,7 @@ class TensorDestination(Destination):
 
     def _finish(self, number: int, item: Item) -> Any:
         if item.content is None:
-            return self._places[number].finish()
+            return give(item, self._places[number])
         place = self._land(item)
         place.write(0, memoryview(item.content))
         return place.finish()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import array
 import contextlib
 import hmac
-import logging
 import os
 import secrets
 import select
@@ -33,8 +32,9 @@ from nvflare_rdma.fabric.shm.process_memory import (
     sealed_memory,
 )
 from nvflare_rdma.fabric.shm.wire import Wake
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MAGIC = b"NVFSHM1\n"
 TICKET_BYTES = 32

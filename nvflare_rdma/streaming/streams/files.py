@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import tempfile
 import uuid
@@ -20,6 +19,7 @@ from nvflare.fuel.utils.validation_utils import check_positive_int, check_positi
 
 from nvflare_rdma.codecs import warm_up
 from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, StorageError
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.streams import sender
 from nvflare_rdma.streaming.streams.receiver import PREFIX, Receiving, register
@@ -35,7 +35,7 @@ from nvflare_rdma.transfer.files import (
     pull_file,
 )
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _CHUNK_TIMEOUT = 5.0
 _IDENTITY = PREFIX + "file"

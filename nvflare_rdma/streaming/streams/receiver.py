@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -13,11 +12,12 @@ from nvflare.apis.shareable import ReturnCode, make_reply
 from nvflare.apis.streaming import ConsumerFactory, ObjectConsumer, StreamContextKey
 
 from nvflare_rdma.errors import FabricError, RdmaError, TransferError
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.requests import stream_request_function
 from nvflare_rdma.transfer import Meter, PeerLinks
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 PREFIX = "nvflare_rdma."
 KEY = "nvflare_rdma"

@@ -15,7 +15,6 @@ same time.
 
 from __future__ import annotations
 
-import logging
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,12 +23,13 @@ from typing import Any
 from nvflare.apis.shareable import ReturnCode, Shareable
 from nvflare.apis.streaming import ObjectProducer, StreamContextKey
 
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.requests import close_stream, open_stream
 from nvflare_rdma.streaming.streams.receiver import FALLBACK, KEY, PREFIX, TURN_SECONDS
 from nvflare_rdma.transfer import Service
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: An answer may take so long at least. FLARE's default for a chunk of a file is 5 s.
 _MIN_TIMEOUT = 10.0

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import logging
 import os
 import threading
 import time
@@ -21,12 +20,13 @@ import uuid
 from pathlib import Path
 
 from nvflare_rdma.errors import StorageError, TransferError
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer.disk import read_at, write_at
 from nvflare_rdma.transfer.files import owned_files as owned
 from nvflare_rdma.transfer.files.layout import Layout
 from nvflare_rdma.transfer.files.source import BLOCK_BYTES, FileIdentity, PartDigests
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _JOURNAL, _PART = ".rdma-journal", ".rdma-part"
