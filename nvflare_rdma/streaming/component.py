@@ -67,6 +67,7 @@ class RdmaTransfer(FLComponent):
             self._started = False
             if shared().links.stop():
                 shared().tensor_memory.clear()
+                shared().notices.clear()
             if self._reporter is not None:
                 self._reporter.close()
         elif self._reporter is not None:
