@@ -33,7 +33,7 @@ from nvflare_rdma.fabric import (
 from nvflare_rdma.flare_compat import max_frame_bytes
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.settings import Settings, load_settings
-from nvflare_rdma.transfer import EncodedChunkCache, Ledger, PeerLinks, StreamRequestRouter, TensorMemory
+from nvflare_rdma.transfer import EncodedChunkCache, Ledger, Notices, PeerLinks, StreamRequestRouter, TensorMemory
 
 log = get_logger(__name__)
 
@@ -127,6 +127,7 @@ class Shared:
         tensor_memory: the memory in which tensors arrive.
         encoded_chunks: chunks that were encoded for one receiver and that others are about to want.
         ledger: takes the record of each transfer to those who want to know.
+        notices: what was said in the log of transfers with each peer.
         environment: what is handed on to the processes that FLARE starts.
         blob_memory: the memory in which FLARE puts together large blobs.
     """
@@ -136,6 +137,7 @@ class Shared:
     tensor_memory: TensorMemory = field(default_factory=TensorMemory)
     encoded_chunks: EncodedChunkCache = field(default_factory=EncodedChunkCache)
     ledger: Ledger = field(default_factory=Ledger)
+    notices: Notices = field(default_factory=Notices)
     environment: EnvironmentChanges = field(default_factory=EnvironmentChanges)
     blob_memory: SlotPool = field(default_factory=lambda: SlotPool(keep_bytes=None))
 

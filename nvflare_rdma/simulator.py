@@ -31,6 +31,7 @@ from typing import Any
 
 from nvflare.recipe.sim_env import SimEnv
 
+from nvflare_rdma.class_list import allow_for
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.flare_compat import patch_simulator, require_flare, simulator_entry, use_installed_package
 
@@ -198,6 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.parent_pid is not None:
         threading.Thread(target=_end_with, args=(args.parent_pid,), daemon=True).start()
     use_scheme(args.scheme)
+    if args.workspace:
+        allow_for(Path(args.job_folder), Path(args.workspace))
     return int(run(args) or 0)
 
 

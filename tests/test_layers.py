@@ -26,7 +26,7 @@ ALLOWED = {
     "driver": {"channel", "fabric", "runtime", "settings", "flare_compat"},
     "plugin": {"driver"},
     "metrics": {"transfer", "flare_compat"},
-    "cli": {"codecs", "fabric", "filters", "flare_compat", "runtime", "settings"},
+    "cli": {"class_list", "codecs", "fabric", "filters", "flare_compat", "runtime", "settings"},
 }
 NO_FLARE_OR_TORCH = ("fabric", "channel")
 NO_FLARE = ("codecs", "transfer")

@@ -37,6 +37,9 @@ class ModelDequantizer(QuantFilter):
     and framework (numpy or torch) are those of the sender's tensors; torch tensors come back on the CPU. Tensors that
     were tied at the sender's share their memory here too.
 
+    Args:
+        clients: on the server, the sites whose results come in few bits; None: all. Those of others pass unchanged.
+
     Raises:
         ConfigError: the message carries no quantization metadata, so the sender has no quantizer.
         CodecError: the metadata or the codes are damaged, or the difference from a model that isn't here; the message

@@ -180,6 +180,18 @@ def _decodes(point: FilterPoint, fl_ctx: FLContext) -> bool:
     return any(map(_is_dequantizer, _filters_at(point, fl_ctx) or ()))
 
 
+def place_of(component: Filter, fl_ctx: FLContext) -> tuple[str, str]:
+    """Return, for a message, the config section that `component` is in, and the tasks that it is for there."""
+    chain, runner = component.get_prop(FilterContextKey.CHAIN_TYPE), fl_ctx.get_prop(FLContextKey.RUNNER)
+    if chain not in _OTHER_CHAIN or runner is None:
+        return "a filter chain", "its tasks"
+    table = filters_of(runner, f"{chain}_filters")
+    keys = [key.rpartition(FilterKey.DELIMITER) for key, filters in table.items() if component in filters]
+    on_server = any((chain, direction) in _SERVER_POINTS for _, _, direction in keys)
+    tasks = ", ".join(sorted({f"'{task}'" for task, _, _ in keys}))
+    return f"{chain}_filters of {_SERVER_CONFIG if on_server else _CLIENT_CONFIG}", f"task {tasks}"
+
+
 def _filters_at(point: FilterPoint, fl_ctx: FLContext) -> list[Filter] | None:
     """Return the job's and the site's filters at `point` of this process, or None outside a running job.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
@@ -32,11 +32,15 @@ class QuantFilter(DXOFilter):
     FLARE's server hands every client a Shareable of its own whose DXO contents are one shared structure, so what is
     inside must not change. The filtered result is a new Shareable with new DXOs down to the changed leaf; all that
     did not change is shared.
+
+    Args:
+        clients: on the server, the sites whose messages are filtered; None: all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clients: Sequence[str] | None = None) -> None:
         kinds = [DataKind.WEIGHTS, DataKind.WEIGHT_DIFF]
         super().__init__(supported_data_kinds=kinds, data_kinds_to_filter=kinds)
+        self.clients = None if clients is None else list(clients)
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         """Filter the DXO in `shareable`. Shareables without one, or with an error code, pass unchanged."""
@@ -49,12 +53,15 @@ class QuantFilter(DXOFilter):
         concerned = self._count(dxo)
         if not concerned:
             return shareable
+        point = FilterPoint.of(self, shareable, fl_ctx)
+        if self.clients is not None and point.on_server and point.peer not in self.clients:
+            return shareable
         # process_dxo's signature is FLARE's; the context belongs to this one call.
         fl_ctx.set_prop(DXO_COUNT, concerned, private=True, sticky=False)
         try:
             result = self._filtered(dxo, "", shareable, fl_ctx)
         except ConfigError as error:
-            self._stop(FilterPoint.of(self, shareable, fl_ctx), error, fl_ctx)
+            self._stop(point, error, fl_ctx)
         return result.update_shareable(copy.copy(shareable))
 
     def _count(self, dxo: DXO) -> int:

@@ -16,6 +16,7 @@ from nvflare.app_common.app_constant import AppConstants
 
 from nvflare_rdma.codecs import Policy, is_plain, is_tensor, warm_up
 from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.filters import points
 from nvflare_rdma.filters.delta_base import answer_clients
 from nvflare_rdma.filters.dither import DITHERED
 from nvflare_rdma.filters.encoding import MIB, TensorEncoder, encode_params
@@ -66,6 +67,7 @@ class ModelQuantizer(QuantFilter):
         delta: send WEIGHTS as differences from a model that the receiver holds, when both sides have the same one.
         stochastic_rounding: round `int8` up or down at random, so that the mean error is zero. The noise follows from
             job, site, task and round: a job that is run again makes the same.
+        clients: on the server, the sites to which models go in few bits; None: all. Those to others pass unchanged.
 
     Raises:
         ConfigError: an unknown type or rule, or random rounding where there is none; when used, a missing
@@ -80,11 +82,12 @@ class ModelQuantizer(QuantFilter):
         error_feedback: bool = False,
         delta: bool = False,
         stochastic_rounding: bool = False,
+        clients: Sequence[str] | None = None,
     ) -> None:
         parsed = Policy(quantization_type, policy)
         if stochastic_rounding:
             _check_stochastic(parsed, error_feedback)
-        super().__init__()
+        super().__init__(clients)
         # FLARE writes arguments into an exported job config from attributes of the same names.
         self.quantization_type = parsed.codec.name
         self.one_way = one_way
@@ -98,14 +101,25 @@ class ModelQuantizer(QuantFilter):
         self._doubted: set[tuple[str, str]] = set()
         self._warned = False
         self._told_of_meta = False
+        self._idle: bool | None = None  # whether no model has come in this run
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Load compiled code as the run starts, and learn from FLARE's events whether messages were handed over."""
         if event_type == EventType.START_RUN:
             tell_what_is_decoded(fl_ctx)
+            self._idle = True
             warm_up(self._encoder.codecs)
             if self.delta and self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
                 answer_clients(fl_ctx)
+        elif event_type == EventType.END_RUN and self._idle:
+            self._idle = None
+            where, tasks = points.place_of(self, fl_ctx)
+            self.log_warning(
+                fl_ctx,
+                f"ModelQuantizer in {where} has quantized nothing in this run: it is for {tasks}, and no message with "
+                "weights came by; if there should have been one, compare that with the names of the workflow's tasks",
+                fire_event=False,
+            )
         elif event_type in _HANDED_OVER and self.error_feedback:
             task, aborted = fl_ctx.get_prop(FLContextKey.TASK_NAME), fl_ctx.get_run_abort_signal()
             if aborted is not None and aborted.triggered:
@@ -121,6 +135,7 @@ class ModelQuantizer(QuantFilter):
         Raises:
             ConfigError: this side would not decode the codes that it gets. Looked at once per task.
         """
+        self._idle = None
         point = FilterPoint.of(self, shareable, fl_ctx)
         place = point.chain, point.direction, point.task
         if not self.one_way and place not in self._checked:

@@ -38,8 +38,8 @@ class RdmaTransfer(FLComponent):
 
     A trainer that FLARE starts in a process of its own (`launch_external_process`) gets it from the site's job process.
 
-    Where there is no direct way (a firewall, a peer without this package or component), they take FLARE's own path, and
-    one log line says why.
+    Where there is no direct way (a firewall, a peer without this component), they take FLARE's own path, and one log
+    line for each peer and reason says why. A site without this package can't load it: leave it out there.
 
     Raises:
         UnsupportedVersionError: when the run starts, unless FLARE is 2.9. ConfigError: a setting is wrong.
@@ -73,6 +73,7 @@ class RdmaTransfer(FLComponent):
             self._started = False
             if shared().links.stop():
                 shared().tensor_memory.clear()
+                shared().notices.clear()
             if self._reporter is not None:
                 self._reporter.close()
         elif self._reporter is not None:

@@ -45,6 +45,7 @@ from nvflare_rdma.transfer.content import Content, TensorContent
 from nvflare_rdma.transfer.encoding import EncodedChunkCache
 from nvflare_rdma.transfer.manifest import Item, is_sendable
 from nvflare_rdma.transfer.manifest import unpack as unpack_manifest
+from nvflare_rdma.transfer.notices import Notices
 from nvflare_rdma.transfer.peers import Identify, PeerLinks
 from nvflare_rdma.transfer.receiver import AbortedError, LostError, Progress, Pull, pull
 from nvflare_rdma.transfer.records import Ledger, Meter, Meters, TransferRecord, total
@@ -74,6 +75,7 @@ __all__ = [
     "LostError",
     "Meter",
     "Meters",
+    "Notices",
     "OnDisk",
     "PeerLinks",
     "Place",

@@ -15,6 +15,7 @@ from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.addresses import parse_invitation
 from nvflare_rdma.transfer.content import Content
 from nvflare_rdma.transfer.manifest import Item
+from nvflare_rdma.transfer.notices import Notices
 from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.records import Meters
 from nvflare_rdma.transfer.sender import OfferedItem, OfferThread, Relayed
@@ -34,6 +35,7 @@ class Service:
         links: gives this cell's links, or None when there are none (any more).
         moved: called with (receiver, bytes, items) of what has arrived there.
         meters: count what goes to each receiver. They are ended by its "done", by `ended` or by `close`.
+        notices: know what was said of the receivers of earlier messages.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class Service:
         links: Callable[[], PeerLinks | None],
         moved: Callable[[str, int, int], None] = lambda receiver, nbytes, count: None,
         meters: Meters | None = None,
+        notices: Notices | None = None,
     ) -> None:
         self.meters = meters or Meters("")
+        self._notices = notices or Notices()
         self._size = content.size
         self._content: Content | None = content
         self._links = links
@@ -91,7 +95,7 @@ class Service:
                     raise ProtocolError(f"unknown request {what!r}")
         except Exception as error:  # noqa: BLE001 - whatever it is, the fallback is left
             expected = isinstance(error, RdmaError | MemoryError)
-            level = logging.INFO if expected else logging.ERROR
+            level = self._notices.level("refused", receiver, error, logging.INFO) if expected else logging.ERROR
             log.log(level, "%s can't be served directly and is refused, so it takes another way: %s", receiver, error)
             refusal = str(error) or type(error).__name__
             self._count(receiver, None, refusal)
@@ -105,8 +109,11 @@ class Service:
     def say_what_is_not_encoded(self, receiver: str) -> None:
         """Log that `receiver` takes everything on the fallback, where nothing can decode."""
         if (content := self._content) is not None and (plain := content.count_marked()):
-            log.warning(
-                "%d tensors go to %s as they are, not encoded: it takes them on FLARE's own path", plain, receiver
+            log.log(
+                self._notices.level("not encoded", receiver, ""),
+                "%d tensors go to %s as they are, not encoded, as later ones will: it takes them on FLARE's own path",
+                plain,
+                receiver,
             )
 
     def has_served(self, receiver: str) -> bool:
@@ -232,7 +239,7 @@ class Service:
         offered = [OfferedItem(first + n, items[i]) for n, i in enumerate(wanted)]
         sender = OfferThread(
             # Not here: this is a thread of FLARE's, which others need.
-            functools.partial(_open_link, links, receiver, invitation),
+            functools.partial(_open_link, links, receiver, invitation, self._notices),
             content,
             offered,
             lambda nbytes: self._moved(receiver, nbytes, 1),
@@ -251,7 +258,7 @@ class Service:
         return {"sending": len(offered), "sees": True}
 
 
-def _open_link(links: PeerLinks, receiver: str, invitation: Any) -> Link:
+def _open_link(links: PeerLinks, receiver: str, invitation: Any, notices: Notices) -> Link:
     """Find the link that a receiver has opened, or dial a receiver that can't dial this side."""
     if invitation is None:
         if (found := links.await_open(receiver)) is None:
@@ -260,5 +267,6 @@ def _open_link(links: PeerLinks, receiver: str, invitation: Any) -> Link:
     try:
         return links.dial(receiver, invitation)
     except FabricError as error:
-        log.warning("%s", error)  # what was tried and how it went is nobody else's business
+        # What was tried and how it went is nobody else's business.
+        log.log(notices.level("dial", receiver, error), "%s", error)
         raise FabricUnavailable("the sender can't reach the receiver's data port; its log says why") from error

@@ -9,7 +9,7 @@ import pytest
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from nvflare.apis.event_type import EventType
 from nvflare.apis.filter import Filter
-from nvflare.apis.fl_constant import FilterKey, FLContextKey
+from nvflare.apis.fl_constant import FilterKey, FLContextKey, ReservedKey
 from nvflare.apis.fl_context import FLContext
 
 from nvflare_rdma.errors import ConfigError
@@ -166,6 +166,51 @@ def test_a_sites_own_dequantizer_is_for_all_tasks_and_a_server_tells_nothing(at)
         ctx.set_prop(FLContextKey.SCOPE_OBJECT, scope, private=True, sticky=False)
         ModelDequantizer().handle_event(EventType.START_RUN, ctx)
         assert ctx.get_prop(DECODED) == decoded
+
+
+@pytest.mark.parametrize(
+    ("point", "runner", "where"),
+    [
+        ("server out", server, "task_data_filters of config_fed_server.json"),
+        ("client out", tables, "task_result_filters of config_fed_client.json"),
+    ],
+)
+def test_a_quantizer_that_had_no_model_says_so_once_at_the_end_of_the_run(point, runner, where, at, warnings_logged):
+    quantizer, busy = ModelQuantizer("float16"), ModelQuantizer("float16", one_way=True)
+    section = where.split()[0]
+    there = runner(**{section: {"a/x/out": [Other(), quantizer], "tarin/out": [quantizer], "train/out": [busy]}})
+    for each in (quantizer, busy):
+        ctx = at(point, each, runner=there)
+        each.handle_event(EventType.START_RUN, ctx)
+    busy.process(weights(), ctx)
+    for each in (quantizer, busy):
+        for _ in range(2):
+            each.handle_event(EventType.END_RUN, at(point, each, runner=there))
+    (line,) = [line for line in warnings_logged if "has quantized nothing" in line]
+    assert f"ModelQuantizer in {where} has quantized nothing in this run: it is for task 'a/x', 'tarin'" in line
+
+
+@pytest.mark.parametrize("point", ["server out", "server in", "client out", "client in"])
+def test_filters_for_some_sites_leave_those_of_others_alone(point, at):
+    """On a client the list means nothing: a site that has the filter is one of them."""
+    made = ModelQuantizer(one_way=True, clients=["site-1"]) if "out" in point else ModelDequantizer(clients=["site-1"])
+    ctx, peer = at(point, made), FLContext()
+    peer.set_prop(ReservedKey.IDENTITY_NAME, "site-2", private=False, sticky=False)
+    ctx.set_peer_context(peer)
+    message = weights()
+    if "server" in point:
+        assert made.process(message, ctx) is message
+    elif "out" in point:
+        assert made.process(message, ctx) is not message
+    else:
+        with pytest.raises(ConfigError):
+            made.process(message, ctx)
+    peer.set_prop(ReservedKey.IDENTITY_NAME, "site-1", private=False, sticky=False)
+    if "out" in point:
+        assert made.process(message, ctx) is not message
+    else:
+        with pytest.raises(ConfigError, match="came without quantization metadata"):
+            made.process(message, ctx)
 
 
 RECEIVING = {

@@ -18,6 +18,7 @@ from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
 from nvflare.fuel.utils import fobs
 
+from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.component import install
 from nvflare_rdma.transfer import peers
 from tests.support.namespaces import in_another_network, ip
@@ -60,8 +61,9 @@ def ask(folder: Path) -> int:
     print("ready", flush=True)
     assert sys.stdin.readline() == "go\n"
     ip(f"address add {SITE}/24 dev far", "link set far up", "link set lo up")
-    lines = Lines()
+    lines, reasons = Lines(), []
     logging.getLogger("nvflare_rdma").addHandler(lines)
+    shared().ledger.subscribe(lambda record: reasons.append(record.reason))
     cell = Cell("site-1", URL, secure=False, credentials={})
     cell.start()
     eventually(lambda: cell.core_cell.is_cell_connected("server"))
@@ -75,7 +77,9 @@ def ask(folder: Path) -> int:
     def get() -> dict:
         got = request("get")
         code, model = got.get_header(MessageHeaderKey.RETURN_CODE), got.payload
-        return {"code": code, "same": torch.equal(model["w"], MODEL["w"]), "log": lines.take()}
+        (reason,) = reasons
+        reasons.clear()
+        return {"code": code, "same": torch.equal(model["w"], MODEL["w"]), "log": lines.take(), "reason": reason}
 
     results = {"firewall": get(), "again": get()}
     request("open")

@@ -170,7 +170,7 @@ class _StreamedContainer(sender.StreamedObject):
         ours = shared()
         meters = Meters(cell.get_fqcn(), "container", ours.ledger)
         content = TensorContent(tensors, len(entries), ours.encoded_chunks)  # all entries count, tensors or not
-        self.service = Service(content, functools.partial(ours.links.of, cell), meters=meters)
+        self.service = Service(content, functools.partial(ours.links.of, cell), meters=meters, notices=ours.notices)
 
     def more(self) -> Iterator[Any]:
         for batch in self._batches:

@@ -149,7 +149,9 @@ class _StreamedFile(sender.StreamedObject):
         self._file = file
         ours = shared()
         meters = Meters(cell.get_fqcn(), "file", ours.ledger)
-        self.service = Service(FileContent(file), functools.partial(ours.links.of, cell), meters=meters)
+        self.service = Service(
+            FileContent(file), functools.partial(ours.links.of, cell), meters=meters, notices=ours.notices
+        )
 
     @property
     def broken(self) -> str:

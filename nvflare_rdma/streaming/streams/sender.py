@@ -162,7 +162,7 @@ def stream(
     cell, timeout = call.fl_ctx.get_engine().get_cell(), max(call.timeout, _MIN_TIMEOUT)
     if shared().links.of(cell) is None:
         reason = "this side has no links (RdmaTransfer is not running)"
-        log.warning("%s goes on FLARE's own path: %s", call.what, reason)
+        log.log(shared().notices.level("streamed", "", reason), "%s goes on FLARE's own path: %s", call.what, reason)
         return _fall_back(fallback, call.targets)
 
     call.stream_ctx.update({StreamContextKey.CHANNEL: call.channel, StreamContextKey.TOPIC: call.topic})
@@ -200,7 +200,8 @@ def stream(
                 reason = made.broken or announcements.reasons[target]
                 log.error("%s did not get to %s: %s", call.what, target, reason)
     for target, reason in others.items():
-        log.warning("%s goes to %s on FLARE's own path: %s", call.what, target, reason)
+        level = shared().notices.level("streamed", target, reason)
+        log.log(level, "%s goes to %s on FLARE's own path: %s", call.what, target, reason)
     if others or not reasons:
         # If no target has answered, FLARE says what is wrong with them.
         code, their_replies = _fall_back(fallback, list(others) if replies or failed else call.targets)
