@@ -87,7 +87,7 @@ def _server_host(fl_ctx: FLContext) -> str:
         target = json.loads(Path(path).read_text())["servers"][0]["service"]["target"]
     except (OSError, ValueError, LookupError, TypeError):
         return ""
-    return str(target).rpartition(":")[0]
+    return str(target).rpartition(":")[0].strip("[]")
 
 
 def install(server_host: str = "") -> None:
