@@ -32,7 +32,14 @@ from nvflare_rdma.fabric import (
 )
 from nvflare_rdma.flare_compat import max_frame_bytes
 from nvflare_rdma.settings import Settings, load_settings
-from nvflare_rdma.transfer import EncodedChunkCache, Ledger, PeerLinks, StreamRequestRouter, TensorMemory
+from nvflare_rdma.transfer import (
+    EncodedChunkCache,
+    Ledger,
+    PeerLinks,
+    StreamRequestRouter,
+    TensorMemory,
+    WaitingPlaces,
+)
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +126,7 @@ class Shared:
     Attributes:
         links: the links of the process's cells.
         stream_requests: the streams that the process sends.
+        waiting_places: for threads of FLARE's that wait for a site.
         tensor_memory: the memory in which tensors arrive.
         encoded_chunks: chunks that were encoded for one receiver and that others are about to want.
         ledger: takes the record of each transfer to those who want to know.
@@ -128,6 +136,7 @@ class Shared:
 
     links: LinksByCell = field(default_factory=LinksByCell)
     stream_requests: StreamRequestRouter = field(default_factory=StreamRequestRouter)
+    waiting_places: WaitingPlaces = field(default_factory=WaitingPlaces)
     tensor_memory: TensorMemory = field(default_factory=TensorMemory)
     encoded_chunks: EncodedChunkCache = field(default_factory=EncodedChunkCache)
     ledger: Ledger = field(default_factory=Ledger)
