@@ -8,7 +8,7 @@ from typing import Any
 from nvflare.fuel.hci.security import get_certificate_common_name
 
 from nvflare_rdma.errors import TlsError
-from nvflare_rdma.flare_compat import identity_resolver
+from nvflare_rdma.flare_compat import cell_connections, identity_resolver
 from nvflare_rdma.transfer import Identify
 
 
@@ -29,3 +29,9 @@ def identifier(identities: Mapping[str, str]) -> Identify:
             raise TlsError(f"{peer!r} has the certificate of {expected!r}, but who is there shows that of {shown!r}")
 
     return identify
+
+
+def site_of(cell: Any, name: str) -> str:
+    """The site of the cell that is called `name`, as far as `cell` knows: the common name that its certificate has or
+    would have. By FLARE's rule that is the first part of the name, unless `auth_identity_map` says otherwise."""
+    return identity_resolver(cell_connections(cell).identities)(name)

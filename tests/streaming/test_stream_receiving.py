@@ -10,10 +10,11 @@ import pytest
 
 from nvflare_rdma.errors import TransferError
 from nvflare_rdma.streaming.streams import containers, receiver
-from nvflare_rdma.streaming.streams.receiver import KEY, Receiving, _Consumer
+from nvflare_rdma.streaming.streams.messages import KEY, Said
+from nvflare_rdma.streaming.streams.receiver import Receiving, _Consumer
 from tests.support.tcp_pair import DEADLINE
 
-START = {"do": "start", "stream": "x", "peer": "server", "timeout": 12.0}
+START = {"do": "start", "stream": "x", "timeout": 12.0}
 
 
 class _Quick(Receiving):
@@ -32,12 +33,13 @@ class _Quick(Receiving):
 class Stream:
     """A `_Consumer`, and how it has ended by itself."""
 
-    def __init__(self, receiving: Receiving | None = None) -> None:
+    def __init__(self, receiving: Receiving | None = None, peer: str = "server") -> None:
+        self.peer = peer
         self.over = threading.Event()
         self.codes: list[str] = []
         self.context = {"__END_STREAM__": None}
         self.context[receiver.StreamContextKey.END_STREAM] = self._end
-        self.consumer = _Consumer(self.context, lambda context, site: receiving or _Quick())
+        self.consumer = _Consumer(self.context, lambda context, site, sender_site: receiving or _Quick())
         cell = types.SimpleNamespace(get_fqcn=lambda: "site-1")
         self.fl_ctx = types.SimpleNamespace(
             get_engine=lambda: types.SimpleNamespace(get_cell=lambda: cell),
@@ -55,7 +57,7 @@ class Stream:
         self.consumer.finalize(self.context, self.fl_ctx)
 
     def say(self, message: dict):
-        return self.consumer.consume({KEY: message}, self.context, self.fl_ctx)
+        return self.consumer.consume({KEY: Said(message, self.peer)}, self.context, self.fl_ctx)
 
     def wait(self) -> str:
         while (state := self.say({"do": "wait"})[1][KEY]["state"]) == "running":
@@ -75,7 +77,9 @@ def clock(monkeypatch):
 def channels(monkeypatch):
     found = types.SimpleNamespace(budget=types.SimpleNamespace(watch=lambda: None))
     links = types.SimpleNamespace(of=lambda cell: found)
-    monkeypatch.setattr(receiver, "shared", lambda: types.SimpleNamespace(links=links, ledger=None))
+    ours = types.SimpleNamespace(links=links, ledger=None)
+    monkeypatch.setattr(receiver, "shared", lambda: ours)
+    monkeypatch.setattr(receiver, "site_of", lambda cell, peer: peer)
 
 
 @pytest.mark.parametrize(("timeout", "patience"), [(12.0, 120), (100, 400)])

@@ -22,7 +22,8 @@ from nvflare_rdma.codecs import warm_up
 from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, StorageError
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.streams import sender
-from nvflare_rdma.streaming.streams.receiver import PREFIX, Receiving, register
+from nvflare_rdma.streaming.streams.messages import PREFIX
+from nvflare_rdma.streaming.streams.receiver import Receiving, register
 from nvflare_rdma.transfer import AbortedError, Meter, Meters, PeerLinks, Service
 from nvflare_rdma.transfer.files import (
     FileContent,
@@ -161,7 +162,7 @@ class FileReceiving(Receiving):
 
     kind = "file"
 
-    def __init__(self, stream_ctx: dict[str, Any], site: str, folder: str) -> None:
+    def __init__(self, stream_ctx: dict[str, Any], site: str, sender_site: str, folder: str) -> None:
         self._identity = FileIdentity.unpack(stream_ctx.pop(_IDENTITY, None))
         announced = stream_ctx.get(flare.KEY_FILE_NAME), stream_ctx.get(flare.KEY_FILE_SIZE)
         if announced != (self._identity.name, self._identity.size):
