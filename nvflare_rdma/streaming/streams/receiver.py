@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 _SILENT = PREFIX + "silent"  # in a receiver's stream context: FLARE's stream follows on the fallback, or came before
 #: A receiver's state that asks for the fallback, as messages have it.
 FALLBACK = "own"
-#: How long a receiver waits for its data to come before it answers that it is still coming.
+#: How long a receiver waits for its data to come before it answers that it is still coming; if there is a place to wait
+#: for its sender's site (`WaitingPlaces`), as this is a thread of FLARE's.
 TURN_SECONDS = 2.0
 #: A receiver whose own part is over takes its sender for gone if it is silent for so long, or for so many of the
 #: sender's turns if that is longer: it waits for the slowest of its targets.
@@ -154,7 +155,9 @@ class _Consumer(ObjectConsumer):
         return True, _reply(self._state, self._reason)
 
     def _wait(self) -> None:
-        self._over.wait(TURN_SECONDS)
+        with shared().waiting_places.place(self._peer) as free:
+            if free:
+                self._over.wait(TURN_SECONDS)
 
     def _start(self, said: Said, fl_ctx: Any) -> None:
         message, peer, stream = said.words, said.cell, said.words.get("stream")

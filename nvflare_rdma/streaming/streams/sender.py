@@ -5,7 +5,8 @@
     "start"      which stream to ask for                             a `Pull` begins in a thread, which asks the cell
                                                                      that this came from
     "more"       what goes with messages, in small batches           takes it
-    "wait"       how is it?                                          running, done, failed or "own", after some time
+    "wait"       how is it?                                          running, done, failed or "own": after some time,
+                                                                     or at once if many of the sender's wait already
     "end"        when nobody is running any more                     FLARE's stream ends: result, callback, return code
 
 These messages go under a FLARE channel name that is this package's, where a receiver without this package has nothing
@@ -20,6 +21,7 @@ answered "hello", and only its sender's messages are obeyed.
 from __future__ import annotations
 
 import logging
+import time
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -40,6 +42,9 @@ log = logging.getLogger(__name__)
 _MIN_TIMEOUT = 10.0
 #: A receiver that leaves so many messages in a row unanswered has failed.
 _UNANSWERED = 3
+#: Receivers are asked how they are no more often than so, also if all of them answer at once.
+_PACE_SECONDS = TURN_SECONDS / 2
+_LOOK_SECONDS = 0.125
 
 
 class StreamedObject(ABC):
@@ -85,6 +90,7 @@ class _Announcements(ObjectProducer):
         self.reasons: dict[str, str] = {}
         self.replies: dict[str, Any] = {}
         self._unanswered = dict.fromkeys(self.states, 0)
+        self._next_turn = 0.0
 
     def produce(self, stream_ctx: Any, fl_ctx: Any) -> tuple[Any, float]:
         if not self._begun:
@@ -94,8 +100,15 @@ class _Announcements(ObjectProducer):
         elif (more := next(self._more, None)) is not None:
             message = {"do": "more", "what": more}
         else:
+            self._pace(fl_ctx)
             message = {"do": "wait"}
         return Shareable({KEY: Said(message)}), self._timeout
+
+    def _pace(self, fl_ctx: Any) -> None:
+        abort = fl_ctx.get_run_abort_signal()
+        while (left := self._next_turn - time.monotonic()) > 0 and not (abort is not None and abort.triggered):
+            time.sleep(min(left, _LOOK_SECONDS))
+        self._next_turn = time.monotonic() + _PACE_SECONDS
 
     def process_replies(self, replies: dict[str, Any], stream_ctx: Any, fl_ctx: Any) -> Any:
         for target in self.states:
