@@ -43,5 +43,11 @@ def test_only_the_sender_speaks_in_its_stream(results):
     ]
 
 
+def test_what_came_of_one_sites_file_is_not_anothers_to_remove(results):
+    found = results["offers_a_file_of_which_the_server_has_sent_some"]
+    assert len(found["before"]) == 2
+    assert found["after"] == found["before"]
+
+
 def test_a_stream_whose_sender_is_not_known_does_not_begin(results):
     assert results["says_nothing_of_who_it_is"] == ["EXECUTION_EXCEPTION"]

@@ -18,7 +18,10 @@ from nvflare_rdma.streaming import requests
 from nvflare_rdma.streaming.component import install
 from nvflare_rdma.streaming.streams.files import _StreamedFile
 from nvflare_rdma.streaming.streams.messages import KEY, PREFIX, Said, prepare_to_read
-from nvflare_rdma.transfer.files import OpenFile
+from nvflare_rdma.transfer.files import OpenFile, plan
+from nvflare_rdma.transfer.files.layout import Layout
+from nvflare_rdma.transfer.files.partial_file import PartialFile
+from nvflare_rdma.transfer.files.source import PartDigests
 from tests.support.stream_cells import Job
 from tests.support.waiting import eventually
 
@@ -118,6 +121,27 @@ class Strangers:
         says = Says(Said(start(name)), *[Said({"do": "wait"})] * 2, between=meddle)
         return {"states": self.say(self.job.server, says), "stranger": said}
 
+    def offers_a_file_of_which_the_server_has_sent_some(self) -> dict:
+        """It says that it is the same file, and ends the stream as if that was gone."""
+        folder, identity = self.job.folder / HONEST, OpenFile(str(self.path)).identity
+        begun = PartialFile(str(folder), Layout(identity, [item for item, _ in plan(identity)]), HONEST, "server")
+        data = memoryview(self.path.read_bytes())
+        digests = PartDigests(len(data))
+        digests.add(0, data)
+        begun.write(0, 0, data)
+        begun.add(0, digests.whole(), digests.whole())
+        begun.keep()
+
+        def hidden() -> list:
+            return sorted(path.name for path in folder.glob(".*"))
+
+        before = hidden()
+        context = {"FileStreamer.file_size": identity.size, "Streamer.file_name": identity.name}
+        context[PREFIX + "file"] = identity.pack()
+        says = Says(Said(start("nobody's")), Said({"do": "end", "gone": True}))
+        self.say(self.stranger, says, "file", context)
+        return {"before": before, "after": hidden()}
+
     def says_nothing_of_who_it_is(self) -> list:
         return self.say(self.stranger, Says(start(self.offer(self.job.server))))
 
@@ -131,6 +155,7 @@ def main() -> None:
         it.asks_for_what_others_were_offered,
         it.names_another_cell,
         it.speaks_in_a_stream_of_the_servers,
+        it.offers_a_file_of_which_the_server_has_sent_some,
         it.says_nothing_of_who_it_is,
     ):
         it.job.lines.take()

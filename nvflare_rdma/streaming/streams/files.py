@@ -47,9 +47,9 @@ class FileStreamer(flare.FileStreamer):
 
     What arrives is compared with what was read (xxh3-128 of each part), and appears under its name, a random one in
     `dest_dir` as FLARE's, when all of it is on disk. If the transfer is interrupted, also by the end of a process,
-    the next one of the same file (name, size, time of change, samples of its content) to the same `dest_dir` goes on
-    from what is there under a hidden name, as far as the sender has the same. A full disk is
-    an error before bytes move, and nothing is left of the file.
+    the next one of the same file (name, size, time of change, samples of its content) from the same site to the same
+    `dest_dir` goes on from what is there under a hidden name, as far as the sender has the same. Too little room on the
+    disk is an error before bytes move, and nothing is left of the file.
     """
 
     __module__ = "nvflare_rdma.streaming"  # the public name, which FLARE writes into exported jobs
@@ -169,7 +169,7 @@ class FileReceiving(Receiving):
             raise ProtocolError(f"a stream of {announced} offers {self._identity}")
         _warm_up(self._identity)
         self.size = 1, self._identity.size
-        self._site = site
+        self._site, self._sender_site = site, sender_site
         self._folder = folder
         # As with FLARE's streams, callbacks know where the file will be.
         self._path = stream_ctx[flare.KEY_FILE_LOCATION] = os.path.join(folder, str(uuid.uuid4()))
@@ -183,7 +183,7 @@ class FileReceiving(Receiving):
         meter: Meter,
     ) -> None:
         """See `Receiving`."""
-        target = FileTarget(self._identity, self._folder, self._path, self._site)
+        target = FileTarget(self._identity, self._folder, self._path, self._site, self._sender_site)
         pull_file(links, peer, ask, target, aborted, meter)
 
     def may_fall_back(self, error: Exception) -> bool:
@@ -193,7 +193,7 @@ class FileReceiving(Receiving):
 
     def dismiss(self) -> None:
         """See `Receiving`."""
-        forget(self._folder, self._identity, self._site)
+        forget(self._folder, self._identity, self._site, self._sender_site)
 
     def undo(self) -> None:
         """See `Receiving`."""
