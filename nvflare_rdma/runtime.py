@@ -28,6 +28,7 @@ from nvflare_rdma.fabric import (
     TcpFabric,
     factories,
     host_identity,
+    plain_host,
     probe,
 )
 from nvflare_rdma.flare_compat import max_frame_bytes
@@ -55,6 +56,7 @@ class LinksByCell:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._runs = 0
+        self._process = os.getpid()
         self._make: Callable[[Any], PeerLinks] | None = None
         self._links: dict[str, PeerLinks | None] = {}
 
@@ -65,7 +67,10 @@ class LinksByCell:
             self._make = make
 
     def stop(self) -> bool:
-        """A run has ended; with the last one all links are closed. Returns whether it was the last."""
+        """A run has ended; with the last one all links are closed. Returns whether it was the last. A forked process,
+        which may call it when it exits, leaves them to its parent."""
+        if self._process != os.getpid():
+            return False
         with self._lock:
             self._runs = max(self._runs - 1, 0)
             if self._runs:
@@ -172,7 +177,7 @@ class Runtime:
 
     def fabrics(self, tcp: TcpFabric, sock: socket.socket) -> dict[str, Fabric]:
         """What a link whose control stream is on `sock` can use; `tcp` is its own, or that of the door it came by."""
-        end = LinkEnd(str(sock.getsockname()[0]))
+        end = LinkEnd(plain_host(str(sock.getsockname()[0])))
         others = {name: make(end) for name, make in self.factories.items() if name != tcp.name}
         return {tcp.name: tcp, **others}
 
@@ -180,6 +185,19 @@ class Runtime:
 _shared = Shared()
 _runtimes: dict[Settings, Runtime] = {}
 _lock = threading.Lock()
+_parents: list[Shared] = []
+
+
+def _begin_anew() -> None:
+    """In a forked process: the links and whatever else was shared are the parent's, who goes on with them. They are
+    kept, so that nothing of them is freed, and not used."""
+    global _shared, _lock
+    _parents.append(_shared)
+    _shared, _lock = Shared(), threading.Lock()
+    _runtimes.clear()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def shared() -> Shared:

@@ -269,7 +269,8 @@ class Pull:
             arrivals.fail(str(failed))
 
     def _describe(self) -> Mapping[str, Any]:
-        request = {"do": "describe", "channel": self._links.find(self._peer) is not None}
+        # Whoever says here that there is no link has the peer dial, or invite, anew.
+        request = {"do": "describe", "channel": self._links.find_alive(self._peer) is not None}
         described = ask_for(self._ask_peer, request)
         items, known = manifest.unpack(described.get("manifest")), self.items
         # How the items are sent may have changed since, but not what they are.

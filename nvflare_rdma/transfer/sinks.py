@@ -77,7 +77,7 @@ class OnDisk(Place):
         header = make_header(item.name, item.dtype, item.shape, item.nbytes)
         self._start = len(header)
         self._fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        self._abandon = weakref.finalize(self, _abandon, self._fd, path)
+        self._abandon = weakref.finalize(self, _abandon, os.getpid(), self._fd, path)
         os.pwrite(self._fd, header, 0)
         self._nbytes = item.nbytes
         self._allocating = threading.Lock()
@@ -103,7 +103,9 @@ class OnDisk(Place):
         return self.path, self._name
 
 
-def _abandon(fd: int, path: str) -> None:
+def _abandon(process: int, fd: int, path: str) -> None:
+    if process != os.getpid():
+        return  # a forked process ends, and the file is its parent's
     os.close(fd)
     with contextlib.suppress(OSError):
         os.unlink(path)

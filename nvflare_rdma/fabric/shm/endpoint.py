@@ -268,12 +268,15 @@ class ShmEndpoint(Endpoint):
         error, self._broken = self._reason or self._broken, None
         assert self._peer is not None
         assert error is not None
-        self._wire.close()
-        self._peer_slots.close()
-        self._exposures.close()
-        self._peer.release()
-        while self._unread:
-            self._handler.written(self._unread.popleft()[0])
+        try:
+            self._wire.close()
+            self._peer_slots.close()
+            self._exposures.close()
+            self._peer.release()
+            while self._unread:
+                self._handler.written(self._unread.popleft()[0])
+        except Exception:
+            log.exception("the shm rail to process %d did not end in order", self._peer.pid)  # but it ends
         if self._closed:
             return
         if isinstance(error, ProtocolError):

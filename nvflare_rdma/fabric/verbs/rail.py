@@ -212,16 +212,19 @@ class VerbsRail:
         with self._state:
             self._up = False
             self._state.notify_all()
-        self._owner.abandon()
-        self.queue_pair.fail()
-        if not isinstance(error, ProtocolError):
-            with contextlib.suppress(FabricError, ProtocolError):
-                self._complete()  # what came before the error counts
-        # First: who exposes meanwhile posts a receive, and pyverbs crashes with a queue pair that is closed.
-        self._free()
-        for write in self._writes.values():
-            self._over(write)
-        self._writes.clear()
+        try:
+            self._owner.abandon()
+            self.queue_pair.fail()
+            if not isinstance(error, ProtocolError):
+                with contextlib.suppress(FabricError, ProtocolError):
+                    self._complete()  # what came before the error counts
+            # First: who exposes meanwhile posts a receive, and pyverbs crashes with a queue pair that is closed.
+            self._free()
+            for write in self._writes.values():
+                self._over(write)
+            self._writes.clear()
+        except Exception:
+            log.exception("%s did not end in order", self)  # but it ends
         self._owner.rail_over(self.number, error)
 
     # -- receiving -----------------------------------------------------------------------------------------
