@@ -33,7 +33,15 @@ from nvflare_rdma.fabric import (
 from nvflare_rdma.flare_compat import max_frame_bytes
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.settings import Settings, load_settings
-from nvflare_rdma.transfer import EncodedChunkCache, Ledger, Notices, PeerLinks, StreamRequestRouter, TensorMemory
+from nvflare_rdma.transfer import (
+    EncodedChunkCache,
+    Ledger,
+    Notices,
+    PeerLinks,
+    StreamRequestRouter,
+    TensorMemory,
+    WaitingPlaces,
+)
 
 log = get_logger(__name__)
 
@@ -124,6 +132,7 @@ class Shared:
     Attributes:
         links: the links of the process's cells.
         stream_requests: the streams that the process sends.
+        waiting_places: for threads of FLARE's that wait for a site.
         tensor_memory: the memory in which tensors arrive.
         encoded_chunks: chunks that were encoded for one receiver and that others are about to want.
         ledger: takes the record of each transfer to those who want to know.
@@ -134,6 +143,7 @@ class Shared:
 
     links: LinksByCell = field(default_factory=LinksByCell)
     stream_requests: StreamRequestRouter = field(default_factory=StreamRequestRouter)
+    waiting_places: WaitingPlaces = field(default_factory=WaitingPlaces)
     tensor_memory: TensorMemory = field(default_factory=TensorMemory)
     encoded_chunks: EncodedChunkCache = field(default_factory=EncodedChunkCache)
     ledger: Ledger = field(default_factory=Ledger)
@@ -161,6 +171,11 @@ class Runtime:
     def ledger(self) -> Ledger:
         """Where the records of transfers go."""
         return self.shared.ledger
+
+    @property
+    def waiting_places(self) -> WaitingPlaces:
+        """For threads of FLARE's that wait for a site."""
+        return self.shared.waiting_places
 
     def tcp(self, dial: Callable[[], socket.socket] | None = None) -> TcpFabric:
         """The tcp fabric of a door, or of a link that `dial` makes the rails of."""

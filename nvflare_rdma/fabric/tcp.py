@@ -136,6 +136,11 @@ class TcpEndpoint(Endpoint):
         """See `Endpoint.rails`."""
         return len(self._sockets)
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
     def register(self, buffer: memoryview) -> TcpRegion:
         """See `Endpoint.register`."""
         return TcpRegion(self, next(self._keys), buffer)
@@ -291,6 +296,11 @@ class TcpEndpoint(Endpoint):
             length -= len(part)
 
 
+def _is_open(endpoint: TcpEndpoint | None) -> bool:
+    """Whether a rail's ticket is still good, given whose it is: with an endpoint, its tickets end."""
+    return endpoint is not None and not endpoint.closed
+
+
 class TcpFabric(Fabric):
     """Rails that are TCP connections, up to `rails` to a peer. `dial` connects one socket to the peer (active side
     only). `congestion` is as for `TcpEndpoint`."""
@@ -317,7 +327,7 @@ class TcpFabric(Fabric):
         tickets = [secrets.token_bytes(TICKET_BYTES) for _ in range(self._rails)]
         now = time.monotonic()
         with self._lock:
-            self._tickets = {t: e for t, e in self._tickets.items() if e[2] > now}
+            self._tickets = {t: e for t, e in self._tickets.items() if e[2] > now and _is_open(e[0]())}
             for rail, ticket in enumerate(tickets):
                 self._tickets[ticket] = (weakref.ref(endpoint), rail, now + TICKET_LIFETIME)
         return endpoint, {"tickets": tickets}
@@ -328,7 +338,7 @@ class TcpFabric(Fabric):
         with self._lock:
             entry = self._tickets.pop(ticket, None)
         endpoint = entry[0]() if entry is not None and entry[2] > time.monotonic() else None
-        if entry is None or endpoint is None:
+        if entry is None or endpoint is None or not _is_open(endpoint):
             with contextlib.suppress(OSError):
                 sock.sendall(_REFUSED)
             sock.close()

@@ -34,6 +34,7 @@ Who is who:
     `Destination`   where it goes: a sink for each item. `TensorDestination` has a `Place` for each tensor, in memory
                     (`in_memory`) or in a file (`OnDisk`); `files.FileDestination` writes parts of a file
     `Meter`         counts one transfer for a `Ledger`
+    `WaitingPlaces` bound how many of FLARE's threads wait for one site
 
 Files move in the same way; their items are parts (see `nvflare_rdma.transfer.files`).
 """
@@ -62,6 +63,7 @@ from nvflare_rdma.transfer.sinks import (
     in_memory,
     store_chunk,
 )
+from nvflare_rdma.transfer.waiting import WaitingPlaces
 
 __all__ = [
     "AbortedError",
@@ -88,6 +90,7 @@ __all__ = [
     "TensorDestination",
     "TensorMemory",
     "TransferRecord",
+    "WaitingPlaces",
     "give",
     "in_memory",
     "is_sendable",

@@ -54,6 +54,7 @@ from nvflare_rdma.transfer.addresses import (
     site_of,
 )
 from nvflare_rdma.transfer.records import Ledger
+from nvflare_rdma.transfer.waiting import WaitingPlaces
 
 log = get_logger(__name__)
 
@@ -94,6 +95,10 @@ class SharedByLinks(Protocol):
     @property
     def ledger(self) -> Ledger:
         """Where the records of transfers go."""
+
+    @property
+    def waiting_places(self) -> WaitingPlaces:
+        """For threads of FLARE's that wait for a site."""
 
     def tcp(self, dial: Callable[[], socket.socket] | None = None) -> TcpFabric:
         """The tcp fabric of a door, or of a link that `dial` makes the rails of."""
@@ -281,6 +286,11 @@ class PeerLinks:
     def ledger(self) -> Ledger:
         """The process's, which the records of transfers over these links go to."""
         return self._shared.ledger
+
+    @property
+    def waiting_places(self) -> WaitingPlaces:
+        """The process's, for threads of FLARE's that wait for a site."""
+        return self._shared.waiting_places
 
     def _may_come(self, peer: str) -> bool:
         return self._ports is not None or (self._trainers and peer.startswith(f"{self.name}."))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -23,8 +24,9 @@ from nvflare_rdma.transfer.sender import OfferedItem, OfferThread, Relayed
 log = get_logger(__name__)
 
 _ENDED = "the sender has ended the transfer"
-#: How long the sender may take to hear that a message has arrived, once its receiver has it.
-_NOTICE_SECONDS = 5.0
+#: How long the sender may take to hear that a message has arrived, once its receiver has it; and where too many threads
+#: wait for that receiver's site already.
+_NOTICE_SECONDS, _SHORT_NOTICE_SECONDS = 5.0, 0.1
 
 
 class Service:
@@ -123,9 +125,10 @@ class Service:
             sender = self._offering.get(receiver) if receiver in self._asked else None
             if sender is None:
                 return receiver in self._served
-        if not sender.has_arrived(_NOTICE_SECONDS):
-            return False
-        return self._done(receiver, sender)
+        links = self._links()
+        with links.waiting_places.place(receiver) if links is not None else contextlib.nullcontext(False) as free:
+            arrived = sender.has_arrived(_NOTICE_SECONDS if free else _SHORT_NOTICE_SECONDS)
+        return arrived and self._done(receiver, sender)
 
     def _done(self, receiver: str, seen: OfferThread | None = None) -> bool:
         """Note that `receiver` has everything. If `seen` is how that is known, it may have asked for more since: then

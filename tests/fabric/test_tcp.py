@@ -245,6 +245,18 @@ def test_tickets_work_once_and_only_if_given_out():
         endpoint.close()
 
 
+def test_tickets_end_with_their_endpoint():
+    listening = TcpFabric(rails=2)
+    with admitting(listening) as dial:
+        endpoint, offer = listening.offer(Recorder())
+        endpoint.close()
+        with pytest.raises(FabricError, match="refused the rail's ticket"):
+            TcpFabric(1, dial).connect(offer, Recorder())
+        endpoint, _ = listening.offer(Recorder())
+        assert len(listening._tickets) == 2  # nothing is kept of the first
+        endpoint.close()
+
+
 @pytest.mark.parametrize(
     "offer", [{}, {"tickets": []}, {"tickets": [b"short"]}, {"tickets": [bytes(32)] * 65}, {"tickets": "x"}]
 )

@@ -10,6 +10,7 @@ import array
 import contextlib
 import hmac
 import os
+import re
 import secrets
 import select
 import socket
@@ -44,6 +45,9 @@ SETUP_TIMEOUT = 10.0
 #: How a side may receive, best first.
 PATHS = ("direct", "memfd")
 
+#: Of abstract sockets, with a secret of 16 bytes behind it. An offer with another name would send this side to a
+#: socket of another program.
+_NAME_PREFIX, _NAME = "nvflare-rdma-", re.compile(r"nvflare-rdma-[0-9a-f]{32}")
 _TOKEN_BYTES = 32
 _HELLO = struct.Struct(f"=Q{_TOKEN_BYTES}s")
 _ADMITTED, _REFUSED = b"admitted", b"refused"
@@ -210,7 +214,7 @@ class ShmListener:
         self._paths = paths
         self._arrived = arrived
         self._deadline = time.monotonic() + lifetime
-        self._name = f"nvflare-rdma-{secrets.token_hex(16)}"
+        self._name = f"{_NAME_PREFIX}{secrets.token_hex(16)}"
         self._ticket = secrets.token_bytes(TICKET_BYTES)
         self._lock = threading.Lock()
         self._closed = False
@@ -291,7 +295,8 @@ def dial(offer: Mapping[str, Any], paths: Sequence[str]) -> Peer:
         ProtocolError: `offer` is malformed. FabricError: nobody listens there, it refuses, or no path works.
     """
     name, ticket = offer.get("name"), offer.get("ticket")
-    if not isinstance(name, str) or not isinstance(ticket, bytes) or len(ticket) != TICKET_BYTES or len(name) > 100:
+    named = isinstance(name, str) and _NAME.fullmatch(name)
+    if not named or not isinstance(ticket, bytes) or len(ticket) != TICKET_BYTES:
         raise ProtocolError("the peer's shm offer has no socket name and ticket")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     steps = _Steps(sock)

@@ -110,12 +110,14 @@ class FileTarget:
         folder: where it is received.
         path: its name when it is whole, in `folder`.
         owner: the site that receives it, and may have a part of it in `folder` already.
+        sender: the site that sends it: what came from another one is not gone on with.
     """
 
     expected: FileIdentity
     folder: str
     path: str
     owner: str
+    sender: str
 
 
 def pull_file(
@@ -178,7 +180,7 @@ class FileDestination(Destination):
 
     def begin(self) -> Set[int]:
         """See `Destination.begin`."""
-        self._opened = PartialFile(self._target.folder, self._layout, self._target.owner)
+        self._opened = PartialFile(self._target.folder, self._layout, self._target.owner, self._target.sender)
         self._compare()
         return self._file.whole
 
