@@ -17,6 +17,7 @@ from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters.encoding import EncodedParams, MarkingEncoder, encode_params
 from nvflare_rdma.filters.quant_filter import QuantFilter, flatten, rebuild
 from nvflare_rdma.flare_compat import TRANSFER_PROP
+from nvflare_rdma.logs import escaped
 
 
 class PeerQuantizer(FLComponent):
@@ -108,10 +109,12 @@ class _Marker(QuantFilter):
 
     def _report(self, params: EncodedParams, others: int, fl_ctx: FLContext) -> None:
         rest = f" {others} values are no plain tensors here and travel as they are." if others else ""
-        self.log_info(fl_ctx, f"Quantized to {params.algorithm} for another site: {params.summary()}{rest}")
+        what = f"Quantized to {params.algorithm} for another site: {params.summary()}{rest}"
+        self.log_info(fl_ctx, escaped(what))
         if params.exact:
             listed = "; ".join(f"{name}: {reason}" for name, reason in params.exact.items())
-            self.log_warning(fl_ctx, f"{len(params.exact)} tensor(s) sent exact: {listed}", fire_event=False)
+            exact = f"{len(params.exact)} tensor(s) sent exact: {listed}"
+            self.log_warning(fl_ctx, escaped(exact), fire_event=False)
 
 
 def _has_come(fl_ctx: FLContext) -> bool:

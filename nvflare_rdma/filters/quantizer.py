@@ -116,8 +116,11 @@ class ModelQuantizer(QuantFilter):
             where, tasks = points.place_of(self, fl_ctx)
             self.log_warning(
                 fl_ctx,
-                f"ModelQuantizer in {where} has quantized nothing in this run: it is for {tasks}, and no message with "
-                "weights came by; if there should have been one, compare that with the names of the workflow's tasks",
+                escaped(
+                    f"ModelQuantizer in {where} has quantized nothing in this run: it is for {tasks}, and no message "
+                    "with weights came by; if there should have been one, compare that with the names of the "
+                    "workflow's tasks"
+                ),
                 fire_event=False,
             )
         elif event_type in _HANDED_OVER and self.error_feedback:
