@@ -138,7 +138,13 @@ def test_few_threads_wait_for_what_a_site_has_not_taken_yet(direct, cell, monkey
     monkeypatch.setattr(service, "_NOTICE_SECONDS", 600.0)
     it, site = direct(large(3)), cell("site-1", ports=None)
     it.go_on.clear()
-    pulling = threading.Thread(target=lambda: it.pull(site), daemon=True)
+    ask = it.ask("site-1")
+
+    def slow(request: dict):
+        assert request["do"] != "done" or it.go_on.wait(DEADLINE)
+        return ask(request)
+
+    pulling = threading.Thread(target=lambda: pull(site, "server", slow, new), daemon=True)
     pulling.start()
     eventually(lambda: it.moved, DEADLINE)
     with it.channels.waiting_places.place("site-1.a"), it.channels.waiting_places.place("site-1.b"):
