@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 KEY = "class_allow_list"
 FILTERS = "nvflare_rdma.filters"

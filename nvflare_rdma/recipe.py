@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nvflare_rdma import class_list
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.flare_compat import apps_of, job_of, prepare_client_apps, use_installed_package
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.workflows import check_tasks, sends_tasks, sites_with_peers
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _SERVER = "server"
 _ALL_SITES = "@ALL"

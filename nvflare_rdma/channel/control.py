@@ -7,6 +7,7 @@ locked for the moment of an encryption or decryption, while the socket itself is
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import ssl
@@ -14,6 +15,8 @@ import threading
 import time
 from collections.abc import Iterable
 from typing import Any
+
+from nvflare_rdma.fabric import keep_alive
 
 _RECEIVE_BYTES = 256 * 1024
 
@@ -24,6 +27,7 @@ class ControlStream:
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext | None = None, server_side: bool = False) -> None:
         self._sock = sock
+        self._process = os.getpid()
         self.site = ""
         """Who is at the other end, as far as that was checked; "" for whoever it is."""
         self.ticket = b""
@@ -35,6 +39,7 @@ class ControlStream:
         self._readable.register(sock, select.POLLIN)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_alive(sock)
         if context is not None:
             self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
 
@@ -156,7 +161,9 @@ class ControlStream:
         return bytes(plain), True
 
     def close(self) -> None:
-        """Close at once; a blocked `send` or `receive` fails. Callable from any thread, any number of times."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        """Close at once; a blocked `send` or `receive` fails. Callable from any thread, any number of times. A forked
+        process closes its own descriptor only."""
+        if self._process == os.getpid():
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()

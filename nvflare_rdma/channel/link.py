@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,8 +37,9 @@ from nvflare_rdma.channel.protocol import Connection, Phase, Role, events, wire
 from nvflare_rdma.channel.rails import RailSet
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.fabric import Fabric
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _LINGER = 5.0
 _TICK = 1.0
@@ -91,7 +93,10 @@ class Link:
         self._checked_at = time.monotonic()
         self._failure: str | None = None
         self._closing = False
+        self._asked_at = 0.0
+        self._doubted = 0  # threads that wait for a sign of life
         self._ended = threading.Event()
+        self._process = os.getpid()
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -151,6 +156,8 @@ class Link:
                 self._core.close(self._failure)
             elif data:
                 self._core.receive(data, now)
+                if self._doubted:
+                    self._room.notify_all()
             if due is not None or now - self._checked_at >= _TICK:
                 self._checked_at = now
                 self._check_locked(now)
@@ -159,6 +166,8 @@ class Link:
     def _check_locked(self, now: float) -> None:
         self._core.check(now)
         self._deferred.append(lambda: self._context.budget.expire(now))
+        if self._rails is not None and self._core.state is Phase.OPEN:
+            self._deferred.append(self._rails.endpoint.check)
         stall = self._context.limits.stall_timeout
         if self._writer.is_stalled_locked(now, stall):
             raise TransferError(f"the peer has read nothing of the control stream for {stall:g} s")
@@ -171,7 +180,10 @@ class Link:
                 self._deferred.append(functools.partial(rails.endpoint.drop, rail))
 
     def close(self, linger: float = _LINGER) -> None:
-        """Let what was sent arrive (for at most `linger` seconds), then disconnect. Callable from any thread."""
+        """Let what was sent arrive (for at most `linger` seconds), then disconnect. Callable from any thread. In a
+        forked process it does nothing: the link is its parent's."""
+        if self._process != os.getpid():
+            return  # nor is the lock taken, which nobody may be here to release
         with self._lock:
             if not self._closing and self._core.state is Phase.OPEN:
                 self._outbox.drain(linger)
@@ -179,6 +191,8 @@ class Link:
 
     def _shut_down(self, reason: str) -> None:
         """End the connection and free everything that this side holds for it. Only the first call does anything."""
+        if self._process != os.getpid():
+            return
         with self._lock:
             if self._closing:
                 return
@@ -216,6 +230,37 @@ class Link:
             yield
         except Exception as error:  # noqa: BLE001 - reported and translated by `failed`
             self.failed(error)
+
+    # -- signs of life -------------------------------------------------------------------------------------
+
+    def ask(self, silence: float) -> None:
+        """Ask for a sign of life if nothing has come from the peer for `silence` seconds. `is_alive` waits for it."""
+        with self._guarded(), self._lock:
+            if self.usable and time.monotonic() - self._core.heard_at >= silence:
+                self._core.ask()
+                self._asked_at = time.monotonic()
+                self._pump_locked()
+
+    def is_alive(self, deadline: float) -> bool:
+        """Whether the link works, as far as this can be told: something has come since the peer was asked, if it was.
+        If nothing comes until `deadline` (as `time.monotonic` has it), the link is given up."""
+        with self._lock:
+            self._doubted += 1
+            self._room.wait_for(
+                lambda: not self.usable or self._core.heard_at >= self._asked_at,
+                max(deadline - time.monotonic(), 0.0),
+            )
+            self._doubted -= 1
+            if not self.usable:
+                return False
+            if self._core.heard_at >= self._asked_at:
+                return True
+            silence = time.monotonic() - self._core.heard_at
+            # Others may wait for the same: it is not usable from now on, and that is said once.
+            self._failure = reason = f"nothing has come from the peer for {silence:.0f} s, and it does not answer"
+        log.warning("%s: the link is given up: %s", self.name, reason)
+        self._shut_down(reason)
+        return False
 
     # -- sending -------------------------------------------------------------------------------------------
 

@@ -14,10 +14,8 @@ from nvflare.apis.shareable import Shareable
 
 from nvflare_rdma.codecs import FixedSizeCodec, Policy, is_plain, is_tensor, warm_up
 from nvflare_rdma.errors import ConfigError
-from nvflare_rdma.filters.encoding import EncodedParams, encode_params
-from nvflare_rdma.filters.flat_params import flatten, rebuild
-from nvflare_rdma.filters.quant_filter import QuantFilter
-from nvflare_rdma.filters.sharing import MarkingEncoder
+from nvflare_rdma.filters.encoding import EncodedParams, MarkingEncoder, encode_params
+from nvflare_rdma.filters.quant_filter import QuantFilter, flatten, rebuild
 from nvflare_rdma.flare_compat import TRANSFER_PROP
 
 

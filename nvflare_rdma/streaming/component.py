@@ -19,6 +19,7 @@ from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.drivers.driver_params import DriverParams
 from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 
+from nvflare_rdma.filters import tell_what_is_decoded
 from nvflare_rdma.flare_compat import TRANSFER_PROP, cell_connections, replace_decomposer, require_flare
 from nvflare_rdma.metrics import TransferReporter
 from nvflare_rdma.runtime import shared, this_runtime
@@ -65,6 +66,7 @@ class RdmaTransfer(FLComponent):
         elif event_type == EventType.START_RUN and not self._started:
             install(_server_host(fl_ctx))
             fl_ctx.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
+            tell_what_is_decoded(fl_ctx)
             self._started = True
             self._reporter = TransferReporter(self, fl_ctx, shared().ledger)
         elif event_type == EventType.END_RUN and self._started:
@@ -85,7 +87,7 @@ def _server_host(fl_ctx: FLContext) -> str:
         target = json.loads(Path(path).read_text())["servers"][0]["service"]["target"]
     except (OSError, ValueError, LookupError, TypeError):
         return ""
-    return str(target).rpartition(":")[0]
+    return str(target).rpartition(":")[0].strip("[]")
 
 
 def install(server_host: str = "") -> None:

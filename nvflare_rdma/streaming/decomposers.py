@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from nvflare.fuel.utils.fobs import FOBSContextKey
 
 from nvflare_rdma.errors import RdmaError, TransferError
 from nvflare_rdma.flare_compat import PrefixedReferences, abortable_download, add_download_progress, cancel_download
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.fallback import download_by_fallback, finish
 from nvflare_rdma.streaming.progress import DirectProgress
@@ -46,7 +46,7 @@ from nvflare_rdma.transfer import (
     unpack_manifest,
 )
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: A reference that begins with this is to tensors whose sender answers direct requests.
 REF_PREFIX = "rdma1-"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -10,6 +11,7 @@ from typing import Any
 
 from nvflare_rdma.channel import Link
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.addresses import parse_invitation
 from nvflare_rdma.transfer.content import Content
@@ -19,11 +21,12 @@ from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.records import Meters
 from nvflare_rdma.transfer.sender import OfferedItem, OfferThread, Relayed
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _ENDED = "the sender has ended the transfer"
-#: How long the sender may take to hear that a message has arrived, once its receiver has it.
-_NOTICE_SECONDS = 5.0
+#: How long the sender may take to hear that a message has arrived, once its receiver has it; and where too many threads
+#: wait for that receiver's site already.
+_NOTICE_SECONDS, _SHORT_NOTICE_SECONDS = 5.0, 0.1
 
 
 class Service:
@@ -122,9 +125,10 @@ class Service:
             sender = self._offering.get(receiver) if receiver in self._asked else None
             if sender is None:
                 return receiver in self._served
-        if not sender.has_arrived(_NOTICE_SECONDS):
-            return False
-        return self._done(receiver, sender)
+        links = self._links()
+        with links.waiting_places.place(receiver) if links is not None else contextlib.nullcontext(False) as free:
+            arrived = sender.has_arrived(_NOTICE_SECONDS if free else _SHORT_NOTICE_SECONDS)
+        return arrived and self._done(receiver, sender)
 
     def _done(self, receiver: str, seen: OfferThread | None = None) -> bool:
         """Note that `receiver` has everything. If `seen` is how that is known, it may have asked for more since: then

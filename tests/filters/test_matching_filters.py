@@ -14,6 +14,7 @@ from nvflare.apis.fl_context import FLContext
 
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+from nvflare_rdma.filters.points import DECODED
 
 
 def weights():
@@ -105,6 +106,66 @@ def test_a_site_level_dequantizer_counts(at):
     scope = SimpleNamespace(task_data_filters={FilterKey.IN: [ModelDequantizer()]}, task_result_filters={})
     ctx.set_prop(FLContextKey.SCOPE_OBJECT, scope, private=True, sticky=False)
     quantizer.process(weights(), ctx)
+
+
+def site(decoded=None):
+    peer = FLContext()
+    peer.set_prop("__identity_name__", "site-1", private=False, sticky=False)
+    if decoded is not None:
+        peer.set_prop(DECODED, decoded, private=False, sticky=False)
+    return peer
+
+
+@pytest.mark.parametrize("one_way", [True, False])
+def test_a_site_that_does_not_decode_is_sent_no_codes(at, one_way):
+    quantizer = ModelQuantizer(one_way=one_way)
+    ctx = at("server out", quantizer, runner=server(task_result_filters={"train/in": [ModelDequantizer()]}))
+    for decoded in (["train"], ["*"]):
+        ctx.set_peer_context(site(decoded))
+        quantizer.process(weights(), ctx)
+    for decoded in ([], ["validate"]):
+        ctx.set_peer_context(site(decoded))
+        with pytest.raises(ConfigError, match="site-1 has no ModelDequantizer for the data of task 'train'") as error:
+            quantizer.process(weights(), ctx)
+        add = "add nvflare_rdma.filters.ModelDequantizer to task_data_filters of the site's config_fed_client.json"
+        assert add in str(error.value)
+
+
+def test_a_site_that_says_nothing_is_warned_of_once(at, warnings_logged):
+    quantizer = ModelQuantizer(one_way=True)
+    for task in ("train", "train", "validate"):
+        ctx = at("server out", quantizer, runner=server(), task=task)
+        ctx.set_peer_context(site())
+        assert from_shareable(quantizer.process(weights(), ctx)).data["w"].dtype == np.float16
+    assert ["'train'" in line for line in warnings_logged] == [True, False]
+    assert "site-1 does not say that it decodes" in warnings_logged[0]
+    assert "config_fed_client.json" in warnings_logged[0]
+
+
+@pytest.mark.parametrize("teller", [ModelQuantizer, ModelDequantizer])
+@pytest.mark.parametrize(
+    ("filters", "decoded"),
+    [
+        ({}, []),
+        ({"task_data_filters": {"train/in": [ModelQuantizer()], "train/out": [ModelDequantizer()]}}, []),
+        ({"task_data_filters": {"train/in": [Other(), ModelDequantizer()], "validate/in": [Other()]}}, ["train"]),
+        ({"task_data_filters": {"a/b/in": [FlareLike.ModelDequantizer()]}}, ["a/b"]),
+    ],
+)
+def test_a_site_tells_what_it_decodes(at, teller, filters, decoded):
+    ctx = at("client in", Other(), runner=tables(**filters))
+    teller().handle_event(EventType.START_RUN, ctx)
+    assert ctx.get_prop(DECODED) == decoded
+    assert DECODED in ctx.get_all_public_props()
+
+
+def test_a_sites_own_dequantizer_is_for_all_tasks_and_a_server_tells_nothing(at):
+    scope = SimpleNamespace(task_data_filters={FilterKey.IN: [ModelDequantizer()]}, task_result_filters={})
+    for runner, decoded in ((tables(), ["*"]), (server(), None)):
+        ctx = at("client in", Other(), runner=runner)
+        ctx.set_prop(FLContextKey.SCOPE_OBJECT, scope, private=True, sticky=False)
+        ModelDequantizer().handle_event(EventType.START_RUN, ctx)
+        assert ctx.get_prop(DECODED) == decoded
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
 
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+from nvflare_rdma.recipe import add_transfer
 from nvflare_rdma.simulator import RdmaSimEnv
 
 ADD = {
@@ -16,6 +17,7 @@ ADD = {
     "client-in": lambda recipe: recipe.add_client_input_filter(ModelDequantizer(), tasks=["train"]),
     "client-out": lambda recipe: recipe.add_client_output_filter(ModelQuantizer("blockwise8"), tasks=["train"]),
     "server-in": lambda recipe: recipe.add_server_input_filter(ModelDequantizer(), tasks=["train"]),
+    "transfer": add_transfer,
     "server-out-one-way": lambda recipe: recipe.add_server_output_filter(
         ModelQuantizer("blockwise8", one_way=True), tasks=["train"]
     ),

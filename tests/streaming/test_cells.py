@@ -157,6 +157,7 @@ def test_few_bits_are_recorded_as_they_travel(results, which, path):
     assert (result["kind"], result["finished"]) == ("_LazyRef" if on_disk else "Tensor", True)
     assert (result.get("files"), result.get("left")) == ((2, []) if on_disk else (None, None))
     assert 0 < result["error"] < 1
+    assert result["decoded"] == {"w": not on_disk, "b": False}  # told of tensors in memory
     found = recorded(result)
     assert found.keys() == {("sent", "server"), ("received", "site-1")}
     encoded = 400 * 1000 // 2

@@ -166,7 +166,7 @@ def test_nothing_is_left_of_streams(results):
 
 def receiving(size: int = 3, portions: int = 1, kind: str = "dict") -> ContainerReceiving:
     context = {"ContainerStreamer.type": kind, "ContainerStreamer.size": size, "nvflare_rdma.portions": portions}
-    made = ContainerReceiving(context, "site-1")
+    made = ContainerReceiving(context, "site-1", "server")
     assert "nvflare_rdma.portions" not in context
     return made
 

@@ -8,26 +8,20 @@ import sys
 
 import pytest
 
+from tests.support import namespaces
 from tests.support.processes import SMALL, environment
-
-#: As root of a network of its own, which this machine's does not touch.
-APART = ["unshare", "--user", "--map-root-user", "--net", "--"]
-NEEDED = "ip link add near type veth peer name far && ip rule add pref 50 ipproto tcp dport 1-2 blackhole"
 
 
 @pytest.fixture
 def apart():
-    try:
-        done = subprocess.run([*APART, "sh", "-c", NEEDED], capture_output=True, text=True, timeout=20, check=False)
-    except FileNotFoundError as error:
-        pytest.skip(f"two networks can't be made here: {error} (packages util-linux, iproute2)")
-    if done.returncode:
-        pytest.skip(f"two networks and a rule that drops packets can't be made here: {done.stderr.strip()}")
+    namespaces.require(
+        "ip link add near type veth peer name far && ip rule add pref 50 ipproto tcp dport 1-2 blackhole"
+    )
 
 
 def test_data_ports_that_answer_nothing(apart, tmp_path):
     done = subprocess.run(
-        [*APART, sys.executable, str(SMALL / "cells_apart.py"), str(tmp_path)],
+        [*namespaces.APART, sys.executable, str(SMALL / "cells_apart.py"), str(tmp_path)],
         env=environment(NVFLARE_RDMA_DATA_PORTS="20000-20010", NVFLARE_RDMA_FABRICS="tcp"),
         cwd=SMALL,
         capture_output=True,
