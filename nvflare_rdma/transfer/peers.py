@@ -23,7 +23,6 @@ from typing import Any, Protocol, TypeAlias
 
 from nvflare_rdma.channel import (
     GREETING_TIMEOUT,
-    ChannelLimits,
     ControlStream,
     Door,
     Link,
@@ -112,7 +111,7 @@ class PeerLinks:
         self._server_host = server_host
         self._ports = ports
         self._trainers = trainers
-        limits = ChannelLimits(max_message_bytes=_MAX_TENSOR_BYTES)
+        limits = replace(shared.context.limits, max_message_bytes=_MAX_TENSOR_BYTES)
         self._context: LinkContext = replace(shared.context, limits=limits, same_host_factor=_SAME_HOST_FACTOR)
         self._fabric = shared.tcp()
         self._lock = threading.Lock()
@@ -218,6 +217,11 @@ class PeerLinks:
     def budget(self) -> MemoryBudget:
         """The process's memory budget, which bounds what is received over these links."""
         return self._context.budget
+
+    @property
+    def stall_timeout(self) -> float:
+        """Seconds after which a transfer over these links in which nothing moves is given up."""
+        return self._context.limits.stall_timeout
 
     @property
     def ledger(self) -> Ledger:

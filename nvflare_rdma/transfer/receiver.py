@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 2.0
 _LOOK_SECONDS = 0.2
-#: An attempt ends if nothing at all comes for so long and nobody says why. A message may wait for memory for less.
-STALL_SECONDS = 120.0
 #: So many attempts in a row that bring nothing are the end of a transfer.
 ATTEMPTS = 3
 
@@ -230,8 +228,8 @@ class Pull:
                 moved, moved_at = moving, now
             if self._links.find(self._peer) is None:
                 arrivals.fail("the link broke")
-            elif now - moved_at > STALL_SECONDS:
-                arrivals.fail(f"nothing has come for {STALL_SECONDS:g} s")
+            elif now - moved_at > (stall := self._links.stall_timeout):  # and nobody says why
+                arrivals.fail(f"nothing has come for {stall:g} s")
             elif now >= report_at or (lost and not asked_why):
                 asked_why = bool(lost)  # the sender may have stopped, or this may be the only one
                 self._report(arrivals)
