@@ -78,7 +78,11 @@ def decode_params(values: Mapping[str, Any], metadata: Metadata, base: Base | No
             isn't in `base`; the message names the tensor.
     """
     codec = _algorithm(metadata.algorithm)
-    states, sources, tied = metadata.quant_state, metadata.source_datatype, metadata.tied or {}
+    states, sources, tied = (
+        metadata.quant_state,
+        metadata.source_datatype,
+        {} if metadata.tied is None else metadata.tied,
+    )
     for what, part in (("quant_state", states), ("source_datatype", sources), ("tied", tied)):
         if not isinstance(part, dict):
             raise CodecError(f"the message's {what} must be a dict but is a {type(part).__name__}")
@@ -98,7 +102,7 @@ def decode_params(values: Mapping[str, Any], metadata: Metadata, base: Base | No
         limit -= n
         out = new_flat(source, n)
         known = base.tensor(name, out) if base is not None else None
-        is_difference = bool(state.get("delta"))
+        is_difference = _is_difference(name, state)
         require(name, known is not None or not is_difference, "it is the difference from a tensor that isn't here")
         try:
             if is_difference:
@@ -115,6 +119,12 @@ def decode_params(values: Mapping[str, Any], metadata: Metadata, base: Base | No
         result.after += out.nbytes
     result.values |= {name: result.values[other] for name, other in ties.items()}
     return result
+
+
+def _is_difference(name: str, state: Mapping[str, Any]) -> bool:
+    found = state.get("delta", False)
+    require(name, type(found) is bool, f"delta is a {type(found).__name__}, and not a bool")
+    return bool(found)
 
 
 def _algorithm(algorithm: Any) -> Codec | None:

@@ -37,7 +37,7 @@ class ModelDequantizer(QuantFilter):
         point = FilterPoint.of(self, shareable, fl_ctx)
         if QUANT_STATE not in meta:
             raise ConfigError(self._unquantized(point))
-        ours = meta.get(OURS) or {}
+        ours = {} if meta.get(OURS) is None else meta[OURS]
         if not isinstance(ours, dict):
             raise CodecError(f"the message's {OURS} must be a dict but is a {type(ours).__name__}")
         decoded = decode_params(
@@ -52,7 +52,8 @@ class ModelDequantizer(QuantFilter):
         )
         on_the_way = ours.get("on_the_way")
         done = f"{on_the_way} params were sent encoded and are decoded already. " if type(on_the_way) is int else ""
-        self.log_info(fl_ctx, f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {done}{decoded.summary()}")
+        here = decoded.summary() if decoded.arrays or not done else "None were left to decode here."
+        self.log_info(fl_ctx, f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {done}{here}")
         if point.on_server:
             bases_of(fl_ctx).fulfil(point.stream, point.peer)
         else:
@@ -81,7 +82,7 @@ class ModelDequantizer(QuantFilter):
         base = None
         if leaves is not None:
             base = Base.of({name: array.copy() for name, array in arrays.items()})  # training changes its own
-            if base.digest != leaves:
+            if not isinstance(leaves, str) or base.digest != leaves:
                 self.log_warning(
                     fl_ctx, f"{point.message} decoded to other bits than at the server; the next message will be whole"
                 )
