@@ -39,6 +39,14 @@ class ControlStream:
         """Whether the stream speaks TLS."""
         return self._tls is not None
 
+    def port(self, peer: bool) -> int:
+        """The port of the peer's end, or of this one; 0 if it has none, or is gone."""
+        try:
+            address = self._sock.getpeername() if peer else self._sock.getsockname()
+        except OSError:
+            return 0
+        return int(address[1]) if isinstance(address, tuple) else 0
+
     def peer_certificate(self) -> dict[str, Any] | None:
         """The peer's certificate as `ssl.SSLSocket.getpeercert` gives it, or None."""
         return dict(self._tls.getpeercert() or {}) if self._tls is not None else None

@@ -29,6 +29,8 @@ class ControlWriter:
         """Batches that the thread has not sent yet."""
         self.inline_bytes = 0
         """Bytes of inline messages among them."""
+        self.failure = ""
+        """Why the stream could not be written; "" if it could."""
         self.thread = threading.Thread(target=self._run, name=f"rdma-control-{name}", daemon=True)
         self._stream = stream
         self._room = room
@@ -92,7 +94,8 @@ class ControlWriter:
             yield
         except OSError as error:
             if not self._closing():
-                # The reader sees the same and ends the link; wake it in case it does not.
+                # The reader ends the link; wake it in case it does not see the same. It then sees a closed socket only.
+                self.failure = self.failure or str(error)
                 log.debug("%s: control stream can't be written: %s", self._name, error)
                 with contextlib.suppress(OSError):
                     self._stream.close()

@@ -93,6 +93,11 @@ class Door:
 
     def serve(self) -> None:
         """Let peers in until `close` is called; then the port is free again. Call once, also if closed already."""
+        if self._tls is not None and self._tls.verify_mode is ssl.CERT_NONE:
+            log.warning(
+                "%s asks who dials for no certificate (connection_security=tls), so nothing in TLS says who that is",
+                self._name,
+            )
         with self._listener:
             while not self._closed.is_set():
                 try:

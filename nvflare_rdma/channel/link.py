@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 _LINGER = 5.0
 _TICK = 1.0
+_NO_GOODBYE = "the peer closed the connection without a goodbye, as when its process ends"
 
 
 class Link:
@@ -128,9 +129,9 @@ class Link:
             reason = str(error)
             log.error("%s: disconnected, the peer broke the protocol: %s", self.name, error)
         except (RdmaError, OSError) as error:
-            reason = str(error)
+            reason = _explain(error, self._writer.failure)
             if not self._closing:
-                log.warning("%s: connection lost: %s", self.name, error)
+                log.warning("%s: connection lost: %s", self.name, reason)
         except Exception as error:
             reason = f"internal error: {error}"
             log.exception("%s: disconnected by an error of this side", self.name)
@@ -146,7 +147,9 @@ class Link:
         now = time.monotonic()
         with self._lock:
             if data == b"":
-                self._failure = self._failure or "the peer closed the connection"
+                if self._failure is None and self._core.state is Phase.OPEN:  # `open` raises it
+                    log.warning("%s: connection lost: %s", self.name, _NO_GOODBYE)
+                self._failure = self._failure or _NO_GOODBYE
                 self._core.close(self._failure)
             elif data:
                 self._core.receive(data, now)
@@ -285,6 +288,17 @@ class Link:
             self._pump_locked()
 
     # -- receiving -----------------------------------------------------------------------------------------
+
+    @property
+    def failure(self) -> str:
+        """Why the link has ended, or is about to; "" as long as it works."""
+        return self._failure or ""
+
+    @property
+    def way(self) -> str:
+        """How data goes: over which fabric, in the clear or with TLS, and the port of the side that has a door."""
+        secure, port = self._stream.secure, self._stream.port(peer=self._core.role is Role.ACTIVE)
+        return f"{self.fabric}, {'TLS' if secure else 'no TLS'}, port {port}"
 
     @property
     def usable(self) -> bool:
@@ -521,3 +535,12 @@ class Link:
         self._opener.start(rails, event)
         for rail, error in rails.broken.items():
             self._deferred.append(functools.partial(self.rail_down, rails, rail, error))
+
+
+def _explain(error: Exception, written: str) -> str:
+    """What an error of the control stream means. `written` is what writing it has brought, if it failed: whoever reads
+    it then only sees that it is closed."""
+    if isinstance(error, ConnectionResetError | BrokenPipeError):
+        return f"{_NO_GOODBYE} ({error.strerror})"
+    ours = isinstance(error, RdmaError) or not isinstance(error, OSError)
+    return str(error) if ours or not written else f"{_NO_GOODBYE} ({written})"
