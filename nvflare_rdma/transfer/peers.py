@@ -137,7 +137,7 @@ class PeerLinks:
             FabricUnavailable: this side has no door.
         """
         if not self._may_come(peer):
-            raise FabricUnavailable(f"{self.name} does not listen for data (rdma_data_ports)")
+            raise FabricUnavailable(f"{self.name} does not listen for data, as rdma_data_ports says there")
         door = self._open_door()
         ticket, now = secrets.token_bytes(TICKET_BYTES), time.monotonic()
         with self._lock:
@@ -219,6 +219,11 @@ class PeerLinks:
         return self._context.budget
 
     @property
+    def closed(self) -> bool:
+        """Whether no link is opened any more."""
+        return self._closed
+
+    @property
     def stall_timeout(self) -> float:
         """Seconds after which a transfer over these links in which nothing moves is given up."""
         return self._context.limits.stall_timeout
@@ -287,7 +292,10 @@ class PeerLinks:
                 log.warning("%s reached %s elsewhere; %s", self.name, peer, impostor)
             threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
             return link
-        reason = f"no direct way from {self.name} to {peer}: {'; '.join(failures)}"
+        reason = (
+            f"no direct way from {self.name} to {peer}: {'; '.join(failures)} "
+            f"(where {peer} listens is said there by rdma_data_ports: it has to be a port that is open to this side)"
+        )
         if silent:
             with self._lock:
                 count, since, _ = self._unreachable.get(peer, (0, 0.0, ""))

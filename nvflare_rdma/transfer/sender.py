@@ -75,14 +75,22 @@ class OfferedItem:
 
 class OfferThread(threading.Thread):
     """Offers items of `content` to one receiver, one after the other. `moved` is called with the bytes of each one that
-    has arrived."""
+    has arrived, and `broke` in the end, in this thread, if the link has ended in the middle of it."""
 
-    def __init__(self, link: Link, content: Content, wanted: list[OfferedItem], moved: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        content: Content,
+        wanted: list[OfferedItem],
+        moved: Callable[[int], None],
+        broke: Callable[[OfferThread], None] = lambda sender: None,
+    ) -> None:
         super().__init__(name="rdma-offers", daemon=True)
         self._link = link
         self._content = content
         self._wanted = wanted
         self._moved = moved
+        self._broke = broke
         self._lock = threading.RLock()  # what an offer sets off may stop it
         self._failure = ""
         self._open: deque[tuple[Sending, Item, Source]] = deque()
@@ -112,6 +120,8 @@ class OfferThread(threading.Thread):
             self._wanted = []
             self.tell_exact()
             self._open.clear()
+        if self.failure and not self._link.usable:
+            self._broke(self)
 
     def _ahead(self) -> int:
         with self._lock:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 _ENDED = "the sender has ended the transfer"
 #: How long the sender may take to hear that a message has arrived, once its receiver has it.
 _NOTICE_SECONDS = 5.0
+_LOOK_SECONDS = 0.2
 
 
 class Service:
@@ -31,6 +34,7 @@ class Service:
         links: gives this cell's links, or None when there are none (any more).
         moved: called with (receiver, bytes, items) of what has arrived there.
         meters: count what goes to each receiver. They are ended by its "done", by `ended` or by `close`.
+        patience: seconds after which a receiver whose link broke, and that has not asked again, is taken for gone.
     """
 
     def __init__(
@@ -39,7 +43,9 @@ class Service:
         links: Callable[[], PeerLinks | None],
         moved: Callable[[str, int, int], None] = lambda receiver, nbytes, count: None,
         meters: Meters | None = None,
+        patience: float = 10.0,
     ) -> None:
+        self._patience = patience
         self.meters = meters or Meters("")
         self._size = content.size
         self._content: Content | None = content
@@ -147,6 +153,29 @@ class Service:
             self._count(receiver, sender)
         self.meters.close(_ENDED)
 
+    def _broke(self, receiver: str, sender: OfferThread) -> None:
+        """The link broke while `receiver` was being sent something. Record that the transfer failed, unless it asks
+        again: a process that was killed never says so."""
+        log.warning("sending to %s broke off, until it asks again: %s", receiver, sender.failure)
+        deadline = time.monotonic() + self._patience
+        while time.monotonic() < deadline:
+            if not self._is_awaited(receiver, sender):
+                return
+            time.sleep(_LOOK_SECONDS)
+        with self._lock:
+            if self._offering.get(receiver) is not sender:
+                return
+            del self._offering[receiver]
+        self._count(receiver, sender)
+        self.ended(receiver, f"{sender.failure}; it has not asked again for {self._patience:g} s")
+
+    def _is_awaited(self, receiver: str, sender: OfferThread) -> bool:
+        """Whether `receiver` has not been heard of since `sender` broke off, and may still be."""
+        links = self._links()
+        with self._lock:
+            waits = receiver in self._asked and self._offering.get(receiver) is sender
+        return waits and links is not None and not links.closed
+
     def _count(self, receiver: str, sender: OfferThread | None, given_up: str = "") -> None:
         """Count what `sender` has sent, which is not needed any more. `given_up` says why there is no direct way."""
         meter = self.meters.find(receiver)
@@ -220,7 +249,8 @@ class Service:
         else:
             raise TransferError(f"there is no link to {receiver}")
         offered = [OfferedItem(first + n, items[i]) for n, i in enumerate(wanted)]
-        sender = OfferThread(link, content, offered, lambda nbytes: self._moved(receiver, nbytes, 1))
+        broke = functools.partial(self._broke, receiver)
+        sender = OfferThread(link, content, offered, lambda nbytes: self._moved(receiver, nbytes, 1), broke)
         with self._lock:
             if self._content is None:
                 raise TransferError(_ENDED)
