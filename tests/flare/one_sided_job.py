@@ -1,4 +1,5 @@
-"""Runs one simulated FedAvg job with a chosen subset of the four filters: one_sided_job.py WORKSPACE POINT..."""
+"""Runs one simulated FedAvg job with a chosen subset of the four filters, or the transfer:
+one_sided_job.py WORKSPACE POINT..."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ import numpy as np
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
 
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+from nvflare_rdma.recipe import add_transfer
 from nvflare_rdma.simulator import RdmaSimEnv
 
 ADD = {
+    "transfer": add_transfer,
     "server-out": lambda recipe: recipe.add_server_output_filter(ModelQuantizer("blockwise8"), tasks=["train"]),
     "client-in": lambda recipe: recipe.add_client_input_filter(ModelDequantizer(), tasks=["train"]),
     "client-out": lambda recipe: recipe.add_client_output_filter(ModelQuantizer("blockwise8"), tasks=["train"]),
