@@ -239,7 +239,10 @@ def cell_connections(cell: Any) -> CellConnections:
     # that does not protect these.
     secure = bool(core.secure or credentials.get(DriverParams.CA_CERT.value))
     resolver = core.identity_resolver
-    identities = {**resolver.prefix_identity_map, **resolver.exact_identity_map}
+    # This cell's own name stands for the cells below it here, too. Nobody else's does.
+    own = cell.get_fqcn()
+    exact = {name: identity for name, identity in resolver.exact_identity_map.items() if name == own}
+    identities = {**resolver.prefix_identity_map, **exact}
     return CellConnections(url or "", secure, credentials, identities)
 
 

@@ -31,5 +31,5 @@ class LinkContext:
     integrity: str = "auto"
     window_bytes: int = 4 * 1024 * 1024
     """Outgoing bytes that may wait to be granted before `Link.send` blocks; one message may always."""
-    memory_wait: float = 60.0
-    """Seconds that an offered message waits for memory before it is refused."""
+    memory_wait: float = 150.0
+    """Seconds that an offered message waits for memory before it is refused; a silent peer holds some for less."""

@@ -24,6 +24,10 @@ class ControlStream:
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext | None = None, server_side: bool = False) -> None:
         self._sock = sock
+        self.site = ""
+        """Who is at the other end, as far as that was checked; "" for whoever it is."""
+        self.ticket = b""
+        """What opened the door; b"" where there was none."""
         self._tls: ssl.SSLObject | None = None
         self._tls_lock = threading.Lock()
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -50,6 +54,14 @@ class ControlStream:
     def peer_certificate(self) -> dict[str, Any] | None:
         """The peer's certificate as `ssl.SSLSocket.getpeercert` gives it, or None."""
         return dict(self._tls.getpeercert() or {}) if self._tls is not None else None
+
+    def binding(self) -> bytes:
+        """What only the two ends of this TLS connection have in common; b"" in clear mode.
+
+        It is the client's Finished message (RFC 8446, section 4.4.4), a keyed digest of the whole handshake, with both
+        certificates. Somebody in between who speaks TLS with each end has another one with each.
+        """
+        return (self._tls.get_channel_binding("tls-unique") or b"") if self._tls is not None else b""
 
     def handshake(self, timeout: float) -> None:
         """Do the TLS handshake (nothing in clear mode).

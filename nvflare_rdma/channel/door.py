@@ -1,6 +1,8 @@
 """How peers come to a control stream: one listening port serves the control streams and the rails of all peers.
 
 The first bytes of a connection show what it is: a TLS record, the control stream's magic, or a rail's magic and ticket.
+Until it is let in, it has one of a few places. Nobody is refused for want of one: the oldest guest goes, of whoever has
+most of them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.channel.guests import Complaints, Guests
 from nvflare_rdma.channel.protocol import CONTROL_MAGIC
 from nvflare_rdma.errors import ProtocolError, RdmaError, TlsError, UnreachableError
 from nvflare_rdma.fabric import RAIL_MAGIC, TICKET_BYTES, TcpFabric
@@ -21,7 +24,6 @@ from nvflare_rdma.fabric import RAIL_MAGIC, TICKET_BYTES, TcpFabric
 log = logging.getLogger(__name__)
 
 GREETING_TIMEOUT = 10.0
-MAX_HANDSHAKES = 256  # connections that have not shown yet what they are
 _TLS_HANDSHAKE_RECORD = b"\x16"
 
 
@@ -65,18 +67,19 @@ class Pending:
 class Door:
     """One listening socket for the control streams and rails of all peers.
 
-    Control streams must speak `tls`, or no TLS if it is None. Rails are handed to `fabric`. `on_connection` gets each
-    control stream, in a thread of its own, and owns it and its socket from then on; if it raises an OSError or
-    RdmaError, that is logged and the connection is closed. `name` is for log lines. `address` is where the door
-    listens, as `dial` takes it.
+    Control streams must speak the TLS of the context that `tls` makes for each guest, or no TLS if it is None. Rails
+    are handed to `fabric`. `on_connection` gets each control stream, in a thread of its own, and owns it and its socket
+    from then on; if it raises an OSError or RdmaError, that is logged and the connection is closed. It calls its third
+    argument when the guest has shown who it is, which frees its place among the guests. `name` is for log lines.
+    `address` is where the door listens, as `dial` takes it.
     """
 
     def __init__(
         self,
         listener: socket.socket,
-        tls: ssl.SSLContext | None,
+        tls: Callable[[], ssl.SSLContext] | None,
         fabric: TcpFabric,
-        on_connection: Callable[[socket.socket, ControlStream], None],
+        on_connection: Callable[[socket.socket, ControlStream, Callable[[], None]], None],
         name: str,
         greeting_timeout: float = GREETING_TIMEOUT,
     ) -> None:
@@ -89,37 +92,48 @@ class Door:
         self._greeting_timeout = greeting_timeout
         self._closed = threading.Event()
         self._greeting = Pending()
-        self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
+        self._guests = Guests()
+        self._complaints = Complaints(name)
 
     def serve(self) -> None:
         """Let peers in until `close` is called; then the port is free again. Call once, also if closed already."""
-        if self._tls is not None and self._tls.verify_mode is ssl.CERT_NONE:
-            log.warning(
-                "%s asks who dials for no certificate (connection_security=tls), so nothing in TLS says who that is",
-                self._name,
-            )
+        self._say_whom_tls_shows()
         with self._listener:
             while not self._closed.is_set():
                 try:
-                    sock, _ = self._listener.accept()
+                    sock, address = self._listener.accept()
                 except OSError as error:
                     if not self._closed.is_set():
                         # Out of descriptors, or the peer has gone again: the port stays open.
                         log.error("can't accept a connection on %s: %s", self._name, error)
                         self._closed.wait(0.1)
                     continue
-                if not self._handshakes.acquire(blocking=False):
-                    log.error("refused a connection: %d others have not finished their greeting", MAX_HANDSHAKES)
-                    sock.close()
-                    continue
+                self._make_room(sock, str(address[0]))
                 try:
                     threading.Thread(
                         target=self._receive, args=(sock,), name=f"rdma-conn-{sock.fileno()}", daemon=True
                     ).start()
                 except RuntimeError as error:
                     log.error("can't serve a connection: %s", error)
-                    self._handshakes.release()
+                    self._guests.leave(sock)
                     sock.close()
+
+    def _say_whom_tls_shows(self) -> None:
+        asks = True
+        with contextlib.suppress(OSError, RdmaError):  # each guest is told so
+            asks = self._tls is None or self._tls().verify_mode is not ssl.CERT_NONE
+        if not asks:
+            log.warning(
+                "%s asks who dials for no certificate (connection_security=tls), so nothing in TLS says who that is",
+                self._name,
+            )
+
+    def _make_room(self, sock: socket.socket, address: str) -> None:
+        if (victim := self._guests.enter(sock, address)) is not None:
+            text = "%s: too many guests have not said who they are; the oldest of them goes"
+            self._complaints.log(logging.WARNING, text, self._name)
+            with contextlib.suppress(OSError):  # its thread wakes up, and closes it
+                victim.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """End `serve`, and the connections that are still in their greeting. Callable from any thread, at any time.
@@ -135,17 +149,16 @@ class Door:
     def _receive(self, sock: socket.socket) -> None:
         peer = address_of(sock, peer=True)
         try:
-            try:
-                with self._greeting.track(sock):
-                    stream = self._identify(sock, peer)
-            finally:
-                self._handshakes.release()
+            with self._greeting.track(sock):
+                stream = self._identify(sock, peer)
             if stream is not None:
-                self._on_connection(sock, stream)
+                self._on_connection(sock, stream, lambda: self._guests.leave(sock))
         except (OSError, RdmaError) as error:
             sock.close()
             if not self._closed.is_set():
-                log.error("refused the connection from %s: %s", peer, error)
+                self._complaints.log(logging.ERROR, "refused the connection from %s: %s", peer, error)
+        finally:
+            self._guests.leave(sock)
 
     def _identify(self, sock: socket.socket, peer: str) -> ControlStream | None:
         """The control stream that a new connection turns out to be; None if it was a rail, or nothing."""
@@ -164,13 +177,15 @@ class Door:
             magic = _receive_by(sock, len(RAIL_MAGIC), deadline)
             if magic == RAIL_MAGIC:
                 if not self._fabric.admit(sock, _receive_by(sock, TICKET_BYTES, deadline)):
-                    log.warning("refused a rail from %s: its ticket is unknown, used or expired", peer)
+                    text = "refused a rail from %s: its ticket is unknown, used or expired"
+                    self._complaints.log(logging.WARNING, text, peer)
                 return None
             if self._tls is not None:
                 raise ProtocolError("it does not speak TLS, which this listener requires (srdma://)")
             if magic != CONTROL_MAGIC:
                 raise ProtocolError("it is no nvflare-rdma peer; check the scheme in its URL")
-        return _greet(sock, self._tls, True, deadline - time.monotonic())
+        tls = self._tls() if self._tls is not None else None
+        return _greet(sock, tls, True, deadline - time.monotonic())
 
 
 def dial(

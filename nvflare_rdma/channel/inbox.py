@@ -58,7 +58,7 @@ class Inbox:
         context: LinkContext,
         controller: Controller,
         secure: bool,
-        name: str,
+        site: str,
         later: Callable[[Callable[[], None]], None],
     ) -> None:
         self._budget = context.budget
@@ -67,7 +67,7 @@ class Inbox:
         self._controller = controller
         self._same_host = False
         self._secure = secure
-        self._name = name
+        self._site = site
         self._later = later
         self._arriving: dict[int, _Arriving] = {}
         self._landings: dict[int, _Landing] = {}
@@ -93,12 +93,14 @@ class Inbox:
         sink: Sink | None,
         granted: Callable[[], None],
         refused: Callable[[str], None],
+        revoked: Callable[[str], None],
     ) -> None:
-        """Ask the budget for a message's memory, when the lock is released. `start` has to follow `granted`."""
+        """Ask the budget for a message's memory, when the lock is released. `start` has to follow `granted`. For
+        `revoked` see `Reservation`."""
         cost, room, most = self._cost(length, sink)
         # A frame that waits holds up FLARE's sender; what has a sink waits for its turn among others of its kind.
         deadline = time.monotonic() + self._wait if sink is None else float("inf")
-        reservation = Reservation(self._budget, cost, self._name, granted, refused, deadline)
+        reservation = Reservation(self._budget, cost, self._site, granted, refused, revoked, deadline)
         self._waiting[transfer] = reservation, sink, room, most
         self._later(reservation.request)
 
@@ -114,7 +116,7 @@ class Inbox:
         if self._same_host:
             # Chunks are long there, and many of them on their way, for what takes no slots. What takes some is to leave
             # room for the next, here, where its sender makes it, and where that keeps it for other receivers.
-            window, chunk = min(window, limit // 3), min(chunk, max(limit // 12, MIN_CHUNK_BYTES))
+            window, chunk = min(window, limit // 4), min(chunk, max(limit // 12, MIN_CHUNK_BYTES))
             most = whole_units(chunk, unit) if sink is not None and sink.buffer is None else 0
         room = min(whole_units(window, unit), length)
         chunk = min(whole_units(chunk, unit), room)
@@ -154,7 +156,7 @@ class Inbox:
             try:
                 buffer = endpoint.allocate(length)
             except (FabricError, MemoryError) as error:
-                log.warning("%s: %s; other memory costs a copy more", self._name, error)
+                log.warning("%s: %s; other memory costs a copy more", self._site, error)
         return self._pool.take(length) if buffer is None else buffer
 
     # -- chunks --------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Link:
 
     `deliver` gets each message that comes without a label: bytes if it came inline, else a view of a slot that is used
     again when the last slice of the view is gone. `place` finds the sink of a message with a label; it is called under
-    the link's lock, so it may not call the link.
+    the link's lock, so it may not call the link. All links to one site share what it may use (`ControlStream.site`).
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Link:
         self.name = name
         self.fabric = ""
         self._stream = stream
+        site = stream.site or name
         self._context = context
         self._place = place
         self._lock = threading.Lock()
@@ -81,9 +82,9 @@ class Link:
             time.monotonic(),
             sealing.TAG_BYTES if self._key else 0,
         )
-        self._inbox = Inbox(context, controller, stream.secure, name, self._deferred.append)
+        self._inbox = Inbox(context, controller, stream.secure, site, self._deferred.append)
         self._outbox = Outbox(
-            self._lock, self._room, context.window_bytes, context.sending.share(), self._withdraw, name
+            self._lock, self._room, context.window_bytes, context.sending.share(site), self._withdraw, name
         )
         self._rails: RailSet | None = None
         self._writer = ControlWriter(stream, self._room, lambda: self._closing, name)
@@ -164,6 +165,13 @@ class Link:
         stall = self._context.limits.stall_timeout
         if self._writer.is_stalled_locked(now, stall):
             raise TransferError(f"the peer has read nothing of the control stream for {stall:g} s")
+        if (rails := self._rails) is not None:
+            for rail in self._outbox.slow_rails(rails, now - stall / 2):
+                # It holds this side's memory for sending, and its message is given up when it stalls as a whole.
+                log.warning(
+                    "%s: a chunk takes more than %g s on rail %d, which is broken off", self.name, stall / 2, rail
+                )
+                self._deferred.append(functools.partial(rails.endpoint.drop, rail))
 
     def close(self, linger: float = _LINGER) -> None:
         """Let what was sent arrive (for at most `linger` seconds), then disconnect. Callable from any thread."""
@@ -214,9 +222,14 @@ class Link:
 
     # -- sending -------------------------------------------------------------------------------------------
 
-    def send(self, message: bytes | bytearray | memoryview, timeout: float) -> Sending:
+    def send(
+        self,
+        message: bytes | bytearray | memoryview,
+        timeout: float,
+        lost: Callable[[str], None] | None = None,
+    ) -> Sending:
         """Send a message. Blocks while more than the window waits for the peer. The message must not be changed before
-        the result's `wait` returns.
+        the result's `wait` returns. `lost` is called with the reason if the peer refuses it later.
 
         Raises:
             SendTimeoutError: the peer took nothing for `timeout` seconds.
@@ -237,7 +250,7 @@ class Link:
                 self._pump_locked(inline_bytes=len(view))
                 return Sending(self._lock, 0, over=True)
             transfer = self._core.submit(len(view), time.monotonic())
-            sending = self._outbox.add(transfer, BufferSource(view))
+            sending = self._outbox.add(transfer, BufferSource(view), lost=lost)
             self._pump_locked()
             return sending
 
@@ -250,7 +263,7 @@ class Link:
         with self._lock:
             if self._failure is not None or self._closing:
                 raise TransferError(f"{self.name}: {self._failure or 'the connection is closed'}")
-            transfer = self._core.submit(source.nbytes, time.monotonic(), label)
+            transfer = self._core.submit(source.nbytes, time.monotonic(), label, not source.ready)
             sending = self._outbox.add(transfer, source, windowed=False)
             self._pump_locked()
         self._deferred.run()
@@ -304,6 +317,12 @@ class Link:
     def usable(self) -> bool:
         """Whether a link that was opened still works, and is not about to end."""
         return self._failure is None and not self._closing
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being sent or received."""
+        with self._lock:
+            return self._outbox.is_empty and not self._core.progress()
 
     def incoming(self) -> dict[int, tuple[int, int]]:
         """The messages that are being received: transfer -> (bytes landed, bytes in all)."""
@@ -373,7 +392,11 @@ class Link:
                     self._pump_locked()
                 self._deferred.run()
 
-        self._inbox.reserve(transfer, length, sink, granted, lambda reason: self._no_memory(transfer, length, reason))
+        def revoked(reason: str) -> None:
+            self.failed(TransferError(f"its memory is needed: {reason}"))
+
+        refused = functools.partial(self._no_memory, transfer, length)
+        self._inbox.reserve(transfer, length, sink, granted, refused, revoked)
 
     def _start_locked(self, transfer: int, length: int) -> None:
         try:
@@ -439,7 +462,9 @@ class Link:
                 told = self._outbox.is_offered(transfer) or self._core.state is not Phase.OPEN
                 level = logging.DEBUG if told else logging.ERROR  # who offers many tells of them once
                 log.log(level, "%s: message %d was not delivered: %s", self.name, transfer, reason)
-                self._outbox.finish(transfer, reason)
+                lost = self._outbox.finish(transfer, reason)
+                if lost is not None and self._core.state is Phase.OPEN:
+                    self._deferred.append(functools.partial(lost, reason))
             case events.PeerLeft(reason):
                 self._failure = reason or "the peer closed the connection"
                 self._room.notify_all()
@@ -526,8 +551,11 @@ class Link:
         self._rails, self.fabric = opening.rails, opening.rails.fabric
         self._core.set_controller(opening.controller)
         self._inbox.set_controller(opening.controller, opening.same_host)
-        self._outbox.set_protection(sealing.Sealer(self._key) if opening.sealed else None, opening.checked)
-        self._inbox.set_protection(sealing.Sealer(peer.seal_key) if opening.sealed else None, opening.checked)
+        self._outbox.set_protection(self._sealer(self._key) if opening.sealed else None, opening.checked)
+        self._inbox.set_protection(self._sealer(peer.seal_key) if opening.sealed else None, opening.checked)
+
+    def _sealer(self, key: bytes) -> sealing.Sealer:
+        return sealing.Sealer(sealing.derive_key(key, self._stream.ticket, self._stream.binding()))
 
     def _opened_locked(self, event: events.Opened) -> None:
         rails = self._rails

@@ -12,6 +12,7 @@ from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control_rail import ControlRail
 from nvflare_rdma.channel.controllers import Controller, make_controller
 from nvflare_rdma.channel.protocol import MIN_CHUNK_BYTES, events, wire
+from nvflare_rdma.channel.protocol.limits import MAX_UNIT_BYTES
 from nvflare_rdma.channel.rails import FabricChooser, RailOwner, RailSet
 from nvflare_rdma.errors import FabricError, ProtocolError
 from nvflare_rdma.fabric import Fabric
@@ -82,6 +83,8 @@ class RailOpener:
             self._key,
             context.host,
             context.integrity,
+            # Encoded and sealed, a chunk takes twice its length.
+            max(context.sending.share_bytes // 2, MAX_UNIT_BYTES),
         )
 
     def choose(self, wanted: events.ChooseFabric) -> Opening:

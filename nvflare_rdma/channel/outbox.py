@@ -37,6 +37,8 @@ class Sending:
     """Bytes that the peer has granted so far. What was granted again counts once."""
     resent_chunks: int = 0
     """Chunks that were granted again, because they were lost or damaged."""
+    lost: Callable[[str], None] | None = None
+    """Called, without the lock, with the reason if the peer refuses the message."""
     waiter: threading.Condition | None = None
     """What `wait` waits on, if somebody does: not the link's, so that chunks of other messages wake nobody up."""
 
@@ -57,6 +59,15 @@ class Sending:
                 raise SendTimeoutError(f"transfer {self.transfer} was not over within {timeout:g} s")
         if self.failure:
             raise TransferError(f"transfer {self.transfer} failed: {self.failure}")
+
+
+@dataclass(slots=True)
+class _Read:
+    """A write that may still read a message. It begins when its chunk is made, which may wait for memory."""
+
+    sending: Sending
+    rail: int
+    began_at: float = float("inf")
 
 
 class Outbox:
@@ -81,7 +92,7 @@ class Outbox:
         self._withdraw = withdraw
         self._name = name
         self._messages: dict[int, tuple[Source, Sending]] = {}
-        self._reads: dict[tuple[RailSet | None, int], Sending] = {}
+        self._reads: dict[tuple[RailSet | None, int], _Read] = {}
         self._sealer: sealing.Sealer | None = None
         self._checked = False
 
@@ -93,6 +104,11 @@ class Outbox:
         """Whether making a chunk of a message is work, and not just a look at memory."""
         entry = self._messages.get(transfer)
         return self._checked or self._sealer is not None or (entry is not None and not entry[0].ready)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is being sent."""
+        return not self._messages
 
     def is_offered(self, transfer: int) -> bool:
         """Whether a message came by `Link.offer`."""
@@ -114,9 +130,12 @@ class Outbox:
             )
         return False
 
-    def add(self, transfer: int, message: Source, windowed: bool = True) -> Sending:
-        """Take a message over. If `windowed`, its bytes count as waiting until they are granted."""
-        sending = Sending(self._lock, transfer, message.nbytes if windowed else 0, offered=not windowed)
+    def add(
+        self, transfer: int, message: Source, windowed: bool = True, lost: Callable[[str], None] | None = None
+    ) -> Sending:
+        """Take a message over. If `windowed`, its bytes count as waiting until they are granted. For `lost` see
+        `Sending`."""
+        sending = Sending(self._lock, transfer, message.nbytes if windowed else 0, offered=not windowed, lost=lost)
         self._messages[transfer] = (message, sending)
         self.waiting += sending.waiting
         return sending
@@ -135,9 +154,10 @@ class Outbox:
         if nbytes:
             self._room.notify_all()
 
-    def finish(self, transfer: int, failure: str) -> None:
-        """The peer has the message; or it failed, if `failure` says why."""
+    def finish(self, transfer: int, failure: str) -> Callable[[str], None] | None:
+        """The peer has the message; or it failed, if `failure` says why. Returns the message's `lost`."""
         entry = self._messages.pop(transfer, None)
+        sending = None
         if entry is not None:
             _, sending = entry
             sending.over, sending.failure = True, failure
@@ -145,6 +165,7 @@ class Outbox:
             self._look(sending)
             if not self._messages:
                 self._room.notify_all()
+        return sending.lost if sending is not None else None
 
     @staticmethod
     def _look(sending: Sending) -> None:
@@ -165,10 +186,14 @@ class Outbox:
 
     def read_ended(self, rails: RailSet | None, notification: int) -> None:
         """Count a write over `rails` as over: it does not read its source any more."""
-        sending = self._reads.pop((rails, notification), None)
-        if sending is not None:
-            sending.reads -= 1
-            self._look(sending)
+        read = self._reads.pop((rails, notification), None)
+        if read is not None:
+            read.sending.reads -= 1
+            self._look(read.sending)
+
+    def slow_rails(self, rails: RailSet, since: float) -> set[int]:
+        """The rails on which a write has been under way since that time, or longer."""
+        return {read.rail for (own, _), read in self._reads.items() if own is rails and read.began_at <= since}
 
     def rails_closed(self, rails: RailSet) -> None:
         """Count all writes over `rails` as over."""
@@ -194,9 +219,11 @@ class Outbox:
                 return _nothing()
             message, sending = entry
             sending.reads += 1
-            self._reads[rails, chunk.notification] = sending
+            read = self._reads[rails, chunk.notification] = _Read(sending, chunk.rail)
         try:
-            return self._prepare(chunk, message, sealer, checked)
+            made = self._prepare(chunk, message, sealer, checked)
+            read.began_at = time.monotonic()
+            return made
         except Exception as error:
             if not isinstance(error, RdmaError | OSError | MemoryError):
                 log.exception("%s: message %d can't be read", self._name, chunk.transfer)

@@ -1,10 +1,12 @@
 """What guards a chunk on its way: a seal in secure mode, else a checksum.
 
-Seals are AES-256-GCM (NIST SP 800-38D). Each side seals what it sends with a key of its own, given to the peer over
-the TLS control stream when the connection opens. A nonce is `transfer (u64) | notification (u32)`: transfers are
-numbered by a counter, and every grant has a higher notification than the last, so no nonce repeats under one key, also
-when a chunk is sent again. Transfer, offset and length are the associated data, so a chunk can't be passed off as
-another one.
+Seals are AES-256-GCM (NIST SP 800-38D). Each side draws a key for what it sends and gives it to the peer over the TLS
+control stream when the connection opens. What seals is derived from it (HKDF, RFC 5869), from the ticket that opened
+the door, and from the TLS handshake as each end has seen it, with both certificates (`ControlStream.binding`). So who
+sits in between and speaks TLS with each end can open nothing, whatever keys it passes on. A nonce is
+`transfer (u64) | notification (u32)`: transfers are numbered by a counter, and every grant has a higher notification
+than the last, so no nonce repeats under one key, also when a chunk is sent again. Transfer, offset and length are the
+associated data, so a chunk can't be passed off as another one.
 
 The checksum is XXH3 (64 bits): it finds flipped bits, not attackers.
 """
@@ -17,6 +19,8 @@ import struct
 import xxhash
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from nvflare_rdma.errors import IntegrityError
 
@@ -27,8 +31,13 @@ _IDENTITY = struct.Struct("!QQQ")
 
 
 def new_key() -> bytes:
-    """A random key for a `Sealer`."""
+    """A random key, from which a `Sealer`'s is derived."""
     return os.urandom(KEY_BYTES)
+
+
+def derive_key(key: bytes, ticket: bytes, binding: bytes) -> bytes:
+    """The key for a `Sealer`; for `ticket` and `binding` see `ControlStream`."""
+    return HKDF(SHA256(), KEY_BYTES, salt=ticket, info=b"nvflare-rdma seal" + binding).derive(key)
 
 
 def checksum(chunk: memoryview) -> int:

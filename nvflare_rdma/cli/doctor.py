@@ -108,6 +108,8 @@ class Report:
     settings_from: str
     settings: dict[str, Any]
     settings_changed: list[str]
+    links: str
+    """How the links of the site are protected; "" if no site was named."""
     ports: list[PortReport]
     locked_memory_limit: int | None
     locked_memory_needed: int
@@ -138,6 +140,7 @@ def examine(workspace: Path | None = None, sysfs: Path = SYSFS, files: Path = DE
         settings_from=settings_from,
         settings={each.name: getattr(settings, each.name) for each in fields(Settings)},
         settings_changed=[each.name for each in fields(Settings) if getattr(settings, each.name) != each.default],
+        links=_protection(workspace) if workspace is not None else "",
         ports=_examine_ports(settings, sysfs, files),
         locked_memory_limit=memlock_limit(),
         locked_memory_needed=memlock_needed(budget),
@@ -191,6 +194,16 @@ def read_settings(workspace: Path | None) -> tuple[Settings, str, list[str]]:
     except Exception as error:  # noqa: BLE001 - FLARE's parsers of files raise what they like
         problem = f"the configuration can't be read: {error!r}"
     return Settings(), told, [problem]
+
+
+def _protection(workspace: Path) -> str:
+    """How the links of a site are protected: with the certificates of its start-up kit, if it has any."""
+    if (workspace / "startup" / "rootCA.pem").is_file():
+        return "TLS with the certificates in startup, and sealed chunks"
+    return (
+        "CLEAR: there are no certificates in startup. Nothing is encrypted and nobody is known, so whoever is on the "
+        "way can read and change models. Use it on one host, or where the network is yours alone"
+    )
 
 
 def _version(package: str) -> str | None:

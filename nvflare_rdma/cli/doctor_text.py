@@ -52,6 +52,12 @@ def _settings(report: Report) -> Iterator[str]:
     for name, value in report.settings.items():
         changed = " (set)" if name in report.settings_changed else ""
         yield _item(name, f"{_setting(name, value) or '-'}{changed}", column=28)
+    yield from _links(report)
+
+
+def _links(report: Report) -> Iterator[str]:
+    if report.links:
+        yield _item("links of RdmaTransfer", report.links, column=28)
 
 
 def _setting(name: str, value: Any) -> str:

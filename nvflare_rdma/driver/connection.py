@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from nvflare.fuel.f3.comm_config import CommConfigurator
@@ -11,6 +12,8 @@ from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo
 
 from nvflare_rdma.channel import Delivery, Link
 from nvflare_rdma.errors import RdmaError, SendTimeoutError, TransferError
+
+log = logging.getLogger(__name__)
 
 
 class RdmaConnection(Connection):
@@ -40,7 +43,7 @@ class RdmaConnection(Connection):
         """
         assert self.link is not None
         try:
-            self.link.send(frame, self._send_timeout)
+            self.link.send(frame, self._send_timeout, self._lost)
         except RdmaError as error:
             if self._closing:
                 return  # as with FLARE's own drivers, what is sent while closing is dropped
@@ -51,6 +54,13 @@ class RdmaConnection(Connection):
             else:
                 code = CommError.CLOSED if isinstance(error, TransferError) else CommError.ERROR
             raise CommError(code, f"can't send a frame of {len(frame)} bytes on {self.name}: {error}") from error
+
+    def _lost(self, reason: str) -> None:
+        """A frame that FLARE takes for sent did not arrive. FLARE knows a connection whose frames arrive, or a broken
+        one: what waits for this frame is told at once, and does not time out."""
+        log.error("%s: a frame was refused, so this connection is closed: %s", self.name, reason)
+        assert self.link is not None
+        self.link.close(0.0)  # not `close`: what FLARE sends from now on fails, and is not dropped
 
     def close(self, linger: float | None = None) -> None:
         """FLARE's hook: end the link. `linger` is how many seconds it may wait for its peer; None for its default."""

@@ -9,8 +9,9 @@ import logging
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from nvflare.fuel.f3.comm_config_utils import requires_secure_connection
 from nvflare.fuel.f3.comm_error import CommError
@@ -65,6 +66,17 @@ def _parse_port(params: dict[str, Any]) -> int:
     raise ConfigError(f"bad port {raw!r} in {url}: give a whole number from 1 to 65535, as in rdma://host:8002")
 
 
+def _site(properties: dict[str, Any]) -> str:
+    """Who is at the other end, as far as that is known: the name in the certificate, else the host, which on this host
+    is nobody in particular ("")."""
+    common_name = properties.get(DriverParams.PEER_CN.value)
+    if common_name and common_name != "N/A":
+        return str(common_name)
+    host = str(properties[DriverParams.PEER_ADDR.value]).rpartition(":")[0]
+    own = str(properties[DriverParams.LOCAL_ADDR.value]).rpartition(":")[0]
+    return "" if host == own else host
+
+
 class RdmaDriver(BaseDriver):
     """The driver that FLARE finds in `comm_driver_path` (`nvflare-rdma driver-path` prints it)."""
 
@@ -98,11 +110,18 @@ class RdmaDriver(BaseDriver):
         prepared = self._prepare(connector, ssl_server=True)
         fabric = prepared.runtime.tcp()
 
-        def on_connection(sock: socket.socket, stream: ControlStream) -> None:
-            self._run(sock, stream, Role.PASSIVE, connector, fabric, prepared)
+        def on_connection(sock: socket.socket, stream: ControlStream, admitted: Callable[[], None]) -> None:
+            self._run(sock, stream, Role.PASSIVE, connector, fabric, prepared, admitted)
+
+        def tls() -> ssl.SSLContext:
+            # Made for each guest: certificates may be renewed.
+            try:
+                return cast(ssl.SSLContext, get_ssl_context(connector.params, True))
+            except Exception as error:  # FLARE's code, which raises what it likes about a wrong file
+                raise TlsError(f"this side can't use its certificates: {error}") from error
 
         listener = socket.create_server((prepared.host, prepared.port))
-        self._door = Door(listener, prepared.tls, fabric, on_connection, str(connector))
+        self._door = Door(listener, tls if prepared.tls else None, fabric, on_connection, str(connector))
         if self._stopping.is_set():  # shut down before `shutdown` could see the door
             self._door.close()
         self._door.serve()
@@ -176,11 +195,13 @@ class RdmaDriver(BaseDriver):
         connector: ConnectorInfo,
         fabric: TcpFabric,
         prepared: _Prepared,
+        admitted: Callable[[], None] = lambda: None,
     ) -> None:
         """Open a link on a control stream, make it known to FLARE, and receive until it ends."""
         with self._opening.track(sock):
             connection = self._make_connection(sock, stream, role, connector, fabric, prepared)
         assert connection.link is not None
+        admitted()
         try:
             self.add_connection(connection)
             if self._stopping.is_set():  # shut down before `shutdown` could see it
@@ -209,6 +230,7 @@ class RdmaDriver(BaseDriver):
             properties[DriverParams.PEER_CN.value] = get_certificate_common_name(certificate) if certificate else "N/A"
         connection = RdmaConnection(connector, properties)
         fabrics = prepared.runtime.fabrics(fabric, sock)
+        stream.site = _site(properties)
         connection.link = Link(stream, role, fabrics, prepared.runtime.context, connection.receive, connection.name)
         try:
             connection.link.open()

@@ -1,9 +1,13 @@
-"""How many bytes all transfers of a process may hold at once, and who is next when they are short."""
+"""How many bytes all transfers of a process may hold at once, and who is next when they are short.
+
+Whoever asks does so for a site: all links of one site together have one share, however many there are.
+"""
 
 from __future__ import annotations
 
 import itertools
 import threading
+import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable
@@ -11,6 +15,10 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 _MIB = 1024 * 1024
+#: A site keeps to half of the budget while another one has asked for some within so many seconds.
+_NEIGHBOUR_SECONDS = 30.0
+#: What a site holds beyond half of the budget is taken back when another one has waited for so many seconds.
+HURRY_SECONDS = 5.0
 
 
 class _State(Enum):
@@ -22,20 +30,23 @@ class _State(Enum):
 
 @dataclass(eq=False, slots=True)
 class Reservation:
-    """Bytes of a budget that `holder` (a connection, by name) asks for.
+    """Bytes of a budget that `site` asks for.
 
     `granted` is called when it has them, from the thread of `request` or later from the one that releases some.
-    `refused` is called with the reason when it has not got them by `deadline`.
+    `refused` is called with the reason when it has not got them by `deadline`. `revoked` is called with the reason when
+    others need them: the holder is to release them, at once and by force.
     """
 
     budget: MemoryBudget
     nbytes: int
-    holder: str
+    site: str
     granted: Callable[[], None]
     refused: Callable[[str], None]
+    revoked: Callable[[str], None]
     deadline: float = float("inf")
     state: _State = _State.NEW
     number: int = 0
+    asked_at: float = 0.0
 
     def request(self) -> None:
         """Ask for the bytes. Does nothing if they were released already."""
@@ -58,10 +69,11 @@ class Peak:
 class MemoryBudget:
     """How many bytes all transfers of a process may hold at once.
 
-    Next is who holds the least (of equals, who came first), so that one connection with many messages leaves the
-    others their share. Nobody is passed over because his request is large. A request larger than the whole budget is
-    admitted alone, as if it were the size of the budget: a message that has to be contiguous can't be received in less
-    memory than it has, but there is never more than one.
+    Next is the site that holds the least (of equals, who came first), so that one with many messages leaves the others
+    their share. While others need memory, too, none has more than half, but for one request that is larger by itself:
+    nobody is passed over because his request is large. What a site holds beyond half is taken back when another one
+    waits for it. A request larger than the whole budget is admitted alone, as if it were the size of the budget: a
+    message that has to be contiguous can't be received in less memory than it has, but there is never more than one.
     """
 
     def __init__(self, limit: int) -> None:
@@ -70,9 +82,12 @@ class MemoryBudget:
         self.limit = limit
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        #: By holder, as they came; no holder without any.
+        #: By site, as they came; no site without any.
         self._waiting: dict[str, deque[Reservation]] = {}
+        self._holding: dict[str, list[Reservation]] = {}
         self._held: Counter[str] = Counter()
+        #: Site -> when it asked last.
+        self._asked: dict[str, float] = {}
         self._in_use = 0
         self._peak = 0
         self._watching: weakref.WeakSet[Peak] = weakref.WeakSet()
@@ -101,34 +116,40 @@ class MemoryBudget:
             reservation.nbytes = min(reservation.nbytes, self.limit)
             reservation.number = next(self._numbers)
             reservation.state = _State.WAITING
-            self._waiting.setdefault(reservation.holder, deque()).append(reservation)
+            reservation.asked_at = self._asked[reservation.site] = time.monotonic()
+            self._waiting.setdefault(reservation.site, deque()).append(reservation)
         self._serve()
 
     def _release(self, reservation: Reservation) -> None:
         with self._lock:
             if reservation.state is _State.HELD:
                 self._in_use -= reservation.nbytes
-                self._held[reservation.holder] -= reservation.nbytes
-                if not self._held[reservation.holder]:
-                    del self._held[reservation.holder]
+                self._held[reservation.site] -= reservation.nbytes
+                self._holding[reservation.site].remove(reservation)
+                if not self._holding[reservation.site]:
+                    del self._held[reservation.site], self._holding[reservation.site]
             elif reservation.state is _State.WAITING:
                 self._no_longer_waits(reservation)
             reservation.state = _State.OVER
         self._serve()
 
     def _no_longer_waits(self, reservation: Reservation) -> None:
-        line = self._waiting[reservation.holder]
+        line = self._waiting[reservation.site]
         line.remove(reservation)
         if not line:
-            del self._waiting[reservation.holder]
+            del self._waiting[reservation.site]
 
     def expire(self, now: float) -> None:
-        """Refuse the requests whose deadline has passed."""
+        """Refuse the requests whose deadline has passed, and take back what others have waited for long enough."""
         with self._lock:
+            self._asked = {site: at for site, at in self._asked.items() if now - at < _NEIGHBOUR_SECONDS}
+            taken, why = self._to_take_back(now)
             late = [r for line in self._waiting.values() for r in line if now > r.deadline]
             for reservation in late:
                 reservation.state = _State.OVER
                 self._no_longer_waits(reservation)
+        for reservation in taken:
+            reservation.revoked(why)
         for reservation in late:
             reservation.refused(
                 f"no {reservation.nbytes / _MIB:.1f} MiB came free in time of the memory budget of "
@@ -137,26 +158,53 @@ class MemoryBudget:
         if late:
             self._serve()
 
+    def _to_take_back(self, now: float) -> tuple[list[Reservation], str]:
+        """The newest reservations of a site that holds more than half, if another one waits too long; and why."""
+        for site, held in self._held.items():
+            waiting = [line[0] for other, line in self._waiting.items() if other != site]
+            if held <= self.limit // 2 or not any(now - first.asked_at > HURRY_SECONDS for first in waiting):
+                continue
+            taken: list[Reservation] = []
+            for reservation in sorted(self._holding[site], key=lambda r: r.number, reverse=True):
+                if held <= self.limit // 2:
+                    break
+                taken.append(reservation)
+                held -= reservation.nbytes
+            return taken, (
+                f"{site} holds {self._held[site] / _MIB:.1f} MiB, more than half of the memory budget of "
+                f"{self.limit / _MIB:.1f} MiB (rdma_memory_budget_bytes), for which another site has waited for more "
+                f"than {HURRY_SECONDS:g} s"
+            )
+        return [], ""
+
     def describe(self) -> str:
         """Say who holds what, the largest first."""
         with self._lock:
             held = self._held.most_common(8)
-        return ", ".join(f"{holder}: {nbytes / _MIB:.1f} MiB" for holder, nbytes in held) or "nobody"
+        return ", ".join(f"{site}: {nbytes / _MIB:.1f} MiB" for site, nbytes in held) or "nobody"
 
     def _serve(self) -> None:
         while True:
             with self._lock:
-                firsts = [line[0] for line in self._waiting.values()]
-                if not firsts:
-                    return
-                reservation = min(firsts, key=lambda r: (self._held.get(r.holder, 0), r.number))
-                if self._in_use + reservation.nbytes > self.limit:
+                reservation = self._next()
+                if reservation is None or self._in_use + reservation.nbytes > self.limit:
                     return
                 self._no_longer_waits(reservation)
                 reservation.state = _State.HELD
-                self._held[reservation.holder] += reservation.nbytes
+                self._held[reservation.site] += reservation.nbytes
+                self._holding.setdefault(reservation.site, []).append(reservation)
                 self._in_use += reservation.nbytes
                 self._peak = max(self._peak, self._in_use)
                 for watch in self._watching:
                     watch.peak = max(watch.peak, self._in_use)
             reservation.granted()
+
+    def _next(self) -> Reservation | None:
+        now = time.monotonic()
+        near = {site for site, at in self._asked.items() if now - at < _NEIGHBOUR_SECONDS}
+        firsts = [
+            line[0]
+            for site, line in self._waiting.items()
+            if not (held := self._held.get(site, 0)) or held + line[0].nbytes <= self.limit // 2 or not near - {site}
+        ]
+        return min(firsts, key=lambda r: (self._held.get(r.site, 0), r.number), default=None)

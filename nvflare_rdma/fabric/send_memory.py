@@ -39,19 +39,27 @@ class Allowance:
 
 class SendMemory:
     """Slots of a pool for what has to be made before it is written (encoded, sealed, read from a file): as many as all
-    connections together may have, and each of them at most a quarter of that. A slot counts until no view of it is
-    left. It is apart from the `MemoryBudget` of what arrives, since two processes that send to each other would
-    otherwise wait for each other's memory.
+    sites together may have, and each of them at most a quarter of that, over all links to it. A slot counts until no
+    view of it is left. It is apart from the `MemoryBudget` of what arrives, since two processes that send to each other
+    would otherwise wait for each other's memory.
     """
 
     def __init__(self, pool: SlotPool, limit: int) -> None:
         self._pool = pool
         self._limit = limit
         self._allowance = Allowance(limit)
+        self._lock = threading.Lock()
+        self._shares: weakref.WeakValueDictionary[str, Allowance] = weakref.WeakValueDictionary()
 
-    def share(self) -> Callable[[int], memoryview]:
-        """Return what gives one connection writable slots of so many bytes. It may wait for others to be written."""
-        own = Allowance(self._limit // 4)
+    @property
+    def share_bytes(self) -> int:
+        """How many bytes of slots a site may have. A slot that is longer by itself is admitted alone."""
+        return self._limit // 4
+
+    def share(self, site: str) -> Callable[[int], memoryview]:
+        """Return what gives a link to `site` writable slots of so many bytes. It may wait for others to be written."""
+        with self._lock:
+            own = self._shares.setdefault(site, Allowance(self.share_bytes))
 
         def take(nbytes: int) -> memoryview:
             cost = self._pool.cost(nbytes)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
+import json
 import ssl
 import sys
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -26,6 +29,7 @@ from nvflare_rdma.streaming.trainer import hand_on, inherited_site, is_trainer, 
 from nvflare_rdma.transfer import PeerLinks
 
 _ANY_PORT = (0, 0)
+_ANY_HOST = ("", "0", "0.0.0.0", "::")
 #: Public context property of a run on a side where `RdmaTransfer` could not start: the reason.
 FAILURE_PROP = "nvflare_rdma.transfer_failure"
 _MAX_FAILURE, _MOST_TOLD = 1000, 1000
@@ -84,7 +88,7 @@ class RdmaTransfer(FLComponent):
     def _install(fl_ctx: FLContext) -> None:
         """Call `install`. If it fails, the other side is told why: its log is read where this one's is not."""
         try:
-            install()
+            install(_server_host(fl_ctx))
         except RdmaError as error:
             fl_ctx.set_prop(FAILURE_PROP, str(error)[:_MAX_FAILURE], private=False, sticky=True)
             raise
@@ -104,8 +108,19 @@ class RdmaTransfer(FLComponent):
             )
 
 
-def install() -> None:
-    """Have FLARE's tensors and arrays move over links, from now on until `LinksByCell.stop`."""
+def _server_host(fl_ctx: FLContext) -> str:
+    """The host at which the sites reach the server, by the start-up kit of a server; "" if there is none."""
+    path = fl_ctx.get_engine().get_workspace().get_server_startup_file_path()
+    try:
+        target = json.loads(Path(path).read_text())["servers"][0]["service"]["target"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+    return str(target).rpartition(":")[0]
+
+
+def install(server_host: str = "") -> None:
+    """Have FLARE's tensors and arrays move over links, from now on until `LinksByCell.stop`. `server_host` is where the
+    server is reached, if a cell does not know it better."""
     require_flare("RdmaTransfer")
     runtime = this_runtime()  # a wrong setting is said now
     runtime.shared.encoded_chunks.limit = runtime.settings.rdma_memory_budget_bytes // 16
@@ -115,7 +130,7 @@ def install() -> None:
     if not is_trainer() or "torch" in sys.modules:
         with contextlib.suppress(ImportError):  # a site without torch
             replace_decomposer(torch_decomposer())
-    runtime.shared.links.start(open_links)
+    runtime.shared.links.start(functools.partial(open_links, server_host=server_host))
 
 
 def install_in_trainer() -> None:
@@ -128,7 +143,7 @@ def install_in_trainer() -> None:
 install_in_trainer.__module__ = "nvflare_rdma.streaming"  # as all that this package hands on
 
 
-def open_links(cell: Any) -> PeerLinks:
+def open_links(cell: Any, server_host: str = "") -> PeerLinks:
     """The links of a cell. They are as its own connections are: with its certificates, if it has any. A trainer's are
     its site's."""
     runtime, name = this_runtime(), cell.get_fqcn()
@@ -138,6 +153,8 @@ def open_links(cell: Any) -> PeerLinks:
         server = FQCN.get_root(name) == FQCN.ROOT_SERVER
         ports, trainers = (_ANY_PORT, False) if server else ("none", True)
     host = urlparse(site.url).hostname or ""
+    if host in _ANY_HOST:  # a server knows where it listens, and not how it is reached
+        host = server_host
 
     def tls(server_side: bool) -> ssl.SSLContext | None:
         if not site.secure:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from nvflare.fuel.hci.security import get_certificate_common_name
 
 from nvflare_rdma.errors import TlsError
 from nvflare_rdma.flare_compat import identity_resolver
 from nvflare_rdma.transfer import Identify
+
+#: A certificate that names cells in this way is theirs and of the cells below them only. FLARE 2.10 issues such for
+#: each job (NVFlare pull request 5263).
+_CELL_URI = "https://nvidia.com/nvflare/v1/cell/"
 
 
 def identifier(identities: Mapping[str, str]) -> Identify:
@@ -27,5 +32,15 @@ def identifier(identities: Mapping[str, str]) -> Identify:
         expected, shown = resolve(peer), get_certificate_common_name(dict(certificate))
         if not shown or shown != expected:
             raise TlsError(f"{peer!r} has the certificate of {expected!r}, but who is there shows that of {shown!r}")
+        cells = _cells_named_in(certificate)
+        if cells and not any(peer == cell or peer.startswith(f"{cell}.") for cell in cells):
+            raise TlsError(
+                f"who is there as {peer!r} shows a certificate that is for {', '.join(map(repr, cells))} only"
+            )
 
     return identify
+
+
+def _cells_named_in(certificate: Mapping[str, Any]) -> list[str]:
+    names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
+    return [unquote(name.removeprefix(_CELL_URI)) for name in names if name.startswith(_CELL_URI)]

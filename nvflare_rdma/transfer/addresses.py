@@ -1,8 +1,10 @@
-"""Where a peer listens for data, and how it tells others to get there."""
+"""Where a peer listens for data, how it tells others to get there, and which of that is dialled."""
 
 from __future__ import annotations
 
+import ipaddress
 import socket
+from enum import Enum
 from typing import Any
 
 from nvflare_rdma.errors import ProtocolError
@@ -10,6 +12,64 @@ from nvflare_rdma.fabric import addresses_of
 
 TICKET_BYTES = 32
 MAX_ADDRESSES = 16
+
+
+class Reach(Enum):
+    """From where an address is the same host's. The value is what people call it."""
+
+    HOST = "loopback"
+    SEGMENT = "link-local"
+    SITE = "private"
+    WORLD = "global"
+
+
+def site_of(cell: str) -> str:
+    """The site whose cell it is, by the cell's name (FQCN)."""
+    return cell.split(".", 1)[0]
+
+
+def reach_of(address: str) -> Reach:
+    """What an IP address is. One that stands for any address of this host is a loopback address.
+
+    Raises:
+        ValueError: it is no IP address.
+    """
+    ip = ipaddress.ip_address(address.split("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if ip.is_loopback or ip.is_unspecified:
+        return Reach.HOST
+    if ip.is_link_local:
+        return Reach.SEGMENT
+    return Reach.WORLD if ip.is_global else Reach.SITE
+
+
+def resolve(host: str) -> list[str]:
+    """The IP addresses of a host, in the order in which they are to be tried.
+
+    Raises:
+        OSError: the name is unknown. ValueError: it can't be a name.
+    """
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return [*dict.fromkeys(str(address[0]) for *_, address in found)]
+
+
+def reach_of_host(host: str) -> Reach:
+    """How far the most public address of a host reaches; `WORLD` if the host is unknown."""
+    try:
+        reaches = {reach_of(address) for address in resolve(host)} if host else set()
+    except (OSError, ValueError):
+        return Reach.WORLD
+    return next(
+        (reach for reach in (Reach.WORLD, Reach.SITE, Reach.SEGMENT, Reach.HOST) if reach in reaches), Reach.WORLD
+    )
+
+
+def may_be_named(address: str, server: Reach) -> bool:
+    """Whether an address of this federation's hosts means the same host to its peers and may be told them, or be
+    dialled if a peer names it. `server` is how far the federation's server can be reached: inside of one host or one
+    private network, the addresses there are everybody's; else they are somebody else's in the network of a peer."""
+    reach = reach_of(address)
+    return reach is Reach.WORLD or reach is server or (server is Reach.HOST and reach is Reach.SITE)
 
 
 def parse_invitation(invitation: Any) -> tuple[list[str], int, bytes]:
@@ -21,7 +81,7 @@ def parse_invitation(invitation: Any) -> tuple[list[str], int, bytes]:
     match invitation:
         case {"hosts": [*hosts], "port": port, "ticket": bytes(ticket)} if (
             len(hosts) <= MAX_ADDRESSES
-            and all(type(host) is str for host in hosts)
+            and all(type(host) is str and len(host) < 256 and host.isascii() and host.isprintable() for host in hosts)
             and type(port) is int
             and 0 < port < 65536
             and len(ticket) == TICKET_BYTES
@@ -45,10 +105,10 @@ def listen(host: str, ports: tuple[int, int]) -> socket.socket:
 
 
 def own_hosts() -> list[str]:
-    """Names that others may reach this host by: the addresses of its interfaces that are up, and its own name."""
+    """The addresses of this host's interfaces that are up, without loopback and link-local ones."""
     known = [address for _, name in socket.if_nameindex() for address in addresses_of(name)]
     found = [str(address) for address in known if not (address.is_loopback or address.is_link_local)]
-    return [*dict.fromkeys([*found, socket.gethostname()])][:MAX_ADDRESSES]
+    return [*dict.fromkeys(found)][:MAX_ADDRESSES]
 
 
 def is_loopback(host: str) -> bool:

@@ -5,6 +5,8 @@ stays open for later transfers. A door is opened by a ticket only (one use, boun
 travels in FLARE's messages, whose senders FLARE has authenticated. Where FLARE's connections are secure, so are these,
 with the same certificates: a ticket opens a door, and a certificate says who comes. Before anything else, each side
 checks that the certificate is that of the peer that it means.
+
+What a peer may use counts for its site, however many cells, tickets and links it has.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
@@ -34,14 +36,29 @@ from nvflare_rdma.channel import (
 )
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TlsError, UnreachableError
 from nvflare_rdma.fabric import Fabric, MemoryBudget, TcpFabric
-from nvflare_rdma.transfer.addresses import TICKET_BYTES, is_loopback, listen, own_hosts, parse_invitation
+from nvflare_rdma.transfer.addresses import (
+    MAX_ADDRESSES,
+    TICKET_BYTES,
+    Reach,
+    is_loopback,
+    listen,
+    may_be_named,
+    own_hosts,
+    parse_invitation,
+    reach_of,
+    reach_of_host,
+    resolve,
+    site_of,
+)
 from nvflare_rdma.transfer.records import Ledger
 
 log = logging.getLogger(__name__)
 
 SERVER = "server"  # the root of its cells' names
 TICKET_SECONDS = 120.0
-MAX_TICKETS = 4096
+#: For all cells of a site, and its links. The oldest makes room: of links, one that is idle first.
+MAX_INVITATIONS = 32
+MAX_LINKS = 16
 #: The time for all addresses of a peer together. The last one that is tried may take an `_ADDRESS_SECONDS` longer, and
 #: an address that answers has the handshake's deadline besides.
 DIAL_SECONDS = 20.0
@@ -87,8 +104,9 @@ class PeerLinks:
         shared: what all links of the process share.
         tls: makes the context for the listening side (True) or the dialling one; gives None where FLARE is not secure.
         identify: says whether a certificate is a peer's.
-        server_host: how this side's FLARE reaches the server, "" if it is unknown; tried before the addresses that a
-            peer names.
+        server_host: where the federation's server is reached, "" if it is unknown; tried before the addresses that the
+            server names. Unless it is on a private network, peers are told no private address, and none that a peer
+            names is dialled.
         ports: what the door may listen on, (0, 0) for any port; None for no door.
         trainers: without `ports`, whether there is a door on the loopback device for the cells below this one: the
             Client API's processes.
@@ -123,6 +141,8 @@ class PeerLinks:
         self._links: dict[str, list[Link]] = {}
         #: Peer -> how many of its tickets came whose link is not there yet.
         self._opening: Counter[str] = Counter()
+        #: Peers that are being dialled.
+        self._dialling: set[str] = set()
         self._sinks: dict[tuple[str, int], Sink] = {}
         #: Peer -> how often in a row it did not answer, when that was last, and what was tried.
         self._unreachable: dict[str, tuple[int, float, str]] = {}
@@ -139,15 +159,39 @@ class PeerLinks:
         if not self._may_come(peer):
             raise FabricUnavailable(f"{self.name} does not listen for data, as rdma_data_ports says there")
         door = self._open_door()
-        ticket, now = secrets.token_bytes(TICKET_BYTES), time.monotonic()
-        with self._lock:
-            self._tickets = {t: entry for t, entry in self._tickets.items() if entry[1] > now}
-            if len(self._tickets) >= MAX_TICKETS:
-                raise FabricUnavailable(f"{len(self._tickets)} invitations are open already")
-            self._tickets[ticket] = peer, now + TICKET_SECONDS
         host, port = door.address
-        hosts = [host] if host not in ("", "0.0.0.0", "::") else own_hosts()
+        hosts = [host] if host not in ("", "0.0.0.0", "::") else self._hosts_for(peer)
+        with self._lock:
+            ticket = self._ticket_for(peer, time.monotonic())
         return {"hosts": hosts, "port": port, "ticket": ticket}
+
+    def _ticket_for(self, peer: str, now: float) -> bytes:
+        """The ticket of the open invitation of `peer`, or a new one if there is none that lasts."""
+        self._tickets = {ticket: entry for ticket, entry in self._tickets.items() if entry[1] > now}
+        for ticket, (whose, expires) in self._tickets.items():
+            if whose == peer and expires - now > TICKET_SECONDS / 2:
+                return ticket
+        site = site_of(peer)
+        others = [ticket for ticket, (whose, _) in self._tickets.items() if site_of(whose) == site]
+        if len(others) >= MAX_INVITATIONS:
+            log.warning("%s has %d open invitations; the oldest is withdrawn", site, len(others))
+            del self._tickets[others[0]]
+        ticket = secrets.token_bytes(TICKET_BYTES)
+        self._tickets[ticket] = peer, now + TICKET_SECONDS
+        return ticket
+
+    def _hosts_for(self, peer: str) -> list[str]:
+        if self._is_same_site(peer):
+            return ["127.0.0.1", *own_hosts()][:MAX_ADDRESSES]
+        server = self._server_reach
+        return [host for host in own_hosts() if may_be_named(host, server)]
+
+    def _is_same_site(self, peer: str) -> bool:
+        return site_of(peer) == site_of(self.name)
+
+    @functools.cached_property
+    def _server_reach(self) -> Reach:
+        return reach_of_host(self._server_host)
 
     def _open_door(self) -> Door:
         with self._lock:
@@ -156,7 +200,7 @@ class PeerLinks:
             if self._door is None:
                 inside = self._ports is None or is_loopback(self._server_host)
                 try:
-                    tls = self._secure(True)
+                    tls = None if self._secure(True) is None else self._door_tls
                     listener = listen("127.0.0.1" if inside else "", self._ports or (0, 0))
                 except OSError as error:
                     raise FabricUnavailable(f"{self.name} can't listen for data: {error}") from error
@@ -165,7 +209,13 @@ class PeerLinks:
                 log.info("%s listens for data on port %d", self.name, self._door.address[1])
             return self._door
 
-    def _on_connection(self, sock: socket.socket, stream: ControlStream) -> None:
+    def _door_tls(self) -> ssl.SSLContext:
+        """Made for each guest, since certificates may be renewed."""
+        if (context := self._secure(True)) is None:
+            raise FabricUnavailable(f"{self.name} has no certificates any more")
+        return context
+
+    def _on_connection(self, sock: socket.socket, stream: ControlStream, admitted: Callable[[], None]) -> None:
         """Serve a peer that has dialled until it goes."""
         with self._pending.track(sock):
             ticket = _receive_exactly(stream, TICKET_BYTES, GREETING_TIMEOUT)
@@ -174,6 +224,7 @@ class PeerLinks:
             self._opening[peer] += 1
         try:
             link = self._admit(sock, stream, peer, ticket)
+            admitted()
         finally:
             with self._opened:
                 self._opening[peer] -= 1
@@ -191,6 +242,7 @@ class PeerLinks:
         except RdmaError:
             stream.close()
             raise
+        stream.ticket = ticket
         stream.send(stream.protect([_WELCOME]))
         return self._open(Role.PASSIVE, sock, stream, self._fabric, peer)
 
@@ -251,9 +303,16 @@ class PeerLinks:
     def _find(self, peer: str) -> Link | None:
         return next((link for link in reversed(self._links.get(peer, [])) if link.usable), None)
 
-    def await_open(self, peer: str) -> Link | None:
-        """Find the link to `peer`, and if `peer` has dialled, first wait until this side's end of it is open."""
+    def is_coming(self, peer: str) -> bool:
+        """Whether there is a link to `peer`, or it has dialled and this side's end is being opened."""
+        with self._lock:
+            return self._find(peer) is not None or self._opening[peer] > 0
+
+    def await_open(self, peer: str, patience: float = 0.0) -> Link | None:
+        """Find the link to `peer`, and if `peer` has dialled, first wait until this side's end of it is open.
+        Waiting for it to dial takes up to `patience` seconds."""
         with self._opened:
+            self._opened.wait_for(lambda: self._find(peer) or self._closed, patience)
             self._opened.wait_for(lambda: self._find(peer) or not self._opening[peer], GREETING_TIMEOUT)
             return self._find(peer)
 
@@ -264,25 +323,60 @@ class PeerLinks:
         return sum(landed for link in links for landed, _ in link.incoming().values())
 
     def dial(self, peer: str, invitation: Any) -> Link:
-        """Open a new link to `peer`, which has sent the invitation.
+        """Open a new link to `peer`, which has sent the invitation. Who comes while the peer is being dialled waits for
+        that link.
 
         Raises:
             RdmaError: none of its addresses leads there; or that was so a short time ago, and none was tried.
             ProtocolError: `invitation` is malformed.
         """
         hosts, port, ticket = parse_invitation(invitation)
+        with self._opened:
+            if peer in self._dialling:
+                self._opened.wait_for(lambda: peer not in self._dialling, 2 * DIAL_SECONDS)
+                if (link := self._find(peer)) is not None:
+                    return link
+                if peer in self._dialling:
+                    raise FabricUnavailable(f"{peer} is being dialled already")
+            self._dialling.add(peer)
+        try:
+            return self._try_addresses(peer, hosts, port, ticket)
+        finally:
+            with self._opened:
+                self._dialling.discard(peer)
+                self._opened.notify_all()
+
+    def _addresses(self, peer: str, hosts: list[str], failures: list[str]) -> Iterator[tuple[str, str]]:
+        """The addresses that may be dialled, with the host of each. `failures` gets why others may not."""
+        if self._server_host and site_of(peer) == SERVER:
+            hosts = [self._server_host, *(host for host in hosts if host != self._server_host)]
+        server = self._server_reach
+        for host in hosts[:MAX_ADDRESSES]:
+            try:
+                found = resolve(host)[:MAX_ADDRESSES]
+                ours = host == self._server_host or self._is_same_site(peer)
+                allowed = [address for address in found if ours or may_be_named(address, server)]
+            except (OSError, ValueError) as error:
+                failures.append(f"{host}: {error}")
+                continue
+            for address in found:
+                if address not in allowed:
+                    kind = reach_of(address).value
+                    failures.append(f"{host} is not dialled: it is a {kind} address, but the server's is not")
+            yield from ((host, address) for address in allowed)
+
+    def _try_addresses(self, peer: str, hosts: list[str], port: int, ticket: bytes) -> Link:
         began = time.monotonic()
         self._avoid(peer, began)
-        if self._server_host and peer.split(".")[0] == SERVER and self._server_host not in hosts:
-            hosts = [self._server_host, *hosts]
-        failures, deadline, silent, impostors = [], began + DIAL_SECONDS, False, []
-        for host in hosts:
+        failures: list[str] = []
+        deadline, silent, impostors = began + DIAL_SECONDS, False, []
+        for host, address in self._addresses(peer, hosts, failures):
             if (left := deadline - time.monotonic()) <= 0:
                 failures.append(f"the others were not tried: {DIAL_SECONDS:g} s are over")
                 break
             try:
-                link = self._dial((host, port), ticket, peer, min(left, _ADDRESS_SECONDS))
-            except (OSError, RdmaError, ValueError) as error:  # ValueError: what can't be a host's name
+                link = self._dial((address, port), ticket, peer, min(left, _ADDRESS_SECONDS))
+            except (OSError, RdmaError) as error:
                 failures.append(f"{host}:{port}: {error}")
                 silent = silent or isinstance(error, UnreachableError)
                 if isinstance(error, TlsError):
@@ -293,7 +387,7 @@ class PeerLinks:
             threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
             return link
         reason = (
-            f"no direct way from {self.name} to {peer}: {'; '.join(failures)} "
+            f"no direct way from {self.name} to {peer}: {'; '.join(failures) or 'it names no address'} "
             f"(where {peer} listens is said there by rdma_data_ports: it has to be a port that is open to this side)"
         )
         if silent:
@@ -316,6 +410,7 @@ class PeerLinks:
             deadline = time.monotonic() + timeout
             self._require(stream, peer, Role.ACTIVE, "it was sent no ticket")
             with self._pending.track(sock):
+                stream.ticket = ticket
                 stream.send(stream.protect([ticket]))
                 if _receive_exactly(stream, len(_WELCOME), deadline - time.monotonic()) != _WELCOME:
                     raise ProtocolError("it is no data port of nvflare-rdma")
@@ -327,18 +422,35 @@ class PeerLinks:
 
     def _open(self, role: Role, sock: socket.socket, stream: ControlStream, tcp: TcpFabric, peer: str) -> Link:
         place = functools.partial(self._place, peer)
-        fabrics = self._shared.fabrics(tcp, sock)
-        link = Link(stream, role, fabrics, self._context, _unexpected, f"data {self.name} - {peer}", place)
+        fabrics, name = self._shared.fabrics(tcp, sock), f"data {self.name} - {peer}"
+        stream.site = site_of(peer)
+        link = Link(stream, role, fabrics, self._context, _unexpected, name, place)
         with self._pending.track(sock):
             link.open()
         with self._lock:
-            if not self._closed:
+            closed = self._closed
+            if not closed:
+                surplus = self._surplus(peer)
                 self._links.setdefault(peer, []).append(link)
                 self._unreachable.pop(peer, None)
                 self._opened.notify_all()
-                return link
-        link.close(0.0)
-        raise FabricError(f"{self.name} is ending")
+        if closed:
+            link.close(0.0)
+            raise FabricError(f"{self.name} is ending")
+        for old in surplus:
+            old.close(0.0)
+        return link
+
+    def _surplus(self, peer: str) -> list[Link]:
+        """The links that end since one more to `peer` has opened: what its site has beyond `MAX_LINKS`."""
+        site, surplus = site_of(peer), []
+        left = [link for whose, links in self._links.items() if site_of(whose) == site for link in links]
+        while len(left) >= MAX_LINKS:
+            oldest = next((link for link in left if link.idle), left[0])
+            log.warning("%s has %d links, which are the most for one site; the oldest is closed", site, len(left))
+            left.remove(oldest)
+            surplus.append(oldest)
+        return surplus
 
     def _run(self, link: Link, peer: str) -> None:
         try:

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 2.0
 _LOOK_SECONDS = 0.2
+#: How long the peer may take to open a link, and how often it is asked whether it can.
+OPEN_SECONDS, _OPEN_LOOK_SECONDS = 30.0, 0.5
 #: So many attempts in a row that bring nothing are the end of a transfer.
 ATTEMPTS = 3
 
@@ -174,9 +176,9 @@ class Pull:
             self._asked = True
             request = {"do": "send", "first": first, "items": sorted(missing), "invitation": invitation}
             self._seen = ask_for(self._ask_peer, request).get("sees") is True
-            if invitation is not None and (link := self._links.await_open(self._peer)) is None:
-                return "the link that the peer has dialled did not open"
-            self._wait(arrivals, link)
+            if invitation is None or self._peer_has_dialled(arrivals):
+                link = self._links.find(self._peer) or link
+                self._wait(arrivals, link)
         finally:
             self._count(sinks, arrivals, link)
             self._links.forget(self._peer, first, len(sinks))
@@ -185,6 +187,25 @@ class Pull:
             self._whole_bytes += arrivals.nbytes
             reason = arrivals.failure or arrivals.lost
         return reason
+
+    def _peer_has_dialled(self, arrivals: Arrivals) -> bool:
+        """Wait until the link is here that the peer is to open. If it does not come, `arrivals` has failed.
+
+        Raises:
+            AbortedError: the receiver does not want it any more. FabricUnavailable: the peer can't reach this side.
+        """
+        deadline = time.monotonic() + OPEN_SECONDS
+        while self._links.await_open(self._peer, _OPEN_LOOK_SECONDS) is None:
+            if self._aborted():
+                raise AbortedError(f"the transfer from {self._peer} was aborted")
+            if time.monotonic() > deadline:
+                arrivals.fail(f"the peer has opened no link in {OPEN_SECONDS:g} s")
+            else:
+                self._report(arrivals)
+            with arrivals.changed:
+                if arrivals.failure:
+                    return False
+        return True
 
     def _count(self, sinks: list[Sink], arrivals: Arrivals, link: Link | None) -> None:
         if (found := self._links.find(self._peer) or link) is not None:
@@ -239,11 +260,13 @@ class Pull:
 
     def _report(self, arrivals: Arrivals) -> None:
         try:
-            failed = ask_for(self._ask_peer, {"do": "report"}).get("failed")
+            answer = ask_for(self._ask_peer, {"do": "report"})
         except LostError as error:
             log.info("the transfer goes on, though %s", error)  # whether data comes shows by itself
             return
-        if failed:
+        if failed := answer.get("failed"):
+            if answer.get("unreachable") is True:
+                raise FabricUnavailable(f"no direct way from {self._peer} to here: {failed}")
             arrivals.fail(str(failed))
 
     def _describe_again(self, before: str) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from nvflare_rdma.channel import Link, Sending, Source, whole_units
-from nvflare_rdma.errors import ProtocolError, TransferError, UnrepresentableError
+from nvflare_rdma.errors import FabricUnavailable, ProtocolError, TransferError, UnrepresentableError
 from nvflare_rdma.transfer.content import Content
 from nvflare_rdma.transfer.manifest import Item
 from nvflare_rdma.transfer.records import Meter
@@ -74,19 +74,21 @@ class OfferedItem:
 
 
 class OfferThread(threading.Thread):
-    """Offers items of `content` to one receiver, one after the other. `moved` is called with the bytes of each one that
-    has arrived, and `broke` in the end, in this thread, if the link has ended in the middle of it."""
+    """Offers items of `content` to one receiver, one after the other. `open_link` finds the link to it, or opens one,
+    which may take as long as it takes to dial. `moved` is called with the bytes of each item that has arrived, and
+    `broke` in the end, in this thread, if the link has ended in the middle of it."""
 
     def __init__(
         self,
-        link: Link,
+        open_link: Callable[[], Link],
         content: Content,
         wanted: list[OfferedItem],
         moved: Callable[[int], None],
         broke: Callable[[OfferThread], None] = lambda sender: None,
     ) -> None:
         super().__init__(name="rdma-offers", daemon=True)
-        self._link = link
+        self._open_link = open_link
+        self._link: Link | None = None
         self._content = content
         self._wanted = wanted
         self._moved = moved
@@ -96,6 +98,13 @@ class OfferThread(threading.Thread):
         self._open: deque[tuple[Sending, Item, Source]] = deque()
         self._offered: list[Sending] = []
         self._missing = len(wanted)
+        self.unreachable = False
+        """Whether it failed because there is no way to the receiver."""
+
+    @property
+    def is_opening(self) -> bool:
+        """Whether the link is not there yet."""
+        return self._link is None and self.is_alive()
 
     @property
     def failure(self) -> str:
@@ -106,6 +115,7 @@ class OfferThread(threading.Thread):
     def run(self) -> None:
         """Offer everything, and wait until it has arrived. What fails is in `failure`, for the receiver to ask."""
         try:
+            self._link = self._open_link()
             for wanted in self._wanted:
                 while len(self._open) >= _AHEAD or (len(self._open) > 1 and self._ahead() >= _AHEAD_BYTES):
                     self._wait_for_some(len(self._open) // 2)
@@ -115,12 +125,13 @@ class OfferThread(threading.Thread):
             while self._open:
                 self._wait_for_some(len(self._open))
         except Exception as error:  # noqa: BLE001 - the receiver is told, whatever it is
+            self.unreachable = isinstance(error, FabricUnavailable)
             self.stop(str(error) or type(error).__name__)
         finally:
             self._wanted = []
             self.tell_exact()
             self._open.clear()
-        if self.failure and not self._link.usable:
+        if self.failure and self._link is not None and not self._link.usable:
             self._broke(self)
 
     def _ahead(self) -> int:
@@ -128,14 +139,15 @@ class OfferThread(threading.Thread):
             return sum(source.nbytes for _, _, source in self._open)
 
     def _offer(self, wanted: OfferedItem) -> None:
-        source = self._content.source(wanted.item)
+        source, link = self._content.source(wanted.item), self._link
+        assert link is not None
         with self._lock:  # the receiver may have it, and have said so, before this goes on
-            sending = self._link.offer(source, wanted.label)
+            sending = link.offer(source, wanted.label)
             self._open.append((sending, wanted.item, source))
             self._offered.append(sending)
             failure = self._failure
         if failure:  # `stop` did not see it
-            self._link.withdraw(sending, failure)
+            link.withdraw(sending, failure)
 
     def has_arrived(self, timeout: float) -> bool:
         """Whether everything has arrived, if that is known within `timeout` seconds."""
@@ -180,7 +192,7 @@ class OfferThread(threading.Thread):
         with self._lock:
             meter.wire_bytes += sum(sending.reached for sending in self._offered)
             meter.resent_chunks += sum(sending.resent_chunks for sending in self._offered)
-        meter.fabric = self._link.fabric
+        meter.fabric = self._link.fabric if self._link is not None else meter.fabric
 
     def stop(self, reason: str) -> None:
         """Withdraw the offers that are not over. The first reason counts."""
@@ -188,4 +200,5 @@ class OfferThread(threading.Thread):
             self._failure = reason = self._failure or reason
             open_now = list(self._open)
         for sending, _, _ in open_now:
+            assert self._link is not None
             self._link.withdraw(sending, reason)

@@ -12,6 +12,7 @@ from typing import Any
 from nvflare_rdma.channel import Link
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.transfer import manifest
+from nvflare_rdma.transfer.addresses import parse_invitation
 from nvflare_rdma.transfer.content import Content
 from nvflare_rdma.transfer.manifest import Item
 from nvflare_rdma.transfer.peers import PeerLinks
@@ -72,9 +73,7 @@ class Service:
                 case "send":
                     return self._send(request, receiver)
                 case "report":
-                    with self._lock:
-                        sender = self._offering.get(receiver)
-                    return {"failed": sender.failure if sender else "nothing is being sent"}
+                    return self._report(receiver)
                 case "relay":
                     return self._relay(receiver)
                 case "done":
@@ -231,6 +230,13 @@ class Service:
             meter.wire_bytes += sum(len(item.content or b"") for item in items)
         return {"manifest": manifest.pack(items), **content.extra}
 
+    def _report(self, receiver: str) -> dict[str, Any]:
+        with self._lock:
+            sender = self._offering.get(receiver)
+        if sender is None:
+            return {"failed": "nothing is being sent"}
+        return {"failed": sender.failure, "unreachable": sender.unreachable}
+
     def _send(self, request: Mapping[str, Any], receiver: str) -> dict[str, Any]:
         links, content = self._open()
         first, wanted, invitation = request.get("first"), request.get("items"), request.get("invitation")
@@ -242,31 +248,43 @@ class Service:
             raise ProtocolError("request to send what is not in the manifest")
         if len(set(wanted)) != len(wanted):
             raise ProtocolError("request to send the same twice")
-        if invitation is not None:
-            link = _dial(links, receiver, invitation)
-        elif (found := links.await_open(receiver)) is not None:
-            link = found
+        if invitation is None:
+            if not links.is_coming(receiver):
+                raise TransferError(f"there is no link to {receiver}")
+        elif links.has_door_for(receiver):
+            # Where the receiver can dial, this side connects to no addresses of its choice.
+            raise ProtocolError("an invitation to a side that has a door")
         else:
-            raise TransferError(f"there is no link to {receiver}")
+            parse_invitation(invitation)
         offered = [OfferedItem(first + n, items[i]) for n, i in enumerate(wanted)]
-        broke = functools.partial(self._broke, receiver)
-        sender = OfferThread(link, content, offered, lambda nbytes: self._moved(receiver, nbytes, 1), broke)
+        sender = OfferThread(
+            # Not here: this is a thread of FLARE's, which others need.
+            functools.partial(_open_link, links, receiver, invitation),
+            content,
+            offered,
+            lambda nbytes: self._moved(receiver, nbytes, 1),
+            functools.partial(self._broke, receiver),
+        )
         with self._lock:
             if self._content is None:
                 raise TransferError(_ENDED)
+            if (before := self._offering.get(receiver)) is not None and before.is_opening:
+                raise TransferError(f"a link to {receiver} is being opened already, for its last request")
             previous, self._offering[receiver] = self._offering.get(receiver), sender
             self._asked.add(receiver)
+            sender.start()
         if previous is not None:
             previous.stop("the receiver has asked again")
             self._count(receiver, previous)
-        sender.start()
         return {"sending": len(offered), "sees": True}
 
 
-def _dial(links: PeerLinks, receiver: str, invitation: Any) -> Link:
-    """Dial a receiver that can't dial this side. Where it can, this side connects to no addresses of its choice."""
-    if links.has_door_for(receiver):
-        raise ProtocolError("an invitation to a side that has a door")
+def _open_link(links: PeerLinks, receiver: str, invitation: Any) -> Link:
+    """Find the link that a receiver has opened, or dial a receiver that can't dial this side."""
+    if invitation is None:
+        if (found := links.await_open(receiver)) is None:
+            raise TransferError(f"there is no link to {receiver}")
+        return found
     try:
         return links.dial(receiver, invitation)
     except FabricError as error:

@@ -79,14 +79,15 @@ def test_where_only_tls_gets_through_everything_goes_on_the_control_stream(certi
     links: queue.Queue[Link] = queue.Queue()
     fabric = TcpFabric(2)
 
-    def on_connection(sock: socket.socket, stream: ControlStream) -> None:
+    def on_connection(sock: socket.socket, stream: ControlStream, admitted) -> None:
         link = Link(stream, Role.PASSIVE, {"tcp": fabric}, context(), lambda m: inbox.put(bytes(m)), "passive")
         link.open()
+        admitted()
         links.put(link)
         link.run()
 
     listener = socket.create_server(("127.0.0.1", 0))
-    door = Door(listener, tls_context(certificates, True), fabric, on_connection, "the door")
+    door = Door(listener, lambda: tls_context(certificates, True), fabric, on_connection, "the door")
     threading.Thread(target=door.serve, daemon=True).start()
     try:
         with passing_tls_only(door.address) as (address, cut):

@@ -9,12 +9,12 @@ import resource
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from nvflare_rdma.channel import door as door_module
+from nvflare_rdma.channel import guests as guests_module
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.door import Door, Pending, dial
 from nvflare_rdma.channel.link import Link
@@ -51,15 +51,26 @@ class Open:
         self.fabric = TcpFabric(2)
         self.welcomed: queue.Queue[tuple[socket.socket, ControlStream]] = queue.Queue()
         self.refusal: Exception | None = None
+        self.admits = True
+        self.undecided: queue.Queue[socket.socket] = queue.Queue()
         listener = socket.create_server(("127.0.0.1", 0))
-        self.door = Door(listener, tls, self.fabric, self._on_connection, "the door", greeting_timeout)
+        self.door = Door(
+            listener, (lambda: tls) if tls else None, self.fabric, self._on_connection, "the door", greeting_timeout
+        )
         self._before = set(threading.enumerate())
         self._thread = threading.Thread(target=self.door.serve, daemon=True)
         self._thread.start()
 
-    def _on_connection(self, sock: socket.socket, stream: ControlStream) -> None:
+    def _on_connection(self, sock: socket.socket, stream: ControlStream, admitted: Callable[[], None]) -> None:
         if self.refusal is not None:
             raise self.refusal
+        if self.admits:
+            admitted()
+        else:
+            self.undecided.put(sock)
+            sock.recv(1)  # until the door gives its place to somebody else
+            sock.close()
+            return
         self.welcomed.put((sock, stream))
 
     def guest(self, says: bytes = b"") -> socket.socket:
@@ -227,6 +238,58 @@ def test_closing_leaves_alone_what_was_welcomed(tls):
         far.close()
 
 
+def test_a_guest_has_its_place_until_it_is_let_in(monkeypatch, caplog):
+    monkeypatch.setattr(guests_module, "MAX_HANDSHAKES_OF_SOURCE", 3)
+    with open_door() as it:
+        it.admits = False
+        silent = [it.guest(says) for says in (CONTROL_MAGIC, b"", CONTROL_MAGIC)]
+        assert {it.undecided.get(timeout=DEADLINE).getpeername() for _ in range(2)} == {
+            silent[0].getsockname(),
+            silent[2].getsockname(),
+        }
+        eventually(lambda: it.in_greeting() == 3, DEADLINE)
+        it.admits = True
+        for _ in range(3):  # one after the other comes in, though all places are taken
+            assert_lets_in(it)
+        assert_dropped(silent[0])  # the oldest made room, once: who is let in has no place any more
+        assert caplog.text.count("too many guests have not said who they are; the oldest of them goes") == 1
+        for guest in silent[1:]:
+            guest.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                guest.recv(1)
+            guest.close()
+
+
+def test_a_thousand_guests_do_not_fill_the_log(caplog, monkeypatch):
+    monkeypatch.setattr(guests_module, "_COMPLAINTS_SECONDS", FOR_EVER)
+    with open_door() as it:
+        for _ in range(guests_module._COMPLAINTS + 10):
+            assert_dropped(it.guest(b"garbage!"))
+        assert_lets_in(it)
+        assert caplog.text.count("refused the connection") == guests_module._COMPLAINTS
+        monkeypatch.setattr(guests_module, "_COMPLAINTS_SECONDS", -1.0)
+        assert_dropped(it.guest(b"garbage!"))
+        eventually(lambda: "the door: 10 more lines about guests were left out" in caplog.text, DEADLINE)
+
+
+def test_places_are_counted_by_source():
+    most, most_of_one = guests_module.MAX_HANDSHAKES, guests_module.MAX_HANDSHAKES_OF_SOURCE
+    guests, socks = guests_module.Guests(), [socket.socket() for _ in range(most + 3)]
+    try:
+        of_one, others, late = socks[:most_of_one], socks[most_of_one:most], socks[most:]
+        assert all(guests.enter(sock, "10.0.0.1") is None for sock in of_one)
+        assert all(guests.enter(sock, f"2001:db8:{n:x}::1") is None for n, sock in enumerate(others))
+        assert guests.enter(late[0], "10.0.0.2") is of_one[0]  # whoever has most of them gives one
+        guests.leave(of_one[1])
+        assert guests.enter(late[1], "2001:db8:0::ffff") is None
+        guests.leave(late[1])
+        assert guests.enter(late[2], "::ffff:10.0.0.1") is None
+        assert guests.enter(late[1], "10.0.0.1") is of_one[2]  # the same source, in other words
+    finally:
+        for sock in socks:
+            sock.close()
+
+
 def test_an_error_of_the_welcome_is_that_connections_alone(tls, caplog):
     with open_door(tls[1]) as it:
         it.refusal = TransferError("no room")
@@ -240,17 +303,20 @@ def test_an_error_of_the_welcome_is_that_connections_alone(tls, caplog):
 
 
 def test_only_so_many_guests_are_waited_for(monkeypatch, caplog):
-    monkeypatch.setattr(door_module, "MAX_HANDSHAKES", 2)
+    monkeypatch.setattr(guests_module, "MAX_HANDSHAKES", 2)
     with open_door() as it:
-        guests = [it.guest(), it.guest()]
-        assert_dropped(it.guest())
-        assert "refused a connection: 2 others have not finished their greeting" in caplog.text
-        for guest in guests:
+        guests = [it.guest() for _ in range(5)]
+        for oldest in guests[:3]:
+            assert_dropped(oldest)
+        eventually(lambda: it.in_greeting() == 2, DEADLINE)
+        for guest in guests[3:]:
             guest.close()
         eventually(lambda: not it.in_greeting(), DEADLINE)
+        caplog.clear()
         for _ in range(3):  # who has greeted, or was refused, is no guest any more
             assert_lets_in(it)
             assert_dropped(it.guest(b"garbage!"))
+        assert "too many guests" not in caplog.text
 
 
 def test_without_descriptors_the_port_stays_open(caplog):

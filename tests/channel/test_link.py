@@ -18,7 +18,7 @@ import pytest
 from nvflare_rdma.channel.bodies import BufferSource, Source, Take
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.link import Link
-from nvflare_rdma.channel.protocol import events, wire
+from nvflare_rdma.channel.protocol import ChannelLimits, events, wire
 from nvflare_rdma.channel.protocol.state import Role
 from nvflare_rdma.errors import (
     FabricError,
@@ -31,7 +31,7 @@ from nvflare_rdma.errors import (
 )
 from nvflare_rdma.fabric.base import RemoteSlice
 from nvflare_rdma.fabric.budget import Reservation
-from nvflare_rdma.fabric.tcp import TcpFabric
+from nvflare_rdma.fabric.tcp import TcpEndpoint, TcpFabric
 from tests.support.bodies import MaskedSource, TestSink
 from tests.support.certificates import Authority
 from tests.support.recorder import Recorder
@@ -234,6 +234,79 @@ def test_a_chunk_that_was_altered_on_the_way_is_asked_for_again_alone(guarded_by
     assert pair.passive_context.budget.in_use == 0
 
 
+def test_who_sits_in_between_and_speaks_tls_with_both_ends_opens_no_chunk(tls, caplog):
+    """It has certificates that both trust, passes every message on, and so knows both keys as they are sent."""
+    client_tls, server_tls = tls
+    ends = {"active": socket.socketpair(), "passive": socket.socketpair()}
+    streams: dict[str, ControlStream] = {}
+
+    def greet(name: str, sock: socket.socket, context: ssl.SSLContext, server_side: bool) -> None:
+        streams[name] = ControlStream(sock, context, server_side)
+        streams[name].handshake(DEADLINE)
+
+    in_parallel(
+        lambda: greet("active", ends["active"][0], client_tls, False),
+        lambda: greet("its server", ends["active"][1], server_tls, True),
+        lambda: greet("passive", ends["passive"][0], server_tls, True),
+        lambda: greet("its client", ends["passive"][1], client_tls, False),
+    )
+
+    def pass_on(source: ControlStream, target: ControlStream) -> None:
+        with contextlib.suppress(OSError):
+            while (data := source.receive(DEADLINE)) is not None and data:
+                target.send(target.protect([data]))
+        target.close()
+
+    between = [
+        threading.Thread(target=pass_on, args=(streams[a], streams[b]), daemon=True)
+        for a, b in (("its server", "its client"), ("its client", "its server"))
+    ]
+    for thread in between:
+        thread.start()
+    received, listening = [], TcpFabric(2)
+    with admitting(listening) as dial:
+        active = Link(streams["active"], Role.ACTIVE, {"tcp": TcpFabric(2, dial)}, context(), print, "active")
+        passive = Link(streams["passive"], Role.PASSIVE, {"tcp": listening}, context(), received.append, "passive")
+        in_parallel(active.open, passive.open)
+        runners = [threading.Thread(target=link.run, daemon=True) for link in (active, passive)]
+        for runner in runners:
+            runner.start()
+        with pytest.raises(TransferError):
+            active.send(pattern(3_000_000), timeout=DEADLINE).wait(DEADLINE)
+        for runner in runners:
+            runner.join(DEADLINE)
+            assert not runner.is_alive()
+    assert received == []
+    assert "chunks in a row arrived damaged" in caplog.text
+    for thread in between:
+        thread.join(DEADLINE)
+
+
+def test_a_chunk_that_its_peer_does_not_take_breaks_its_rail_and_goes_over_another(caplog):
+    sending = context(ChannelLimits(max_message_bytes=1 << 30, stall_timeout=2.0), depth=2)
+    with link_pair(active_context=sending) as pair:
+        endpoint, write, drop = pair.active._rails.endpoint, pair.active._rails.endpoint.write, threading.Event()
+
+        def write_or_wait(rail, *chunk):
+            if rail == 0:  # as on a connection that its peer does not read, or reads byte by byte
+                assert drop.wait(DEADLINE)
+            write(rail, *chunk)
+
+        def dropped(rail):
+            TcpEndpoint.drop(endpoint, rail)
+            drop.set()
+
+        endpoint.write, endpoint.drop = write_or_wait, dropped
+        first = pair.active.send(pattern(3_000_000), timeout=DEADLINE)
+        while not drop.is_set():  # so that the other rail is never idle: the link makes progress
+            pair.active.send(pattern(100_000), timeout=DEADLINE).wait(DEADLINE)
+        first.wait(DEADLINE)
+        received = [bytes(pair.receive(pair.passive)) for _ in range(2)]
+        assert pattern(3_000_000) in received or pattern(100_000) in received
+        assert pair.active.usable
+    assert "active: a chunk takes more than 1 s on rail 0, which is broken off" in caplog.text
+
+
 def test_without_the_checksum_an_altered_chunk_is_not_noticed():
     """What `rdma_integrity=off` means: so that the test above proves the checksum."""
     off = [context(integrity="off") for _ in range(2)]
@@ -302,7 +375,7 @@ def test_a_chunk_of_rails_that_are_replaced_is_not_sent_as_the_new_ones_would(tl
     """Rails over the control stream need no seal; the tcp rail that is about to be closed does."""
     holding = context(budget=1 << 20)
     with link_pair(active_context=holding, tls=tls) as pair:
-        everything = Reservation(holding.budget, 1 << 20, "somebody else", lambda: None, pytest.fail)
+        everything = Reservation(holding.budget, 1 << 20, "somebody else", lambda: None, pytest.fail, pytest.fail)
         everything.request()  # so that nothing is granted
         link, secret = pair.passive, pattern(100_000)
         link.send(secret, timeout=DEADLINE)

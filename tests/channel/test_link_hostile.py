@@ -95,7 +95,7 @@ BIG = 200 << 20
 
 def hold(budget: MemoryBudget, nbytes: int) -> Reservation:
     """Memory that somebody else has."""
-    reservation = Reservation(budget, nbytes, "somebody else", lambda: None, pytest.fail)
+    reservation = Reservation(budget, nbytes, "somebody else", lambda: None, pytest.fail, pytest.fail)
     reservation.request()
     return reservation
 

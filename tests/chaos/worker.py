@@ -40,7 +40,7 @@ from tests.support.link_process import resources, tls_context
 STALL_SECONDS, HANDSHAKE_SECONDS = 6.0, 5.0
 #: No pull may take longer, of the time that its process is not stopped: three attempts in vain, each with requests that
 #: nobody answers, an address that says nothing, and a stall.
-DEADLINE = 150.0
+DEADLINE = 200.0
 #: After this nothing may be held any more that nobody uses.
 REST_SECONDS = 3 * STALL_SECONDS + HANDSHAKE_SECONDS
 PULLERS = 3

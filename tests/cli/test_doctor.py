@@ -392,3 +392,12 @@ def test_programs_get_all_of_it(sysfs):
     assert got["ports"][0]["netdevs"] == {"eth0": 1500, "eth1": None}
     assert set(got["fabrics"]) == {"verbs", "shm", "tcp"}
     assert got["settings"]["rdma_fabrics"] == ["verbs", "shm", "tcp"]
+
+
+def test_whether_the_links_of_a_site_are_clear_is_said(sysfs, tmp_path):
+    (tmp_path / "startup").mkdir()
+    report, text = look(sysfs, tmp_path)
+    assert "whoever is on the way can read and change models" in report.links
+    assert re.search(r"links of RdmaTransfer +CLEAR: there are no certificates in startup", text)
+    (tmp_path / "startup" / "rootCA.pem").write_text("")
+    assert look(sysfs, tmp_path)[0].links == "TLS with the certificates in startup, and sealed chunks"

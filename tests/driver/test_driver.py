@@ -7,6 +7,7 @@ import socket
 import threading
 from contextlib import contextmanager
 
+import pytest
 from nvflare.fuel.f3.comm_error import CommError
 from nvflare.fuel.f3.connection import ConnState, FrameReceiver
 from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo, Mode
@@ -131,6 +132,26 @@ def test_shutdown_ends_a_link_that_is_still_opening():
             while peer.recv(4096):
                 pass
     assert server.monitor.states == []
+
+
+def test_a_frame_that_is_refused_ends_the_connection_as_a_failed_send_does(caplog):
+    url = f"rdma://127.0.0.1:{free_port()}"
+    with running(url, Mode.PASSIVE) as server:
+        wait_for_port(int(url.rsplit(":", 1)[1]))
+        with running(url, Mode.ACTIVE) as client:
+            server.monitor.wait_for(ConnState.CONNECTED)
+            client.monitor.wait_for(ConnState.CONNECTED)
+            sender, receiver = client.monitor.connections[0], server.monitor.connections[0].link
+            receiver._offered_locked = lambda transfer, length, label: receiver._deferred.append(
+                lambda: receiver._no_memory(transfer, length, "it is short of it")
+            )
+            sender.send_frame(bytearray(300_000))
+            client.monitor.wait_for(ConnState.CLOSED)
+            with pytest.raises(CommError, match="can't send a frame of 4 bytes"):
+                sender.send_frame(b"more")
+        server.monitor.wait_for(ConnState.CLOSED)
+    assert "a frame was refused, so this connection is closed" in caplog.text
+    assert "it is short of it" in caplog.text
 
 
 def test_a_driver_that_was_shut_down_before_does_not_listen():

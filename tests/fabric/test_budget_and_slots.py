@@ -3,10 +3,11 @@ from __future__ import annotations
 import gc
 import queue
 import threading
+import time
 
 import pytest
 
-from nvflare_rdma.fabric.budget import MemoryBudget, Reservation
+from nvflare_rdma.fabric.budget import HURRY_SECONDS, MemoryBudget, Reservation
 from nvflare_rdma.fabric.send_memory import SendMemory
 from nvflare_rdma.fabric.slots import SlotPool
 
@@ -16,9 +17,16 @@ class Requests:
         self.budget = MemoryBudget(limit)
         self.served: list[str] = []
         self.refused: list[str] = []
+        self.taken: list[tuple[Reservation, str]] = []
 
     def ask(self, name: str, nbytes: int, deadline: float = float("inf")) -> Reservation:
-        made = Reservation(self.budget, nbytes, name, lambda: self.served.append(name), self.refused.append, deadline)
+        made = Reservation(
+            *(self.budget, nbytes, name),
+            granted=lambda: self.served.append(name),
+            refused=self.refused.append,
+            revoked=lambda reason: self.taken.append((made, reason)),
+            deadline=deadline,
+        )
         made.request()
         return made
 
@@ -60,8 +68,8 @@ def test_a_waiting_request_can_be_withdrawn_and_lets_the_next_one_through():
 
 def test_a_request_that_waits_too_long_is_told_who_has_the_memory():
     it = Requests(100 << 20)
-    it.ask("site-1", 40 << 20)
-    it.ask("site-2", 30 << 20)
+    it.ask("site-1", 50 << 20)
+    it.ask("site-2", 20 << 20)
     it.ask("site-2", 30 << 20)
     it.ask("site-3", 5 << 20, deadline=10.0)
     it.ask("site-4", 50 << 20, deadline=30.0)
@@ -70,7 +78,7 @@ def test_a_request_that_waits_too_long_is_told_who_has_the_memory():
     it.budget.expire(10.1)
     assert it.refused == [
         "no 5.0 MiB came free in time of the memory budget of 100.0 MiB (rdma_memory_budget_bytes); "
-        "held by site-2: 60.0 MiB, site-1: 40.0 MiB"
+        "held by site-1: 50.0 MiB, site-2: 50.0 MiB"
     ]
     assert it.served == ["site-1", "site-2", "site-2"]
 
@@ -86,6 +94,59 @@ def test_the_most_that_is_held_is_seen_from_when_one_looks():
     held.release()
     assert it.budget.watch().peak == 0
     assert (watch.peak, it.budget.peak) == (60, 90)
+
+
+def test_a_site_keeps_to_half_while_another_one_asks_for_some_now_and_then():
+    it = Requests(100)
+    it.ask("site-2", 10).release()
+    held = [it.ask("site-1", 20) for _ in range(4)]
+    assert it.served == ["site-2", "site-1", "site-1"]  # site-2 may come again
+    it.ask("site-2", 50)
+    assert it.served == ["site-2", "site-1", "site-1", "site-2"]
+    held[0].release()
+    assert it.budget.in_use == 20 + 50 + 20
+
+
+def test_a_site_that_is_alone_may_have_it_all():
+    it = Requests(100)
+    for _ in range(5):
+        it.ask("site-1", 20)
+    assert it.budget.in_use == 100
+
+
+def test_what_is_more_than_half_by_itself_is_not_shut_out_by_others():
+    it = Requests(100)
+    small = it.ask("site-2", 10)
+    large = it.ask("site-1", 80)
+    assert it.served == ["site-2", "site-1"]
+    large.release()
+    small.release()
+
+
+def test_what_a_site_holds_beyond_half_is_taken_back_when_another_one_waits_too_long():
+    it = Requests(100)
+    held = [it.ask("site-1", 20) for _ in range(5)]
+    began = time.monotonic()
+    other = it.ask("site-2", 30)
+    it.budget.expire(began + HURRY_SECONDS / 2)
+    assert it.taken == []
+    it.budget.expire(time.monotonic() + HURRY_SECONDS + 0.1)
+    assert [reservation for reservation, _ in it.taken] == [held[4], held[3], held[2]]  # what came last goes first
+    assert "site-1 holds 0.0 MiB, more than half of the memory budget" in it.taken[0][1]
+    for reservation, _ in it.taken:
+        reservation.release()
+    assert it.served[5:] == ["site-2"]
+    it.budget.expire(time.monotonic() + 1000.0)
+    assert len(it.taken) == 3
+    other.release()
+
+
+def test_one_large_message_of_a_site_is_taken_back_too():
+    it = Requests(100)
+    held = it.ask("site-1", 1000)
+    it.ask("site-2", 1)
+    it.budget.expire(time.monotonic() + HURRY_SECONDS + 0.1)
+    assert [reservation for reservation, _ in it.taken] == [held]
 
 
 def test_a_budget_needs_bytes():
@@ -179,7 +240,9 @@ def test_who_holds_the_least_is_next_and_who_waits_for_much_is_not_passed_over()
     other.release()
     assert it.served[5:] == ["large"]
     large.release()
-    assert it.served[6:] == ["busy", "busy"]
+    assert it.served[6:] == [], "the others may come again"
+    first[3].release()
+    assert it.served[6:] == ["busy"]
 
 
 def sends(limit: int = 1 << 20) -> tuple[SlotPool, SendMemory]:
@@ -189,7 +252,7 @@ def sends(limit: int = 1 << 20) -> tuple[SlotPool, SendMemory]:
 
 def test_what_is_made_to_be_sent_waits_for_what_is_not_sent_yet():
     pool, memory = sends()
-    shares = [memory.share() for _ in range(6)]
+    shares = [memory.share(f"site-{n}") for n in range(6)]
     held = [take(256 << 10) for take in shares[:4]]  # all there is
     for take in (shares[0], shares[5]):  # its own share is used up, or all is
         more: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
@@ -199,17 +262,17 @@ def test_what_is_made_to_be_sent_waits_for_what_is_not_sent_yet():
         assert more.empty()
         del held[0]
         assert len(more.get(timeout=30.0)) == 100
-        held.append(memory.share()(256 << 10))
+        held.append(memory.share(f"more after {len(held)}, {id(more)}")(256 << 10))
     assert pool.used_bytes <= 1 << 20
 
 
 def test_what_is_larger_than_all_that_may_be_sent_at_once_is_sent_alone():
     _, memory = sends()
-    take = memory.share()
+    take = memory.share("site-1")
     slot = take(5 << 20)
     assert len(slot) == 5 << 20
     more: queue.SimpleQueue[int] = queue.SimpleQueue()
-    waiting = threading.Thread(target=lambda: more.put(len(memory.share()(10))), daemon=True)
+    waiting = threading.Thread(target=lambda: more.put(len(memory.share("site-2")(10))), daemon=True)
     waiting.start()
     waiting.join(0.05)
     assert more.empty()
@@ -219,8 +282,22 @@ def test_what_is_larger_than_all_that_may_be_sent_at_once_is_sent_alone():
 
 def test_memory_that_can_not_be_had_gives_its_allowance_back():
     pool, memory = sends()
-    take = memory.share()
+    take = memory.share("site-1")
     with pytest.raises(MemoryError):
         take(1 << 60)
     take(100)
     assert pool.used_bytes == 0
+
+
+def test_all_links_to_a_site_have_one_share_of_what_is_sent():
+    _, memory = sends()
+    links = [memory.share("site-1") for _ in range(3)]
+    held = links[0](256 << 10)
+    more: queue.SimpleQueue[int] = queue.SimpleQueue()
+    waiting = threading.Thread(target=lambda: more.put(len(links[1](10))), daemon=True)
+    waiting.start()
+    assert len(memory.share("site-2")(256 << 10)) == 256 << 10
+    waiting.join(0.05)
+    assert more.empty()
+    del held
+    assert more.get(timeout=30.0) == 10

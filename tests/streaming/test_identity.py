@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import shutil
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +48,9 @@ def pki(tmp_path_factory):
         "server": authority.issue("server", HOST),
         "site-1": authority.issue("client", "site-1"),
         "site-2": authority.issue("client", "site-2"),
+        "of a job": authority.issue("client", "site-1", ["job/1234", "cell/site-1.job"]),
+        "of another job": authority.issue("client", "site-1", ["job/5678", "cell/site-1.job2", "cell/site%2D1.x"]),
+        "renewed": authority.issue("server", HOST),
         "forger": authority.issue("client", "x\nERROR all is lost"),
         "impostor": authority.issue("server", "other.example.org"),
     }
@@ -162,6 +168,34 @@ def test_a_trainer_has_its_sites_certificate(channels, trainer_channels):
     assert_joined(it, channels(SITE))
 
 
+def test_a_certificate_for_cells_is_good_for_those_only(channels, pki, caplog):
+    server = channels(SERVER)
+    assert_joined(channels(SITE, **pki["of a job"]), server)
+    thief = channels(SITE, **pki["of another job"])
+    with pytest.raises(FabricError, match="no direct way"):
+        thief.dial(SERVER, server.invite(SITE))
+    eventually(lambda: refusals(caplog), DEADLINE)
+    [line] = refusals(caplog)
+    assert "'site-1.job' shows a certificate that is for 'site-1.job2', 'site-1.x' only" in line
+
+
+def test_a_certificate_that_is_renewed_is_used_by_the_next_link_on_both_sides(channels, pki, tmp_path):
+    def certificate(link) -> str:
+        return ssl.DER_cert_to_PEM_cert(link._stream._tls.getpeercert(binary_form=True))
+
+    def pem(files: dict[str, str], role: str) -> str:
+        return Path(files[f"{role}_cert"]).read_text()
+
+    folder = {name: str(shutil.copy(path, tmp_path)) for name, path in pki["server"].items()}
+    server = channels(SERVER, **folder)
+    first, second = channels(SITE), channels(OTHER)
+    assert certificate(first.dial(SERVER, server.invite(SITE))) == pem(pki["server"], "server")
+    for name in ("server_cert", "server_key"):
+        shutil.copy(pki["renewed"][name], folder[name])
+    assert certificate(second.dial(SERVER, server.invite(OTHER))) == pem(pki["renewed"], "server")
+    assert_moves(first, server)  # what is open stays open
+
+
 def test_a_sites_ticket_is_no_use_to_another_site(channels, caplog):
     server, thief, owner = channels(SERVER), channels(OTHER), channels(SITE)
     sink = TestSink(len(DATA))
@@ -205,7 +239,8 @@ def test_who_answers_at_another_address_is_told_of_when_the_server_answers_too(c
     server, site = channels(SERVER), channels(SITE)
     invitation = server.invite(SITE)
     with listening(pki["site-2"], ("127.0.0.2", invitation["port"])) as listener:
-        site.dial(SERVER, {**invitation, "hosts": ["127.0.0.2", "127.0.0.1"]})
+        site._server_host = "127.0.0.2"
+        site.dial(SERVER, invitation)
         assert_moves(site, server)
         assert listener.heard.get(timeout=DEADLINE) == b""
     [line] = [record.getMessage() for record in caplog.records if "who is there shows" in record.getMessage()]

@@ -10,8 +10,6 @@ from typing import Any
 
 #: To connect takes no time, also where the other one is stopped.
 ANSWER_SECONDS = 4.0
-#: It may have to dial first, and who is there may say nothing.
-_SEND_SECONDS = 15.0
 
 
 def call(path: Path, *what: Any) -> Any:
@@ -20,10 +18,9 @@ def call(path: Path, *what: Any) -> Any:
     Raises:
         TimeoutError: there was no answer in time. OSError, EOFError: nobody is there, or not any more.
     """
-    dials = what[0] == "ask" and what[2].get("do") == "send"
     with Client(str(path), "AF_UNIX") as connection:
         connection.send(what)
-        if not connection.poll(_SEND_SECONDS if dials else ANSWER_SECONDS):
+        if not connection.poll(ANSWER_SECONDS):
             raise TimeoutError(f"{path.name} did not answer")
         return connection.recv()
 

@@ -28,8 +28,9 @@ class Cable:
 class Side:
     """A core with the memory, and the scripted fabric, that a link would give it."""
 
-    def __init__(self, role: Role, limits: ChannelLimits = LIMITS, rails: int = 2) -> None:
-        self.core = Connection(role, limits, hello(limits), make_controller("fixed", CHUNK, DEPTH, 1 << 30), now=0.0)
+    def __init__(self, role: Role, limits: ChannelLimits = LIMITS, rails: int = 2, **fields) -> None:
+        controller = make_controller("fixed", CHUNK, DEPTH, 1 << 30)
+        self.core = Connection(role, limits, hello(limits, **fields), controller, now=0.0)
         self.rails = rails
         self.unit = 1  # of the chunks that it grants
         self.now = 0.0
@@ -50,7 +51,7 @@ class Side:
         self.to_dial: deque[events.OpenRails] = deque()
         self.to_break: deque[int] = deque()  # rails that the peer's or this side's fabric will report as broken
         self.down: set[int] = set()
-        self.peak_granted = 0
+        self.peak_granted = self.longest_granted = 0
 
     def send(self, data: bytes) -> None:
         if self.core.fits_inline(len(data)):
@@ -87,6 +88,7 @@ class Side:
                 self.core.exposed(event, RemoteSlice(1, event.offset, event.length))
                 in_flight = sum(chunk.length for chunk in self.exposed.values())
                 self.peak_granted = max(self.peak_granted, in_flight)
+                self.longest_granted = max(self.longest_granted, event.length)
             case events.RevokeChunk(notification, answered):
                 if answered:
                     self.revoked.add(notification)
@@ -209,14 +211,15 @@ class Side:
         self.settle()
 
 
-def make_pair(limits: ChannelLimits = LIMITS, rails: int = 2) -> tuple[Side, Side]:
-    active, passive = Side(Role.ACTIVE, limits, rails), Side(Role.PASSIVE, limits, rails)
+def make_pair(limits: ChannelLimits = LIMITS, rails: int = 2, **fields) -> tuple[Side, Side]:
+    """``fields``: of the HELLO of both."""
+    active, passive = Side(Role.ACTIVE, limits, rails, **fields), Side(Role.PASSIVE, limits, rails, **fields)
     active.peer, passive.peer = passive, active
     return active, passive
 
 
-def open_pair(limits: ChannelLimits = LIMITS, rails: int = 2) -> tuple[Side, Side]:
-    active, passive = make_pair(limits, rails)
+def open_pair(limits: ChannelLimits = LIMITS, rails: int = 2, **fields) -> tuple[Side, Side]:
+    active, passive = make_pair(limits, rails, **fields)
     active.settle()
     passive.read_wire(1 << 20)
     active.read_wire(1 << 20)

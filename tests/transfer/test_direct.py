@@ -171,10 +171,10 @@ def test_a_channel_that_its_dialler_saw_open_first_is_waited_for(dialler, direct
         if f"data {passive.name} -" in link.name:
             assert opened.wait(DEADLINE)
 
-    def asked(peer: str) -> Link | None:
+    def asked(peer: str, *patience: float) -> Link | None:
         assert passive.find(peer) is None
         opened.set()
-        return await_open(peer)
+        return await_open(peer, *patience)
 
     monkeypatch.setattr(Link, "open", slow)
     monkeypatch.setattr(passive, "await_open", asked)
@@ -402,8 +402,10 @@ def test_an_end_that_comes_while_a_request_is_answered(direct, cell):
     it.channels.dial("site-1", site.invite("server"))
     link = it.channels.find("site-1")
     it.channels.await_open = lambda peer: it.service.close() or link
-    assert "the sender has ended the transfer" in it.ask("site-1")(SEND)["refused"]
-    assert not it.senders
+    assert it.ask("site-1")(SEND) == {"sending": 1, "sees": True}
+    eventually(lambda: all(thread.name != "rdma-offers" for thread in threading.enumerate()), DEADLINE)
+    assert link.idle
+    assert it.ask("site-1")({"do": "report"}) == {"failed": "nothing is being sent"}
 
 
 def test_an_end_that_comes_while_a_tensor_is_offered(direct, cell):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from nvflare_rdma.errors import FabricUnavailable, ProtocolError, TransferError
 from nvflare_rdma.transfer import manifest, receiver, service
+from nvflare_rdma.transfer.addresses import TICKET_BYTES
 from nvflare_rdma.transfer.arrays import TensorMemory
 from nvflare_rdma.transfer.manifest import Item
 from nvflare_rdma.transfer.receiver import AbortedError, pull
@@ -110,6 +112,34 @@ def test_hostile_requests(request_, reason, direct):
     it.ask("site-1")({"do": "describe"})
     assert reason in it.service.answer(request_, "site-1")["refused"]
     assert it.service.answer({"do": "report"}, "site-1") == {"failed": "nothing is being sent"}
+
+
+def test_requests_to_dial_keep_none_of_the_threads_that_answer_others(direct, cell):
+    """They come in threads that FLARE has for all sites. Who is dialled here takes its time, and many ask for it."""
+    it = direct({"large": np.zeros(LARGE)}, ports=None)
+    it.ask("site-1")({"do": "describe"})
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        invitation = {"hosts": ["127.0.0.1"], "port": silent.getsockname()[1], "ticket": bytes(TICKET_BYTES)}
+        request = {**SEND, "invitation": invitation}
+        assert it.service.answer(request, "site-1") == {"sending": 1, "sees": True}
+        guest, _ = silent.accept()
+        with guest:
+            for _ in range(200):
+                assert "is being opened already" in it.service.answer(request, "site-1")["refused"]
+            assert it.service.answer({"do": "report"}, "site-1")["failed"] == ""
+            assert sum(thread.name == "rdma-offers" for thread in threading.enumerate()) == 1
+        eventually(lambda: it.service.answer({"do": "report"}, "site-1")["failed"], DEADLINE)
+        failed = "the sender can't reach the receiver's data port; its log says why"
+        assert it.service.answer({"do": "report"}, "site-1") == {"failed": failed, "unreachable": True}
+
+
+def test_a_sender_that_can_not_reach_the_receiver_says_so_and_the_receiver_gives_up(direct, cell):
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    it, site = direct(large(1), ports=None), cell("site-1")
+    site.invite = lambda peer: {"hosts": ["127.0.0.1"], "port": port, "ticket": bytes(TICKET_BYTES)}
+    with pytest.raises(FabricUnavailable, match="no direct way from server to here: the sender can't reach"):
+        it.pull(site)
 
 
 def test_any_error_of_the_sender_is_a_refusal(direct, caplog):

@@ -103,16 +103,58 @@ def test_more_than_a_ticket_is_refused(cell, caplog):
     eventually(lambda: "it sent more than it was asked for" in caplog.text, DEADLINE)
 
 
-def test_only_so_many_invitations_are_open(cell, monkeypatch):
+def test_a_peer_has_one_open_invitation_however_often_it_asks(cell):
+    server, client = cell("server"), cell("site-1")
+    invitation = server.invite("site-1")
+    assert all(server.invite("site-1") == invitation for _ in range(5000))
+    assert server.invite("site-2")["ticket"] != invitation["ticket"]
+    client.dial("server", invitation)
+    assert server.invite("site-1")["ticket"] != invitation["ticket"]  # that one is used
+
+
+def test_an_invitation_that_is_about_to_end_is_not_given_again(cell, monkeypatch):
     server = cell("server")
-    monkeypatch.setattr(channels_module, "MAX_TICKETS", 2)
-    server.invite("site-1")
     with monkeypatch.context() as patch:
-        patch.setattr(channels_module, "TICKET_SECONDS", -1.0)
-        server.invite("site-1")  # is over at once, and makes room
-    server.invite("site-1")
-    with pytest.raises(FabricUnavailable, match="2 invitations are open"):
-        server.invite("site-1")
+        patch.setattr(channels_module, "TICKET_SECONDS", 30.0)
+        old = server.invite("site-1")
+    assert server.invite("site-1")["ticket"] != old["ticket"]
+
+
+def test_a_site_has_only_so_many_open_invitations_and_takes_none_of_another(cell, caplog):
+    server, honest = cell("server"), cell("site-2")
+    its = server.invite("site-2")
+    first = server.invite("site-1.0")
+    for n in range(1, channels_module.MAX_INVITATIONS):
+        server.invite(f"site-1.{n}")
+    assert server.invite("site-1.0") == first
+    assert "open invitations" not in caplog.text
+    server.invite("site-1.more")
+    assert f"site-1 has {channels_module.MAX_INVITATIONS} open invitations; the oldest is withdrawn" in caplog.text
+    assert server.invite("site-1.0") != first
+    honest.dial("server", its)
+
+
+def test_a_site_has_only_so_many_links(cell, monkeypatch, caplog):
+    monkeypatch.setattr(channels_module, "MAX_LINKS", 3)
+    server, honest = cell("server"), cell("site-2")
+    near, _ = join(server, honest)
+    sides = [cell(f"site-1.{n}") for n in range(5)]
+    links = [join(server, side)[1] for side in sides]
+    eventually(lambda: [link.usable for link in links] == [False, False, True, True, True], DEADLINE)
+    assert "site-1 has 3 links, which are the most for one site; the oldest is closed" in caplog.text
+    assert_moves(near, honest, server)
+
+
+def test_who_dials_a_peer_that_is_being_dialled_gets_that_link(cell):
+    server, client = cell("server"), cell("site-1", ports=None)
+    invitation, links = server.invite("site-1"), queue.SimpleQueue()
+    threads = [threading.Thread(target=lambda: links.put(client.dial("server", invitation))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    assert len({links.get(timeout=DEADLINE) for _ in threads}) == 1
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert len(client._links["server"]) == 1
 
 
 GOOD = {"hosts": ["h"], "port": 1, "ticket": bytes(TICKET_BYTES)}
@@ -126,6 +168,9 @@ GOOD = {"hosts": ["h"], "port": 1, "ticket": bytes(TICKET_BYTES)}
         {},
         {**GOOD, "hosts": "h"},
         {**GOOD, "hosts": [1]},
+        {**GOOD, "hosts": ["a\0b"]},
+        {**GOOD, "hosts": ["a\nb"]},
+        {**GOOD, "hosts": ["h" * 256]},
         {**GOOD, "hosts": ["h"] * (MAX_ADDRESSES + 1)},
         {**GOOD, "port": 0},
         {**GOOD, "port": 65536},
@@ -151,7 +196,7 @@ def test_hosts_are_tried_in_turn(cell):
     with socket.create_server(("127.0.0.3", invitation["port"])) as wrong:  # leaves at once
         threading.Thread(target=lambda: wrong.accept()[0].close(), daemon=True).start()
         # The first of all is 127.0.0.2, where nobody listens.
-        client.dial("server", {**invitation, "hosts": ["127.0.0.3", "a\0b", "a" * 64 + ".test", "127.0.0.1"]})
+        client.dial("server", {**invitation, "hosts": ["127.0.0.3", "a" * 64 + ".test", "127.0.0.1"]})
 
 
 def test_a_dialling_side_that_finds_nobody_says_where_it_looked(cell):
@@ -205,8 +250,9 @@ def test_a_peer_that_does_not_answer_is_not_dialled_again_for_a_while(cell, monk
 
 def test_dialling_has_one_deadline_for_all_addresses(cell, monkeypatch):
     monkeypatch.setattr(channels_module, "DIAL_SECONDS", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(FabricError) as caught:
-        cell("site-1").dial("server", {**GOOD, "hosts": ["127.0.0.1"] * 16, "port": silent.getsockname()[1]})
+    hosts = [f"127.0.0.{n}" for n in range(1, 17)]
+    with socket.create_server(("0.0.0.0", 0)) as silent, pytest.raises(FabricError) as caught:
+        cell("site-1").dial("server", {**GOOD, "hosts": hosts, "port": silent.getsockname()[1]})
     assert "it said nothing in time; the others were not tried: 0.2 s are over" in str(caught.value)
 
 
@@ -225,11 +271,58 @@ def test_a_side_with_no_ports_has_no_door(cell):
         cell("site-1", ports=None).invite("server")
 
 
-def test_own_hosts_are_others_ways_first():
+def test_own_hosts_are_no_loopback_addresses():
     hosts = own_hosts()
-    assert hosts[-1] == socket.gethostname()
     assert "127.0.0.1" not in hosts  # somebody else's door may be there
     assert len(hosts) == len(set(hosts)) <= MAX_ADDRESSES
+
+
+@pytest.mark.parametrize(
+    ("host", "hosts"),
+    [
+        ("127.0.0.1", ["127.0.0.1"]),  # its door is there only
+        ("10.1.2.3", ["10.9.8.7", "192.168.1.1", "8.8.4.4", "fd00::1"]),
+        ("8.8.8.8", ["8.8.4.4"]),
+        ("", ["8.8.4.4"]),
+        ("no.such.host.invalid", ["8.8.4.4"]),
+    ],
+)
+def test_inner_addresses_are_named_where_the_server_has_one_only(cell, monkeypatch, host, hosts):
+    ours = ["10.9.8.7", "192.168.1.1", "8.8.4.4", "fd00::1"]
+    monkeypatch.setattr(channels_module, "own_hosts", lambda: ours)
+    side = cell("server", host=host)
+    assert side.invite("site-1")["hosts"] == hosts
+    assert side.invite("server.trainer")["hosts"] == ["127.0.0.1", *ours][: None if host != "127.0.0.1" else 1]
+
+
+@pytest.mark.parametrize(
+    ("server", "named", "kind"),
+    [
+        ("8.8.8.8", "127.0.0.1", "loopback"),
+        ("8.8.8.8", "localhost", "loopback"),
+        ("8.8.8.8", "0.0.0.0", "loopback"),
+        ("8.8.8.8", "::ffff:127.0.0.1", "loopback"),
+        ("8.8.8.8", "169.254.169.254", "link-local"),
+        ("8.8.8.8", "192.168.1.1", "private"),
+        ("8.8.8.8", "100.64.0.1", "private"),
+        ("8.8.8.8", "fd00::1", "private"),
+        ("10.1.2.3", "127.0.0.1", "loopback"),
+        ("10.1.2.3", "169.254.169.254", "link-local"),
+        ("127.0.0.1", "169.254.169.254", "link-local"),
+        ("", "10.1.2.3", "private"),
+    ],
+)
+def test_where_a_peer_points_is_not_dialled_inside_of_this_sides_network(cell, server, named, kind):
+    side = cell("site-1", host=server, ports=None)
+    with pytest.raises(FabricError, match=f"{named} is not dialled: it is a {kind} address, but the server's is not"):
+        side.dial("site-2", {**GOOD, "hosts": [named]})
+
+
+def test_a_trainer_dials_its_own_site_wherever_the_server_is(cell):
+    site = cell("site-1.job", ports=None, host="8.8.8.8", trainers=True)
+    it = cell("site-1.job.trainer", ports=None, host="8.8.8.8")
+    it.dial("site-1.job", site.invite(it.name))
+    eventually(lambda: site.find(it.name), DEADLINE)
 
 
 # -- TLS ---------------------------------------------------------------------------------------------------

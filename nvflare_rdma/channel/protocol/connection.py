@@ -73,7 +73,7 @@ class Connection:
         self._parser = wire.Parser(limits.inline_bytes, wire.MAX_DATA_BYTES + overhead)
         self._events: list[Event] = []
         self._output: list[bytes] = []
-        self._outgoing = Outgoing(limits, self._emit, self._happened)
+        self._outgoing = Outgoing(limits, hello.max_staged_bytes, self._emit, self._happened)
         self._incoming = Incoming(limits, controller, self._emit, self._happened)
         if role is Role.ACTIVE:
             self._emit(hello)
@@ -264,7 +264,8 @@ class Connection:
         self._rails = set(range(self._opened_rails))
         self._events.append(events.Opened(rails, reason, answer))
         self._max_chunk = wire.MAX_DATA_BYTES if on_control else MAX_CHUNK_BYTES
-        self._incoming.open(self._rails, self._overhead, self._max_chunk, self.peer.max_writes, now)
+        peer = self.peer
+        self._incoming.open(self._rails, self._overhead, self._max_chunk, peer.max_staged_bytes, peer.max_writes, now)
 
     def rail_down(self, rail: int, reason: str, now: float) -> None:
         """The fabric says that a rail broke, and everything that landed over it was reported."""
@@ -307,15 +308,16 @@ class Connection:
             raise LocalProtocolError(f"{len(payload)} bytes are too many to send inline")
         self._emit(wire.Inline(bytes(payload)))
 
-    def submit(self, length: int, now: float, label: int = 0) -> int:
+    def submit(self, length: int, now: float, label: int = 0, staged: bool = False) -> int:
         """Offer a message of `length` bytes, and return the transfer's number. `MessageSent` or `SendFailed` ends it.
+        `staged` says that its chunks are made in memory of this side.
 
         Raises:
             TransferError: the peer takes no message of that length.
         """
         self._move(Input.SUBMIT)
         assert self.peer is not None
-        return self._outgoing.submit(length, self.peer.max_message_bytes, now, label)
+        return self._outgoing.submit(length, self.peer.max_message_bytes, now, label, staged)
 
     def withdraw(self, transfer: int, reason: str) -> None:
         """Give up a message that is being sent. Does nothing if it has ended, or is confirmed, already."""

@@ -22,9 +22,11 @@ from nvflare_rdma.fabric import RemoteSlice
 @dataclass(slots=True)
 class _IncomingTransfer:
     length: int
+    staged: bool
     progress_at: float
     state: Receive = Receive.OFFERED
-    deadline: float = float("inf")
+    #: When the first chunk was granted: until then it is not the peer that it waits for.
+    began_at: float = float("inf")
     planned: int = 0
     landed: int = 0
     open_chunks: int = 0
@@ -72,6 +74,7 @@ class Incoming:
         self._load: dict[int, int] = {}  # rail -> bytes granted over it and not landed
         self._overhead = 0
         self._max_chunk = 0
+        self._max_staged = 0
         self._max_open = 0
         self._last_offered = 0
         self._last_notification = 0
@@ -83,11 +86,15 @@ class Incoming:
         """Take another controller, for another fabric. Nothing is granted at this time."""
         self._controller = controller
 
-    def open(self, rails: Iterable[int], overhead: int, max_chunk: int, max_open: int, now: float) -> None:
+    def open(
+        self, rails: Iterable[int], overhead: int, max_chunk: int, max_staged: int, max_open: int, now: float
+    ) -> None:
         """Grant over rails that are up. Sealing adds `overhead` bytes to a chunk, `max_chunk` bytes are the longest
-        that they carry, and the peer works on `max_open` grants at once."""
+        that they carry, `max_staged` the longest that the peer makes in memory of its own, and it works on `max_open`
+        grants at once."""
         self._load = dict.fromkeys(rails, 0)
         self._overhead, self._max_chunk, self._max_open = overhead, max_chunk, max_open
+        self._max_staged = max_staged
         self.plan(now)
 
     def rail_down(self, rail: int, now: float) -> None:
@@ -122,7 +129,7 @@ class Incoming:
         if len(self._transfers) >= limits.max_incoming:
             raise ProtocolError(f"more than {limits.max_incoming} messages are offered at once")
         self._last_offered = offer.transfer
-        self._transfers[offer.transfer] = _IncomingTransfer(offer.length, now)
+        self._transfers[offer.transfer] = _IncomingTransfer(offer.length, offer.staged, now)
         self._happened(events.MessageOffered(offer.transfer, offer.length, offer.label))
 
     def accept(self, transfer: int, now: float, unit: int, room: int, most: int) -> None:
@@ -195,9 +202,7 @@ class Incoming:
             if incoming.again:
                 incoming.again.popleft()
             else:
-                if not incoming.planned:  # until then it is not the peer that it waits for
-                    limits = self._limits
-                    incoming.deadline = now + limits.stall_timeout + incoming.length / limits.min_bytes_per_second
+                incoming.began_at = min(incoming.began_at, now)
                 incoming.planned += length
             rail = min(self._load, key=self._load.__getitem__)
             notification = self._new_notification()
@@ -228,7 +233,8 @@ class Incoming:
         return None
 
     def _next_chunk(self, incoming: _IncomingTransfer) -> tuple[int, int] | None:
-        limits = (self._max_chunk, incoming.room, incoming.most)
+        staged = self._max_staged if incoming.staged or self._overhead else 0
+        limits = (self._max_chunk, incoming.room, incoming.most, staged)
         most = whole_units(min(limit for limit in limits if limit), incoming.unit)
         if incoming.again:
             offset, length = incoming.again[0]
@@ -277,17 +283,18 @@ class Incoming:
         """Raise TransferError if a message that is being received is too slow."""
         limits = self._limits
         for number, incoming in self._transfers.items():
-            if now > incoming.deadline:
-                raise TransferError(
-                    f"receiving transfer {number} takes too long: {incoming.landed} of {incoming.length} bytes came, "
-                    f"at less than {limits.min_bytes_per_second} bytes/s"
-                )
             # One that waits for its turn, or for memory, is not stalled by the peer.
             waits = incoming.open_chunks or (incoming.planned == incoming.length and not incoming.again)
             if waits and now - incoming.progress_at > limits.stall_timeout:
                 raise TransferError(
                     f"receiving transfer {number} made no progress for {limits.stall_timeout:g} s: "
                     f"{incoming.landed} of {incoming.length} bytes came"
+                )
+            due = (now - incoming.began_at - limits.stall_timeout) * limits.min_bytes_per_second
+            if incoming.landed < min(due, incoming.length):
+                raise TransferError(
+                    f"receiving transfer {number} is too slow: {incoming.landed} of {incoming.length} bytes came, "
+                    f"at less than {limits.min_bytes_per_second} bytes/s"
                 )
 
     def progress(self) -> dict[int, tuple[int, int]]:

@@ -18,8 +18,8 @@ class ChannelLimits:
 
     `max_writes` and `peer_chunk_bytes` bound what a peer may ask of this side as a sender: grants open at once,
     and the smallest chunk that is not a message's last. A message that is being received must come at
-    `min_bytes_per_second` on average, or its memory would be lost to others for as long as the peer likes. The
-    connection is given up when more than `max_damaged` chunks in a row fail their check.
+    `min_bytes_per_second` at any time after its first `stall_timeout`, or its memory would be lost to others for as
+    long as the peer likes. The connection is given up when more than `max_damaged` chunks in a row fail their check.
     """
 
     max_message_bytes: int

@@ -17,6 +17,7 @@ MAX_REPEATS = 16
 @dataclass(slots=True)
 class _OutgoingTransfer:
     length: int
+    staged: bool
     progress_at: float
     state: Send = Send.OFFERED
     granted: int = 0
@@ -25,15 +26,18 @@ class _OutgoingTransfer:
 
 
 class Outgoing:
-    """All messages that a connection sends. `emit` takes control messages and `happened` events, both in order."""
+    """All messages that a connection sends. A chunk that is made in memory of this side has at most `max_staged` bytes.
+    `emit` takes control messages and `happened` events, both in order."""
 
     def __init__(
         self,
         limits: ChannelLimits,
+        max_staged: int,
         emit: Callable[[wire.Message], None],
         happened: Callable[[events.Event], None],
     ) -> None:
         self._limits = limits
+        self._max_staged = max_staged
         self._emit = emit
         self._happened = happened
         self._transfers: dict[int, _OutgoingTransfer] = {}
@@ -41,14 +45,14 @@ class Outgoing:
         self._next = 1
         self._last_notification = -1
 
-    def submit(self, length: int, limit: int, now: float, label: int) -> int:
+    def submit(self, length: int, limit: int, now: float, label: int, staged: bool) -> int:
         """See `Connection.submit`; the peer takes up to `limit` bytes."""
         if length > limit:
             raise TransferError(f"a message of {length} bytes is larger than the peer's {limit}")
         number = self._next
         self._next += 1
-        self._transfers[number] = _OutgoingTransfer(length, now)
-        self._emit(wire.Offer(number, length, label))
+        self._transfers[number] = _OutgoingTransfer(length, staged, now)
+        self._emit(wire.Offer(number, length, label, staged))
         return number
 
     def withdraw(self, transfer: int, reason: str) -> None:
@@ -94,10 +98,15 @@ class Outgoing:
         self._last_notification = grant.notification
         out = self._find(grant.transfer)
         if out is not None:
+            if (out.staged or overhead) and grant.length > self._max_staged:
+                raise ProtocolError(
+                    f"a grant of {grant.length} bytes for what is made here, {self._max_staged} are the most"
+                )
             self._check_range(grant, out)
+            if out.state is Send.OFFERED:
+                out.progress_at = now  # from now on only what is written counts: a peer may grant for ever
             self._advance(grant.transfer, out, Input.GRANT)
             out.open_writes += 1
-            out.progress_at = now
         # The grant of a transfer that has failed here is answered too, by an empty write.
         self._writes[grant.notification] = grant.transfer
         self._happened(

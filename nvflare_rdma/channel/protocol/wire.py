@@ -15,11 +15,12 @@ from typing import Any, TypeAlias
 
 import msgpack
 
+from nvflare_rdma.channel.protocol.limits import MAX_CHUNK_BYTES, MAX_UNIT_BYTES
 from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.fabric import RemoteSlice
 
 CONTROL_MAGIC = b"NVFCTRL1"
-VERSION = 4
+VERSION = 5
 MAX_HELLO_BYTES = 16 * 1024
 MAX_REASON_BYTES = 1024
 #: The longest chunk that travels on the control stream; what is on its way there delays everything behind it.
@@ -28,7 +29,7 @@ MAX_DATA_BYTES = 1024 * 1024
 INTEGRITY = ("auto", "on", "off")
 
 _PREFIX = struct.Struct("!IB")
-_OFFER = struct.Struct("!QQQ")
+_OFFER = struct.Struct("!QQQ?")
 _GRANT = struct.Struct("!QQIQQIIB")
 _TRANSFER = struct.Struct("!Q")
 _DATA = struct.Struct("!IQ")
@@ -40,7 +41,8 @@ _DEFAULT_LIMIT = _GRANT.size + MAX_REASON_BYTES
 class Hello:
     """First message of each side: version, what fabrics it can use (`name -> reason why not`, "" if usable),
     the largest message and inline payload it takes, how many grants it works on at once, the key that seals the
-    chunks it sends (or b""), which host it is on, and whether chunks shall be checked (`auto`, `on`, `off`)."""
+    chunks it sends (or b""), which host it is on, whether chunks shall be checked (`auto`, `on`, `off`), and the
+    longest chunk that it makes in memory of its own."""
 
     fabrics: Mapping[str, str]
     max_message_bytes: int
@@ -49,6 +51,7 @@ class Hello:
     seal_key: bytes = b""
     host: str = ""
     integrity: str = "auto"
+    max_staged_bytes: int = MAX_CHUNK_BYTES
     version: int = VERSION
 
 
@@ -97,11 +100,13 @@ class Inline:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Sender: there is a message of `length` bytes. `label` is 0, or what the receiver knows it by."""
+    """Sender: there is a message of `length` bytes. `label` is 0, or what the receiver knows it by. `staged` says that
+    each of its chunks is made in memory of the sender's, and is no longer than the sender's HELLO allows for that."""
 
     transfer: int
     length: int
     label: int = 0
+    staged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +204,7 @@ def encode(message: Message) -> bytes:
                     "max_message_bytes": message.max_message_bytes,
                     "inline_bytes": message.inline_bytes,
                     "max_writes": message.max_writes,
+                    "max_staged_bytes": message.max_staged_bytes,
                     "seal_key": message.seal_key,
                     "host": message.host,
                     "integrity": message.integrity,
@@ -223,7 +229,7 @@ def encode(message: Message) -> bytes:
         case Inline():
             body = message.payload
         case Offer():
-            body = _OFFER.pack(message.transfer, message.length, message.label)
+            body = _OFFER.pack(message.transfer, message.length, message.label, message.staged)
         case Grant():
             r = message.remote
             body = _GRANT.pack(
@@ -271,8 +277,11 @@ def _decode_hello(body: Mapping[str, Any]) -> Hello:
         _field(body, "seal_key", bytes),
         _field(body, "host", str),
         _field(body, "integrity", str),
+        _field(body, "max_staged_bytes", int),
     )
     sizes_ok = hello.max_message_bytes >= 0 and hello.inline_bytes >= 0 and hello.max_writes > 0
+    if hello.max_staged_bytes < MAX_UNIT_BYTES:
+        raise ProtocolError(f"the peer makes chunks of {hello.max_staged_bytes} bytes, {MAX_UNIT_BYTES} are the least")
     if not sizes_ok or len(hello.seal_key) not in (0, 32) or hello.integrity not in INTEGRITY:
         raise ProtocolError("a field of the peer's HELLO is out of range")
     return hello

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -317,8 +319,58 @@ def test_a_peer_that_trickles_its_bytes_can_not_hold_memory_for_ever():
             passive.settle()
             passive.core.check(now=now)
 
-    with pytest.raises(TransferError, match=r"takes too long: \d+ of 100000 bytes came, at less than 16384 bytes/s"):
+    with pytest.raises(TransferError, match=r"is too slow: \d+ of 100000 bytes came, at less than 16384 bytes/s"):
         trickle()
+
+
+def test_a_long_message_that_trickles_is_judged_while_it_comes():
+    """Not when all of it would have to be there, which is hours later."""
+    limits = replace(LIMITS, max_message_bytes=1 << 30)
+    active, passive = open_pair(limits=limits)
+    active.sources[active.core.submit(1 << 30, 0.0)] = b""
+    active.settle()
+    passive.read_wire(1 << 20)
+    passive.take_memory()
+    for now in (100.0, limits.stall_timeout):
+        notification = next(iter(passive.exposed))
+        passive.exposed.pop(notification)
+        passive.core.landed(notification, 1000, now=now)
+        passive.settle()
+        passive.core.check(now)
+    with pytest.raises(TransferError, match="is too slow: 2000 of 1073741824 bytes came"):
+        passive.core.check(limits.stall_timeout + 1.0)
+
+
+def test_a_peer_that_grants_and_lets_nothing_be_written_makes_no_progress():
+    active, _ = open_pair()
+    active.send(message(5000))
+    for number in range(1, 5):
+        grant = wire.Grant(1, (number - 1) * 1000, 1000, RemoteSlice(1, 0, 1000), number, 0)
+        active.core.receive(wire.encode(grant), now=number * 40.0)
+    active.core.check(now=40.0 + LIMITS.stall_timeout)
+    with pytest.raises(TransferError, match="made no progress for 120 s"):
+        active.core.check(now=41.0 + LIMITS.stall_timeout)
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_what_the_sender_makes_in_its_own_memory_is_granted_in_chunks_that_fit_there(staged):
+    limits, most = replace(LIMITS, max_message_bytes=1 << 30), MAX_UNIT_BYTES
+    active, passive = open_pair(limits=limits, max_staged_bytes=most)
+    passive.core.set_controller(make_controller("fixed", 4 * most, 4, 1 << 30))
+    active.sources[active.core.submit(16 * most, 0.0, staged=staged)] = bytes(16 * most)
+    active.settle()
+    run_to_end(active, passive)
+    assert passive.received == [bytes(16 * most)]
+    assert passive.longest_granted == (most if staged else 8 * most)  # the last chunk is two in one
+
+
+def test_more_than_fits_there_is_a_protocol_error():
+    limits, most = replace(LIMITS, max_message_bytes=1 << 30), MAX_UNIT_BYTES
+    active, _ = open_pair(limits=limits, max_staged_bytes=most)
+    grant = wire.Grant(1, 0, 64 * most, RemoteSlice(1, 0, 64 * most), 1, 0)
+    active.core.submit(64 * most, 0.0, staged=True)
+    with pytest.raises(ProtocolError, match="a grant of 67108864 bytes for what is made here, 1048576 are the most"):
+        active.core.receive(wire.encode(grant), now=0.0)
 
 
 def test_a_message_too_large_for_the_peer_is_refused_before_it_is_offered():
@@ -542,7 +594,7 @@ def test_a_message_that_waits_for_its_turn_has_no_deadline_yet():
     active.read_wire(1 << 20)
     passive.now = 100.0
     active.land(0)
-    later = LIMITS.stall_timeout + 30  # more than the second message may take, less than the first
+    later = LIMITS.stall_timeout + 0.05  # the first has come fast enough for that, and nothing of the second
     passive.core.check(later)
     passive.now = active.now = later
     run_to_end(active, passive)
