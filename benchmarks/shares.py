@@ -44,10 +44,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nvflare_rdma.channel import Sink, Source
 from nvflare_rdma.codecs import get_codec, marked
+from nvflare_rdma.errors import TlsError
 from nvflare_rdma.fabric import factories, probe
 from nvflare_rdma.runtime import Runtime, Shared, make_context
 from nvflare_rdma.settings import Settings
-from nvflare_rdma.streaming.identity import identifier
 from nvflare_rdma.transfer import Meters, PeerLinks, Service, TensorContent, in_memory, pull, unpack_manifest
 from tests.support.certificates import Authority
 
@@ -55,6 +55,12 @@ HOSTILE = "hostile"
 ANY_PORT, THREADS = (0, 0), 64
 LAND = in_memory(lambda nbytes: memoryview(bytearray(nbytes)))
 console = Console(width=120)
+
+
+def identify(peer: str, certificate: Any) -> None:
+    names = {name: value for part in certificate["subject"] for name, value in part}
+    if names["commonName"] != peer:
+        raise TlsError(f"{names['commonName']} is not {peer}")
 
 
 def make_links(
@@ -67,7 +73,7 @@ def make_links(
         context = replace(context, chunk_bytes=64 * MIB, depth=64, controller="fixed")
     runtime = Runtime(made, context, factories(made.fabric_options, available), Shared())
     tls = lambda server_side: get_ssl_context({**files, "secure": True}, server_side)  # noqa: E731
-    return PeerLinks(name, runtime, tls, identifier({}), "127.0.0.1", ports)
+    return PeerLinks(name, runtime, tls, identify, "127.0.0.1", ports)
 
 
 def model(mib: int, seed: int) -> dict[str, Any]:

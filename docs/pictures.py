@@ -25,7 +25,7 @@ sys.path[:0] = [p for p in (str(ROOT),) if p not in sys.path]
 PACKAGE = ROOT / "nvflare_rdma"
 PAGE = ROOT / "docs" / "design.md"
 #: Everybody imports them.
-EVERYBODYS = {"errors", "version"}
+EVERYBODYS = {"errors", "logs", "version"}
 WIDTH = 28
 
 

@@ -7,9 +7,15 @@ keeps working.
 
 from __future__ import annotations
 
+from nvflare_rdma.logs import escaped
+
 
 class RdmaError(Exception):
-    """Base of every error that nvflare-rdma raises on purpose."""
+    """Base of every error that nvflare-rdma raises on purpose. Its text is escaped: it may name what a peer has sent,
+    and somebody will log it."""
+
+    def __str__(self) -> str:
+        return escaped(super().__str__())
 
 
 class ConfigError(RdmaError, ValueError):

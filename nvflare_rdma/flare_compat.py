@@ -308,6 +308,29 @@ def filters_of(runner: Any, section: str) -> Any:
     return getattr(runner if hasattr(runner, section) else runner.config, section)
 
 
+def apply_dxo_filter(component: Any, dxo: Any, shareable: Any, fl_ctx: Any) -> Any:
+    """What FLARE's `DXOFilter` does with one DXO: `process_dxo`, the DXO's filter history, and the job's audit log."""
+    require_flare("A filter")
+    return component._apply_filter(dxo, shareable, fl_ctx)
+
+
+def streams_tensors(fl_ctx: Any, task: str) -> bool:
+    """Whether this side's job has FLARE's TensorServerStreamer or TensorClientStreamer for `task`
+    (`Recipe.enable_tensor_streaming`): what leaves the filters is then saved in files' format and sent, whatever marks
+    it has."""
+    require_flare("A filter")
+    engine = fl_ctx.get_engine()
+    if hasattr(engine, "get_all_components"):  # a client's; a server has no such call
+        components = engine.get_all_components()
+    else:
+        components = getattr(getattr(engine, "run_manager", None), "components", None)
+    streamers = {"TensorServerStreamer", "TensorClientStreamer"}  # by name, since to import them takes torch
+    return any(
+        any(cls.__name__ in streamers for cls in type(component).__mro__) and task in component.tasks
+        for component in (components or {}).values()
+    )
+
+
 # -- the simulator -------------------------------------------------------------------------------------------
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nvflare_rdma import class_list
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.flare_compat import apps_of, job_of, prepare_client_apps, use_installed_package
+from nvflare_rdma.logs import get_logger
+from nvflare_rdma.workflows import check_tasks, sends_tasks, sites_with_peers
+
+log = get_logger(__name__)
 
 _SERVER = "server"
 _ALL_SITES = "@ALL"
 
 
-def add_quantization(
+def add_quantization(  # noqa: PLR0913 - one call for what is one filter's arguments, and where it goes
     target: Any,
     quantization_type: str = "float16",
     tasks: Sequence[str] | None = None,
@@ -20,11 +25,15 @@ def add_quantization(
     error_feedback: bool = False,
     delta: bool = False,
     stochastic_rounding: bool = False,
+    clients: Sequence[str] | None = None,
 ) -> None:
     """Send models in few bits both ways: add the four filters that this takes to a recipe or job.
 
     Server and clients each get a `ModelQuantizer` for what they send and a `ModelDequantizer` for what they
-    receive. Call it once, after the recipe has been made.
+    receive. Call it once, after the recipe has been made and configured per site.
+
+    In a workflow that the sites control (`SwarmLearningRecipe`, FLARE's `CCWFJob`), models go from site to site, and
+    FLARE applies no filters to them. Each site gets a `PeerQuantizer` there, which works together with `add_transfer`.
 
     Args:
         target: a FLARE `Recipe`, or a `FedJob`; in a FedJob with client apps per site, every site gets the filters.
@@ -34,75 +43,81 @@ def add_quantization(
         policy: rules that say which codec each tensor gets, before the default ones (norms, biases and tensors of
             less than 1024 elements travel exact). See `nvflare_rdma.codecs.policy`.
         error_feedback, delta, stochastic_rounding: see `nvflare_rdma.filters.ModelQuantizer`.
+        clients: the sites that get it, None for all. To and from the others models travel in full, and they need not
+            have this package. It takes a job with an app for each site (`Recipe.set_per_site_config`).
 
     Raises:
-        ConfigError: an unknown type or rule, a bad task list, a target that is neither recipe nor job, or one that has
-            quantization filters already. Nothing has been added then.
+        ConfigError: an unknown type or rule, a bad list of tasks or clients, a target that is neither recipe nor job,
+            one that has quantization filters already, or one in which nothing would be quantized. Nothing has been
+            added then.
     """
     names = ["train"] if tasks is None else tasks
     if isinstance(names, str) or not names or any(not isinstance(t, str) or t in ("", "*") for t in names):
         raise ConfigError(f"tasks must be a list of task names such as ['train'], but is {tasks!r}")
+    names = list(names)
 
     job = _checked_job(target, "quantization", "add_quantization")
     from nvflare.job_config.defs import FilterType
 
-    from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+    from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer, PeerQuantizer
 
-    out = ModelQuantizer(
-        quantization_type,
-        policy=policy,
-        error_feedback=error_feedback,
-        delta=delta,
-        stochastic_rounding=stochastic_rounding,
-    )
-    into = ModelDequantizer()
+    rules, only = list(policy), None if clients is None else list(clients)
+    options: dict[str, Any] = {"error_feedback": error_feedback, "delta": delta}
+    options["stochastic_rounding"] = stochastic_rounding
+
+    def quantizer(**more: Any) -> ModelQuantizer:
+        return ModelQuantizer(quantization_type, policy=rules, **options, **more)
+
+    from_server, from_client = quantizer(clients=only), quantizer()
+    prepare_client_apps(target, "add_quantization")
     apps = apps_of(target, "add_quantization")
-    for site, app in apps.items():
-        for section in ("task_data_filters", "task_result_filters"):
-            present = {type(each).__name__ for _, filters in getattr(app.app_config, section) for each in filters}
-            for name in ("ModelQuantizer", "ModelDequantizer"):
-                advice = "add quantization once, or use other filters by hand"
-                _refuse_second_use(name in present, f"{name} in {section} of '{site}'", advice)
+    _refuse_quantization_twice(apps)
+    sites = _client_sites(apps, clients)
+    check_tasks(apps, sites, names)
+    peers = sites_with_peers(apps, sites)
+    if peers:
+        _refuse_between_sites(options)
+        between_sites = [(site, PeerQuantizer(quantization_type, policy=rules)) for site in peers]
+        for site, component in between_sites:
+            job.to(component, site, id="peer_quantizer")
+    if sends_tasks(apps):
+        job.to_server(from_server, filter_type=FilterType.TASK_DATA, tasks=names)
+        job.to_server(ModelDequantizer(clients=only), filter_type=FilterType.TASK_RESULT, tasks=names)
+        for site in sites:
+            job.to(ModelDequantizer(), site, filter_type=FilterType.TASK_DATA, tasks=names)
+            job.to(from_client, site, filter_type=FilterType.TASK_RESULT, tasks=names)
     use_installed_package(job)
-
-    names = list(names)
-    if job is not target:  # a recipe adds filters to all of its sites by itself
-        target.add_server_output_filter(out, tasks=names)
-        target.add_server_input_filter(into, tasks=names)
-        target.add_client_input_filter(into, tasks=names)
-        target.add_client_output_filter(out, tasks=names)
-        return
-    job.to_server(out, filter_type=FilterType.TASK_DATA, tasks=names)
-    job.to_server(into, filter_type=FilterType.TASK_RESULT, tasks=names)
-    for site in _client_sites(apps):
-        job.to(into, site, filter_type=FilterType.TASK_DATA, tasks=names)
-        job.to(out, site, filter_type=FilterType.TASK_RESULT, tasks=names)
+    _say_what_to_allow(apps, job, class_list.FILTERS)
 
 
-def add_transfer(target: Any) -> None:
+def add_transfer(target: Any, clients: Sequence[str] | None = None) -> None:
     """Move tensors and arrays directly between the processes that hold and want them: add `RdmaTransfer` to the server
     and to every site of a recipe or job. Call it once, after the recipe has been made and configured per site.
 
     Args:
         target: a FLARE `Recipe`, or a `FedJob`; in a FedJob with client apps per site, every site gets the component.
+        clients: the sites that get it, None for all. The others take FLARE's own path and need not have this package.
+            It takes a job with an app for each site (`Recipe.set_per_site_config`).
 
     Raises:
-        ConfigError: a target that is neither recipe nor job, or one that has the component already. Nothing has been
-            added then.
+        ConfigError: a target that is neither recipe nor job, one that has the component already, or a bad list of
+            clients. Nothing has been added then.
     """
     job = _checked_job(target, "a transfer", "add_transfer")
     from nvflare_rdma.streaming import RdmaTransfer
 
     prepare_client_apps(target, "add_transfer")  # each site's own, if it has been given any
     apps = apps_of(target, "add_transfer")
+    sites = _client_sites(apps, clients)
     for site, app in apps.items():
         present = any(isinstance(component, RdmaTransfer) for component in app.app_config.components.values())
         _refuse_second_use(present, f"RdmaTransfer for '{site}'", "add it once")
-    use_installed_package(job)
 
+    use_installed_package(job)
     job.to_server(RdmaTransfer(), id="rdma_transfer")
-    for site in _client_sites(apps):
+    for site in sites:
         job.to(RdmaTransfer(), site, id="rdma_transfer")
+    _say_what_to_allow(apps, job, class_list.STREAMING)
 
 
 def _checked_job(target: Any, what: str, feature: str) -> Any:
@@ -115,11 +130,63 @@ def _checked_job(target: Any, what: str, feature: str) -> Any:
     return job_of(target, feature)
 
 
+def _refuse_quantization_twice(apps: Mapping[str, Any]) -> None:
+    advice = "add quantization once, or use other filters by hand"
+    for site, app in apps.items():
+        for section in ("task_data_filters", "task_result_filters"):
+            present = {type(each).__name__ for _, filters in getattr(app.app_config, section) for each in filters}
+            for name in ("ModelQuantizer", "ModelDequantizer"):
+                _refuse_second_use(name in present, f"{name} in {section} of '{site}'", advice)
+        components = {type(each).__name__ for each in app.app_config.components.values()}
+        _refuse_second_use("PeerQuantizer" in components, f"PeerQuantizer for '{site}'", advice)
+
+
 def _refuse_second_use(present: bool, what: str, advice: str) -> None:
     if present:
         raise ConfigError(f"the job already has {what}: {advice}")
 
 
-def _client_sites(apps: Mapping[str, Any]) -> list[str]:
-    """The sites that have client apps of their own, or the name that stands for all sites."""
-    return [site for site in apps if site not in (_SERVER, _ALL_SITES)] or [_ALL_SITES]
+def _refuse_between_sites(options: Mapping[str, bool]) -> None:
+    if used := [name for name, value in options.items() if value]:
+        raise ConfigError(
+            f"{', '.join(used)} can't be used in a workflow that the sites control: models go from site to site there, "
+            "encoded as they are sent, and nothing is known of earlier ones; leave it out"
+        )
+
+
+def _client_sites(apps: Mapping[str, Any], clients: Sequence[str] | None = None) -> list[str]:
+    """The sites that are to get something: those that have client apps of their own, or the name that stands for all
+    sites; only those in `clients`, unless that is None.
+
+    Raises:
+        ConfigError: `clients` has no names, names that the job doesn't know, or the job has one app for all sites.
+    """
+    sites = [site for site in apps if site not in (_SERVER, _ALL_SITES)]
+    if clients is None:
+        return sites or [_ALL_SITES]
+    if isinstance(clients, str) or not clients or any(not isinstance(name, str) for name in clients):
+        raise ConfigError(f"clients must be a list of site names such as ['site-1'], but is {clients!r}")
+    if _ALL_SITES in apps or not sites:
+        raise ConfigError(
+            f"clients={list(clients)!r} takes an app for each site, but this job has one for all of them: call "
+            'recipe.set_per_site_config({"site-1": {}, ...}) right after the recipe has been made, or put the parts '
+            "of a FedJob to each site by name (job.to)"
+        )
+    if unknown := [name for name in clients if name not in sites]:
+        raise ConfigError(f"clients={list(clients)!r}: the job has no {', '.join(unknown)}, only {', '.join(sites)}")
+    return list(dict.fromkeys(clients))
+
+
+def _say_what_to_allow(apps: Mapping[str, Any], job: Any, entry: str) -> None:
+    sites = class_list.sites_without_code(apps, job.job.app_packages)
+    if sites:
+        where = "every site and the server" if _ALL_SITES in sites else ", ".join(sites)
+        log.warning(
+            "the job '%s' brings no code of its own for %s, so FLARE refuses classes there that are not in the list "
+            "%s of local/resources.json (or resources.json.default). Add %s to it; `nvflare-rdma doctor --workspace "
+            "SITE` shows what is missing, and RdmaSimEnv adds it in its own workspace",
+            job.name,
+            where,
+            class_list.KEY,
+            class_list.line([entry]),
+        )

@@ -7,7 +7,6 @@ Tests make a `Runtime` or a `Shared` of their own. To import this module takes n
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
@@ -28,13 +27,23 @@ from nvflare_rdma.fabric import (
     TcpFabric,
     factories,
     host_identity,
+    plain_host,
     probe,
 )
 from nvflare_rdma.flare_compat import max_frame_bytes
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.settings import Settings, load_settings
-from nvflare_rdma.transfer import EncodedChunkCache, Ledger, PeerLinks, StreamRequestRouter, TensorMemory
+from nvflare_rdma.transfer import (
+    EncodedChunkCache,
+    Ledger,
+    Notices,
+    PeerLinks,
+    StreamRequestRouter,
+    TensorMemory,
+    WaitingPlaces,
+)
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class LinksByCell:
@@ -48,6 +57,7 @@ class LinksByCell:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._runs = 0
+        self._process = os.getpid()
         self._make: Callable[[Any], PeerLinks] | None = None
         self._links: dict[str, PeerLinks | None] = {}
 
@@ -58,7 +68,10 @@ class LinksByCell:
             self._make = make
 
     def stop(self) -> bool:
-        """A run has ended; with the last one all links are closed. Returns whether it was the last."""
+        """A run has ended; with the last one all links are closed. Returns whether it was the last. A forked process,
+        which may call it when it exits, leaves them to its parent."""
+        if self._process != os.getpid():
+            return False
         with self._lock:
             self._runs = max(self._runs - 1, 0)
             if self._runs:
@@ -119,18 +132,22 @@ class Shared:
     Attributes:
         links: the links of the process's cells.
         stream_requests: the streams that the process sends.
+        waiting_places: for threads of FLARE's that wait for a site.
         tensor_memory: the memory in which tensors arrive.
         encoded_chunks: chunks that were encoded for one receiver and that others are about to want.
         ledger: takes the record of each transfer to those who want to know.
+        notices: what was said in the log of transfers with each peer.
         environment: what is handed on to the processes that FLARE starts.
         blob_memory: the memory in which FLARE puts together large blobs.
     """
 
     links: LinksByCell = field(default_factory=LinksByCell)
     stream_requests: StreamRequestRouter = field(default_factory=StreamRequestRouter)
+    waiting_places: WaitingPlaces = field(default_factory=WaitingPlaces)
     tensor_memory: TensorMemory = field(default_factory=TensorMemory)
     encoded_chunks: EncodedChunkCache = field(default_factory=EncodedChunkCache)
     ledger: Ledger = field(default_factory=Ledger)
+    notices: Notices = field(default_factory=Notices)
     environment: EnvironmentChanges = field(default_factory=EnvironmentChanges)
     blob_memory: SlotPool = field(default_factory=lambda: SlotPool(keep_bytes=None))
 
@@ -155,6 +172,11 @@ class Runtime:
         """Where the records of transfers go."""
         return self.shared.ledger
 
+    @property
+    def waiting_places(self) -> WaitingPlaces:
+        """For threads of FLARE's that wait for a site."""
+        return self.shared.waiting_places
+
     def tcp(self, dial: Callable[[], socket.socket] | None = None) -> TcpFabric:
         """The tcp fabric of a door, or of a link that `dial` makes the rails of."""
         made = self.factories[TcpFabric.name](LinkEnd(dial=dial))
@@ -163,7 +185,7 @@ class Runtime:
 
     def fabrics(self, tcp: TcpFabric, sock: socket.socket) -> dict[str, Fabric]:
         """What a link whose control stream is on `sock` can use; `tcp` is its own, or that of the door it came by."""
-        end = LinkEnd(str(sock.getsockname()[0]))
+        end = LinkEnd(plain_host(str(sock.getsockname()[0])))
         others = {name: make(end) for name, make in self.factories.items() if name != tcp.name}
         return {tcp.name: tcp, **others}
 
@@ -171,6 +193,19 @@ class Runtime:
 _shared = Shared()
 _runtimes: dict[Settings, Runtime] = {}
 _lock = threading.Lock()
+_parents: list[Shared] = []
+
+
+def _begin_anew() -> None:
+    """In a forked process: the links and whatever else was shared are the parent's, who goes on with them. They are
+    kept, so that nothing of them is freed, and not used."""
+    global _shared, _lock
+    _parents.append(_shared)
+    _shared, _lock = Shared(), threading.Lock()
+    _runtimes.clear()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def shared() -> Shared:

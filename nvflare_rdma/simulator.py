@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,12 +25,13 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nvflare.recipe.sim_env import SimEnv
 
+from nvflare_rdma.class_list import allow_for
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.flare_compat import patch_simulator, require_flare, simulator_entry, use_installed_package
 
@@ -95,7 +97,7 @@ class _SimulatedJob:
         """What `FedJob.simulator_run` does, with the same arguments; returns the simulator's exit status."""
         names = clients or [f"site-{i + 1}" for i in range(n_clients or 0)]
         use_installed_package(self._job)
-        with tempfile.TemporaryDirectory() as folder:
+        with _temporary_folder() as folder:
             self._job.export_job(folder)
             command = [sys.executable, "-m", "nvflare_rdma.simulator", os.path.join(folder, self._job.name)]
             command += [
@@ -112,6 +114,16 @@ class _SimulatedJob:
             if log_config:
                 command += ["-l", log_config]
             return _run(command, self._console)
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """Not tempfile's, which is also removed by a forked process that exits meanwhile."""
+    folder = tempfile.mkdtemp()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(command: Sequence[str], console: str | os.PathLike[str] | None) -> int:
@@ -187,6 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.parent_pid is not None:
         threading.Thread(target=_end_with, args=(args.parent_pid,), daemon=True).start()
     use_scheme(args.scheme)
+    if args.workspace:
+        allow_for(Path(args.job_folder), Path(args.workspace))
     return int(run(args) or 0)
 
 

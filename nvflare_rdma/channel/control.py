@@ -7,6 +7,7 @@ locked for the moment of an encryption or decryption, while the socket itself is
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import ssl
@@ -15,7 +16,11 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from nvflare_rdma.errors import RdmaError
+from nvflare_rdma.fabric import keep_alive
+
 _RECEIVE_BYTES = 256 * 1024
+NO_GOODBYE = "the peer closed the connection without a goodbye, as when its process ends"
 
 
 class ControlStream:
@@ -24,6 +29,7 @@ class ControlStream:
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext | None = None, server_side: bool = False) -> None:
         self._sock = sock
+        self._process = os.getpid()
         self.site = ""
         """Who is at the other end, as far as that was checked; "" for whoever it is."""
         self.ticket = b""
@@ -35,6 +41,7 @@ class ControlStream:
         self._readable.register(sock, select.POLLIN)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_alive(sock)
         if context is not None:
             self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
 
@@ -43,13 +50,12 @@ class ControlStream:
         """Whether the stream speaks TLS."""
         return self._tls is not None
 
-    def port(self, peer: bool) -> int:
-        """The port of the peer's end, or of this one; 0 if it has none, or is gone."""
-        try:
-            address = self._sock.getpeername() if peer else self._sock.getsockname()
-        except OSError:
-            return 0
-        return int(address[1]) if isinstance(address, tuple) else 0
+    def way(self, dialled: bool) -> str:
+        """For people: whether there is TLS, and the port of the side that was dialled."""
+        port: object = "unknown"
+        with contextlib.suppress(OSError, IndexError):
+            port = (self._sock.getpeername() if dialled else self._sock.getsockname())[1]
+        return f"{'TLS' if self.secure else 'no TLS'}, port {port}"
 
     def peer_certificate(self) -> dict[str, Any] | None:
         """The peer's certificate as `ssl.SSLSocket.getpeercert` gives it, or None."""
@@ -164,7 +170,18 @@ class ControlStream:
         return bytes(plain), True
 
     def close(self) -> None:
-        """Close at once; a blocked `send` or `receive` fails. Callable from any thread, any number of times."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        """Close at once; a blocked `send` or `receive` fails. Callable from any thread, any number of times. A forked
+        process closes its own descriptor only."""
+        if self._process == os.getpid():
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
+
+
+def explain_loss(error: Exception, written: str) -> str:
+    """What an error of the control stream means. `written` is what writing it has brought, if it failed: whoever reads
+    it then only sees that it is closed."""
+    if isinstance(error, ConnectionResetError | BrokenPipeError):
+        return f"{NO_GOODBYE} ({error.strerror})"
+    ours = isinstance(error, RdmaError) or not isinstance(error, OSError)
+    return str(error) if ours or not written else f"{NO_GOODBYE} ({written})"

@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _SEND_NOW_BYTES = 128 * 1024
 #: Batches that wait for the control stream when the next chunk is put behind them.
@@ -92,10 +93,11 @@ class ControlWriter:
     def _closing_broken_stream(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, a part of a message may be gone
             if not self._closing():
                 # The reader ends the link; wake it in case it does not see the same. It then sees a closed socket only.
                 self.failure = self.failure or str(error)
-                log.debug("%s: control stream can't be written: %s", self._name, error)
+                level = logging.DEBUG if isinstance(error, OSError) else logging.ERROR
+                log.log(level, "%s: the control stream can't be written, and is closed: %r", self._name, error)
                 with contextlib.suppress(OSError):
                     self._stream.close()

@@ -8,7 +8,9 @@ most of them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 import socket
 import ssl
 import threading
@@ -19,11 +21,14 @@ from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.guests import Complaints, Guests
 from nvflare_rdma.channel.protocol import CONTROL_MAGIC
 from nvflare_rdma.errors import ProtocolError, RdmaError, TlsError, UnreachableError
-from nvflare_rdma.fabric import RAIL_MAGIC, TICKET_BYTES, TcpFabric
+from nvflare_rdma.fabric import RAIL_MAGIC, TICKET_BYTES, TcpFabric, connect_tcp, join_address, plain_host
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 GREETING_TIMEOUT = 10.0
+#: Errors of accept(2) that don't pass: the socket listens no more, whoever has shut it down, or was closed.
+_LISTENS_NO_MORE = (errno.EINVAL, errno.EBADF, errno.ENOTSOCK)
 _TLS_HANDSHAKE_RECORD = b"\x16"
 
 
@@ -34,6 +39,7 @@ class Pending:
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
         self._closed = False
+        self._process = os.getpid()
 
     @contextlib.contextmanager
     def track(self, sock: socket.socket) -> Iterator[None]:
@@ -54,7 +60,9 @@ class Pending:
                 self._sockets.discard(sock)
 
     def close(self) -> None:
-        """Disconnect the sockets that are tracked, and refuse others."""
+        """Disconnect the sockets that are tracked, and refuse others. A forked process leaves them to its parent."""
+        if self._process != os.getpid():
+            return
         with self._lock:
             self._closed = True
             sockets = list(self._sockets)
@@ -90,33 +98,54 @@ class Door:
         self._on_connection = on_connection
         self._name = name
         self._greeting_timeout = greeting_timeout
-        self._closed = threading.Event()
+        self._closed, self._over = threading.Event(), threading.Event()
+        self._process = os.getpid()
         self._greeting = Pending()
         self._guests = Guests()
         self._complaints = Complaints(name)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether `serve` has returned, so that nobody will be let in any more and the port is free."""
+        return self._over.is_set()
+
     def serve(self) -> None:
-        """Let peers in until `close` is called; then the port is free again. Call once, also if closed already."""
+        """Let peers in until `close` is called; then the port is free again. Call once, also if closed already. It also
+        returns if the listening socket is shut down by anybody else, which is logged."""
         self._say_whom_tls_shows()
-        with self._listener:
-            while not self._closed.is_set():
-                try:
-                    sock, address = self._listener.accept()
-                except OSError as error:
-                    if not self._closed.is_set():
-                        # Out of descriptors, or the peer has gone again: the port stays open.
-                        log.error("can't accept a connection on %s: %s", self._name, error)
-                        self._closed.wait(0.1)
-                    continue
-                self._make_room(sock, str(address[0]))
-                try:
-                    threading.Thread(
-                        target=self._receive, args=(sock,), name=f"rdma-conn-{sock.fileno()}", daemon=True
-                    ).start()
-                except RuntimeError as error:
-                    log.error("can't serve a connection: %s", error)
-                    self._guests.leave(sock)
-                    sock.close()
+        try:
+            with self._listener:
+                self._serve()
+        finally:
+            self._over.set()
+
+    def _serve(self) -> None:
+        while not self._closed.is_set():
+            try:
+                sock, address = self._listener.accept()
+            except OSError as error:
+                if self._closed.is_set():
+                    return
+                if error.errno in _LISTENS_NO_MORE:
+                    log.error(
+                        "%s listens no more, as its socket was shut down (%s); it is opened anew when it is needed",
+                        self._name,
+                        error,
+                    )
+                    return
+                # Out of descriptors, or the peer has gone again: the port stays open.
+                log.error("can't accept a connection on %s: %s", self._name, error)
+                self._closed.wait(0.1)
+                continue
+            self._make_room(sock, str(address[0]))
+            try:
+                threading.Thread(
+                    target=self._receive, args=(sock,), name=f"rdma-conn-{sock.fileno()}", daemon=True
+                ).start()
+            except RuntimeError as error:
+                log.error("can't serve a connection: %s", error)
+                self._guests.leave(sock)
+                sock.close()
 
     def _say_whom_tls_shows(self) -> None:
         asks = True
@@ -136,10 +165,13 @@ class Door:
                 victim.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End `serve`, and the connections that are still in their greeting. Callable from any thread, at any time.
+        """End `serve`, and the connections that are still in their greeting. Callable from any thread, at any time. In
+        a forked process it does nothing: the socket that listens is its parent's, too.
 
         A peer that has just greeted may still come to `on_connection`.
         """
+        if self._process != os.getpid():
+            return
         self._closed.set()
         # Wakes accept(); close() alone would leave it waiting.
         with contextlib.suppress(OSError):
@@ -157,6 +189,9 @@ class Door:
             sock.close()
             if not self._closed.is_set():
                 self._complaints.log(logging.ERROR, "refused the connection from %s: %s", peer, error)
+        except Exception:
+            sock.close()
+            log.exception("ended the connection from %s by an error of this side", peer)
         finally:
             self._guests.leave(sock)
 
@@ -193,18 +228,18 @@ def dial(
 ) -> tuple[socket.socket, ControlStream]:
     """Open a control stream to the door at `address`; its socket and the stream are returned.
 
-    `timeout`, in seconds, is for each of the host's addresses to answer, and once more for the whole greeting, which is
-    what the peer could draw out. `pending.close()` ends the greeting.
+    `timeout`, in seconds, is for all of it: the host's addresses, one of which has to answer, and the whole greeting,
+    which is what the peer could draw out. `pending.close()` ends the greeting.
 
     Raises:
         TlsError: the peers don't trust each other. UnreachableError: nothing answered within `timeout`. OSError:
             nobody listens, or it did not greet in time.
     """
+    deadline = time.monotonic() + timeout
     try:
-        sock = socket.create_connection(address, timeout)
+        sock = connect_tcp(address, timeout)
     except TimeoutError as error:
         raise UnreachableError(f"timed out: nothing answered within {timeout:g} s") from error
-    deadline = time.monotonic() + timeout
     try:
         with pending.track(sock):
             if tls is None:
@@ -216,12 +251,12 @@ def dial(
 
 
 def address_of(sock: socket.socket, peer: bool) -> str:
-    """Return `host:port` of one end of a connection, for people, or "N/A" when it is gone."""
+    """Return `host:port` of one end of a connection ([host]:port over IPv6), for people, or "N/A" when it is gone."""
     try:
         host, port = (sock.getpeername() if peer else sock.getsockname())[:2]
     except OSError:
         return "N/A"
-    return f"{host}:{port}"
+    return join_address(plain_host(host), port)
 
 
 def explain_tls(error: ssl.SSLError, server_side: bool) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 import socket
 import threading
 import time
 from collections import Counter
 
-log = logging.getLogger(__name__)
+from nvflare_rdma.logs import get_logger
+
+log = get_logger(__name__)
 
 #: Guests that have not been let in yet, in all and of one source: an IPv4 address or an IPv6 network of 64 bits.
 MAX_HANDSHAKES, MAX_HANDSHAKES_OF_SOURCE = 256, 64

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from nvflare_rdma.channel.protocol import events
 from nvflare_rdma.channel.protocol.limits import MIN_CHUNK_BYTES, whole_units
 from nvflare_rdma.errors import FabricError, IntegrityError
 from nvflare_rdma.fabric import Endpoint, Region, RemoteSlice, Reservation
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(slots=True)

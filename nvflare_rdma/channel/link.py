@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from nvflare_rdma.channel import sealing
 from nvflare_rdma.channel.bodies import BufferSource, Sink, Source
 from nvflare_rdma.channel.context import LinkContext
-from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.channel.control import NO_GOODBYE, ControlStream, explain_loss
 from nvflare_rdma.channel.control_rail import ControlRail
 from nvflare_rdma.channel.control_writer import ControlWriter
 from nvflare_rdma.channel.deferred import DeferredCalls, Delivery
@@ -36,12 +37,11 @@ from nvflare_rdma.channel.protocol import Connection, Phase, Role, events, wire
 from nvflare_rdma.channel.rails import RailSet
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.fabric import Fabric
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
-_LINGER = 5.0
-_TICK = 1.0
-_NO_GOODBYE = "the peer closed the connection without a goodbye, as when its process ends"
+_LINGER, _TICK = 5.0, 1.0
 
 
 class Link:
@@ -63,7 +63,7 @@ class Link:
         place: Callable[[int], Sink | None] = lambda label: None,
     ) -> None:
         self.name = name
-        self.fabric = ""
+        self.fabric = self.way = ""  # `way` is for people: the fabric, whether there is TLS, and the door's port
         self._stream = stream
         site = stream.site or name
         self._context = context
@@ -92,7 +92,10 @@ class Link:
         self._checked_at = time.monotonic()
         self._failure: str | None = None
         self._closing = False
+        self._asked_at = 0.0
+        self._doubted = 0  # threads that wait for a sign of life
         self._ended = threading.Event()
+        self._process = os.getpid()
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -130,7 +133,7 @@ class Link:
             reason = str(error)
             log.error("%s: disconnected, the peer broke the protocol: %s", self.name, error)
         except (RdmaError, OSError) as error:
-            reason = _explain(error, self._writer.failure)
+            reason = explain_loss(error, self._writer.failure)
             if not self._closing:
                 log.warning("%s: connection lost: %s", self.name, reason)
         except Exception as error:
@@ -138,8 +141,7 @@ class Link:
             log.exception("%s: disconnected by an error of this side", self.name)
         finally:
             self._shut_down(reason)
-            # Another thread may have begun it.
-            self._ended.wait(2 * _LINGER)
+            self._ended.wait(2 * _LINGER)  # another thread may have begun it
 
     def _step(self) -> None:
         """Take what the control stream has, or wait for it a little; and look at the deadlines now and then."""
@@ -148,12 +150,11 @@ class Link:
         now = time.monotonic()
         with self._lock:
             if data == b"":
-                if self._failure is None and self._core.state is Phase.OPEN:  # `open` raises it
-                    log.warning("%s: connection lost: %s", self.name, _NO_GOODBYE)
-                self._failure = self._failure or _NO_GOODBYE
-                self._core.close(self._failure)
-            elif data:
+                raise FabricError(NO_GOODBYE)
+            if data:
                 self._core.receive(data, now)
+                if self._doubted:
+                    self._room.notify_all()
             if due is not None or now - self._checked_at >= _TICK:
                 self._checked_at = now
                 self._check_locked(now)
@@ -162,6 +163,8 @@ class Link:
     def _check_locked(self, now: float) -> None:
         self._core.check(now)
         self._deferred.append(lambda: self._context.budget.expire(now))
+        if self._rails is not None and self._core.state is Phase.OPEN:
+            self._deferred.append(self._rails.endpoint.check)
         stall = self._context.limits.stall_timeout
         if self._writer.is_stalled_locked(now, stall):
             raise TransferError(f"the peer has read nothing of the control stream for {stall:g} s")
@@ -174,7 +177,10 @@ class Link:
                 self._deferred.append(functools.partial(rails.endpoint.drop, rail))
 
     def close(self, linger: float = _LINGER) -> None:
-        """Let what was sent arrive (for at most `linger` seconds), then disconnect. Callable from any thread."""
+        """Let what was sent arrive (for at most `linger` seconds), then disconnect. Callable from any thread. In a
+        forked process it does nothing: the link is its parent's."""
+        if self._process != os.getpid():
+            return  # nor is the lock taken, which nobody may be here to release
         with self._lock:
             if not self._closing and self._core.state is Phase.OPEN:
                 self._outbox.drain(linger)
@@ -182,6 +188,8 @@ class Link:
 
     def _shut_down(self, reason: str) -> None:
         """End the connection and free everything that this side holds for it. Only the first call does anything."""
+        if self._process != os.getpid():
+            return
         with self._lock:
             if self._closing:
                 return
@@ -219,6 +227,37 @@ class Link:
             yield
         except Exception as error:  # noqa: BLE001 - reported and translated by `failed`
             self.failed(error)
+
+    # -- signs of life -------------------------------------------------------------------------------------
+
+    def ask(self, silence: float) -> None:
+        """Ask for a sign of life if nothing has come from the peer for `silence` seconds. `is_alive` waits for it."""
+        with self._guarded(), self._lock:
+            if self.usable and time.monotonic() - self._core.heard_at >= silence:
+                self._core.ask()
+                self._asked_at = time.monotonic()
+                self._pump_locked()
+
+    def is_alive(self, deadline: float) -> bool:
+        """Whether the link works, as far as this can be told: something has come since the peer was asked, if it was.
+        If nothing comes until `deadline` (as `time.monotonic` has it), the link is given up."""
+        with self._lock:
+            self._doubted += 1
+            self._room.wait_for(
+                lambda: not self.usable or self._core.heard_at >= self._asked_at,
+                max(deadline - time.monotonic(), 0.0),
+            )
+            self._doubted -= 1
+            if not self.usable:
+                return False
+            if self._core.heard_at >= self._asked_at:
+                return True
+            silence = time.monotonic() - self._core.heard_at
+            # Others may wait for the same: it is not usable from now on, and that is said once.
+            self._failure = reason = f"nothing has come from the peer for {silence:.0f} s, and it does not answer"
+        log.warning("%s: the link is given up: %s", self.name, reason)
+        self._shut_down(reason)
+        return False
 
     # -- sending -------------------------------------------------------------------------------------------
 
@@ -306,12 +345,6 @@ class Link:
     def failure(self) -> str:
         """Why the link has ended, or is about to; "" as long as it works."""
         return self._failure or ""
-
-    @property
-    def way(self) -> str:
-        """How data goes: over which fabric, in the clear or with TLS, and the port of the side that has a door."""
-        secure, port = self._stream.secure, self._stream.port(peer=self._core.role is Role.ACTIVE)
-        return f"{self.fabric}, {'TLS' if secure else 'no TLS'}, port {port}"
 
     @property
     def usable(self) -> bool:
@@ -549,6 +582,7 @@ class Link:
 
     def _adopt_locked(self, opening: Opening, peer: wire.Hello) -> None:
         self._rails, self.fabric = opening.rails, opening.rails.fabric
+        self.way = f"{self.fabric}, {self._stream.way(self._core.role is Role.ACTIVE)}"
         self._core.set_controller(opening.controller)
         self._inbox.set_controller(opening.controller, opening.same_host)
         self._outbox.set_protection(self._sealer(self._key) if opening.sealed else None, opening.checked)
@@ -563,12 +597,3 @@ class Link:
         self._opener.start(rails, event)
         for rail, error in rails.broken.items():
             self._deferred.append(functools.partial(self.rail_down, rails, rail, error))
-
-
-def _explain(error: Exception, written: str) -> str:
-    """What an error of the control stream means. `written` is what writing it has brought, if it failed: whoever reads
-    it then only sees that it is closed."""
-    if isinstance(error, ConnectionResetError | BrokenPipeError):
-        return f"{_NO_GOODBYE} ({error.strerror})"
-    ours = isinstance(error, RdmaError) or not isinstance(error, OSError)
-    return str(error) if ours or not written else f"{_NO_GOODBYE} ({written})"

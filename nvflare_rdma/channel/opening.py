@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +15,9 @@ from nvflare_rdma.channel.protocol.limits import MAX_UNIT_BYTES
 from nvflare_rdma.channel.rails import FabricChooser, RailOwner, RailSet
 from nvflare_rdma.errors import FabricError, ProtocolError
 from nvflare_rdma.fabric import Fabric
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +13,9 @@ from nvflare_rdma.channel.bodies import Source, Take
 from nvflare_rdma.channel.protocol import events
 from nvflare_rdma.channel.rails import MakeChunk, RailSet
 from nvflare_rdma.errors import RdmaError, SendTimeoutError, TransferError
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(eq=False, slots=True)

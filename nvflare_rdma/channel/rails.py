@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -11,8 +10,9 @@ from typing import Any, Protocol, TypeAlias
 from nvflare_rdma.channel.protocol import events, wire
 from nvflare_rdma.errors import FabricError, FabricUnavailable
 from nvflare_rdma.fabric import CompletionHandler, Endpoint, Fabric, choose
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: Makes the bytes of a chunk, and their digest. It may take as long as sealing does.
 MakeChunk: TypeAlias = Callable[[], tuple[memoryview, int]]

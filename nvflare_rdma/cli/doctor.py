@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from nvflare_rdma import class_list
 from nvflare_rdma.errors import ConfigError, FabricUnavailable, UnsupportedVersionError
 from nvflare_rdma.fabric import DEVICE_FILES, SYSFS, probe
 from nvflare_rdma.fabric.verbs import (
@@ -93,6 +94,15 @@ class FabricReport:
     uses: str
 
 
+@dataclass(frozen=True)
+class ClassListReport:
+    """Whether jobs that bring no code of their own may use this package at a site."""
+
+    file: str
+    missing: list[str]
+    advice: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What the doctor has found on this machine."""
@@ -120,6 +130,8 @@ class Report:
     rdma_core: str
     huge_pages: str
     fabrics: dict[str, FabricReport] = field(default_factory=dict)
+    class_list: ClassListReport | None = None
+    """None unless the folder of a site was given."""
 
 
 def examine(workspace: Path | None = None, sysfs: Path = SYSFS, files: Path = DEVICE_FILES) -> Report:
@@ -154,7 +166,18 @@ def examine(workspace: Path | None = None, sysfs: Path = SYSFS, files: Path = DE
             name: FabricReport(state.usable, name in settings.rdma_fabrics, state.reason, state.detail)
             for name, state in fabrics.items()
         },
+        class_list=_examine_class_list(workspace),
     )
+
+
+def _examine_class_list(workspace: Path | None) -> ClassListReport | None:
+    if workspace is None or not (workspace / "local").is_dir():
+        return None
+    try:
+        found = class_list.read(workspace)
+    except ConfigError as error:
+        return ClassListReport("", [], str(error))
+    return ClassListReport(str(found.file), found.missing, found.advice)
 
 
 def read_settings(workspace: Path | None) -> tuple[Settings, str, list[str]]:

@@ -18,8 +18,9 @@ _SLOWER = (
 
 def to_text(report: Report) -> str:
     """The report for people."""
-    sections = (_machine(report), _settings(report), _devices(report), _needs(report), _fabrics(report))
-    return "\n\n".join("\n".join(section) for section in sections)
+    sections = (_machine, _settings, _class_list, _devices, _needs, _fabrics)
+    texts = ("\n".join(section(report)) for section in sections)
+    return "\n\n".join(text for text in texts if text)
 
 
 def _item(label: str, text: str, indent: int = 2, column: int = 18) -> str:
@@ -67,6 +68,16 @@ def _setting(name: str, value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(str(part) for part in value)
     return "" if value is None else str(value)
+
+
+def _class_list(report: Report) -> Iterator[str]:
+    if (found := report.class_list) is None:
+        return
+    yield "Jobs that bring no code of their own"
+    if found.advice:
+        yield _item("can't use", f"this package: {found.advice}")
+    else:
+        yield _item("may use", f"this package: {found.file} allows it")
 
 
 def _devices(report: Report) -> Iterator[str]:

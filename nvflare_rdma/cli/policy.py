@@ -168,7 +168,8 @@ def _read_torch(path: Path) -> list[Tensor]:
     model = []
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
-            other = first.setdefault(identity(value), name) if value.numel() else name
+            key = identity(value)
+            other = name if key is None else first.setdefault(key, name)
             model.append(Tensor(name, dtype_name(value), tuple(value.shape), None if other == name else other))
     return model
 

@@ -6,7 +6,8 @@ What other packages use is here. What encodes on a GPU needs torch, and is loade
   are, is in `nvflare_rdma.codecs.base`.
 - A `Policy` chooses the codec of each tensor of a model.
 - `to_flat`, `from_flat` and the like are the edge between numpy's and torch's tensors and flat arrays.
-- `marked` tensors are encoded when they are sent, with the codec that `codec_of` returns.
+- `marked` tensors are encoded when they are sent, with the codec that `codec_of` returns. `was_decoded` says at their
+  receiver that they came so.
 - `float32_runs`, `output_runs` and `read_run` go through a tensor within a bounded amount of memory.
 - `read_header` tells where the tensors of a safetensors file lie.
 
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvflare_rdma.codecs.base import Array, Bytes, Codec, FixedSizeCodec, Float32, Parts
 from nvflare_rdma.codecs.blockwise import Blockwise8
-from nvflare_rdma.codecs.marks import codec_of, marked
+from nvflare_rdma.codecs.marks import codec_of, marked, note_decoded, was_decoded
 from nvflare_rdma.codecs.policy import Decision, Policy, role_of
 from nvflare_rdma.codecs.registry import CODEC_NAMES, get_codec
 from nvflare_rdma.codecs.runs import float32_runs, output_runs, read_run
@@ -90,6 +91,7 @@ __all__ = [
     "make_header",
     "marked",
     "new_flat",
+    "note_decoded",
     "output_runs",
     "read_header",
     "read_run",
@@ -97,6 +99,7 @@ __all__ = [
     "to_array",
     "to_flat",
     "warm_up",
+    "was_decoded",
     "width",
 ]
 

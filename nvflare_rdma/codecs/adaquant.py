@@ -15,6 +15,7 @@ _HEADER = np.dtype(np.float64)
 _HEADER_NBYTES = 3 * _HEADER.itemsize
 _WEIGHT = 0.01  # FLARE's default trade-off between size and error
 _INFINITE = 0x7F800000
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class AdaQuant(Codec):
@@ -55,7 +56,9 @@ class AdaQuant(Codec):
             raise CodecError(f"{self.name}: {flat.size} encoded bytes are too few for a header")
         header = flat[:_HEADER_NBYTES].view(_HEADER)
         offset, norm, level = header.tolist()
-        if not (math.isfinite(offset) and math.isfinite(norm) and norm >= 0 and 0 <= level <= 65535):
+        # Also refuses NaN: every value lies between the two ends, and those are float32.
+        in_range = abs(offset) <= _LARGEST and abs(norm - offset) <= _LARGEST
+        if not (in_range and norm >= 0 and 0 <= level <= 65535):
             raise CodecError(f"{self.name}: a header of offset {offset}, norm {norm} and level {level} is damaged")
         itemsize = 0 if norm == 0 else 1 if level <= 255 else 2
         if (norm > 0 and level < 1) or flat.size != _HEADER_NBYTES + itemsize * n:

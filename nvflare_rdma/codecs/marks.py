@@ -1,6 +1,6 @@
-"""Tensors that are to be encoded when they are sent, and not before.
+"""What is noted of tensors: that they are to be encoded when they are sent and not before, or that they came encoded.
 
-A mark belongs to one Python object, which is why `marked` makes a new one (a view of the same memory): the same weights
+A note belongs to one Python object, which is why `marked` makes a new one (a view of the same memory): the same weights
 may also be sent somewhere else as they are.
 """
 
@@ -8,31 +8,58 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from nvflare_rdma.codecs.base import FixedSizeCodec
 from nvflare_rdma.codecs.tensors import is_torch
 
-_lock = threading.RLock()  # a tensor may die in any allocation, also in one under the lock
-_marks: dict[int, tuple[Any, FixedSizeCodec]] = {}
+Note = TypeVar("Note")
+
+
+class _Notes(Generic[Note]):
+    """Notes of tensors, for as long as these live. Tensors can't be keys: they are compared value by value."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a tensor may die in any allocation, also in one under the lock
+        self._entries: dict[int, tuple[Any, Note]] = {}
+
+    def add(self, tensor: Any, note: Note) -> None:
+        key = id(tensor)
+
+        def forget(_: Any) -> None:
+            with self._lock:
+                self._entries.pop(key, None)
+
+        with self._lock:
+            self._entries[key] = weakref.ref(tensor, forget), note
+
+    def find(self, tensor: Any) -> Note | None:
+        with self._lock:
+            entry = self._entries.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else None
+
+
+_marks: _Notes[FixedSizeCodec] = _Notes()
+_decoded: _Notes[bool] = _Notes()
 
 
 def marked(tensor: Any, codec: FixedSizeCodec) -> Any:
     """Return a view of `tensor` (numpy or torch, encodable) that `codec_of` knows."""
     view = tensor.detach() if is_torch(tensor) else tensor.view()
-    key = id(view)
-
-    def forget(_: Any) -> None:
-        with _lock:
-            _marks.pop(key, None)
-
-    with _lock:
-        _marks[key] = weakref.ref(view, forget), codec
+    _marks.add(view, codec)
     return view
 
 
 def codec_of(tensor: Any) -> FixedSizeCodec | None:
     """Return the codec that `tensor` is to be encoded with, or None if it is not marked."""
-    with _lock:
-        entry = _marks.get(id(tensor))
-    return entry[1] if entry is not None and entry[0]() is tensor else None
+    return _marks.find(tensor)
+
+
+def note_decoded(tensor: Any) -> None:
+    """Note that `tensor` came encoded, and was decoded as it came."""
+    _decoded.add(tensor, True)
+
+
+def was_decoded(tensor: Any) -> bool:
+    """Return whether `note_decoded` was told of this tensor."""
+    return _decoded.find(tensor) is not None

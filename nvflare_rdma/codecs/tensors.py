@@ -6,6 +6,7 @@ metadata has: `arr.dtype.name` or `str(tensor.dtype)` without `torch.`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,21 +97,9 @@ def is_plain(value: Any) -> bool:
 
 
 def is_encodable(value: Any) -> bool:
-    """Return whether a codec can take `value`: a dense float32, float16 or bfloat16 tensor in native byte order.
-
-    Empty tensors are not encodable.
-    """
-    if is_torch(value):
-        import torch
-
-        return (
-            dtype_name(value) in FLOAT_NAMES
-            and value.layout is torch.strided
-            and value.device.type != "meta"
-            and value.numel() > 0
-        )
-    # Subclasses (masked arrays, records) mean more than their values, so they are left alone.
-    return type(value) is np.ndarray and value.dtype in (np.float32, np.float16) and value.size > 0
+    """Return whether a codec can take `value`: a plain float32, float16 or bfloat16 tensor that is not empty."""
+    # Subclasses (masked arrays, records, DTensor) mean more than their values, so they are left alone.
+    return is_plain(value) and dtype_name(value) in FLOAT_NAMES and math.prod(value.shape) > 0
 
 
 def to_array(value: Any) -> Array:
@@ -158,8 +147,14 @@ def from_flat(flat: Array, name: str, shape: tuple[int, ...], torch_tensor: bool
     return torch.from_numpy(flat).reshape(shape)
 
 
-def identity(value: Any) -> tuple[Any, ...]:
-    """Return a key that two live tensors share only if they are the same view of the same memory, as tied weights."""
+def identity(value: Any) -> tuple[Any, ...] | None:
+    """Return a key that two live tensors share only if they are the same view of the same memory, as tied weights.
+
+    None for what has no memory that tells it apart: no plain tensors (a wrapper of other tensors is at address 0, as
+    all of its kind), and empty ones.
+    """
+    if not is_tensor(value) or not is_plain(value) or 0 in value.shape:
+        return None
     if is_torch(value):
         lazy = value.is_neg(), value.is_conj()  # done when it is read, not in memory
         return ("torch", value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, lazy)

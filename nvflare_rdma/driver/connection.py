@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from nvflare.fuel.f3.comm_config import CommConfigurator
@@ -12,8 +11,9 @@ from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo
 
 from nvflare_rdma.channel import Delivery, Link
 from nvflare_rdma.errors import RdmaError, SendTimeoutError, TransferError
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class RdmaConnection(Connection):

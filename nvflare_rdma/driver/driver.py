@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import functools
-import logging
+import ipaddress
+import os
+import re
 import socket
 import ssl
 import threading
@@ -35,13 +37,16 @@ from nvflare_rdma.channel import (
 from nvflare_rdma.driver.blob_memory import use_huge_pages
 from nvflare_rdma.driver.connection import RdmaConnection
 from nvflare_rdma.errors import ConfigError, RdmaError, TlsError, UnsupportedVersionError
-from nvflare_rdma.fabric import TcpFabric
+from nvflare_rdma.fabric import TcpFabric, connect_tcp, listen_tcp
 from nvflare_rdma.flare_compat import require_flare
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import Runtime, this_runtime
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 CLEAR_SCHEME, SECURE_SCHEME = "rdma", "srdma"
+#: A URL with an IPv6 address: that, and the port.
+_IPV6 = re.compile(r"[^/]*//\[([^\]]*)\]:?([^/?#]*)")
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,27 @@ class _Prepared:
     runtime: Runtime
 
 
-def _parse_port(params: dict[str, Any]) -> int:
-    raw = params.get(DriverParams.PORT.value)
+def _parse_address(params: dict[str, Any]) -> tuple[str, int]:
+    """Host and port of a connector."""
+    host, raw = params.get(DriverParams.HOST.value) or "", params.get(DriverParams.PORT.value)
+    # FLARE takes a URL apart at its colons, of which an IPv6 address has more.
+    if (bracketed := _IPV6.match(str(params.get(DriverParams.URL.value)))) is not None:
+        host, raw = bracketed.groups()
     try:
         port = int(str(raw))
         if 0 < port < 65536:
-            return port
+            return host, port
     except ValueError:
         pass
     url = params.get(DriverParams.URL.value) or "the connector's parameters"
     raise ConfigError(f"bad port {raw!r} in {url}: give a whole number from 1 to 65535, as in rdma://host:8002")
+
+
+def _is_ipv6(host: Any) -> bool:
+    try:
+        return ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return False
 
 
 def _site(properties: dict[str, Any]) -> str:
@@ -84,6 +100,7 @@ class RdmaDriver(BaseDriver):
         super().__init__()
         self._door: Door | None = None
         self._stopping = threading.Event()
+        self._process = os.getpid()
         self._opening = Pending()  # what FLARE does not know yet, and has left the door
 
     @staticmethod
@@ -100,7 +117,9 @@ class RdmaDriver(BaseDriver):
     def get_urls(scheme: str, resources: dict[str, Any]) -> tuple[str, str]:
         """FLARE's hook: the URLs to connect to and to listen at."""
         secure = requires_secure_connection(resources)
-        return get_tcp_urls(SECURE_SCHEME if secure else scheme, resources)  # type: ignore[no-any-return]
+        hosts = (DriverParams.HOST.value, DriverParams.LISTEN_HOST.value)
+        ipv6 = {key: f"[{resources[key]}]" for key in hosts if _is_ipv6(resources.get(key))} if resources else {}
+        return get_tcp_urls(SECURE_SCHEME if secure else scheme, {**resources, **ipv6})  # type: ignore[no-any-return]
 
     # -- the two ways to start -----------------------------------------------------------------------------
 
@@ -120,7 +139,7 @@ class RdmaDriver(BaseDriver):
             except Exception as error:  # FLARE's code, which raises what it likes about a wrong file
                 raise TlsError(f"this side can't use its certificates: {error}") from error
 
-        listener = socket.create_server((prepared.host, prepared.port))
+        listener = listen_tcp(prepared.host, prepared.port)
         self._door = Door(listener, tls if prepared.tls else None, fabric, on_connection, str(connector))
         if self._stopping.is_set():  # shut down before `shutdown` could see the door
             self._door.close()
@@ -134,7 +153,8 @@ class RdmaDriver(BaseDriver):
         try:
             sock, stream = dial(address, prepared.tls, self._opening)
             with sock:
-                dial_rail = functools.partial(socket.create_connection, address, GREETING_TIMEOUT)
+                # To where the control stream came through: a name may have several addresses, and hosts.
+                dial_rail = functools.partial(connect_tcp, sock.getpeername()[:2], GREETING_TIMEOUT)
                 fabric = prepared.runtime.tcp(dial_rail)
                 self._run(sock, stream, Role.ACTIVE, connector, fabric, prepared)
         except (OSError, RdmaError) as error:
@@ -144,7 +164,10 @@ class RdmaDriver(BaseDriver):
             raise
 
     def shutdown(self) -> None:
-        """FLARE's hook: end all connections, and take no more."""
+        """FLARE's hook: end all connections, and take no more. FLARE also calls it when a forked process exits, where
+        they are the parent's and stay."""
+        if self._process != os.getpid():
+            return
         self._stopping.set()
         if self._door is not None:
             self._door.close()
@@ -173,8 +196,7 @@ class RdmaDriver(BaseDriver):
                 # FLARE knows its own secure schemes only; this is how a connection says the same.
                 params[DriverParams.SECURE.value] = True
             return _Prepared(
-                params.get(DriverParams.HOST.value) or "",
-                _parse_port(params),
+                *_parse_address(params),
                 get_ssl_context(params, ssl_server),
                 this_runtime(),
             )

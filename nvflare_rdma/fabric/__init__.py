@@ -27,6 +27,7 @@ from nvflare_rdma.fabric.registry import (
     parse_fabrics,
     probe,
 )
+from nvflare_rdma.fabric.sockets import connect_tcp, join_address, keep_alive, listen_tcp, plain_host
 
 if TYPE_CHECKING:
     from nvflare_rdma.fabric.send_memory import SendMemory
@@ -58,9 +59,14 @@ __all__ = [
     "VerbsOptions",
     "addresses_of",
     "choose",
+    "connect_tcp",
     "factories",
     "host_identity",
+    "join_address",
+    "keep_alive",
+    "listen_tcp",
     "parse_fabrics",
+    "plain_host",
     "probe",
     "receive_exactly",
 ]

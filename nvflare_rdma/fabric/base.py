@@ -115,6 +115,10 @@ class Endpoint(ABC):
             ValueError: `source` is larger than the slice.
         """
 
+    def check(self) -> None:
+        """Look for rails that have died without a word, and drop them. Called once a second, by one thread."""
+        return
+
     @abstractmethod
     def drop(self, rail: int) -> None:
         """Close one rail (the peer says that it is broken); `rail_down` follows. Idempotent."""

@@ -23,6 +23,7 @@ from nvflare_rdma.errors import ConfigError, FabricError, ProtocolError
 from nvflare_rdma.fabric.base import MAX_RAILS, CompletionHandler, Endpoint, Fabric, Region, RemoteSlice
 from nvflare_rdma.fabric.options import Availability, FabricOptions
 from nvflare_rdma.fabric.registry import LinkEnd
+from nvflare_rdma.fabric.sockets import acknowledged, keep_alive
 
 RAIL_MAGIC = b"NVFRAIL2"
 TICKET_BYTES = 32
@@ -32,8 +33,10 @@ TICKET_LIFETIME = 30.0
 #: may take as long as `TcpFabric`'s `dial` besides.
 CONNECT_TIMEOUT = 10.0
 _ADMITTED, _REFUSED = b"\x01", b"\x00"
-#: Unacknowledged for so long (seconds), the path is dead: the kernel alone would take a quarter of an hour to say so.
-_DEAD_AFTER = 60
+#: A firewall or NAT on the way may forget a rail that is idle for so long (seconds). What is written then has to be
+#: acknowledged within `_PROOF_SECONDS`, or a part of it; a rail in use may be without an answer for `DEAD_AFTER`.
+_IDLE_SECONDS = 5.0
+_PROOF_SECONDS = 5.0
 
 # key (u64), address (u64), digest (u64), length (u32), notification (u32); then the CRC-32 of these.
 _FIELDS = struct.Struct("!QQQII")
@@ -119,6 +122,11 @@ class TcpEndpoint(Endpoint):
         self._threads: list[threading.Thread] = []
         self._down: set[int] = set()
         self._closed = False
+        #: Rail -> when a write over it ended, or it brought something.
+        self._used_at: dict[int, float] = {}
+        #: Rail -> when it was written to after it was idle, how long it had been, and the bytes acknowledged before.
+        self._doubted: dict[int, tuple[float, float, int]] = {}
+        self._dead: dict[int, str] = {}
         #: notification -> what the peer may write there, once, and over which rail; no memory once it is revoked.
         #: Popping is atomic: whoever pops an entry closes the slice.
         self.exposed: dict[int, tuple[RemoteSlice, int, memoryview | None]] = {}
@@ -127,6 +135,11 @@ class TcpEndpoint(Endpoint):
     def rails(self) -> int:
         """See `Endpoint.rails`."""
         return len(self._sockets)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
 
     def register(self, buffer: memoryview) -> TcpRegion:
         """See `Endpoint.register`."""
@@ -146,36 +159,68 @@ class TcpEndpoint(Endpoint):
         sock = self._sockets.get(rail)
         try:
             if sock is not None and rail not in self._down and not self._closed:
+                self._doubt_if_idle(rail, sock)
                 _send_all(sock, pack_header(remote, len(source), notification, digest), source)
+                self._used_at[rail] = time.monotonic()
         except OSError:
             self.drop(rail)  # its receiving thread says what happened
         finally:
             self._handler.written(notification)
 
     def attach(self, rail: int, sock: socket.socket, answer: bytes = b"") -> None:
-        """Take over a connected socket as `rail`, and send `answer` over it first."""
+        """Take over a connected socket as `rail`, and send `answer` over it first. Raises FabricError: this process
+        can't have another thread."""
         with contextlib.suppress(OSError):  # the peer may have gone again: the receiving thread will say so
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_AFTER * 1000)
             # Buffer sizes are the kernel's: it grows them with the bandwidth-delay product, up to tcp_rmem and
             # tcp_wmem; setting them would end that, at the lower rmem_max and wmem_max.
             if self._congestion:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._congestion.encode())
+        keep_alive(sock)
         with self._lock:
             if self._closed or rail in self._sockets:
                 sock.close()
                 return
             self._sockets[rail] = sock
+            self._used_at[rail] = time.monotonic()
             thread = threading.Thread(
                 target=self._receive_loop,
                 args=(rail, sock, answer),
                 name=f"rdma-tcp-{rail}-{sock.fileno()}",
                 daemon=True,
             )
+            try:
+                thread.start()
+            except RuntimeError as error:
+                del self._sockets[rail], self._used_at[rail]
+                sock.close()
+                raise FabricError(f"tcp rail {rail} can't be served: {error}") from error
             self._threads.append(thread)
-            thread.start()
+
+    def _doubt_if_idle(self, rail: int, sock: socket.socket) -> None:
+        now = time.monotonic()
+        idle = now - self._used_at[rail]
+        if idle >= _IDLE_SECONDS and rail not in self._doubted and (before := acknowledged(sock)) is not None:
+            self._doubted[rail] = now, idle, before
+
+    def check(self) -> None:
+        """See `Endpoint.check`. What had been idle as long as a dead rail is taken for dead with it."""
+        now = time.monotonic()
+        for rail, (since, idle, before) in list(self._doubted.items()):
+            told = acknowledged(self._sockets[rail]) if rail not in self._down else None
+            if told is None or told > before:
+                del self._doubted[rail]
+            elif now - since >= _PROOF_SECONDS:
+                reason = (
+                    f"what was written after {idle:.0f} s of silence was not acknowledged within {_PROOF_SECONDS:g} s; "
+                    "a firewall or NAT on the way may have forgotten the connection"
+                )
+                for other, used_at in list(self._used_at.items()):
+                    if other not in self._down and (other in self._doubted or used_at < since):
+                        self._dead[other] = reason
+                        self.drop(other)
+                return
 
     def drop(self, rail: int) -> None:
         """See `Endpoint.drop`."""
@@ -207,14 +252,15 @@ class TcpEndpoint(Endpoint):
             if not self._closed:
                 self._handler.failed(violation)
             return
-        except (OSError, FabricError) as failure:
+        except Exception as failure:  # noqa: BLE001 - whatever it is, it ends the rail and is reported
             error = failure
         with self._lock:
             self._down.add(rail)
             closed = self._closed
         self.drop(rail)  # also for the thread that may be sending
         if not closed:
-            self._handler.rail_down(rail, FabricError(f"tcp rail {rail} broke: {error}"))
+            why = self._dead.get(rail) or (str(error) if isinstance(error, OSError) else repr(error))
+            self._handler.rail_down(rail, FabricError(f"tcp rail {rail} broke: {why}"))
 
     def _receive(self, rail: int, sock: socket.socket) -> None:
         header = memoryview(bytearray(HEADER_BYTES))
@@ -238,6 +284,7 @@ class TcpEndpoint(Endpoint):
             else:
                 self._discard(sock, length)
             del entry, target
+            self._used_at[rail] = time.monotonic()
             self._handler.landed(notification, length, digest)
 
     @staticmethod
@@ -247,6 +294,11 @@ class TcpEndpoint(Endpoint):
             part = scratch[: min(length, len(scratch))]
             receive_exactly(sock, part)
             length -= len(part)
+
+
+def _is_open(endpoint: TcpEndpoint | None) -> bool:
+    """Whether a rail's ticket is still good, given whose it is: with an endpoint, its tickets end."""
+    return endpoint is not None and not endpoint.closed
 
 
 class TcpFabric(Fabric):
@@ -275,7 +327,7 @@ class TcpFabric(Fabric):
         tickets = [secrets.token_bytes(TICKET_BYTES) for _ in range(self._rails)]
         now = time.monotonic()
         with self._lock:
-            self._tickets = {t: e for t, e in self._tickets.items() if e[2] > now}
+            self._tickets = {t: e for t, e in self._tickets.items() if e[2] > now and _is_open(e[0]())}
             for rail, ticket in enumerate(tickets):
                 self._tickets[ticket] = (weakref.ref(endpoint), rail, now + TICKET_LIFETIME)
         return endpoint, {"tickets": tickets}
@@ -286,7 +338,7 @@ class TcpFabric(Fabric):
         with self._lock:
             entry = self._tickets.pop(ticket, None)
         endpoint = entry[0]() if entry is not None and entry[2] > time.monotonic() else None
-        if entry is None or endpoint is None:
+        if entry is None or endpoint is None or not _is_open(endpoint):
             with contextlib.suppress(OSError):
                 sock.sendall(_REFUSED)
             sock.close()

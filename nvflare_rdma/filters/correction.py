@@ -70,6 +70,8 @@ class CorrectingEncoder(TensorEncoder):
         flat = np.ascontiguousarray(values).reshape(-1)
         residual = fitting(self.before, name, values.shape)
         known = self.base.tensor(name, flat) if self.base is not None else None
+        if known is not None and not difference_is_smaller(flat, residual, known):
+            known = None
         try:
             corrected = encode_corrected(codec, flat, residual, known, self._dither(name, codec))
         except UnrepresentableError:
@@ -85,6 +87,25 @@ class CorrectingEncoder(TensorEncoder):
     def _dither(self, name: str, codec: Codec) -> Dither | None:
         at_random = self.noise is not None and codec.name in DITHERED
         return dither_of(codec, f"{self.noise}\0{name}") if at_random else None
+
+
+def difference_is_smaller(values: Array, residual: Array | None, base: Array) -> bool:
+    """Return whether what `values` and residual are more than `base` is smaller than what they are.
+
+    A codec's error follows the size of what it encodes, the largest of a block or all of it. So the difference has to
+    be smaller as a whole, and no larger at its largest. If it isn't finite, it is not smaller.
+    """
+    squares, largest = np.zeros(2), np.zeros(2)
+    for start in range(0, values.size, PIECE):
+        stop = min(start + PIECE, values.size)
+        target = to_float32(values[start:stop])
+        if residual is not None:
+            target += to_float32(residual[start:stop])
+        with np.errstate(over="ignore", invalid="ignore"):
+            for i, part in enumerate((target - to_float32(base[start:stop]), target)):
+                squares[i] += np.dot(part, part)
+                largest[i] = np.maximum(largest[i], np.abs(part).max())
+    return bool(squares[0] < squares[1] and largest[0] <= largest[1])
 
 
 def encode_corrected(

@@ -12,17 +12,29 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs import CODEC_NAMES, Array, Codec, from_flat, get_codec, is_torch, new_flat
+from nvflare_rdma.codecs import (
+    CODEC_NAMES,
+    Array,
+    Codec,
+    dtype_name,
+    from_flat,
+    get_codec,
+    is_plain,
+    is_tensor,
+    is_torch,
+    new_flat,
+)
 from nvflare_rdma.errors import CodecError
 from nvflare_rdma.filters.correction import add_base
 from nvflare_rdma.filters.delta_base import Base
-from nvflare_rdma.filters.encoding import EXACT_DTYPE, MIB, MIXED, has_memory, is_no_wider
-from nvflare_rdma.filters.metadata import codec_for, from_message, require
+from nvflare_rdma.filters.encoding import EXACT_DTYPE, MIB, MIXED, is_no_wider
+from nvflare_rdma.filters.expected import Sizes
+from nvflare_rdma.filters.metadata import Received, check_limit, codec_for, from_message, require
 
-# Values that a message may stand for beyond those that its codes are counted for: constants take no codes at all, and
-# lossless and compressed ones few. 4096 is more than any of them reaches on weights.
+# Values that a message may stand for, beyond those that are expected and those that its codes are counted for:
+# constants take no codes at all, and lossless and compressed ones few. Models have not one bit in 8 values.
 _FREE_VALUES = 16 << 20
-_VALUES_PER_BYTE = 4096
+_VALUES_PER_BYTE = 64
 
 
 @dataclass(frozen=True)
@@ -47,12 +59,14 @@ class DecodedParams:
     Attributes:
         values: tensors and whatever else was in the message, by flat name.
         arrays: the memory of those that were decoded, flat, by name.
+        views: constants that were decoded to one value, which stands for all.
         count: how many values the message has.
         before, after: bytes of the codes with their metadata, and of what they were decoded to.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, Array] = field(default_factory=dict)
+    views: set[str] = field(default_factory=set)
     count: int = 0
     before: int = 0
     after: int = 0
@@ -60,22 +74,35 @@ class DecodedParams:
     def summary(self) -> str:
         """Return one line for the log."""
         return (
-            f"{len(self.arrays)}/{self.count} params. Before dequantization: {self.before / MIB:.2f} MB with meta. "
+            f"{len(self.arrays) + len(self.views)}/{self.count} params. "
+            f"Before dequantization: {self.before / MIB:.2f} MB with meta. "
             f"After dequantization: {self.after / MIB:.2f} MB."
         )
 
 
-def decode_params(values: Mapping[str, Any], metadata: Metadata, base: Base | None = None) -> DecodedParams:
+def decode_params(
+    values: Mapping[str, Any],
+    metadata: Metadata,
+    base: Base | None = None,
+    expected: Sizes | None = None,
+    strict: bool = False,
+    count: int = 1,
+) -> DecodedParams:
     """Decode what was received, given by flat name. `values` is not changed.
 
-    Decoded tensors have memory of their own, but names that are tied to another name share that one's tensor.
+    Decoded tensors have memory of their own, but names that are tied to another name share that one's tensor, and
+    constants that have more values than are expected of a message of this size are views of one value: they take memory
+    when somebody needs it.
 
     Args:
         base: the model that tensors are the difference from, if there is one.
+        expected: how many values tensors may have, whatever they take in the message.
+        strict: refuse what would be such a view.
+        count: how many of these are in the message, which share what may come without being expected.
 
     Raises:
-        CodecError: an unknown algorithm, metadata that doesn't fit the codes, or the difference from a tensor that
-            isn't in `base`; the message names the tensor.
+        CodecError: an unknown algorithm, metadata that doesn't fit the codes, the difference from a tensor that isn't
+            in `base`, or codes that stand for more values than are expected; the message names the tensor.
     """
     codec = _algorithm(metadata.algorithm)
     states, sources, tied = (
@@ -87,7 +114,9 @@ def decode_params(values: Mapping[str, Any], metadata: Metadata, base: Base | No
         if not isinstance(part, dict):
             raise CodecError(f"the message's {what} must be a dict but is a {type(part).__name__}")
     ties = _checked_ties(tied, values)
-    limit = _FREE_VALUES + _VALUES_PER_BYTE * sum(v.nbytes for v in values.values() if has_memory(v))
+    limit = _FREE_VALUES // count + _VALUES_PER_BYTE * sum(
+        v.nbytes for v in values.values() if is_tensor(v) and is_plain(v)
+    )
     result = DecodedParams(count=len(values))
     for name, value in values.items():
         source = sources.get(name)
@@ -97,18 +126,32 @@ def decode_params(values: Mapping[str, Any], metadata: Metadata, base: Base | No
             result.values[name] = value
             continue
         state = states.get(name)
-        received = from_message(name, codec_for(name, state, codec), value, state, source, limit)
+        its_codec = codec_for(name, state, codec)
+        if _is_left_alone(its_codec, value, state, source):
+            result.values[name] = value
+            continue
+        known = base.sized(name) if base is not None else 0
+        room = max((expected or {}).get(name, 0), known)
+        received = from_message(name, its_codec, value, state, source, max(limit, room))
         n = math.prod(received.shape)
-        limit -= n
-        out = new_flat(source, n)
-        known = base.tensor(name, out) if base is not None else None
         is_difference = _is_difference(name, state)
-        require(name, known is not None or not is_difference, "it is the difference from a tensor that isn't here")
+        require(name, n == known or not is_difference, "it is the difference from a tensor that isn't here")
+        if received.constant and n > max(limit, room):
+            if strict:
+                check_limit(name, n, max(limit, room))
+            result.values[name] = _view_of_constant(received, source, is_torch(value))
+            result.views.add(name)
+            continue
+        if not received.counted and n > room:
+            limit -= n
+        out = new_flat(source, n)
+        offset = base.tensor(name, out) if base is not None and is_difference else None
+        require(name, offset is not None or not is_difference, "it is the difference from a tensor that isn't here")
         try:
             if is_difference:
                 difference = np.empty(n, np.float32)
                 received.decode_into(difference)
-                add_base(difference, known, out)
+                add_base(difference, offset, out)
             else:
                 received.decode_into(out)
         except CodecError as error:
@@ -125,6 +168,20 @@ def _is_difference(name: str, state: Mapping[str, Any]) -> bool:
     found = state.get("delta", False)
     require(name, type(found) is bool, f"delta is a {type(found).__name__}, and not a bool")
     return bool(found)
+
+
+def _is_left_alone(codec: Codec, value: Any, state: Any, source: Any) -> bool:
+    """Return whether FLARE's quantizer has found no fewer bits for the tensor, which it says with an empty state."""
+    empty = isinstance(state, dict) and not state
+    return empty and codec.name == "adaquant" and is_tensor(value) and dtype_name(value) == source
+
+
+def _view_of_constant(received: Received, source: str, torch_tensor: bool) -> Any:
+    """Return a tensor of one value in memory. It can be read as any other; to write to it fails."""
+    one = new_flat(source, 1)
+    received.decode_into(one)
+    value = from_flat(one, source, (1,), torch_tensor)
+    return value.expand(received.shape) if torch_tensor else np.broadcast_to(value, received.shape)
 
 
 def _algorithm(algorithm: Any) -> Codec | None:

@@ -46,6 +46,11 @@ class Base:
             state.update(array.data.cast("B"))
         return cls(state.hexdigest(), tensors)
 
+    def sized(self, name: str) -> int:
+        """Return how many values the tensor called `name` has, 0 if there is none."""
+        found = self.tensors.get(name)
+        return 0 if found is None else found.size
+
     def tensor(self, name: str, like: Array) -> Array | None:
         """Return the tensor called `name` if it has the dtype and size of `like`."""
         found = self.tensors.get(name)

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from nvflare.apis.dxo import DXO, MetaKey
+from nvflare.apis.event_type import EventType
+from nvflare.apis.filter import FilterChainType, FilterContextKey
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
-from nvflare_rdma.codecs import Array
+from nvflare_rdma.codecs import Array, is_tensor, was_decoded
 from nvflare_rdma.errors import CodecError, ConfigError
 from nvflare_rdma.filters.decoding import Metadata, decode_params
 from nvflare_rdma.filters.delta_base import Base, bases_of, tell_held
-from nvflare_rdma.filters.flat_params import flatten, rebuild
-from nvflare_rdma.filters.points import FilterPoint
-from nvflare_rdma.filters.quant_filter import OURS, QUANT_META, QUANT_STATE, SOURCE_DATATYPE, QuantFilter
+from nvflare_rdma.filters.expected import expected_of, sizes_of
+from nvflare_rdma.filters.points import FilterPoint, tell_what_is_decoded
+from nvflare_rdma.filters.quant_filter import (
+    OURS,
+    QUANT_META,
+    QUANT_STATE,
+    SOURCE_DATATYPE,
+    QuantFilter,
+    flatten,
+    rebuild,
+)
+from nvflare_rdma.logs import escaped
 
 
 class ModelDequantizer(QuantFilter):
@@ -24,15 +37,33 @@ class ModelDequantizer(QuantFilter):
     and framework (numpy or torch) are those of the sender's tensors; torch tensors come back on the CPU. Tensors that
     were tied at the sender's share their memory here too.
 
+    Args:
+        clients: on the server, the sites whose results come in few bits; None: all. Those of others pass unchanged.
+
     Raises:
         ConfigError: the message carries no quantization metadata, so the sender has no quantizer.
         CodecError: the metadata or the codes are damaged, or the difference from a model that isn't here; the message
-            names the tensor. Nothing larger than what the codes hold is allocated before they have been checked;
-            constants and compressed codes may stand for 4096 values per byte of the message, and 16 Mi more.
+            names the tensor. Nothing larger than what the codes hold is allocated before they have been checked.
+            Compressed codes, and constants at the server, may stand for as many values as are expected: those of the
+            model that was sent to the site, of the base, or of the task's message before; and beyond that for 64
+            values per byte of the message, and 16 Mi more. At a site larger constants are views of one value, which
+            can only be read.
     """
 
-    def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
-        """Return a new DXO with the decoded weights and without the quantization metadata."""
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Tell the server that this site decodes, and learn at the server which model goes to a site."""
+        if event_type == EventType.START_RUN:
+            tell_what_is_decoded(fl_ctx)
+        of_results = self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_RESULT_CHAIN
+        if event_type == EventType.BEFORE_TASK_DATA_FILTER and of_results:
+            peer = fl_ctx.get_peer_context()
+            task, site = fl_ctx.get_prop(FLContextKey.TASK_NAME), peer.get_identity_name() if peer is not None else ""
+            expected_of(fl_ctx).note_sent(task, site, fl_ctx.get_prop(FLContextKey.TASK_DATA))
+
+    def process_values(
+        self, values: Mapping[str, Any], dxo: DXO, shareable: Shareable, fl_ctx: FLContext
+    ) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """Return the decoded weights, and metadata that says nothing of quantization."""
         meta = self._meta_for_new_dxo(dxo)
         point = FilterPoint.of(self, shareable, fl_ctx)
         if QUANT_STATE not in meta:
@@ -41,7 +72,7 @@ class ModelDequantizer(QuantFilter):
         if not isinstance(ours, dict):
             raise CodecError(f"the message's {OURS} must be a dict but is a {type(ours).__name__}")
         decoded = decode_params(
-            flatten(dxo.data),
+            values,
             Metadata(
                 algorithm=meta.get(MetaKey.PROCESSED_ALGORITHM),
                 quant_state=meta[QUANT_STATE],
@@ -49,18 +80,40 @@ class ModelDequantizer(QuantFilter):
                 tied=ours.get("tied"),
             ),
             self._base(ours.get("base"), point, fl_ctx),
+            expected_of(fl_ctx).of(point.task, point.peer, point.path, point.count),
+            strict=point.on_server,
+            count=point.count,
         )
-        on_the_way = ours.get("on_the_way")
-        done = f"{on_the_way} params were sent encoded and are decoded already. " if type(on_the_way) is int else ""
-        here = decoded.summary() if decoded.arrays or not done else "None were left to decode here."
-        self.log_info(fl_ctx, f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {done}{here}")
+        on_the_way = _of_those_on_the_way(ours.get("on_the_way"), values)
+        here = decoded.summary() if decoded.arrays or not on_the_way else "None were decoded here."
+        what = f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {on_the_way}{here}"
+        self.log_info(fl_ctx, escaped(what))
         if point.on_server:
             bases_of(fl_ctx).fulfil(point.stream, point.peer)
         else:
+            sizes = sizes_of({name: value for name, value in decoded.values.items() if name not in decoded.views})
+            expected_of(fl_ctx).note(point.task, point.peer, point.path, sizes)
             self._keep(decoded.arrays, ours.get("leaves"), point, fl_ctx)
         for key in QUANT_META:
             meta.pop(key, None)
-        return DXO(data_kind=dxo.data_kind, data=rebuild(dxo.data, decoded.values), meta=meta)
+        return decoded.values, meta
+
+    def dequantization(
+        self,
+        params: dict[str, Any],
+        quant_state: dict[str, Any],
+        quantization_type: str,
+        source_datatype: dict[str, Any],
+        fl_ctx: FLContext,
+    ) -> dict[str, Any]:
+        """Decode what `ModelQuantizer.quantization` gave; the name and arguments are those of FLARE's filter.
+
+        Raises:
+            CodecError: see `process_values`. `params` is not changed.
+        """
+        decoded = decode_params(flatten(params), Metadata(quantization_type, quant_state, source_datatype))
+        self.log_info(fl_ctx, escaped(f"Dequantized from {quantization_type}: {decoded.summary()}"))
+        return rebuild(params, decoded.values)
 
     @staticmethod
     def _base(digest: Any, point: FilterPoint, fl_ctx: FLContext) -> Base | None:
@@ -83,9 +136,8 @@ class ModelDequantizer(QuantFilter):
         if leaves is not None:
             base = Base.of({name: array.copy() for name, array in arrays.items()})  # training changes its own
             if not isinstance(leaves, str) or base.digest != leaves:
-                self.log_warning(
-                    fl_ctx, f"{point.message} decoded to other bits than at the server; the next message will be whole"
-                )
+                what = f"{point.message} decoded to other bits than at the server; the next message will be whole"
+                self.log_warning(fl_ctx, escaped(what))
                 base = None
         bases.set(point.stream, base)
         tell_held(point.stream, base, fl_ctx)
@@ -97,3 +149,16 @@ class ModelDequantizer(QuantFilter):
             f"{point.section}: add nvflare_rdma.filters.ModelQuantizer to {point.section} of {point.other_config}, "
             f"or remove ModelDequantizer from {point.section} of {point.config}"
         )
+
+
+def _of_those_on_the_way(marked: Any, values: Mapping[str, Any]) -> str:
+    """Return what the log says of tensors that the sender has left to the transfer: what came of them, as far as this
+    side has seen it."""
+    if type(marked) is not int:
+        return ""
+    came = sum(map(was_decoded, values.values()))
+    if came:
+        return f"{came} of {marked} params that were to be encoded on their way came so, and are decoded already. "
+    seen = any(map(is_tensor, values.values()))  # and not in files, where the transfer has decoded them
+    known = ", but nothing here has decoded any of them" if seen else ""
+    return f"{marked} params were to be encoded on their way{known}. "

@@ -7,7 +7,8 @@ leaves those as they are. `quant_state` has what `nvflare_rdma.filters.metadata`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +26,9 @@ from nvflare_rdma.codecs import (
     identity,
     is_encodable,
     is_on_gpu,
+    is_plain,
     is_tensor,
-    is_torch,
+    marked,
     to_array,
 )
 from nvflare_rdma.errors import UnrepresentableError
@@ -41,7 +43,7 @@ class TensorEncoder:
     """Encodes the tensors of one message, each on its own: nothing is known of earlier messages.
 
     Subclasses know more: what else was sent (`nvflare_rdma.filters.correction`), or that the transfer will encode
-    (`nvflare_rdma.filters.sharing`).
+    (`MarkingEncoder`).
     """
 
     def mark(self, name: str, codec: FixedSizeCodec, value: Any) -> Any:
@@ -64,6 +66,34 @@ class TensorEncoder:
         values = to_array(value)
         encoded = np.empty(codec.encoded_nbytes(values.size), np.uint8)
         return encoded[: codec.encode_into(values, encoded)]
+
+
+class MarkingEncoder(TensorEncoder):
+    """Leaves the encoding to the transfer wherever a tensor's encoded size is known beforehand.
+
+    All sites get the same views while one of them has them, so that a chunk that is encoded for one is there for the
+    others. The views are not kept alive here: one of a numpy array would keep the model alive. Codes of the tensors
+    that are encoded now are kept.
+    """
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        """`results` is where what sites share is kept: those of `Shared`, or an empty dict."""
+        self._views: dict[str, Callable[[], Any]] = results.setdefault("views", {})
+        self._codes: dict[str, Array] = results.setdefault("codes", {})
+
+    def mark(self, name: str, codec: FixedSizeCodec, value: Any) -> Any:
+        """Return the view that another site has, or a new one."""
+        view = self._views[name]() if name in self._views else None
+        if view is None:
+            view = marked(value, codec)
+            self._views[name] = weakref.ref(view)
+        return view
+
+    def encode(self, name: str, codec: Codec, value: Any) -> Array:
+        """Return the codes that another site got, or new ones."""
+        if name not in self._codes:
+            self._codes[name] = super().encode(name, codec, value)
+        return self._codes[name]
 
 
 @dataclass
@@ -118,7 +148,8 @@ def encode_params(values: Mapping[str, Any], policy: Policy, encoder: TensorEnco
     result = EncodedParams(policy.codec.name)
     first: dict[tuple[Any, ...], str] = {}
     for name, value in values.items():
-        other = first.setdefault(identity(value), name) if has_memory(value) else name
+        key = identity(value)
+        other = name if key is None else first.setdefault(key, name)
         if other != name:
             result.tied[name] = other
             result.values[name] = result.values[other]
@@ -145,22 +176,17 @@ def encode_params(values: Mapping[str, Any], policy: Policy, encoder: TensorEnco
     return result
 
 
-def has_memory(value: Any) -> bool:
-    """Return whether `value` is a tensor with an address that it can share with another one."""
-    if is_torch(value):
-        return str(value.layout) == "torch.strided" and value.device.type != "meta" and value.numel() > 0
-    return type(value) is np.ndarray and value.size > 0
-
-
 def _decide(name: str, value: Any, policy: Policy) -> tuple[Decision, str | None]:
     """Return what the policy says, and why a value that it can't encode deserves a warning, if it does."""
     if not is_tensor(value):
         listed = isinstance(value, list | tuple | dict)
         return Decision(None, "no tensor"), f"a {type(value).__name__}, not a tensor" if listed else None
     dtype = dtype_name(value)
+    if not is_plain(value):
+        return Decision(None, dtype), f"a {type(value).__name__} of dtype {dtype} is no plain dense tensor"
     if not is_encodable(value):
         expected = dtype.startswith(("int", "uint", "bool")) or 0 in value.shape
-        reason = None if expected else f"{type(value).__name__} of dtype {dtype} is not a type that can be quantized"
+        reason = None if expected else f"dtype {dtype} is not one that can be quantized"
         return Decision(None, dtype), reason
     return policy.decide(name, dtype, tuple(value.shape)), None
 

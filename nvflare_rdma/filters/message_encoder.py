@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,9 @@ from nvflare.apis.fl_context import FLContext
 from nvflare_rdma.codecs import Policy, is_plain, is_tensor
 from nvflare_rdma.filters.correction import CorrectingEncoder
 from nvflare_rdma.filters.delta_base import Base, bases_of, held_by_peer, server_holds
-from nvflare_rdma.filters.encoding import EncodedParams, TensorEncoder, encode_params
+from nvflare_rdma.filters.encoding import EncodedParams, MarkingEncoder, TensorEncoder, encode_params
 from nvflare_rdma.filters.points import FilterPoint
 from nvflare_rdma.filters.residuals import Residuals
-from nvflare_rdma.filters.sharing import MarkingEncoder, Shared
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,53 @@ class EncodedMessage:
 
     Attributes:
         params: codes and FLARE's metadata.
-        base: digest of the model that the codes are the difference from, if they are.
+        base: digest of the model that some of the codes are the difference from, if they are.
+        based: how many tensors' codes are.
         leaves: digest of the model that the receiver has after decoding, if the sender keeps it too.
     """
 
     params: EncodedParams
     base: str | None = None
     leaves: str | None = None
+    based: int = 0
+
+
+class Shared:
+    """Holds what was made of one message for as long as the message's own tensors live.
+
+    FLARE's server filters a message anew for each site that asks for it. The DXO is another one each time, but the
+    tensors in it are the same objects: they are held by weak references, so nothing is kept alive and no address is
+    taken for an object that is gone.
+    """
+
+    def __init__(self, root_id: str, values: Mapping[str, Any]) -> None:
+        """Hold the message's tensors, by name, weakly. `root_id` is FLARE's id of the message, one for all sites."""
+        self.root_id = root_id
+        self.results: dict[str, Any] = {}
+        self._values = [(name, self._reference(value)) for name, value in values.items()]
+
+    def is_of(self, root_id: str, values: Mapping[str, Any]) -> bool:
+        """Return whether this was made of the message that has these tensors."""
+        return (
+            root_id == self.root_id
+            and len(values) == len(self._values)
+            and all(
+                name == known and reference() is value
+                for (name, value), (known, reference) in zip(values.items(), self._values, strict=True)
+            )
+        )
+
+    def _reference(self, value: Any) -> Callable[[], Any]:
+        if not is_tensor(value):
+            return lambda: value
+        me = weakref.ref(self)
+
+        def forget(_: Any) -> None:
+            shared = me()
+            if shared is not None:
+                shared.results.clear()
+
+        return weakref.ref(value, forget)
 
 
 class MessageEncoder:
@@ -149,7 +189,8 @@ class MessageEncoder:
             noise=f"{message.round}\0{stream}" if self._stochastic else None,
         )
         params = encode_params(message.values, self._policy, encoder)
-        for name in encoder.based & params.codecs.keys():
+        based = encoder.based & params.codecs.keys()
+        for name in based:
             params.quant_state[name]["delta"] = True
         if feedback:
             self.residuals.stage(stream, {k: v for k, v in encoder.lacking.items() if k in params.codecs})
@@ -157,5 +198,8 @@ class MessageEncoder:
         if left is not None:
             bases_of(fl_ctx).set(stream, left)
         return EncodedMessage(
-            params, base.digest if base is not None else None, left.digest if left is not None else None
+            params,
+            base=base.digest if base is not None else None,
+            leaves=left.digest if left is not None else None,
+            based=len(based),
         )

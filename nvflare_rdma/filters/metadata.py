@@ -20,6 +20,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from nvflare_rdma.codecs import (
     dtype_name,
     from_flat,
     get_codec,
+    is_plain,
     is_tensor,
     is_torch,
     to_flat,
@@ -109,31 +111,38 @@ class Received:
         shape: of the tensor that they stand for.
         nbytes: how much of the message they are.
         decode_into: the function that writes the values to a flat float32, float16 or uint16 (bfloat16 bits) array.
+        counted: whether the number of values follows from the number of codes.
+        constant: whether all values are the same: then any number of them takes no more codes than one, and no limit
+            has been looked at.
     """
 
     shape: tuple[int, ...]
     nbytes: int
     decode_into: Callable[[Array], None]
+    counted: bool = True
+    constant: bool = False
 
 
 def from_message(name: str, codec: Codec, value: Any, state: Any, source: Any, limit: int) -> Received:
     """Check what `to_message` or FLARE made of the tensor `name`, whose dtype was `source`, before it is decoded.
 
     Args:
-        limit: how many values the codes may stand for where their number doesn't follow from the number of codes.
+        limit: how many values the codes may stand for where their number doesn't follow from the number of codes, and
+            they differ.
 
     Raises:
         CodecError: codes and state don't fit each other; the message names the tensor.
     """
     require(name, source in FLOAT_NAMES, f"source_datatype is {source!r}")
     require(name, isinstance(state, dict), f"quant_state is a {type(state).__name__}, not a dict")
-    require(name, is_tensor(value), f"the codes are a {type(value).__name__}, not a tensor")
+    _require_plain(name, value, "the codes are")
     require(name, is_torch(value) or source != "bfloat16", "a numpy array can't have dtype bfloat16")
     if codec.name == "adaquant":
         return _received_adaquant(name, codec, value, state, limit)
     if codec.name in ("float16", "bfloat16"):
-        wanted = "uint16" if codec.name == "bfloat16" and not is_torch(value) else codec.name
-        require(name, dtype_name(value) == wanted, f"the codes have dtype {dtype_name(value)}, not {wanted}")
+        # numpy has no bfloat16, and FLARE's tensor streaming makes torch tensors of arrays.
+        wanted = ("bfloat16", "uint16") if codec.name == "bfloat16" else (codec.name,)
+        require(name, dtype_name(value) in wanted, f"the codes have dtype {dtype_name(value)}, not {codec.name}")
         return _received(codec, {"codes": to_flat(value)}, tuple(value.shape))
     codes = _codes(name, value)
     if codec.name == "blockwise8":
@@ -154,8 +163,9 @@ def from_message(name: str, codec: Codec, value: Any, state: Any, source: Any, l
                 finite = part.dtype != np.float32 or bool(np.isfinite(part).all())
                 require(name, finite, f"'{key}' holds NaN or Inf")
         else:
-            _check_limit(name, n, limit)
-        return Received(shape, codes.nbytes, lambda out: codec.decode_into(codes, out))
+            check_limit(name, n, limit)
+        fixed = isinstance(codec, FixedSizeCodec)
+        return Received(shape, codes.nbytes, lambda out: codec.decode_into(codes, out), counted=fixed)
     require(name, codes.size == -(-n // 2), f"{codes.size} bytes of codes don't make shape {list(shape)}")
     expected: dict[str, Any] = {"quant_type": FOUR_BIT_NAMES[codec.name], "blocksize": codec.block_size}
     for key, item in expected.items():
@@ -188,6 +198,12 @@ def require(name: str, condition: bool, problem: str) -> None:
         raise CodecError(f"can't dequantize '{name}': {problem}")
 
 
+def _require_plain(name: str, value: Any, what: str) -> None:
+    """Raise `CodecError` unless `value` is a tensor whose values can be read: sparse and meta tensors have none."""
+    require(name, is_tensor(value), f"{what} a {type(value).__name__}, not a tensor")
+    require(name, is_plain(value), f"{what} a {type(value).__name__}, but no plain dense tensor")
+
+
 def _received(codec: Codec, parts: Parts, shape: tuple[int, ...]) -> Received:
     assert isinstance(codec, FixedSizeCodec)
     nbytes = sum(part.nbytes for part in parts.values())
@@ -196,7 +212,6 @@ def _received(codec: Codec, parts: Parts, shape: tuple[int, ...]) -> Received:
 
 def _received_adaquant(name: str, codec: Codec, value: Any, state: dict[str, Any], limit: int) -> Received:
     shape, n = _shape(name, state, "tensor_shape")
-    _check_limit(name, n, limit)
     norm, level = state.get("norm", 0.0), state.get("quantization_level", 0)
     numbers = {"offset": state.get("offset"), "norm": norm, "quantization_level": level}
     for key, number in numbers.items():
@@ -205,9 +220,10 @@ def _received_adaquant(name: str, codec: Codec, value: Any, state: dict[str, Any
         require(name, good, f"'{key}' is {number!r}")
     codes = np.empty(0, np.uint8)
     nbytes = value.nbytes
-    if level == 0:  # a constant, or so narrow a range that FLARE found no level for it
+    if level == 0 or norm == 0:  # a constant, or so narrow a range that FLARE found no level for it
         norm = 0.0
     elif "compressed_tensor" in state:
+        check_limit(name, n, limit)
         packed = _codes(name, state["compressed_tensor"])
         nbytes, codes = packed.nbytes, _decompressed(name, packed, state.get("new_dtype"), n)
     else:
@@ -222,7 +238,8 @@ def _received_adaquant(name: str, codec: Codec, value: Any, state: dict[str, Any
         codec.parts(encoded, n)
     except CodecError as error:
         raise CodecError(f"can't dequantize '{name}': {error}") from None
-    return Received(shape, nbytes, lambda out: codec.decode_into(encoded, out))
+    decode = partial(codec.decode_into, encoded)
+    return Received(shape, nbytes, decode, counted=False, constant=norm == 0)
 
 
 def _decompressed(name: str, packed: Bytes, dtype: Any, n: int) -> Array:
@@ -253,12 +270,14 @@ def _is(found: Any, wanted: Any) -> bool:
     return isinstance(found, type(wanted)) and bool(found == wanted)
 
 
-def _check_limit(name: str, n: int, limit: int) -> None:
-    require(name, n <= limit, f"it stands for {n} values, more than a message of this size may have")
+def check_limit(name: str, n: int, limit: int) -> None:
+    """Raise `CodecError` if the tensor `name` stands for more values than it may."""
+    problem = f"it stands for {n} values, but is not expected to have as many, and its message is too small for them"
+    require(name, n <= limit, problem)
 
 
 def _codes(name: str, value: Any) -> Array:
-    require(name, is_tensor(value), f"the codes are a {type(value).__name__}, not a tensor")
+    _require_plain(name, value, "the codes are")
     require(name, dtype_name(value) == "uint8", f"the codes have dtype {dtype_name(value)}, not uint8")
     return to_flat(value)
 
@@ -266,7 +285,7 @@ def _codes(name: str, value: Any) -> Array:
 def _floats(name: str, state: dict[str, Any], key: str, count: int) -> Float32:
     """`state[key]` as a flat float32 array of exactly `count` values."""
     value = state.get(key)
-    require(name, is_tensor(value), f"'{key}' is a {type(value).__name__}, not a tensor")
+    _require_plain(name, value, f"'{key}' is")
     require(name, dtype_name(value) == "float32", f"'{key}' has dtype {dtype_name(value)}, not float32")
     flat = to_flat(value)
     require(name, flat.size == count, f"'{key}' has {flat.size} values, not {count}")

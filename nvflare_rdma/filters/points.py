@@ -7,7 +7,7 @@ from the context of each call (`nvflare.apis.utils.task_utils.apply_filters`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nvflare.apis.filter import Filter, FilterChainType, FilterContextKey
@@ -19,6 +19,8 @@ from nvflare.apis.utils.task_utils import get_filters
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.flare_compat import filters_of
 
+DECODED = "nvflare_rdma.decoded"  # public context property of a site: the tasks whose data it decodes
+DXO_COUNT = "nvflare_rdma.dxo_count"  # context property: how many DXOs of the message are filtered
 DXO_PATH = "nvflare_rdma.dxo_path"  # context property: where in a collection the filtered DXO is, "" at the top
 
 _OTHER_CHAIN = {
@@ -33,6 +35,8 @@ _SERVER_POINTS = {
 _SERVER_CONFIG = "config_fed_server.json"
 _CLIENT_CONFIG = "config_fed_client.json"
 _FILTERS = "nvflare_rdma.filters"
+_DATA_FILTERS = "task_data_filters"
+_ANY_TASK = "*"  # what a site's own filters are for
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class FilterPoint:
         task: the task's name, "?" if unknown.
         peer: the site or server at the other end, if known.
         path: where in a collection the filtered DXO is, "" if it is the message itself.
+        count: how many DXOs of the message are filtered.
     """
 
     chain: str | None
@@ -52,6 +57,7 @@ class FilterPoint:
     task: str
     peer: str
     path: str = ""
+    count: int = 1
 
     @classmethod
     def of(cls, component: Filter, shareable: Shareable, fl_ctx: FLContext) -> FilterPoint:
@@ -64,6 +70,7 @@ class FilterPoint:
             task=task,
             peer=peer.get_identity_name() if peer is not None else "",
             path=fl_ctx.get_prop(DXO_PATH, ""),
+            count=fl_ctx.get_prop(DXO_COUNT, 1),
         )
 
     @property
@@ -117,8 +124,7 @@ def require_dequantizer(point: FilterPoint, fl_ctx: FLContext) -> None:
         ConfigError: there is no ModelDequantizer for messages that go the other way; the message says what to add.
     """
     back = point.opposite() if point.known else point
-    incoming = _filters_at(back, fl_ctx)
-    if incoming is None or any(_is_dequantizer(f) for f in incoming):
+    if _filters_at(back, fl_ctx) is None or _decodes(back, fl_ctx):
         return
     raise ConfigError(
         f"{point.config} has ModelQuantizer in {point.section} for task '{point.task}' but no "
@@ -126,6 +132,64 @@ def require_dequantizer(point: FilterPoint, fl_ctx: FLContext) -> None:
         f"{point.config} (and {_FILTERS}.ModelQuantizer to {back.section} of {point.other_config}), or pass "
         "one_way=true to ModelQuantizer if the other direction is meant to travel unquantized"
     )
+
+
+def tell_what_is_decoded(fl_ctx: FLContext) -> None:
+    """Tell the server, with each task request, for which tasks this site has a ModelDequantizer.
+
+    Any part of this package may do so, as the run starts. The server's side has nobody to tell.
+    """
+    runner: Any = fl_ctx.get_prop(FLContextKey.RUNNER)
+    if not hasattr(runner, _DATA_FILTERS):
+        return
+    ends = f"{FilterKey.DELIMITER}{FilterKey.IN}"
+    tasks = {key.removesuffix(ends) for key in filters_of(runner, _DATA_FILTERS) if key.endswith(ends)}
+    for_data = FilterPoint(FilterChainType.TASK_DATA_CHAIN, FilterKey.IN, _ANY_TASK, "")
+    decoded = [task for task in sorted(tasks | {_ANY_TASK}) if _decodes(replace(for_data, task=task), fl_ctx)]
+    fl_ctx.set_prop(DECODED, decoded, private=False, sticky=True)
+
+
+def require_decoding_site(point: FilterPoint, fl_ctx: FLContext) -> str | None:
+    """Check at the server that the site which is to get codes decodes them.
+
+    Returns:
+        A warning if the site says nothing of it: it has no part of this package, or an older one.
+
+    Raises:
+        ConfigError: the site decodes no data of this task; the message says what to add.
+    """
+    peer = fl_ctx.get_peer_context()
+    if peer is None or not point.on_server:
+        return None
+    decoded = peer.get_prop(DECODED)
+    add = f"add {_FILTERS}.ModelDequantizer to {point.section} of the site's {point.other_config}"
+    if not isinstance(decoded, list):
+        return (
+            f"{point.peer} does not say that it decodes {point.message}; unless it has FLARE's own ModelDequantizer, "
+            f"it takes codes for a model: {add}"
+        )
+    if point.task not in decoded and _ANY_TASK not in decoded:
+        raise ConfigError(
+            f"{point.peer} has no ModelDequantizer for {point.message}, which {point.config} quantizes, and would take "
+            f"codes for a model: {add}, or remove ModelQuantizer from {point.section} of {point.config}"
+        )
+    return None
+
+
+def _decodes(point: FilterPoint, fl_ctx: FLContext) -> bool:
+    return any(map(_is_dequantizer, _filters_at(point, fl_ctx) or ()))
+
+
+def place_of(component: Filter, fl_ctx: FLContext) -> tuple[str, str]:
+    """Return, for a message, the config section that `component` is in, and the tasks that it is for there."""
+    chain, runner = component.get_prop(FilterContextKey.CHAIN_TYPE), fl_ctx.get_prop(FLContextKey.RUNNER)
+    if chain not in _OTHER_CHAIN or runner is None:
+        return "a filter chain", "its tasks"
+    table = filters_of(runner, f"{chain}_filters")
+    keys = [key.rpartition(FilterKey.DELIMITER) for key, filters in table.items() if component in filters]
+    on_server = any((chain, direction) in _SERVER_POINTS for _, _, direction in keys)
+    tasks = ", ".join(sorted({f"'{task}'" for task, _, _ in keys}))
+    return f"{chain}_filters of {_SERVER_CONFIG if on_server else _CLIENT_CONFIG}", f"task {tasks}"
 
 
 def _filters_at(point: FilterPoint, fl_ctx: FLContext) -> list[Filter] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nvflare.apis.dxo import DXO, DataKind, MetaKey
@@ -14,15 +14,25 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.app_common.app_constant import AppConstants
 
-from nvflare_rdma.codecs import Policy, warm_up
+from nvflare_rdma.codecs import Policy, is_plain, is_tensor, warm_up
 from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.filters import points
 from nvflare_rdma.filters.delta_base import answer_clients
 from nvflare_rdma.filters.dither import DITHERED
-from nvflare_rdma.filters.flat_params import flatten, rebuild
+from nvflare_rdma.filters.encoding import MIB, TensorEncoder, encode_params
 from nvflare_rdma.filters.message_encoder import EncodedMessage, MessageEncoder, ModelMessage
-from nvflare_rdma.filters.points import FilterPoint, require_dequantizer
-from nvflare_rdma.filters.quant_filter import OURS, QUANT_STATE, QUANTIZED_FLAG, SOURCE_DATATYPE, QuantFilter
-from nvflare_rdma.flare_compat import TRANSFER_PROP
+from nvflare_rdma.filters.points import FilterPoint, require_decoding_site, require_dequantizer, tell_what_is_decoded
+from nvflare_rdma.filters.quant_filter import (
+    OURS,
+    QUANT_STATE,
+    QUANTIZED_FLAG,
+    SOURCE_DATATYPE,
+    QuantFilter,
+    flatten,
+    rebuild,
+)
+from nvflare_rdma.flare_compat import TRANSFER_PROP, streams_tensors
+from nvflare_rdma.logs import escaped
 
 _HANDED_OVER = (EventType.AFTER_SEND_TASK_RESULT, EventType.AFTER_PROCESS_SUBMISSION)
 
@@ -57,6 +67,7 @@ class ModelQuantizer(QuantFilter):
         delta: send WEIGHTS as differences from a model that the receiver holds, when both sides have the same one.
         stochastic_rounding: round `int8` up or down at random, so that the mean error is zero. The noise follows from
             job, site, task and round: a job that is run again makes the same.
+        clients: on the server, the sites to which models go in few bits; None: all. Those to others pass unchanged.
 
     Raises:
         ConfigError: an unknown type or rule, or random rounding where there is none; when used, a missing
@@ -71,11 +82,12 @@ class ModelQuantizer(QuantFilter):
         error_feedback: bool = False,
         delta: bool = False,
         stochastic_rounding: bool = False,
+        clients: Sequence[str] | None = None,
     ) -> None:
         parsed = Policy(quantization_type, policy)
         if stochastic_rounding:
             _check_stochastic(parsed, error_feedback)
-        super().__init__()
+        super().__init__(clients)
         # FLARE writes arguments into an exported job config from attributes of the same names.
         self.quantization_type = parsed.codec.name
         self.one_way = one_way
@@ -83,16 +95,31 @@ class ModelQuantizer(QuantFilter):
         self.error_feedback = error_feedback
         self.delta = delta
         self.stochastic_rounding = stochastic_rounding
+        self._policy = parsed
         self._encoder = MessageEncoder(parsed, error_feedback, delta, stochastic_rounding)
         self._checked: set[tuple[str | None, str | None, str]] = set()
+        self._doubted: set[tuple[str, str]] = set()
         self._warned = False
+        self._told_of_meta = False
+        self._idle: bool | None = None  # whether no model has come in this run
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Load compiled code as the run starts, and learn from FLARE's events whether messages were handed over."""
         if event_type == EventType.START_RUN:
+            tell_what_is_decoded(fl_ctx)
+            self._idle = True
             warm_up(self._encoder.codecs)
             if self.delta and self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
                 answer_clients(fl_ctx)
+        elif event_type == EventType.END_RUN and self._idle:
+            self._idle = None
+            where, tasks = points.place_of(self, fl_ctx)
+            self.log_warning(
+                fl_ctx,
+                f"ModelQuantizer in {where} has quantized nothing in this run: it is for {tasks}, and no message with "
+                "weights came by; if there should have been one, compare that with the names of the workflow's tasks",
+                fire_event=False,
+            )
         elif event_type in _HANDED_OVER and self.error_feedback:
             task, aborted = fl_ctx.get_prop(FLContextKey.TASK_NAME), fl_ctx.get_run_abort_signal()
             if aborted is not None and aborted.triggered:
@@ -100,38 +127,61 @@ class ModelQuantizer(QuantFilter):
             else:
                 self._encoder.residuals.commit(task, _state_folder(fl_ctx))
 
-    def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO | None:
-        """Return a new DXO with codes for weights, or None (unchanged) if it is quantized already.
+    def process_values(
+        self, values: Mapping[str, Any], dxo: DXO, shareable: Shareable, fl_ctx: FLContext
+    ) -> tuple[Mapping[str, Any], dict[str, Any]] | None:
+        """Return codes in place of weights, or None (unchanged) if the DXO is quantized already.
 
         Raises:
             ConfigError: this side would not decode the codes that it gets. Looked at once per task.
         """
+        self._idle = None
         point = FilterPoint.of(self, shareable, fl_ctx)
         place = point.chain, point.direction, point.task
         if not self.one_way and place not in self._checked:
             require_dequantizer(point, fl_ctx)
             self._checked.add(place)
+        self._check_site(point, fl_ctx)
         if dxo.get_meta_prop(QUANTIZED_FLAG):
             self.log_info(fl_ctx, "The message is quantized already and stays as it is")
             return None
         self._warn_of_feedback(dxo, fl_ctx)
+        self._tell_of_meta(dxo, fl_ctx)
         root_id = shareable.get_header(ReservedHeaderKey.MSG_ROOT_ID) or ""
         message = self._encoder.encode(
             ModelMessage(
-                values=flatten(dxo.data),
+                values=values,
                 whole=dxo.data_kind == DataKind.WEIGHTS,
                 point=point,
                 root_id=root_id,
                 round=_round(root_id, shareable, fl_ctx),
                 folder=_state_folder(fl_ctx),
-                direct=_goes_directly(fl_ctx),
+                direct=_goes_directly(point.task, fl_ctx),
             ),
             fl_ctx,
         )
         self._report(message, fl_ctx)
-        # Dicts of its own: other sites get the same codes, and a later filter may change dicts in place.
-        meta = self._meta_for_new_dxo(dxo) | _metadata(message)
-        return DXO(data_kind=dxo.data_kind, data=rebuild(dxo.data, message.params.values), meta=meta)
+        return message.params.values, self._meta_for_new_dxo(dxo) | _metadata(message)
+
+    def _check_site(self, point: FilterPoint, fl_ctx: FLContext) -> None:
+        warning = require_decoding_site(point, fl_ctx)
+        if warning and (point.peer, point.task) not in self._doubted:
+            self._doubted.add((point.peer, point.task))
+            self.log_warning(fl_ctx, escaped(warning), fire_event=False)
+
+    def quantization(
+        self, params: dict[str, Any], fl_ctx: FLContext
+    ) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, str]]:
+        """Encode tensors apart from any message; the name and arguments are those of FLARE's filter.
+
+        Residuals, bases and random rounding belong to messages, and have no part in this. `params` is not changed.
+
+        Returns:
+            Codes in place of the tensors, and FLARE's `quant_state` and `source_datatype`, by name.
+        """
+        encoded = encode_params(flatten(params), self._policy, TensorEncoder())
+        self._report(EncodedMessage(encoded), fl_ctx)
+        return rebuild(params, encoded.values), encoded.quant_state, encoded.source_datatype
 
     def _warn_of_feedback(self, dxo: DXO, fl_ctx: FLContext) -> None:
         if self.error_feedback and not self.delta and dxo.data_kind == DataKind.WEIGHTS and not self._warned:
@@ -143,13 +193,24 @@ class ModelQuantizer(QuantFilter):
                 fire_event=False,
             )
 
+    def _tell_of_meta(self, dxo: DXO, fl_ctx: FLContext) -> None:
+        """Say once what is not encoded: tensors in the metadata, such as SCAFFOLD's control variates."""
+        sizes = {key: _tensor_bytes(value) for key, value in (dxo.meta or {}).items()}
+        found = sorted(key for key, size in sizes.items() if size)
+        if found and not self._told_of_meta:
+            self._told_of_meta = True
+            size = sum(sizes.values()) / MIB
+            what = f"{size:.2f} MB of tensors in the message's metadata ({', '.join(map(str, found))}) travel exact"
+            self.log_warning(fl_ctx, escaped(f"{what}: only the model is quantized"), fire_event=False)
+
     def _report(self, message: EncodedMessage, fl_ctx: FLContext) -> None:
         encoded = message.params
-        how = f" as the difference from {message.base}" if message.base else ""
-        self.log_info(fl_ctx, f"Quantized to {encoded.algorithm}{how}: {encoded.summary()}")
+        how = f", {message.based} params as the difference from {message.base}" if message.base else ""
+        self.log_info(fl_ctx, escaped(f"Quantized to {encoded.algorithm}{how}: {encoded.summary()}"))
         if encoded.exact:
             listed = "; ".join(f"{name}: {reason}" for name, reason in encoded.exact.items())
-            self.log_warning(fl_ctx, f"{len(encoded.exact)} tensor(s) sent exact: {listed}", fire_event=False)
+            what = f"{len(encoded.exact)} tensor(s) sent exact: {listed}"
+            self.log_warning(fl_ctx, escaped(what), fire_event=False)
 
 
 def _metadata(message: EncodedMessage) -> dict[str, Any]:
@@ -172,10 +233,21 @@ def _metadata(message: EncodedMessage) -> dict[str, Any]:
     return meta
 
 
-def _goes_directly(fl_ctx: FLContext) -> bool:
-    """Return whether both sides have `nvflare_rdma.streaming.RdmaTransfer`, which takes care of what is marked."""
+def _tensor_bytes(value: Any) -> int:
+    """Return the bytes of all plain tensors in a value of the metadata."""
+    if isinstance(value, Mapping):
+        return sum(map(_tensor_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_tensor_bytes, value))
+    return int(value.nbytes) if is_tensor(value) and is_plain(value) else 0
+
+
+def _goes_directly(task: str, fl_ctx: FLContext) -> bool:
+    """Return whether both sides have `nvflare_rdma.streaming.RdmaTransfer`, which takes care of what is marked, and
+    FLARE doesn't take the tensors out of the message to stream them."""
     peer = fl_ctx.get_peer_context()
-    return bool(fl_ctx.get_prop(TRANSFER_PROP) and peer is not None and peer.get_prop(TRANSFER_PROP))
+    both = fl_ctx.get_prop(TRANSFER_PROP) and peer is not None and peer.get_prop(TRANSFER_PROP)
+    return bool(both) and not streams_tensors(fl_ctx, task)
 
 
 def _check_stochastic(policy: Policy, error_feedback: bool) -> None:

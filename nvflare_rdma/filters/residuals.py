@@ -10,7 +10,6 @@ Kept in bfloat16: two bytes a value, and what that rounding loses is 2**-9 of wh
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import threading
@@ -21,10 +20,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from nvflare_rdma.codecs import Array
+from nvflare_rdma.logs import get_logger
 
 Bits = NDArray[np.uint16]
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
+
+_OWNER_ONLY = 0o600
 
 
 class Residuals:
@@ -90,6 +92,12 @@ def _save(folder: str, stream: str, residuals: Mapping[str, Array]) -> None:
 
     os.makedirs(folder, exist_ok=True)
     path = _file(folder, stream)
+    # It tells about a site's data, so nobody else reads it: what is written keeps the mode of the file that is there.
+    fd = os.open(f"{path}.new", os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, _OWNER_ONLY)
+    try:
+        os.fchmod(fd, _OWNER_ONLY)  # one that a process left that has died
+    finally:
+        os.close(fd)
     # Renamed when whole: a process that dies while it writes leaves the old file.
     save_file(dict(residuals), f"{path}.new", metadata={"stream": stream})
     os.replace(f"{path}.new", path)

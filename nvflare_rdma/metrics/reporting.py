@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -30,11 +29,12 @@ from nvflare.fuel.data_event.data_bus import DataBus
 from nvflare.metrics.metrics_keys import MetricKeys, MetricTypes
 from nvflare.metrics.metrics_publisher import publish_app_metrics
 
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.metrics.names import TRANSFERS_FILE
 from nvflare_rdma.metrics.pools import add_to_pools
 from nvflare_rdma.transfer import Ledger, TransferRecord, total
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: After which a round's, or a task's, totals are complete.
 _SERVER_ENDS = (AppEventType.ROUND_STARTED, EventType.END_WORKFLOW)

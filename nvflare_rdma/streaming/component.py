@@ -20,7 +20,9 @@ from nvflare.fuel.f3.drivers.driver_params import DriverParams
 from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 
 from nvflare_rdma.errors import RdmaError
+from nvflare_rdma.filters import tell_what_is_decoded
 from nvflare_rdma.flare_compat import TRANSFER_PROP, cell_connections, replace_decomposer, require_flare
+from nvflare_rdma.logs import escaped
 from nvflare_rdma.metrics import TransferReporter
 from nvflare_rdma.runtime import shared, this_runtime
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
@@ -41,8 +43,8 @@ class RdmaTransfer(FLComponent):
 
     A trainer that FLARE starts in a process of its own (`launch_external_process`) gets it from the site's job process.
 
-    Where there is no direct way (a firewall, a peer without this package or component), they take FLARE's own path, and
-    one log line says why.
+    Where there is no direct way (a firewall, a peer without this component), they take FLARE's own path, and one log
+    line for each peer and reason says why. A site without this package can't load it: leave it out there.
 
     Raises:
         UnsupportedVersionError: when the run starts, unless FLARE is 2.9. ConfigError: a setting is wrong.
@@ -70,12 +72,14 @@ class RdmaTransfer(FLComponent):
         elif event_type == EventType.START_RUN and not self._started:
             self._install(fl_ctx)
             fl_ctx.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
+            tell_what_is_decoded(fl_ctx)
             self._started = True
             self._reporter = TransferReporter(self, fl_ctx, shared().ledger)
         elif event_type == EventType.END_RUN and self._started:
             self._started = False
             if shared().links.stop():
                 shared().tensor_memory.clear()
+                shared().notices.clear()
             if self._reporter is not None:
                 self._reporter.close()
         else:
@@ -102,10 +106,8 @@ class RdmaTransfer(FLComponent):
         told = str(peer.get_identity_name()), failure[:_MAX_FAILURE]
         if told not in self._told and len(self._told) < _MOST_TOLD:
             self._told.add(told)
-            self.log_warning(
-                fl_ctx,
-                f"RdmaTransfer does not run at {told[0]}, so its tensors take FLARE's own path: {told[1]}",
-            )
+            what = f"RdmaTransfer does not run at {told[0]}, so its tensors take FLARE's own path: {told[1]}"
+            self.log_warning(fl_ctx, escaped(what))
 
 
 def _server_host(fl_ctx: FLContext) -> str:
@@ -115,7 +117,7 @@ def _server_host(fl_ctx: FLContext) -> str:
         target = json.loads(Path(path).read_text())["servers"][0]["service"]["target"]
     except (OSError, ValueError, LookupError, TypeError):
         return ""
-    return str(target).rpartition(":")[0]
+    return str(target).rpartition(":")[0].strip("[]")
 
 
 def install(server_host: str = "") -> None:

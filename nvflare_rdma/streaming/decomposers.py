@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +33,7 @@ from nvflare_rdma.flare_compat import (
     cancel_download,
     download_logged_as,
 )
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.fallback import download_by_fallback, finish
 from nvflare_rdma.streaming.progress import DirectProgress
@@ -52,7 +52,7 @@ from nvflare_rdma.transfer import (
     unpack_manifest,
 )
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: A reference that begins with this is to tensors whose sender answers direct requests.
 REF_PREFIX = "rdma1-"
@@ -73,7 +73,7 @@ class Served:
         ours = shared()
         meters = Meters(cell.get_fqcn() if cell is not None else "", ledger=ours.ledger)
         content = TensorContent(tensors, cache=ours.encoded_chunks)
-        self._service = Service(content, functools.partial(ours.links.of, cell), self._moved, meters)
+        self._service = Service(content, functools.partial(ours.links.of, cell), self._moved, meters, ours.notices)
 
     def set_transaction(self, tx_id: str, ref_id: str) -> None:
         """FLARE's hook: the object belongs to this transaction and has this reference."""
@@ -88,6 +88,13 @@ class Served:
             return ProduceRC.EOF, None, {}
         meters = self._service.meters
         if not state:
+            if meters.find(requester) is None:  # it did not ask directly before
+                log.log(
+                    shared().notices.level("sent", requester, ""),
+                    "tensors go to %s on FLARE's own path, as later ones will: it asks for no other way, because its "
+                    "part of the job has no RdmaTransfer, or because it found no direct way, which its log says",
+                    requester,
+                )
             meters.begin(requester).fall_back("the receiver asked on FLARE's own path")
         if (relayed := self._service.relayed(requester)) is not None:
             answer = produce(relayed, state)
@@ -173,6 +180,7 @@ class DirectDecomposer(PrefixedReferences):
         if links is None:
             direct = ref_id.startswith(REF_PREFIX)
             reason = "this process has no data links" if direct else "the sender answers no direct requests"
+            _say_fallback(from_fqcn, reason if direct else f"{reason}, because its part of the job has no RdmaTransfer")
             return fall_back(reason, progress_cb, abort_signal)
         meter.budget = links.budget.watch()
 
@@ -192,7 +200,7 @@ class DirectDecomposer(PrefixedReferences):
                 finish(meter, failure, pull.items)
                 return failure, None
             except (RdmaError, MemoryError) as error:
-                log.warning("tensors from %s come on FLARE's own path: %s", from_fqcn, error)
+                _say_fallback(from_fqcn, error)
                 if any(item.cut is not None for item in pull.items):
                     take = functools.partial(download_object, progress_cb=progress.go_on, abort_signal=signal)
                     meter.fall_back(str(error))
@@ -212,6 +220,12 @@ class DirectDecomposer(PrefixedReferences):
     def landing(self, cell: Any, others: dict[str, Any]) -> Iterator[Landing]:
         """Where the tensors of one message are received: in memory, unless a subclass says otherwise."""
         yield Landing(in_memory(shared().tensor_memory.take))
+
+
+def _say_fallback(peer: str, reason: object) -> None:
+    log.log(
+        shared().notices.level("received", peer, reason), "tensors from %s come on FLARE's own path: %s", peer, reason
+    )
 
 
 def _download_encoded(

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from nvflare.fuel.hci.security import get_certificate_common_name
 
 from nvflare_rdma.errors import TlsError
-from nvflare_rdma.flare_compat import identity_resolver
+from nvflare_rdma.flare_compat import cell_connections, identity_resolver
 from nvflare_rdma.transfer import Identify
 
 #: A certificate that names cells in this way is theirs and of the cells below them only. FLARE 2.10 issues such for
@@ -39,6 +39,12 @@ def identifier(identities: Mapping[str, str]) -> Identify:
             )
 
     return identify
+
+
+def site_of(cell: Any, name: str) -> str:
+    """The site of the cell that is called `name`, as far as `cell` knows: the common name that its certificate has or
+    would have. By FLARE's rule that is the first part of the name, unless `auth_identity_map` says otherwise."""
+    return identity_resolver(cell_connections(cell).identities)(name)
 
 
 def _cells_named_in(certificate: Mapping[str, Any]) -> list[str]:

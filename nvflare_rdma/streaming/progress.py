@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer import Progress
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class DirectProgress:

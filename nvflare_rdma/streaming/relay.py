@@ -13,7 +13,7 @@ from typing import Any
 from nvflare.fuel.f3.streaming.download_service import Consumer, ProduceRC
 
 from nvflare_rdma.errors import ProtocolError, RdmaError
-from nvflare_rdma.transfer import Item, Land, Place, Relayed, store_chunk
+from nvflare_rdma.transfer import Item, Land, Place, Relayed, give, store_chunk
 
 RELAY_KEY = "nvflare_rdma_relay"
 PIECE_BYTES = 2 << 20  # as much as FLARE sends at once
@@ -91,7 +91,7 @@ class RelayConsumer(Consumer):
             for item, place in zip(self._items, self._places, strict=True):
                 if item.content is not None:
                     place.write(0, memoryview(item.content))
-            self.result = {item.name: place.finish() for item, place in zip(self._items, self._places, strict=True)}
+            self.result = {item.name: give(item, place) for item, place in zip(self._items, self._places, strict=True)}
         except (RdmaError, OSError) as error:
             self.error = str(error)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
@@ -64,14 +64,14 @@ def stream_request_function(cell: Any, peer: str, stream: str, secure: bool) -> 
     return request_function(peer, send)
 
 
-def open_stream(cell: Any, service: Service) -> str:
-    """Let `service` answer the requests that reach `cell`, until `close_stream`. Returns the stream's name, by which
-    receivers ask for it."""
+def open_stream(cell: Any, service: Service, receivers: Iterable[str]) -> str:
+    """Let `service` answer the requests of the cells `receivers` that reach `cell`, until `close_stream`. Returns the
+    stream's name, by which they ask for it."""
 
     def listen(cell: Any) -> None:
         cell.register_request_cb(channel=_CHANNEL, topic=_TOPIC, cb=_answer)
 
-    return shared().stream_requests.open(cell, service, listen)
+    return shared().stream_requests.open(cell, service, receivers, listen)
 
 
 def close_stream(stream: str) -> None:

@@ -34,6 +34,7 @@ Who is who:
     `Destination`   where it goes: a sink for each item. `TensorDestination` has a `Place` for each tensor, in memory
                     (`in_memory`) or in a file (`OnDisk`); `files.FileDestination` writes parts of a file
     `Meter`         counts one transfer for a `Ledger`
+    `WaitingPlaces` bound how many of FLARE's threads wait for one site
 
 Files move in the same way; their items are parts (see `nvflare_rdma.transfer.files`).
 """
@@ -45,13 +46,24 @@ from nvflare_rdma.transfer.content import Content, TensorContent
 from nvflare_rdma.transfer.encoding import EncodedChunkCache
 from nvflare_rdma.transfer.manifest import Item, is_sendable
 from nvflare_rdma.transfer.manifest import unpack as unpack_manifest
+from nvflare_rdma.transfer.notices import Notices
 from nvflare_rdma.transfer.peers import Identify, PeerLinks
 from nvflare_rdma.transfer.receiver import AbortedError, LostError, Progress, Pull, pull
 from nvflare_rdma.transfer.records import Ledger, Meter, Meters, TransferRecord, total
 from nvflare_rdma.transfer.requests import StreamRequestRouter
 from nvflare_rdma.transfer.sender import Relayed
 from nvflare_rdma.transfer.service import Service
-from nvflare_rdma.transfer.sinks import Destination, Land, OnDisk, Place, TensorDestination, in_memory, store_chunk
+from nvflare_rdma.transfer.sinks import (
+    Destination,
+    Land,
+    OnDisk,
+    Place,
+    TensorDestination,
+    give,
+    in_memory,
+    store_chunk,
+)
+from nvflare_rdma.transfer.waiting import WaitingPlaces
 
 __all__ = [
     "AbortedError",
@@ -65,6 +77,7 @@ __all__ = [
     "LostError",
     "Meter",
     "Meters",
+    "Notices",
     "OnDisk",
     "PeerLinks",
     "Place",
@@ -77,6 +90,8 @@ __all__ = [
     "TensorDestination",
     "TensorMemory",
     "TransferRecord",
+    "WaitingPlaces",
+    "give",
     "in_memory",
     "is_sendable",
     "pull",

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from nvflare_rdma.errors import ProtocolError
-from nvflare_rdma.fabric import addresses_of
+from nvflare_rdma.fabric import addresses_of, listen_tcp
 
 TICKET_BYTES = 32
 MAX_ADDRESSES = 16
@@ -91,14 +91,14 @@ def parse_invitation(invitation: Any) -> tuple[list[str], int, bytes]:
 
 
 def listen(host: str, ports: tuple[int, int]) -> socket.socket:
-    """Listen on the first free port of a range, both ends included.
+    """Listen on the first free port of a range, both ends included. See `listen_tcp` for `host`.
 
     Raises:
         OSError: no port of it is free.
     """
     for port in range(ports[0], ports[1] + 1):
         try:
-            return socket.create_server((host, port))
+            return listen_tcp(host, port)
         except OSError as error:
             failure = error
     raise OSError(f"no port of {ports[0]} to {ports[1]} can be listened on (rdma_data_ports): {failure}") from failure
@@ -109,6 +109,12 @@ def own_hosts() -> list[str]:
     known = [address for _, name in socket.if_nameindex() for address in addresses_of(name)]
     found = [str(address) for address in known if not (address.is_loopback or address.is_link_local)]
     return [*dict.fromkeys(found)][:MAX_ADDRESSES]
+
+
+def loopback(server_host: str) -> str:
+    """Return the address at which processes of this host find each other, one by which they find FLARE's server if that
+    is on this host, too."""
+    return "::1" if server_host == "::1" else "127.0.0.1"
 
 
 def is_loopback(host: str) -> bool:

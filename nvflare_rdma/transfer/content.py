@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,13 +12,14 @@ import numpy as np
 
 from nvflare_rdma.channel import Source, Take
 from nvflare_rdma.codecs import codec_of, is_torch, read_run
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.arrays import raw_bytes, strided, to_bytes
 from nvflare_rdma.transfer.encoding import EncodedChunkCache, EncodedSource
 from nvflare_rdma.transfer.manifest import INLINE_BYTES, INLINE_TOTAL, Item
 from nvflare_rdma.transfer.pieces import piece_layout
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class Content(ABC):

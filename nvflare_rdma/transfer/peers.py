@@ -12,7 +12,7 @@ What a peer may use counts for its site, however many cells, tickets and links i
 from __future__ import annotations
 
 import functools
-import logging
+import os
 import secrets
 import socket
 import ssl
@@ -35,13 +35,15 @@ from nvflare_rdma.channel import (
     dial,
 )
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TlsError, UnreachableError
-from nvflare_rdma.fabric import Fabric, MemoryBudget, TcpFabric
+from nvflare_rdma.fabric import Fabric, MemoryBudget, TcpFabric, connect_tcp, join_address
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer.addresses import (
     MAX_ADDRESSES,
     TICKET_BYTES,
     Reach,
     is_loopback,
     listen,
+    loopback,
     may_be_named,
     own_hosts,
     parse_invitation,
@@ -51,21 +53,25 @@ from nvflare_rdma.transfer.addresses import (
     site_of,
 )
 from nvflare_rdma.transfer.records import Ledger
+from nvflare_rdma.transfer.waiting import WaitingPlaces
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 SERVER = "server"  # the root of its cells' names
 TICKET_SECONDS = 120.0
 #: For all cells of a site, and its links. The oldest makes room: of links, one that is idle first.
 MAX_INVITATIONS = 32
 MAX_LINKS = 16
-#: The time for all addresses of a peer together. The last one that is tried may take an `_ADDRESS_SECONDS` longer, and
-#: an address that answers has the handshake's deadline besides.
+#: The time for all addresses of a peer together. One of them may take `_ADDRESS_SECONDS` for the greeting, and as long
+#: again for the ticket; when the ticket is taken, the link has the handshake's deadline besides.
 DIAL_SECONDS = 20.0
 _ADDRESS_SECONDS = 5.0
 #: A peer that does not answer, as behind a firewall that drops packets, is not dialled again for so long; twice as long
 #: the next time, and so on.
 _AVOID_SECONDS, _AVOID_DOUBLINGS = 60.0, 6
+#: A peer from which nothing has come for so long is asked for a sign of life before its link is used again, and has so
+#: long to give one.
+_QUIET_SECONDS, _ANSWER_SECONDS = 5.0, 5.0
 _WELCOME = b"\x01"
 _MAX_TENSOR_BYTES = 1 << 48
 #: See `LinkContext`; tensors are large. A tensor's last chunk may be twice as long; that still fits into the memory for
@@ -88,6 +94,10 @@ class SharedByLinks(Protocol):
     @property
     def ledger(self) -> Ledger:
         """Where the records of transfers go."""
+
+    @property
+    def waiting_places(self) -> WaitingPlaces:
+        """For threads of FLARE's that wait for a site."""
 
     def tcp(self, dial: Callable[[], socket.socket] | None = None) -> TcpFabric:
         """The tcp fabric of a door, or of a link that `dial` makes the rails of."""
@@ -147,6 +157,7 @@ class PeerLinks:
         #: Peer -> how often in a row it did not answer, when that was last, and what was tried.
         self._unreachable: dict[str, tuple[int, float, str]] = {}
         self._closed = False
+        self._process = os.getpid()
 
     # -- doors ---------------------------------------------------------------------------------------------
 
@@ -197,11 +208,11 @@ class PeerLinks:
         with self._lock:
             if self._closed:
                 raise FabricUnavailable(f"{self.name} is ending")
-            if self._door is None:
+            if self._door is None or self._door.is_over:
                 inside = self._ports is None or is_loopback(self._server_host)
                 try:
                     tls = None if self._secure(True) is None else self._door_tls
-                    listener = listen("127.0.0.1" if inside else "", self._ports or (0, 0))
+                    listener = listen(loopback(self._server_host) if inside else "", self._ports or (0, 0))
                 except OSError as error:
                     raise FabricUnavailable(f"{self.name} can't listen for data: {error}") from error
                 self._door = Door(listener, tls, self._fabric, self._on_connection, f"{self.name}'s data port")
@@ -285,6 +296,11 @@ class PeerLinks:
         """The process's, which the records of transfers over these links go to."""
         return self._shared.ledger
 
+    @property
+    def waiting_places(self) -> WaitingPlaces:
+        """The process's, for threads of FLARE's that wait for a site."""
+        return self._shared.waiting_places
+
     def _may_come(self, peer: str) -> bool:
         return self._ports is not None or (self._trainers and peer.startswith(f"{self.name}."))
 
@@ -303,17 +319,31 @@ class PeerLinks:
     def _find(self, peer: str) -> Link | None:
         return next((link for link in reversed(self._links.get(peer, [])) if link.usable), None)
 
+    def find_alive(self, peer: str) -> Link | None:
+        """The link to `peer` that works, if there is one. A peer from which nothing has come for a while is asked for a
+        sign of life: whatever is on the way to it may have forgotten an idle link, without a word. Links that bring
+        none are given up. Blocks for `_ANSWER_SECONDS` at most."""
+        with self._lock:
+            links = [link for link in reversed(self._links.get(peer, [])) if link.usable]
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        for link in links:
+            link.ask(_QUIET_SECONDS)
+        return next((link for link in links if link.is_alive(deadline)), None)
+
     def is_coming(self, peer: str) -> bool:
         """Whether there is a link to `peer`, or it has dialled and this side's end is being opened."""
         with self._lock:
             return self._find(peer) is not None or self._opening[peer] > 0
 
     def await_open(self, peer: str, patience: float = 0.0) -> Link | None:
-        """Find the link to `peer`, and if `peer` has dialled, first wait until this side's end of it is open.
-        Waiting for it to dial takes up to `patience` seconds."""
+        """Find the link to `peer`, and if `peer` has dialled, first wait until this side's end of it is open: an older
+        link may be one that `peer` has given up. Waiting for it to dial takes up to `patience` seconds."""
         with self._opened:
+            before = self._find(peer)
             self._opened.wait_for(lambda: self._find(peer) or self._closed, patience)
-            self._opened.wait_for(lambda: self._find(peer) or not self._opening[peer], GREETING_TIMEOUT)
+            self._opened.wait_for(
+                lambda: not self._opening[peer] or self._find(peer) not in (before, None), GREETING_TIMEOUT
+            )
             return self._find(peer)
 
     def arriving(self, peer: str) -> int:
@@ -333,8 +363,9 @@ class PeerLinks:
         hosts, port, ticket = parse_invitation(invitation)
         with self._opened:
             if peer in self._dialling:
+                before = self._find(peer)  # it is dialled because this one is of no use to it any more
                 self._opened.wait_for(lambda: peer not in self._dialling, 2 * DIAL_SECONDS)
-                if (link := self._find(peer)) is not None:
+                if (link := self._find(peer)) is not None and link is not before:
                     return link
                 if peer in self._dialling:
                     raise FabricUnavailable(f"{peer} is being dialled already")
@@ -371,13 +402,13 @@ class PeerLinks:
         failures: list[str] = []
         deadline, silent, impostors = began + DIAL_SECONDS, False, []
         for host, address in self._addresses(peer, hosts, failures):
-            if (left := deadline - time.monotonic()) <= 0:
+            if time.monotonic() >= deadline:
                 failures.append(f"the others were not tried: {DIAL_SECONDS:g} s are over")
                 break
             try:
-                link = self._dial((address, port), ticket, peer, min(left, _ADDRESS_SECONDS))
+                link = self._dial((address, port), ticket, peer, deadline)
             except (OSError, RdmaError) as error:
-                failures.append(f"{host}:{port}: {error}")
+                failures.append(f"{join_address(host, port)}: {error}")
                 silent = silent or isinstance(error, UnreachableError)
                 if isinstance(error, TlsError):
                     impostors.append(failures[-1])
@@ -404,17 +435,19 @@ class PeerLinks:
         if count and left > 0:
             raise FabricUnavailable(f"{reason} (tried {now - since:.0f} s ago, and again in {left:.0f} s)")
 
-    def _dial(self, address: tuple[str, int], ticket: bytes, peer: str, timeout: float) -> Link:
-        sock, stream = dial(address, self._secure(False), self._pending, timeout)
+    def _dial(self, address: tuple[str, int], ticket: bytes, peer: str, deadline: float) -> Link:
+        left = deadline - time.monotonic()
+        sock, stream = dial(address, self._secure(False), self._pending, min(left, _ADDRESS_SECONDS))
         try:
-            deadline = time.monotonic() + timeout
+            deadline = min(deadline, time.monotonic() + _ADDRESS_SECONDS)
             self._require(stream, peer, Role.ACTIVE, "it was sent no ticket")
             with self._pending.track(sock):
                 stream.ticket = ticket
                 stream.send(stream.protect([ticket]))
                 if _receive_exactly(stream, len(_WELCOME), deadline - time.monotonic()) != _WELCOME:
                     raise ProtocolError("it is no data port of nvflare-rdma")
-            way = functools.partial(socket.create_connection, address, GREETING_TIMEOUT)
+            # To where the control stream came through: a name may have several addresses, and hosts.
+            way = functools.partial(connect_tcp, sock.getpeername()[:2], GREETING_TIMEOUT)
             return self._open(Role.ACTIVE, sock, stream, self._shared.tcp(way), peer)
         except (OSError, RdmaError):
             stream.close()
@@ -483,7 +516,10 @@ class PeerLinks:
             return self._sinks.pop((peer, label), None)
 
     def close(self) -> None:
-        """End all links at once, and close the door. Idempotent."""
+        """End all links at once, and close the door. Idempotent. In a forked process it does nothing: they are its
+        parent's."""
+        if self._process != os.getpid():
+            return
         with self._lock:
             self._closed = True
             door, self._door = self._door, None

@@ -12,7 +12,6 @@ A link that breaks is opened again, and what is missing is asked for again.
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
@@ -20,13 +19,14 @@ from typing import Any
 
 from nvflare_rdma.channel import Link, Sink
 from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TransferError
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.manifest import Item
 from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.records import Meter
 from nvflare_rdma.transfer.sinks import Arrivals, Destination, Land, TensorDestination
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 REPORT_SECONDS = 2.0
 _LOOK_SECONDS = 0.2
@@ -279,7 +279,8 @@ class Pull:
             raise TransferError(f"{before}; asked again: {error}") from error
 
     def _describe(self) -> Mapping[str, Any]:
-        request = {"do": "describe", "channel": self._links.find(self._peer) is not None}
+        # Whoever says here that there is no link has the peer dial, or invite, anew.
+        request = {"do": "describe", "channel": self._links.find_alive(self._peer) is not None}
         described = ask_for(self._ask_peer, request)
         items, known = manifest.unpack(described.get("manifest")), self.items
         # How the items are sent may have changed since, but not what they are.

@@ -7,14 +7,15 @@ also where several share a link, except for the budget, which is the process's.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
-log = logging.getLogger(__name__)
+from nvflare_rdma.logs import get_logger
+
+log = get_logger(__name__)
 
 Direction: TypeAlias = Literal["sent", "received"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -11,19 +12,22 @@ from typing import Any
 
 from nvflare_rdma.channel import Link
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.addresses import parse_invitation
 from nvflare_rdma.transfer.content import Content
 from nvflare_rdma.transfer.manifest import Item
+from nvflare_rdma.transfer.notices import Notices
 from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.records import Meters
 from nvflare_rdma.transfer.sender import OfferedItem, OfferThread, Relayed
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _ENDED = "the sender has ended the transfer"
-#: How long the sender may take to hear that a message has arrived, once its receiver has it.
-_NOTICE_SECONDS = 5.0
+#: How long the sender may take to hear that a message has arrived, once its receiver has it; and where too many threads
+#: wait for that receiver's site already.
+_NOTICE_SECONDS, _SHORT_NOTICE_SECONDS = 5.0, 0.1
 _LOOK_SECONDS = 0.2
 
 
@@ -35,6 +39,7 @@ class Service:
         links: gives this cell's links, or None when there are none (any more).
         moved: called with (receiver, bytes, items) of what has arrived there.
         meters: count what goes to each receiver. They are ended by its "done", by `ended` or by `close`.
+        notices: know what was said of the receivers of earlier messages.
         patience: seconds after which a receiver whose link broke, and that has not asked again, is taken for gone.
     """
 
@@ -44,10 +49,12 @@ class Service:
         links: Callable[[], PeerLinks | None],
         moved: Callable[[str, int, int], None] = lambda receiver, nbytes, count: None,
         meters: Meters | None = None,
+        notices: Notices | None = None,
         patience: float = 10.0,
     ) -> None:
         self._patience = patience
         self.meters = meters or Meters("")
+        self._notices = notices or Notices()
         self._size = content.size
         self._content: Content | None = content
         self._links = links
@@ -95,7 +102,7 @@ class Service:
                     raise ProtocolError(f"unknown request {what!r}")
         except Exception as error:  # noqa: BLE001 - whatever it is, the fallback is left
             expected = isinstance(error, RdmaError | MemoryError)
-            level = logging.INFO if expected else logging.ERROR
+            level = self._notices.level("refused", receiver, error, logging.INFO) if expected else logging.ERROR
             log.log(level, "%s can't be served directly and is refused, so it takes another way: %s", receiver, error)
             refusal = str(error) or type(error).__name__
             self._count(receiver, None, refusal)
@@ -109,8 +116,11 @@ class Service:
     def say_what_is_not_encoded(self, receiver: str) -> None:
         """Log that `receiver` takes everything on the fallback, where nothing can decode."""
         if (content := self._content) is not None and (plain := content.count_marked()):
-            log.warning(
-                "%d tensors go to %s as they are, not encoded: it takes them on FLARE's own path", plain, receiver
+            log.log(
+                self._notices.level("not encoded", receiver, ""),
+                "%d tensors go to %s as they are, not encoded, as later ones will: it takes them on FLARE's own path",
+                plain,
+                receiver,
             )
 
     def has_served(self, receiver: str) -> bool:
@@ -120,9 +130,10 @@ class Service:
             sender = self._offering.get(receiver) if receiver in self._asked else None
             if sender is None:
                 return receiver in self._served
-        if not sender.has_arrived(_NOTICE_SECONDS):
-            return False
-        return self._done(receiver, sender)
+        links = self._links()
+        with links.waiting_places.place(receiver) if links is not None else contextlib.nullcontext(False) as free:
+            arrived = sender.has_arrived(_NOTICE_SECONDS if free else _SHORT_NOTICE_SECONDS)
+        return arrived and self._done(receiver, sender)
 
     def _done(self, receiver: str, seen: OfferThread | None = None) -> bool:
         """Note that `receiver` has everything. If `seen` is how that is known, it may have asked for more since: then
@@ -259,7 +270,7 @@ class Service:
         offered = [OfferedItem(first + n, items[i]) for n, i in enumerate(wanted)]
         sender = OfferThread(
             # Not here: this is a thread of FLARE's, which others need.
-            functools.partial(_open_link, links, receiver, invitation),
+            functools.partial(_open_link, links, receiver, invitation, self._notices),
             content,
             offered,
             lambda nbytes: self._moved(receiver, nbytes, 1),
@@ -279,7 +290,7 @@ class Service:
         return {"sending": len(offered), "sees": True}
 
 
-def _open_link(links: PeerLinks, receiver: str, invitation: Any) -> Link:
+def _open_link(links: PeerLinks, receiver: str, invitation: Any, notices: Notices) -> Link:
     """Find the link that a receiver has opened, or dial a receiver that can't dial this side."""
     if invitation is None:
         if (found := links.await_open(receiver)) is None:
@@ -288,5 +299,6 @@ def _open_link(links: PeerLinks, receiver: str, invitation: Any) -> Link:
     try:
         return links.dial(receiver, invitation)
     except FabricError as error:
-        log.warning("%s", error)  # what was tried and how it went is nobody else's business
+        # What was tried and how it went is nobody else's business.
+        log.log(notices.level("dial", receiver, error), "%s", error)
         raise FabricUnavailable("the sender can't reach the receiver's data port; its log says why") from error

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Set
 from typing import Any, TypeAlias
 
 from nvflare_rdma.channel import Sink
-from nvflare_rdma.codecs import is_storable, make_header
+from nvflare_rdma.codecs import is_storable, is_tensor, make_header, note_decoded
 from nvflare_rdma.transfer.arrays import from_bytes
 from nvflare_rdma.transfer.disk import write_at
 from nvflare_rdma.transfer.encoding import decode_pieces
@@ -77,7 +77,7 @@ class OnDisk(Place):
         header = make_header(item.name, item.dtype, item.shape, item.nbytes)
         self._start = len(header)
         self._fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        self._abandon = weakref.finalize(self, _abandon, self._fd, path)
+        self._abandon = weakref.finalize(self, _abandon, os.getpid(), self._fd, path)
         os.pwrite(self._fd, header, 0)
         self._nbytes = item.nbytes
         self._allocating = threading.Lock()
@@ -103,7 +103,9 @@ class OnDisk(Place):
         return self.path, self._name
 
 
-def _abandon(fd: int, path: str) -> None:
+def _abandon(process: int, fd: int, path: str) -> None:
+    if process != os.getpid():
+        return  # a forked process ends, and the file is its parent's
     os.close(fd)
     with contextlib.suppress(OSError):
         os.unlink(path)
@@ -197,6 +199,18 @@ def store_chunk(item: Item, place: Place, offset: int, chunk: memoryview) -> Non
             place.write(start, values)
 
 
+def give(item: Item, place: Place) -> Any:
+    """What the receiver gets of an item: what its place gives, noted as decoded if it came encoded.
+
+    Raises:
+        ProtocolError, OSError: see `Place.finish`.
+    """
+    given = place.finish()
+    if item.cut is not None and is_tensor(given):
+        note_decoded(given)
+    return given
+
+
 class Destination(ABC):
     """Where a `Pull` puts the items of one message. One thread calls its methods, in the order in which they are here;
     `accept`, `sink` and `check` more than once."""
@@ -255,7 +269,7 @@ class TensorDestination(Destination):
 
     def _finish(self, number: int, item: Item) -> Any:
         if item.content is None:
-            return self._places[number].finish()
+            return give(item, self._places[number])
         place = self._land(item)
         place.write(0, memoryview(item.content))
         return place.finish()

@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.channel.control_writer import ControlWriter
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.protocol.limits import ChannelLimits
 from nvflare_rdma.channel.protocol.state import Role
@@ -168,6 +169,21 @@ def test_a_handshake_with_a_silent_peer_times_out(contexts):
     near, far = socket.socketpair()
     with far, pytest.raises(TimeoutError):
         ControlStream(near, contexts[0]).handshake(0.2)
+
+
+@pytest.mark.parametrize("queued", [False, True], ids=["at once", "by the thread"])
+def test_a_writer_that_fails_of_anything_closes_the_stream(queued, caplog):
+    near, far = socket.socketpair()
+    room = threading.Condition()
+    writer = ControlWriter(ControlStream(near), room, lambda: False, "test")
+    writer.start()
+    with far:
+        far.settimeout(DEADLINE)
+        with room:
+            writer.send_locked(["no bytes", *[bytes(1 << 18)] * queued], 0)
+        assert far.recv(1) == b""
+    writer.stop(DEADLINE)
+    assert "test: the control stream can't be written, and is closed: " in caplog.text
 
 
 def test_a_stream_that_was_closed_here_is_not_waited_for():

@@ -337,6 +337,33 @@ def test_without_descriptors_the_port_stays_open(caplog):
         assert_lets_in(it)
 
 
+def test_a_listener_that_somebody_has_shut_ends_its_door_with_one_line(caplog):
+    it = Open()
+    assert_lets_in(it)
+    guest = it.guest(CONTROL_MAGIC[:1])
+    eventually(it.in_greeting, DEADLINE)
+    it.door._listener.shutdown(socket.SHUT_RDWR)  # as a forked process may, that has inherited it
+    it.join()
+    assert it.door.is_over
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "the door listens no more, as its socket was shut down ([Errno 22]" in line
+    with socket.create_server(it.door.address):
+        pass  # the port is free
+    guest.sendall(CONTROL_MAGIC[1:])  # who was in goes on
+    it.welcomed.get(timeout=DEADLINE)
+    guest.close()
+    it.door.close()
+
+
+def test_an_error_of_this_side_ends_the_guests_connection(caplog):
+    with open_door() as it:
+        it.refusal = RuntimeError("can't start new thread")
+        assert_dropped(it.guest(CONTROL_MAGIC))
+        eventually(lambda: "ended the connection from 127.0.0.1" in caplog.text, DEADLINE)
+        it.refusal = None
+        assert_lets_in(it)
+
+
 # -- dialling ----------------------------------------------------------------------------------------------
 
 

@@ -105,6 +105,26 @@ def test_the_settings_of_a_site_are_read_as_flare_reads_them(sysfs, tmp_path, mo
     assert report.settings_from.endswith("comm_config.json and the environment")
 
 
+def test_what_a_site_lets_jobs_without_code_use_is_shown(sysfs, tmp_path):
+    assert look(sysfs)[0].class_list is None
+    file = tmp_path / "local/resources.json.default"
+    file.parent.mkdir()
+    (tmp_path / "startup").mkdir()
+    file.write_text(json.dumps({"class_allow_list": ["nvflare_rdma.streaming"]}))
+    report, text = look(sysfs, tmp_path)
+    assert report.problems == []
+    assert report.class_list.missing == ["nvflare_rdma.filters"]
+    assert f'can\'t use this package: add "nvflare_rdma.filters" to class_allow_list in {file}' in re.sub(
+        " +", " ", text
+    )
+    file.write_text(json.dumps({"class_allow_list": ["nvflare_rdma."]}))
+    report, text = look(sysfs, tmp_path)
+    assert (report.class_list.missing, report.class_list.advice) == ([], "")
+    assert f"may use this package: {file} allows it" in re.sub(" +", " ", text)
+    file.write_text("{")
+    assert "can't be read" in look(sysfs, tmp_path)[0].class_list.advice
+
+
 @pytest.mark.parametrize(
     ("ports", "shown"),
     [("20000", "20000 (set)"), ("20000-20010", "20000-20010 (set)"), ("none", "none (set)"), ("auto", "auto")],

@@ -82,7 +82,8 @@ def test_damaged_headers_are_refused():
     codec, encoded = encode(CASES["normal"].astype(np.float32))
     out = np.empty(5000, np.float32)
     header = list(struct.unpack("3d", encoded[:24].tobytes()))
-    for place, bad in [(0, np.nan), (0, np.inf), (1, -1), (1, np.nan), (1, 0), (2, 0), (2, 0.5), (2, 1e9), (2, 65535)]:
+    ends = [(0, np.nan), (0, np.inf), (0, 3.5e38), (0, -1e39), (1, 3.5e38), (1, np.inf), (1, -1), (1, np.nan), (1, 0)]
+    for place, bad in [*ends, (2, 0), (2, 0.5), (2, 1e9), (2, 65535)]:
         damaged = encoded.copy()
         damaged[:24].view(np.float64)[:] = [*header[:place], bad, *header[place + 1 :]]
         with pytest.raises(CodecError, match="adaquant"):

@@ -62,6 +62,31 @@ assert (both_ways(torch.from_numpy(values)) - torch.from_numpy(values)).abs().ma
     )
 
 
+def test_a_trainer_that_is_still_importing_it_moves_its_tensors_directly():
+    """`sys.modules` says that it will, and not that it has been imported."""
+    run_code(
+        PAUSED
+        + """
+import os
+from nvflare.client.cell.bootstrap import BOOTSTRAP_FILE_ENV_VAR
+os.environ[BOOTSTRAP_FILE_ENV_VAR] = "bootstrap.json"
+from nvflare_rdma.streaming.component import install
+"""
+        + START
+        + """
+installing = threading.Thread(target=install, daemon=True)
+installing.start()
+"""
+        + FINISH
+        + """
+installing.join()
+from nvflare.fuel.utils.fobs.fobs import _decomposers
+from nvflare_rdma.streaming.decomposers import DirectDecomposer
+assert isinstance(_decomposers["torch.Tensor"], DirectDecomposer), _decomposers["torch.Tensor"]
+"""
+    )
+
+
 def test_what_is_a_tensor_is_known_meanwhile_and_afterwards():
     run_code(
         PAUSED

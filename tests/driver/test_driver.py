@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 from contextlib import contextmanager
@@ -134,6 +135,54 @@ def test_shutdown_ends_a_link_that_is_still_opening():
     assert server.monitor.states == []
 
 
+def test_a_listener_that_somebody_has_shut_is_opened_anew():
+    port = free_port()
+    url = f"rdma://127.0.0.1:{port}"
+    with running(url, Mode.PASSIVE) as server:
+        wait_for_port(port)
+        eventually(lambda: server.driver._door)._listener.shutdown(socket.SHUT_RDWR)
+        server.join()  # then FLARE's loop calls `listen` again
+        assert server.error is None
+        assert not server.connector.stopped.is_set()
+        again = threading.Thread(target=server.driver.listen, args=(server.connector,), daemon=True)
+        again.start()
+        wait_for_port(port)
+        with running(url, Mode.ACTIVE) as client:
+            client.monitor.wait_for(ConnState.CONNECTED)
+    again.join(DEADLINE)
+    assert not again.is_alive()
+
+
+@pytest.mark.parametrize("url", ["rdma://[::1]:{}", "rdma://[::1]:{}/x?y=z", "rdma://ip6:{}"])
+def test_ipv6(url, monkeypatch, caplog):
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as sock:
+            url = url.format(sock.getsockname()[1])
+    except OSError as error:
+        pytest.skip(f"this machine has no ::1: {error}")
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: resolve(host.replace("ip6", "::1"), *a, **k))
+    with running(url, Mode.PASSIVE) as server:
+        eventually(lambda: server.driver._door)
+        with running(url, Mode.ACTIVE) as client:
+            client.monitor.wait_for(ConnState.CONNECTED)
+            server.monitor.wait_for(ConnState.CONNECTED)
+            told = client.monitor.connections[0].get_conn_properties()
+            assert told["peer_addr"] == f"[::1]:{url.split(':')[-1].partition('/')[0]}"
+            assert told["local_addr"].startswith("[::1]:")
+
+
+def test_urls_of_ipv6_hosts_have_brackets():
+    resources = {"host": "2001:db8::1", "ports": free_port()}
+    connect, listen = RdmaDriver.get_urls("rdma", resources)
+    assert connect.startswith("rdma://[2001:db8::1]:")
+    assert listen.startswith("rdma://0:")
+    _, listen = RdmaDriver.get_urls("rdma", {**resources, "listen_host": "::1"})
+    assert listen.startswith("rdma://[::1]:")
+    connect, _ = RdmaDriver.get_urls("rdma", {**resources, "host": "name"})
+    assert connect.startswith("rdma://name:")
+
+
 def test_a_frame_that_is_refused_ends_the_connection_as_a_failed_send_does(caplog):
     url = f"rdma://127.0.0.1:{free_port()}"
     with running(url, Mode.PASSIVE) as server:
@@ -184,6 +233,29 @@ def test_peers_that_take_nothing_are_left_all_at_once():
         client.driver.shutdown()
         client.join()
     server.monitor.wait_for(ConnState.CLOSED, 6)
+
+
+def test_a_forked_process_that_exits_leaves_the_drivers_to_its_parent():
+    url = f"rdma://127.0.0.1:{free_port()}"
+    with running(url, Mode.PASSIVE) as server:
+        wait_for_port(int(url.rsplit(":", 1)[1]))
+        with running(url, Mode.ACTIVE) as client:
+            client.monitor.wait_for(ConnState.CONNECTED)
+            server.monitor.wait_for(ConnState.CONNECTED)
+            child = os.fork()
+            if not child:
+                # What FLARE does at exit. A lock that another thread had is nobody's here, and would hold it for ever.
+                for side in (client, server):
+                    side.driver.shutdown()
+                    side.monitor.connections[0].close()
+                os._exit(0)
+            done: list[int] = []
+            eventually(lambda: done.extend(os.waitpid(child, os.WNOHANG)) or child in done, DEADLINE)
+            assert done[-2:] == [child, 0]
+            link = client.monitor.connections[0].link
+            link.send(bytearray(300_000), DEADLINE).wait(DEADLINE)
+            with running(url, Mode.ACTIVE) as another:
+                another.monitor.wait_for(ConnState.CONNECTED)
 
 
 def test_a_probe_of_the_port_is_no_error(caplog):

@@ -12,9 +12,11 @@ import pytest
 from nvflare_rdma.errors import ConfigError, FabricError, ProtocolError
 from nvflare_rdma.fabric import tcp
 from nvflare_rdma.fabric.base import RemoteSlice
+from nvflare_rdma.fabric.sockets import acknowledged
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TcpFabric, congestion_controls, pack_header
 from tests.support.recorder import Recorder
 from tests.support.tcp_pair import DEADLINE, admitting
+from tests.support.waiting import eventually
 
 
 @contextlib.contextmanager
@@ -147,6 +149,43 @@ def test_a_broken_rail_is_reported_to_both_sides_and_the_others_go_on():
         assert not far.exposed
 
 
+def test_a_rail_whose_thread_dies_of_anything_is_reported():
+    class Broken(Recorder):
+        def landed(self, notification, length, digest):
+            if notification == 7:
+                raise RuntimeError("a bug")
+            super().landed(notification, length, digest)
+
+    listening, near_events, far_events = TcpFabric(2), Recorder(), Broken()
+    with admitting(listening) as dial:
+        far, offer = listening.offer(far_events)
+        near = TcpFabric(2, dial).connect(offer, near_events)
+        region = far.register(memoryview(bytearray(10)))
+        near.write(1, memoryview(b"x"), region.expose(7, 0, 1, 1), 7, 0)
+        rail, error = far_events.down.get(timeout=DEADLINE)
+        assert (rail, str(error)) == (1, "tcp rail 1 broke: RuntimeError('a bug')")
+        assert near_events.down.get(timeout=DEADLINE)[0] == 1
+        near.write(0, memoryview(b"x"), region.expose(8, 0, 1, 0), 8, 0)
+        assert far_events.landings.get(timeout=DEADLINE) == (8, 1, 0)
+        near.close()
+        far.close()
+
+
+def test_rails_in_use_or_idle_that_live_are_left_alone(monkeypatch):
+    monkeypatch.setattr(tcp, "_IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(tcp, "_PROOF_SECONDS", 0.0)
+    with endpoints() as (near, near_events, far, far_events):
+        region = far.register(memoryview(bytearray(10)))
+        for number in range(1, 9):
+            near.write(number % 2, memoryview(b"x"), region.expose(number, 0, 1, number % 2), number, 0)
+            assert far_events.landings.get(timeout=DEADLINE) == (number, 1, 0)
+            assert set(near._doubted) == {number % 2}
+            eventually(lambda: acknowledged(near._sockets[number % 2]) > near._doubted[number % 2][2], DEADLINE)  # noqa: B023
+            near.check()
+            assert not near._doubted
+        assert near_events.down.empty()
+
+
 def test_a_rail_that_this_side_drops_is_reported_too():
     with endpoints() as (near, near_events, _, far_events):
         near.drop(0)
@@ -203,6 +242,18 @@ def test_tickets_work_once_and_only_if_given_out():
         with pytest.raises(FabricError, match="refused the rail's ticket"):
             TcpFabric(1, dial).connect({"tickets": [bytes(32)]}, Recorder())
         first.close()
+        endpoint.close()
+
+
+def test_tickets_end_with_their_endpoint():
+    listening = TcpFabric(rails=2)
+    with admitting(listening) as dial:
+        endpoint, offer = listening.offer(Recorder())
+        endpoint.close()
+        with pytest.raises(FabricError, match="refused the rail's ticket"):
+            TcpFabric(1, dial).connect(offer, Recorder())
+        endpoint, _ = listening.offer(Recorder())
+        assert len(listening._tickets) == 2  # nothing is kept of the first
         endpoint.close()
 
 

@@ -6,10 +6,19 @@ import json
 
 import numpy as np
 import pytest
+from nvflare.app_common.aggregators.intime_accumulate_model_aggregator import InTimeAccumulateWeightedAggregator
+from nvflare.app_common.ccwf import ccwf_job as ccwf
+from nvflare.app_common.ccwf.comps.np_file_model_persistor import NPFileModelPersistor
+from nvflare.app_common.ccwf.comps.simple_model_shareable_generator import SimpleModelShareableGenerator
+from nvflare.app_common.np.np_trainer import NPTrainer
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
+from nvflare.collab import collab
+from nvflare.collab.recipe import CollabRecipe
 from nvflare.job_config.api import FedJob
+from nvflare.recipe.spec import Recipe
 
 from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.filters import PeerQuantizer
 from nvflare_rdma.recipe import add_quantization
 
 QUANTIZE, DEQUANTIZE = "ModelQuantizer", "ModelDequantizer"
@@ -52,8 +61,6 @@ def test_the_four_filters_of_a_recipe(recipe, tmp_path):
 
 
 def test_a_job_with_an_app_per_site(tmp_path):
-    from nvflare.app_common.np.np_trainer import NPTrainer
-
     job = FedJob(name="q")
     for site in ("site-1", "site-2"):
         job.to(NPTrainer(), site)
@@ -83,3 +90,116 @@ def test_a_bad_type_or_target_adds_nothing(recipe):
     with pytest.raises(ConfigError, match="dict"):
         add_quantization({}, "float16")
     add_quantization(recipe, "float16")
+
+
+def components(recipe, site):
+    return recipe._job._deploy_map[site].app_config.components
+
+
+def filters(recipe, site):
+    config = recipe._job._deploy_map[site].app_config
+    return config.task_data_filters + config.task_result_filters
+
+
+def test_some_sites_only(recipe, tmp_path):
+    recipe.set_per_site_config({"site-1": {}, "site-2": {}})
+    add_quantization(recipe, "int8", clients=["site-2"])
+    assert filters(recipe, "site-2")
+    assert not filters(recipe, "site-1")
+    recipe._job.export_job(str(tmp_path / "out"))
+    texts = {path.parts[-3]: path.read_text() for path in (tmp_path / "out").glob("**/config_fed_*.json")}
+    assert "nvflare_rdma" not in texts["app_site-1"], "a site without the package could not load it"
+    assert "clients" not in texts["app_site-2"]
+    assert texts["app_server"].count('"clients": [') == 2
+
+
+@pytest.mark.parametrize(
+    ("sites", "clients", "reason"),
+    [
+        ([], ["site-1"], "this job has one for all of them: call recipe.set_per_site_config"),
+        (["site-1"], ["site-2", "site-1"], "the job has no site-2, only site-1"),
+        (["site-1"], [], "clients must be a list of site names"),
+        (["site-1"], "site-1", "clients must be a list of site names"),
+    ],
+)
+def test_bad_clients_are_refused(recipe, sites, clients, reason):
+    if sites:
+        recipe.set_per_site_config({site: {} for site in sites})
+    with pytest.raises(ConfigError, match=reason):
+        add_quantization(recipe, clients=clients)
+    assert not any(filters(recipe, site) for site in recipe._job._deploy_map)
+
+
+def test_tasks_that_no_executor_takes_are_refused():
+    job = FedJob(name="q")
+    job.to_clients(NPTrainer(), tasks=["train", "swarm_*"])
+    with pytest.raises(ConfigError, match=r"no executor for validate.*name some of: swarm_\*, train"):
+        add_quantization(job, tasks=["train", "validate"])
+    add_quantization(job, tasks=["train", "swarm_learn"])
+
+
+def controlled_by_sites(*workflows):
+    parts = {
+        "executor": NPTrainer(),
+        "persistor": NPFileModelPersistor(),
+        "shareable_generator": SimpleModelShareableGenerator(),
+    }
+    job = ccwf.CCWFJob("q")
+    if "swarm" in workflows:
+        aggregator = InTimeAccumulateWeightedAggregator()
+        job.add_swarm(ccwf.SwarmServerConfig(1), ccwf.SwarmClientConfig(aggregator=aggregator, **parts))
+    if "cyclic" in workflows:
+        job.add_cyclic(ccwf.CyclicServerConfig(1), ccwf.CyclicClientConfig(**parts))
+    if "evaluation" in workflows:
+        job.add_cross_site_eval(ccwf.CrossSiteEvalConfig(), "persistor")
+        job.to_clients(NPTrainer(), tasks=["validate"])
+    return Recipe(job)
+
+
+@pytest.mark.parametrize("workflow", ["swarm", "cyclic"])
+def test_what_sites_send_each_other_is_no_filters_matter(workflow):
+    recipe = controlled_by_sites(workflow)
+    add_quantization(recipe, "NormFloat4", policy=[{"name": "head", "quantization_type": "exact"}])
+    made = components(recipe, "@ALL")["peer_quantizer"]
+    assert type(made) is PeerQuantizer
+    assert (made.quantization_type, len(made.policy)) == ("normfloat4", 1)
+    assert not filters(recipe, "@ALL")
+    assert not filters(recipe, "server"), "they would never have a model"
+    with pytest.raises(ConfigError, match="already has PeerQuantizer"):
+        add_quantization(recipe)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"error_feedback": True, "delta": True}, "error_feedback, delta can't be used in a workflow that the sites"),
+        ({"quantization_type": "lossless"}, "lossless can't be used between sites"),
+        ({"policy": [{"role": "head", "quantization_type": "adaquant"}]}, "adaquant can't be used between sites"),
+        ({"tasks": ["validate"]}, "no executor for validate"),
+    ],
+)
+def test_what_can_not_be_done_between_sites_is_refused(arguments, reason):
+    recipe = controlled_by_sites("swarm")
+    with pytest.raises(ConfigError, match=reason):
+        add_quantization(recipe, **arguments)
+    assert "peer_quantizer" not in components(recipe, "@ALL")
+
+
+class CollabServer:
+    @collab.main
+    def run(self):
+        pass
+
+
+class CollabClient:
+    @collab.publish
+    def train(self):
+        pass
+
+
+def test_jobs_in_which_nothing_would_be_quantized_are_refused():
+    with pytest.raises(ConfigError, match="none of them is a swarm or cyclic one"):
+        add_quantization(controlled_by_sites("evaluation"))
+    recipe = CollabRecipe("c", server=CollabServer(), client=CollabClient())
+    with pytest.raises(ConfigError, match="no effect on a Collab job"):
+        add_quantization(recipe)

@@ -282,7 +282,7 @@ def test_decoding_to_other_bits_is_noticed(federation, monkeypatch, warnings_log
     fed = federation()
     monkeypatch.setattr("nvflare_rdma.filters.decoding.add_base", lambda d, b, out: out.fill(3))
     fed.task(model(0))("site-1")
-    meta, _ = fed.task(model(1))("site-1")
+    meta, _ = fed.task(stepped(model(0), 1))("site-1")
     assert "base" in ours(meta)
     assert "decoded to other bits" in warnings_logged[-1]
     assert "base" not in ours(fed.task(model(2))("site-1")[0])
@@ -461,6 +461,30 @@ def test_infinities_in_the_base_do_not_become_nan(federation, name):
             back = fed.result(site, got)[1]
             np.testing.assert_array_equal(back["layer0.weight"][3, 4], w["layer0.weight"][3, 4])
         w = {k: v.copy() for k, v in w.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int8", "normfloat4", "adaquant"])
+def test_a_tensor_that_shrinks_is_no_difference(federation, name, dtype):
+    """The difference from what it was has the size of what it was, and so has the codec's error."""
+    fed, plain = federation(name), federation(name, delta=False)
+    w = model(as_torch=True, dtype=dtype)
+    fed.task(w)("site-1")
+    smaller = {k: v * 1e-3 if k == "layer0.weight" else v for k, v in stepped(w, 1).items()}
+    other = model(7, as_torch=True, dtype=dtype)["layer2.weight"]  # as large as what was there, and unlike it
+    changed = {**smaller, "layer2.weight": other}
+    expected = plain.task(changed)("site-1")[1]
+    meta, arrived = fed.task(changed)("site-1")
+    assert {k for k, state in meta["quant_state"].items() if state.get("delta")} == {"layer1.weight"}
+    for key in ("layer0.weight", "layer2.weight"):
+        sent = {key: changed[key]}
+        assert error({key: arrived[key]}, sent) <= error({key: expected[key]}, sent)
+    trained = {k: v * 1e-3 if k == "layer1.weight" else v for k, v in arrived.items()}
+    meta, back = fed.result("site-1", trained)
+    assert {k for k, state in meta["quant_state"].items() if state.get("delta")} == {"layer0.weight", "layer2.weight"}
+    expected = plain.result("site-1", trained)[1]
+    for key, value in trained.items():
+        assert error({key: back[key]}, {key: value}) <= error({key: expected[key]}, {key: value})
 
 
 def test_a_difference_that_overflows_travels_whole(federation):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import stat
 from types import SimpleNamespace
 
 import numpy as np
@@ -223,6 +225,22 @@ def test_residuals_outlive_the_process(job, tmp_path):
     files = list((tmp_path / "job" / "nvflare_rdma").iterdir())
     assert [f.suffix for f in files] == [".safetensors"]
     assert files[0].stat().st_size < 2 * 2 * w.size + 500, "two bytes a value"
+
+
+def test_only_the_owner_reads_a_residual(job, tmp_path, request):
+    """It tells about a site's data. A file that was left by a process that died may have another mode."""
+    before = os.umask(0o022)
+    request.addfinalizer(lambda: os.umask(before))
+    sender = job(quantizer())
+    sender.send({"w": np.ones(5000, np.float32)})
+    (file,) = (tmp_path / "job" / "nvflare_rdma").iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    left = file.with_name(f"{file.name}.new")
+    left.write_bytes(b"left")
+    left.chmod(0o644)
+    sender.send({"w": np.ones(5000, np.float32)})
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert not left.exists()
 
 
 def test_a_damaged_file_is_a_warning_and_a_new_start(job, tmp_path, caplog):

@@ -324,6 +324,52 @@ def test_survives_flare_serialization_with_little_overhead(name, as_torch):
         assert_within_bound(get_codec(name), sent, decoded.data[key])
 
 
+@pytest.mark.parametrize("as_torch", [True, False])
+@pytest.mark.parametrize("name", ["float16", "blockwise8", "float4", "normfloat4", "adaquant", "int8"])
+def test_flares_methods_work_apart_from_messages(name, as_torch):
+    """What FLARE's filters do to a dict of params has these names and arguments there."""
+    params = {"w": torch.randn(30, 40), "b": torch.zeros(40), "steps": torch.tensor(3)}
+    params = params if as_torch else {key: value.numpy() for key, value in params.items()}
+    given = dict(params)
+    codes, quant_state, source_datatype = ModelQuantizer(name).quantization(params, FLContext())
+    assert codes.keys() == quant_state.keys() == source_datatype.keys() == params.keys()
+    assert source_datatype == {"w": "float32", "b": "float32", "steps": "bool"}
+    assert codes["w"].nbytes < params["w"].nbytes
+    got = ModelDequantizer().dequantization(
+        params=codes,
+        quant_state=quant_state,
+        quantization_type=name,
+        source_datatype=source_datatype,
+        fl_ctx=FLContext(),
+    )
+    assert all(params[key] is value for key, value in given.items())
+    assert got["steps"] is params["steps"]
+    for key in ("w", "b"):
+        assert_same_kind(params[key], got[key])
+        assert_within_bound(get_codec(name), params[key], got[key])
+
+
+def test_flares_methods_take_no_params_at_all_and_dicts_in_dicts():
+    assert ModelQuantizer().quantization({}, FLContext()) == ({}, {}, {})
+    assert ModelDequantizer().dequantization({}, {}, "float16", {}, FLContext()) == {}
+    codes, states, sources = ModelQuantizer("int8").quantization({"a": {"w": torch.ones(2048)}}, FLContext())
+    got = ModelDequantizer().dequantization(codes, states, "int8", sources, FLContext())
+    assert torch.equal(got["a"]["w"], torch.ones(2048))
+
+
+def test_tensors_in_the_metadata_travel_exact_and_are_told_of_once(warnings_logged):
+    """SCAFFOLD's control variates: as large as the model, and in none of its places."""
+    control = {"w": torch.randn(512, 256)}
+    meta = {"scaffold_c_global": control, "more": [{"x": (np.ones(1 << 17, np.float64),)}], "round": 3}
+    quantizer = ModelQuantizer("normfloat4")
+    for _ in range(2):
+        sent = DXO(DataKind.WEIGHTS, data={"w": torch.randn(99, 99)}, meta=meta).to_shareable()
+        got = from_shareable(ModelDequantizer().process(quantizer.process(sent, FLContext()), FLContext()))
+        assert got.meta["scaffold_c_global"] is control
+    (warning,) = warnings_logged
+    assert "1.50 MB of tensors in the message's metadata (more, scaffold_c_global) travel exact" in warning
+
+
 def test_names_may_be_numbers():
     sent = DXO(DataKind.WEIGHTS, data={0: np.ones((64, 64), np.float32), 1: np.ones(64, np.float32)}).to_shareable()
     encoded = ModelQuantizer("int8", policy=[]).process(sent, FLContext())

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.event_type import EventType
 from nvflare.apis.filter import Filter
-from nvflare.apis.fl_constant import FilterKey, FLContextKey
+from nvflare.apis.fl_constant import FilterKey, FLContextKey, ReservedKey
 from nvflare.apis.fl_context import FLContext
 
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+from nvflare_rdma.filters.points import DECODED
 
 
 def weights():
@@ -104,6 +106,111 @@ def test_a_site_level_dequantizer_counts(at):
     scope = SimpleNamespace(task_data_filters={FilterKey.IN: [ModelDequantizer()]}, task_result_filters={})
     ctx.set_prop(FLContextKey.SCOPE_OBJECT, scope, private=True, sticky=False)
     quantizer.process(weights(), ctx)
+
+
+def site(decoded=None):
+    peer = FLContext()
+    peer.set_prop("__identity_name__", "site-1", private=False, sticky=False)
+    if decoded is not None:
+        peer.set_prop(DECODED, decoded, private=False, sticky=False)
+    return peer
+
+
+@pytest.mark.parametrize("one_way", [True, False])
+def test_a_site_that_does_not_decode_is_sent_no_codes(at, one_way):
+    quantizer = ModelQuantizer(one_way=one_way)
+    ctx = at("server out", quantizer, runner=server(task_result_filters={"train/in": [ModelDequantizer()]}))
+    for decoded in (["train"], ["*"]):
+        ctx.set_peer_context(site(decoded))
+        quantizer.process(weights(), ctx)
+    for decoded in ([], ["validate"]):
+        ctx.set_peer_context(site(decoded))
+        with pytest.raises(ConfigError, match="site-1 has no ModelDequantizer for the data of task 'train'") as error:
+            quantizer.process(weights(), ctx)
+        add = "add nvflare_rdma.filters.ModelDequantizer to task_data_filters of the site's config_fed_client.json"
+        assert add in str(error.value)
+
+
+def test_a_site_that_says_nothing_is_warned_of_once(at, warnings_logged):
+    quantizer = ModelQuantizer(one_way=True)
+    for task in ("train", "train", "validate"):
+        ctx = at("server out", quantizer, runner=server(), task=task)
+        ctx.set_peer_context(site())
+        assert from_shareable(quantizer.process(weights(), ctx)).data["w"].dtype == np.float16
+    assert ["'train'" in line for line in warnings_logged] == [True, False]
+    assert "site-1 does not say that it decodes" in warnings_logged[0]
+    assert "config_fed_client.json" in warnings_logged[0]
+
+
+@pytest.mark.parametrize("teller", [ModelQuantizer, ModelDequantizer])
+@pytest.mark.parametrize(
+    ("filters", "decoded"),
+    [
+        ({}, []),
+        ({"task_data_filters": {"train/in": [ModelQuantizer()], "train/out": [ModelDequantizer()]}}, []),
+        ({"task_data_filters": {"train/in": [Other(), ModelDequantizer()], "validate/in": [Other()]}}, ["train"]),
+        ({"task_data_filters": {"a/b/in": [FlareLike.ModelDequantizer()]}}, ["a/b"]),
+    ],
+)
+def test_a_site_tells_what_it_decodes(at, teller, filters, decoded):
+    ctx = at("client in", Other(), runner=tables(**filters))
+    teller().handle_event(EventType.START_RUN, ctx)
+    assert ctx.get_prop(DECODED) == decoded
+    assert DECODED in ctx.get_all_public_props()
+
+
+def test_a_sites_own_dequantizer_is_for_all_tasks_and_a_server_tells_nothing(at):
+    scope = SimpleNamespace(task_data_filters={FilterKey.IN: [ModelDequantizer()]}, task_result_filters={})
+    for runner, decoded in ((tables(), ["*"]), (server(), None)):
+        ctx = at("client in", Other(), runner=runner)
+        ctx.set_prop(FLContextKey.SCOPE_OBJECT, scope, private=True, sticky=False)
+        ModelDequantizer().handle_event(EventType.START_RUN, ctx)
+        assert ctx.get_prop(DECODED) == decoded
+
+
+@pytest.mark.parametrize(
+    ("point", "runner", "where"),
+    [
+        ("server out", server, "task_data_filters of config_fed_server.json"),
+        ("client out", tables, "task_result_filters of config_fed_client.json"),
+    ],
+)
+def test_a_quantizer_that_had_no_model_says_so_once_at_the_end_of_the_run(point, runner, where, at, warnings_logged):
+    quantizer, busy = ModelQuantizer("float16"), ModelQuantizer("float16", one_way=True)
+    section = where.split()[0]
+    there = runner(**{section: {"a/x/out": [Other(), quantizer], "tarin/out": [quantizer], "train/out": [busy]}})
+    for each in (quantizer, busy):
+        ctx = at(point, each, runner=there)
+        each.handle_event(EventType.START_RUN, ctx)
+    busy.process(weights(), ctx)
+    for each in (quantizer, busy):
+        for _ in range(2):
+            each.handle_event(EventType.END_RUN, at(point, each, runner=there))
+    (line,) = [line for line in warnings_logged if "has quantized nothing" in line]
+    assert f"ModelQuantizer in {where} has quantized nothing in this run: it is for task 'a/x', 'tarin'" in line
+
+
+@pytest.mark.parametrize("point", ["server out", "server in", "client out", "client in"])
+def test_filters_for_some_sites_leave_those_of_others_alone(point, at):
+    """On a client the list means nothing: a site that has the filter is one of them."""
+    made = ModelQuantizer(one_way=True, clients=["site-1"]) if "out" in point else ModelDequantizer(clients=["site-1"])
+    ctx, peer = at(point, made), FLContext()
+    peer.set_prop(ReservedKey.IDENTITY_NAME, "site-2", private=False, sticky=False)
+    ctx.set_peer_context(peer)
+    message = weights()
+    if "server" in point:
+        assert made.process(message, ctx) is message
+    elif "out" in point:
+        assert made.process(message, ctx) is not message
+    else:
+        with pytest.raises(ConfigError):
+            made.process(message, ctx)
+    peer.set_prop(ReservedKey.IDENTITY_NAME, "site-1", private=False, sticky=False)
+    if "out" in point:
+        assert made.process(message, ctx) is not message
+    else:
+        with pytest.raises(ConfigError, match="came without quantization metadata"):
+            made.process(message, ctx)
 
 
 RECEIVING = {

@@ -8,7 +8,7 @@ import torch
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from nvflare.apis.fl_context import FLContext
 
-from nvflare_rdma.codecs import CODEC_NAMES, on_device
+from nvflare_rdma.codecs import CODEC_NAMES, is_torch, on_device
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer, encoding
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -62,7 +62,7 @@ def assert_same(got, wanted):
 def by_torch(monkeypatch):
     """All torch tensors count as being on a GPU; gives a list of the codecs that encode there."""
     calls, encode = [], on_device.encode_on_device
-    monkeypatch.setattr(encoding, "is_on_gpu", encoding.is_torch)
+    monkeypatch.setattr(encoding, "is_on_gpu", is_torch)
     monkeypatch.setattr(on_device, "encode_on_device", lambda codec, x: calls.append(codec.name) or encode(codec, x))
     return calls
 

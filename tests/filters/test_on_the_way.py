@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ import torch
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, make_copy
+from nvflare.app_opt.tensor_stream.client import TensorClientStreamer
+from nvflare.app_opt.tensor_stream.server import TensorServerStreamer
 
-from nvflare_rdma.codecs.marks import codec_of
+from nvflare_rdma.codecs.marks import codec_of, note_decoded
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
 from nvflare_rdma.flare_compat import TRANSFER_PROP
 from tests.support.flares_filters import flares_dequantizer
@@ -76,7 +79,7 @@ def test_a_dequantizer_that_finds_it_done_does_not_say_that_nothing_came(at, cap
     made = quantizer.process(message({"w": torch.randn(200, 300)}), contexts(at, quantizer))
     into.process(made, at("client in", into))
     (line,) = [line for line in caplog.messages if "Dequantized from normfloat4" in line]
-    assert "1 params were sent encoded and are decoded already" in line
+    assert "1 params were to be encoded on their way" in line
     assert "0/1" not in line
     assert "0.00 MB" not in line
 
@@ -133,6 +136,43 @@ def test_a_model_is_not_kept_alive_by_its_marks(at, as_torch):
     del params, values, made
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("point", ["server out", "client out"])
+@pytest.mark.parametrize("streams", [True, False])
+def test_what_flare_streams_is_encoded_at_once(at, point, streams):
+    """FLARE's streamers save the tensors of a task as they leave the filters: marks are nothing to them."""
+    task = "train" if streams else "validate"
+    made = TensorServerStreamer(tasks=[task]) if point == "server out" else TensorClientStreamer(tasks=[task])
+    components = {"other": ModelDequantizer(), "streamer": made}
+    quantizer = ModelQuantizer("normfloat4", one_way=True)
+    ctx = contexts(at, quantizer, point=point)
+    on_client = SimpleNamespace(get_all_components=lambda: components)
+    on_server = SimpleNamespace(run_manager=SimpleNamespace(components=components))
+    ctx.get_engine = lambda *args, **kwargs: on_server if point == "server out" else on_client
+    sent = from_shareable(quantizer.process(message(model()), ctx)).data["w"]
+    assert (codec_of(sent) is None) == (sent.dtype == torch.uint8) == streams
+
+
+@pytest.mark.parametrize("came", [True, False, None])
+def test_the_log_says_decoded_of_what_was_decoded(at, came, caplog):
+    quantizer, params = ModelQuantizer("normfloat4", one_way=True), model()
+    made = quantizer.process(message(params), contexts(at, quantizer))
+    if came:
+        note_decoded(from_shareable(made).data["w"])
+    if came is None:  # in files, as with FLARE's disk offload
+        dxo = from_shareable(made)
+        dxo.data = {"w": "in a file"}
+        dxo.meta["source_datatype"] = {"w": "bool"}
+        dxo.meta["nvflare_rdma"] = {"on_the_way": 5}
+        made = dxo.to_shareable()
+    into = ModelDequantizer()
+    with caplog.at_level(logging.INFO):
+        into.process(made, at("client in", into))
+    line = next(text for text in caplog.messages if "Dequantized from" in text)
+    assert ("1 of 4 params that were to be encoded on their way came so, and are decoded already" in line) == bool(came)
+    assert ("4 params were to be encoded on their way, but nothing here has decoded any" in line) == (came is False)
+    assert ("5 params were to be encoded on their way. " in line) == (came is None)
 
 
 def test_a_message_with_what_is_no_plain_tensor_is_encoded_at_once(at):

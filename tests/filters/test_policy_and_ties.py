@@ -246,18 +246,11 @@ def test_a_bad_policy_is_refused_when_made():
 @pytest.mark.parametrize("size", [10**12, 2**62])
 @pytest.mark.parametrize("name", ["adaquant", "lossless", "int8", "normfloat4_dq"])
 def test_a_shape_beyond_the_codes_is_refused_before_memory_is_taken(name, size):
-    dxo = encode({"w": torch.ones(4096)}, name)
+    values = torch.arange(4096.0) if name == "adaquant" else torch.ones(4096)  # a constant has no codes
+    dxo = encode({"w": values}, name)
     state = dxo.meta["quant_state"]["w"]
     state["tensor_shape" if name == "adaquant" else "shape"] = [size]
     with pytest.raises(CodecError, match="'w'"):
-        decode(dxo)
-
-
-def test_many_constants_add_up_to_what_a_message_may_stand_for():
-    dxo = encode({f"w{i}": torch.ones(4096) for i in range(100)}, "adaquant")
-    for state in dxo.meta["quant_state"].values():
-        state["tensor_shape"] = [1 << 20]
-    with pytest.raises(CodecError, match="more than a message of this size may have"):
         decode(dxo)
 
 

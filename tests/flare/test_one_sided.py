@@ -10,6 +10,14 @@ from tests.support.processes import WITHOUT_TORCH, run
 
 JOB = Path(__file__).with_name("one_sided_job.py")
 CASES = {
+    "sites do not decode": (
+        ["server-out", "server-in", "transfer"],
+        [
+            "site-1 has no ModelDequantizer for the data of task 'train'",
+            "add nvflare_rdma.filters.ModelDequantizer to task_data_filters of the site's config_fed_client.json",
+        ],
+        False,
+    ),
     "server does not decode results": (
         ["server-out", "client-in", "client-out"],
         [

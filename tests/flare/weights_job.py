@@ -1,6 +1,8 @@
 """One round of FedAvg with quantization both ways, over rdma.
 
-python weights_job.py FOLDER QUANTIZATION_TYPE
+python weights_job.py FOLDER QUANTIZATION_TYPE [streamed]
+
+streamed: FLARE streams the tensors of the task, and the job has the transfer, too.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe  # noqa: E402
 from nvflare.client.config import ExchangeFormat  # noqa: E402
 from weights_model import Awkward  # noqa: E402
 
-from nvflare_rdma.recipe import add_quantization  # noqa: E402
+from nvflare_rdma.recipe import add_quantization, add_transfer  # noqa: E402
 from nvflare_rdma.simulator import RdmaSimEnv  # noqa: E402
 
 if __name__ == "__main__":
@@ -35,4 +37,7 @@ if __name__ == "__main__":
     )
     everything = [{"quantization_type": sys.argv[2]}]  # small tensors too
     add_quantization(recipe, sys.argv[2], policy=everything)
+    if sys.argv[3:] == ["streamed"]:
+        recipe.enable_tensor_streaming()
+        add_transfer(recipe)
     recipe.execute(RdmaSimEnv(num_clients=2, workspace_root=str(folder / "ws"), scheme="rdma"))

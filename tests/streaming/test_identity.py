@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import shutil
@@ -12,9 +13,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from nvflare.apis.fl_constant import ReservedKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.workspace import Workspace
 from nvflare.client.cell.bootstrap import BOOTSTRAP_FILE_ENV_VAR
 from nvflare.fuel.f3.cellnet.cell import Cell
 from nvflare.fuel.f3.cellnet.core_cell import CoreCell
@@ -177,6 +182,51 @@ def test_a_certificate_for_cells_is_good_for_those_only(channels, pki, caplog):
     eventually(lambda: refusals(caplog), DEADLINE)
     [line] = refusals(caplog)
     assert "'site-1.job' shows a certificate that is for 'site-1.job2', 'site-1.x' only" in line
+
+
+def test_a_process_uses_the_credential_that_it_has(channels, flare_cell, pki, tmp_path, monkeypatch):
+    """FLARE 2.10 gives a job's process `job_cert` in its run folder, and keeps the site's key from it."""
+    monkeypatch.setattr(runtimes, "_shared", runtimes.Shared())
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    folder = tmp_path / "a-job" / "job_cert"
+    folder.mkdir(parents=True)
+    its = pki["of a job"]
+    files = {
+        "ca_cert": its["ca_cert"],
+        "client_cert": str(shutil.copy(its["client_cert"], folder / "job.crt")),
+        "client_key": str(shutil.copy(its["client_key"], folder / "job.key")),
+    }
+    server = channels(SERVER)
+    assert_joined(channels(SITE, **files), server)
+    trainer.hand_on(flare_cell(SITE, **files))
+    handed = json.loads(os.environ[trainer._SITE])
+    trainer.take_back()
+    assert {handed["credentials"][name] for name in ("client_cert", "client_key")} == {
+        str(folder / "job.crt"),
+        str(folder / "job.key"),
+    }
+    assert not any("key" in name and value != files["client_key"] for name, value in handed["credentials"].items())
+
+
+@pytest.mark.parametrize(
+    ("kit", "host"),
+    [
+        ({"servers": [{"service": {"target": "fl.example.org:8002"}}]}, "fl.example.org"),
+        ({"servers": [{"service": {"target": "[fd00::1]:8002"}}]}, "fd00::1"),
+        ({"servers": []}, ""),
+        ([], ""),
+        (None, ""),
+    ],
+)
+def test_a_server_knows_from_its_kit_how_it_is_reached(kit, host, tmp_path):
+    for name in ("startup", "local"):
+        (tmp_path / name).mkdir()
+    if kit is not None:
+        (tmp_path / "startup" / "fed_server.json").write_text(json.dumps(kit))
+    context = FLContext()
+    engine = SimpleNamespace(get_workspace=lambda: Workspace(str(tmp_path), "server"))
+    context.set_prop(ReservedKey.ENGINE, engine, private=True, sticky=False)
+    assert component._server_host(context) == host
 
 
 def test_a_certificate_that_is_renewed_is_used_by_the_next_link_on_both_sides(channels, pki, tmp_path):

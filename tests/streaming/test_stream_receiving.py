@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from nvflare.apis.shareable import ReturnCode, make_reply
 
 from nvflare_rdma.errors import TransferError
-from nvflare_rdma.streaming.streams import containers, receiver
-from nvflare_rdma.streaming.streams.receiver import KEY, Receiving, _Consumer
+from nvflare_rdma.streaming.streams import containers, receiver, sender
+from nvflare_rdma.streaming.streams.messages import KEY, Said
+from nvflare_rdma.streaming.streams.receiver import Receiving, _Consumer
+from nvflare_rdma.transfer.waiting import PLACES, WaitingPlaces
 from tests.support.tcp_pair import DEADLINE
+from tests.support.waiting import eventually
 
-START = {"do": "start", "stream": "x", "peer": "server", "timeout": 12.0}
+START = {"do": "start", "stream": "x", "timeout": 12.0}
 
 
 class _Quick(Receiving):
@@ -32,12 +37,13 @@ class _Quick(Receiving):
 class Stream:
     """A `_Consumer`, and how it has ended by itself."""
 
-    def __init__(self, receiving: Receiving | None = None) -> None:
+    def __init__(self, receiving: Receiving | None = None, peer: str = "server") -> None:
+        self.peer = peer
         self.over = threading.Event()
         self.codes: list[str] = []
         self.context = {"__END_STREAM__": None}
         self.context[receiver.StreamContextKey.END_STREAM] = self._end
-        self.consumer = _Consumer(self.context, lambda context, site: receiving or _Quick())
+        self.consumer = _Consumer(self.context, lambda context, site, sender_site: receiving or _Quick())
         cell = types.SimpleNamespace(get_fqcn=lambda: "site-1")
         self.fl_ctx = types.SimpleNamespace(
             get_engine=lambda: types.SimpleNamespace(get_cell=lambda: cell),
@@ -55,7 +61,7 @@ class Stream:
         self.consumer.finalize(self.context, self.fl_ctx)
 
     def say(self, message: dict):
-        return self.consumer.consume({KEY: message}, self.context, self.fl_ctx)
+        return self.consumer.consume({KEY: Said(message, self.peer)}, self.context, self.fl_ctx)
 
     def wait(self) -> str:
         while (state := self.say({"do": "wait"})[1][KEY]["state"]) == "running":
@@ -72,10 +78,13 @@ def clock(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def channels(monkeypatch):
+def places(monkeypatch):
     found = types.SimpleNamespace(budget=types.SimpleNamespace(watch=lambda: None))
     links = types.SimpleNamespace(of=lambda cell: found)
-    monkeypatch.setattr(receiver, "shared", lambda: types.SimpleNamespace(links=links, ledger=None))
+    ours = types.SimpleNamespace(links=links, ledger=None, waiting_places=WaitingPlaces())
+    monkeypatch.setattr(receiver, "shared", lambda: ours)
+    monkeypatch.setattr(receiver, "site_of", lambda cell, peer: peer)
+    return ours.waiting_places
 
 
 @pytest.mark.parametrize(("timeout", "patience"), [(12.0, 120), (100, 400)])
@@ -110,6 +119,57 @@ def test_what_came_goes_if_its_stream_fails(code, undone, late, monkeypatch):
     going.set()
     stream.consumer._thread.join(DEADLINE)
     assert len(calls) == undone
+
+
+def test_one_site_holds_no_more_than_its_places(places, monkeypatch):
+    monkeypatch.setattr(receiver, "TURN_SECONDS", 10 * DEADLINE)
+    going, receiving = threading.Event(), _Quick()
+    receiving.run = lambda *args: going.wait(DEADLINE)
+    streams = [Stream(receiving, f"site-2.job-{n}") for n in range(PLACES + 3)]
+    for stream in streams:
+        stream.say(START)
+    wait = {"do": "wait"}
+    with ThreadPoolExecutor(PLACES + 1) as pool:
+        held = [pool.submit(stream.say, wait) for stream in streams[:PLACES]]
+        eventually(lambda: places._taken["site-2"] == PLACES, DEADLINE)
+        for stream in streams[PLACES:]:  # these come back at once
+            assert stream.say(wait)[1][KEY]["state"] == "running"
+            stream.finalize("TASK_ABORTED")
+        other = Stream(receiving, "site-3")
+        other.say(START)
+        answer = pool.submit(other.say, wait)
+        eventually(lambda: places._taken["site-3"] == 1, DEADLINE)
+        going.set()
+        assert {future.result(DEADLINE)[1][KEY]["state"] for future in [*held, answer]} == {"done"}
+    for stream in (*streams[:PLACES], other):
+        stream.finalize("OK")
+    assert not places._taken
+
+
+def test_a_sender_that_is_answered_at_once_asks_no_more_often(monkeypatch):
+    now = [100.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(sender, "time", types.SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    abort = types.SimpleNamespace(triggered=False)
+    fl_ctx = types.SimpleNamespace(get_run_abort_signal=lambda: abort)
+    streamed = types.SimpleNamespace(more=lambda: iter(()), broken="")
+    asks = sender._Announcements(streamed, START, ["site-1"], 1.0)
+    running = make_reply(ReturnCode.OK)
+    running[KEY] = {"state": "running", "reason": ""}
+    asked = []
+    for _ in range(20):
+        message, _ = asks.produce({}, fl_ctx)
+        asked.append(message[KEY].words["do"])
+        assert asks.process_replies({"site-1": running}, {}, fl_ctx) is None
+    assert asked == ["start"] + ["wait"] * 19
+    assert now[0] - 100.0 == pytest.approx(18 * sender._PACE_SECONDS)
+    abort.triggered = True  # is not waited for
+    before = now[0]
+    asks.produce({}, fl_ctx)
+    assert now[0] == before
 
 
 @pytest.mark.parametrize("timeout", [None, 0, -1, "5", float("nan"), float("inf"), True])

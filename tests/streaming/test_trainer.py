@@ -133,3 +133,21 @@ def test_a_recipe_gets_the_component_on_every_site(sites, tmp_path):
         assert name == "server" or app.app_config.executors, "an app of its own, which could not train"
     with pytest.raises(ConfigError, match="already has RdmaTransfer"):
         add_transfer(recipe)
+
+
+def test_a_site_that_has_no_package_gets_no_component(tmp_path):
+    (tmp_path / "client.py").write_text("import nvflare.client\n")
+    recipe = NumpyFedAvgRecipe(
+        name="t",
+        model=np.zeros((2, 2)).tolist(),
+        min_clients=1,
+        num_rounds=1,
+        train_script=str(tmp_path / "client.py"),
+    )
+    recipe.set_per_site_config({site: {} for site in ("site-1", "site-2")})
+    with pytest.raises(ConfigError, match="the job has no site-3"):
+        add_transfer(recipe, clients=["site-3"])
+    add_transfer(recipe, clients=["site-1"])
+    apps = recipe._job._deploy_map
+    having = {name for name, app in apps.items() if "rdma_transfer" in app.app_config.components}
+    assert having == {"server", "site-1"}

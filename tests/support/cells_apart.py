@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -19,8 +18,10 @@ from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
 from nvflare.fuel.utils import fobs
 
+from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.component import install
 from nvflare_rdma.transfer import peers
+from tests.support.namespaces import in_another_network, ip
 from tests.support.two_cells import Lines
 from tests.support.waiting import eventually
 
@@ -31,27 +32,9 @@ MODEL = {"w": torch.arange(500_000).float()}
 FIREWALL = f"rule {{}} pref 50 iif near ipproto tcp dport {os.environ['NVFLARE_RDMA_DATA_PORTS']} blackhole"
 
 
-def ip(*commands: str) -> None:
-    subprocess.run(["ip", "-batch", "-"], input="\n".join(commands), text=True, check=True, timeout=20)
-
-
 def serve(folder: Path) -> int:
-    command = [
-        "setpriv",
-        "--pdeathsig",
-        "KILL",
-        "--",
-        "unshare",
-        "--net",
-        sys.executable,
-        __file__,
-        str(folder),
-        "site",
-    ]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as site:
+    with in_another_network(__file__, str(folder), "site") as site:
         assert site.stdin is not None
-        assert site.stdout is not None
-        assert site.stdout.readline() == "ready\n"
         ip(
             f"link add near type veth peer name far netns {site.pid}",
             f"address add {SERVER}/24 dev near",
@@ -78,8 +61,9 @@ def ask(folder: Path) -> int:
     print("ready", flush=True)
     assert sys.stdin.readline() == "go\n"
     ip(f"address add {SITE}/24 dev far", "link set far up", "link set lo up")
-    lines = Lines()
+    lines, reasons = Lines(), []
     logging.getLogger("nvflare_rdma").addHandler(lines)
+    shared().ledger.subscribe(lambda record: reasons.append(record.reason))
     cell = Cell("site-1", URL, secure=False, credentials={})
     cell.start()
     eventually(lambda: cell.core_cell.is_cell_connected("server"))
@@ -93,7 +77,9 @@ def ask(folder: Path) -> int:
     def get() -> dict:
         got = request("get")
         code, model = got.get_header(MessageHeaderKey.RETURN_CODE), got.payload
-        return {"code": code, "same": torch.equal(model["w"], MODEL["w"]), "log": lines.take()}
+        (reason,) = reasons
+        reasons.clear()
+        return {"code": code, "same": torch.equal(model["w"], MODEL["w"]), "log": lines.take(), "reason": reason}
 
     results = {"firewall": get(), "again": get()}
     request("open")

@@ -77,12 +77,12 @@ class Files:
         return path
 
     def target(self, site, path: Path) -> FileTarget:
-        return FileTarget(self.file.identity, str(self.folder), str(path), site.name)
+        return FileTarget(self.file.identity, str(self.folder), str(path), site.name, "server")
 
     def partial(self, owner: str) -> PartialFile:
         identity = self.file.identity
         items = [item for item, _ in plan(identity, self.file.tensors)]
-        return PartialFile(str(self.folder), Layout(identity, items), owner)
+        return PartialFile(str(self.folder), Layout(identity, items), owner, "server")
 
     def asked(self, what: str = "send") -> list:
         return [request["items"] for request in self.requests if request["do"] == what]

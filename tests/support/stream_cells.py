@@ -24,7 +24,7 @@ from nvflare_rdma.errors import SourceError
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming import ContainerRetriever, ContainerStreamer, FileRetriever, FileStreamer
 from nvflare_rdma.streaming.component import install
-from nvflare_rdma.streaming.streams.receiver import KEY, PREFIX
+from nvflare_rdma.streaming.streams.messages import KEY, PREFIX, Said
 from tests.support.file_transfers import as_received
 from tests.support.processes import free_port
 from tests.support.stream_engine import StreamEngine
@@ -257,13 +257,14 @@ def hostile(job: Job) -> dict:
 
         def produce(self, stream_ctx, fl_ctx):
             message = next(self.messages, None)
-            return (None, 0.0) if message is None else (Shareable({KEY: message}), 10.0)
+            said = Said(message) if isinstance(message, dict) else message
+            return (None, 0.0) if message is None else (Shareable({KEY: said}), 10.0)
 
         def process_replies(self, replies, stream_ctx, fl_ctx):
             reply = replies["site-2"]
             self.codes.append((reply.get(KEY) or {}).get("state") or reply.get_return_code())
 
-    start = {"do": "start", "stream": "nobody's", "peer": "server", "timeout": 12.0}
+    start = {"do": "start", "stream": "nobody's", "timeout": 12.0}
     dict_ctx = {"ContainerStreamer.type": "dict", "ContainerStreamer.size": 3, PREFIX + "portions": 1}
     cases = {
         "nothing": ("container", dict_ctx, [None]),

@@ -27,7 +27,7 @@ from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
 from nvflare.fuel.utils import fobs
 from nvflare.fuel.utils.fobs import FOBSContextKey
 
-from nvflare_rdma.codecs import get_codec
+from nvflare_rdma.codecs import get_codec, was_decoded
 from nvflare_rdma.codecs.marks import marked
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.component import install
@@ -135,7 +135,8 @@ class Pair:
         request = new_cell_message({}, {})
         reply = self.site.send_request(channel="test", topic="few", target="server", request=request, timeout=60.0)
         got = reply.payload["w"]
-        result = {"kind": type(got).__name__, "finished": self.finished.wait(30.0)}
+        decoded = {name: was_decoded(value) for name, value in reply.payload.items()}
+        result = {"kind": type(got).__name__, "finished": self.finished.wait(30.0), "decoded": decoded}
         if result["kind"] != "Tensor":
             result["files"] = sum(len(files) for _, _, files in os.walk(self.folder))
             got = got.materialize()

@@ -133,6 +133,21 @@ def test_requests_to_dial_keep_none_of_the_threads_that_answer_others(direct, ce
         assert it.service.answer({"do": "report"}, "site-1") == {"failed": failed, "unreachable": True}
 
 
+def test_few_threads_wait_for_what_a_site_has_not_taken_yet(direct, cell, monkeypatch):
+    """FLARE's last request of a download waits here until the sender knows that everything has arrived."""
+    monkeypatch.setattr(service, "_NOTICE_SECONDS", 600.0)
+    it, site = direct(large(1)), cell("site-1", ports=None)
+    it.go_on.clear()
+    pulling = threading.Thread(target=lambda: it.pull(site), daemon=True)
+    pulling.start()
+    eventually(lambda: it.moved, DEADLINE)
+    with it.channels.waiting_places.place("site-1.a"), it.channels.waiting_places.place("site-1.b"):
+        assert not it.service.has_served("site-1")  # at once
+    it.go_on.set()
+    pulling.join(DEADLINE)
+    assert not pulling.is_alive()
+
+
 def test_a_sender_that_can_not_reach_the_receiver_says_so_and_the_receiver_gives_up(direct, cell):
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]

@@ -17,7 +17,7 @@ from nvflare_rdma.transfer import peers as channels_module
 from nvflare_rdma.transfer.addresses import MAX_ADDRESSES, TICKET_BYTES, own_hosts, parse_invitation
 from tests.support.bodies import TestSink
 from tests.support.certificates import Authority
-from tests.support.data_channels import cells, descriptors
+from tests.support.data_channels import ANY_PORT, cells, descriptors
 from tests.support.link_process import tls_context
 from tests.support.tcp_pair import DEADLINE
 from tests.support.waiting import eventually
@@ -256,6 +256,21 @@ def test_dialling_has_one_deadline_for_all_addresses(cell, monkeypatch):
     assert "it said nothing in time; the others were not tried: 0.2 s are over" in str(caught.value)
 
 
+def test_a_server_on_the_loopback_device_of_ipv6(cell):
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as sock:
+            port = sock.getsockname()[1]
+    except OSError as error:
+        pytest.skip(f"this machine has no ::1: {error}")
+    server, client = cell("server", host="::1"), cell("site-1", ports=None, host="::1")
+    assert server.invite("x")["hosts"] == ["::1"]
+    near, far = join(server, client)
+    assert_moves(near, client, server)
+    assert_moves(far, server, client)
+    with pytest.raises(FabricError, match=rf"no direct way .*: \[::1\]:{port}: .*refused"):
+        client.dial("server", {**GOOD, "hosts": [], "port": port})
+
+
 def test_a_range_of_ports(cell):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -413,6 +428,22 @@ def test_a_side_waits_for_who_has_dialled(cell, monkeypatch):
     opened.set()
     assert found.get(timeout=DEADLINE) is server.find("site-1") is not None
     waiting.join(DEADLINE)
+
+
+def test_a_door_that_was_shut_is_opened_anew_for_the_next_invitation(cell, caplog):
+    for ports in (ANY_PORT, None):
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port = sock.getsockname()[1]
+        server, client = cell("server", ports=ports or (port, port)), cell("site-1", ports=None)
+        near, far = join(server, client)
+        door = server._door
+        door._listener.shutdown(socket.SHUT_RDWR)
+        eventually(lambda door=door: door.is_over, DEADLINE)
+        assert client.dial("server", server.invite("site-1")) is not near
+        assert_moves(far, server, client)  # what came by the old one goes on
+        server.close()
+        client.close()
+    assert caplog.text.count("server's data port listens no more") == 2
 
 
 # -- the end -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nvflare_rdma.channel import MAX_UNIT_BYTES, MIN_CHUNK_BYTES
 from nvflare_rdma.codecs import CODEC_NAMES, FixedSizeCodec, get_codec
-from nvflare_rdma.codecs.marks import codec_of, marked
+from nvflare_rdma.codecs.marks import codec_of, marked, was_decoded
 from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.errors import ProtocolError, UnrepresentableError
 from nvflare_rdma.streaming.relay import RelayConsumer, produce
@@ -77,6 +77,7 @@ def test_what_the_codec_can_not_carry_travels_exact_and_the_rest_encoded(direct,
     for site in ("site-1", "site-2"):  # the second is told at once
         got = it.pull(cell(site))
         assert_equal({"b": got["b"]}, {"b": broken})
+        assert [was_decoded(got[name]) for name in "abc"] == [True, False, True]
         for name in "ac":
             assert np.array_equal(to_flat(got[name]), as_encoded(weights(), "normfloat4"))
     assert caplog.text.count("is sent exact: normfloat4 can't carry NaN or Inf") == 1
@@ -255,7 +256,7 @@ def test_a_mark_is_of_one_object_and_goes_with_it():
         del view
         from nvflare_rdma.codecs.marks import _marks
 
-        assert key not in _marks
+        assert key not in _marks._entries
 
 
 def test_what_can_not_be_carried_is_relayed_exact_from_there(direct, cell):

@@ -70,6 +70,9 @@ class Connection:
         self._retry_at: float | None = None
         self._lost_at: float | None = None
         self._lost_reason = ""
+        self.heard_at = now
+        """When something has come from the peer on the control stream."""
+        self._asked = self._owes_answer = False
         self._parser = wire.Parser(limits.inline_bytes, wire.MAX_DATA_BYTES + overhead)
         self._events: list[Event] = []
         self._output: list[bytes] = []
@@ -82,6 +85,10 @@ class Connection:
 
     def data_to_send(self) -> list[bytes]:
         """Control messages to send, in order. Each call takes what has gathered since the last."""
+        if self._owes_answer:
+            # One for all that came: what a peer asks for so cheaply, and may not read, is not to gather here.
+            self._owes_answer = False
+            self._emit(wire.Pong())
         output, self._output = self._output, []
         return output
 
@@ -117,6 +124,7 @@ class Connection:
         self._outgoing.end(reason)
         self._incoming.end(reason)
         self._rails.clear()
+        self._owes_answer = False
 
     def receive(self, data: bytes | memoryview, now: float) -> None:
         """Take bytes of the control stream.
@@ -124,6 +132,7 @@ class Connection:
         Raises:
             ProtocolError: the peer broke the protocol; nothing but `close` may follow.
         """
+        self.heard_at = now
         for message in self._parser.feed(data):
             if self.state is Phase.CLOSED:
                 return
@@ -146,6 +155,14 @@ class Connection:
             case wire.Inline():
                 self._move(Input.TRAFFIC)
                 self._events.append(events.InlineReceived(message.payload))
+            case wire.Ping():
+                self._move(Input.TRAFFIC)
+                self._owes_answer = True
+            case wire.Pong():
+                self._move(Input.TRAFFIC)
+                if not self._asked:
+                    raise ProtocolError("the peer answers what it was not asked")
+                self._asked = False
             case _:
                 self._move(Input.TRAFFIC)
                 self._transfer_message(message, now)
@@ -189,6 +206,13 @@ class Connection:
     def timeout(self, now: float) -> float | None:
         """Seconds until `check` has something to do before the next second is over; None if it has not."""
         return None if self._retry_at is None else max(self._retry_at - now, 0.0)
+
+    def ask(self) -> None:
+        """Ask the peer for a sign of life: whatever it sends moves `heard_at`. Does nothing while it owes an answer."""
+        if not self._asked:
+            self._move(Input.SUBMIT)
+            self._asked = True
+            self._emit(wire.Ping())
 
     # -- rails ---------------------------------------------------------------------------------------------
 

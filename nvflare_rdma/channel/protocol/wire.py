@@ -155,6 +155,16 @@ class Withdraw:
 
 
 @dataclass(frozen=True, slots=True)
+class Ping:
+    """Asks for a sign of life."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """The answer to all `Ping`s that have come so far."""
+
+
+@dataclass(frozen=True, slots=True)
 class Bye:
     """The connection ends; `reason` is "" when nothing is wrong."""
 
@@ -162,7 +172,21 @@ class Bye:
 
 
 Message: TypeAlias = (
-    Hello | Open | Rails | RailDown | Reopen | Inline | Offer | Grant | Data | Done | Refuse | Withdraw | Bye
+    Hello
+    | Open
+    | Rails
+    | RailDown
+    | Reopen
+    | Inline
+    | Offer
+    | Grant
+    | Data
+    | Done
+    | Refuse
+    | Withdraw
+    | Ping
+    | Pong
+    | Bye
 )
 
 _TYPES: dict[type, int] = {
@@ -179,6 +203,8 @@ _TYPES: dict[type, int] = {
     RailDown: 11,
     Reopen: 12,
     Withdraw: 13,
+    Ping: 14,
+    Pong: 15,
 }
 _CLASSES = {number: cls for cls, number in _TYPES.items()}
 
@@ -250,6 +276,8 @@ def encode(message: Message) -> bytes:
             body = _TRANSFER.pack(message.transfer) + _reason(message.reason)
         case Bye():
             body = _reason(message.reason)
+        case Ping() | Pong():
+            body = b""
     return _PREFIX.pack(len(body) + 1, _TYPES[type(message)]) + body
 
 
@@ -310,6 +338,10 @@ def _decode(cls: type, body: bytes) -> Message:
         return Reopen(_text(body))
     if cls is Bye:
         return Bye(_text(body))
+    if cls is Ping or cls is Pong:
+        if body:
+            raise ValueError(f"{len(body)} bytes where there are none")
+        return Ping() if cls is Ping else Pong()
     fields = msgpack.unpackb(body)  # its size was checked with the prefix
     if not isinstance(fields, dict):
         raise ProtocolError("the body should be a map")

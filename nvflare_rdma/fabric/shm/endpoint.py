@@ -12,7 +12,6 @@ the receiving side can receive, which the two find out by trying when they meet 
 from __future__ import annotations
 
 import contextlib
-import logging
 import struct
 import threading
 from collections import deque
@@ -28,8 +27,9 @@ from nvflare_rdma.fabric.shm.process_memory import address_of, read_into
 from nvflare_rdma.fabric.shm.reads import LARGE_BYTES, Read, Reads
 from nvflare_rdma.fabric.shm.slots import PeerSlots, SlotOwner
 from nvflare_rdma.fabric.shm.wire import ACKNOWLEDGE, FORGET, MAP, WRITE, Message, Wire
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: How long a write waits for the memory it goes to: the exposure may arrive before the descriptor does.
 SLOT_TIMEOUT = 10.0
@@ -268,12 +268,15 @@ class ShmEndpoint(Endpoint):
         error, self._broken = self._reason or self._broken, None
         assert self._peer is not None
         assert error is not None
-        self._wire.close()
-        self._peer_slots.close()
-        self._exposures.close()
-        self._peer.release()
-        while self._unread:
-            self._handler.written(self._unread.popleft()[0])
+        try:
+            self._wire.close()
+            self._peer_slots.close()
+            self._exposures.close()
+            self._peer.release()
+            while self._unread:
+                self._handler.written(self._unread.popleft()[0])
+        except Exception:
+            log.exception("the shm rail to process %d did not end in order", self._peer.pid)  # but it ends
         if self._closed:
             return
         if isinstance(error, ProtocolError):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import array
 import contextlib
 import hmac
-import logging
 import os
+import re
 import secrets
 import select
 import socket
@@ -33,8 +33,9 @@ from nvflare_rdma.fabric.shm.process_memory import (
     sealed_memory,
 )
 from nvflare_rdma.fabric.shm.wire import Wake
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MAGIC = b"NVFSHM1\n"
 TICKET_BYTES = 32
@@ -44,6 +45,9 @@ SETUP_TIMEOUT = 10.0
 #: How a side may receive, best first.
 PATHS = ("direct", "memfd")
 
+#: Of abstract sockets, with a secret of 16 bytes behind it. An offer with another name would send this side to a
+#: socket of another program.
+_NAME_PREFIX, _NAME = "nvflare-rdma-", re.compile(r"nvflare-rdma-[0-9a-f]{32}")
 _TOKEN_BYTES = 32
 _HELLO = struct.Struct(f"=Q{_TOKEN_BYTES}s")
 _ADMITTED, _REFUSED = b"admitted", b"refused"
@@ -210,7 +214,7 @@ class ShmListener:
         self._paths = paths
         self._arrived = arrived
         self._deadline = time.monotonic() + lifetime
-        self._name = f"nvflare-rdma-{secrets.token_hex(16)}"
+        self._name = f"{_NAME_PREFIX}{secrets.token_hex(16)}"
         self._ticket = secrets.token_bytes(TICKET_BYTES)
         self._lock = threading.Lock()
         self._closed = False
@@ -258,8 +262,8 @@ class ShmListener:
                         continue  # it has gone again
                 if self._receive_guest(self._guest):
                     return
-        except OSError as error:
-            log.warning("the shm listener broke: %s", error)
+        except Exception as error:  # noqa: BLE001 - the peer hears of it by the socket that is closed
+            log.warning("the shm listener broke, and the peer will find nobody there: %r", error)
         finally:
             self._socket.close()
             with self._lock:
@@ -278,8 +282,8 @@ class ShmListener:
             self._socket.close()  # the ticket is used up
             sock.send(_ADMITTED)
             self._arrived(agree(steps, pid, self._paths))
-        except (OSError, ProtocolError, MemoryError) as error:
-            log.warning("a shm connection was refused: %s", error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the guest is not to wait
+            log.warning("a shm connection was refused: %s", str(error) or repr(error))
             sock.close()
         return knew_ticket
 
@@ -291,7 +295,8 @@ def dial(offer: Mapping[str, Any], paths: Sequence[str]) -> Peer:
         ProtocolError: `offer` is malformed. FabricError: nobody listens there, it refuses, or no path works.
     """
     name, ticket = offer.get("name"), offer.get("ticket")
-    if not isinstance(name, str) or not isinstance(ticket, bytes) or len(ticket) != TICKET_BYTES or len(name) > 100:
+    named = isinstance(name, str) and _NAME.fullmatch(name)
+    if not named or not isinstance(ticket, bytes) or len(ticket) != TICKET_BYTES:
         raise ProtocolError("the peer's shm offer has no socket name and ticket")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     steps = _Steps(sock)

@@ -55,15 +55,17 @@ class Wake:
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._process = os.getpid()
 
     def fileno(self) -> int:
         """The descriptor to poll."""
         return self._fd
 
     def set(self) -> None:
-        """End the poll, or the next one."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_write(self._fd, 1)
+        """End the poll, or the next one. Not from a forked process, whose copies of what is finalised are its own."""
+        if self._process == os.getpid():
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
         """Take back what `set` did."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
-import logging
 import os
 import secrets
 import threading
@@ -26,11 +25,12 @@ from nvflare_rdma.fabric.verbs.ports import Access, MemoryRegion, Port
 from nvflare_rdma.fabric.verbs.queue_pair import QueuePair
 from nvflare_rdma.fabric.verbs.rail import VerbsRail
 from nvflare_rdma.fabric.verbs.registration_cache import Lease
+from nvflare_rdma.logs import get_logger
 
 if TYPE_CHECKING:
     from nvflare_rdma.fabric.verbs.fabric import VerbsFabric
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: From here on registering memory costs less than copying it to memory that is registered already (benchmarks/
 #: verbs_costs.py).

@@ -9,7 +9,6 @@ would have to wait for that; some devices (iWARP's) have none.
 from __future__ import annotations
 
 import ipaddress
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +21,9 @@ from nvflare_rdma.fabric.verbs.devices import choose_gid, choose_ports, list_por
 from nvflare_rdma.fabric.verbs.endpoint import VerbsEndpoint
 from nvflare_rdma.fabric.verbs.ports import Port
 from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class VerbsFabric(Fabric):

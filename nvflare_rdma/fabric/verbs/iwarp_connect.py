@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import select
 import socket
 import time
@@ -23,8 +22,9 @@ from nvflare_rdma.fabric.verbs.description import RemoteRail
 from nvflare_rdma.fabric.verbs.ports import Port, descriptors, nothing_came, translated, with_descriptor
 from nvflare_rdma.fabric.verbs.pyverbs import CMID, AddrInfo, CMEvent, CMEventChannel, ConnParam, PyverbsError, ce
 from nvflare_rdma.fabric.verbs.queue_pair import QueuePair
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: For all rails of a peer. Longer than devices wait for the peer's answer (siw: 10 s): an identifier that is destroyed
 #: before that waits for it in the kernel, and no thread of this process runs meanwhile.

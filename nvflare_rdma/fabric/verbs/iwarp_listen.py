@@ -5,7 +5,6 @@ where, and the tickets. See `iwarp_connect`.
 from __future__ import annotations
 
 import ipaddress
-import logging
 import os
 import select
 import socket
@@ -19,8 +18,9 @@ from nvflare_rdma.fabric.verbs.iwarp_connect import Events, Identifier, make_ide
 from nvflare_rdma.fabric.verbs.ports import Port, close_all, descriptors, make_event, translated
 from nvflare_rdma.fabric.verbs.pyverbs import CMID, AddrInfo, ConnParam, ce
 from nvflare_rdma.fabric.verbs.queue_pair import QueuePair
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 TICKET_LIFETIME = 30.0
 _LISTEN_ATTEMPTS = 10
@@ -114,8 +114,8 @@ class IwarpListener:
                 poller.poll(left * 1000)
                 while not self._stopped and time.monotonic() < end and self._take_event():
                     pass
-        except FabricError as error:
-            log.warning("the listener for verbs rails has ended: %s", error)
+        except Exception as error:  # noqa: BLE001 - the peer hears of it: nobody listens any more
+            log.warning("the listener for verbs rails has ended, and rails that have not come won't: %r", error)
         close_all(self._listening)
 
     def _take_event(self) -> bool:

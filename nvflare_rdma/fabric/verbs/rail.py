@@ -12,7 +12,6 @@ follows the writes in the same chain: the receiver is told of it only when what 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import select
 import threading
@@ -27,8 +26,9 @@ from nvflare_rdma.fabric.verbs.messages import GREETING, MESSAGE_BYTES, MessageR
 from nvflare_rdma.fabric.verbs.ports import Access, MemoryRegion, Port, make_event
 from nvflare_rdma.fabric.verbs.queue_pair import Completion, QueuePair, Work, messages_wait, writes_carry_immediates
 from nvflare_rdma.fabric.verbs.registration_cache import Lease
+from nvflare_rdma.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 SEND_DEPTH = 128
 #: More exposures than that on one rail wait for receives, and the device has the peer's writes wait for those.
@@ -212,16 +212,19 @@ class VerbsRail:
         with self._state:
             self._up = False
             self._state.notify_all()
-        self._owner.abandon()
-        self.queue_pair.fail()
-        if not isinstance(error, ProtocolError):
-            with contextlib.suppress(FabricError, ProtocolError):
-                self._complete()  # what came before the error counts
-        # First: who exposes meanwhile posts a receive, and pyverbs crashes with a queue pair that is closed.
-        self._free()
-        for write in self._writes.values():
-            self._over(write)
-        self._writes.clear()
+        try:
+            self._owner.abandon()
+            self.queue_pair.fail()
+            if not isinstance(error, ProtocolError):
+                with contextlib.suppress(FabricError, ProtocolError):
+                    self._complete()  # what came before the error counts
+            # First: who exposes meanwhile posts a receive, and pyverbs crashes with a queue pair that is closed.
+            self._free()
+            for write in self._writes.values():
+                self._over(write)
+            self._writes.clear()
+        except Exception:
+            log.exception("%s did not end in order", self)  # but it ends
         self._owner.rail_over(self.number, error)
 
     # -- receiving -----------------------------------------------------------------------------------------

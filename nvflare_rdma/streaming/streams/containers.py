@@ -28,7 +28,8 @@ from nvflare_rdma.errors import ProtocolError, RdmaError, TransferError
 from nvflare_rdma.flare_compat import container_keys
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.streams import sender
-from nvflare_rdma.streaming.streams.receiver import PREFIX, Receiving, register
+from nvflare_rdma.streaming.streams.messages import PREFIX
+from nvflare_rdma.streaming.streams.receiver import Receiving, register
 from nvflare_rdma.transfer import (
     AbortedError,
     Meter,
@@ -170,7 +171,7 @@ class _StreamedContainer(sender.StreamedObject):
         ours = shared()
         meters = Meters(cell.get_fqcn(), "container", ours.ledger)
         content = TensorContent(tensors, len(entries), ours.encoded_chunks)  # all entries count, tensors or not
-        self.service = Service(content, functools.partial(ours.links.of, cell), meters=meters)
+        self.service = Service(content, functools.partial(ours.links.of, cell), meters=meters, notices=ours.notices)
 
     def more(self) -> Iterator[Any]:
         for batch in self._batches:
@@ -187,7 +188,7 @@ class ContainerReceiving(Receiving):
 
     kind = "container"
 
-    def __init__(self, stream_ctx: dict[str, Any], site: str) -> None:
+    def __init__(self, stream_ctx: dict[str, Any], site: str, sender_site: str) -> None:
         size, batches = stream_ctx.get(_FLARES.size), stream_ctx.pop(_BATCH_COUNT, None)
         if type(size) is not int or type(batches) is not int or not 0 <= batches <= size:
             raise ProtocolError(f"a container of {size} entries in {batches} batches can't be received")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import tempfile
 import uuid
@@ -20,9 +19,11 @@ from nvflare.fuel.utils.validation_utils import check_positive_int, check_positi
 
 from nvflare_rdma.codecs import warm_up
 from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, StorageError
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.streams import sender
-from nvflare_rdma.streaming.streams.receiver import PREFIX, Receiving, register
+from nvflare_rdma.streaming.streams.messages import PREFIX
+from nvflare_rdma.streaming.streams.receiver import Receiving, register
 from nvflare_rdma.transfer import AbortedError, Meter, Meters, PeerLinks, Service
 from nvflare_rdma.transfer.files import (
     FileContent,
@@ -35,7 +36,7 @@ from nvflare_rdma.transfer.files import (
     pull_file,
 )
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _CHUNK_TIMEOUT = 5.0
 _IDENTITY = PREFIX + "file"
@@ -46,9 +47,9 @@ class FileStreamer(flare.FileStreamer):
 
     What arrives is compared with what was read (xxh3-128 of each part), and appears under its name, a random one in
     `dest_dir` as FLARE's, when all of it is on disk. If the transfer is interrupted, also by the end of a process,
-    the next one of the same file (name, size, time of change, samples of its content) to the same `dest_dir` goes on
-    from what is there under a hidden name, as far as the sender has the same. A full disk is
-    an error before bytes move, and nothing is left of the file.
+    the next one of the same file (name, size, time of change, samples of its content) from the same site to the same
+    `dest_dir` goes on from what is there under a hidden name, as far as the sender has the same. Too little room on the
+    disk is an error before bytes move, and nothing is left of the file.
     """
 
     __module__ = "nvflare_rdma.streaming"  # the public name, which FLARE writes into exported jobs
@@ -149,7 +150,9 @@ class _StreamedFile(sender.StreamedObject):
         self._file = file
         ours = shared()
         meters = Meters(cell.get_fqcn(), "file", ours.ledger)
-        self.service = Service(FileContent(file), functools.partial(ours.links.of, cell), meters=meters)
+        self.service = Service(
+            FileContent(file), functools.partial(ours.links.of, cell), meters=meters, notices=ours.notices
+        )
 
     @property
     def broken(self) -> str:
@@ -161,14 +164,14 @@ class FileReceiving(Receiving):
 
     kind = "file"
 
-    def __init__(self, stream_ctx: dict[str, Any], site: str, folder: str) -> None:
+    def __init__(self, stream_ctx: dict[str, Any], site: str, sender_site: str, folder: str) -> None:
         self._identity = FileIdentity.unpack(stream_ctx.pop(_IDENTITY, None))
         announced = stream_ctx.get(flare.KEY_FILE_NAME), stream_ctx.get(flare.KEY_FILE_SIZE)
         if announced != (self._identity.name, self._identity.size):
             raise ProtocolError(f"a stream of {announced} offers {self._identity}")
         _warm_up(self._identity)
         self.size = 1, self._identity.size
-        self._site = site
+        self._site, self._sender_site = site, sender_site
         self._folder = folder
         # As with FLARE's streams, callbacks know where the file will be.
         self._path = stream_ctx[flare.KEY_FILE_LOCATION] = os.path.join(folder, str(uuid.uuid4()))
@@ -182,7 +185,7 @@ class FileReceiving(Receiving):
         meter: Meter,
     ) -> None:
         """See `Receiving`."""
-        target = FileTarget(self._identity, self._folder, self._path, self._site)
+        target = FileTarget(self._identity, self._folder, self._path, self._site, self._sender_site)
         pull_file(links, peer, ask, target, aborted, meter)
 
     def may_fall_back(self, error: Exception) -> bool:
@@ -192,7 +195,7 @@ class FileReceiving(Receiving):
 
     def dismiss(self) -> None:
         """See `Receiving`."""
-        forget(self._folder, self._identity, self._site)
+        forget(self._folder, self._identity, self._site, self._sender_site)
 
     def undo(self) -> None:
         """See `Receiving`."""

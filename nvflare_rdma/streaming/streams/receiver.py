@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -13,23 +12,27 @@ from nvflare.apis.shareable import ReturnCode, make_reply
 from nvflare.apis.streaming import ConsumerFactory, ObjectConsumer, StreamContextKey
 
 from nvflare_rdma.errors import FabricError, RdmaError, TransferError
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import shared
+from nvflare_rdma.streaming.identity import site_of
 from nvflare_rdma.streaming.requests import stream_request_function
+from nvflare_rdma.streaming.streams.messages import KEY, PREFIX, Said, prepare_to_read
 from nvflare_rdma.transfer import Meter, PeerLinks
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
-PREFIX = "nvflare_rdma."
-KEY = "nvflare_rdma"
 _SILENT = PREFIX + "silent"  # in a receiver's stream context: FLARE's stream follows on the fallback, or came before
 #: A receiver's state that asks for the fallback, as messages have it.
 FALLBACK = "own"
-#: How long a receiver waits for its data to come before it answers that it is still coming.
+#: How long a receiver waits for its data to come before it answers that it is still coming; if there is a place to wait
+#: for its sender's site (`WaitingPlaces`), as this is a thread of FLARE's.
 TURN_SECONDS = 2.0
 #: A receiver whose own part is over takes its sender for gone if it is silent for so long, or for so many of the
 #: sender's turns if that is longer: it waits for the slowest of its targets.
 SENDER_SILENCE_SECONDS, _SILENCE_TURNS = 120.0, 4
 _LOOK_SECONDS = 1.0
+#: So many strangers in a stream are in the log.
+_REFUSALS_SAID = 8
 _MAX_TIMEOUT = 7 * 24 * 3600.0
 
 
@@ -81,8 +84,8 @@ class Receiving(ABC):
         return
 
 
-#: Makes what receives a stream, from the stream's context and this site's name.
-Make: TypeAlias = Callable[[dict[str, Any], str], Receiving]
+#: Makes what receives a stream, from the stream's context, this site's name, and the sender's site.
+Make: TypeAlias = Callable[[dict[str, Any], str, str], Receiving]
 
 
 class _Consumer(ObjectConsumer):
@@ -90,52 +93,83 @@ class _Consumer(ObjectConsumer):
         self._stream_ctx = stream_ctx
         self._make = make
         self._fl_ctx: Any = None
+        self._peer = ""
         self._receiving: Receiving | None = None
         self._state, self._reason = "running", ""
         self._lock = threading.Lock()  # for these, and:
         self._failed = False
         self._ended, self._over = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+        #: Other cells that have sent messages in this stream, as far as the log has them.
+        self._refused: set[str] = set()
         self._heard_at, self._patience = time.monotonic(), SENDER_SILENCE_SECONDS
 
     def consume(self, shareable: Any, stream_ctx: dict[str, Any], fl_ctx: Any) -> tuple[bool, Any]:
         """Answer a message of the sender; FLARE calls this."""
+        said = shareable.get(KEY)
+        if self._thread is not None and not (isinstance(said, Said) and said.cell == self._peer):
+            return True, self._refuse(said)
         self._fl_ctx, self._heard_at = fl_ctx, time.monotonic()
-        message = shareable.get(KEY)
-        what = message.get("do") if isinstance(message, dict) else None
+        words = said.words if isinstance(said, Said) else said
+        what = words.get("do") if isinstance(words, dict) else None
+        if self._thread is not None:
+            return self._answer(what, words)
         if what == "hello":
-            stream_ctx[_SILENT] = True
-            cell = fl_ctx.get_engine().get_cell()
-            ready = shared().links.of(cell) is not None
-            reason = "" if ready else "it has no links (RdmaTransfer is not running)"
-            return False, _reply("ready" if ready else FALLBACK, reason)
-        if what == "start" and self._thread is None:
-            self._start(message, fl_ctx)
-        elif self._thread is None:
+            return False, self._greet(stream_ctx, fl_ctx)
+        if what != "start":
             raise TransferError(f"a stream begins with {what!r}")
-        elif what == "more":
+        if not isinstance(said, Said) or not said.cell:
+            raise TransferError("a stream begins with a message that FLARE does not say the sender of")
+        self._start(said, fl_ctx)
+        return True, _reply(self._state, self._reason)
+
+    def _refuse(self, said: Any) -> Any:
+        """Answer a message of another cell than the stream's sender, who goes on."""
+        cell = said.cell if isinstance(said, Said) else ""
+        if cell not in self._refused and len(self._refused) < _REFUSALS_SAID:
+            self._refused.add(cell)
+            log.warning("%r has sent a message in a stream of %s, and is refused", cell or "nobody", self._peer)
+        return _reply("failed", "this is the stream of another cell")
+
+    def _greet(self, stream_ctx: dict[str, Any], fl_ctx: Any) -> Any:
+        stream_ctx[_SILENT] = True
+        cell = fl_ctx.get_engine().get_cell()
+        ready = shared().links.of(cell) is not None
+        reason = "" if ready else "it has no links (RdmaTransfer is not running)"
+        reply = make_reply(ReturnCode.OK)
+        # FLARE's simulator answers from another cell of the server's process than the one that will ask.
+        reply[KEY] = Said({"state": "ready" if ready else FALLBACK, "reason": reason, "cell": cell.get_fqcn()})
+        return reply
+
+    def _answer(self, what: Any, words: dict[str, Any]) -> tuple[bool, Any]:
+        if what == "more":
             assert self._receiving is not None
             if self._state == "running":
-                self._receiving.take(message.get("what"))
+                self._receiving.take(words.get("what"))
         elif what == "wait":
-            self._over.wait(TURN_SECONDS)
+            self._wait()
         elif what == "end":
-            return False, self._end(message.get("gone") is True)
+            return False, self._end(words.get("gone") is True)
         else:
             raise TransferError(f"unknown message {what!r} in a stream")
         return True, _reply(self._state, self._reason)
 
-    def _start(self, message: dict[str, Any], fl_ctx: Any) -> None:
-        stream, peer = message.get("stream"), message.get("peer")
-        if type(stream) is not str or type(peer) is not str:
+    def _wait(self) -> None:
+        with shared().waiting_places.place(self._peer) as free:
+            if free:
+                self._over.wait(TURN_SECONDS)
+
+    def _start(self, said: Said, fl_ctx: Any) -> None:
+        message, peer, stream = said.words, said.cell, said.words.get("stream")
+        if type(stream) is not str:
             raise TransferError("a stream begins with a malformed message")
         timeout: Any = message.get("timeout")
         number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
         if not number or not 0 < timeout <= _MAX_TIMEOUT:
             raise TransferError(f"a stream begins with a timeout of {timeout!r} s")
         self._patience = max(SENDER_SILENCE_SECONDS, _SILENCE_TURNS * timeout)
-        self._receiving = self._make(self._stream_ctx, fl_ctx.get_identity_name())
         cell = fl_ctx.get_engine().get_cell()
+        self._receiving = self._make(self._stream_ctx, fl_ctx.get_identity_name(), site_of(cell, peer))
         abort = fl_ctx.get_run_abort_signal()
 
         def aborted() -> bool:
@@ -143,6 +177,7 @@ class _Consumer(ObjectConsumer):
 
         ask = stream_request_function(cell, peer, stream, message.get("secure") is True)
         arguments = (self._receiving, shared().links.of(cell), peer, ask, aborted)
+        self._peer = peer
         self._thread = threading.Thread(target=self._receive, args=arguments, name="rdma-stream", daemon=True)
         self._thread.start()
 
@@ -211,7 +246,7 @@ class _Consumer(ObjectConsumer):
             self._failed = stream_ctx.get(StreamContextKey.RC) != ReturnCode.OK
             self._undo_if_failed()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._over.wait(TURN_SECONDS)
+            self._wait()
 
     def _undo_if_failed(self) -> None:
         """Undo what was received if its stream has failed, whichever of the two comes last."""
@@ -238,6 +273,7 @@ class _Factory(ConsumerFactory):
 
 def register(engine: Any, channel: str, topic: str, make: Make, callbacks: dict[str, Any]) -> None:
     """Receive streams over links, besides those of FLARE's way. `callbacks` has FLARE's, and what they get."""
+    prepare_to_read()
     wrapped = {
         name: _unless_silent(value, position)
         for name, position in (("stream_done_cb", 0), ("consumed_cb", 1))

@@ -2,20 +2,25 @@
 
     stream       sender, in FLARE's stream messages                  receiver
     "hello"      who can take it directly?                           yes, or why not; the stream of hello is over
-    "start"      which stream to ask for, at which cell              a `Pull` begins in a thread, which asks that cell
+    "start"      which stream to ask for                             a `Pull` begins in a thread, which asks the cell
+                                                                     that this came from
     "more"       what goes with messages, in small batches           takes it
-    "wait"       how is it?                                          running, done, failed or "own", after some time
+    "wait"       how is it?                                          running, done, failed or "own": after some time,
+                                                                     or at once if many of the sender's wait already
     "end"        when nobody is running any more                     FLARE's stream ends: result, callback, return code
 
 These messages go under a FLARE channel name that is this package's, where a receiver without this package has nothing
 registered. To it, and to those who can't be served directly ("own"), the sender streams on the fallback afterwards, in
 FLARE's way. So stream contexts, callbacks, return codes and the abort signal are FLARE's, and N receivers pull at the
 same time.
+
+Who is who is FLARE's word (`messages.Said`), and not what messages say: a stream is served to the cells that have
+answered "hello", and only its sender's messages are obeyed.
 """
 
 from __future__ import annotations
 
-import logging
+import time
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,17 +29,22 @@ from typing import Any
 from nvflare.apis.shareable import ReturnCode, Shareable
 from nvflare.apis.streaming import ObjectProducer, StreamContextKey
 
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.requests import close_stream, open_stream
-from nvflare_rdma.streaming.streams.receiver import FALLBACK, KEY, PREFIX, TURN_SECONDS
+from nvflare_rdma.streaming.streams.messages import KEY, PREFIX, Said, prepare_to_read
+from nvflare_rdma.streaming.streams.receiver import FALLBACK, TURN_SECONDS
 from nvflare_rdma.transfer import Service
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: An answer may take so long at least. FLARE's default for a chunk of a file is 5 s.
 _MIN_TIMEOUT = 10.0
 #: A receiver that leaves so many messages in a row unanswered has failed.
 _UNANSWERED = 3
+#: Receivers are asked how they are no more often than so, also if all of them answer at once.
+_PACE_SECONDS = TURN_SECONDS / 2
+_LOOK_SECONDS = 0.125
 
 
 class StreamedObject(ABC):
@@ -80,6 +90,7 @@ class _Announcements(ObjectProducer):
         self.reasons: dict[str, str] = {}
         self.replies: dict[str, Any] = {}
         self._unanswered = dict.fromkeys(self.states, 0)
+        self._next_turn = 0.0
 
     def produce(self, stream_ctx: Any, fl_ctx: Any) -> tuple[Any, float]:
         if not self._begun:
@@ -89,8 +100,15 @@ class _Announcements(ObjectProducer):
         elif (more := next(self._more, None)) is not None:
             message = {"do": "more", "what": more}
         else:
+            self._pace(fl_ctx)
             message = {"do": "wait"}
-        return Shareable({KEY: message}), self._timeout
+        return Shareable({KEY: Said(message)}), self._timeout
+
+    def _pace(self, fl_ctx: Any) -> None:
+        abort = fl_ctx.get_run_abort_signal()
+        while (left := self._next_turn - time.monotonic()) > 0 and not (abort is not None and abort.triggered):
+            time.sleep(min(left, _LOOK_SECONDS))
+        self._next_turn = time.monotonic() + _PACE_SECONDS
 
     def process_replies(self, replies: dict[str, Any], stream_ctx: Any, fl_ctx: Any) -> Any:
         for target in self.states:
@@ -159,31 +177,27 @@ def stream(
         make: makes what is streamed by a FLARE cell, if anybody takes it directly.
         fallback: streams in FLARE's way, to the targets it is given.
     """
+    prepare_to_read()
     cell, timeout = call.fl_ctx.get_engine().get_cell(), max(call.timeout, _MIN_TIMEOUT)
     if shared().links.of(cell) is None:
         reason = "this side has no links (RdmaTransfer is not running)"
-        log.warning("%s goes on FLARE's own path: %s", call.what, reason)
+        log.log(shared().notices.level("streamed", "", reason), "%s goes on FLARE's own path: %s", call.what, reason)
         return _fall_back(fallback, call.targets)
 
     call.stream_ctx.update({StreamContextKey.CHANNEL: call.channel, StreamContextKey.TOPIC: call.topic})
     inquiry = _Inquiry(timeout)
     if (code := call.run(inquiry, call.targets)) != ReturnCode.OK:
         return code, {}
-    reasons = {target: _why_not_direct(reply) for target, reply in inquiry.answers.items()}
-    direct = [target for target, reason in reasons.items() if reason is None]
-    others = {target: reason or "" for target, reason in reasons.items() if reason is not None}
+    found = {target: _receiver(reply) for target, reply in inquiry.answers.items()}
+    receivers = {target: cell for target, (cell, reason) in found.items() if not reason}
+    others = {target: reason for target, (_, reason) in found.items() if reason}
+    direct = list(receivers)
     failed, replies = False, {}
     if direct:
         made = make(cell)
-        name = open_stream(cell, made.service)
+        name = open_stream(cell, made.service, receivers.values())
         timeout += TURN_SECONDS
-        start = {
-            "do": "start",
-            "stream": name,
-            "peer": cell.get_fqcn(),
-            "secure": bool(call.secure),
-            "timeout": timeout,
-        }
+        start = {"do": "start", "stream": name, "secure": bool(call.secure), "timeout": timeout}
         announcements = _Announcements(made, start, direct, timeout)
         try:
             code = call.run(announcements, direct)
@@ -200,8 +214,9 @@ def stream(
                 reason = made.broken or announcements.reasons[target]
                 log.error("%s did not get to %s: %s", call.what, target, reason)
     for target, reason in others.items():
-        log.warning("%s goes to %s on FLARE's own path: %s", call.what, target, reason)
-    if others or not reasons:
+        level = shared().notices.level("streamed", target, reason)
+        log.log(level, "%s goes to %s on FLARE's own path: %s", call.what, target, reason)
+    if others or not found:
         # If no target has answered, FLARE says what is wrong with them.
         code, their_replies = _fall_back(fallback, list(others) if replies or failed else call.targets)
         if code != ReturnCode.OK:
@@ -215,10 +230,20 @@ def _fall_back(fallback: Callable[[Any], tuple[str, Any]], targets: Any) -> tupl
     return code, result if isinstance(result, dict) else {}
 
 
-def _why_not_direct(reply: Any) -> str | None:
-    """Why a target can't be served directly; None if it can."""
+def _receiver(reply: Any) -> tuple[str, str]:
+    """The cell that a target will ask from, and why it can't be served directly; "" if it can."""
     said = reply.get(KEY) if isinstance(reply, Shareable) else None
-    if not isinstance(said, dict):
+    if not isinstance(said, Said):
         code = reply.get_return_code() if isinstance(reply, Shareable) else type(reply).__name__
-        return f"it does not know this package's streams ({code})"
-    return None if said.get("state") == "ready" else str(said.get("reason"))
+        return "", f"it does not know this package's streams, or those of another version ({code})"
+    if said.words.get("state") != "ready":
+        return "", str(said.words.get("reason") or "it is not ready")
+    named = said.words.get("cell")
+    if type(named) is not str or not said.cell or not _is_one_site(named, said.cell):
+        return "", f"it answered from {said.cell!r} that {named!r} would ask"
+    return named, ""
+
+
+def _is_one_site(name: str, other: str) -> bool:
+    """Whether two cells are the same, or one of them is below the other."""
+    return f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.")

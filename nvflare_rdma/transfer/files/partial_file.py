@@ -1,8 +1,10 @@
 """Keeps a file that is being received on disk under a hidden name until it is whole, with a journal to go on from.
 
-    .KEY.rdma-part      the file, as long as it will be; KEY tells the source's identity, and which site receives it
-    .KEY.rdma-journal   a line of JSON with that identity, then "NUMBER CAME KEPT" for every part that is whole:
-                        digests of what came, and of what is in the file; locked while somebody works on it
+    .SENDER-KEY.rdma-part      the file, as long as it will be, with holes where nothing has come; SENDER tells which
+                               site sends it, KEY the source's identity, and which site receives it
+    .SENDER-KEY.rdma-journal   a line of JSON with that identity, then "NUMBER CAME KEPT" for every part that is
+                               whole: digests of what came, and of what is in the file; locked while somebody works
+                               on it
 
 Lines are added without fsync: a transfer that goes on reads those parts again, and takes the ones that have their
 digest. What came differs from what is kept if it was encoded on the way.
@@ -13,44 +15,51 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import logging
 import os
 import threading
-import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from nvflare_rdma.errors import StorageError, TransferError
-from nvflare_rdma.transfer.disk import read_at, write_at
+from nvflare_rdma.logs import get_logger
+from nvflare_rdma.transfer.disk import punch_hole, read_at, write_at
+from nvflare_rdma.transfer.files import hidden_files as hidden
 from nvflare_rdma.transfer.files import owned_files as owned
 from nvflare_rdma.transfer.files.layout import Layout
 from nvflare_rdma.transfer.files.source import BLOCK_BYTES, FileIdentity, PartDigests
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_JOURNAL, _PART = ".rdma-journal", ".rdma-part"
 #: Longer than a transfer whose sender is gone may wait for answers.
 LOCK_SECONDS = 90.0
-_KEEP_SECONDS = 7 * 24 * 3600.0
+#: What a file system may take for a file besides its bytes: so much, and an eighth.
+_OVERHEAD_BYTES = 1 << 20
 
 
 class PartialFile:
-    """Receives a file into `folder`, and takes up what an earlier transfer of the same identity and `owner` left there,
-    unless that is still at work and does not end within seconds.
+    """Receives a file into `folder`, and takes up what an earlier transfer of the same identity, `owner` and `sender`
+    left there, unless that is still at work and does not end within seconds.
 
     One of `finish`, `keep` and `discard` is to be called in the end. What nobody has taken up for a week is removed.
 
+    The disk is taken for what comes, and not before: also a process that is killed leaves no more than that.
+
     Raises:
-        StorageError: there is no room for the file, or `folder` can't be written. Nothing of the file is left.
+        StorageError: there is no room for the file, or `folder` can't be written. Nothing of the file is left, but for
+            what an earlier transfer had left if there is no room for the rest.
     """
 
-    def __init__(self, folder: str, layout: Layout, owner: str = "") -> None:
+    def __init__(self, folder: str, layout: Layout, owner: str = "", sender: str = "") -> None:
         self.identity = identity = layout.identity
         self._layout = layout
         self.error: StorageError | None = None
         """The first error of the disk; None as long as there was none."""
         self._folder = Path(folder)
+        self._sender = sender
+        #: What is free, but for other files that the sender is sending.
+        self._promised = 0
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._writing = 0
@@ -59,14 +68,19 @@ class PartialFile:
         self._whole: dict[int, tuple[bytes, bytes]] = {}
         self._data = self._journal = -1
         self._resumable = True
+        taken_up = False
         try:
-            self._sweep()
+            hidden.sweep(self._folder)
             self._open(identity.key(owner))
             self._take_up()
-            self._allocate()
+            taken_up = True
+            self._require_room()
         except OSError as error:
             failure = self._failure(error)
-            self.discard()
+            if taken_up:
+                self.keep()
+            else:
+                self.discard()
             raise failure from error
 
     @property
@@ -81,20 +95,14 @@ class PartialFile:
 
     # -- opening -------------------------------------------------------------------------------------------
 
-    def _sweep(self) -> None:
-        for journal in self._folder.glob(f".*{_JOURNAL}"):
-            with contextlib.suppress(OSError):
-                if time.time() - journal.stat().st_mtime > _KEEP_SECONDS:
-                    remove(journal)
-
     def _open(self, key: str) -> None:
-        self._journal_path, self._data_path = _paths(self._folder, key)
+        self._journal_path, self._data_path = hidden.paths(self._folder, self._sender, key)
         if self._open_shared():
             return
         # The file is received twice at once, or somebody else has these names, or nothing can be locked here. It gets
         # names of its own, under which it can't be resumed.
         self._resumable = False
-        self._journal_path, self._data_path = _paths(self._folder, f"{key}-{uuid.uuid4().hex}")
+        self._journal_path, self._data_path = hidden.paths(self._folder, self._sender, f"{key}-{uuid.uuid4().hex}")
         self._journal = os.open(self._journal_path, owned.CREATE | os.O_EXCL, 0o600)
         with contextlib.suppress(OSError):
             owned.lock(self._journal)
@@ -160,19 +168,16 @@ class PartialFile:
             digests.add(offset, block[:count])
         return digests.whole()
 
-    def _allocate(self) -> None:
-        """Reserve room for the whole file, so that a full disk shows before bytes move."""
-        os.ftruncate(self._data, min(os.fstat(self._data).st_size, self.identity.size))
-        if not self.identity.size:
-            return
-        try:
-            os.posix_fallocate(self._data, 0, self.identity.size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-            if self._free() < self.identity.size - os.fstat(self._data).st_blocks * 512:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-            os.ftruncate(self._data, self.identity.size)
+    def _require_room(self) -> None:
+        """See that there is room for what is to come, so that a full disk shows before bytes move."""
+        size = self.identity.size
+        os.ftruncate(self._data, min(os.fstat(self._data).st_size, size))
+        need = size - hidden.allocated_bytes(self._data)
+        self._promised = hidden.still_to_come(self._folder, self._sender, self._journal_path)
+        if need > 0 and self._free() < need + self._promised:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._promised = 0
+        os.ftruncate(self._data, size)
 
     # -- parts ---------------------------------------------------------------------------------------------
 
@@ -240,15 +245,48 @@ class PartialFile:
 
     def keep(self) -> None:
         """Leave what is here for another transfer, if it can be taken up; otherwise discard it."""
-        if self._resumable and self.error is None and self.whole:
-            self._close()
-        else:
+        self._stop_writing()
+        if not (self._resumable and self.error is None and self.whole and self._give_back()):
             self.discard()
+            return
+        self._close()
+        try:
+            hidden.limit_kept(self._folder, self._sender)
+        except OSError as error:
+            log.warning("what partial files keep in %s can't be limited: %s", self._folder, error)
 
-    def _close(self) -> None:
+    def _give_back(self) -> bool:
+        """Give back to the disk what is here of parts that are not whole. Returns False if it can't be done."""
+        whole, end = 0, 0
+        try:
+            for start, nbytes in self._whole_stretches():
+                if start > end:
+                    with contextlib.suppress(OSError):  # no holes here: it may be little
+                        punch_hole(self._data, end, start - end)
+                whole, end = whole + nbytes, start + nbytes
+            os.ftruncate(self._data, end)
+            taken = hidden.allocated_bytes(self._data)
+        except OSError as error:
+            log.warning("what is here of %s is not kept: %s", self.identity.name, error)
+            return False
+        if taken > whole + whole // 8 + _OVERHEAD_BYTES:
+            name = self.identity.name
+            log.warning("what is here of %s is not kept: it takes %d bytes for %d that are whole", name, taken, whole)
+            return False
+        return True
+
+    def _whole_stretches(self) -> Iterator[tuple[int, int]]:
+        """Where the whole parts are in the file, in order, and how long they are."""
+        for part in sorted(self.whole):
+            yield self._layout.start(part), self._layout.nbytes(part)
+
+    def _stop_writing(self) -> None:
         with self._idle:  # what is late writes to no descriptor that is somebody else's by then
             self._closed = True
             self._idle.wait_for(lambda: not self._writing)
+
+    def _close(self) -> None:
+        self._stop_writing()
         if self._data >= 0:
             os.close(self._data)
         if self._journal >= 0:  # the lock goes last
@@ -266,8 +304,7 @@ class PartialFile:
         self._close()
 
     def _free(self) -> int:
-        found = os.statvfs(self._folder)
-        return found.f_bavail * found.f_frsize
+        return hidden.free_bytes(self._folder)
 
     def _failure(self, error: OSError) -> StorageError:
         what = f"{self.identity.name} can't be kept in {self._folder}"
@@ -275,31 +312,14 @@ class PartialFile:
             return StorageError(f"{what}: {error}")
         try:
             free = f"{self._free()} bytes are free there"
+            if self._promised:
+                free += f", of which {self._promised} are for other files that {self._sender!r} is sending"
         except OSError as unknown:
             free = f"what is free is not known ({unknown})"
         why = "which is more than a file may have here" if error.errno == errno.EFBIG else free
         return StorageError(f"{what}: it needs {self.identity.size} bytes, {why} ({os.strerror(error.errno or 0)})")
 
 
-def forget(folder: str, identity: FileIdentity, owner: str = "") -> None:
+def forget(folder: str, identity: FileIdentity, owner: str = "", sender: str = "") -> None:
     """Remove what an earlier transfer left of a file, which will not be gone on with."""
-    remove(_paths(Path(folder), identity.key(owner))[0])
-
-
-def remove(journal: Path) -> None:
-    """Remove a journal and its file, unless somebody works on them, or they are somebody else's."""
-    try:
-        fd = os.open(journal, owned.OPEN)
-        try:
-            if owned.is_own(fd) and owned.lock(fd):
-                journal.with_suffix(_PART).unlink(missing_ok=True)
-                journal.unlink()
-        finally:
-            owned.release(fd)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, *owned.FOREIGN, *owned.NO_LOCKS):
-            raise
-
-
-def _paths(folder: Path, key: str) -> tuple[Path, Path]:
-    return folder / f".{key}{_JOURNAL}", folder / f".{key}{_PART}"
+    hidden.remove(hidden.paths(Path(folder), sender, identity.key(owner))[0])

@@ -4,7 +4,6 @@ the pool."""
 from __future__ import annotations
 
 import contextlib
-import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Set
@@ -13,6 +12,7 @@ from typing import Any
 
 from nvflare_rdma.channel import Sink
 from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, UnrepresentableError
+from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer.content import Content
 from nvflare_rdma.transfer.files.layout import Layout, plan
 from nvflare_rdma.transfer.files.partial_file import PartialFile
@@ -24,7 +24,7 @@ from nvflare_rdma.transfer.receiver import AbortedError, LostError, Pull, ask_fo
 from nvflare_rdma.transfer.records import Meter
 from nvflare_rdma.transfer.sinks import Arrivals, Destination
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: How many parts are compared in a request: they are read before it is answered. If that takes too long, they are sent.
 _COMPARED = 2
@@ -110,12 +110,14 @@ class FileTarget:
         folder: where it is received.
         path: its name when it is whole, in `folder`.
         owner: the site that receives it, and may have a part of it in `folder` already.
+        sender: the site that sends it: what came from another one is not gone on with.
     """
 
     expected: FileIdentity
     folder: str
     path: str
     owner: str
+    sender: str
 
 
 def pull_file(
@@ -178,7 +180,7 @@ class FileDestination(Destination):
 
     def begin(self) -> Set[int]:
         """See `Destination.begin`."""
-        self._opened = PartialFile(self._target.folder, self._layout, self._target.owner)
+        self._opened = PartialFile(self._target.folder, self._layout, self._target.owner, self._target.sender)
         self._compare()
         return self._file.whole
 

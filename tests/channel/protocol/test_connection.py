@@ -622,3 +622,42 @@ def test_a_chunk_is_no_longer_than_its_slot_not_even_the_last():
     granted = [event for event in passive.core.next_events() if isinstance(event, events.ExposeChunk)]
     assert max(event.length for event in granted) == CHUNK
     assert len(granted) == DEPTH
+
+
+# -- signs of life -----------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_is_asked_answers_once_for_all_that_came():
+    """A peer that asks without end and reads nothing makes no answers pile up."""
+    active, passive = open_pair()
+    passive.core.receive(wire.encode(wire.Ping()) * 1000, now=7.0)
+    assert passive.core.data_to_send() == [wire.encode(wire.Pong())]
+    assert passive.core.data_to_send() == []
+    assert passive.core.heard_at == 7.0
+    assert active.core.heard_at == 0.0
+
+
+def test_no_more_than_one_answer_is_waited_for():
+    active, passive = open_pair()
+    for _ in range(2):
+        for _ in range(3):
+            active.core.ask()
+        active.settle()
+        assert list(passive.wire) == [wire.encode(wire.Ping())]
+        active.now = passive.now = active.now + 1
+        passive.read_wire(1 << 20)
+        active.read_wire(1 << 20)
+        assert active.core.heard_at == active.now  # and it may ask again
+    with pytest.raises(ProtocolError, match="answers what it was not asked"):
+        active.core.receive(wire.encode(wire.Pong()), now=0.0)
+
+
+@pytest.mark.parametrize("what", [wire.Ping(), wire.Pong()])
+def test_signs_of_life_are_for_open_connections(what):
+    _, passive = make_pair()
+    with pytest.raises(ProtocolError, match="TRAFFIC is not allowed in state GREETING"):
+        passive.core.receive(wire.encode(what), now=0.0)
+    active, _ = open_pair()
+    active.core.receive(wire.encode(wire.Ping()), now=0.0)
+    active.core.close()
+    assert active.core.data_to_send() == [wire.encode(wire.Bye())]

@@ -39,6 +39,8 @@ messages = st.one_of(
     st.builds(wire.Done, u64),
     st.builds(wire.Refuse, u64, reasons),
     st.builds(wire.Withdraw, u64, reasons),
+    st.builds(wire.Ping),
+    st.builds(wire.Pong),
     st.builds(wire.Bye, reasons),
 )
 
@@ -59,6 +61,7 @@ def test_messages_survive_any_fragmentation(sent, step):
         (b"\xff\xff\xff\xff\x04", "at most 101 are allowed"),
         (b"\xff\xff\xff\xff\x05", "Offer message of 4294967295 bytes"),
         (b"\x00\x00\x00\x03\x05ab", "malformed Offer"),
+        (b"\x00\x00\x00\x02\x0ex", "malformed Ping message: 1 bytes where there are none"),
         (b"\x00\x00\x00\x02\x01\xc1", "malformed Hello"),
         (b"\x00\x00\x00\x02\x01\x80", "field 'version' should be int"),
         (b"\x00\x00\x00\x02\x01\x05", "should be a map"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import socket
 import threading
 import types
@@ -115,8 +116,9 @@ def test_all_steps_of_a_set_up_have_one_deadline(monkeypatch):
     now, token = [0.0], bytes(32)
     hello = handshake._HELLO.pack(process_memory.address_of(memoryview(token)), token)
     monkeypatch.setattr(handshake, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    name = f"nvflare-rdma-{secrets.token_hex(16)}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(f"\0test-{os.getpid()}-slow")
+        listener.bind(f"\0{name}")
         listener.listen()
 
         def answer() -> None:
@@ -131,7 +133,7 @@ def test_all_steps_of_a_set_up_have_one_deadline(monkeypatch):
 
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
-        offer = {"name": f"test-{os.getpid()}-slow", "ticket": bytes(32)}
+        offer = {"name": name, "ticket": bytes(32)}
         with pytest.raises(FabricError, match="did not answer within 10 s"):
             handshake.dial(offer, handshake.PATHS)
         thread.join(DEADLINE)
@@ -171,6 +173,19 @@ def test_another_user_is_refused_on_both_sides(stranger):
 def test_a_malformed_offer_is_a_protocol_error(offer):
     with pytest.raises(ProtocolError, match="socket name and ticket"):
         ShmFabric().connect(offer, Recorder())
+
+
+@pytest.mark.parametrize("name", ["other-program-{}", "nvflare-rdma-{}x", "nvflare-rdma-{}\n", "xnvflare-rdma-{}"])
+def test_a_peer_can_not_send_this_side_to_a_socket_of_another_program(name):
+    name = name.format(secrets.token_hex(16))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        other.bind(f"\0{name}")
+        other.listen()
+        other.setblocking(False)
+        with pytest.raises(ProtocolError, match="socket name and ticket"):
+            ShmFabric().connect({"name": name, "ticket": bytes(32)}, Recorder())
+        with pytest.raises(BlockingIOError):  # nobody has come
+            other.accept()
 
 
 @pytest.mark.parametrize("paths", [(), ("tcp",), ("direct", "rdma")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import resource
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from nvflare_rdma.errors import ProtocolError, SourceError, StorageError, TransferError
-from nvflare_rdma.transfer.files import partial_file
+from nvflare_rdma.transfer.files import hidden_files, partial_file
 from nvflare_rdma.transfer.files.layout import Layout, plan
 from nvflare_rdma.transfer.files.partial_file import PartialFile, forget
 from nvflare_rdma.transfer.files.source import BLOCK_BYTES, FileIdentity, OpenFile, PartDigests
@@ -30,8 +31,8 @@ def identity(**changes) -> FileIdentity:
     return FileIdentity(**{**fields, **changes})
 
 
-def partial(folder: Path, of: FileIdentity, owner: str = "") -> PartialFile:
-    return PartialFile(str(folder), Layout(of, [item for item, _ in plan(of)]), owner)
+def partial(folder: Path, of: FileIdentity, owner: str = "", sender: str = "") -> PartialFile:
+    return PartialFile(str(folder), Layout(of, [item for item, _ in plan(of)]), owner, sender)
 
 
 def receive(file: PartialFile, *parts: int) -> None:
@@ -137,6 +138,14 @@ def test_the_same_file_for_another_site(interrupted):
     finish(interrupted, 1)
 
 
+def test_the_same_file_from_another_site(interrupted):
+    file = partial(interrupted, identity(), sender="site-2")
+    assert not file.whole
+    file.discard()
+    forget(str(interrupted), identity(), sender="site-2")
+    finish(interrupted, 1)
+
+
 def test_one_that_is_about_to_end_is_waited_for(interrupted):
     first = partial(interrupted, identity())
     threading.Timer(0.1, first.keep).start()
@@ -177,7 +186,7 @@ def test_what_nobody_takes_up_is_removed(interrupted):
     journal = next(interrupted.glob(".*.rdma-journal"))
     partial(interrupted, identity(name="a")).keep()
     assert journal.exists()
-    long_ago = time.time() - partial_file._KEEP_SECONDS - 60
+    long_ago = time.time() - hidden_files._KEEP_SECONDS - 60
     os.utime(journal, (long_ago, long_ago))
     partial(interrupted, identity(name="b")).keep()
     assert not hidden(interrupted)
@@ -218,7 +227,7 @@ def _is_not_touched(folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["link", "hard link", "pipe", "folder", "another user's"])
 @pytest.mark.parametrize("which", ["journal", "part"])
 def test_names_that_somebody_else_has(which, kind, tmp_path):
-    path, other = tmp_path / f".{identity().key('')}.rdma-{which}", tmp_path / "precious"
+    path, other = hidden_files.paths(tmp_path, "", identity().key(""))[which == "part"], tmp_path / "precious"
     other.write_bytes(b"precious")
     if kind == "link":
         path.symlink_to(other)
@@ -315,13 +324,6 @@ def test_a_full_disk_shows_before_anything_is_written(small_disk):
 
 
 def test_a_disk_that_fills_up_meanwhile(small_disk, monkeypatch):
-    def cannot(*args) -> None:
-        raise OSError(errno.EOPNOTSUPP, "not here")
-
-    monkeypatch.setattr(os, "posix_fallocate", cannot)
-    with pytest.raises(StorageError, match="No space left on device"):
-        partial(small_disk, identity())
-    assert not hidden(small_disk)
     monkeypatch.setattr(PartialFile, "_free", lambda self: 1 << 40)  # what was free is taken by somebody else
     file = partial(small_disk, identity())
     with pytest.raises(StorageError, match="No space left on device"):
@@ -346,6 +348,137 @@ def test_a_file_larger_than_files_may_be(tmp_path):
 def test_a_folder_that_is_gone(tmp_path):
     with pytest.raises(StorageError, match="No such file or directory"):
         partial(tmp_path / "gone", identity())
+
+
+# -- how much of the disk they take ------------------------------------------------------------------------------
+
+PARTS = 40
+
+
+def large(**changes) -> FileIdentity:
+    return identity(size=PARTS * PART, **changes)
+
+
+def receive_noise(file: PartialFile, *parts: int) -> None:
+    data = memoryview(os.urandom(PART))
+    digests = PartDigests(PART)
+    digests.add(0, data)
+    for part in parts:
+        file.write(part, 0, data)
+        file.add(part, digests.whole(), digests.whole())
+
+
+def taken(folder: Path) -> int:
+    """How many parts would fit into what the partial files there take."""
+    return sum(path.stat().st_blocks * 512 for path in folder.glob(".*.rdma-part")) // PART
+
+
+def test_the_disk_is_taken_for_what_comes(tmp_path):
+    file = partial(tmp_path, large())
+    receive_noise(file, 7)
+    assert taken(tmp_path) == 1
+    file._close()  # as the end of a process would
+    assert taken(tmp_path) == 1
+    assert partial(tmp_path, large()).whole == {7}
+
+
+def test_what_has_not_come_is_given_back(tmp_path):
+    file = partial(tmp_path, large())
+    receive_noise(file, 3, 5, 6)
+    for part in {*range(PARTS)} - {3, 5, 6}:  # all of these lack a little
+        file.write(part, 0, memoryview(os.urandom(PART - 1)))
+    assert taken(tmp_path) >= PARTS - 1
+    file.keep()
+    assert taken(tmp_path) == 3
+    file = partial(tmp_path, large())
+    assert file.whole == {3, 5, 6}
+    receive_noise(file, *{*range(PARTS)} - {3, 5, 6})
+    file.finish(str(tmp_path / "whole"))
+    assert (tmp_path / "whole").stat().st_size == PARTS * PART
+
+
+@pytest.mark.parametrize(("whole", "kept"), [((0, 1), 2), ((10,), 0), ((0, PARTS - 1), 0)])
+def test_a_file_system_without_holes(whole, kept, tmp_path, monkeypatch, caplog):
+    def cannot(*args) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not here")
+
+    monkeypatch.setattr(partial_file, "punch_hole", cannot)
+    file = partial(tmp_path, large())
+    for part in range(PARTS):
+        file.write(part, 0, memoryview(bytes(PART - 1)))
+    receive_noise(file, *whole)
+    file.keep()
+    assert taken(tmp_path) == kept
+    assert len(hidden(tmp_path)) == (2 if kept else 0)
+    assert ("is not kept: it takes" in caplog.text) == (not kept)
+
+
+def test_room_is_for_one_senders_files_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(PartialFile, "_free", lambda self: PARTS * PART * 3 // 2)
+    first = partial(tmp_path, large(), sender="site-1")
+    with pytest.raises(StorageError) as caught:
+        partial(tmp_path, large(name="second"), sender="site-1")
+    assert str(caught.value) == (
+        f"second can't be kept in {tmp_path}: it needs {PARTS * PART} bytes, {PARTS * PART * 3 // 2} bytes are free "
+        f"there, of which {PARTS * PART} are for other files that 'site-1' is sending (No space left on device)"
+    )
+    assert len(hidden(tmp_path)) == 2
+    other = partial(tmp_path, large(name="third"), sender="site-2")  # what others announce holds no room
+    first.keep()
+    other.keep()
+    assert not hidden(tmp_path)
+    partial(tmp_path, large(name="second"), sender="site-1").keep()
+
+
+def test_what_is_here_stays_if_there_is_no_room_for_the_rest(interrupted, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialFile, "_free", lambda self: 0)
+        with pytest.raises(StorageError, match="0 bytes are free there"):
+            partial(interrupted, identity())
+    finish(interrupted, 1)
+
+
+def interrupt(folder: Path, name: str, age: int, sender: str = "site-1") -> None:
+    file = partial(folder, large(name=name), sender=sender)
+    receive_noise(file, 2)
+    journal = file._journal_path
+    os.utime(journal, (time.time() - age, time.time() - age))
+    file.keep()
+
+
+def names(folder: Path) -> set[str]:
+    journals = folder.glob(".*.rdma-journal")
+    return {json.loads(path.read_text().splitlines()[0])["name"] for path in journals}
+
+
+def test_one_sender_keeps_only_so_many(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(hidden_files, "KEEP_FILES", 2)
+    interrupt(tmp_path, "theirs", 1000, "site-2")
+    for name, age in (("a", 50), ("b", 100)):
+        interrupt(tmp_path, name, age)
+    assert not caplog.messages
+    at_work = partial(tmp_path, large(name="at work"), sender="site-1")
+    interrupt(tmp_path, "c", 10)
+    assert names(tmp_path) == {"theirs", "c", "at work"}
+    (line,) = caplog.messages
+    assert line.startswith("partial files from 'site-1' may keep ")
+    assert " are removed, and will be sent from their beginning" in line
+    at_work.discard()
+
+
+@pytest.mark.parametrize(("free", "left"), [(0, 1), (3 * PART, 2)])
+def test_one_sender_keeps_only_half_of_what_is_free(free, left, tmp_path, monkeypatch, caplog):
+    interrupt(tmp_path, "a", 100)
+    interrupt(tmp_path, "theirs", 1000, "site-2")
+    monkeypatch.setattr(hidden_files, "free_bytes", lambda folder: free)
+    monkeypatch.setattr(PartialFile, "_free", lambda self: PARTS * PART)
+    interrupt(tmp_path, "b", 10)
+    assert names(tmp_path) == ({"theirs", "b"} if left == 1 else {"theirs", "a", "b"})
+    assert len(caplog.messages) == 2 - left
+    monkeypatch.setattr(hidden_files, "free_bytes", lambda folder: 0)
+    (tmp_path / "empty").mkdir()
+    interrupt(tmp_path / "empty", "b", 10)  # alone, and all that there is
+    assert not names(tmp_path / "empty")
 
 
 # -- the source ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 
 from nvflare_rdma.errors import FabricUnavailable, IntegrityError, ProtocolError, StorageError, TransferError
 from nvflare_rdma.transfer import receiver
+from nvflare_rdma.transfer.files.partial_file import PartialFile
 from nvflare_rdma.transfer.files.source import BLOCK_BYTES, PartDigests
 from nvflare_rdma.transfer.files.transfer import pull_file
 from nvflare_rdma.transfer.manifest import Item, pack
@@ -72,9 +73,11 @@ def test_an_interrupted_transfer_goes_on_from_what_is_there(files, cell):
         it.pull(site, aborted=lambda: bool(it.asked("digests")))
     stop.set()
     assert len(list(it.folder.iterdir())) == 2
+    taken = next(it.folder.glob(".*.rdma-part")).stat().st_blocks * 512
     found = it.partial(site.name)
     there = set(found.whole)
     assert there
+    assert taken // PART == len(there)  # nothing is kept for what is not there
     found.keep()
     it.requests.clear()
     it.open()  # also the sender begins anew
@@ -196,6 +199,15 @@ def test_a_disk_that_refuses_is_told_at_once(files, cell, monkeypatch):
         it.pull(site)
     assert not list(it.folder.iterdir())
     assert len(it.asked()) == 1  # no second attempt
+
+
+def test_too_little_room_is_told_before_anything_is_sent(files, cell, monkeypatch):
+    monkeypatch.setattr(PartialFile, "_free", lambda self: 1000)
+    it, site = files(content(2)), cell("site-1")
+    with pytest.raises(StorageError, match=rf"model.bin can't .* needs {2 * PART} bytes, 1000 bytes are free there"):
+        it.pull(site)
+    assert not list(it.folder.iterdir())
+    assert not it.asked()
 
 
 def test_no_direct_way_leaves_nothing(files, cell):

@@ -1,0 +1,90 @@
+"""How many values a receiver expects a tensor to have: those of the model that it has sent, or got before.
+
+A few bytes may stand for any number of equal values, or of values that compress well: updates that are all zero, a
+fresh adapter. What is expected may come; all else has to be in proportion to its bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+
+from nvflare_rdma.codecs import is_plain, is_tensor
+from nvflare_rdma.filters.quant_filter import flatten
+
+Sizes = Mapping[str, int]
+
+_PROP = "nvflare_rdma.expected"
+_FORMS = 2  # models in a result that were not apart in the task's data: weights, and what an algorithm adds to them
+_creation = threading.Lock()
+
+
+def sizes_of(values: Mapping[str, Any]) -> Sizes:
+    """Return how many values each of the tensors has."""
+    return {name: math.prod(v.shape) for name, v in values.items() if is_tensor(v) and is_plain(v)}
+
+
+class Expected:
+    """What one process in one job expects, by task and peer and by the place in a collection."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[tuple[str, str], dict[str, Sizes]] = {}
+
+    def note(self, task: str, peer: str, path: str, sizes: Sizes) -> None:
+        """Expect these sizes of the peer's next messages of a task. The last ones count."""
+        with self._lock:
+            self._known.setdefault((task, peer), {})[path] = sizes
+
+    def note_sent(self, task: str, peer: str, message: Any) -> None:
+        """Expect what is in a message that goes to the peer to come back."""
+        try:
+            dxo = from_shareable(message) if isinstance(message, Shareable) else None
+        except ValueError:
+            return
+        found = {} if dxo is None else {path: sizes_of(flatten(leaf.data)) for path, leaf in _models(dxo, "")}
+        if not found:
+            return
+        with self._lock:
+            same = next((known for known in self._known.values() if known == found), found)  # most sites get the same
+            self._known[task, peer] = same
+
+    def of(self, task: str, peer: str, path: str, count: int = 1) -> Sizes:
+        """Return what is expected at a place of a message with `count` models; nothing if nothing is known."""
+        with self._lock:
+            known = self._known.get((task, peer), {})
+            if path in known:
+                return known[path]
+            if count > max(len(known), _FORMS):
+                return {}
+            # A result may have another form than the task's data.
+            merged: dict[str, int] = {}
+            for sizes in known.values():
+                for name, size in sizes.items():
+                    merged[name] = max(size, merged.get(name, 0))
+            return merged
+
+
+def _models(dxo: DXO, path: str) -> Iterator[tuple[str, DXO]]:
+    if dxo.data_kind == DataKind.COLLECTION and isinstance(dxo.data, dict):
+        for key, part in dxo.data.items():
+            if isinstance(part, DXO):
+                yield from _models(part, f"{path}/{key}")
+    elif dxo.data_kind in (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF) and isinstance(dxo.data, dict):
+        yield path, dxo
+
+
+def expected_of(fl_ctx: FLContext) -> Expected:
+    """Return what this process's filters share. It is a property of the run's context."""
+    with _creation:
+        expected = fl_ctx.get_prop(_PROP)
+        if expected is None:
+            expected = Expected()
+            fl_ctx.set_prop(_PROP, expected, private=True, sticky=True)
+        return expected  # type: ignore[no-any-return]

@@ -1,0 +1,33 @@
+"""Log lines that nobody else can write: what comes from a peer or from a file is escaped in them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+
+def escaped(value: object) -> str:
+    """Return `value` as text for a log line or an error.
+
+    Line breaks, control and other characters that are not printed are written as in a Python string: so nobody can add
+    a line of his own, or give orders to the terminal that shows it, with the name of a tensor, file, site or task.
+    """
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class _EscapingLogger(logging.LoggerAdapter[logging.Logger]):
+    """A logger whose arguments are data: they are escaped. What is to be laid out stands in the message itself."""
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        if self.isEnabledFor(level):
+            safe = [arg if isinstance(arg, int | float) else escaped(arg) for arg in args]
+            kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1  # the line is the caller's
+            self.logger.log(level, msg, *safe, **kwargs)
+
+
+def get_logger(name: str) -> logging.LoggerAdapter[logging.Logger]:
+    """Return the logger of a module of this package; `name` is its `__name__`."""
+    return _EscapingLogger(logging.getLogger(name), {})

@@ -1,0 +1,63 @@
+"""How many threads may wait for one site at once.
+
+FLARE answers the requests of all sites in one pool of 64 threads. A request that waits for something takes one of them,
+so a site with many requests could take them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+from nvflare_rdma.logs import get_logger
+
+log = get_logger(__name__)
+
+PLACES = 2
+#: The log says at most once in so long that a site has none left.
+_SAY_AGAIN_SECONDS = 600.0
+
+
+class WaitingPlaces:
+    """Lets `PLACES` threads wait for each site. A site is the first part of its cells' names: all its processes count
+    together, and so do the sites behind one relay."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken: Counter[str] = Counter()
+        #: Site -> when the log said last that it has no place left.
+        self._said: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def place(self, cell: str) -> Iterator[bool]:
+        """Take a place for as long as this lasts, if there is one for the site of `cell` (an FQCN). Says whether there
+        was; without a place the caller answers at once that it is too early to say."""
+        site = cell.split(".", 1)[0]
+        with self._lock:
+            free = self._taken[site] < PLACES
+            self._taken[site] += free
+            say = not free and self._is_news(site)
+        if say:
+            log.info(
+                "%d requests of %r wait here; its others are answered at once that it is too early, and come again",
+                PLACES,
+                site,
+            )
+        try:
+            yield free
+        finally:
+            with self._lock:
+                self._taken[site] -= free
+                if not self._taken[site]:
+                    del self._taken[site]
+
+    def _is_news(self, site: str) -> bool:
+        now = time.monotonic()
+        self._said = {it: at for it, at in self._said.items() if now - at < _SAY_AGAIN_SECONDS}
+        if site in self._said:
+            return False
+        self._said[site] = now
+        return True

@@ -1,0 +1,195 @@
+"""A few bytes may stand for many values: as many as the receiver expects, and no more."""
+
+from __future__ import annotations
+
+import bz2
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+
+from nvflare_rdma.errors import CodecError
+from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+from nvflare_rdma.filters.expected import Expected
+
+LARGE = 17 << 20  # values: more than come without being expected, and never taken as memory by these tests
+
+
+def constant(shape, value=0.0, as_torch=False):
+    one = np.full(1, value, np.float32)
+    return torch.from_numpy(one).expand(shape) if as_torch else np.broadcast_to(one, shape)
+
+
+def from_flare(shape, value=0.0, **state):
+    """What FLARE's quantizer makes of a constant."""
+    meta = {
+        MetaKey.PROCESSED_ALGORITHM: "adaquant",
+        "quant_state": {"w": {"offset": -value, "tensor_shape": list(shape), **state}},
+        "source_datatype": {"w": "float32"},
+        "quantized_flag": True,
+    }
+    return DXO(DataKind.WEIGHT_DIFF, data={"w": torch.tensor([0], dtype=torch.bool)}, meta=meta)
+
+
+def ours(shape, value=0.0):
+    params = {"w": constant(shape, value)}
+    made = ModelQuantizer("adaquant").process(DXO(DataKind.WEIGHT_DIFF, data=params).to_shareable(), FLContext())
+    return from_shareable(made)
+
+
+def named(ctx, site):
+    peer = FLContext()
+    peer.set_prop("__identity_name__", site, private=False, sticky=False)
+    ctx.set_peer_context(peer)
+    return ctx
+
+
+def after_sending(at, model, site="site-1", kind=DataKind.WEIGHTS):
+    """A server's dequantizer, and a context of the result of a site to which FLARE has sent `model`."""
+    dequantizer = ModelDequantizer()
+    ctx = named(at("server in", dequantizer), site)
+    ctx.set_prop(FLContextKey.TASK_DATA, DXO(kind, data=model).to_shareable(), private=True, sticky=False)
+    dequantizer.handle_event(EventType.BEFORE_TASK_DATA_FILTER, ctx)
+    return dequantizer, ctx
+
+
+def received(dequantizer, dxo, ctx):
+    return from_shareable(dequantizer.process(dxo.to_shareable(), ctx)).data["w"]
+
+
+@pytest.mark.parametrize("message", [ours, from_flare])
+@pytest.mark.parametrize("as_torch", [True, False])
+def test_a_site_that_trained_nothing(at, message, as_torch):
+    """The update is all zero, and as large as the model that the server has sent."""
+    shape = (5, LARGE // 5)
+    dequantizer, ctx = after_sending(at, {"w": constant(shape, 1.5, as_torch)})
+    got = received(dequantizer, message(shape), ctx)
+    assert got.shape == shape
+    assert got[3, 7] == 0
+    got[3, 7] = 4  # memory of its own, as with any other
+
+
+@pytest.mark.parametrize("message", [ours, from_flare])
+@pytest.mark.parametrize("sent", [{}, {"other": constant((LARGE,))}, {"w": constant((LARGE - 1,))}, {"w": "no tensor"}])
+def test_a_server_refuses_what_it_has_not_sent(at, message, sent):
+    dequantizer, ctx = after_sending(at, sent)
+    with pytest.raises(CodecError, match=f"'w': it stands for {LARGE} values, but is not expected to have as many"):
+        received(dequantizer, message((LARGE,)), ctx)
+
+
+def test_what_was_sent_to_another_site_or_for_another_task_does_not_count(at):
+    dequantizer, ctx = after_sending(at, {"w": constant((LARGE,))})
+    for other in (named(at("server in", dequantizer), "site-2"), at("server in", dequantizer, task="other")):
+        other.set_prop("nvflare_rdma.expected", ctx.get_prop("nvflare_rdma.expected"), private=True, sticky=True)
+        with pytest.raises(CodecError, match="'w'"):
+            received(dequantizer, ours((LARGE,)), other)
+
+
+def test_a_compressed_update_that_is_nearly_all_zero(at):
+    """FLARE compresses codes; these take a few bytes for millions of values."""
+    codes = np.zeros(LARGE, np.uint8)
+    packed = np.frombuffer(bz2.compress(codes.tobytes(), 9), np.uint8)
+    dxo = from_flare((LARGE,), norm=0.1, quantization_level=15, new_dtype="u1", compressed_tensor=packed)
+    dequantizer, ctx = after_sending(at, {"w": constant((LARGE,))})
+    assert received(dequantizer, dxo, ctx).shape == (LARGE,)
+    dequantizer, ctx = after_sending(at, {"w": constant((LARGE - 1,))})
+    tracemalloc.start()
+    try:
+        with pytest.raises(CodecError, match="'w': it stands for"):
+            received(dequantizer, dxo, ctx)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("message", [ours, from_flare])
+def test_a_site_gets_large_constants_as_views(at, message):
+    """It knows nothing of the model that comes first, and memory is taken when somebody needs it."""
+    dequantizer = ModelDequantizer()
+    ctx = at("client in", dequantizer)
+    for _ in range(2):  # what was only a view is not expected the next time either
+        tracemalloc.start()
+        try:
+            dxo = message((400,), 2.5)
+            dxo.meta["quant_state"]["w"]["tensor_shape"] = [50, 1 << 40]
+            got = received(dequantizer, dxo, ctx)
+            assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        finally:
+            tracemalloc.stop()
+        assert got.shape == (50, 1 << 40)
+        assert got[49, -1] == 2.5
+        got = got[:2, :3] * 2
+        assert got[1, 2] == 5
+
+
+def test_many_constants_add_up(at):
+    params = {f"w{i}": constant((2 << 20,)) for i in range(10)}
+    made = ModelQuantizer("adaquant").process(DXO(DataKind.WEIGHTS, data=params).to_shareable(), FLContext())
+    dequantizer, ctx = after_sending(at, {})
+    with pytest.raises(CodecError, match="is not expected to have as many"):
+        dequantizer.process(made, ctx)
+    dequantizer, ctx = after_sending(at, params)
+    assert len(from_shareable(dequantizer.process(made, ctx)).data) == 10
+
+
+@pytest.mark.parametrize(("models", "taken"), [(1, True), (2, True), (3, False), (40, False)])
+def test_a_collection_is_one_message(at, models, taken):
+    """Each of its models alone would be taken: by the size of the model that was sent, or as one of a few values."""
+    dequantizer, ctx = after_sending(at, {"w": constant((1 << 20,))})
+    parts = {f"part-{i}": from_flare((1 << 20,)) for i in range(models)}
+    for part in parts.values():
+        part.data["other"], part.meta["source_datatype"]["other"] = part.data["w"], "float32"
+        part.meta["quant_state"]["other"] = {"offset": 0.0, "tensor_shape": [6 << 20]}
+    message = DXO(DataKind.COLLECTION, data=parts).to_shareable()
+    if taken:
+        got = from_shareable(dequantizer.process(message, ctx)).data
+        assert {part.data["other"].shape for part in got.values()} == {(6 << 20,)}
+    else:
+        with pytest.raises(CodecError, match=r"it stands for \d+ values, but is not expected"):
+            dequantizer.process(message, ctx)
+
+
+def test_a_difference_from_a_base_may_have_its_size(at):
+    """Nothing was sent that the server remembers, but it holds the base."""
+    from nvflare_rdma.filters.decoding import Metadata, decode_params
+    from nvflare_rdma.filters.delta_base import Base
+
+    base = Base("digest", {"w": np.arange(LARGE, dtype=np.float32)})
+    dxo = ours((LARGE,), 2.0)
+    dxo.meta["quant_state"]["w"]["delta"] = True
+    meta = Metadata("adaquant", dxo.meta["quant_state"], dxo.meta["source_datatype"])
+    got = decode_params(dxo.data, meta, base, strict=True).values["w"]
+    np.testing.assert_array_equal(got[[0, 1, 1000]], [2, 3, 1002])
+    dxo.meta["quant_state"]["w"]["tensor_shape"] = [LARGE + 1]
+    with pytest.raises(CodecError, match=r"'w'.*isn't here"):
+        decode_params(dxo.data, meta, base, strict=True)
+
+
+def test_collections_are_expected_by_place_and_results_may_have_another_form():
+    expected = Expected()
+    parts = {"a": DXO(DataKind.WEIGHTS, data={"w": np.zeros(3)}), "b": DXO(DataKind.WEIGHTS, data={"w": np.zeros(5)})}
+    expected.note_sent("train", "site-1", DXO(DataKind.COLLECTION, data=parts).to_shareable())
+    expected.note_sent("train", "site-1", DXO(DataKind.METRICS, data={"x": 1}).to_shareable())
+    expected.note_sent("train", "site-1", None)
+    assert expected.of("train", "site-1", "/a") == {"w": 3}
+    assert expected.of("train", "site-1", "") == {"w": 5}
+    assert expected.of("train", "site-1", "/c", count=2) == {"w": 5}
+    assert expected.of("train", "site-1", "/c", count=3) == {}
+    assert expected.of("train", "site-2", "/a") == {}
+    nested = DXO(DataKind.WEIGHTS, data={"x": {"w": np.zeros((2, 2))}, "steps": 3})
+    expected.note_sent("train", "site-2", nested.to_shareable())
+    assert expected.of("train", "site-2", "") == {"x/w": 4}
+
+
+def test_flares_quantizer_leaves_a_wide_tensor_as_it_is():
+    """It has found no fewer bits for it, and says so with an empty state."""
+    wide = torch.linspace(-1e5, 1e5, 1000).half()
+    dxo = from_flare((1000,))
+    dxo.data["w"], dxo.meta["quant_state"]["w"], dxo.meta["source_datatype"]["w"] = wide, {}, "float16"
+    got = received(ModelDequantizer(), dxo, FLContext())
+    assert got is wide

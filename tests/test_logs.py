@@ -1,0 +1,74 @@
+"""Nobody else writes log lines: what comes from a peer or a file is escaped, in lines and in errors."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.fl_context import FLContext
+
+from nvflare_rdma.errors import CodecError, FabricError, ProtocolError
+from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+from nvflare_rdma.logs import escaped, get_logger
+from nvflare_rdma.transfer.content import TensorContent
+
+#: A line of somebody's own, a red terminal, a text that is read backwards, and a file name that is no UTF-8.
+FORGED = "w\n2026-01-01 ERROR\r\x1b[31m\u202e\udcff"
+SHOWN = r"w\n2026-01-01 ERROR\r\x1b[31m\u202e\udcff"
+
+
+@pytest.mark.parametrize(("text", "shown"), [(FORGED, SHOWN), ("Größe 7/w_0", "Größe 7/w_0"), (7, "7"), ("", "")])
+def test_escaped(text, shown):
+    assert escaped(text) == shown
+    assert escaped(escaped(text)) == shown
+
+
+def test_a_line_has_its_arguments_escaped_and_names_its_place(caplog):
+    log = get_logger("nvflare_rdma.test")
+    with caplog.at_level(logging.INFO, "nvflare_rdma.test"):
+        log.info("%s, %d of %.1f\nare %s", FORGED, 3, 4.5, ValueError(FORGED))
+        log.debug("not shown: %s", FORGED)
+    (record,) = caplog.records
+    assert record.getMessage() == f"{SHOWN}, 3 of 4.5\nare {SHOWN}"
+    assert (record.name, record.funcName) == (
+        "nvflare_rdma.test",
+        "test_a_line_has_its_arguments_escaped_and_names_its_place",
+    )
+
+
+@pytest.mark.parametrize("kind", [CodecError, ProtocolError, FabricError])
+def test_errors_have_escaped_texts(kind):
+    assert str(kind(f"'{FORGED}' is refused")) == f"'{SHOWN}' is refused"
+
+
+def test_the_name_of_a_tensor_that_is_sent(caplog):
+    TensorContent({FORGED: np.zeros(4096, np.float32)}).send_exact(FORGED, "NaN")
+    assert caplog.messages == [f"tensor {SHOWN} is sent exact: NaN"]
+
+
+def test_names_in_a_models_messages(warnings_of_filters):
+    bad = {FORGED: torch.full((5000,), torch.nan), "w": torch.randn(64, 64)}
+    sent = ModelQuantizer("normfloat4").process(DXO(DataKind.WEIGHTS, data=bad).to_shareable(), FLContext())
+    (warning,) = warnings_of_filters
+    assert SHOWN in warning
+    assert "\n" not in warning
+    dxo = from_shareable(sent)
+    dxo.meta["source_datatype"][FORGED] = FORGED
+    with pytest.raises(CodecError) as error:
+        ModelDequantizer().process(dxo.to_shareable(), FLContext())
+    assert f"'{SHOWN}'" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def warnings_of_filters():
+    """FLARE's components log with loggers of their own."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    yield messages
+    logging.getLogger().removeHandler(handler)
