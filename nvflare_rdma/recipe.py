@@ -182,9 +182,9 @@ def _say_what_to_allow(apps: Mapping[str, Any], job: Any, entry: str) -> None:
     if sites:
         where = "every site and the server" if _ALL_SITES in sites else ", ".join(sites)
         log.warning(
-            "the job '%s' brings no code of its own for %s, so FLARE refuses classes there that are not in the list "
-            "%s of local/resources.json (or resources.json.default). Add %s to it; `nvflare-rdma doctor --workspace "
-            "SITE` shows what is missing, and RdmaSimEnv adds it in its own workspace",
+            "the job '%s' brings no code of its own so far for %s, so FLARE refuses classes there that are not in the "
+            "list %s of local/resources.json (or resources.json.default). Add %s to it; `nvflare-rdma doctor "
+            "--workspace SITE` shows what is missing, and RdmaSimEnv adds it in its own workspace",
             job.name,
             where,
             class_list.KEY,

@@ -101,6 +101,26 @@ def test_a_simulators_workspace_gets_the_entries_unless_its_list_is_the_users_ow
     assert json.loads((tmp_path / "local/resources.json").read_text())[class_list.KEY] == STANDARD[1:]
 
 
+@pytest.mark.parametrize(
+    ("entries", "code", "config", "said"),
+    [
+        (STANDARD, False, "nvflare_rdma.filters.ModelQuantizer", False),
+        (STANDARD[1:], False, "nvflare_rdma.filters.ModelQuantizer", True),
+        (STANDARD[1:], True, "nvflare_rdma.filters.ModelQuantizer", False),
+        (STANDARD[1:], False, "nvflare.app_common.filters.ExcludeVars", False),
+    ],
+)
+def test_the_simulator_says_which_line_a_list_of_the_users_own_lacks(entries, code, config, said, tmp_path, caplog):
+    job = tmp_path / "job"
+    (job / "app/config").mkdir(parents=True)
+    (job / "app/config/config_fed_server.json").write_text(json.dumps({"components": [{"path": config}]}))
+    if code:
+        (job / "app/custom").mkdir()
+    class_list.allow_for(job, site(tmp_path, entries))
+    assert ('add "nvflare_rdma.filters", "nvflare_rdma.streaming" to class_allow_list in' in caplog.text) == said
+    assert (class_list.read(tmp_path).missing == []) == (entries == STANDARD)
+
+
 def fedavg(tmp_path):
     (tmp_path / "client.py").write_text("import nvflare.client\n")
     return NumpyFedAvgRecipe(
@@ -137,7 +157,7 @@ def test_with_an_app_for_each_site_each_has_to_bring_code(caplog, tmp_path):
     with caplog.at_level(logging.WARNING, "nvflare_rdma"):
         add_transfer(recipe)
     (record,) = caplog.records
-    assert "no code of its own for server, so" in record.getMessage()
+    assert "no code of its own so far for server, so" in record.getMessage()
 
 
 class Own(NPTrainer):

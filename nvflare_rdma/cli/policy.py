@@ -65,7 +65,7 @@ def read_policies(path: Path) -> dict[str, Policy]:
             ModelQuantizer (`quantization_type`, `policy`).
 
     Raises:
-        ConfigError: no such file, no JSON, sections that are not as FLARE has them, or no ModelQuantizer in it.
+        ConfigError: no such file, no JSON, sections that are not as FLARE has them, or no quantizer in it.
     """
     files = sorted(p for name in _SIDES for p in path.rglob(name)) if path.is_dir() else [path]
     found: dict[str, dict[str, Any]] = {}
@@ -75,10 +75,9 @@ def read_policies(path: Path) -> dict[str, Policy]:
             raise ConfigError(f"{file} is not a JSON object: give a job's config or {{'quantization_type': ...}}")
         if "quantization_type" in config:
             found["both directions"] = config
-        for args in _quantizers(file, config):
-            where = _SIDES.get(file.name, file.name)
+        for where, args in _quantizers(file, config):
             app = "" if len(files) <= len(_SIDES) else f" ({file.parent.parent.name})"
-            found[where + app] = args
+            found[where + app] = {key: args[key] for key in ("quantization_type", "policy") if key in args}
     if not found:
         looked = f"no {' or '.join(_SIDES)}" if not files else "no ModelQuantizer and no quantization_type"
         raise ConfigError(f"{path} has {looked}: give an exported job, its config file, or a small policy JSON")
@@ -89,8 +88,12 @@ def read_policies(path: Path) -> dict[str, Policy]:
     }
 
 
-def _quantizers(file: Path, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The arguments of each ModelQuantizer in a job's config."""
+def _quantizers(file: Path, config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What each ModelQuantizer and PeerQuantizer in a job's config is for, and its arguments."""
+    for i, entry in enumerate(_expect(list, config.get("components"), file, "components")):
+        entry = _expect(dict, entry, file, f"components[{i}]")
+        if str(entry.get("path")).endswith("PeerQuantizer"):
+            yield "site to site", _expect(dict, entry.get("args"), file, f"components[{i}].args")
     for section in ("task_data_filters", "task_result_filters"):
         for i, chain in enumerate(_expect(list, config.get(section), file, section)):
             where = f"{section}[{i}]"
@@ -99,7 +102,7 @@ def _quantizers(file: Path, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 key = f"{where}.filters[{j}]"
                 entry = _expect(dict, entry, file, key)
                 if str(entry.get("path") or entry.get("name")).endswith("ModelQuantizer"):
-                    yield _expect(dict, entry.get("args"), file, f"{key}.args")
+                    yield _SIDES.get(file.name, file.name), _expect(dict, entry.get("args"), file, f"{key}.args")
 
 
 def _expect(kind: type[Any], value: Any, file: Path, key: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nvflare.apis.dxo import DXO
@@ -15,8 +15,9 @@ from nvflare.apis.shareable import Shareable
 from nvflare_rdma.codecs import FixedSizeCodec, Policy, is_plain, is_tensor, warm_up
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters.encoding import EncodedParams, MarkingEncoder, encode_params
-from nvflare_rdma.filters.quant_filter import QuantFilter, flatten, rebuild
+from nvflare_rdma.filters.quant_filter import QuantFilter
 from nvflare_rdma.flare_compat import TRANSFER_PROP
+from nvflare_rdma.logs import escaped
 
 
 class PeerQuantizer(FLComponent):
@@ -94,24 +95,23 @@ class _Marker(QuantFilter):
         super().__init__()
         self._policy = policy
 
-    def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
-        """Return a new DXO with marked views of the tensors that the policy has a codec for."""
-        values = flatten(dxo.data)
+    def process_values(
+        self, values: Mapping[str, Any], dxo: DXO, shareable: Shareable, fl_ctx: FLContext
+    ) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """Return marked views in place of the tensors that the policy has a codec for."""
         plain = {name: value for name, value in values.items() if is_tensor(value) and is_plain(value)}
         params = encode_params(plain, self._policy, MarkingEncoder({}))
         self._report(params, len(values) - len(plain), fl_ctx)
-        return DXO(
-            data_kind=dxo.data_kind,
-            data=rebuild(dxo.data, {**values, **params.values}),
-            meta=self._meta_for_new_dxo(dxo),
-        )
+        return {**values, **params.values}, self._meta_for_new_dxo(dxo)
 
     def _report(self, params: EncodedParams, others: int, fl_ctx: FLContext) -> None:
         rest = f" {others} values are no plain tensors here and travel as they are." if others else ""
-        self.log_info(fl_ctx, f"Quantized to {params.algorithm} for another site: {params.summary()}{rest}")
+        what = f"Quantized to {params.algorithm} for another site: {params.summary()}{rest}"
+        self.log_info(fl_ctx, escaped(what))
         if params.exact:
             listed = "; ".join(f"{name}: {reason}" for name, reason in params.exact.items())
-            self.log_warning(fl_ctx, f"{len(params.exact)} tensor(s) sent exact: {listed}", fire_event=False)
+            what = f"{len(params.exact)} tensor(s) sent exact: {listed}"
+            self.log_warning(fl_ctx, escaped(what), fire_event=False)
 
 
 def _has_come(fl_ctx: FLContext) -> bool:

@@ -114,12 +114,11 @@ class ModelQuantizer(QuantFilter):
         elif event_type == EventType.END_RUN and self._idle:
             self._idle = None
             where, tasks = points.place_of(self, fl_ctx)
-            self.log_warning(
-                fl_ctx,
+            what = (
                 f"ModelQuantizer in {where} has quantized nothing in this run: it is for {tasks}, and no message with "
-                "weights came by; if there should have been one, compare that with the names of the workflow's tasks",
-                fire_event=False,
+                "weights came by; if there should have been one, compare that with the names of the workflow's tasks"
             )
+            self.log_warning(fl_ctx, escaped(what), fire_event=False)
         elif event_type in _HANDED_OVER and self.error_feedback:
             task, aborted = fl_ctx.get_prop(FLContextKey.TASK_NAME), fl_ctx.get_run_abort_signal()
             if aborted is not None and aborted.triggered:

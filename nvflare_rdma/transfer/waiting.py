@@ -42,7 +42,7 @@ class WaitingPlaces:
             say = not free and self._is_news(site)
         if say:
             log.info(
-                "%d requests of %r wait here; its others are answered at once that it is too early, and come again",
+                "%d requests of '%s' wait here; its others are answered at once that it is too early, and come again",
                 PLACES,
                 site,
             )

@@ -96,6 +96,22 @@ def test_an_exported_job(show, tmp_path):
     assert "sites to server: blockwise8" in out
 
 
+def test_a_job_with_an_app_for_each_site_and_one_whose_sites_send_to_each_other(show, tmp_path):
+    from nvflare.app_common.np.np_trainer import NPTrainer
+    from nvflare.job_config.api import FedJob
+
+    from nvflare_rdma.recipe import add_quantization
+
+    job = FedJob(name="apart")
+    job.to(NPTrainer(), "site-1")
+    add_quantization(job, "blockwise8", clients=["site-1"])
+    job.export_job(str(tmp_path / "jobs"))
+    assert "both directions: blockwise8" in show(tmp_path / "jobs")[1]
+    path, args = "nvflare_rdma.filters.PeerQuantizer", {"quantization_type": "int8", "policy": []}
+    out = show({"components": [{"id": "other", "path": "a.B"}, {"id": "p", "path": path, "args": args}]})[1]
+    assert "site to site: int8" in out
+
+
 def test_flares_own_quantizer_has_no_rules(show):
     filters = [{"path": "nvflare.app_opt.pt.quantization.quantizer.ModelQuantizer", "args": {}}]
     _, out, _ = show({"format_version": 2, "task_data_filters": [{"tasks": ["train"], "filters": filters}]})

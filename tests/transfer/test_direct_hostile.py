@@ -136,9 +136,15 @@ def test_requests_to_dial_keep_none_of_the_threads_that_answer_others(direct, ce
 def test_few_threads_wait_for_what_a_site_has_not_taken_yet(direct, cell, monkeypatch):
     """FLARE's last request of a download waits here until the sender knows that everything has arrived."""
     monkeypatch.setattr(service, "_NOTICE_SECONDS", 600.0)
-    it, site = direct(large(1)), cell("site-1", ports=None)
+    it, site = direct(large(3)), cell("site-1", ports=None)
     it.go_on.clear()
-    pulling = threading.Thread(target=lambda: it.pull(site), daemon=True)
+    ask = it.ask("site-1")
+
+    def slow(request: dict):
+        assert request["do"] != "done" or it.go_on.wait(DEADLINE)
+        return ask(request)
+
+    pulling = threading.Thread(target=lambda: pull(site, "server", slow, new), daemon=True)
     pulling.start()
     eventually(lambda: it.moved, DEADLINE)
     with it.channels.waiting_places.place("site-1.a"), it.channels.waiting_places.place("site-1.b"):
