@@ -90,7 +90,7 @@ class LinksByCell:
                 try:
                     self._links[name] = self._make(cell)
                 except (RdmaError, OSError, RuntimeError) as error:
-                    log.error("%s can't have data links, so its tensors take FLARE's default path: %s", name, error)
+                    log.error("%s can't have data links, so its tensors take FLARE's own path: %s", name, error)
                     self._links[name] = None
             return self._links.get(name)
 

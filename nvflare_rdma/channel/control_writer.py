@@ -30,6 +30,8 @@ class ControlWriter:
         """Batches that the thread has not sent yet."""
         self.inline_bytes = 0
         """Bytes of inline messages among them."""
+        self.failure = ""
+        """Why the stream could not be written; "" if it could."""
         self.thread = threading.Thread(target=self._run, name=f"rdma-control-{name}", daemon=True)
         self._stream = stream
         self._room = room
@@ -93,7 +95,8 @@ class ControlWriter:
             yield
         except Exception as error:  # noqa: BLE001 - whatever it is, a part of a message may be gone
             if not self._closing():
-                # The reader sees the same and ends the link; wake it in case it does not.
+                # The reader ends the link; wake it in case it does not see the same. It then sees a closed socket only.
+                self.failure = self.failure or str(error)
                 level = logging.DEBUG if isinstance(error, OSError) else logging.ERROR
                 log.log(level, "%s: the control stream can't be written, and is closed: %r", self._name, error)
                 with contextlib.suppress(OSError):

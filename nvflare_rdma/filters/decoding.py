@@ -105,7 +105,11 @@ def decode_params(
             in `base`, or codes that stand for more values than are expected; the message names the tensor.
     """
     codec = _algorithm(metadata.algorithm)
-    states, sources, tied = metadata.quant_state, metadata.source_datatype, metadata.tied or {}
+    states, sources, tied = (
+        metadata.quant_state,
+        metadata.source_datatype,
+        {} if metadata.tied is None else metadata.tied,
+    )
     for what, part in (("quant_state", states), ("source_datatype", sources), ("tied", tied)):
         if not isinstance(part, dict):
             raise CodecError(f"the message's {what} must be a dict but is a {type(part).__name__}")
@@ -130,7 +134,7 @@ def decode_params(
         room = max((expected or {}).get(name, 0), known)
         received = from_message(name, its_codec, value, state, source, max(limit, room))
         n = math.prod(received.shape)
-        is_difference = bool(state.get("delta"))
+        is_difference = _is_difference(name, state)
         require(name, n == known or not is_difference, "it is the difference from a tensor that isn't here")
         if received.constant and n > max(limit, room):
             if strict:
@@ -158,6 +162,12 @@ def decode_params(
         result.after += out.nbytes
     result.values |= {name: result.values[other] for name, other in ties.items()}
     return result
+
+
+def _is_difference(name: str, state: Mapping[str, Any]) -> bool:
+    found = state.get("delta", False)
+    require(name, type(found) is bool, f"delta is a {type(found).__name__}, and not a bool")
+    return bool(found)
 
 
 def _is_left_alone(codec: Codec, value: Any, state: Any, source: Any) -> bool:

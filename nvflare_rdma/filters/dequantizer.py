@@ -68,7 +68,7 @@ class ModelDequantizer(QuantFilter):
         point = FilterPoint.of(self, shareable, fl_ctx)
         if QUANT_STATE not in meta:
             raise ConfigError(self._unquantized(point))
-        ours = meta.get(OURS) or {}
+        ours = {} if meta.get(OURS) is None else meta[OURS]
         if not isinstance(ours, dict):
             raise CodecError(f"the message's {OURS} must be a dict but is a {type(ours).__name__}")
         decoded = decode_params(
@@ -85,7 +85,8 @@ class ModelDequantizer(QuantFilter):
             count=point.count,
         )
         on_the_way = _of_those_on_the_way(ours.get("on_the_way"), values)
-        what = f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {on_the_way}{decoded.summary()}"
+        here = decoded.summary() if decoded.arrays or not on_the_way else "None were decoded here."
+        what = f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {on_the_way}{here}"
         self.log_info(fl_ctx, escaped(what))
         if point.on_server:
             bases_of(fl_ctx).fulfil(point.stream, point.peer)
@@ -134,7 +135,7 @@ class ModelDequantizer(QuantFilter):
         base = None
         if leaves is not None:
             base = Base.of({name: array.copy() for name, array in arrays.items()})  # training changes its own
-            if base.digest != leaves:
+            if not isinstance(leaves, str) or base.digest != leaves:
                 what = f"{point.message} decoded to other bits than at the server; the next message will be whole"
                 self.log_warning(fl_ctx, escaped(what))
                 base = None

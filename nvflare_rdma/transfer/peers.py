@@ -25,7 +25,6 @@ from typing import Any, Protocol, TypeAlias
 
 from nvflare_rdma.channel import (
     GREETING_TIMEOUT,
-    ChannelLimits,
     ControlStream,
     Door,
     Link,
@@ -140,7 +139,7 @@ class PeerLinks:
         self._server_host = server_host
         self._ports = ports
         self._trainers = trainers
-        limits = ChannelLimits(max_message_bytes=_MAX_TENSOR_BYTES)
+        limits = replace(shared.context.limits, max_message_bytes=_MAX_TENSOR_BYTES)
         self._context: LinkContext = replace(shared.context, limits=limits, same_host_factor=_SAME_HOST_FACTOR)
         self._fabric = shared.tcp()
         self._lock = threading.Lock()
@@ -169,7 +168,7 @@ class PeerLinks:
             FabricUnavailable: this side has no door.
         """
         if not self._may_come(peer):
-            raise FabricUnavailable(f"{self.name} does not listen for data (rdma_data_ports)")
+            raise FabricUnavailable(f"{self.name} does not listen for data, as rdma_data_ports says there")
         door = self._open_door()
         host, port = door.address
         hosts = [host] if host not in ("", "0.0.0.0", "::") else self._hosts_for(peer)
@@ -281,6 +280,16 @@ class PeerLinks:
     def budget(self) -> MemoryBudget:
         """The process's memory budget, which bounds what is received over these links."""
         return self._context.budget
+
+    @property
+    def closed(self) -> bool:
+        """Whether no link is opened any more."""
+        return self._closed
+
+    @property
+    def stall_timeout(self) -> float:
+        """Seconds after which a transfer over these links in which nothing moves is given up."""
+        return self._context.limits.stall_timeout
 
     @property
     def ledger(self) -> Ledger:
@@ -408,7 +417,10 @@ class PeerLinks:
                 log.warning("%s reached %s elsewhere; %s", self.name, peer, impostor)
             threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
             return link
-        reason = f"no direct way from {self.name} to {peer}: {'; '.join(failures) or 'it names no address'}"
+        reason = (
+            f"no direct way from {self.name} to {peer}: {'; '.join(failures) or 'it names no address'} "
+            f"(where {peer} listens is said there by rdma_data_ports: it has to be a port that is open to this side)"
+        )
         if silent:
             with self._lock:
                 count, since, _ = self._unreachable.get(peer, (0, 0.0, ""))

@@ -291,9 +291,8 @@ def test_pieces_of_blocks_have_no_digest(files):
 
 
 def test_nothing_comes(files, cell, monkeypatch):
-    monkeypatch.setattr(receiver, "STALL_SECONDS", 0.05)
     monkeypatch.setattr(receiver, "_LOOK_SECONDS", 0.01)
-    it, site = files(content(1)), cell("site-1")
+    it, site = files(content(1)), cell("site-1", stall=0.05)
     it.service._send = lambda request, receiver: {}
     with pytest.raises(TransferError, match="did not come from server"):
         it.pull(site)
