@@ -53,7 +53,7 @@ from nvflare_rdma.transfer.addresses import (
     site_of,
 )
 from nvflare_rdma.transfer.records import Ledger
-from nvflare_rdma.transfer.waiting import WaitingPlaces
+from nvflare_rdma.transfer.waiting import SitePlaces
 
 log = get_logger(__name__)
 
@@ -96,7 +96,7 @@ class SharedByLinks(Protocol):
         """Where the records of transfers go."""
 
     @property
-    def waiting_places(self) -> WaitingPlaces:
+    def waiting_places(self) -> SitePlaces:
         """For threads of FLARE's that wait for a site."""
 
     def tcp(self, dial: Callable[[], socket.socket] | None = None) -> TcpFabric:
@@ -297,7 +297,7 @@ class PeerLinks:
         return self._shared.ledger
 
     @property
-    def waiting_places(self) -> WaitingPlaces:
+    def waiting_places(self) -> SitePlaces:
         """The process's, for threads of FLARE's that wait for a site."""
         return self._shared.waiting_places
 
