@@ -46,6 +46,8 @@ FAULTS = {"kill": 2, "stop": 4, "leave": 1, "outage": 3}
 _STOPS = (0.3, 1.0, 3.0, 2 * STALL_SECONDS)
 _PAUSE = (0.2, 2.5)
 _START_SECONDS = 120.0
+#: So many violations of a round are printed; all of them are in the workers' journals.
+_SHOWN = 10
 
 #: Workers are forked from a process that has loaded all that they need.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -244,7 +246,7 @@ def run(seed: str, seconds: float, each: float, workers: int, folder: Path) -> F
         finally:
             playing.close()
         print(f"round {number} ({playing}): {playing.findings}", flush=True)
-        for violation in playing.findings.violations:
+        for violation in playing.findings.violations[:_SHOWN]:
             print(f"  VIOLATION {violation}", flush=True)
         found.add(playing.findings)
         number, left = number + 1, left - each

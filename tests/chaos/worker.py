@@ -246,7 +246,7 @@ class Worker:
         self, rng: random.Random, peer: int, seed: int, ask: Callable[[Any], Any], identity: FileIdentity
     ) -> str:
         path = self.received / f"whole-{seed}"
-        target = FileTarget(identity, str(self.received), str(path), self.name)
+        target = FileTarget(identity, str(self.received), str(path), self.name, name_of(peer))
         pull_file(self.links, name_of(peer), ask, target, self._abort_function(rng))
         right = path.read_bytes() == content.source(seed, self.folder).read_bytes()
         path.unlink()
@@ -331,7 +331,9 @@ class Worker:
         self._settled("threads", lambda: _threads("rdma"))
         self._settled("descriptors", lambda: max(resources()["descriptors"] - before["descriptors"], 0))
         for seed in _FILES:  # what was not gone on with, as by a worker that was killed
-            forget(str(self.received), content.open_source(seed, self.folder).identity, self.name)
+            identity = content.open_source(seed, self.folder).identity
+            for peer in map(name_of, range(self.config.workers)):
+                forget(str(self.received), identity, self.name, peer)
         if left := sorted(path.name for path in self.received.iterdir()):
             self.journal.violation(f"HELD files: {left}")
 

@@ -65,6 +65,8 @@ _CODES = (
     lambda rng, codes: np.zeros((), np.uint8),
     lambda rng, codes: np.zeros(3000, ">f4"),
     lambda rng, codes: np.ma.masked_array(np.zeros(3, np.uint8)),
+    lambda rng, codes: torch.zeros(3, 3).to_sparse().to(torch.uint8),
+    lambda rng, codes: torch.zeros(4, dtype=torch.uint8, device="meta"),
 )
 _KEYS = (
     *("codec", "shape", "dtype", "absmax", "code", "blocksize", "norm", "offset", "delta", "nested_absmax"),
