@@ -132,9 +132,19 @@ def safetensors(rng: random.Random, show: Show) -> None:
         assert 0 <= tensor.start <= tensor.start + tensor.nbytes <= len(content)
 
 
+#: Removed when the process ends.
+_place = tempfile.TemporaryDirectory(prefix="fuzz-")
+
+
+def _folder(name: str) -> Path:
+    folder = Path(_place.name) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @cache
 def _services() -> tuple[Service, Service]:
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    folder = _folder("service")
     (folder / "file").write_bytes(bytes(1 << 20))
     tensors = TensorContent({"a": np.zeros(100_000), "b": np.ones(3)})
     return Service(tensors, lambda: None), Service(FileContent(OpenFile(str(folder / "file"))), lambda: None)
@@ -169,15 +179,10 @@ def _ask_piece(rng: random.Random, relayed: object) -> None:
         return
 
 
-@cache
-def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="fuzz-"))
-
-
 @target(StorageError)
 def journals(rng: random.Random, show: Show) -> None:
     """What an earlier transfer left on a disk that is not to be trusted."""
-    folder, parts = _folder(), 3
+    folder, parts = _folder("journals"), 3
     identity = FileIdentity("n", parts * BLOCK_BYTES, 1, "0" * 32, BLOCK_BYTES)
     layout = Layout(identity, [Item(str(n), False, "uint8", (BLOCK_BYTES,)) for n in range(parts)])
     block = memoryview(bytes(BLOCK_BYTES))
