@@ -224,6 +224,8 @@ class Inbox:
         """Free what a chunk was exposed in: nothing will be written there any more."""
         if landing.slot is not None:
             landing.region.close()
+            # The next chunk takes a slot before whoever calls this is done with `landing`.
+            landing.slot, landing.target = None, memoryview(b"")
         landing.arriving.open_chunks -= 1
         self._settle(landing.arriving)
 
