@@ -168,13 +168,10 @@ class Link:
         stall = self._context.limits.stall_timeout
         if self._writer.is_stalled_locked(now, stall):
             raise TransferError(f"the peer has read nothing of the control stream for {stall:g} s")
-        if (rails := self._rails) is not None:
-            for rail in self._outbox.slow_rails(rails, now - stall / 2):
-                # It holds this side's memory for sending, and its message is given up when it stalls as a whole.
-                log.warning(
-                    "%s: a chunk takes more than %g s on rail %d, which is broken off", self.name, stall / 2, rail
-                )
-                self._deferred.append(functools.partial(rails.endpoint.drop, rail))
+        for rails, rail in self._outbox.slow_rails(now - stall / 2):
+            # It holds this side's memory for sending, and its message is given up when it stalls as a whole.
+            log.warning("%s: a chunk takes more than %g s on rail %d, which is broken off", self.name, stall / 2, rail)
+            self._deferred.append(functools.partial(rails.endpoint.drop, rail))
 
     def close(self, linger: float = _LINGER) -> None:
         """Let what was sent arrive (for at most `linger` seconds), then disconnect. Callable from any thread. In a
@@ -426,7 +423,9 @@ class Link:
                 self._deferred.run()
 
         def revoked(reason: str) -> None:
-            self.failed(TransferError(f"its memory is needed: {reason}"))
+            # Another link's thread says so, and to end this one takes a while.
+            error = TransferError(f"its memory is needed: {reason}")
+            threading.Thread(target=self.failed, args=(error,), name="rdma-end", daemon=True).start()
 
         refused = functools.partial(self._no_memory, transfer, length)
         self._inbox.reserve(transfer, length, sink, granted, refused, revoked)

@@ -47,6 +47,8 @@ class Reservation:
     state: _State = _State.NEW
     number: int = 0
     asked_at: float = 0.0
+    taken: bool = False
+    """Whether `revoked` was called."""
 
     def request(self) -> None:
         """Ask for the bytes. Does nothing if they were released already."""
@@ -160,16 +162,18 @@ class MemoryBudget:
 
     def _to_take_back(self, now: float) -> tuple[list[Reservation], str]:
         """The newest reservations of a site that holds more than half, if another one waits too long; and why."""
-        for site, held in self._held.items():
+        for site in self._held:
+            # What was taken back already is about to be released.
+            mine = sorted((r for r in self._holding[site] if not r.taken), key=lambda r: r.number)
+            held = sum(r.nbytes for r in mine)
             waiting = [line[0] for other, line in self._waiting.items() if other != site]
             if held <= self.limit // 2 or not any(now - first.asked_at > HURRY_SECONDS for first in waiting):
                 continue
             taken: list[Reservation] = []
-            for reservation in sorted(self._holding[site], key=lambda r: r.number, reverse=True):
-                if held <= self.limit // 2:
-                    break
-                taken.append(reservation)
-                held -= reservation.nbytes
+            while held > self.limit // 2:
+                taken.append(mine.pop())
+                taken[-1].taken = True
+                held -= taken[-1].nbytes
             return taken, (
                 f"{site} holds {self._held[site] / _MIB:.1f} MiB, more than half of the memory budget of "
                 f"{self.limit / _MIB:.1f} MiB (rdma_memory_budget_bytes), for which another site has waited for more "

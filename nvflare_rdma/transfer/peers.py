@@ -462,28 +462,22 @@ class PeerLinks:
             link.open()
         with self._lock:
             closed = self._closed
+            site = site_of(peer)
+            others = [old for whose, links in self._links.items() if site_of(whose) == site for old in links]
             if not closed:
-                surplus = self._surplus(peer)
                 self._links.setdefault(peer, []).append(link)
                 self._unreachable.pop(peer, None)
                 self._opened.notify_all()
         if closed:
             link.close(0.0)
             raise FabricError(f"{self.name} is ending")
-        for old in surplus:
-            old.close(0.0)
+        # Not under the lock: a link that looks for a sink has its own, and waits for this one.
+        while len(others) >= MAX_LINKS:
+            oldest = next((old for old in others if old.idle), others[0])
+            log.warning("%s has %d links, which are the most for one site; the oldest is closed", site, len(others))
+            others.remove(oldest)
+            oldest.close(0.0)
         return link
-
-    def _surplus(self, peer: str) -> list[Link]:
-        """The links that end since one more to `peer` has opened: what its site has beyond `MAX_LINKS`."""
-        site, surplus = site_of(peer), []
-        left = [link for whose, links in self._links.items() if site_of(whose) == site for link in links]
-        while len(left) >= MAX_LINKS:
-            oldest = next((link for link in left if link.idle), left[0])
-            log.warning("%s has %d links, which are the most for one site; the oldest is closed", site, len(left))
-            left.remove(oldest)
-            surplus.append(oldest)
-        return surplus
 
     def _run(self, link: Link, peer: str) -> None:
         try:

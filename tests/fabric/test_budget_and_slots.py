@@ -132,6 +132,8 @@ def test_what_a_site_holds_beyond_half_is_taken_back_when_another_one_waits_too_
     assert it.taken == []
     it.budget.expire(time.monotonic() + HURRY_SECONDS + 0.1)
     assert [reservation for reservation, _ in it.taken] == [held[4], held[3], held[2]]  # what came last goes first
+    it.budget.expire(time.monotonic() + HURRY_SECONDS + 0.1)
+    assert len(it.taken) == 3  # once
     assert "site-1 holds 0.0 MiB, more than half of the memory budget" in it.taken[0][1]
     for reservation, _ in it.taken:
         reservation.release()
