@@ -19,7 +19,6 @@ from nvflare_rdma.codecs import (
     dtype_name,
     from_flat,
     get_codec,
-    is_plain,
     is_tensor,
     is_torch,
     new_flat,
@@ -29,12 +28,16 @@ from nvflare_rdma.filters.correction import add_base
 from nvflare_rdma.filters.delta_base import Base
 from nvflare_rdma.filters.encoding import EXACT_DTYPE, MIB, MIXED, is_no_wider
 from nvflare_rdma.filters.expected import Sizes
-from nvflare_rdma.filters.metadata import Received, check_limit, codec_for, from_message, require
+from nvflare_rdma.filters.metadata import Received, check_limit, codec_for, codes_nbytes, from_message, require
 
 # Values that a message may stand for, beyond those that are expected and those that its codes are counted for:
-# constants take no codes at all, and lossless and compressed ones few. Models have not one bit in 8 values.
+# constants take no codes at all, and lossless and compressed ones few.
 _FREE_VALUES = 16 << 20
-_VALUES_PER_BYTE = 64
+# Values that one byte of a tensor's own codes may stand for. Weights reach none of these. Where much is expected, what
+# is not has no more than codes of two bits, which are counted; a site may get a whole model that is nearly all zero.
+_VALUES_PER_BYTE = 4096
+_VALUES_PER_BYTE_STRICT = 64
+_VALUES_PER_BYTE_EXPECTED = 4
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def decode_params(
     Args:
         base: the model that tensors are the difference from, if there is one.
         expected: how many values tensors may have, whatever they take in the message.
-        strict: refuse what would be such a view.
+        strict: refuse what would be such a view, and take fewer values for each byte of codes.
         count: how many of these are in the message, which share what may come without being expected.
 
     Raises:
@@ -114,9 +117,8 @@ def decode_params(
         if not isinstance(part, dict):
             raise CodecError(f"the message's {what} must be a dict but is a {type(part).__name__}")
     ties = _checked_ties(tied, values)
-    limit = _FREE_VALUES // count + _VALUES_PER_BYTE * sum(
-        v.nbytes for v in values.values() if is_tensor(v) and is_plain(v)
-    )
+    free = _FREE_VALUES // count
+    per_byte = _values_per_byte(expected, strict)
     result = DecodedParams(count=len(values))
     for name, value in values.items():
         source = sources.get(name)
@@ -131,19 +133,20 @@ def decode_params(
             result.values[name] = value
             continue
         known = base.sized(name) if base is not None else 0
-        room = max((expected or {}).get(name, 0), known)
-        received = from_message(name, its_codec, value, state, source, max(limit, room))
+        room = max((expected or {}).get(name, 0), known, per_byte * codes_nbytes(value, state))
+        limit = max(free, room)
+        received = from_message(name, its_codec, value, state, source, limit)
         n = math.prod(received.shape)
         is_difference = _is_difference(name, state)
         require(name, n == known or not is_difference, "it is the difference from a tensor that isn't here")
-        if received.constant and n > max(limit, room):
-            if strict:
-                check_limit(name, n, max(limit, room))
+        if received.constant and strict:
+            check_limit(name, n, limit)
+        if received.constant and n > limit:
             result.values[name] = _view_of_constant(received, source, is_torch(value))
             result.views.add(name)
             continue
         if not received.counted and n > room:
-            limit -= n
+            free -= n
         out = new_flat(source, n)
         offset = base.tensor(name, out) if base is not None and is_difference else None
         require(name, offset is not None or not is_difference, "it is the difference from a tensor that isn't here")
@@ -162,6 +165,12 @@ def decode_params(
         result.after += out.nbytes
     result.values |= {name: result.values[other] for name, other in ties.items()}
     return result
+
+
+def _values_per_byte(expected: Sizes | None, strict: bool) -> int:
+    if not strict:
+        return _VALUES_PER_BYTE
+    return _VALUES_PER_BYTE_EXPECTED if expected else _VALUES_PER_BYTE_STRICT
 
 
 def _is_difference(name: str, state: Mapping[str, Any]) -> bool:

@@ -45,9 +45,9 @@ class ModelDequantizer(QuantFilter):
         CodecError: the metadata or the codes are damaged, or the difference from a model that isn't here; the message
             names the tensor. Nothing larger than what the codes hold is allocated before they have been checked.
             Compressed codes, and constants at the server, may stand for as many values as are expected: those of the
-            model that was sent to the site, of the base, or of the task's message before; and beyond that for 64
-            values per byte of the message, and 16 Mi more. At a site larger constants are views of one value, which
-            can only be read.
+            model that was sent to the site, of the base, or of the task's message before. A tensor of which that is not
+            known may have 4096 values for each byte of its codes (at the server 64, or 4 if it knows of others), and
+            all of them together 16 Mi. At a site larger constants are views of one value, which can only be read.
     """
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:

@@ -193,3 +193,42 @@ def test_flares_quantizer_leaves_a_wide_tensor_as_it_is():
     dxo.data["w"], dxo.meta["quant_state"]["w"], dxo.meta["source_datatype"]["w"] = wide, {}, "float16"
     got = received(ModelDequantizer(), dxo, FLContext())
     assert got is wide
+
+
+def compressed(n):
+    """What FLARE's quantizer makes of values whose codes it compresses."""
+    codes = np.random.default_rng(0).integers(0, 2, n, np.uint8)
+    packed = np.frombuffer(bz2.compress(codes.tobytes(), 1), np.uint8)
+    return from_flare((n,), norm=0.1, quantization_level=255, new_dtype="u1", compressed_tensor=packed)
+
+
+@pytest.mark.parametrize("point", ["client in", "server in"])
+def test_flares_compressed_codes_count_where_they_lie(at, point):
+    """Nothing is known of the model, and the codes are in the state; the tensor beside it has but one value."""
+    dequantizer = ModelDequantizer()
+    dxo = compressed(LARGE)
+    assert dxo.meta["quant_state"]["w"]["compressed_tensor"].nbytes > LARGE // 16
+    assert received(dequantizer, dxo, at(point, dequantizer)).shape == (LARGE,)
+
+
+@pytest.mark.parametrize("sent", [{}, {"w": constant((9,))}])
+def test_what_travels_exact_beside_it_gives_a_tensor_no_room(at, sent):
+    """Few bytes would be many times as much memory as the whole message takes."""
+    dequantizer, ctx = after_sending(at, sent)
+    dxo = ours((LARGE,))
+    dxo.data["padding"], dxo.meta["source_datatype"]["padding"] = np.zeros(LARGE, np.uint8), "bool"
+    with pytest.raises(CodecError, match=f"'w': it stands for {LARGE} values"):
+        received(dequantizer, dxo, ctx)
+
+
+def test_the_first_model_of_a_site_may_be_nearly_all_zero(at):
+    """`lossless` has more values for each byte than the server would take unasked."""
+    sparse = np.zeros(LARGE, np.float32)
+    sparse[np.random.default_rng(0).integers(0, LARGE, LARGE >> 10)] = 1.5
+    dxo = DXO(DataKind.WEIGHTS, data={"w": sparse})
+    made = from_shareable(ModelQuantizer("lossless").process(dxo.to_shareable(), FLContext()))
+    assert made.data["w"].nbytes < LARGE // 64
+    dequantizer = ModelDequantizer()
+    np.testing.assert_array_equal(received(dequantizer, made, at("client in", dequantizer)), sparse)
+    with pytest.raises(CodecError, match=f"'w': it stands for {LARGE} values"):
+        received(dequantizer, made, at("server in", dequantizer))
