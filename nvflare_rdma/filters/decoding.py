@@ -93,7 +93,8 @@ def decode_params(
 ) -> DecodedParams:
     """Decode what was received, given by flat name. `values` is not changed.
 
-    Decoded tensors have memory of their own, but names that are tied to another name share that one's tensor, and
+    Tensors that FLARE has left on disk are loaded one at a time, as they are decoded; all others stay there. Decoded
+    tensors have memory of their own, but names that are tied to another name share that one's tensor, and
     constants that have more values than are expected of a message of this size are views of one value: they take memory
     when somebody needs it.
 
@@ -129,8 +130,9 @@ def decode_params(
             continue
         state = states.get(name)
         its_codec = codec_for(name, state, codec)
+        value, state = _loaded(value), _loaded_state(state)
         if _is_left_alone(its_codec, value, state, source):
-            result.values[name] = value
+            result.values[name] = values[name]
             continue
         known = base.sized(name) if base is not None else 0
         room = max((expected or {}).get(name, 0), known, per_byte * codes_nbytes(value, state))
@@ -165,6 +167,15 @@ def decode_params(
         result.after += out.nbytes
     result.values |= {name: result.values[other] for name, other in ties.items()}
     return result
+
+
+def _loaded(value: Any) -> Any:
+    """Return the tensor that FLARE has put on disk on its way, where a workflow has `enable_tensor_disk_offload`."""
+    return value.materialize() if hasattr(value, "materialize") and not is_tensor(value) else value
+
+
+def _loaded_state(state: Any) -> Any:
+    return {key: _loaded(value) for key, value in state.items()} if isinstance(state, dict) else state
 
 
 def _values_per_byte(expected: Sizes | None, strict: bool) -> int:
