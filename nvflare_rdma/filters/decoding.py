@@ -64,7 +64,7 @@ class DecodedParams:
         arrays: the memory of those that were decoded, flat, by name.
         views: constants that were decoded to one value, which stands for all.
         count: how many values the message has.
-        before, after: bytes of the codes with their metadata, and of what they were decoded to.
+        before, after: bytes of the codes with their metadata, and of the memory that they were decoded to.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -76,10 +76,11 @@ class DecodedParams:
 
     def summary(self) -> str:
         """Return one line for the log."""
+        views = f", and {len(self.views)} constants are views of one value each" if self.views else ""
         return (
             f"{len(self.arrays) + len(self.views)}/{self.count} params. "
             f"Before dequantization: {self.before / MIB:.2f} MB with meta. "
-            f"After dequantization: {self.after / MIB:.2f} MB."
+            f"After dequantization: {self.after / MIB:.2f} MB{views}."
         )
 
 
@@ -140,18 +141,21 @@ def decode_params(
         received = from_message(name, its_codec, value, state, source, limit)
         n = math.prod(received.shape)
         is_difference = _is_difference(name, state)
-        require(name, n == known or not is_difference, "it is the difference from a tensor that isn't here")
+        problem = f"it is the difference from a tensor of {n} values that isn't here"
+        require(name, n == known or not is_difference, problem)
         if received.constant and strict:
             check_limit(name, n, limit)
         if received.constant and n > limit:
             result.values[name] = _view_of_constant(received, source, is_torch(value))
             result.views.add(name)
+            result.before += received.nbytes
             continue
         if not received.counted and n > room:
             free -= n
         out = new_flat(source, n)
         offset = base.tensor(name, out) if base is not None and is_difference else None
-        require(name, offset is not None or not is_difference, "it is the difference from a tensor that isn't here")
+        problem = f"it is the difference from a tensor of dtype {source} that isn't here"
+        require(name, offset is not None or not is_difference, problem)
         try:
             if is_difference:
                 difference = np.empty(n, np.float32)

@@ -85,7 +85,7 @@ class ModelDequantizer(QuantFilter):
             count=point.count,
         )
         on_the_way = _of_those_on_the_way(ours.get("on_the_way"), values)
-        here = decoded.summary() if decoded.arrays or not on_the_way else "None were decoded here."
+        here = decoded.summary() if decoded.arrays or decoded.views or not on_the_way else "None were decoded here."
         what = f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {on_the_way}{here}"
         self.log_info(fl_ctx, escaped(what))
         if point.on_server:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import logging
 import tracemalloc
 
 import numpy as np
@@ -232,3 +233,18 @@ def test_the_first_model_of_a_site_may_be_nearly_all_zero(at):
     np.testing.assert_array_equal(received(dequantizer, made, at("client in", dequantizer)), sparse)
     with pytest.raises(CodecError, match=f"'w': it stands for {LARGE} values"):
         received(dequantizer, made, at("server in", dequantizer))
+
+
+@pytest.mark.parametrize("on_the_way", [0, 1])
+def test_the_log_tells_of_views(at, caplog, on_the_way):
+    dequantizer = ModelDequantizer()
+    dxo = from_flare((1 << 40,))
+    dxo.data["exact"], dxo.meta["source_datatype"]["exact"] = torch.zeros(3), "bool"
+    if on_the_way:
+        dxo.meta["nvflare_rdma"] = {"on_the_way": on_the_way}
+    with caplog.at_level(logging.INFO):
+        received(dequantizer, dxo, at("client in", dequantizer))
+    (line,) = [line for line in caplog.messages if "Dequantized from" in line]
+    assert "1/2 params" in line
+    assert "0.00 MB, and 1 constants are views of one value each." in line
+    assert "None were decoded here" not in line
