@@ -13,10 +13,12 @@ from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import make_copy
 
 from nvflare_rdma.errors import CodecError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
 from nvflare_rdma.filters.expected import Expected
+from tests.support.flares_filters import flares_quantizer
 
 LARGE = 17 << 20  # values: more than come without being expected, and never taken as memory by these tests
 
@@ -181,6 +183,10 @@ def test_collections_are_expected_by_place_and_results_may_have_another_form():
     assert expected.of("train", "site-1", "") == {"w": 5}
     assert expected.of("train", "site-1", "/c", count=2) == {"w": 5}
     assert expected.of("train", "site-1", "/c", count=3) == {}
+    many = {f"{i}": DXO(DataKind.WEIGHTS, data={"w": np.zeros(i)}) for i in range(1, 5)}
+    expected.note_sent("many", "site-1", DXO(DataKind.COLLECTION, data=many).to_shareable())
+    assert expected.of("many", "site-1", "/3", count=4) == {"w": 3}
+    assert expected.of("many", "site-1", "/new", count=4) == {}, "each of four would have room for the largest"
     assert expected.of("train", "site-2", "/a") == {}
     nested = DXO(DataKind.WEIGHTS, data={"x": {"w": np.zeros((2, 2))}, "steps": 3})
     expected.note_sent("train", "site-2", nested.to_shareable())
@@ -248,3 +254,46 @@ def test_the_log_tells_of_views(at, caplog, on_the_way):
     assert "1/2 params" in line
     assert "0.00 MB, and 1 constants are views of one value each." in line
     assert "None were decoded here" not in line
+
+
+class _Data:
+    """What FLARE's controller has for all sites: one DXO, whose data and metadata they share."""
+
+    def __init__(self, **model):
+        self.message = DXO(DataKind.WEIGHTS, data=model).to_shareable()
+
+    def send(self, dequantizer, ctx, quantizer=None):
+        shared = make_copy(self.message)
+        ctx.set_prop(FLContextKey.TASK_DATA, shared, private=True, sticky=False)
+        dequantizer.handle_event(EventType.BEFORE_TASK_DATA_FILTER, ctx)
+        if quantizer is not None:
+            quantizer.process(shared, ctx)
+
+
+@pytest.mark.parametrize("first_is_known", [True, False])
+def test_flares_quantizer_at_the_server_changes_what_the_next_site_is_sent(at, first_is_known):
+    """It puts codes into the data of all sites: the constant is one value there."""
+    data, dequantizer = _Data(w=torch.zeros(LARGE)), ModelDequantizer()
+    quantizer = flares_quantizer("adaquant")
+    first = named(at("server in", dequantizer), "site-1")
+    if first_is_known:
+        data.send(dequantizer, first, quantizer)
+    else:
+        quantizer.process(make_copy(data.message), first)
+    assert from_shareable(data.message).data["w"].shape == (1,)
+    second = named(at("server in", dequantizer), "site-2")
+    if first_is_known:
+        second.set_prop("nvflare_rdma.expected", first.get_prop("nvflare_rdma.expected"), private=True, sticky=True)
+    data.send(dequantizer, second)
+    assert received(dequantizer, ours((LARGE,)), second).shape == (LARGE,)
+
+
+def test_codes_that_say_nothing_of_themselves_are_expected_in_the_size_that_others_got():
+    """FLARE's quantizer changes the data before it changes the metadata."""
+    expected, data = Expected(), {"w": np.zeros(9), "x": np.zeros(2)}
+    expected.note_sent("train", "site-1", DXO(DataKind.WEIGHTS, data=data).to_shareable())
+    data["w"] = np.zeros(1, np.bool_)
+    expected.note_sent("train", "site-2", DXO(DataKind.WEIGHTS, data=data).to_shareable())
+    expected.note_sent("other", "site-2", DXO(DataKind.WEIGHTS, data=data).to_shareable())
+    assert expected.of("train", "site-2", "") == {"w": 9, "x": 2}
+    assert expected.of("other", "site-2", "") == {"w": 1, "x": 2}
