@@ -10,11 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 
 from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.errors import TransferError
 from nvflare_rdma.logs import get_logger
 
 log = get_logger(__name__)
 
 _SEND_NOW_BYTES = 128 * 1024
+#: A peer that reads nothing while it has much answered ends its link: inline messages and chunks are bounded, and much
+#: less than this.
+_MOST_WAITING_BYTES = 16 * 1024 * 1024
 #: Batches that wait for the control stream when the next chunk is put behind them.
 _DATA_AHEAD = 2
 
@@ -41,6 +45,7 @@ class ControlWriter:
         #: the thread. It has only what could not be sent at once.
         self._batches: queue.SimpleQueue[tuple[list[bytes] | bytes, int] | None] = queue.SimpleQueue()
         self._progress_at = time.monotonic()
+        self._waiting_bytes = 0
 
     def start(self) -> None:
         """Start the thread."""
@@ -65,7 +70,13 @@ class ControlWriter:
     def _queue_locked(self, output: list[bytes] | bytes, inline_bytes: int) -> None:
         if not self.unsent:
             self._progress_at = time.monotonic()
+        nbytes = len(output) if isinstance(output, bytes) else sum(map(len, output))
+        if self._waiting_bytes + nbytes > _MOST_WAITING_BYTES:
+            raise TransferError(
+                f"the peer does not read what it causes: {self._waiting_bytes} bytes wait on the control stream"
+            )
         self.inline_bytes += inline_bytes
+        self._waiting_bytes += nbytes
         self.unsent += 1
         self._batches.put((output, inline_bytes))
 
@@ -84,6 +95,7 @@ class ControlWriter:
                 self._stream.send(output if isinstance(output, bytes) else self._stream.protect(output))
                 with self._room:
                     self.inline_bytes -= inline_bytes
+                    self._waiting_bytes -= len(output) if isinstance(output, bytes) else sum(map(len, output))
                     self.unsent -= 1
                     self._progress_at = time.monotonic()
                     self._room.notify_all()

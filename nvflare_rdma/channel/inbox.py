@@ -113,6 +113,8 @@ class Inbox:
             return cost, 0, 0
         unit, limit = sink.unit if sink is not None else 1, self._budget.limit
         window, chunk, most = self._controller.window_bytes, self._controller.chunk_bytes, 0
+        if sink is not None:  # several such messages make up a window; one is never more than half of the budget
+            window = min(window, limit // 4)
         if self._same_host:
             # Chunks are long there, and many of them on their way, for what takes no slots. What takes some is to leave
             # room for the next, here, where its sender makes it, and where that keeps it for other receivers.

@@ -407,6 +407,8 @@ class Link:
         self._deferred.append(lambda: self.landed(rails, event.notification, len(event.payload), event.digest))
 
     def _offered_locked(self, transfer: int, length: int, label: int) -> None:
+        if not label and self._context.labels_only:
+            raise ProtocolError("a message without a label is offered over a link that takes none")
         sink = self._place(label) if label else None
         if label and (sink is None or sink.nbytes != length):
             reason = f"{f'{sink.nbytes} bytes' if sink else 'nothing'} expected as {label}, {length} bytes are offered"

@@ -194,7 +194,7 @@ class Outbox:
     def slow_rails(self, since: float) -> set[tuple[RailSet, int]]:
         """The rails on which a write has been under way since that time, or longer."""
         slow = ((rails, read.rail) for (rails, _), read in self._reads.items() if read.began_at <= since)
-        return {(rails, rail) for rails, rail in slow if rails is not None}
+        return {(rails, rail) for rails, rail in slow if rails is not None and rails.fabric != "control"}
 
     def rails_closed(self, rails: RailSet) -> None:
         """Count all writes over `rails` as over."""

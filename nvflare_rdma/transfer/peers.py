@@ -18,6 +18,7 @@ import socket
 import ssl
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -140,7 +141,9 @@ class PeerLinks:
         self._ports = ports
         self._trainers = trainers
         limits = replace(shared.context.limits, max_message_bytes=_MAX_TENSOR_BYTES)
-        self._context: LinkContext = replace(shared.context, limits=limits, same_host_factor=_SAME_HOST_FACTOR)
+        self._context: LinkContext = replace(
+            shared.context, limits=limits, same_host_factor=_SAME_HOST_FACTOR, labels_only=True
+        )
         self._fabric = shared.tcp()
         self._lock = threading.Lock()
         self._opened = threading.Condition(self._lock)
@@ -157,6 +160,9 @@ class PeerLinks:
         #: Peer -> how often in a row it did not answer, when that was last, and what was tried.
         self._unreachable: dict[str, tuple[int, float, str]] = {}
         self._closed = False
+        #: What opened each link.
+        self._ticket_of: weakref.WeakKeyDictionary[Link, bytes] = weakref.WeakKeyDictionary()
+        self._known_reach: Reach | None = None
         self._process = os.getpid()
 
     # -- doors ---------------------------------------------------------------------------------------------
@@ -200,9 +206,14 @@ class PeerLinks:
     def _is_same_site(self, peer: str) -> bool:
         return site_of(peer) == site_of(self.name)
 
-    @functools.cached_property
+    @property
     def _server_reach(self) -> Reach:
-        return reach_of_host(self._server_host)
+        if self._known_reach is None:
+            try:
+                self._known_reach = reach_of_host(self._server_host)
+            except (OSError, ValueError):
+                return Reach.WORLD  # for now: the name may be known later
+        return self._known_reach
 
     def _open_door(self) -> Door:
         with self._lock:
@@ -215,9 +226,14 @@ class PeerLinks:
                     listener = listen(loopback(self._server_host) if inside else "", self._ports or (0, 0))
                 except OSError as error:
                     raise FabricUnavailable(f"{self.name} can't listen for data: {error}") from error
-                self._door = Door(listener, tls, self._fabric, self._on_connection, f"{self.name}'s data port")
-                threading.Thread(target=self._door.serve, name="rdma-data-door", daemon=True).start()
-                log.info("%s listens for data on port %d", self.name, self._door.address[1])
+                door = Door(listener, tls, self._fabric, self._on_connection, f"{self.name}'s data port")
+                try:
+                    threading.Thread(target=door.serve, name="rdma-data-door", daemon=True).start()
+                except RuntimeError as error:
+                    listener.close()
+                    raise FabricUnavailable(f"{self.name} can't listen for data: {error}") from error
+                self._door = door
+                log.info("%s listens for data on port %d", self.name, door.address[1])
             return self._door
 
     def _door_tls(self) -> ssl.SSLContext:
@@ -362,9 +378,13 @@ class PeerLinks:
         """
         hosts, port, ticket = parse_invitation(invitation)
         with self._opened:
+            if (link := self._opened_by(peer, ticket)) is not None:
+                return link
             if peer in self._dialling:
                 before = self._find(peer)  # it is dialled because this one is of no use to it any more
                 self._opened.wait_for(lambda: peer not in self._dialling, 2 * DIAL_SECONDS)
+                if (link := self._opened_by(peer, ticket)) is not None:
+                    return link
                 if (link := self._find(peer)) is not None and link is not before:
                     return link
                 if peer in self._dialling:
@@ -376,6 +396,11 @@ class PeerLinks:
             with self._opened:
                 self._dialling.discard(peer)
                 self._opened.notify_all()
+
+    def _opened_by(self, peer: str, ticket: bytes) -> Link | None:
+        """The link that this ticket has opened: two who are invited at about the same time get the same ticket."""
+        links = (link for link in self._links.get(peer, []) if link.usable)
+        return next((link for link in links if self._ticket_of.get(link) == ticket), None)
 
     def _addresses(self, peer: str, hosts: list[str], failures: list[str]) -> Iterator[tuple[str, str]]:
         """The addresses that may be dialled, with the host of each. `failures` gets why others may not."""
@@ -409,13 +434,19 @@ class PeerLinks:
                 link = self._dial((address, port), ticket, peer, deadline)
             except (OSError, RdmaError) as error:
                 failures.append(f"{join_address(host, port)}: {error}")
-                silent = silent or isinstance(error, UnreachableError)
+                silent = silent or isinstance(error, UnreachableError | TimeoutError)
                 if isinstance(error, TlsError):
                     impostors.append(failures[-1])
                 continue
             for impostor in impostors:  # where no address leads there, the error has them
                 log.warning("%s reached %s elsewhere; %s", self.name, peer, impostor)
-            threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
+            try:
+                threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
+            except RuntimeError as error:
+                link.close(0.0)
+                with self._lock:
+                    self._links[peer].remove(link)
+                raise FabricUnavailable(f"{self.name} can't serve a link to {peer}: {error}") from error
             return link
         reason = (
             f"no direct way from {self.name} to {peer}: {'; '.join(failures) or 'it names no address'} "
@@ -463,8 +494,11 @@ class PeerLinks:
         with self._lock:
             closed = self._closed
             site = site_of(peer)
-            others = [old for whose, links in self._links.items() if site_of(whose) == site for old in links]
+            others = [
+                old for whose, links in self._links.items() if site_of(whose) == site for old in links if old.usable
+            ]
             if not closed:
+                self._ticket_of[link] = stream.ticket
                 self._links.setdefault(peer, []).append(link)
                 self._unreachable.pop(peer, None)
                 self._opened.notify_all()

@@ -188,7 +188,11 @@ class _Consumer(ObjectConsumer):
             self._over.set()
             return
         self._thread = threading.Thread(target=self._receive, args=arguments, name="rdma-stream", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._place.close()
+            raise
 
     def _receive(self, *arguments: Any) -> None:
         with self._place:
