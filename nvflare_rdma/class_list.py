@@ -69,7 +69,8 @@ def read(site: Path) -> ClassList:
     """
     file = _file(site)
     resources = _resources(file)
-    entries, enforced = resources.get(KEY), resources.get(_MODE) != _ONLY_WARN
+    entries: Any = resources.get(KEY)
+    enforced = resources.get(_MODE) != _ONLY_WARN
     listed = isinstance(entries, list)
     missing = [each for each in ENTRIES if enforced and not (listed and _allowed(each, entries))]
     return ClassList(file, listed, missing)
