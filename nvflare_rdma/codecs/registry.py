@@ -8,6 +8,7 @@ from functools import cache
 from nvflare_rdma.codecs.adaquant import AdaQuant
 from nvflare_rdma.codecs.base import Codec
 from nvflare_rdma.codecs.blockwise import Blockwise8
+from nvflare_rdma.codecs.e4m3_scales import NormalFloat4E4M3
 from nvflare_rdma.codecs.fourbit import DoubleQuantized, Float4, NormalFloat4
 from nvflare_rdma.codecs.halves import BFloat16, Float16
 from nvflare_rdma.codecs.linear import Float8E4M3, Int2, Int8, Ternary
@@ -24,6 +25,7 @@ _CODECS: dict[str, Callable[[], Codec]] = {
     "normfloat4": NormalFloat4,
     "float4_dq": lambda: DoubleQuantized(Float4()),
     "normfloat4_dq": lambda: DoubleQuantized(NormalFloat4()),
+    "normfloat4_e4m3": NormalFloat4E4M3,
     "int2": Int2,
     "ternary": Ternary,
     "adaquant": AdaQuant,

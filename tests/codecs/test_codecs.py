@@ -76,6 +76,7 @@ LIMITS = {
     "normfloat4": 0.8,
     "float4_dq": 0.95,
     "normfloat4_dq": 0.85,
+    "normfloat4_e4m3": 0.8,
     "float8_e4m3": 0.3,
     "int8": 2e-2,
     "int2": 5,

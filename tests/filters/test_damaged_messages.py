@@ -162,7 +162,9 @@ def test_a_numpy_tensor_cannot_claim_bfloat16():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["int8", "float8_e4m3", "float4_dq", "normfloat4_dq", "int2", "ternary"])
+@pytest.mark.parametrize(
+    "name", ["int8", "float8_e4m3", "float4_dq", "normfloat4_dq", "normfloat4_e4m3", "int2", "ternary"]
+)
 def test_scales_that_are_not_finite_are_refused(name, value):
     dxo = message(name)
     dxo.data["layer.w"][:4] = torch.tensor([value]).view(torch.uint8)

@@ -134,7 +134,9 @@ def ours(meta):
 
 
 @pytest.mark.parametrize("as_torch", [False, True])
-@pytest.mark.parametrize("name", ["int8", "normfloat4", "normfloat4_dq", "adaquant", "bfloat16", "lossless"])
+@pytest.mark.parametrize(
+    "name", ["int8", "normfloat4", "normfloat4_dq", "normfloat4_e4m3", "adaquant", "bfloat16", "lossless"]
+)
 def test_differences_lose_less_than_whole_models(federation, name, as_torch):
     fed, plain = federation(name), federation(name, delta=False)
     w = model(as_torch=as_torch)

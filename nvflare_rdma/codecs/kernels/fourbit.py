@@ -1,4 +1,4 @@
-"""4-bit codes, two a byte with the first value in the high nibble, times a scale per block of 64 values."""
+"""4-bit codes, two a byte with the first value in the high nibble, times a scale per block of 64 or 32 values."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from nvflare_rdma.codecs.kernels.jit import (
     boolean,
     float32,
     float32_out,
+    float32_value,
     float_of,
     kernel,
     largest,
     nothing,
     uint8,
     uint8_out,
+    uint32,
+    uint32_value,
 )
+from nvflare_rdma.codecs.kernels.linear import float8_code
 
-_BLOCK = 64
-_GROUP = 1024  # values that are looked up before they are scaled, a multiple of the block; 4 KiB
+_BLOCK, _SHORT = 64, 32
+_GROUP = 1024  # values that are looked up before they are scaled, a multiple of the blocks; 4 KiB
 _FLOOR = np.float32(1e-38)
 _ONE = np.float32(1)
 _ZERO = np.float32(0)
@@ -122,3 +126,48 @@ def absmax(values: Any, out: Any) -> None:
         block_bits = bits[b * _BLOCK : (b + 1) * _BLOCK]
         top = largest(block_bits)
         out[b] = float_of(top) if block_bits.size == _BLOCK else max(float_of(top), _FLOOR)
+
+
+@kernel(uint32_value(uint32))
+def largest_bits(bits: Any) -> Any:
+    """The largest magnitude among float32 values given as their bits, as bits; `INFINITY` or more: not finite."""
+    return largest(bits)
+
+
+@kernel(nothing(float32, float32, float32, float32_value, uint8_out, uint8_out))
+def encode_short(values: Any, middles: Any, table: Any, scale: Any, scales: Any, codes: Any) -> None:
+    """Blocks of 32, of finite values, whose scales are float8 e4m3 numbers times `scale`, which all blocks share.
+
+    The scale of a block is the e4m3 number nearest to absmax over `scale`, and `table` has those. Codes are the
+    number of `middles` that are smaller than x over the block's scale; a block whose scale is 0 gets that of 0.
+    """
+    m = _spread(middles)
+    bits = values.view(np.uint32)
+    inverse = _ONE / scale if scale > _ZERO else _ZERO
+    x, rank = np.zeros(_GROUP, np.float32), np.empty(_GROUP, np.int32)
+    for start in range(0, values.size, _GROUP):
+        group = values[start : start + _GROUP]
+        for i in range(0, group.size, _SHORT):
+            block, scaled = group[i : i + _SHORT], x[i : i + _SHORT]
+            code = float8_code(float_of(largest(bits[start + i : start + i + _SHORT])) * inverse)
+            scales[(start + i) // _SHORT] = np.uint8(code)
+            divisor = table[code] * scale
+            factor = _ONE / divisor if divisor > _ZERO else _ZERO
+            if block.size < _SHORT:
+                scaled[:] = _ZERO
+            for j in range(block.size):
+                scaled[j] = block[j] * factor
+        _write_codes(x, m, rank, codes[start // 2 : (start + _GROUP) // 2])
+
+
+@kernel(nothing(uint8, uint8, float32, float32_value, float32, float32_out))
+def decode_short(codes: Any, scales: Any, table: Any, scale: Any, pairs: Any, out: Any) -> None:
+    """Undo `encode_short`: `value * (table[scale's code] * scale)`."""
+    for start in range(0, out.size, _GROUP):
+        group = out[start : start + _GROUP]
+        _look_up(codes[start // 2 : (start + _GROUP) // 2], pairs, group)
+        for i in range(0, group.size, _SHORT):
+            block = group[i : i + _SHORT]
+            factor = table[scales[(start + i) // _SHORT]] * scale
+            for j in range(block.size):
+                block[j] *= factor
