@@ -42,7 +42,7 @@ class _NotFiniteError(Exception):
 
 
 def can_encode_on_device(codec: Codec) -> bool:
-    """Return whether `encode_on_device` takes this codec: all but `adaquant` and `lossless`."""
+    """Return whether `encode_on_device` takes this codec: all but `adaquant`, `lossless` and `exact_delta`."""
     return codec.name in _RUNS
 
 

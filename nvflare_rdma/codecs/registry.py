@@ -9,6 +9,7 @@ from nvflare_rdma.codecs.adaquant import AdaQuant
 from nvflare_rdma.codecs.base import Codec
 from nvflare_rdma.codecs.blockwise import Blockwise8
 from nvflare_rdma.codecs.e4m3_scales import NormalFloat4E4M3
+from nvflare_rdma.codecs.exact_delta import ExactDelta
 from nvflare_rdma.codecs.fourbit import DoubleQuantized, Float4, NormalFloat4
 from nvflare_rdma.codecs.halves import BFloat16, Float16
 from nvflare_rdma.codecs.linear import Float8E4M3, Int2, Int8, Ternary
@@ -30,6 +31,7 @@ _CODECS: dict[str, Callable[[], Codec]] = {
     "ternary": Ternary,
     "adaquant": AdaQuant,
     "lossless": Lossless,
+    "exact_delta": ExactDelta,
 }
 
 CODEC_NAMES = tuple(_CODECS)

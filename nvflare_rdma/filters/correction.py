@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs import Array, Codec, FixedSizeCodec, Float32, float32_runs, output_runs, to_array
+from nvflare_rdma.codecs import Array, Codec, ExactDelta, FixedSizeCodec, Float32, float32_runs, output_runs, to_array
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.filters.delta_base import Base
 from nvflare_rdma.filters.dither import DITHERED, Dither, dither_of
@@ -68,8 +68,11 @@ class CorrectingEncoder(TensorEncoder):
             self.arrived[name] = values.flatten()
             return super().encode(name, codec, values)
         flat = np.ascontiguousarray(values).reshape(-1)
-        residual = fitting(self.before, name, values.shape)
         known = self.base.tensor(name, flat) if self.base is not None else None
+        if isinstance(codec, ExactDelta):
+            self.arrived[name] = values.flatten()
+            return self._exactly(name, codec, flat, known)
+        residual = fitting(self.before, name, values.shape)
         if known is not None and not difference_is_smaller(flat, residual, known):
             known = None
         try:
@@ -83,6 +86,13 @@ class CorrectingEncoder(TensorEncoder):
         if known is not None:
             self.based.add(name)
         return corrected.encoded
+
+    def _exactly(self, name: str, codec: ExactDelta, flat: Array, known: Array | None) -> Array:
+        if known is None:
+            return super().encode(name, codec, flat)
+        self.based.add(name)
+        encoded = np.empty(codec.encoded_nbytes(flat.size), np.uint8)
+        return encoded[: codec.encode_against(flat, known, encoded)]
 
     def _dither(self, name: str, codec: Codec) -> Dither | None:
         at_random = self.noise is not None and codec.name in DITHERED

@@ -144,7 +144,9 @@ def decode_params(
         offset = base.tensor(name, out) if base is not None and is_difference else None
         require(name, offset is not None or not is_difference, "it is the difference from a tensor that isn't here")
         try:
-            if is_difference:
+            if offset is not None and received.decode_against is not None:
+                received.decode_against(offset, out)
+            elif is_difference:
                 difference = np.empty(n, np.float32)
                 received.decode_into(difference)
                 add_base(difference, offset, out)

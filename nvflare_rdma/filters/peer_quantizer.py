@@ -30,8 +30,8 @@ class PeerQuantizer(FLComponent):
     does).
 
     Args:
-        quantization_type: a codec's name, in any case. Not `lossless` or `adaquant`, whose sizes show only when all is
-            encoded.
+        quantization_type: a codec's name, in any case. Not `lossless`, `exact_delta` or `adaquant`, whose sizes
+            show only when all is encoded.
         policy: see `ModelQuantizer`.
 
     Raises:

@@ -15,9 +15,9 @@ from nvflare.apis.fl_context import FLContext, FLContextManager
 from nvflare.apis.shareable import ReservedHeaderKey
 from nvflare.fuel.utils import fobs
 
-from nvflare_rdma.errors import CodecError
+from nvflare_rdma.errors import CodecError, ConfigError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
-from nvflare_rdma.filters.delta_base import HELD, TOPIC, Base, Bases
+from nvflare_rdma.filters.delta_base import HELD, TOPIC, Base, Bases, bases_of
 
 DATA, RESULT = FilterChainType.TASK_DATA_CHAIN, FilterChainType.TASK_RESULT_CHAIN
 
@@ -448,7 +448,7 @@ def test_a_base_gives_only_what_fits():
     assert Bases().current("train") is None
 
 
-@pytest.mark.parametrize("name", ["float16", "bfloat16", "lossless"])
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "lossless", "exact_delta"])
 def test_infinities_in_the_base_do_not_become_nan(federation, name):
     fed = federation(name)
     w = model()
@@ -487,6 +487,54 @@ def test_a_tensor_that_shrinks_is_no_difference(federation, name, dtype):
     expected = plain.result("site-1", trained)[1]
     for key, value in trained.items():
         assert error({key: back[key]}, {key: value}) <= error({key: expected[key]}, {key: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("as_torch", [True, False])
+def test_exact_differences_arrive_bit_for_bit_and_small(federation, as_torch, dtype):
+    if not as_torch and dtype is torch.bfloat16:
+        pytest.skip("numpy has no bfloat16")
+    fed = federation("exact_delta")
+    w = {k: v.to(dtype) if as_torch else v.to(dtype).numpy() for k, v in model(as_torch=True).items()}
+    w["layer0.weight"][3, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 0.0])
+    for round_ in range(4):
+        give = fed.task(w)
+        for site in fed.sites:
+            meta, got = give(site)
+            assert ("base" in ours(meta)) == (round_ > 0)
+            assert_same_bits(got, w)
+            trained = stepped(got, 10 * round_, 1e-5)
+            meta_up, back = fed.result(site, trained)
+            assert_same_bits(back, trained)
+            for dxo_meta in (meta, meta_up) if round_ else (meta_up,):
+                assert {k for k, state in dxo_meta["quant_state"].items() if state.get("delta")} == set(w)
+        w = trained
+
+
+def assert_same_bits(got, sent):
+    for key, value in sent.items():
+        found, wanted = (torch.as_tensor(t).contiguous().view(torch.uint8) for t in (got[key], value))
+        assert torch.equal(found, wanted), key
+
+
+def test_an_exact_difference_from_another_model_is_refused(federation):
+    """Bases are told by their digests; should one be taken for another all the same, the values' own digest tells."""
+    fed = federation("exact_delta")
+    w = model()
+    fed.task(w)("site-1")
+    base = bases_of(fed.sites["site-1"].manager.new_context()).current("train")
+    base.tensors["layer1.weight"][7] += 1
+    with pytest.raises(CodecError, match=r"'layer1\.weight'.*other values came out"):
+        fed.task(stepped(w, 1))("site-1")
+
+
+def test_exact_differences_need_delta():
+    with pytest.raises(ConfigError, match="'exact_delta' needs delta"):
+        ModelQuantizer("exact_delta")
+    rules = [{"role": "head", "quantization_type": "exact_delta"}]
+    with pytest.raises(ConfigError, match="'exact_delta' needs delta"):
+        ModelQuantizer("int8", policy=rules)
+    assert ModelQuantizer("exact_delta", delta=True).delta
 
 
 def test_a_difference_that_overflows_travels_whole(federation):
