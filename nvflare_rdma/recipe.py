@@ -43,7 +43,7 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
         policy: rules that say which codec each tensor gets, before the default ones (norms, biases and tensors of
             less than 1024 elements travel exact). See `nvflare_rdma.codecs.policy`.
         error_feedback, delta, stochastic_rounding: see `nvflare_rdma.filters.ModelQuantizer`. What a type can't do
-            without is on with it: `delta` with `exact_delta`.
+            without is on with it: `delta` with `exact_delta`, `delta` and `error_feedback` with `topk2`.
         clients: the sites that get it, None for all. To and from the others models travel in full, and they need not
             have this package. It takes a job with an app for each site (`Recipe.set_per_site_config`).
 

@@ -42,7 +42,8 @@ class _NotFiniteError(Exception):
 
 
 def can_encode_on_device(codec: Codec) -> bool:
-    """Return whether `encode_on_device` takes this codec: all but `adaquant`, `lossless` and `exact_delta`."""
+    """Return whether `encode_on_device` takes this codec: all but `adaquant`, `lossless`,
+    `exact_delta` and `topk2`."""
     return codec.name in _RUNS
 
 

@@ -9,8 +9,13 @@ from nvflare_rdma.codecs import Policy
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters.dither import DITHERED
 
+_LEFT_OUT = {"error_feedback": "it leaves most values out, and they have to be sent later on"}
 #: What types can't do without, and why.
-_NEEDED = {"exact_delta": {"delta": "it is the difference from a model that both sides hold"}}
+_NEEDED = {
+    "exact_delta": {"delta": "it is the difference from a model that both sides hold"},
+    "topk2": _LEFT_OUT,
+    "topk2_128": _LEFT_OUT,
+}
 
 
 def with_needed(quantization_type: str, policy: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,7 +25,10 @@ def with_needed(quantization_type: str, policy: Sequence[Any], options: Mapping[
         ConfigError: an unknown type or rule.
     """
     codecs = Policy(quantization_type, policy).codecs
-    return dict(options) | {option: True for codec in codecs for option in _NEEDED.get(codec.name, {})}
+    needed = {option: True for codec in codecs for option in _NEEDED.get(codec.name, {})}
+    if any(codec.needs_feedback for codec in codecs):
+        needed["delta"] = True  # has an effect on whole models only, which these can't be used for without
+    return {**options, **needed}
 
 
 def check_options(policy: Policy, error_feedback: bool, delta: bool, stochastic_rounding: bool) -> None:
@@ -44,4 +52,13 @@ def check_options(policy: Policy, error_feedback: bool, delta: bool, stochastic_
         raise ConfigError(
             f"stochastic_rounding has an effect on {', '.join(DITHERED)} only, which the policy doesn't use; set "
             "quantization_type to it or leave out stochastic_rounding"
+        )
+
+
+def check_whole(policy: Policy, delta: bool) -> None:
+    """Raise ConfigError about a type that is for differences, if a whole model is to be sent and `delta` is off."""
+    if named := [codec.name for codec in policy.codecs if codec.needs_feedback and not delta]:
+        raise ConfigError(
+            f"quantization_type '{named[0]}' is for differences, but the message has whole WEIGHTS: set delta to true, "
+            "have the sites send WEIGHT_DIFF, or use another quantization_type"
         )

@@ -45,6 +45,11 @@ class PeerQuantizer(FLComponent):
                 f"{', '.join(late)} can't be used between sites, where tensors are encoded as they are sent: their "
                 "encoded size has to be known before; use another quantization_type"
             )
+        if lossy := [codec.name for codec in parsed.codecs if codec.needs_feedback]:
+            raise ConfigError(
+                f"{', '.join(lossy)} can't be used between sites, where nothing is known of earlier messages that "
+                "would make up for what it leaves out; use another quantization_type"
+            )
         super().__init__()
         # FLARE writes arguments into an exported job config from attributes of the same names.
         self.quantization_type = parsed.codec.name

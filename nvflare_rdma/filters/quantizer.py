@@ -19,7 +19,7 @@ from nvflare_rdma.filters import points
 from nvflare_rdma.filters.delta_base import answer_clients
 from nvflare_rdma.filters.encoding import MIB, TensorEncoder, encode_params
 from nvflare_rdma.filters.message_encoder import EncodedMessage, MessageEncoder, ModelMessage
-from nvflare_rdma.filters.options import check_options
+from nvflare_rdma.filters.options import check_options, check_whole
 from nvflare_rdma.filters.points import FilterPoint, require_decoding_site, require_dequantizer, tell_what_is_decoded
 from nvflare_rdma.filters.quant_filter import (
     OURS,
@@ -62,7 +62,7 @@ class ModelQuantizer(QuantFilter):
         policy: which codec each tensor gets, a list of rules (`nvflare_rdma.codecs.policy`) followed by the default
             ones: norms, biases and tensors of less than 1024 elements travel exact. None: no rules at all, so that
             all that can be encoded is, as with FLARE's filter.
-        error_feedback: add to each message what the last one of its task lacked.
+        error_feedback: add to each message what the last one of its task lacked. `topk2` needs it.
         delta: send WEIGHTS as differences from a model that the receiver holds, when both sides have the same one.
             `exact_delta` needs it.
         stochastic_rounding: round `int8` up or down at random, so that the mean error is zero. The noise follows from
@@ -132,7 +132,8 @@ class ModelQuantizer(QuantFilter):
         """Return codes in place of weights, or None (unchanged) if the DXO is quantized already.
 
         Raises:
-            ConfigError: this side would not decode the codes that it gets. Looked at once per task.
+            ConfigError: this side would not decode the codes that it gets, which is looked at once per task; or whole
+                models for a type that is for differences.
         """
         self._idle = None
         point = FilterPoint.of(self, shareable, fl_ctx)
@@ -144,6 +145,8 @@ class ModelQuantizer(QuantFilter):
         if dxo.get_meta_prop(QUANTIZED_FLAG):
             self.log_info(fl_ctx, "The message is quantized already and stays as it is")
             return None
+        if dxo.data_kind == DataKind.WEIGHTS:
+            check_whole(self._policy, self.delta)
         self._warn_of_feedback(dxo, fl_ctx)
         self._tell_of_meta(dxo, fl_ctx)
         root_id = shareable.get_header(ReservedHeaderKey.MSG_ROOT_ID) or ""

@@ -81,6 +81,8 @@ LIMITS = {
     "int8": 2e-2,
     "int2": 5,
     "ternary": 5,
+    "topk2": 5,
+    "topk2_128": 5,
     "adaquant": 2e-2,
     "lossless": 1e-9,
     "exact_delta": 1e-9,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.event_type import EventType
 from nvflare.apis.filter import FilterChainType, FilterContextKey
 from nvflare.apis.fl_constant import FilterKey, FLContextKey
@@ -361,6 +361,68 @@ def test_a_sites_results_use_both(federation):
     residual = fed.sites["site-1"].quantizer._encoder.residuals.committed("train").get("layer0.weight")
     left = (residual.astype(np.uint32) << 16).view(np.float32).reshape(40, 50)
     np.testing.assert_allclose(total + left, wanted, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["topk2", "topk2_128"])
+def test_the_largest_differences_are_sent_and_nothing_else_is_lost_for_good(federation, name):
+    """Whole models travel lossless, and what is left of a difference comes later on, both ways."""
+    fed, w = federation(name, error_feedback=True), model(0)
+    lost = []
+    for round_ in range(60):
+        meta, got = fed.task(w)("site-1")
+        assert meta[MetaKey.PROCESSED_ALGORITHM] == (name if round_ else "lossless")
+        if not round_:
+            assert_same_bits(got, w)
+            w = stepped(w, 1, 1e-2)
+        lost.append(error(got, w))
+        meta, back = fed.result("site-1", stepped(got, 2, 1e-2))
+        assert meta[MetaKey.PROCESSED_ALGORITHM] == name
+        changed = np.count_nonzero(back["layer0.weight"] - got["layer0.weight"])
+        assert 0 < changed <= -(-2000 * int(name.partition("_")[2] or 64) // 4096)
+    assert lost[-1] < 0.05 * lost[1]
+
+
+def test_what_a_site_lacked_is_sent_later_and_slowly_forgotten(federation):
+    fed, total = federation("topk2", error_feedback=True), 0
+    step = model(2, 1e-2)["layer0.weight"]
+    kept = 0
+    for _ in range(30):
+        _, got = fed.task(model(0))("site-1")
+        _, back = fed.result("site-1", stepped(got, 2, 1e-2))
+        total = total + (back["layer0.weight"] - got["layer0.weight"])
+        kept = 0.95 * kept + step
+        kept = kept - (back["layer0.weight"] - got["layer0.weight"])
+    residual = fed.sites["site-1"].quantizer._encoder.residuals.committed("train").get("layer0.weight")
+    left = (residual.astype(np.uint32) << 16).view(np.float32).reshape(40, 50)
+    np.testing.assert_allclose(left, kept, atol=2e-3)
+
+
+def test_differences_of_models_are_sent_without_a_base(federation):
+    fed, total = federation("topk2", error_feedback=True, delta=False), 0
+    step = model(3, 1e-2)
+    for _ in range(100):
+        meta, back = fed.result("site-1", step, DataKind.WEIGHT_DIFF)
+        assert meta[MetaKey.PROCESSED_ALGORITHM] == "topk2"
+        total = total + back["layer0.weight"]
+    assert np.corrcoef(total.ravel(), step["layer0.weight"].ravel())[0, 1] > 0.85  # what is forgotten is missing
+    with pytest.raises(ConfigError, match=r"'topk2' is for differences, but the message has whole WEIGHTS: set delta"):
+        fed.result("site-1", step)
+
+
+def test_the_largest_values_alone_need_error_feedback():
+    for name in ("topk2", "topk2_128"):
+        with pytest.raises(ConfigError, match=f"'{name}' needs error_feedback"):
+            ModelQuantizer(name, delta=True)
+
+
+def test_what_is_not_finite_travels_exact_with_the_largest_differences(federation):
+    fed, w = federation("topk2", error_feedback=True), model(0)
+    fed.task(w)("site-1")
+    w = stepped(w, 1, 1e-2)
+    w["layer0.weight"][3, 4] = np.nan
+    _, got = fed.task(w)("site-1")
+    assert_same_bits({"w": got["layer0.weight"]}, {"w": w["layer0.weight"]})
+    assert error({"w": got["layer1.weight"]}, {"w": w["layer1.weight"]}) > 0
 
 
 @pytest.mark.parametrize("held", ["text", ["train"], {"train": 7}, {"train": "0" * 32}, {7: 7}, None])
