@@ -1,4 +1,4 @@
-# make demo | test | test-verbs | test-verbs-all | test-pythons | coverage | lint | format | docs | clean
+# make demo | test | test-verbs | test-verbs-all | test-pythons | chaos | fuzz | coverage | lint | format | docs | clean
 # (Debian 12 / Ubuntu 24.04, Python >= 3.11)
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?= -n 3 --dist worksteal
 
-.PHONY: demo test test-verbs test-verbs-all test-pythons coverage lint format docs clean setup
+.PHONY: demo test test-verbs test-verbs-all test-pythons chaos fuzz coverage lint format docs clean setup
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -44,6 +44,17 @@ test-verbs-all: $(STAMP)
 PYTHONS_STEPS ?= all
 test-pythons: $(STAMP)
 	$(BIN)/python tests/pythons/smoke.py --steps $(PYTHONS_STEPS) -- $(PIP_ARGS)
+
+# Processes that pull from each other while they are killed and stopped, and their connections cut, stalled and flipped.
+# CHAOS_ARGS="--seed 7" plays a run again.
+CHAOS_SECONDS ?= 300
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos.run --seconds $(CHAOS_SECONDS) $(CHAOS_ARGS)
+
+# Random input for everything that takes what a peer says, each target for so long. FUZZ_ARGS="parser --seed 7" chooses.
+FUZZ_SECONDS ?= 60
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
 # How much of transfer/ and streaming/ their own tests reach, in all processes that they start.
 coverage: $(STAMP)

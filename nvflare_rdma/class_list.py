@@ -30,7 +30,6 @@ _FILES = ("resources.json", "resources.json.default")  # FLARE reads the first t
 _ANY = "*"
 _MODE, _ONLY_WARN = "class_list_enforcement_mode", "warn"
 _CUSTOM = "custom"  # the folder of an app with its code, by which FLARE tells
-_SERVER, _ALL_SITES = "server", "@ALL"
 
 
 def line(entries: Sequence[str] = ENTRIES) -> str:
@@ -70,11 +69,10 @@ def read(site: Path) -> ClassList:
     """
     file = _file(site)
     resources = _resources(file)
-    entries = resources.get(KEY)
-    if not isinstance(entries, list):
-        return ClassList(file, False, list(ENTRIES))
-    enforced = resources.get(_MODE) != _ONLY_WARN
-    return ClassList(file, True, [each for each in ENTRIES if enforced and not _allowed(each, entries)])
+    entries, enforced = resources.get(KEY), resources.get(_MODE) != _ONLY_WARN
+    listed = isinstance(entries, list)
+    missing = [each for each in ENTRIES if enforced and not (listed and _allowed(each, entries))]
+    return ClassList(file, listed, missing)
 
 
 def allow(simulator: Path) -> ClassList:
@@ -119,9 +117,11 @@ def sites_without_code(apps: Mapping[str, Any], packages: Sequence[str]) -> list
         apps: those of a `FedJob`, by site.
         packages: what is installed everywhere and so never copied into the job.
     """
+    from nvflare.apis.job_def import ALL_SITES, SERVER_SITE_NAME
+
     parts = {site: [app.app_config] for site, app in apps.items()}
-    if _ALL_SITES in parts:  # then server and sites have one app together
-        parts = {_ALL_SITES: parts[_ALL_SITES] + parts.get(_SERVER, [])}
+    if ALL_SITES in parts:  # then server and sites have one app together
+        parts = {ALL_SITES: parts[ALL_SITES] + parts.get(SERVER_SITE_NAME, [])}
     return [site for site, configs in parts.items() if not _brings_code(configs, packages)]
 
 

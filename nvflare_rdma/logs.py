@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from numbers import Number
 from typing import Any
 
 
@@ -18,12 +19,25 @@ def escaped(value: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+class _Escaped:
+    """An argument of a log line. What it is for `%s` and for `%r` is escaped when the line is written."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __str__(self) -> str:
+        return escaped(self._value)
+
+    def __repr__(self) -> str:
+        return escaped(repr(self._value))
+
+
 class _EscapingLogger(logging.LoggerAdapter[logging.Logger]):
     """A logger whose arguments are data: they are escaped. What is to be laid out stands in the message itself."""
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         if self.isEnabledFor(level):
-            safe = [arg if isinstance(arg, int | float) else escaped(arg) for arg in args]
+            safe = [arg if isinstance(arg, Number) else _Escaped(arg) for arg in args]
             kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1  # the line is the caller's
             self.logger.log(level, msg, *safe, **kwargs)
 

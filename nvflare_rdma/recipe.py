@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
+
+from nvflare.apis.job_def import ALL_SITES, SERVER_SITE_NAME
 
 from nvflare_rdma import class_list
 from nvflare_rdma.errors import ConfigError
@@ -12,9 +14,6 @@ from nvflare_rdma.logs import get_logger
 from nvflare_rdma.workflows import check_tasks, sends_tasks, sites_with_peers
 
 log = get_logger(__name__)
-
-_SERVER = "server"
-_ALL_SITES = "@ALL"
 
 
 def add_quantization(  # noqa: PLR0913 - one call for what is one filter's arguments, and where it goes
@@ -39,7 +38,8 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
         target: a FLARE `Recipe`, or a `FedJob`; in a FedJob with client apps per site, every site gets the filters.
         quantization_type: see `nvflare_rdma.filters.ModelQuantizer`.
         tasks: names of the tasks whose models are quantized; None means `["train"]`, the task of FLARE's FedAvg.
-            FLARE matches filters to tasks by name, so `"*"` would match nothing and is refused.
+            FLARE matches filters to tasks by name, so `"*"` would match nothing and is refused. They mean nothing
+            where the sites control all workflows.
         policy: rules that say which codec each tensor gets, before the default ones (norms, biases and tensors of
             less than 1024 elements travel exact). See `nvflare_rdma.codecs.policy`.
         error_feedback, delta, stochastic_rounding: see `nvflare_rdma.filters.ModelQuantizer`. What a type can't do
@@ -74,21 +74,27 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
     apps = apps_of(target, "add_quantization")
     _refuse_quantization_twice(apps)
     sites = _client_sites(apps, clients)
-    check_tasks(apps, sites, names)
+    if problem := check_tasks(apps, sites, names):
+        # The sites of a recipe have all their executors, and somebody who names tasks knows them.
+        if tasks is not None or target is not job:
+            raise ConfigError(problem)
+        log.warning("%s, unless the job gets an executor for it later", problem)
     peers = sites_with_peers(apps, sites)
     if peers:
         _refuse_between_sites(given)
         between_sites = [(site, PeerQuantizer(quantization_type, policy=rules)) for site in peers]
         for site, component in between_sites:
             job.to(component, site, id="peer_quantizer")
+    concerned = set(peers)
     if sends_tasks(apps):
+        concerned = {SERVER_SITE_NAME, *sites}
         job.to_server(from_server, filter_type=FilterType.TASK_DATA, tasks=names)
         job.to_server(ModelDequantizer(clients=only), filter_type=FilterType.TASK_RESULT, tasks=names)
         for site in sites:
             job.to(ModelDequantizer(), site, filter_type=FilterType.TASK_DATA, tasks=names)
             job.to(from_client, site, filter_type=FilterType.TASK_RESULT, tasks=names)
     use_installed_package(job)
-    _say_what_to_allow(apps, job, class_list.FILTERS)
+    _say_what_to_allow(apps, concerned, job, class_list.FILTERS)
 
 
 def add_transfer(target: Any, clients: Sequence[str] | None = None) -> None:
@@ -118,7 +124,7 @@ def add_transfer(target: Any, clients: Sequence[str] | None = None) -> None:
     job.to_server(RdmaTransfer(), id="rdma_transfer")
     for site in sites:
         job.to(RdmaTransfer(), site, id="rdma_transfer")
-    _say_what_to_allow(apps, job, class_list.STREAMING)
+    _say_what_to_allow(apps, {SERVER_SITE_NAME, *sites}, job, class_list.STREAMING)
 
 
 def _checked_job(target: Any, what: str, feature: str) -> Any:
@@ -162,12 +168,12 @@ def _client_sites(apps: Mapping[str, Any], clients: Sequence[str] | None = None)
     Raises:
         ConfigError: `clients` has no names, names that the job doesn't know, or the job has one app for all sites.
     """
-    sites = [site for site in apps if site not in (_SERVER, _ALL_SITES)]
+    sites = [site for site in apps if site not in (SERVER_SITE_NAME, ALL_SITES)]
     if clients is None:
-        return sites or [_ALL_SITES]
+        return sites or [ALL_SITES]
     if isinstance(clients, str) or not clients or any(not isinstance(name, str) for name in clients):
         raise ConfigError(f"clients must be a list of site names such as ['site-1'], but is {clients!r}")
-    if _ALL_SITES in apps or not sites:
+    if ALL_SITES in apps or not sites:
         raise ConfigError(
             f"clients={list(clients)!r} takes an app for each site, but this job has one for all of them: call "
             'recipe.set_per_site_config({"site-1": {}, ...}) right after the recipe has been made, or put the parts '
@@ -178,10 +184,11 @@ def _client_sites(apps: Mapping[str, Any], clients: Sequence[str] | None = None)
     return list(dict.fromkeys(clients))
 
 
-def _say_what_to_allow(apps: Mapping[str, Any], job: Any, entry: str) -> None:
-    sites = class_list.sites_without_code(apps, job.job.app_packages)
+def _say_what_to_allow(apps: Mapping[str, Any], concerned: Set[str], job: Any, entry: str) -> None:
+    """Say of the sites that got something, `concerned`, which of them have to allow it in a list of FLARE's."""
+    sites = [site for site in class_list.sites_without_code(apps, job.job.app_packages) if site in concerned]
     if sites:
-        where = "every site and the server" if _ALL_SITES in sites else ", ".join(sites)
+        where = "every site and the server" if ALL_SITES in sites else ", ".join(sites)
         log.warning(
             "the job '%s' brings no code of its own so far for %s, so FLARE refuses classes there that are not in the "
             "list %s of local/resources.json (or resources.json.default). Add %s to it; `nvflare-rdma doctor "

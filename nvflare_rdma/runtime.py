@@ -38,9 +38,11 @@ from nvflare_rdma.transfer import (
     Ledger,
     Notices,
     PeerLinks,
+    SitePlaces,
     StreamRequestRouter,
     TensorMemory,
-    WaitingPlaces,
+    stream_places,
+    waiting_places,
 )
 
 log = get_logger(__name__)
@@ -90,7 +92,7 @@ class LinksByCell:
                 try:
                     self._links[name] = self._make(cell)
                 except (RdmaError, OSError, RuntimeError) as error:
-                    log.error("%s can't have data links, so its tensors take FLARE's default path: %s", name, error)
+                    log.error("%s can't have data links, so its tensors take FLARE's own path: %s", name, error)
                     self._links[name] = None
             return self._links.get(name)
 
@@ -133,6 +135,7 @@ class Shared:
         links: the links of the process's cells.
         stream_requests: the streams that the process sends.
         waiting_places: for threads of FLARE's that wait for a site.
+        stream_places: for streams that are received from a site.
         tensor_memory: the memory in which tensors arrive.
         encoded_chunks: chunks that were encoded for one receiver and that others are about to want.
         ledger: takes the record of each transfer to those who want to know.
@@ -143,7 +146,8 @@ class Shared:
 
     links: LinksByCell = field(default_factory=LinksByCell)
     stream_requests: StreamRequestRouter = field(default_factory=StreamRequestRouter)
-    waiting_places: WaitingPlaces = field(default_factory=WaitingPlaces)
+    waiting_places: SitePlaces = field(default_factory=waiting_places)
+    stream_places: SitePlaces = field(default_factory=stream_places)
     tensor_memory: TensorMemory = field(default_factory=TensorMemory)
     encoded_chunks: EncodedChunkCache = field(default_factory=EncodedChunkCache)
     ledger: Ledger = field(default_factory=Ledger)
@@ -173,7 +177,7 @@ class Runtime:
         return self.shared.ledger
 
     @property
-    def waiting_places(self) -> WaitingPlaces:
+    def waiting_places(self) -> SitePlaces:
         """For threads of FLARE's that wait for a site."""
         return self.shared.waiting_places
 

@@ -37,6 +37,7 @@ from nvflare_rdma.flare_compat import patch_simulator, require_flare, simulator_
 
 SCHEMES = ("rdma", "tcp", "grpc")
 _DRIVER_PATH_VAR = "NVFLARE_COMM_DRIVER_PATH"
+_DEFAULT_WORKSPACE = "simulator_workspace"  # that of FLARE's SimulatorRunner
 _STOP_SECONDS = 10
 _WATCH_SECONDS = 1.0
 _HELD_PORTS = 256
@@ -199,8 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.parent_pid is not None:
         threading.Thread(target=_end_with, args=(args.parent_pid,), daemon=True).start()
     use_scheme(args.scheme)
-    if args.workspace:
-        allow_for(Path(args.job_folder), Path(args.workspace))
+    allow_for(Path(args.job_folder), Path(_DEFAULT_WORKSPACE if args.workspace is None else args.workspace))
     return int(run(args) or 0)
 
 

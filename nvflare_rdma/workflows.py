@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from nvflare.apis.job_def import SERVER_SITE_NAME
+
 from nvflare_rdma.errors import ConfigError
 
-_SERVER = "server"
 _COLLAB = "nvflare.collab."
 
 
@@ -25,16 +26,20 @@ def sends_tasks(apps: Mapping[str, Any]) -> bool:
     """Whether the server hands out tasks with models: it has a workflow that the sites don't control, or none yet."""
     from nvflare.app_common.ccwf.server_ctl import ServerSideController
 
-    server = apps.get(_SERVER)
+    server = apps.get(SERVER_SITE_NAME)
     workflows = [] if server is None else [workflow.controller for workflow in server.app_config.workflows]
     return not workflows or any(not isinstance(controller, ServerSideController) for controller in workflows)
 
 
-def check_tasks(apps: Mapping[str, Any], sites: Sequence[str], tasks: Sequence[str]) -> None:
+def check_tasks(apps: Mapping[str, Any], sites: Sequence[str], tasks: Sequence[str]) -> str:
     """Check that there will be messages with models of each of the tasks.
 
+    Returns:
+        What keeps tasks from having any, and which tasks there are: the sites have no executor for them, or none yet.
+        "" if nothing does. Where the sites control all workflows, no task of the server has a model, whatever its name.
+
     Raises:
-        ConfigError: there are none; the message says why, and which tasks there are.
+        ConfigError: there can't be any, whatever the tasks are; the message says why.
     """
     executors = [each for site in sites if site in apps for each in apps[site].app_config.executors]
     if any(type(each.executor).__module__.startswith(_COLLAB) for each in executors):
@@ -43,24 +48,22 @@ def check_tasks(apps: Mapping[str, Any], sites: Sequence[str], tasks: Sequence[s
             "filters; leave it out (add_transfer works)"
         )
     if not executors:
-        return  # they may come later
-    peers = [controller for site in sites for controller in _peer_controllers(apps, site)]
+        return ""  # they may come later
     if not sends_tasks(apps):
-        known = sorted({controller.learn_task_name for controller in peers})
-        if not known:
+        if not sites_with_peers(apps, sites):
             raise ConfigError(
                 "add_quantization has no effect on this job: the sites control all of its workflows, FLARE applies no "
                 "filters to what they send each other, and none of them is a swarm or cyclic one; leave it out"
             )
-        strange = [task for task in tasks if task not in known]
-    else:
-        known = sorted({task for each in executors for task in each.tasks})
-        strange = [task for task in tasks if not any(fnmatchcase(task, pattern) for pattern in known)]
-    if strange:
-        raise ConfigError(
-            f"tasks={list(tasks)!r}: the sites have no executor for {', '.join(strange)}, so nothing would be "
-            f"quantized; name some of: {', '.join(known)}"
-        )
+        return ""
+    known = sorted({task for each in executors for task in each.tasks})
+    strange = [task for task in tasks if not any(fnmatchcase(task, pattern) for pattern in known)]
+    if not strange:
+        return ""
+    return (
+        f"tasks={list(tasks)!r}: the sites have no executor for {', '.join(strange)}, so nothing would be quantized; "
+        f"name some of: {', '.join(known)}"
+    )
 
 
 def _peer_controllers(apps: Mapping[str, Any], site: str) -> list[Any]:

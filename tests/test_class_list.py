@@ -68,6 +68,7 @@ def test_the_entries_have_every_public_class_by_the_name_that_flare_writes(cls, 
         (["nvflare_rdma.filters.", "nvflare_rdma.streaming"], {}, []),
         (["nvflare_rdma.filtersets"], {}, list(class_list.ENTRIES)),
         (STANDARD, {"class_list_enforcement_mode": "warn"}, []),
+        (None, {"class_list_enforcement_mode": "warn"}, []),
     ],
 )
 def test_what_is_missing_is_what_flare_refuses(entries, more, missing, tmp_path):
@@ -158,6 +159,18 @@ def test_with_an_app_for_each_site_each_has_to_bring_code(caplog, tmp_path):
         add_transfer(recipe)
     (record,) = caplog.records
     assert "no code of its own so far for server, so" in record.getMessage()
+
+
+@pytest.mark.parametrize("add", [add_quantization, add_transfer])
+def test_a_site_that_gets_nothing_has_nothing_to_allow(add, caplog):
+    job = FedJob(name="q")
+    for name in ("site-1", "site-2", "site-3"):
+        job.to(NPTrainer(), name)
+    with caplog.at_level(logging.WARNING, "nvflare_rdma"):
+        add(job, clients=["site-2"])
+    (record,) = caplog.records
+    named = record.getMessage().partition(" so far for ")[2].partition(", so FLARE")[0]
+    assert sorted(named.split(", ")) == ["server", "site-2"]
 
 
 class Own(NPTrainer):

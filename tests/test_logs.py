@@ -39,6 +39,14 @@ def test_a_line_has_its_arguments_escaped_and_names_its_place(caplog):
     )
 
 
+def test_a_line_shows_what_its_format_asks_for(caplog):
+    """The type of an error and its number say what happened; numbers of numpy are numbers."""
+    log = get_logger("nvflare_rdma.test")
+    log.warning("%r, %r and '%s'", OSError(9, FORGED), FORGED, FORGED)
+    log.warning("%d of %.1f, %5d, %s", np.int64(3), np.float32(4.5), True, np.uint8(7))
+    assert caplog.messages == [f"OSError(9, '{SHOWN}'), '{SHOWN}' and '{SHOWN}'", "3 of 4.5,     1, 7"]
+
+
 @pytest.mark.parametrize("kind", [CodecError, ProtocolError, FabricError])
 def test_errors_have_escaped_texts(kind):
     assert str(kind(f"'{FORGED}' is refused")) == f"'{SHOWN}' is refused"

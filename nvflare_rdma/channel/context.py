@@ -31,5 +31,7 @@ class LinkContext:
     integrity: str = "auto"
     window_bytes: int = 4 * 1024 * 1024
     """Outgoing bytes that may wait to be granted before `Link.send` blocks; one message may always."""
+    labels_only: bool = False
+    """Whether the peer may send nothing but messages with labels that are expected."""
     memory_wait: float = 150.0
     """Seconds that an offered message waits for memory before it is refused; a silent peer holds some for less."""

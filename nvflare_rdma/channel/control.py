@@ -16,9 +16,11 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.fabric import keep_alive
 
 _RECEIVE_BYTES = 256 * 1024
+NO_GOODBYE = "the peer closed the connection without a goodbye, as when its process ends"
 
 
 class ControlStream:
@@ -47,6 +49,13 @@ class ControlStream:
     def secure(self) -> bool:
         """Whether the stream speaks TLS."""
         return self._tls is not None
+
+    def way(self, dialled: bool) -> str:
+        """For people: whether there is TLS, and the port of the side that was dialled."""
+        port: object = "unknown"
+        with contextlib.suppress(OSError, IndexError):
+            port = (self._sock.getpeername() if dialled else self._sock.getsockname())[1]
+        return f"{'TLS' if self.secure else 'no TLS'}, port {port}"
 
     def peer_certificate(self) -> dict[str, Any] | None:
         """The peer's certificate as `ssl.SSLSocket.getpeercert` gives it, or None."""
@@ -167,3 +176,12 @@ class ControlStream:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
+
+
+def explain_loss(error: Exception, written: str) -> str:
+    """What an error of the control stream means. `written` is what writing it has brought, if it failed: whoever reads
+    it then only sees that it is closed."""
+    if isinstance(error, ConnectionResetError | BrokenPipeError):
+        return f"{NO_GOODBYE} ({error.strerror})"
+    ours = isinstance(error, RdmaError) or not isinstance(error, OSError)
+    return str(error) if ours or not written else f"{NO_GOODBYE} ({written})"

@@ -10,11 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 
 from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.errors import TransferError
 from nvflare_rdma.logs import get_logger
 
 log = get_logger(__name__)
 
 _SEND_NOW_BYTES = 128 * 1024
+#: A peer that reads nothing while it has much answered ends its link: inline messages and chunks are bounded, and much
+#: less than this.
+_MOST_WAITING_BYTES = 16 * 1024 * 1024
 #: Batches that wait for the control stream when the next chunk is put behind them.
 _DATA_AHEAD = 2
 
@@ -30,6 +34,8 @@ class ControlWriter:
         """Batches that the thread has not sent yet."""
         self.inline_bytes = 0
         """Bytes of inline messages among them."""
+        self.failure = ""
+        """Why the stream could not be written; "" if it could."""
         self.thread = threading.Thread(target=self._run, name=f"rdma-control-{name}", daemon=True)
         self._stream = stream
         self._room = room
@@ -39,6 +45,7 @@ class ControlWriter:
         #: the thread. It has only what could not be sent at once.
         self._batches: queue.SimpleQueue[tuple[list[bytes] | bytes, int] | None] = queue.SimpleQueue()
         self._progress_at = time.monotonic()
+        self._waiting_bytes = 0
 
     def start(self) -> None:
         """Start the thread."""
@@ -63,7 +70,13 @@ class ControlWriter:
     def _queue_locked(self, output: list[bytes] | bytes, inline_bytes: int) -> None:
         if not self.unsent:
             self._progress_at = time.monotonic()
+        nbytes = len(output) if isinstance(output, bytes) else sum(map(len, output))
+        if self._waiting_bytes + nbytes > _MOST_WAITING_BYTES:
+            raise TransferError(
+                f"the peer does not read what it causes: {self._waiting_bytes} bytes wait on the control stream"
+            )
         self.inline_bytes += inline_bytes
+        self._waiting_bytes += nbytes
         self.unsent += 1
         self._batches.put((output, inline_bytes))
 
@@ -82,6 +95,7 @@ class ControlWriter:
                 self._stream.send(output if isinstance(output, bytes) else self._stream.protect(output))
                 with self._room:
                     self.inline_bytes -= inline_bytes
+                    self._waiting_bytes -= len(output) if isinstance(output, bytes) else sum(map(len, output))
                     self.unsent -= 1
                     self._progress_at = time.monotonic()
                     self._room.notify_all()
@@ -93,7 +107,8 @@ class ControlWriter:
             yield
         except Exception as error:  # noqa: BLE001 - whatever it is, a part of a message may be gone
             if not self._closing():
-                # The reader sees the same and ends the link; wake it in case it does not.
+                # The reader ends the link; wake it in case it does not see the same. It then sees a closed socket only.
+                self.failure = self.failure or str(error)
                 level = logging.DEBUG if isinstance(error, OSError) else logging.ERROR
                 log.log(level, "%s: the control stream can't be written, and is closed: %r", self._name, error)
                 with contextlib.suppress(OSError):

@@ -112,6 +112,7 @@ class Door:
     def serve(self) -> None:
         """Let peers in until `close` is called; then the port is free again. Call once, also if closed already. It also
         returns if the listening socket is shut down by anybody else, which is logged."""
+        self._say_whom_tls_shows()
         try:
             with self._listener:
                 self._serve()
@@ -145,6 +146,16 @@ class Door:
                 log.error("can't serve a connection: %s", error)
                 self._guests.leave(sock)
                 sock.close()
+
+    def _say_whom_tls_shows(self) -> None:
+        asks = True
+        with contextlib.suppress(OSError, RdmaError):  # each guest is told so
+            asks = self._tls is None or self._tls().verify_mode is not ssl.CERT_NONE
+        if not asks:
+            log.warning(
+                "%s asks who dials for no certificate (connection_security=tls), so nothing in TLS says who that is",
+                self._name,
+            )
 
     def _make_room(self, sock: socket.socket, address: str) -> None:
         if (victim := self._guests.enter(sock, address)) is not None:

@@ -113,6 +113,8 @@ class Inbox:
             return cost, 0, 0
         unit, limit = sink.unit if sink is not None else 1, self._budget.limit
         window, chunk, most = self._controller.window_bytes, self._controller.chunk_bytes, 0
+        if sink is not None:  # several such messages make up a window; one is never more than half of the budget
+            window = min(window, limit // 4)
         if self._same_host:
             # Chunks are long there, and many of them on their way, for what takes no slots. What takes some is to leave
             # room for the next, here, where its sender makes it, and where that keeps it for other receivers.
@@ -224,6 +226,8 @@ class Inbox:
         """Free what a chunk was exposed in: nothing will be written there any more."""
         if landing.slot is not None:
             landing.region.close()
+            # The next chunk takes a slot before whoever calls this is done with `landing`.
+            landing.slot, landing.target = None, memoryview(b"")
         landing.arriving.open_chunks -= 1
         self._settle(landing.arriving)
 

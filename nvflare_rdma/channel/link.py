@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from nvflare_rdma.channel import sealing
 from nvflare_rdma.channel.bodies import BufferSource, Sink, Source
 from nvflare_rdma.channel.context import LinkContext
-from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.channel.control import NO_GOODBYE, ControlStream, explain_loss
 from nvflare_rdma.channel.control_rail import ControlRail
 from nvflare_rdma.channel.control_writer import ControlWriter
 from nvflare_rdma.channel.deferred import DeferredCalls, Delivery
@@ -41,8 +41,7 @@ from nvflare_rdma.logs import get_logger
 
 log = get_logger(__name__)
 
-_LINGER = 5.0
-_TICK = 1.0
+_LINGER, _TICK = 5.0, 1.0
 
 
 class Link:
@@ -64,7 +63,7 @@ class Link:
         place: Callable[[int], Sink | None] = lambda label: None,
     ) -> None:
         self.name = name
-        self.fabric = ""
+        self.fabric = self.way = ""  # `way` is for people: the fabric, whether there is TLS, and the door's port
         self._stream = stream
         site = stream.site or name
         self._context = context
@@ -134,16 +133,15 @@ class Link:
             reason = str(error)
             log.error("%s: disconnected, the peer broke the protocol: %s", self.name, error)
         except (RdmaError, OSError) as error:
-            reason = str(error)
+            reason = explain_loss(error, self._writer.failure)
             if not self._closing:
-                log.warning("%s: connection lost: %s", self.name, error)
+                log.warning("%s: connection lost: %s", self.name, reason)
         except Exception as error:
             reason = f"internal error: {error}"
             log.exception("%s: disconnected by an error of this side", self.name)
         finally:
             self._shut_down(reason)
-            # Another thread may have begun it.
-            self._ended.wait(2 * _LINGER)
+            self._ended.wait(2 * _LINGER)  # another thread may have begun it
 
     def _step(self) -> None:
         """Take what the control stream has, or wait for it a little; and look at the deadlines now and then."""
@@ -152,9 +150,8 @@ class Link:
         now = time.monotonic()
         with self._lock:
             if data == b"":
-                self._failure = self._failure or "the peer closed the connection"
-                self._core.close(self._failure)
-            elif data:
+                raise FabricError(NO_GOODBYE)
+            if data:
                 self._core.receive(data, now)
                 if self._doubted:
                     self._room.notify_all()
@@ -171,13 +168,10 @@ class Link:
         stall = self._context.limits.stall_timeout
         if self._writer.is_stalled_locked(now, stall):
             raise TransferError(f"the peer has read nothing of the control stream for {stall:g} s")
-        if (rails := self._rails) is not None:
-            for rail in self._outbox.slow_rails(rails, now - stall / 2):
-                # It holds this side's memory for sending, and its message is given up when it stalls as a whole.
-                log.warning(
-                    "%s: a chunk takes more than %g s on rail %d, which is broken off", self.name, stall / 2, rail
-                )
-                self._deferred.append(functools.partial(rails.endpoint.drop, rail))
+        for rails, rail in self._outbox.slow_rails(now - stall / 2):
+            # It holds this side's memory for sending, and its message is given up when it stalls as a whole.
+            log.warning("%s: a chunk takes more than %g s on rail %d, which is broken off", self.name, stall / 2, rail)
+            self._deferred.append(functools.partial(rails.endpoint.drop, rail))
 
     def close(self, linger: float = _LINGER) -> None:
         """Let what was sent arrive (for at most `linger` seconds), then disconnect. Callable from any thread. In a
@@ -345,6 +339,11 @@ class Link:
     # -- receiving -----------------------------------------------------------------------------------------
 
     @property
+    def failure(self) -> str:
+        """Why the link has ended, or is about to; "" as long as it works."""
+        return self._failure or ""
+
+    @property
     def usable(self) -> bool:
         """Whether a link that was opened still works, and is not about to end."""
         return self._failure is None and not self._closing
@@ -408,6 +407,8 @@ class Link:
         self._deferred.append(lambda: self.landed(rails, event.notification, len(event.payload), event.digest))
 
     def _offered_locked(self, transfer: int, length: int, label: int) -> None:
+        if not label and self._context.labels_only:
+            raise ProtocolError("a message without a label is offered over a link that takes none")
         sink = self._place(label) if label else None
         if label and (sink is None or sink.nbytes != length):
             reason = f"{f'{sink.nbytes} bytes' if sink else 'nothing'} expected as {label}, {length} bytes are offered"
@@ -424,7 +425,9 @@ class Link:
                 self._deferred.run()
 
         def revoked(reason: str) -> None:
-            self.failed(TransferError(f"its memory is needed: {reason}"))
+            # Another link's thread says so, and to end this one takes a while.
+            error = TransferError(f"its memory is needed: {reason}")
+            threading.Thread(target=self.failed, args=(error,), name="rdma-end", daemon=True).start()
 
         refused = functools.partial(self._no_memory, transfer, length)
         self._inbox.reserve(transfer, length, sink, granted, refused, revoked)
@@ -580,6 +583,7 @@ class Link:
 
     def _adopt_locked(self, opening: Opening, peer: wire.Hello) -> None:
         self._rails, self.fabric = opening.rails, opening.rails.fabric
+        self.way = f"{self.fabric}, {self._stream.way(self._core.role is Role.ACTIVE)}"
         self._core.set_controller(opening.controller)
         self._inbox.set_controller(opening.controller, opening.same_host)
         self._outbox.set_protection(self._sealer(self._key) if opening.sealed else None, opening.checked)

@@ -58,6 +58,7 @@ class RailOpener:
     ) -> None:
         self.passed_over = ""
         """Why there is nothing better than what was chosen last."""
+        self._because = ""
         self._owner = owner
         self._name = name
         self._context = context
@@ -126,6 +127,10 @@ class RailOpener:
             raise ProtocolError(f"the peer {'seals' if offered.sealed else 'does not seal'} its chunks over {name!r}")
         if self._context.integrity == "on" and not (offered.checked or offered.sealed or self._secure):
             raise ProtocolError("the peer does not check its chunks, though rdma_integrity=on here")
+        self.passed_over = self._chooser.explain(
+            name, peer, {other for other, made in self._fabrics.items() if made.same_host}, self.passed_over
+        )
+        self._because = f" ({self.passed_over})" if self.passed_over else ""  # the passive side has said so
         rails = RailSet(self._owner)
         rails.fabric = name or "control"
         same_host = self._is_same_host(name)
@@ -146,7 +151,7 @@ class RailOpener:
         `rails.broken` afterwards."""
         rails.start(max(event.rails, 1))
         if event.rails:
-            log.info("%s: data goes over %s, %d rails", self._name, rails.fabric, event.rails)
+            log.info("%s: data goes over %s, %d rails%s", self._name, rails.fabric, event.rails, self._because)
         else:
             why = event.reason or self.passed_over
             log.warning("%s: no rail, data goes over the control stream, which is slower: %s", self._name, why)

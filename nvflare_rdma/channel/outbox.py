@@ -191,9 +191,10 @@ class Outbox:
             read.sending.reads -= 1
             self._look(read.sending)
 
-    def slow_rails(self, rails: RailSet, since: float) -> set[int]:
+    def slow_rails(self, since: float) -> set[tuple[RailSet, int]]:
         """The rails on which a write has been under way since that time, or longer."""
-        return {read.rail for (own, _), read in self._reads.items() if own is rails and read.began_at <= since}
+        slow = ((rails, read.rail) for (rails, _), read in self._reads.items() if read.began_at <= since)
+        return {(rails, rail) for rails, rail in slow if rails is not None and rails.fabric != "control"}
 
     def rails_closed(self, rails: RailSet) -> None:
         """Count all writes over `rails` as over."""

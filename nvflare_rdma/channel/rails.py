@@ -140,6 +140,14 @@ class FabricChooser:
                 "does not allow the control stream here: add tcp"
             )
 
+    def explain(self, name: str, peer: wire.Hello, same_host: Collection[str], failure: str) -> str:
+        """Why there is nothing better than `name`, which the peer has chosen; `failure` says what happened here to what
+        it had chosen before."""
+        best, passed_over = choose(self._order, self._own, peer.fabrics, self._host == peer.host != "", same_host)
+        if best == name:
+            return passed_over
+        return failure or f"the peer has chosen so, and its log says why; here it would be {best or 'none'}"
+
     def rule_out(self, name: str, reason: str) -> None:
         """Don't choose a fabric again on this connection."""
         self._own[name] = reason

@@ -44,6 +44,7 @@ from nvflare_rdma.runtime import Runtime, this_runtime
 
 log = get_logger(__name__)
 
+MAX_CONNECTIONS_OF_SITE = 64
 CLEAR_SCHEME, SECURE_SCHEME = "rdma", "srdma"
 #: A URL with an IPv6 address: that, and the port.
 _IPV6 = re.compile(r"[^/]*//\[([^\]]*)\]:?([^/?#]*)")
@@ -101,6 +102,9 @@ class RdmaDriver(BaseDriver):
         self._door: Door | None = None
         self._stopping = threading.Event()
         self._process = os.getpid()
+        self._sites_lock = threading.Lock()
+        #: Site -> its links, the oldest first; "" has those that are nobody's in particular.
+        self._sites: dict[str, list[Link]] = {}
         self._opening = Pending()  # what FLARE does not know yet, and has left the door
 
     @staticmethod
@@ -224,6 +228,8 @@ class RdmaDriver(BaseDriver):
             connection = self._make_connection(sock, stream, role, connector, fabric, prepared)
         assert connection.link is not None
         admitted()
+        site = stream.site
+        self._make_room(site, connection.link)
         try:
             self.add_connection(connection)
             if self._stopping.is_set():  # shut down before `shutdown` could see it
@@ -232,6 +238,22 @@ class RdmaDriver(BaseDriver):
         finally:
             connection.link.close(0.0)
             self.close_connection(connection)
+            with self._sites_lock:
+                self._sites[site].remove(connection.link)
+                if not self._sites[site]:
+                    del self._sites[site]
+
+    def _make_room(self, site: str, link: Link) -> None:
+        """Count a connection of a site, and close the oldest if there are too many: one that is idle first."""
+        with self._sites_lock:
+            others = [other for other in self._sites.setdefault(site, []) if other.usable]
+            self._sites[site].append(link)
+        while site and len(others) >= MAX_CONNECTIONS_OF_SITE:
+            oldest = next((other for other in others if other.idle), others[0])
+            text = "%s has %d connections, which are the most for one site; the oldest is closed"
+            log.warning(text, site, len(others))
+            others.remove(oldest)
+            oldest.close(0.0)
 
     def _make_connection(
         self,

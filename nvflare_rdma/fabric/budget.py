@@ -47,6 +47,8 @@ class Reservation:
     state: _State = _State.NEW
     number: int = 0
     asked_at: float = 0.0
+    taken: bool = False
+    """Whether `revoked` was called."""
 
     def request(self) -> None:
         """Ask for the bytes. Does nothing if they were released already."""
@@ -69,11 +71,12 @@ class Peak:
 class MemoryBudget:
     """How many bytes all transfers of a process may hold at once.
 
-    Next is the site that holds the least (of equals, who came first), so that one with many messages leaves the others
-    their share. While others need memory, too, none has more than half, but for one request that is larger by itself:
-    nobody is passed over because his request is large. What a site holds beyond half is taken back when another one
-    waits for it. A request larger than the whole budget is admitted alone, as if it were the size of the budget: a
-    message that has to be contiguous can't be received in less memory than it has, but there is never more than one.
+    Next is the site that holds the least (of equals, whose turn was longest ago, then who came first), so that one with
+    many messages leaves the others their share. While others need memory, too, none has more than half, but for one
+    request that is larger by itself: nobody is passed over because his request is large. What a site holds beyond half
+    is taken back when another one waits for it. A request larger than the whole budget is admitted alone, as if it were
+    the size of the budget: a message that has to be contiguous can't be received in less memory than it has, but there
+    is never more than one.
     """
 
     def __init__(self, limit: int) -> None:
@@ -86,6 +89,8 @@ class MemoryBudget:
         self._waiting: dict[str, deque[Reservation]] = {}
         self._holding: dict[str, list[Reservation]] = {}
         self._held: Counter[str] = Counter()
+        #: Site -> the number of its last turn: it was served, or what it held was taken back.
+        self._turns: dict[str, int] = {}
         #: Site -> when it asked last.
         self._asked: dict[str, float] = {}
         self._in_use = 0
@@ -143,6 +148,8 @@ class MemoryBudget:
         """Refuse the requests whose deadline has passed, and take back what others have waited for long enough."""
         with self._lock:
             self._asked = {site: at for site, at in self._asked.items() if now - at < _NEIGHBOUR_SECONDS}
+            known = {*self._asked, *self._waiting, *self._held}
+            self._turns = {site: turn for site, turn in self._turns.items() if site in known}
             taken, why = self._to_take_back(now)
             late = [r for line in self._waiting.values() for r in line if now > r.deadline]
             for reservation in late:
@@ -155,21 +162,23 @@ class MemoryBudget:
                 f"no {reservation.nbytes / _MIB:.1f} MiB came free in time of the memory budget of "
                 f"{self.limit / _MIB:.1f} MiB (rdma_memory_budget_bytes); held by {self.describe()}"
             )
-        if late:
-            self._serve()
+        self._serve()  # also a site whose neighbours do not ask any more
 
     def _to_take_back(self, now: float) -> tuple[list[Reservation], str]:
         """The newest reservations of a site that holds more than half, if another one waits too long; and why."""
-        for site, held in self._held.items():
+        for site in self._held:
+            # What was taken back already is about to be released.
+            mine = sorted((r for r in self._holding[site] if not r.taken), key=lambda r: r.number)
+            held = sum(r.nbytes for r in mine)
             waiting = [line[0] for other, line in self._waiting.items() if other != site]
             if held <= self.limit // 2 or not any(now - first.asked_at > HURRY_SECONDS for first in waiting):
                 continue
             taken: list[Reservation] = []
-            for reservation in sorted(self._holding[site], key=lambda r: r.number, reverse=True):
-                if held <= self.limit // 2:
-                    break
-                taken.append(reservation)
-                held -= reservation.nbytes
+            while held > self.limit // 2:
+                taken.append(mine.pop())
+                taken[-1].taken = True
+                self._turns[site] = next(self._numbers)
+                held -= taken[-1].nbytes
             return taken, (
                 f"{site} holds {self._held[site] / _MIB:.1f} MiB, more than half of the memory budget of "
                 f"{self.limit / _MIB:.1f} MiB (rdma_memory_budget_bytes), for which another site has waited for more "
@@ -193,6 +202,7 @@ class MemoryBudget:
                 reservation.state = _State.HELD
                 self._held[reservation.site] += reservation.nbytes
                 self._holding.setdefault(reservation.site, []).append(reservation)
+                self._turns[reservation.site] = next(self._numbers)
                 self._in_use += reservation.nbytes
                 self._peak = max(self._peak, self._in_use)
                 for watch in self._watching:
@@ -207,4 +217,5 @@ class MemoryBudget:
             for site, line in self._waiting.items()
             if not (held := self._held.get(site, 0)) or held + line[0].nbytes <= self.limit // 2 or not near - {site}
         ]
-        return min(firsts, key=lambda r: (self._held.get(r.site, 0), r.number), default=None)
+        turns = self._turns
+        return min(firsts, key=lambda r: (self._held.get(r.site, 0), turns.get(r.site, 0), r.number), default=None)

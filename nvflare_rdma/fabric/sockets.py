@@ -17,6 +17,8 @@ _PROBE_AFTER, _PROBE_EVERY = 30, 10
 _PROBES = (DEAD_AFTER - _PROBE_AFTER) // _PROBE_EVERY
 #: Where struct tcp_info of <linux/tcp.h> has tcpi_bytes_acked (u64).
 _BYTES_ACKED = struct.Struct("@120xQ")
+#: And tcpi_last_ack_recv (u32, milliseconds).
+_LAST_ACK = struct.Struct("@56xI")
 
 
 def keep_alive(sock: socket.socket) -> None:
@@ -36,6 +38,16 @@ def acknowledged(sock: socket.socket) -> int | None:
     except OSError:
         return None
     return int(_BYTES_ACKED.unpack(told)[0]) if len(told) == _BYTES_ACKED.size else None
+
+
+def seconds_since_acknowledgement(sock: socket.socket) -> float:
+    """Seconds since the peer's kernel has acknowledged anything, probes of a closed window included; infinity where
+    this kernel does not tell."""
+    try:
+        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_ACK.size)
+    except OSError:
+        return float("inf")
+    return float(_LAST_ACK.unpack(told)[0]) / 1000 if len(told) == _LAST_ACK.size else float("inf")
 
 
 def connect_tcp(address: tuple[str, int], timeout: float) -> socket.socket:

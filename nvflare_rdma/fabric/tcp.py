@@ -23,7 +23,7 @@ from nvflare_rdma.errors import ConfigError, FabricError, ProtocolError
 from nvflare_rdma.fabric.base import MAX_RAILS, CompletionHandler, Endpoint, Fabric, Region, RemoteSlice
 from nvflare_rdma.fabric.options import Availability, FabricOptions
 from nvflare_rdma.fabric.registry import LinkEnd
-from nvflare_rdma.fabric.sockets import acknowledged, keep_alive
+from nvflare_rdma.fabric.sockets import acknowledged, keep_alive, seconds_since_acknowledgement
 
 RAIL_MAGIC = b"NVFRAIL2"
 TICKET_BYTES = 32
@@ -124,6 +124,8 @@ class TcpEndpoint(Endpoint):
         self._closed = False
         #: Rail -> when a write over it ended, or it brought something.
         self._used_at: dict[int, float] = {}
+        #: Rails in the middle of a chunk, and in which direction.
+        self._busy: set[tuple[int, str]] = set()
         #: Rail -> when it was written to after it was idle, how long it had been, and the bytes acknowledged before.
         self._doubted: dict[int, tuple[float, float, int]] = {}
         self._dead: dict[int, str] = {}
@@ -160,11 +162,13 @@ class TcpEndpoint(Endpoint):
         try:
             if sock is not None and rail not in self._down and not self._closed:
                 self._doubt_if_idle(rail, sock)
+                self._busy.add((rail, "write"))
                 _send_all(sock, pack_header(remote, len(source), notification, digest), source)
                 self._used_at[rail] = time.monotonic()
         except OSError:
             self.drop(rail)  # its receiving thread says what happened
         finally:
+            self._busy.discard((rail, "write"))
             self._handler.written(notification)
 
     def attach(self, rail: int, sock: socket.socket, answer: bytes = b"") -> None:
@@ -208,8 +212,10 @@ class TcpEndpoint(Endpoint):
         """See `Endpoint.check`. What had been idle as long as a dead rail is taken for dead with it."""
         now = time.monotonic()
         for rail, (since, idle, before) in list(self._doubted.items()):
-            told = acknowledged(self._sockets[rail]) if rail not in self._down else None
-            if told is None or told > before:
+            sock = self._sockets[rail]
+            told = acknowledged(sock) if rail not in self._down else None
+            # A peer that has no room for more answers probes, and nothing is acknowledged anew.
+            if told is None or told > before or seconds_since_acknowledgement(sock) < now - since:
                 del self._doubted[rail]
             elif now - since >= _PROOF_SECONDS:
                 reason = (
@@ -217,7 +223,8 @@ class TcpEndpoint(Endpoint):
                     "a firewall or NAT on the way may have forgotten the connection"
                 )
                 for other, used_at in list(self._used_at.items()):
-                    if other not in self._down and (other in self._doubted or used_at < since):
+                    idle_too = used_at < since and not self._busy & {(other, "write"), (other, "read")}
+                    if other not in self._down and (other in self._doubted or idle_too):
                         self._dead[other] = reason
                         self.drop(other)
                 return
@@ -279,12 +286,14 @@ class TcpEndpoint(Endpoint):
                     f"the peer wrote {length} bytes at {key}:{address} over rail {rail}, but slice {notification} is "
                     f"{remote.length} bytes at {remote.key}:{remote.address} over rail {expected_rail}"
                 )
+            self._busy.add((rail, "read"))
             if target is not None:
                 receive_exactly(sock, target[:length])
             else:
                 self._discard(sock, length)
             del entry, target
             self._used_at[rail] = time.monotonic()
+            self._busy.discard((rail, "read"))
             self._handler.landed(notification, length, digest)
 
     @staticmethod

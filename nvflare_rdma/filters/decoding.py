@@ -19,7 +19,6 @@ from nvflare_rdma.codecs import (
     dtype_name,
     from_flat,
     get_codec,
-    is_plain,
     is_tensor,
     is_torch,
     new_flat,
@@ -29,12 +28,16 @@ from nvflare_rdma.filters.correction import add_base
 from nvflare_rdma.filters.delta_base import Base
 from nvflare_rdma.filters.encoding import EXACT_DTYPE, MIB, MIXED, is_no_wider
 from nvflare_rdma.filters.expected import Sizes
-from nvflare_rdma.filters.metadata import Received, check_limit, codec_for, from_message, require
+from nvflare_rdma.filters.metadata import Received, check_limit, codec_for, codes_nbytes, from_message, require
 
 # Values that a message may stand for, beyond those that are expected and those that its codes are counted for:
-# constants take no codes at all, and lossless and compressed ones few. Models have not one bit in 8 values.
+# constants take no codes at all, and lossless and compressed ones few.
 _FREE_VALUES = 16 << 20
-_VALUES_PER_BYTE = 64
+# Values that one byte of a tensor's own codes may stand for. Weights reach none of these. Where much is expected, what
+# is not has no more than codes of two bits, which are counted; a site may get a whole model that is nearly all zero.
+_VALUES_PER_BYTE = 4096
+_VALUES_PER_BYTE_STRICT = 64
+_VALUES_PER_BYTE_EXPECTED = 4
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class DecodedParams:
         arrays: the memory of those that were decoded, flat, by name.
         views: constants that were decoded to one value, which stands for all.
         count: how many values the message has.
-        before, after: bytes of the codes with their metadata, and of what they were decoded to.
+        before, after: bytes of the codes with their metadata, and of the memory that they were decoded to.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -73,10 +76,11 @@ class DecodedParams:
 
     def summary(self) -> str:
         """Return one line for the log."""
+        views = f", and {len(self.views)} constants are views of one value each" if self.views else ""
         return (
             f"{len(self.arrays) + len(self.views)}/{self.count} params. "
             f"Before dequantization: {self.before / MIB:.2f} MB with meta. "
-            f"After dequantization: {self.after / MIB:.2f} MB."
+            f"After dequantization: {self.after / MIB:.2f} MB{views}."
         )
 
 
@@ -90,14 +94,15 @@ def decode_params(
 ) -> DecodedParams:
     """Decode what was received, given by flat name. `values` is not changed.
 
-    Decoded tensors have memory of their own, but names that are tied to another name share that one's tensor, and
+    Tensors that FLARE has left on disk are loaded one at a time, as they are decoded; all others stay there. Decoded
+    tensors have memory of their own, but names that are tied to another name share that one's tensor, and
     constants that have more values than are expected of a message of this size are views of one value: they take memory
     when somebody needs it.
 
     Args:
         base: the model that tensors are the difference from, if there is one.
         expected: how many values tensors may have, whatever they take in the message.
-        strict: refuse what would be such a view.
+        strict: refuse what would be such a view, and take fewer values for each byte of codes.
         count: how many of these are in the message, which share what may come without being expected.
 
     Raises:
@@ -105,14 +110,17 @@ def decode_params(
             in `base`, or codes that stand for more values than are expected; the message names the tensor.
     """
     codec = _algorithm(metadata.algorithm)
-    states, sources, tied = metadata.quant_state, metadata.source_datatype, metadata.tied or {}
+    states, sources, tied = (
+        metadata.quant_state,
+        metadata.source_datatype,
+        {} if metadata.tied is None else metadata.tied,
+    )
     for what, part in (("quant_state", states), ("source_datatype", sources), ("tied", tied)):
         if not isinstance(part, dict):
             raise CodecError(f"the message's {what} must be a dict but is a {type(part).__name__}")
     ties = _checked_ties(tied, values)
-    limit = _FREE_VALUES // count + _VALUES_PER_BYTE * sum(
-        v.nbytes for v in values.values() if is_tensor(v) and is_plain(v)
-    )
+    free = _FREE_VALUES // count
+    per_byte = _values_per_byte(expected, strict)
     result = DecodedParams(count=len(values))
     for name, value in values.items():
         source = sources.get(name)
@@ -123,26 +131,31 @@ def decode_params(
             continue
         state = states.get(name)
         its_codec = codec_for(name, state, codec)
+        value, state = _loaded(value), _loaded_state(state)
         if _is_left_alone(its_codec, value, state, source):
-            result.values[name] = value
+            result.values[name] = values[name]
             continue
         known = base.sized(name) if base is not None else 0
-        room = max((expected or {}).get(name, 0), known)
-        received = from_message(name, its_codec, value, state, source, max(limit, room))
+        room = max((expected or {}).get(name, 0), known, per_byte * codes_nbytes(value, state))
+        limit = max(free, room)
+        received = from_message(name, its_codec, value, state, source, limit)
         n = math.prod(received.shape)
-        is_difference = bool(state.get("delta"))
-        require(name, n == known or not is_difference, "it is the difference from a tensor that isn't here")
-        if received.constant and n > max(limit, room):
-            if strict:
-                check_limit(name, n, max(limit, room))
+        is_difference = _is_difference(name, state)
+        problem = f"it is the difference from a tensor of {n} values that isn't here"
+        require(name, n == known or not is_difference, problem)
+        if received.constant and strict:
+            check_limit(name, n, limit)
+        if received.constant and n > limit:
             result.values[name] = _view_of_constant(received, source, is_torch(value))
             result.views.add(name)
+            result.before += received.nbytes
             continue
         if not received.counted and n > room:
-            limit -= n
+            free -= n
         out = new_flat(source, n)
         offset = base.tensor(name, out) if base is not None and is_difference else None
-        require(name, offset is not None or not is_difference, "it is the difference from a tensor that isn't here")
+        problem = f"it is the difference from a tensor of dtype {source} that isn't here"
+        require(name, offset is not None or not is_difference, problem)
         try:
             if offset is not None and received.decode_against is not None:
                 received.decode_against(offset, out)
@@ -160,6 +173,27 @@ def decode_params(
         result.after += out.nbytes
     result.values |= {name: result.values[other] for name, other in ties.items()}
     return result
+
+
+def _loaded(value: Any) -> Any:
+    """Return the tensor that FLARE has put on disk on its way, where a workflow has `enable_tensor_disk_offload`."""
+    return value.materialize() if hasattr(value, "materialize") and not is_tensor(value) else value
+
+
+def _loaded_state(state: Any) -> Any:
+    return {key: _loaded(value) for key, value in state.items()} if isinstance(state, dict) else state
+
+
+def _values_per_byte(expected: Sizes | None, strict: bool) -> int:
+    if not strict:
+        return _VALUES_PER_BYTE
+    return _VALUES_PER_BYTE_EXPECTED if expected else _VALUES_PER_BYTE_STRICT
+
+
+def _is_difference(name: str, state: Mapping[str, Any]) -> bool:
+    found = state.get("delta", False)
+    require(name, type(found) is bool, f"delta is a {type(found).__name__}, and not a bool")
+    return bool(found)
 
 
 def _is_left_alone(codec: Codec, value: Any, state: Any, source: Any) -> bool:

@@ -85,6 +85,8 @@ class Bases:
 
     def find(self, stream: str, digest: Any, site: str = "") -> Base | None:
         """Return the base with this digest if it is the current one or the one promised to `site`."""
+        if not isinstance(digest, str):  # a peer's, which may be anything, and refuse to be compared
+            return None
         with self._lock:
             for base in (self._current.get(stream), self._promised.get((stream, site))):
                 if base is not None and base.digest == digest:

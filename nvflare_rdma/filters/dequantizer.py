@@ -45,9 +45,9 @@ class ModelDequantizer(QuantFilter):
         CodecError: the metadata or the codes are damaged, or the difference from a model that isn't here; the message
             names the tensor. Nothing larger than what the codes hold is allocated before they have been checked.
             Compressed codes, and constants at the server, may stand for as many values as are expected: those of the
-            model that was sent to the site, of the base, or of the task's message before; and beyond that for 64
-            values per byte of the message, and 16 Mi more. At a site larger constants are views of one value, which
-            can only be read.
+            model that was sent to the site, of the base, or of the task's message before. A tensor of which that is not
+            known may have 4096 values for each byte of its codes (at the server 64, or 4 if it knows of others), and
+            all of them together 16 Mi. At a site larger constants are views of one value, which can only be read.
     """
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -68,7 +68,7 @@ class ModelDequantizer(QuantFilter):
         point = FilterPoint.of(self, shareable, fl_ctx)
         if QUANT_STATE not in meta:
             raise ConfigError(self._unquantized(point))
-        ours = meta.get(OURS) or {}
+        ours = {} if meta.get(OURS) is None else meta[OURS]
         if not isinstance(ours, dict):
             raise CodecError(f"the message's {OURS} must be a dict but is a {type(ours).__name__}")
         decoded = decode_params(
@@ -85,7 +85,8 @@ class ModelDequantizer(QuantFilter):
             count=point.count,
         )
         on_the_way = _of_those_on_the_way(ours.get("on_the_way"), values)
-        what = f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {on_the_way}{decoded.summary()}"
+        here = decoded.summary() if decoded.arrays or decoded.views or not on_the_way else "None were decoded here."
+        what = f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {on_the_way}{here}"
         self.log_info(fl_ctx, escaped(what))
         if point.on_server:
             bases_of(fl_ctx).fulfil(point.stream, point.peer)
@@ -134,7 +135,7 @@ class ModelDequantizer(QuantFilter):
         base = None
         if leaves is not None:
             base = Base.of({name: array.copy() for name, array in arrays.items()})  # training changes its own
-            if base.digest != leaves:
+            if not isinstance(leaves, str) or base.digest != leaves:
                 what = f"{point.message} decoded to other bits than at the server; the next message will be whole"
                 self.log_warning(fl_ctx, escaped(what))
                 base = None

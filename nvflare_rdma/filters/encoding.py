@@ -142,6 +142,11 @@ class EncodedParams:
             f"After quantization: {self.after / MIB:.2f} MB with meta: {self.meta / MIB:.2f} MB."
         )
 
+    def exact_summary(self) -> str:
+        """Return one line for the log that names each tensor of `exact`, and why; "" if there is none."""
+        listed = "; ".join(f"{name}: {reason}" for name, reason in self.exact.items())
+        return f"{len(self.exact)} tensor(s) sent exact: {listed}" if self.exact else ""
+
 
 def encode_params(values: Mapping[str, Any], policy: Policy, encoder: TensorEncoder) -> EncodedParams:
     """Encode each of the tensors with the codec that `policy` has for it; the rest is passed on as it is.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
@@ -16,7 +16,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
 from nvflare_rdma.codecs import is_plain, is_tensor
-from nvflare_rdma.filters.quant_filter import flatten
+from nvflare_rdma.filters.quant_filter import QUANT_STATE, QUANTIZED_FLAG, flatten
 
 Sizes = Mapping[str, int]
 
@@ -43,15 +43,20 @@ class Expected:
             self._known.setdefault((task, peer), {})[path] = sizes
 
     def note_sent(self, task: str, peer: str, message: Any) -> None:
-        """Expect what is in a message that goes to the peer to come back."""
+        """Expect what is in a message that goes to the peer to come back, in the size that any peer got it in."""
         try:
             dxo = from_shareable(message) if isinstance(message, Shareable) else None
         except ValueError:
             return
-        found = {} if dxo is None else {path: sizes_of(flatten(leaf.data)) for path, leaf in _models(dxo, "")}
+        found = {} if dxo is None else {path: _sizes_before_encoding(leaf) for path, leaf in _models(dxo, "")}
         if not found:
             return
         with self._lock:
+            # FLARE's quantizer may be about to put codes into the data, which other sites get too: none says so yet.
+            before = {id(known): known for (of, _), known in self._known.items() if of == task}
+            for path, sizes in found.items():
+                earlier = [known[path] for known in before.values() if path in known]
+                found[path] = {name: max(size, *(e.get(name, 0) for e in earlier), 0) for name, size in sizes.items()}
             same = next((known for known in self._known.values() if known == found), found)  # most sites get the same
             self._known[task, peer] = same
 
@@ -61,14 +66,29 @@ class Expected:
             known = self._known.get((task, peer), {})
             if path in known:
                 return known[path]
-            if count > max(len(known), _FORMS):
+            if count > _FORMS:  # else each of many models would have room for all that is known
                 return {}
-            # A result may have another form than the task's data.
-            merged: dict[str, int] = {}
-            for sizes in known.values():
-                for name, size in sizes.items():
-                    merged[name] = max(size, merged.get(name, 0))
-            return merged
+            return _largest(known.values())  # a result may have another form than the task's data
+
+
+def _largest(several: Iterable[Sizes]) -> Sizes:
+    merged: dict[str, int] = {}
+    for sizes in several:
+        for name, size in sizes.items():
+            merged[name] = max(size, merged.get(name, 0))
+    return merged
+
+
+def _sizes_before_encoding(model: DXO) -> Sizes:
+    """Return the sizes of the tensors of a model that is sent. FLARE's quantizer may have put codes in their place:
+    it changes the data that all sites share."""
+    sizes = dict(sizes_of(flatten(model.data)))
+    states = model.get_meta_prop(QUANT_STATE) if model.get_meta_prop(QUANTIZED_FLAG) else None
+    for name, state in states.items() if isinstance(states, dict) else ():
+        shape = state.get("tensor_shape", state.get("shape")) if isinstance(state, dict) else None
+        if name in sizes and shape is not None:
+            sizes[name] = math.prod(shape)
+    return sizes
 
 
 def _models(dxo: DXO, path: str) -> Iterator[tuple[str, DXO]]:

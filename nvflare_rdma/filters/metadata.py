@@ -187,6 +187,12 @@ def from_message(name: str, codec: Codec, value: Any, state: Any, source: Any, l
     return _received(codec, {"scales": scales, "codes": codes}, shape)
 
 
+def codes_nbytes(value: Any, state: Any) -> int:
+    """Return how many bytes of the message are a tensor's codes. FLARE has compressed ones in the state."""
+    parts = [value, state.get("compressed_tensor") if isinstance(state, dict) else None]
+    return sum(part.nbytes for part in parts if is_tensor(part) and is_plain(part))
+
+
 def codec_for(name: str, state: Any, algorithm: Codec | None) -> Codec:
     """Return the codec of the tensor `name`: the message's or, in a mixed message, the one that its state names.
 

@@ -113,9 +113,7 @@ class _Marker(QuantFilter):
         rest = f" {others} values are no plain tensors here and travel as they are." if others else ""
         what = f"Quantized to {params.algorithm} for another site: {params.summary()}{rest}"
         self.log_info(fl_ctx, escaped(what))
-        if params.exact:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in params.exact.items())
-            what = f"{len(params.exact)} tensor(s) sent exact: {listed}"
+        if what := params.exact_summary():
             self.log_warning(fl_ctx, escaped(what), fire_event=False)
 
 

@@ -20,6 +20,7 @@ from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.flare_compat import filters_of
 
 DECODED = "nvflare_rdma.decoded"  # public context property of a site: the tasks whose data it decodes
+FILTERED = "nvflare_rdma.filtered"  # likewise: the tasks for whose data it has any filter
 DXO_COUNT = "nvflare_rdma.dxo_count"  # context property: how many DXOs of the message are filtered
 DXO_PATH = "nvflare_rdma.dxo_path"  # context property: where in a collection the filtered DXO is, "" at the top
 
@@ -135,7 +136,7 @@ def require_dequantizer(point: FilterPoint, fl_ctx: FLContext) -> None:
 
 
 def tell_what_is_decoded(fl_ctx: FLContext) -> None:
-    """Tell the server, with each task request, for which tasks this site has a ModelDequantizer.
+    """Tell the server, with each task request, for which tasks this site has a ModelDequantizer, or any filter at all.
 
     Any part of this package may do so, as the run starts. The server's side has nobody to tell.
     """
@@ -145,35 +146,48 @@ def tell_what_is_decoded(fl_ctx: FLContext) -> None:
     ends = f"{FilterKey.DELIMITER}{FilterKey.IN}"
     tasks = {key.removesuffix(ends) for key in filters_of(runner, _DATA_FILTERS) if key.endswith(ends)}
     for_data = FilterPoint(FilterChainType.TASK_DATA_CHAIN, FilterKey.IN, _ANY_TASK, "")
-    decoded = [task for task in sorted(tasks | {_ANY_TASK}) if _decodes(replace(for_data, task=task), fl_ctx)]
+    points = {task: replace(for_data, task=task) for task in sorted(tasks | {_ANY_TASK})}
+    decoded = [task for task, point in points.items() if _decodes(point, fl_ctx)]
+    filtered = [task for task, point in points.items() if _filters_at(point, fl_ctx)]
     fl_ctx.set_prop(DECODED, decoded, private=False, sticky=True)
+    fl_ctx.set_prop(FILTERED, filtered, private=False, sticky=True)
 
 
 def require_decoding_site(point: FilterPoint, fl_ctx: FLContext) -> str | None:
     """Check at the server that the site which is to get codes decodes them.
 
     Returns:
-        A warning if the site says nothing of it: it has no part of this package, or an older one.
+        A warning if there is no telling: the site says nothing of it, as it has no part of this package or an older
+        one, or it has other filters, of which one may decode.
 
     Raises:
-        ConfigError: the site decodes no data of this task; the message says what to add.
+        ConfigError: the site has no filter for data of this task; the message says what to add.
     """
     peer = fl_ctx.get_peer_context()
     if peer is None or not point.on_server:
         return None
-    decoded = peer.get_prop(DECODED)
+    decoded, filtered = peer.get_prop(DECODED), peer.get_prop(FILTERED)
     add = f"add {_FILTERS}.ModelDequantizer to {point.section} of the site's {point.other_config}"
     if not isinstance(decoded, list):
         return (
-            f"{point.peer} does not say that it decodes {point.message}; unless it has FLARE's own ModelDequantizer, "
-            f"it takes codes for a model: {add}"
+            f"{point.peer} does not say that it decodes {point.message}; unless it has an older version of this "
+            f"package, FLARE's ModelDequantizer, or another filter that decodes, it takes codes for a model: {add}"
         )
-    if point.task not in decoded and _ANY_TASK not in decoded:
-        raise ConfigError(
-            f"{point.peer} has no ModelDequantizer for {point.message}, which {point.config} quantizes, and would take "
-            f"codes for a model: {add}, or remove ModelQuantizer from {point.section} of {point.config}"
+    if _has_task(decoded, point.task):
+        return None
+    if not isinstance(filtered, list) or _has_task(filtered, point.task):
+        return (
+            f"{point.peer} has no ModelDequantizer for {point.message}; unless another of its filters decodes, it "
+            f"takes codes for a model: {add}"
         )
-    return None
+    raise ConfigError(
+        f"{point.peer} has no ModelDequantizer for {point.message}, which {point.config} quantizes, and would take "
+        f"codes for a model: {add}, or remove ModelQuantizer from {point.section} of {point.config}"
+    )
+
+
+def _has_task(tasks: list[Any], task: str) -> bool:
+    return task in tasks or _ANY_TASK in tasks
 
 
 def _decodes(point: FilterPoint, fl_ctx: FLContext) -> bool:

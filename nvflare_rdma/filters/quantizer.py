@@ -209,9 +209,7 @@ class ModelQuantizer(QuantFilter):
         encoded = message.params
         how = f", {message.based} params as the difference from {message.base}" if message.base else ""
         self.log_info(fl_ctx, escaped(f"Quantized to {encoded.algorithm}{how}: {encoded.summary()}"))
-        if encoded.exact:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in encoded.exact.items())
-            what = f"{len(encoded.exact)} tensor(s) sent exact: {listed}"
+        if what := encoded.exact_summary():
             self.log_warning(fl_ctx, escaped(what), fire_event=False)
 
 

@@ -19,8 +19,10 @@ from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.drivers.driver_params import DriverParams
 from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 
+from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.filters import tell_what_is_decoded
 from nvflare_rdma.flare_compat import TRANSFER_PROP, cell_connections, replace_decomposer, require_flare
+from nvflare_rdma.logs import escaped
 from nvflare_rdma.metrics import TransferReporter
 from nvflare_rdma.runtime import shared, this_runtime
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
@@ -30,6 +32,9 @@ from nvflare_rdma.transfer import PeerLinks
 
 _ANY_PORT = (0, 0)
 _ANY_HOST = ("", "0", "0.0.0.0", "::")
+#: Public context property of a run on a side where `RdmaTransfer` could not start: the reason.
+FAILURE_PROP = "nvflare_rdma.transfer_failure"
+_MAX_FAILURE, _MOST_TOLD = 1000, 1000
 
 
 class RdmaTransfer(FLComponent):
@@ -52,6 +57,7 @@ class RdmaTransfer(FLComponent):
         self._started = False
         self._handed_on = False
         self._reporter: TransferReporter | None = None
+        self._told: set[tuple[str, str]] = set()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """FLARE's hook: links live as long as the run."""
@@ -64,7 +70,7 @@ class RdmaTransfer(FLComponent):
             hand_on(fl_ctx.get_engine().get_cell())
             self._handed_on = True
         elif event_type == EventType.START_RUN and not self._started:
-            install(_server_host(fl_ctx))
+            self._install(fl_ctx)
             fl_ctx.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
             tell_what_is_decoded(fl_ctx)
             self._started = True
@@ -76,8 +82,32 @@ class RdmaTransfer(FLComponent):
                 shared().notices.clear()
             if self._reporter is not None:
                 self._reporter.close()
-        elif self._reporter is not None:
-            self._reporter.handle_event(event_type, fl_ctx)
+        else:
+            if event_type in (EventType.BEFORE_TASK_DATA_FILTER, EventType.BEFORE_TASK_RESULT_FILTER):
+                self._say_what_failed_there(fl_ctx)
+            if self._reporter is not None:
+                self._reporter.handle_event(event_type, fl_ctx)
+
+    @staticmethod
+    def _install(fl_ctx: FLContext) -> None:
+        """Call `install`. If it fails, the other side is told why: its log is read where this one's is not."""
+        try:
+            install(_server_host(fl_ctx))
+        except RdmaError as error:
+            fl_ctx.set_prop(FAILURE_PROP, str(error)[:_MAX_FAILURE], private=False, sticky=True)
+            raise
+
+    def _say_what_failed_there(self, fl_ctx: FLContext) -> None:
+        """Log once why the transfer of the other side of a task does not run."""
+        peer = fl_ctx.get_peer_context()
+        failure = peer.get_prop(FAILURE_PROP) if peer is not None else None
+        if not isinstance(failure, str) or not failure:
+            return
+        told = str(peer.get_identity_name()), failure[:_MAX_FAILURE]
+        if told not in self._told and len(self._told) < _MOST_TOLD:
+            self._told.add(told)
+            what = f"RdmaTransfer does not run at {told[0]}, so its tensors take FLARE's own path: {told[1]}"
+            self.log_warning(fl_ctx, escaped(what))
 
 
 def _server_host(fl_ctx: FLContext) -> str:

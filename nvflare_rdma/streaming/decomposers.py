@@ -26,7 +26,13 @@ from nvflare.fuel.f3.streaming.transfer_outcome import DownloadStatus
 from nvflare.fuel.utils.fobs import FOBSContextKey
 
 from nvflare_rdma.errors import RdmaError, TransferError
-from nvflare_rdma.flare_compat import PrefixedReferences, abortable_download, add_download_progress, cancel_download
+from nvflare_rdma.flare_compat import (
+    PrefixedReferences,
+    abortable_download,
+    add_download_progress,
+    cancel_download,
+    download_logged_as,
+)
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.fallback import download_by_fallback, finish
@@ -124,7 +130,7 @@ class _Delivered(ItemConsumer):
 
     def consume_items(self, items: list[Any], result: Any) -> Any:
         # The link broke before the sender had heard that they arrived.
-        log.warning("received %d tensors again through FLARE's default path; duplicates ignored", len(items))
+        log.warning("received %d tensors again on FLARE's own path; duplicates ignored", len(items))
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,8 @@ class DirectDecomposer(PrefixedReferences):
                 return failure, items
             shared().tensor_memory.keep_for(item.nbytes for item in pull.items)
             delivered = _Delivered()
-            download_object(consumer=delivered, progress_cb=progress.finish, abort_signal=signal, **common)
+            with download_logged_as(meter.wire_bytes, meter.seconds):
+                download_object(consumer=delivered, progress_cb=progress.finish, abort_signal=signal, **common)
             finish(meter, delivered.error, pull.items)
             return delivered.error, items
 

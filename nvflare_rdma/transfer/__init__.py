@@ -34,7 +34,7 @@ Who is who:
     `Destination`   where it goes: a sink for each item. `TensorDestination` has a `Place` for each tensor, in memory
                     (`in_memory`) or in a file (`OnDisk`); `files.FileDestination` writes parts of a file
     `Meter`         counts one transfer for a `Ledger`
-    `WaitingPlaces` bound how many of FLARE's threads wait for one site
+    `SitePlaces`    bounds how many threads work, or wait, for one site
 
 Files move in the same way; their items are parts (see `nvflare_rdma.transfer.files`).
 """
@@ -63,7 +63,7 @@ from nvflare_rdma.transfer.sinks import (
     in_memory,
     store_chunk,
 )
-from nvflare_rdma.transfer.waiting import WaitingPlaces
+from nvflare_rdma.transfer.waiting import SitePlaces, stream_places, waiting_places
 
 __all__ = [
     "AbortedError",
@@ -85,18 +85,20 @@ __all__ = [
     "Pull",
     "Relayed",
     "Service",
+    "SitePlaces",
     "StreamRequestRouter",
     "TensorContent",
     "TensorDestination",
     "TensorMemory",
     "TransferRecord",
-    "WaitingPlaces",
     "give",
     "in_memory",
     "is_sendable",
     "pull",
     "raw_bytes",
     "store_chunk",
+    "stream_places",
     "total",
     "unpack_manifest",
+    "waiting_places",
 ]

@@ -12,6 +12,7 @@ from nvflare_rdma.fabric import addresses_of, listen_tcp
 
 TICKET_BYTES = 32
 MAX_ADDRESSES = 16
+_NAT64, _COMPATIBLE = ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96")
 
 
 class Reach(Enum):
@@ -36,11 +37,26 @@ def reach_of(address: str) -> Reach:
     """
     ip = ipaddress.ip_address(address.split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
+    if isinstance(ip, ipaddress.IPv6Address) and (inner := _embedded(ip)) is not None:
+        ip = inner
     if ip.is_loopback or ip.is_unspecified:
         return Reach.HOST
     if ip.is_link_local:
         return Reach.SEGMENT
-    return Reach.WORLD if ip.is_global else Reach.SITE
+    special = ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False)
+    return Reach.WORLD if ip.is_global and not special else Reach.SITE
+
+
+def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that an IPv6 address leads to: by 6to4 (RFC 3056), Teredo (RFC 4380), NAT64 (RFC 6052), or as an
+    IPv4-compatible one (RFC 4291)."""
+    if ip.sixtofour is not None:
+        return ip.sixtofour
+    if ip.teredo is not None:
+        return ip.teredo[1]
+    if ip in _NAT64 or (ip in _COMPATIBLE and int(ip) > 1):
+        return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return None
 
 
 def resolve(host: str) -> list[str]:
@@ -54,11 +70,12 @@ def resolve(host: str) -> list[str]:
 
 
 def reach_of_host(host: str) -> Reach:
-    """How far the most public address of a host reaches; `WORLD` if the host is unknown."""
-    try:
-        reaches = {reach_of(address) for address in resolve(host)} if host else set()
-    except (OSError, ValueError):
-        return Reach.WORLD
+    """How far the most public address of a host reaches; `WORLD` if there is no host.
+
+    Raises:
+        OSError, ValueError: see `resolve`.
+    """
+    reaches = {reach_of(address) for address in resolve(host)} if host else set()
     return next(
         (reach for reach in (Reach.WORLD, Reach.SITE, Reach.SEGMENT, Reach.HOST) if reach in reaches), Reach.WORLD
     )
@@ -81,13 +98,23 @@ def parse_invitation(invitation: Any) -> tuple[list[str], int, bytes]:
     match invitation:
         case {"hosts": [*hosts], "port": port, "ticket": bytes(ticket)} if (
             len(hosts) <= MAX_ADDRESSES
-            and all(type(host) is str and len(host) < 256 and host.isascii() and host.isprintable() for host in hosts)
+            and all(type(host) is str and _is_address(host) for host in hosts)
             and type(port) is int
             and 0 < port < 65536
             and len(ticket) == TICKET_BYTES
         ):
             return hosts, port, ticket
     raise ProtocolError("malformed invitation to a link")
+
+
+def _is_address(host: str) -> bool:
+    """Whether it is an IP address. A name would have this side ask name servers for what a peer wants, for as long as
+    these take."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def listen(host: str, ports: tuple[int, int]) -> socket.socket:

@@ -18,6 +18,7 @@ import socket
 import ssl
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +26,6 @@ from typing import Any, Protocol, TypeAlias
 
 from nvflare_rdma.channel import (
     GREETING_TIMEOUT,
-    ChannelLimits,
     ControlStream,
     Door,
     Link,
@@ -54,7 +54,7 @@ from nvflare_rdma.transfer.addresses import (
     site_of,
 )
 from nvflare_rdma.transfer.records import Ledger
-from nvflare_rdma.transfer.waiting import WaitingPlaces
+from nvflare_rdma.transfer.waiting import SitePlaces
 
 log = get_logger(__name__)
 
@@ -97,7 +97,7 @@ class SharedByLinks(Protocol):
         """Where the records of transfers go."""
 
     @property
-    def waiting_places(self) -> WaitingPlaces:
+    def waiting_places(self) -> SitePlaces:
         """For threads of FLARE's that wait for a site."""
 
     def tcp(self, dial: Callable[[], socket.socket] | None = None) -> TcpFabric:
@@ -140,8 +140,10 @@ class PeerLinks:
         self._server_host = server_host
         self._ports = ports
         self._trainers = trainers
-        limits = ChannelLimits(max_message_bytes=_MAX_TENSOR_BYTES)
-        self._context: LinkContext = replace(shared.context, limits=limits, same_host_factor=_SAME_HOST_FACTOR)
+        limits = replace(shared.context.limits, max_message_bytes=_MAX_TENSOR_BYTES)
+        self._context: LinkContext = replace(
+            shared.context, limits=limits, same_host_factor=_SAME_HOST_FACTOR, labels_only=True
+        )
         self._fabric = shared.tcp()
         self._lock = threading.Lock()
         self._opened = threading.Condition(self._lock)
@@ -158,6 +160,9 @@ class PeerLinks:
         #: Peer -> how often in a row it did not answer, when that was last, and what was tried.
         self._unreachable: dict[str, tuple[int, float, str]] = {}
         self._closed = False
+        #: What opened each link.
+        self._ticket_of: weakref.WeakKeyDictionary[Link, bytes] = weakref.WeakKeyDictionary()
+        self._known_reach: Reach | None = None
         self._process = os.getpid()
 
     # -- doors ---------------------------------------------------------------------------------------------
@@ -169,7 +174,7 @@ class PeerLinks:
             FabricUnavailable: this side has no door.
         """
         if not self._may_come(peer):
-            raise FabricUnavailable(f"{self.name} does not listen for data (rdma_data_ports)")
+            raise FabricUnavailable(f"{self.name} does not listen for data, as rdma_data_ports says there")
         door = self._open_door()
         host, port = door.address
         hosts = [host] if host not in ("", "0.0.0.0", "::") else self._hosts_for(peer)
@@ -201,9 +206,14 @@ class PeerLinks:
     def _is_same_site(self, peer: str) -> bool:
         return site_of(peer) == site_of(self.name)
 
-    @functools.cached_property
+    @property
     def _server_reach(self) -> Reach:
-        return reach_of_host(self._server_host)
+        if self._known_reach is None:
+            try:
+                self._known_reach = reach_of_host(self._server_host)
+            except (OSError, ValueError):
+                return Reach.WORLD  # for now: the name may be known later
+        return self._known_reach
 
     def _open_door(self) -> Door:
         with self._lock:
@@ -216,9 +226,14 @@ class PeerLinks:
                     listener = listen(loopback(self._server_host) if inside else "", self._ports or (0, 0))
                 except OSError as error:
                     raise FabricUnavailable(f"{self.name} can't listen for data: {error}") from error
-                self._door = Door(listener, tls, self._fabric, self._on_connection, f"{self.name}'s data port")
-                threading.Thread(target=self._door.serve, name="rdma-data-door", daemon=True).start()
-                log.info("%s listens for data on port %d", self.name, self._door.address[1])
+                door = Door(listener, tls, self._fabric, self._on_connection, f"{self.name}'s data port")
+                try:
+                    threading.Thread(target=door.serve, name="rdma-data-door", daemon=True).start()
+                except RuntimeError as error:
+                    listener.close()
+                    raise FabricUnavailable(f"{self.name} can't listen for data: {error}") from error
+                self._door = door
+                log.info("%s listens for data on port %d", self.name, door.address[1])
             return self._door
 
     def _door_tls(self) -> ssl.SSLContext:
@@ -283,12 +298,22 @@ class PeerLinks:
         return self._context.budget
 
     @property
+    def closed(self) -> bool:
+        """Whether no link is opened any more."""
+        return self._closed
+
+    @property
+    def stall_timeout(self) -> float:
+        """Seconds after which a transfer over these links in which nothing moves is given up."""
+        return self._context.limits.stall_timeout
+
+    @property
     def ledger(self) -> Ledger:
         """The process's, which the records of transfers over these links go to."""
         return self._shared.ledger
 
     @property
-    def waiting_places(self) -> WaitingPlaces:
+    def waiting_places(self) -> SitePlaces:
         """The process's, for threads of FLARE's that wait for a site."""
         return self._shared.waiting_places
 
@@ -353,9 +378,13 @@ class PeerLinks:
         """
         hosts, port, ticket = parse_invitation(invitation)
         with self._opened:
+            if (link := self._opened_by(peer, ticket)) is not None:
+                return link
             if peer in self._dialling:
                 before = self._find(peer)  # it is dialled because this one is of no use to it any more
                 self._opened.wait_for(lambda: peer not in self._dialling, 2 * DIAL_SECONDS)
+                if (link := self._opened_by(peer, ticket)) is not None:
+                    return link
                 if (link := self._find(peer)) is not None and link is not before:
                     return link
                 if peer in self._dialling:
@@ -367,6 +396,11 @@ class PeerLinks:
             with self._opened:
                 self._dialling.discard(peer)
                 self._opened.notify_all()
+
+    def _opened_by(self, peer: str, ticket: bytes) -> Link | None:
+        """The link that this ticket has opened: two who are invited at about the same time get the same ticket."""
+        links = (link for link in self._links.get(peer, []) if link.usable)
+        return next((link for link in links if self._ticket_of.get(link) == ticket), None)
 
     def _addresses(self, peer: str, hosts: list[str], failures: list[str]) -> Iterator[tuple[str, str]]:
         """The addresses that may be dialled, with the host of each. `failures` gets why others may not."""
@@ -400,15 +434,24 @@ class PeerLinks:
                 link = self._dial((address, port), ticket, peer, deadline)
             except (OSError, RdmaError) as error:
                 failures.append(f"{join_address(host, port)}: {error}")
-                silent = silent or isinstance(error, UnreachableError)
+                silent = silent or isinstance(error, UnreachableError | TimeoutError)
                 if isinstance(error, TlsError):
                     impostors.append(failures[-1])
                 continue
             for impostor in impostors:  # where no address leads there, the error has them
                 log.warning("%s reached %s elsewhere; %s", self.name, peer, impostor)
-            threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
+            try:
+                threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
+            except RuntimeError as error:
+                link.close(0.0)
+                with self._lock:
+                    self._links[peer].remove(link)
+                raise FabricUnavailable(f"{self.name} can't serve a link to {peer}: {error}") from error
             return link
-        reason = f"no direct way from {self.name} to {peer}: {'; '.join(failures) or 'it names no address'}"
+        reason = (
+            f"no direct way from {self.name} to {peer}: {'; '.join(failures) or 'it names no address'} "
+            f"(where {peer} listens is said there by rdma_data_ports: it has to be a port that is open to this side)"
+        )
         if silent:
             with self._lock:
                 count, since, _ = self._unreachable.get(peer, (0, 0.0, ""))
@@ -450,28 +493,25 @@ class PeerLinks:
             link.open()
         with self._lock:
             closed = self._closed
+            site = site_of(peer)
+            others = [
+                old for whose, links in self._links.items() if site_of(whose) == site for old in links if old.usable
+            ]
             if not closed:
-                surplus = self._surplus(peer)
+                self._ticket_of[link] = stream.ticket
                 self._links.setdefault(peer, []).append(link)
                 self._unreachable.pop(peer, None)
                 self._opened.notify_all()
         if closed:
             link.close(0.0)
             raise FabricError(f"{self.name} is ending")
-        for old in surplus:
-            old.close(0.0)
+        # Not under the lock: a link that looks for a sink has its own, and waits for this one.
+        while len(others) >= MAX_LINKS:
+            oldest = next((old for old in others if old.idle), others[0])
+            log.warning("%s has %d links, which are the most for one site; the oldest is closed", site, len(others))
+            others.remove(oldest)
+            oldest.close(0.0)
         return link
-
-    def _surplus(self, peer: str) -> list[Link]:
-        """The links that end since one more to `peer` has opened: what its site has beyond `MAX_LINKS`."""
-        site, surplus = site_of(peer), []
-        left = [link for whose, links in self._links.items() if site_of(whose) == site for link in links]
-        while len(left) >= MAX_LINKS:
-            oldest = next((link for link in left if link.idle), left[0])
-            log.warning("%s has %d links, which are the most for one site; the oldest is closed", site, len(left))
-            left.remove(oldest)
-            surplus.append(oldest)
-        return surplus
 
     def _run(self, link: Link, peer: str) -> None:
         try:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from nvflare_rdma.channel import Sink
+from nvflare_rdma.channel import Link, Sink
 from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer import manifest
@@ -32,8 +32,6 @@ REPORT_SECONDS = 2.0
 _LOOK_SECONDS = 0.2
 #: How long the peer may take to open a link, and how often it is asked whether it can.
 OPEN_SECONDS, _OPEN_LOOK_SECONDS = 30.0, 0.5
-#: An attempt ends if nothing at all comes for so long and nobody says why. A message may wait for memory for less.
-STALL_SECONDS = 120.0
 #: So many attempts in a row that bring nothing are the end of a transfer.
 ATTEMPTS = 3
 
@@ -166,12 +164,12 @@ class Pull:
             if fruitless == ATTEMPTS:
                 raise TransferError(f"{what}: {reason}")
             log.warning("%s, and are asked for again: %s", what, reason)
-            missing, described = left, self._describe()
+            missing, described = left, self._describe_again(f"{what}: {reason}")
 
     def _attempt(self, missing: Set[int], described: Mapping[str, Any]) -> str:
         """Receive what is missing, and give the reason if not all of it came."""
         invitation = self._find_way(described)
-        arrivals = Arrivals(set(missing))
+        arrivals, link = Arrivals(set(missing)), self._links.find(self._peer)
         sinks = [self._destination.sink(number, arrivals) for number in sorted(missing)]
         first = self._links.expect(self._peer, sinks)
         try:
@@ -179,9 +177,10 @@ class Pull:
             request = {"do": "send", "first": first, "items": sorted(missing), "invitation": invitation}
             self._seen = ask_for(self._ask_peer, request).get("sees") is True
             if invitation is None or self._peer_has_dialled(arrivals):
-                self._wait(arrivals)
+                link = self._links.find(self._peer) or link
+                self._wait(arrivals, link)
         finally:
-            self._count(sinks, arrivals)
+            self._count(sinks, arrivals, link)
             self._links.forget(self._peer, first, len(sinks))
         with arrivals.changed:
             self._whole |= arrivals.whole
@@ -208,9 +207,9 @@ class Pull:
                     return False
         return True
 
-    def _count(self, sinks: list[Sink], arrivals: Arrivals) -> None:
-        link = self._links.find(self._peer)
-        self._meter.fabric = link.fabric if link is not None else self._meter.fabric
+    def _count(self, sinks: list[Sink], arrivals: Arrivals, link: Link | None) -> None:
+        if (found := self._links.find(self._peer) or link) is not None:
+            self._meter.fabric, self._meter.way = found.fabric, found.way
         self._meter.resent_chunks += sum(sink.resent_chunks for sink in sinks)
         with arrivals.changed:
             self._meter.wire_bytes += arrivals.nbytes
@@ -228,8 +227,8 @@ class Pull:
         except FabricUnavailable as error:
             raise FabricUnavailable(f"neither side has a door: {error}; {described.get('closed')}") from error
 
-    def _wait(self, arrivals: Arrivals) -> None:
-        """Wait until everything is here, or something is wrong."""
+    def _wait(self, arrivals: Arrivals, link: Link | None) -> None:
+        """Wait until everything is here, or something is wrong. `link` is what the items are to come over."""
         now = time.monotonic()
         report_at, moved_at, known, moved, asked_why = now + REPORT_SECONDS, now, -1, (0, 0), False
         while True:
@@ -249,9 +248,11 @@ class Pull:
             if (moving := (nbytes, self._links.arriving(self._peer))) != moved:
                 moved, moved_at = moving, now
             if self._links.find(self._peer) is None:
-                arrivals.fail("the link broke")
-            elif now - moved_at > STALL_SECONDS:
-                arrivals.fail(f"nothing has come for {STALL_SECONDS:g} s")
+                arrivals.fail(
+                    f"the link broke: {link.failure}" if link is not None and link.failure else "the link broke"
+                )
+            elif now - moved_at > (stall := self._links.stall_timeout):  # and nobody says why
+                arrivals.fail(f"nothing has come for {stall:g} s")
             elif now >= report_at or (lost and not asked_why):
                 asked_why = bool(lost)  # the sender may have stopped, or this may be the only one
                 self._report(arrivals)
@@ -267,6 +268,15 @@ class Pull:
             if answer.get("unreachable") is True:
                 raise FabricUnavailable(f"no direct way from {self._peer} to here: {failed}")
             arrivals.fail(str(failed))
+
+    def _describe_again(self, before: str) -> Mapping[str, Any]:
+        """Ask again what there is. If that fails, too, the error says what was `before`."""
+        try:
+            return self._describe()
+        except AbortedError:
+            raise
+        except TransferError as error:
+            raise TransferError(f"{before}; asked again: {error}") from error
 
     def _describe(self) -> Mapping[str, Any]:
         # Whoever says here that there is no link has the peer dial, or invite, anew.

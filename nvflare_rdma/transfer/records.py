@@ -49,7 +49,8 @@ class TransferRecord:
     resent_chunks: int
     """Chunks that were asked for (received) or written (sent) once more, lost with a rail or damaged."""
     fabric: str
-    """The fabric in use in the end; "control" is the control stream; "" if no link was needed, or on FLARE's path."""
+    """The fabric in use in the end; "control" is the control stream; "" if no link was needed, or on FLARE's path. Of a
+    transfer that failed, the fabric over which some of it came, whatever was tried afterwards."""
     budget_peak_bytes: int
     """The most that all transfers of the process together held meanwhile of its budget for what arrives."""
     path: Literal["direct", "flare"]
@@ -123,16 +124,25 @@ class Meter:
         self.wire_bytes = 0
         self.resent_chunks = 0
         self.fabric = ""
+        #: `Link.way` of the link in use in the end; "" if none was needed.
+        self.way = ""
         #: Watches the budget while the transfer lasts; None where there is no budget.
         self.budget: HasPeak | None = None
         self._direction, self._cell, self._peer, self._kind, self._ledger = direction, cell, peer, kind, ledger
         self._reason = ""
+        self._broken_fabric = ""
         self._began = time.monotonic()
         self._lock = threading.Lock()
         self._ended = False
 
+    @property
+    def seconds(self) -> float:
+        """How long the transfer has taken so far."""
+        return time.monotonic() - self._began
+
     def fall_back(self, reason: str) -> None:
         """Note that the transfer takes the fallback. The first reason counts."""
+        self._broken_fabric = self._broken_fabric or self.fabric
         self._reason, self.fabric = self._reason or reason, ""
 
     def end(self, items: int = 0, raw_bytes: int = 0, failure: str = "") -> None:
@@ -141,6 +151,8 @@ class Meter:
             if self._ended:
                 return
             self._ended = True
+        if self._direction == "received" and not failure and not self._reason:
+            self._say_received(items, raw_bytes)
         if self._ledger is None:
             return
         self._ledger.record(
@@ -153,14 +165,28 @@ class Meter:
                 items=items,
                 raw_bytes=raw_bytes,
                 wire_bytes=self.wire_bytes,
-                seconds=time.monotonic() - self._began,
+                seconds=self.seconds,
                 resent_chunks=self.resent_chunks,
-                fabric=self.fabric,
+                fabric=self.fabric or (self._broken_fabric if failure else ""),
                 budget_peak_bytes=self.budget.peak if self.budget is not None else 0,
                 path="flare" if self._reason else "direct",
                 reason=self._reason,
                 outcome=f"failed: {failure}" if failure else "done",
             )
+        )
+
+    def _say_received(self, items: int, raw_bytes: int) -> None:
+        """One line for each transfer that came directly; what takes the fallback has a line that says why."""
+        what = {"tensors": "tensors", "container": "entries of a container", "file": "file"}.get(self._kind, self._kind)
+        log.info(
+            "received %d %s from %s directly: %d bytes, %d on the way, in %.2f s over %s",
+            items,
+            what,
+            self._peer,
+            raw_bytes,
+            self.wire_bytes,
+            self.seconds,
+            self.way or "no link, as all of it came with the first answer",
         )
 
 

@@ -75,7 +75,8 @@ class OfferedItem:
 
 class OfferThread(threading.Thread):
     """Offers items of `content` to one receiver, one after the other. `open_link` finds the link to it, or opens one,
-    which may take as long as it takes to dial. `moved` is called with the bytes of each item that has arrived."""
+    which may take as long as it takes to dial. `moved` is called with the bytes of each item that has arrived, and
+    `broke` in the end, in this thread, if the link has ended in the middle of it."""
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class OfferThread(threading.Thread):
         content: Content,
         wanted: list[OfferedItem],
         moved: Callable[[int], None],
+        broke: Callable[[OfferThread], None] = lambda sender: None,
     ) -> None:
         super().__init__(name="rdma-offers", daemon=True)
         self._open_link = open_link
@@ -90,6 +92,7 @@ class OfferThread(threading.Thread):
         self._content = content
         self._wanted = wanted
         self._moved = moved
+        self._broke = broke
         self._lock = threading.RLock()  # what an offer sets off may stop it
         self._failure = ""
         self._open: deque[tuple[Sending, Item, Source]] = deque()
@@ -128,6 +131,8 @@ class OfferThread(threading.Thread):
             self._wanted = []
             self.tell_exact()
             self._open.clear()
+        if self.failure and self._link is not None and not self._link.usable:
+            self._broke(self)
 
     def _ahead(self) -> int:
         with self._lock:

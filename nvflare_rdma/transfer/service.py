@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ _ENDED = "the sender has ended the transfer"
 #: How long the sender may take to hear that a message has arrived, once its receiver has it; and where too many threads
 #: wait for that receiver's site already.
 _NOTICE_SECONDS, _SHORT_NOTICE_SECONDS = 5.0, 0.1
+_LOOK_SECONDS = 0.2
 
 
 class Service:
@@ -38,6 +40,7 @@ class Service:
         moved: called with (receiver, bytes, items) of what has arrived there.
         meters: count what goes to each receiver. They are ended by its "done", by `ended` or by `close`.
         notices: know what was said of the receivers of earlier messages.
+        patience: seconds after which a receiver whose link broke, and that has not asked again, is taken for gone.
     """
 
     def __init__(
@@ -47,7 +50,9 @@ class Service:
         moved: Callable[[str, int, int], None] = lambda receiver, nbytes, count: None,
         meters: Meters | None = None,
         notices: Notices | None = None,
+        patience: float = 10.0,
     ) -> None:
+        self._patience = patience
         self.meters = meters or Meters("")
         self._notices = notices or Notices()
         self._size = content.size
@@ -158,6 +163,29 @@ class Service:
             self._count(receiver, sender)
         self.meters.close(_ENDED)
 
+    def _broke(self, receiver: str, sender: OfferThread) -> None:
+        """The link broke while `receiver` was being sent something. Record that the transfer failed, unless it asks
+        again: a process that was killed never says so."""
+        log.warning("sending to %s broke off, until it asks again: %s", receiver, sender.failure)
+        deadline = time.monotonic() + self._patience
+        while time.monotonic() < deadline:
+            if not self._is_awaited(receiver, sender):
+                return
+            time.sleep(_LOOK_SECONDS)
+        with self._lock:
+            if self._offering.get(receiver) is not sender:
+                return
+            del self._offering[receiver]
+        self._count(receiver, sender)
+        self.ended(receiver, f"{sender.failure}; it has not asked again for {self._patience:g} s")
+
+    def _is_awaited(self, receiver: str, sender: OfferThread) -> bool:
+        """Whether `receiver` has not been heard of since `sender` broke off, and may still be."""
+        links = self._links()
+        with self._lock:
+            waits = receiver in self._asked and self._offering.get(receiver) is sender
+        return waits and links is not None and not links.closed
+
     def _count(self, receiver: str, sender: OfferThread | None, given_up: str = "") -> None:
         """Count what `sender` has sent, which is not needed any more. `given_up` says why there is no direct way."""
         meter = self.meters.find(receiver)
@@ -246,6 +274,7 @@ class Service:
             content,
             offered,
             lambda nbytes: self._moved(receiver, nbytes, 1),
+            functools.partial(self._broke, receiver),
         )
         with self._lock:
             if self._content is None:

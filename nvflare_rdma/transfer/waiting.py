@@ -1,7 +1,7 @@
-"""How many threads may wait for one site at once.
+"""How many threads may work, or wait, for one site at once.
 
 FLARE answers the requests of all sites in one pool of 64 threads. A request that waits for something takes one of them,
-so a site with many requests could take them all.
+so a site with many requests could take them all. The same goes for threads of this package that a peer can start.
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ from nvflare_rdma.logs import get_logger
 
 log = get_logger(__name__)
 
-PLACES = 2
+#: Threads of FLARE's that may wait for a site, and streams that may be received from it at once.
+PLACES, STREAMS = 2, 16
 #: The log says at most once in so long that a site has none left.
 _SAY_AGAIN_SECONDS = 600.0
 
 
-class WaitingPlaces:
-    """Lets `PLACES` threads wait for each site. A site is the first part of its cells' names: all its processes count
-    together, and so do the sites behind one relay."""
+class SitePlaces:
+    """Gives each site so many places. A site is the first part of its cells' names: all its processes count together,
+    and so do the sites behind one relay. `what` says in the log what is done in a place, and `otherwise` what becomes
+    of those who get none."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: int, what: str, otherwise: str) -> None:
+        self._places = places
+        self._what = what
+        self._otherwise = otherwise
         self._lock = threading.Lock()
         self._taken: Counter[str] = Counter()
         #: Site -> when the log said last that it has no place left.
@@ -37,15 +42,11 @@ class WaitingPlaces:
         was; without a place the caller answers at once that it is too early to say."""
         site = cell.split(".", 1)[0]
         with self._lock:
-            free = self._taken[site] < PLACES
+            free = self._taken[site] < self._places
             self._taken[site] += free
             say = not free and self._is_news(site)
         if say:
-            log.info(
-                "%d requests of '%s' wait here; its others are answered at once that it is too early, and come again",
-                PLACES,
-                site,
-            )
+            log.info("%d %s '%s', which are the most; %s", self._places, self._what, site, self._otherwise)
         try:
             yield free
         finally:
@@ -61,3 +62,13 @@ class WaitingPlaces:
             return False
         self._said[site] = now
         return True
+
+
+def waiting_places() -> SitePlaces:
+    """For threads of FLARE's that wait for a site."""
+    return SitePlaces(PLACES, "requests wait here for", "its others are answered at once that it is too early")
+
+
+def stream_places() -> SitePlaces:
+    """For streams that are received from a site."""
+    return SitePlaces(STREAMS, "streams are being received from", "its others take the fallback")

@@ -197,3 +197,23 @@ def test_a_stream_that_was_closed_here_is_not_waited_for():
         stream.receive(0.1)
     for sock in (far, *(sock for pair in others for sock in pair)):
         sock.close()
+
+
+def test_a_peer_that_reads_nothing_of_what_it_causes_ends_its_link():
+    near, far = socket.socketpair()
+    room = threading.Condition()
+    writer = ControlWriter(ControlStream(near), room, lambda: False, "link")
+    writer.start()
+
+    def answer(times: int) -> None:
+        with room:
+            for _ in range(times):
+                writer.send_locked([bytes(64 * 1024)], 0)
+
+    with near, far:
+        answer(100)
+        with pytest.raises(TransferError, match="does not read what it causes"):
+            answer(1000)
+        far.close()
+        writer.stop(DEADLINE)
+        assert not writer.thread.is_alive()

@@ -7,6 +7,7 @@ import os
 import queue
 import resource
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,6 +94,22 @@ def open_door(tls=None, greeting_timeout: float = FOR_EVER) -> Iterator[Open]:
     finally:
         it.door.close()
         it.join()
+
+
+def test_a_door_that_asks_for_no_certificate_says_so(contexts, caplog):
+    def lines():
+        return [line for line in caplog.messages if "connection_security=tls" in line]
+
+    _, mutual = contexts[True]
+    one_sided = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    assert one_sided.verify_mode is ssl.CERT_NONE
+    for tls in (None, mutual):
+        with open_door(tls):
+            pass
+    assert not lines()
+    with open_door(one_sided):
+        (line,) = eventually(lines, DEADLINE)
+    assert line.startswith("the door asks who dials for no certificate")
 
 
 def assert_lets_in(it: Open, tls=None) -> None:

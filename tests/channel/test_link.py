@@ -178,6 +178,40 @@ def test_a_normal_end_logs_no_error(caplog):
     assert [record.getMessage() for record in caplog.records] == []
 
 
+def test_a_peer_that_ends_without_a_goodbye_leaves_a_line(caplog):
+    with caplog.at_level(logging.WARNING), link_pair() as pair:
+        pair.passive._stream._sock.shutdown(socket.SHUT_RDWR)  # as when its process is killed
+        pair.runners[0].join(DEADLINE)
+        assert "closed the connection without a goodbye" in pair.active._failure
+    assert any(line.startswith("active: connection lost: the peer closed the") for line in caplog.messages)
+
+
+def test_a_control_stream_that_can_not_be_written_is_said_so(caplog):
+    with caplog.at_level(logging.WARNING), link_pair() as pair:
+        pair.active._stream._sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(TransferError):
+            pair.active.send(pattern(1000), DEADLINE)
+        pair.runners[0].join(DEADLINE)
+        assert "closed the connection without a goodbye" in pair.active._failure
+    assert "Errno 9" not in caplog.text
+
+
+def test_both_sides_say_why_there_is_no_better_fabric(caplog):
+    with caplog.at_level(logging.INFO), link_pair():
+        pass
+    assert "passive: fabric tcp (verbs: no device in this test)" in caplog.messages
+    assert "active: data goes over tcp, 2 rails (verbs: no device in this test)" in caplog.messages
+
+
+def test_an_active_side_says_that_the_peer_has_chosen_another_fabric_than_it_would(caplog):
+    ours = context(order=("shm", "tcp"), unavailable={"shm": "", "tcp": ""}, host="here")
+    theirs = context(order=("tcp", "shm"), unavailable={"shm": "", "tcp": ""}, host="here")
+    with caplog.at_level(logging.INFO), link_pair(ours, theirs, other_fabrics=("shm",)):
+        pass
+    said = "active: data goes over tcp, 2 rails (the peer has chosen so, and its log says why; here it would be shm)"
+    assert said in caplog.messages
+
+
 @pytest.mark.parametrize("guarded_by", ["seal", "checksum"])
 def test_a_chunk_that_was_altered_on_the_way_is_asked_for_again_alone(guarded_by, tls, caplog):
     size = 20 * 256 * 1024

@@ -17,6 +17,7 @@ from nvflare.fuel.f3.drivers.net_utils import parse_url
 
 from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC, Hello, encode
 from nvflare_rdma.driver import RdmaDriver
+from nvflare_rdma.driver import driver as driver_module
 from tests.support.processes import free_port
 from tests.support.waiting import eventually
 
@@ -212,6 +213,24 @@ def test_a_driver_that_was_shut_down_before_does_not_listen():
     thread.start()
     thread.join(DEADLINE)
     assert not thread.is_alive(), "it listens"
+
+
+def test_a_site_has_only_so_many_connections(monkeypatch, caplog):
+    monkeypatch.setattr(driver_module, "MAX_CONNECTIONS_OF_SITE", 2)
+    monkeypatch.setattr(driver_module, "_site", lambda properties: "site-1")
+    url = f"rdma://127.0.0.1:{free_port()}"
+    with running(url, Mode.PASSIVE) as server:
+        wait_for_port(int(url.rsplit(":", 1)[1]))
+        clients = [Running(url, Mode.ACTIVE) for _ in range(4)]
+        for number, client in enumerate(clients, 1):
+            client.monitor.wait_for(ConnState.CONNECTED)
+            server.monitor.wait_for(ConnState.CONNECTED, number)
+        server.monitor.wait_for(ConnState.CLOSED, 2)
+        assert "site-1 has 2 connections, which are the most for one site; the oldest is closed" in caplog.text
+        for client in clients:
+            client.driver.shutdown()
+            client.join()
+    assert server.driver._sites == {}
 
 
 def test_peers_that_take_nothing_are_left_all_at_once():

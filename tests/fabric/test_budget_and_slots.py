@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from nvflare_rdma.fabric import budget
 from nvflare_rdma.fabric.budget import HURRY_SECONDS, MemoryBudget, Reservation
 from nvflare_rdma.fabric.send_memory import SendMemory
 from nvflare_rdma.fabric.slots import SlotPool
@@ -132,6 +133,8 @@ def test_what_a_site_holds_beyond_half_is_taken_back_when_another_one_waits_too_
     assert it.taken == []
     it.budget.expire(time.monotonic() + HURRY_SECONDS + 0.1)
     assert [reservation for reservation, _ in it.taken] == [held[4], held[3], held[2]]  # what came last goes first
+    it.budget.expire(time.monotonic() + HURRY_SECONDS + 0.1)
+    assert len(it.taken) == 3  # once
     assert "site-1 holds 0.0 MiB, more than half of the memory budget" in it.taken[0][1]
     for reservation, _ in it.taken:
         reservation.release()
@@ -139,6 +142,31 @@ def test_what_a_site_holds_beyond_half_is_taken_back_when_another_one_waits_too_
     it.budget.expire(time.monotonic() + 1000.0)
     assert len(it.taken) == 3
     other.release()
+
+
+def test_a_site_with_many_requests_has_one_turn_like_all_others():
+    """Its requests are the oldest, and each is as large as the budget."""
+    it = Requests(100)
+    hostile = [it.ask("hostile", 1000) for _ in range(16)]
+    honest = [it.ask(f"site-{n}", 10) for n in range(8)]
+    assert it.served == ["hostile"]
+    it.budget.expire(time.monotonic() + HURRY_SECONDS + 0.1)
+    hostile[0].release()  # as it has to
+    assert it.served[1:9] == [f"site-{n}" for n in range(8)]
+    for reservation in honest:
+        reservation.release()
+    assert it.served[9:] == ["hostile"]
+
+
+def test_a_site_whose_neighbours_ask_no_more_has_all_again(monkeypatch):
+    it = Requests(100)
+    it.ask("site-2", 10).release()
+    for _ in range(4):
+        it.ask("site-1", 25)
+    assert it.budget.in_use == 50
+    monkeypatch.setattr(budget, "_NEIGHBOUR_SECONDS", -1.0)
+    it.budget.expire(time.monotonic())
+    assert it.budget.in_use == 100
 
 
 def test_one_large_message_of_a_site_is_taken_back_too():
@@ -236,9 +264,9 @@ def test_who_holds_the_least_is_next_and_who_waits_for_much_is_not_passed_over()
     first[1].release()
     assert it.served == ["busy"] * 3 + ["other"], "it waits for the rest of what is large"
     first[2].release()
-    assert it.served[4:] == ["busy"], "of two who hold nothing it came first"
+    assert it.served[4:] == ["large"], "of two who hold nothing its turn was longest ago"
     other.release()
-    assert it.served[5:] == ["large"]
+    assert it.served[5:] == ["busy"]
     large.release()
     assert it.served[6:] == [], "the others may come again"
     first[3].release()

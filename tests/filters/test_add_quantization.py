@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -188,7 +189,6 @@ def test_what_sites_send_each_other_is_no_filters_matter(workflow):
         ({"quantization_type": "exact_delta"}, "exact_delta can't be used between sites"),
         ({"quantization_type": "topk2"}, "topk2 can't be used between sites"),
         ({"policy": [{"role": "head", "quantization_type": "adaquant"}]}, "adaquant can't be used between sites"),
-        ({"tasks": ["validate"]}, "no executor for validate"),
     ],
 )
 def test_what_can_not_be_done_between_sites_is_refused(arguments, reason):
@@ -196,6 +196,30 @@ def test_what_can_not_be_done_between_sites_is_refused(arguments, reason):
     with pytest.raises(ConfigError, match=reason):
         add_quantization(recipe, **arguments)
     assert "peer_quantizer" not in components(recipe, "@ALL")
+
+
+@pytest.mark.parametrize("arguments", [{}, {"tasks": ["validate"]}])
+def test_between_sites_names_of_tasks_mean_nothing(arguments):
+    recipe = controlled_by_sites("swarm")
+    for each in recipe._job._deploy_map["@ALL"].app_config.executors:
+        each.executor.learn_task_name = "learn"
+        each.tasks = ["learn"]
+    add_quantization(recipe, **arguments)
+    assert "peer_quantizer" in components(recipe, "@ALL")
+
+
+def test_a_job_may_get_its_executors_later(caplog):
+    """Nobody has named the task, and the job is not whole yet as that of a recipe is."""
+    job = FedJob(name="q")
+    job.to_clients(NPTrainer(), tasks=["validate"])
+    with pytest.raises(ConfigError, match="no executor for train"):
+        add_quantization(Recipe(job))
+    with pytest.raises(ConfigError, match="no executor for train"):
+        add_quantization(job, tasks=["train"])
+    with caplog.at_level(logging.WARNING, "nvflare_rdma"):
+        add_quantization(job)
+    assert "no executor for train, so nothing would be quantized; name some of: validate, unless" in caplog.text
+    assert job._deploy_map["@ALL"].app_config.task_data_filters
 
 
 class CollabServer:

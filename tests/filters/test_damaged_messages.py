@@ -14,6 +14,7 @@ from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.errors import CodecError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
 from nvflare_rdma.filters.metadata import from_message
+from nvflare_rdma.filters.quant_filter import OURS
 
 
 def message(name, params=None):
@@ -107,6 +108,7 @@ DAMAGE = {
         set_state(compressed_tensor=torch.zeros(9, dtype=torch.uint8), new_dtype=["u1"]),
         "new_dtype",
     ),
+    "delta is an array": ("normfloat4", set_state(delta=np.zeros(2)), "delta"),
     "no state of this tensor": ("normfloat4", set_meta("quant_state", {}), "quant_state"),
 }
 
@@ -145,6 +147,24 @@ def test_damage_of_the_whole_message_is_refused(key, value):
     with pytest.raises(CodecError) as error:
         ModelDequantizer().process(dxo.to_shareable(), FLContext())
     assert repr(value) in str(error.value) or str(value) in str(error.value) or key in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected"),
+    [(np.zeros(2), "nvflare_rdma"), ({"tied": np.zeros(2)}, "tied"), ({"base": np.zeros(2)}, "that isn't here")],
+)
+def test_what_refuses_to_be_compared_is_refused(ours, expected):
+    dxo = message("normfloat4")
+    dxo.meta[OURS] = ours
+    with pytest.raises(CodecError, match=expected):
+        ModelDequantizer().process(dxo.to_shareable(), FLContext())
+
+
+def test_a_digest_that_refuses_to_be_compared_is_another_one(caplog):
+    dxo = message("normfloat4")
+    dxo.meta[OURS] = {"leaves": np.zeros(2)}
+    ModelDequantizer().process(dxo.to_shareable(), FLContext())
+    assert "decoded to other bits than at the server" in caplog.text
 
 
 def test_a_table_of_other_last_bits_is_used_as_it_came():

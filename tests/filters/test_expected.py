@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import logging
 import tracemalloc
 
 import numpy as np
@@ -12,10 +13,12 @@ from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import make_copy
 
 from nvflare_rdma.errors import CodecError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
 from nvflare_rdma.filters.expected import Expected
+from tests.support.flares_filters import flares_quantizer
 
 LARGE = 17 << 20  # values: more than come without being expected, and never taken as memory by these tests
 
@@ -180,6 +183,10 @@ def test_collections_are_expected_by_place_and_results_may_have_another_form():
     assert expected.of("train", "site-1", "") == {"w": 5}
     assert expected.of("train", "site-1", "/c", count=2) == {"w": 5}
     assert expected.of("train", "site-1", "/c", count=3) == {}
+    many = {f"{i}": DXO(DataKind.WEIGHTS, data={"w": np.zeros(i)}) for i in range(1, 5)}
+    expected.note_sent("many", "site-1", DXO(DataKind.COLLECTION, data=many).to_shareable())
+    assert expected.of("many", "site-1", "/3", count=4) == {"w": 3}
+    assert expected.of("many", "site-1", "/new", count=4) == {}, "each of four would have room for the largest"
     assert expected.of("train", "site-2", "/a") == {}
     nested = DXO(DataKind.WEIGHTS, data={"x": {"w": np.zeros((2, 2))}, "steps": 3})
     expected.note_sent("train", "site-2", nested.to_shareable())
@@ -193,3 +200,100 @@ def test_flares_quantizer_leaves_a_wide_tensor_as_it_is():
     dxo.data["w"], dxo.meta["quant_state"]["w"], dxo.meta["source_datatype"]["w"] = wide, {}, "float16"
     got = received(ModelDequantizer(), dxo, FLContext())
     assert got is wide
+
+
+def compressed(n):
+    """What FLARE's quantizer makes of values whose codes it compresses."""
+    codes = np.random.default_rng(0).integers(0, 2, n, np.uint8)
+    packed = np.frombuffer(bz2.compress(codes.tobytes(), 1), np.uint8)
+    return from_flare((n,), norm=0.1, quantization_level=255, new_dtype="u1", compressed_tensor=packed)
+
+
+@pytest.mark.parametrize("point", ["client in", "server in"])
+def test_flares_compressed_codes_count_where_they_lie(at, point):
+    """Nothing is known of the model, and the codes are in the state; the tensor beside it has but one value."""
+    dequantizer = ModelDequantizer()
+    dxo = compressed(LARGE)
+    assert dxo.meta["quant_state"]["w"]["compressed_tensor"].nbytes > LARGE // 16
+    assert received(dequantizer, dxo, at(point, dequantizer)).shape == (LARGE,)
+
+
+@pytest.mark.parametrize("sent", [{}, {"w": constant((9,))}])
+def test_what_travels_exact_beside_it_gives_a_tensor_no_room(at, sent):
+    """Few bytes would be many times as much memory as the whole message takes."""
+    dequantizer, ctx = after_sending(at, sent)
+    dxo = ours((LARGE,))
+    dxo.data["padding"], dxo.meta["source_datatype"]["padding"] = np.zeros(LARGE, np.uint8), "bool"
+    with pytest.raises(CodecError, match=f"'w': it stands for {LARGE} values"):
+        received(dequantizer, dxo, ctx)
+
+
+def test_the_first_model_of_a_site_may_be_nearly_all_zero(at):
+    """`lossless` has more values for each byte than the server would take unasked."""
+    sparse = np.zeros(LARGE, np.float32)
+    sparse[np.random.default_rng(0).integers(0, LARGE, LARGE >> 10)] = 1.5
+    dxo = DXO(DataKind.WEIGHTS, data={"w": sparse})
+    made = from_shareable(ModelQuantizer("lossless").process(dxo.to_shareable(), FLContext()))
+    assert made.data["w"].nbytes < LARGE // 64
+    dequantizer = ModelDequantizer()
+    np.testing.assert_array_equal(received(dequantizer, made, at("client in", dequantizer)), sparse)
+    with pytest.raises(CodecError, match=f"'w': it stands for {LARGE} values"):
+        received(dequantizer, made, at("server in", dequantizer))
+
+
+@pytest.mark.parametrize("on_the_way", [0, 1])
+def test_the_log_tells_of_views(at, caplog, on_the_way):
+    dequantizer = ModelDequantizer()
+    dxo = from_flare((1 << 40,))
+    dxo.data["exact"], dxo.meta["source_datatype"]["exact"] = torch.zeros(3), "bool"
+    if on_the_way:
+        dxo.meta["nvflare_rdma"] = {"on_the_way": on_the_way}
+    with caplog.at_level(logging.INFO):
+        received(dequantizer, dxo, at("client in", dequantizer))
+    (line,) = [line for line in caplog.messages if "Dequantized from" in line]
+    assert "1/2 params" in line
+    assert "0.00 MB, and 1 constants are views of one value each." in line
+    assert "None were decoded here" not in line
+
+
+class _Data:
+    """What FLARE's controller has for all sites: one DXO, whose data and metadata they share."""
+
+    def __init__(self, **model):
+        self.message = DXO(DataKind.WEIGHTS, data=model).to_shareable()
+
+    def send(self, dequantizer, ctx, quantizer=None):
+        shared = make_copy(self.message)
+        ctx.set_prop(FLContextKey.TASK_DATA, shared, private=True, sticky=False)
+        dequantizer.handle_event(EventType.BEFORE_TASK_DATA_FILTER, ctx)
+        if quantizer is not None:
+            quantizer.process(shared, ctx)
+
+
+@pytest.mark.parametrize("first_is_known", [True, False])
+def test_flares_quantizer_at_the_server_changes_what_the_next_site_is_sent(at, first_is_known):
+    """It puts codes into the data of all sites: the constant is one value there."""
+    data, dequantizer = _Data(w=torch.zeros(LARGE)), ModelDequantizer()
+    quantizer = flares_quantizer("adaquant")
+    first = named(at("server in", dequantizer), "site-1")
+    if first_is_known:
+        data.send(dequantizer, first, quantizer)
+    else:
+        quantizer.process(make_copy(data.message), first)
+    assert from_shareable(data.message).data["w"].shape == (1,)
+    second = named(at("server in", dequantizer), "site-2")
+    if first_is_known:
+        second.set_prop("nvflare_rdma.expected", first.get_prop("nvflare_rdma.expected"), private=True, sticky=True)
+    data.send(dequantizer, second)
+    assert received(dequantizer, ours((LARGE,)), second).shape == (LARGE,)
+
+
+def test_codes_that_say_nothing_of_themselves_are_expected_in_the_size_that_others_got():
+    """FLARE's quantizer changes the data before it changes the metadata."""
+    expected, data = Expected(), {"w": np.zeros(9), "x": np.zeros(2)}
+    expected.note_sent("train", "site-1", DXO(DataKind.WEIGHTS, data=data).to_shareable())
+    data["w"] = np.zeros(1, np.bool_)
+    expected.note_sent("train", "site-2", DXO(DataKind.WEIGHTS, data=data).to_shareable())
+    expected.note_sent("other", "site-2", DXO(DataKind.WEIGHTS, data=data).to_shareable())
+    assert expected.of("train", "site-2", "") == {"w": 9, "x": 2}
+    assert expected.of("other", "site-2", "") == {"w": 1, "x": 2}

@@ -14,7 +14,9 @@ from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_copy, make_reply
+from nvflare.app_opt.pt.lazy_tensor_dict import LazyTensorDict
 from nvflare.fuel.utils import fobs
+from safetensors.torch import save_file
 
 from nvflare_rdma.codecs import CODEC_NAMES, get_codec
 from nvflare_rdma.codecs.tensors import to_flat
@@ -376,3 +378,28 @@ def test_names_may_be_numbers():
     got = from_shareable(ModelDequantizer().process(encoded, FLContext())).data
     assert got.keys() == {0, 1}
     np.testing.assert_allclose(got[0], 1, rtol=1e-6)
+
+
+def on_disk(values, folder, name):
+    """Put tensors where FLARE puts them on their way to a workflow with `enable_tensor_disk_offload`."""
+    tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
+    (folder / name).mkdir()  # goes with the last reference to what is in it
+    file = str(folder / name / "tensors")
+    save_file({key: value.clone() for key, value in tensors.items()}, file)
+    files = LazyTensorDict({key: (file, key) for key in tensors}, str(folder / name))
+    return {key: files.make_lazy_ref(key) if key in tensors else value for key, value in values.items()}
+
+
+@pytest.mark.parametrize("name", ["blockwise8", "normfloat4", "float16", "int8", "lossless", "adaquant"])
+def test_codes_and_metadata_that_flare_has_put_on_disk(name, tmp_path):
+    sent = {"w": torch.randn(40, 50), "steps": torch.arange(3), "tied": None}
+    sent["tied"] = sent["w"]
+    encoded, decoded = send(sent, name)
+    lazy = DXO(encoded.data_kind, on_disk(encoded.data, tmp_path, "codes"), dict(encoded.meta))
+    states = encoded.meta["quant_state"]
+    lazy.meta["quant_state"] = {key: on_disk(state, tmp_path, f"{key}.state") for key, state in states.items()}
+    got = from_shareable(ModelDequantizer().process(lazy.to_shareable(), FLContext())).data
+    assert_identical(decoded.data["w"], got["w"])
+    assert got["tied"] is got["w"]
+    assert got["steps"] is lazy.data["steps"], "what is not decoded stays on disk"
+    assert type(lazy.data["w"]).__name__ == "_LazyRef"

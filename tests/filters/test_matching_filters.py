@@ -14,7 +14,7 @@ from nvflare.apis.fl_context import FLContext
 
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
-from nvflare_rdma.filters.points import DECODED
+from nvflare_rdma.filters.points import DECODED, FILTERED
 
 
 def weights():
@@ -108,11 +108,12 @@ def test_a_site_level_dequantizer_counts(at):
     quantizer.process(weights(), ctx)
 
 
-def site(decoded=None):
+def site(decoded=None, filtered=None):
     peer = FLContext()
     peer.set_prop("__identity_name__", "site-1", private=False, sticky=False)
     if decoded is not None:
         peer.set_prop(DECODED, decoded, private=False, sticky=False)
+        peer.set_prop(FILTERED, decoded if filtered is None else filtered, private=False, sticky=False)
     return peer
 
 
@@ -139,24 +140,39 @@ def test_a_site_that_says_nothing_is_warned_of_once(at, warnings_logged):
         assert from_shareable(quantizer.process(weights(), ctx)).data["w"].dtype == np.float16
     assert ["'train'" in line for line in warnings_logged] == [True, False]
     assert "site-1 does not say that it decodes" in warnings_logged[0]
+    assert "unless it has an older version of this package, FLARE's ModelDequantizer, or another" in warnings_logged[0]
     assert "config_fed_client.json" in warnings_logged[0]
+
+
+@pytest.mark.parametrize("filtered", [["train"], ["*"]])
+def test_a_site_with_another_filter_may_decode_with_it(at, filtered, warnings_logged):
+    """A dequantizer may have any name, and the job goes on."""
+    quantizer = ModelQuantizer(one_way=True)
+    for _ in range(2):
+        ctx = at("server out", quantizer, runner=server())
+        ctx.set_peer_context(site([], filtered))
+        assert from_shareable(quantizer.process(weights(), ctx)).data["w"].dtype == np.float16
+    (line,) = warnings_logged
+    assert "site-1 has no ModelDequantizer for the data of task 'train'; unless another of its filters decodes" in line
 
 
 @pytest.mark.parametrize("teller", [ModelQuantizer, ModelDequantizer])
 @pytest.mark.parametrize(
-    ("filters", "decoded"),
+    ("filters", "decoded", "filtered"),
     [
-        ({}, []),
-        ({"task_data_filters": {"train/in": [ModelQuantizer()], "train/out": [ModelDequantizer()]}}, []),
-        ({"task_data_filters": {"train/in": [Other(), ModelDequantizer()], "validate/in": [Other()]}}, ["train"]),
-        ({"task_data_filters": {"a/b/in": [FlareLike.ModelDequantizer()]}}, ["a/b"]),
+        ({}, [], []),
+        ({"train/in": [ModelQuantizer()], "train/out": [ModelDequantizer()]}, [], ["train"]),
+        ({"train/in": [Other(), ModelDequantizer()], "validate/in": [Other()]}, ["train"], ["train", "validate"]),
+        ({"a/b/in": [FlareLike.ModelDequantizer()]}, ["a/b"], ["a/b"]),
+        ({"train/in": [], "validate/out": [Other()]}, [], []),
     ],
 )
-def test_a_site_tells_what_it_decodes(at, teller, filters, decoded):
-    ctx = at("client in", Other(), runner=tables(**filters))
+def test_a_site_tells_what_it_decodes(at, teller, filters, decoded, filtered):
+    ctx = at("client in", Other(), runner=tables(task_data_filters=filters))
     teller().handle_event(EventType.START_RUN, ctx)
     assert ctx.get_prop(DECODED) == decoded
-    assert DECODED in ctx.get_all_public_props()
+    assert ctx.get_prop(FILTERED) == filtered
+    assert {DECODED, FILTERED} <= set(ctx.get_all_public_props())
 
 
 def test_a_sites_own_dequantizer_is_for_all_tasks_and_a_server_tells_nothing(at):

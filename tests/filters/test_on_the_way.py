@@ -73,6 +73,17 @@ def test_a_dequantizer_finds_it_done(at, dequantizer):
     assert "quant_state" not in (got.meta or {})
 
 
+def test_a_dequantizer_that_finds_it_done_does_not_say_that_nothing_came(at, caplog):
+    caplog.set_level(logging.INFO)
+    quantizer, into = ModelQuantizer("normfloat4", one_way=True), ModelDequantizer()
+    made = quantizer.process(message({"w": torch.randn(200, 300)}), contexts(at, quantizer))
+    into.process(made, at("client in", into))
+    (line,) = [line for line in caplog.messages if "Dequantized from normfloat4" in line]
+    assert "1 params were to be encoded on their way" in line
+    assert "0/1" not in line
+    assert "0.00 MB" not in line
+
+
 @pytest.mark.parametrize(
     ("here", "there", "kinds"),
     [

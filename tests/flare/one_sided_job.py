@@ -1,4 +1,5 @@
-"""Runs one simulated FedAvg job with a chosen subset of the four filters: one_sided_job.py WORKSPACE POINT..."""
+"""Runs one simulated FedAvg job with a chosen subset of the four filters, or the transfer:
+one_sided_job.py WORKSPACE POINT..."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ from nvflare_rdma.recipe import add_transfer
 from nvflare_rdma.simulator import RdmaSimEnv
 
 ADD = {
+    "transfer": add_transfer,
     "server-out": lambda recipe: recipe.add_server_output_filter(ModelQuantizer("blockwise8"), tasks=["train"]),
     "client-in": lambda recipe: recipe.add_client_input_filter(ModelDequantizer(), tasks=["train"]),
     "client-out": lambda recipe: recipe.add_client_output_filter(ModelQuantizer("blockwise8"), tasks=["train"]),
     "server-in": lambda recipe: recipe.add_server_input_filter(ModelDequantizer(), tasks=["train"]),
-    "transfer": add_transfer,
     "server-out-one-way": lambda recipe: recipe.add_server_output_filter(
         ModelQuantizer("blockwise8", one_way=True), tasks=["train"]
     ),

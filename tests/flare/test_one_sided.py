@@ -50,3 +50,16 @@ def test_the_job_stops_and_names_key_and_fix(case, tmp_path):
     assert "JOB STATUS" not in log, "the job ended as if nothing had happened"
     assert done.returncode != 0
     assert ("TRAINED ON" in log) == trains
+
+
+@pytest.mark.flare
+def test_a_wrong_setting_is_said_in_the_other_side_s_log(tmp_path):
+    """The job goes on without the transfer; a site's user sees in his own log what is wrong at the server."""
+    done = run(JOB, str(tmp_path / "ws"), "transfer", timeout=120, NVFLARE_RDMA_RAILS="99", **WITHOUT_TORCH)
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-8000:]
+    line = "so its tensors take FLARE's own path: rdma_rails=99 is out of range. Allowed: 1 to"
+    said = [text for text in log.splitlines() if line in text]
+    assert [text for text in said if "RdmaTransfer does not run at site-1" in text], log[-8000:]
+    assert [text for text in said if "RdmaTransfer does not run at simulator_server" in text]
+    assert len(said) == 2, said

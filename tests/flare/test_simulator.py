@@ -11,7 +11,7 @@ import pytest
 from nvflare.private.fed.app.deployer import simulator_deployer
 from nvflare.private.fed.app.simulator import simulator_runner
 
-from nvflare_rdma import simulator
+from nvflare_rdma import class_list, simulator
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.simulator import RdmaSimEnv
 
@@ -132,3 +132,24 @@ def test_server_and_sites_get_the_scheme(scheme, monkeypatch):
     folders = os.environ["NVFLARE_COMM_DRIVER_PATH"].split(os.pathsep)
     plugin = str(Path(simulator.__file__).parent / "plugin")
     assert folders == ([plugin, "/others"] if scheme == "rdma" else ["/others"])
+
+
+@pytest.mark.parametrize("given", [None, "mine"])
+def test_the_workspace_that_flare_uses_gets_the_entries(given, tmp_path, monkeypatch):
+    """Without -w it is one of FLARE's choice."""
+    job = tmp_path / "job"
+    (job / "app/config").mkdir(parents=True)
+    (job / "app/config/config_fed_server.json").write_text('{"path": "nvflare_rdma.filters.ModelQuantizer"}')
+    add_options, _ = simulator.simulator_entry()
+    ran = []
+
+    def run(args):
+        ran.append(Path(simulator_runner.SimulatorRunner(args.job_folder, args.workspace).workspace))
+
+    monkeypatch.setattr(simulator, "simulator_entry", lambda: (add_options, run))
+    monkeypatch.setattr(simulator, "use_scheme", lambda scheme: None)  # else for all tests after this one
+    monkeypatch.chdir(tmp_path)
+    assert simulator.main([str(job), "-n", "1", *([] if given is None else ["-w", given])]) == 0
+    (workspace,) = ran
+    assert class_list.read(workspace).listed
+    assert class_list.read(workspace).missing == []

@@ -26,5 +26,7 @@ def test_a_trainers_model_comes_from_the_server_and_goes_there(tmp_path):
         "data server.simulate_job - site-1.simulate_job.client_api_trainer_1: data goes over shm, 1 rails"
     ]
     assert "data goes over" not in site
-    # The model that the server has fetched: FLARE's own path carried nothing of it.
-    assert [line.rsplit("(", 1)[1] for line in server.splitlines() if "download ref=rdma1-" in line] == ["0 bytes)"]
+    # The model that the server has fetched, which FLARE logs at its end, with the size that moved directly.
+    assert [line.rsplit("(", 1)[1] for line in server.splitlines() if "download ref=rdma1-" in line] == [
+        "2,000,000 bytes)"
+    ]

@@ -25,7 +25,7 @@ def results(request, tmp_path_factory):
     done = run(SMALL / "two_cells.py", *arguments, timeout=100, NVFLARE_RDMA_FABRICS="tcp")
     assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
     print(done.stdout[-4000:])
-    return json.loads((folder / "results.json").read_text())
+    return {**json.loads((folder / "results.json").read_text()), "log": done.stdout}
 
 
 def logged(result, text):
@@ -39,6 +39,24 @@ def test_a_message_lands_directly_and_flare_sees_it_finished(results):
     assert logged(down, "data goes over tcp")
     assert not logged(down, "FLARE's own path")
     assert not logged(down, "duplicates ignored")
+
+
+def test_the_receiver_says_how_each_message_came(results, request):
+    tls = "TLS" if "secure" in request.node.name else "no TLS"
+    said = logged(results["down"], "from server directly: ")
+    (tensors,) = [line for line in said if f"received 8 tensors from server directly: {RAW_TORCH} bytes" in line]
+    (arrays,) = [line for line in said if f"received 2 tensors from server directly: {RAW_NUMPY} bytes" in line]
+    for line in (tensors, arrays):
+        assert f" s over tcp, {tls}, port " in line
+        assert int(line.split("port ")[1]) > 0
+
+
+def test_flares_lines_about_what_came_directly_have_its_size(results):
+    lines = [line for line in results["log"].splitlines() if "[client] download ref=" in line and " done: " in line]
+    assert lines
+    assert not [line for line in lines if "(0 bytes)" in line]
+    assert [line for line in lines if f"({RAW_TORCH:,} bytes)" in line]
+    assert [line for line in lines if f"({RAW_NUMPY:,} bytes)" in line]
 
 
 @pytest.mark.parametrize("which", ["again", "up"])

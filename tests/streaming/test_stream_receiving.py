@@ -14,7 +14,7 @@ from nvflare_rdma.errors import TransferError
 from nvflare_rdma.streaming.streams import containers, receiver, sender
 from nvflare_rdma.streaming.streams.messages import KEY, Said
 from nvflare_rdma.streaming.streams.receiver import Receiving, _Consumer
-from nvflare_rdma.transfer.waiting import PLACES, WaitingPlaces
+from nvflare_rdma.transfer.waiting import PLACES, STREAMS, stream_places, waiting_places
 from tests.support.tcp_pair import DEADLINE
 from tests.support.waiting import eventually
 
@@ -81,7 +81,8 @@ def clock(monkeypatch):
 def places(monkeypatch):
     found = types.SimpleNamespace(budget=types.SimpleNamespace(watch=lambda: None))
     links = types.SimpleNamespace(of=lambda cell: found)
-    ours = types.SimpleNamespace(links=links, ledger=None, waiting_places=WaitingPlaces())
+    places = {"waiting_places": waiting_places(), "stream_places": stream_places()}
+    ours = types.SimpleNamespace(links=links, ledger=None, **places)
     monkeypatch.setattr(receiver, "shared", lambda: ours)
     monkeypatch.setattr(receiver, "site_of", lambda cell, peer: peer)
     return ours.waiting_places
@@ -119,6 +120,29 @@ def test_what_came_goes_if_its_stream_fails(code, undone, late, monkeypatch):
     going.set()
     stream.consumer._thread.join(DEADLINE)
     assert len(calls) == undone
+
+
+def test_only_so_many_streams_of_a_site_are_received_at_once():
+    going, receiving = threading.Event(), _Quick()
+    receiving.run = lambda *args: going.wait(DEADLINE)
+    streams = [Stream(receiving, f"site-2.job-{n}") for n in range(STREAMS)]
+    for stream in streams:
+        stream.say(START)
+    late, other = Stream(receiving, "site-2.late"), Stream(receiving, "site-3")
+    late.say(START)
+    other.say(START)
+    assert (late.consumer._state, late.consumer._thread) == (receiver.FALLBACK, None)
+    assert late.consumer._reason == "too many streams of this site are being received"
+    assert other.consumer._thread is not None
+    going.set()
+    for stream in (*streams, other):
+        assert stream.wait() == "done"
+        stream.finalize("OK")
+        stream.consumer._thread.join(DEADLINE)
+    again = Stream(receiving, "site-2.late")
+    again.say(START)
+    assert again.wait() == "done"
+    again.finalize("OK")
 
 
 def test_one_site_holds_no_more_than_its_places(places, monkeypatch):

@@ -23,7 +23,7 @@ shared = Shared()
 _base: dict[tuple[str, ...], Runtime] = {}
 
 
-def runtime(fabrics: tuple[str, ...] = ("tcp",), budget: int = 16 << 20) -> Runtime:
+def runtime(fabrics: tuple[str, ...] = ("tcp",), budget: int = 16 << 20, stall: float | None = None) -> Runtime:
     """With a budget of its own."""
     settings = Settings(rdma_fabrics=fabrics, rdma_chunk_bytes=64 * 1024, rdma_memory_budget_bytes=budget)
     if fabrics not in _base:
@@ -31,7 +31,8 @@ def runtime(fabrics: tuple[str, ...] = ("tcp",), budget: int = 16 << 20) -> Runt
         made = factories(settings.fabric_options, available)
         _base[fabrics] = Runtime(settings, make_context(settings, available), made, shared)
     base = _base[fabrics]
-    return replace(base, settings=settings, context=replace(base.context, **make_memory(budget)))
+    limits = base.context.limits if stall is None else replace(base.context.limits, stall_timeout=stall)
+    return replace(base, settings=settings, context=replace(base.context, limits=limits, **make_memory(budget)))
 
 
 def clear(server_side: bool) -> ssl.SSLContext | None:
@@ -57,8 +58,9 @@ class Cells:
         fabrics: tuple[str, ...] = ("tcp",),
         budget: int = 16 << 20,
         trainers: bool = False,
+        stall: float | None = None,
     ) -> PeerLinks:
-        made = PeerLinks(name, runtime(fabrics, budget), tls, anybody, host, ports, trainers)
+        made = PeerLinks(name, runtime(fabrics, budget, stall), tls, anybody, host, ports, trainers)
         self.made.append(made)
         return made
 

@@ -8,13 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from nvflare_rdma.codecs import get_codec
-from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.transfer import receiver
 from nvflare_rdma.transfer.arrays import to_bytes
 from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.manifest import INLINE_BYTES
-from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.receiver import pull
 from nvflare_rdma.transfer.records import Meters
 from nvflare_rdma.transfer.service import Service
@@ -88,15 +85,3 @@ def assert_equal(got, sent) -> None:
         assert got[name].dtype == tensor.dtype, name
         assert tuple(got[name].shape) == tuple(tensor.shape), name
         assert bytes(to_bytes(got[name])) == bytes(to_bytes(tensor)), name
-
-
-def as_encoded(tensor, codec: str) -> np.ndarray:
-    """What arrives of a tensor: its pieces decoded, flat."""
-    flat, made = to_flat(tensor), get_codec(codec)
-    cut, out = PieceLayout.choose(made, flat.size), np.empty_like(flat)
-    for first in range(0, flat.size, cut.values):
-        piece = flat[first : first + cut.values]
-        encoded = np.empty(made.encoded_nbytes(piece.size), np.uint8)
-        made.encode_into(piece, encoded)
-        made.decode_into(encoded, out[first : first + cut.values])
-    return out

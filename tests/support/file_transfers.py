@@ -17,7 +17,7 @@ from nvflare_rdma.transfer.manifest import INLINE_BYTES
 from nvflare_rdma.transfer.pieces import PIECE_VALUES
 from nvflare_rdma.transfer.service import Service
 from tests.support.data_channels import ANY_PORT
-from tests.support.direct_transfers import as_encoded
+from tests.support.encoded import as_encoded
 
 PART = 8 * BLOCK_BYTES
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from nvflare_rdma.channel.bodies import Sink
@@ -88,9 +88,10 @@ def link_pair(
     dial: Callable[[], socket.socket] | None = None,
     rails: int = 2,
     sinks: Mapping[int, Sink] | None = None,
+    other_fabrics: Sequence[str] = (),
 ) -> Iterator[LinkPair]:
     """Open links. ``sinks``: of the passive one, by label. ``tls``: (client context, server context). ``dial`` replaces
-    how rails are dialled."""
+    how rails are dialled. ``other_fabrics`` are offered by both, and are tcp by another name."""
     contexts = (active_context or context(), passive_context or context())
     client_tls, server_tls = tls or (None, None)
     listening = TcpFabric(rails)
@@ -107,7 +108,7 @@ def link_pair(
         active = Link(
             streams["active"],
             Role.ACTIVE,
-            {"tcp": TcpFabric(rails, dial or default_dial)},
+            {"tcp": TcpFabric(rails, dial or default_dial), **{name: TcpFabric(rails) for name in other_fabrics}},
             contexts[0],
             inbox["active"].put,
             "active",
@@ -115,7 +116,7 @@ def link_pair(
         passive = Link(
             streams["passive"],
             Role.PASSIVE,
-            {"tcp": listening},
+            {"tcp": listening, **{name: TcpFabric(rails) for name in other_fabrics}},
             contexts[1],
             inbox["passive"].put,
             "passive",

@@ -379,11 +379,10 @@ def test_a_failing_callback_of_the_sender_is_told_to_the_receiver(direct, cell, 
 
 def test_nothing_comes(direct, cell, monkeypatch):
     """The channel lives, and the sender sees nothing wrong."""
-    monkeypatch.setattr(receiver, "STALL_SECONDS", 0.05)
     monkeypatch.setattr(receiver, "_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(service.OfferThread, "run", lambda self: None)
     with pytest.raises(TransferError, match=r"1 of 1 items did not come from server: nothing has come for 0.05 s"):
-        direct(large(1)).pull(cell("site-1"))
+        direct(large(1)).pull(cell("site-1", stall=0.05))
 
 
 def test_a_new_request_ends_the_one_before(direct, cell):

@@ -37,8 +37,10 @@ def test_data_ports_that_answer_nothing(apart, tmp_path):
     assert "tensors from server come on FLARE's own path" in line
     assert "10.9.0.1:20000: timed out" in line
     assert "s ago" not in line
+    assert "rdma_data_ports" in line
     assert again["log"] == []  # it was said
     assert "10.9.0.1:20000: timed out" in again["reason"]
     assert "s ago" in again["reason"]  # nobody waits for that again
-    (line,) = through["log"]  # nothing but the firewall was in the way
+    line, *received = through["log"]  # nothing but the firewall was in the way
     assert "data goes over tcp" in line
+    assert all("from server directly: " in line for line in received)

@@ -27,6 +27,9 @@ def test_what_a_reason_has_anew_each_time_makes_no_other_reason():
 def test_no_peer_makes_it_grow_without_end():
     notices = Notices()
     letters = [a + b + c for a in "abcdefghijklmnopqrstuvwxyz" for b in "abcdefghijklmnopqrstuvwxyz" for c in "abcdefg"]
-    levels = [notices.level("received", peer, reason) for peer in "xy" for reason in letters]
-    assert WARNING in levels
+    levels = [notices.level("received", peer, reason) for peer in ("x.a", "x.b") for reason in letters]
+    assert levels.count(WARNING) == 64
     assert levels[-1] == DEBUG
+    assert notices.level("received", "y", letters[-1]) == WARNING  # and takes no place of others
+    notices.level("received", "z", "long" * 1_000_000)
+    assert max(len(reason) for _, _, reason in notices._said) <= 200

@@ -22,7 +22,8 @@ from nvflare_rdma.transfer import manifest, sender
 from nvflare_rdma.transfer.encoding import EncodedChunkCache, EncodedSource, Encoding, decode_pieces
 from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.sinks import OnDisk, in_memory
-from tests.support.direct_transfers import as_encoded, assert_equal
+from tests.support.direct_transfers import assert_equal
+from tests.support.encoded import as_encoded
 from tests.support.tcp_pair import DEADLINE, in_parallel
 from tests.support.waiting import eventually
 

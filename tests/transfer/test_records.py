@@ -64,6 +64,36 @@ def test_the_first_reason_to_fall_back_counts(ledger):
     assert (got.path, got.reason, got.fabric, got.outcome) == ("flare", "a firewall", "", "done")
 
 
+def test_a_fallback_that_fails_is_recorded_with_the_fabric_that_broke(ledger):
+    meter = Meter("received", "a", "b", ledger=ledger)
+    meter.fabric = "tcp"
+    meter.fall_back("the link broke")
+    meter.end(failure="nobody answered")
+    (got,) = ledger.got
+    assert (got.path, got.reason, got.fabric, got.outcome) == (
+        "flare",
+        "the link broke",
+        "tcp",
+        "failed: nobody answered",
+    )
+
+
+def test_a_receiver_says_what_came_and_how(ledger, caplog):
+    caplog.set_level(logging.INFO, "nvflare_rdma")
+    meter = Meter("received", "site-1", "server", ledger=ledger)
+    meter.wire_bytes, meter.fabric, meter.way = 50, "tcp", "tcp, TLS, port 8002"
+    meter.end(items=2, raw_bytes=100)
+    (line,) = caplog.messages
+    assert line.startswith("received 2 tensors from server directly: 100 bytes, 50 on the way, in ")
+    assert line.endswith(" s over tcp, TLS, port 8002")
+    for quiet in (Meter("sent", "a", "b"), Meter("received", "a", "b"), Meter("received", "a", "b")):
+        quiet.fall_back("a firewall")
+    quiet.end(1, 2)
+    Meter("received", "a", "b").end(failure="broken")
+    Meter("sent", "a", "b").end(1, 2)
+    assert len(caplog.messages) == 1
+
+
 def test_what_failed_has_brought_nothing(ledger):
     Meter("sent", "a", "b", ledger=ledger).end(failure="the disk is full")
     (got,) = ledger.got

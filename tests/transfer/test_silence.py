@@ -88,7 +88,8 @@ def test_a_link_whose_peer_does_not_answer_is_given_up(relayed, monkeypatch, cap
     monkeypatch.setattr(peers, "_ANSWER_SECONDS", DEADLINE)
     again = site.dial("server", server.invite("site-1"))  # not by the relay
     assert site.find_alive("server") is again
-    assert server.find_alive("site-1") is server.await_open("site-1") is not None
+    opened = server.await_open("site-1")
+    assert server.find_alive("site-1") is opened is not None
 
 
 def test_whoever_has_dialled_anew_is_served_over_the_new_link(relayed):

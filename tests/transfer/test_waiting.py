@@ -7,12 +7,12 @@ import logging
 import types
 
 from nvflare_rdma.transfer import waiting
-from nvflare_rdma.transfer.waiting import PLACES, WaitingPlaces
+from nvflare_rdma.transfer.waiting import PLACES, waiting_places
 from tests.support.tcp_pair import in_parallel
 
 
 def test_each_site_has_its_own_places():
-    places = WaitingPlaces()
+    places = waiting_places()
     with contextlib.ExitStack() as stack:
         for n in range(PLACES):
             assert stack.enter_context(places.place(f"site-1.job-{n}"))
@@ -23,7 +23,7 @@ def test_each_site_has_its_own_places():
 
 
 def test_a_place_comes_free_whatever_ends_it():
-    places = WaitingPlaces()
+    places = waiting_places()
     for _ in range(3 * PLACES):
         with contextlib.suppress(ZeroDivisionError), places.place("site-1") as free:
             assert free
@@ -32,7 +32,7 @@ def test_a_place_comes_free_whatever_ends_it():
 
 
 def test_one_without_a_place_frees_none():
-    places = WaitingPlaces()
+    places = waiting_places()
     with contextlib.ExitStack() as stack:
         for _ in range(PLACES):
             stack.enter_context(places.place("site-1"))
@@ -42,7 +42,7 @@ def test_one_without_a_place_frees_none():
 
 
 def test_many_threads_never_have_more_than_there_are():
-    places, held, most = WaitingPlaces(), [], []
+    places, held, most = waiting_places(), [], []
 
     def take() -> None:
         for _ in range(500):
@@ -61,7 +61,7 @@ def test_the_log_says_once_in_a_while_that_a_site_has_none_left(caplog, monkeypa
     now = [0.0]
     monkeypatch.setattr(waiting, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     caplog.set_level(logging.INFO, "nvflare_rdma.transfer.waiting")
-    places = WaitingPlaces()
+    places = waiting_places()
 
     def ask(site: str) -> None:
         with contextlib.ExitStack() as stack:
@@ -71,7 +71,7 @@ def test_the_log_says_once_in_a_while_that_a_site_has_none_left(caplog, monkeypa
     for site in ("a.b", "a", "c\n"):
         now[0] += 1
         ask(site)
-    assert [line.split("requests of ")[1].split(" wait")[0] for line in caplog.messages] == ["'a'", "'c\\n'"]
+    assert [line.split("wait here for ")[1].split(",")[0] for line in caplog.messages] == ["'a'", "'c\\n'"]
     now[0] += waiting._SAY_AGAIN_SECONDS + 5
     ask("a")
     assert len(caplog.messages) == 3

@@ -381,6 +381,7 @@ class Connection:
         Raises:
             ProtocolError: nothing is exposed there, or the peer wrote fewer bytes than it was to.
         """
+        self.heard_at = now
         self._incoming.landed(notification, length, now)
 
     def damaged(self, notification: int, now: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -25,7 +26,7 @@ _SILENT = PREFIX + "silent"  # in a receiver's stream context: FLARE's stream fo
 #: A receiver's state that asks for the fallback, as messages have it.
 FALLBACK = "own"
 #: How long a receiver waits for its data to come before it answers that it is still coming; if there is a place to wait
-#: for its sender's site (`WaitingPlaces`), as this is a thread of FLARE's.
+#: for its sender's site (`SitePlaces`), as this is a thread of FLARE's.
 TURN_SECONDS = 2.0
 #: A receiver whose own part is over takes its sender for gone if it is silent for so long, or for so many of the
 #: sender's turns if that is longer: it waits for the slowest of its targets.
@@ -33,7 +34,8 @@ SENDER_SILENCE_SECONDS, _SILENCE_TURNS = 120.0, 4
 _LOOK_SECONDS = 1.0
 #: So many strangers in a stream are in the log.
 _REFUSALS_SAID = 8
-_MAX_TIMEOUT = 7 * 24 * 3600.0
+#: Also of what a sender may ask for: whoever is gone is not waited for.
+_MAX_TIMEOUT = 3600.0
 
 
 class Receiving(ABC):
@@ -100,6 +102,8 @@ class _Consumer(ObjectConsumer):
         self._failed = False
         self._ended, self._over = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+        self._begun = False
+        self._place = contextlib.ExitStack()  # of the streams of its sender's site
         #: Other cells that have sent messages in this stream, as far as the log has them.
         self._refused: set[str] = set()
         self._heard_at, self._patience = time.monotonic(), SENDER_SILENCE_SECONDS
@@ -107,12 +111,12 @@ class _Consumer(ObjectConsumer):
     def consume(self, shareable: Any, stream_ctx: dict[str, Any], fl_ctx: Any) -> tuple[bool, Any]:
         """Answer a message of the sender; FLARE calls this."""
         said = shareable.get(KEY)
-        if self._thread is not None and not (isinstance(said, Said) and said.cell == self._peer):
+        if self._begun and not (isinstance(said, Said) and said.cell == self._peer):
             return True, self._refuse(said)
         self._fl_ctx, self._heard_at = fl_ctx, time.monotonic()
         words = said.words if isinstance(said, Said) else said
         what = words.get("do") if isinstance(words, dict) else None
-        if self._thread is not None:
+        if self._begun:
             return self._answer(what, words)
         if what == "hello":
             return False, self._greet(stream_ctx, fl_ctx)
@@ -177,11 +181,26 @@ class _Consumer(ObjectConsumer):
 
         ask = stream_request_function(cell, peer, stream, message.get("secure") is True)
         arguments = (self._receiving, shared().links.of(cell), peer, ask, aborted)
-        self._peer = peer
+        self._peer, self._begun = peer, True
+        if not self._place.enter_context(shared().stream_places.place(peer)):
+            self._place.close()
+            self._state, self._reason = FALLBACK, "too many streams of this site are being received"
+            self._over.set()
+            return
         self._thread = threading.Thread(target=self._receive, args=arguments, name="rdma-stream", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._place.close()
+            raise
 
-    def _receive(self, receiving: Receiving, links: Any, peer: str, ask: Any, aborted: Callable[[], bool]) -> None:
+    def _receive(self, *arguments: Any) -> None:
+        with self._place:
+            self._receive_and_wait(*arguments)
+
+    def _receive_and_wait(
+        self, receiving: Receiving, links: Any, peer: str, ask: Any, aborted: Callable[[], bool]
+    ) -> None:
         state, reason = "failed", "receiving it broke, and this side's log says how"
         try:
             state, reason = self._run(receiving, links, peer, ask, aborted)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nvflare_rdma.channel import Sink
-from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, UnrepresentableError
+from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, TransferError, UnrepresentableError
 from nvflare_rdma.logs import get_logger
+from nvflare_rdma.transfer.addresses import site_of
 from nvflare_rdma.transfer.content import Content
 from nvflare_rdma.transfer.files.layout import Layout, plan
 from nvflare_rdma.transfer.files.partial_file import PartialFile
@@ -40,6 +41,8 @@ class FileContent(Content):
         self._lock = threading.Lock()
         #: Names of parts of which it is logged that they are sent exact.
         self._exact: set[str] = set()
+        #: Sites for which parts are being read.
+        self._comparing: set[str] = set()
 
     @property
     def extra(self) -> Mapping[str, Any]:
@@ -78,11 +81,23 @@ class FileContent(Content):
                 parts = self._wanted(request.get("items"))
                 return {"digests": [part.current().digests.whole() for part in parts]}
             if what == "compare":
-                return {"digests": [self._digest(part) for part in self._wanted(request.get("items"))[:_COMPARED]]}
+                return {"digests": self._compare(self._wanted(request.get("items"))[:_COMPARED], site_of(receiver))}
         except (RdmaError, OSError) as error:
             log.info("the request of %s for a file was refused: %s", receiver, error)
             return {"refused": str(error)}
         return None
+
+    def _compare(self, parts: list[FilePart], site: str) -> list[bytes]:
+        """Read what is on disk: one request of a site at a time, as this is a thread that others need."""
+        with self._lock:
+            if site in self._comparing:
+                raise TransferError("the last request for digests is still being answered")
+            self._comparing.add(site)
+        try:
+            return [self._digest(part) for part in parts]
+        finally:
+            with self._lock:
+                self._comparing.discard(site)
 
     def _digest(self, part: FilePart) -> bytes:
         with contextlib.suppress(UnrepresentableError):
@@ -223,7 +238,7 @@ class FileDestination(Destination):
                 self._raise_if_aborted()
                 asked = parts[start : start + _COMPARED]
                 theirs |= zip(asked, self._digests("compare", asked), strict=True)
-        except LostError as error:
+        except TransferError as error:
             log.info("some parts that are here could not be compared: %s", error)
         wrong = [part for part in parts if theirs.get(part) != ours[part]]
         if wrong:

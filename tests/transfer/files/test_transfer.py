@@ -11,7 +11,7 @@ from nvflare_rdma.errors import FabricUnavailable, IntegrityError, ProtocolError
 from nvflare_rdma.transfer import receiver
 from nvflare_rdma.transfer.files.partial_file import PartialFile
 from nvflare_rdma.transfer.files.source import BLOCK_BYTES, PartDigests
-from nvflare_rdma.transfer.files.transfer import pull_file
+from nvflare_rdma.transfer.files.transfer import FileContent, pull_file
 from nvflare_rdma.transfer.manifest import Item, pack
 from nvflare_rdma.transfer.receiver import AbortedError, LostError
 from tests.support.file_transfers import PART
@@ -278,6 +278,29 @@ def test_requests_for_digests_of_what_is_not_there(wanted, files):
         assert "refused" in it.ask("site-1")({"do": what, "items": wanted})
 
 
+def test_one_request_of_a_site_at_a_time_reads_what_is_on_disk(files, monkeypatch):
+    """Each keeps a thread that FLARE has for all sites."""
+    it, going, began = files(content(2)), threading.Event(), threading.Event()
+
+    def digest(self, part):
+        began.set()
+        assert going.wait(DEADLINE)
+        return b"digest"
+
+    monkeypatch.setattr(FileContent, "_digest", digest)
+    answers: list[dict] = []
+    request = {"do": "compare", "items": [0]}
+    first = threading.Thread(target=lambda: answers.append(it.ask("site-1.job")(request)), daemon=True)
+    first.start()
+    assert began.wait(DEADLINE)
+    for _ in range(5):
+        assert "is still being answered" in it.ask("site-1.other")(request)["refused"]
+    going.set()
+    first.join(DEADLINE)
+    assert answers == [{"digests": [b"digest"]}]
+    assert it.ask("site-1.job")(request) == {"digests": [b"digest"]}
+
+
 def test_digests_of_what_was_not_read(files):
     assert files(content(2)).ask("site-1")({"do": "digests", "items": [0, 1]}) == {"digests": [None, None]}
 
@@ -291,9 +314,8 @@ def test_pieces_of_blocks_have_no_digest(files):
 
 
 def test_nothing_comes(files, cell, monkeypatch):
-    monkeypatch.setattr(receiver, "STALL_SECONDS", 0.05)
     monkeypatch.setattr(receiver, "_LOOK_SECONDS", 0.01)
-    it, site = files(content(1)), cell("site-1")
+    it, site = files(content(1)), cell("site-1", stall=0.05)
     it.service._send = lambda request, receiver: {}
     with pytest.raises(TransferError, match="did not come from server"):
         it.pull(site)
