@@ -53,6 +53,7 @@ GOALS: dict[str, tuple[float, float] | None] = {
     "normfloat4": (2, 4),
     "float4_dq": (2, 4),
     "normfloat4_dq": (2, 4),
+    "normfloat4_e4m3": (2, 4),
 }
 SHARE = 0.6
 EXTRA_MIB = 16

@@ -24,7 +24,7 @@ HIDDEN, WIDE, KEYS, LAYERS, WORDS = 2048, 8192, 512, 16, 128_256
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CODECS = (
     *("float16", "bfloat16", "float8_e4m3", "int8", "blockwise8", "float4", "normfloat4", "float4_dq"),
-    *("normfloat4_dq", "int2", "ternary"),
+    *("normfloat4_dq", "normfloat4_e4m3", "int2", "ternary", "topk2_128", "topk2"),
 )
 PAPER = {"float16": 50.0, "bfloat16": 50.0, "blockwise8": 25.03, "float4": 14.06, "normfloat4": 14.06}
 #: Percent, eager unless it says tied.

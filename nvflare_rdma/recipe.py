@@ -42,7 +42,8 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
             where the sites control all workflows.
         policy: rules that say which codec each tensor gets, before the default ones (norms, biases and tensors of
             less than 1024 elements travel exact). See `nvflare_rdma.codecs.policy`.
-        error_feedback, delta, stochastic_rounding: see `nvflare_rdma.filters.ModelQuantizer`.
+        error_feedback, delta, stochastic_rounding: see `nvflare_rdma.filters.ModelQuantizer`. What a type can't do
+            without is on with it: `delta` with `exact_delta`, `delta` and `error_feedback` with `topk2`.
         clients: the sites that get it, None for all. To and from the others models travel in full, and they need not
             have this package. It takes a job with an app for each site (`Recipe.set_per_site_config`).
 
@@ -59,11 +60,11 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
     job = _checked_job(target, "quantization", "add_quantization")
     from nvflare.job_config.defs import FilterType
 
-    from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer, PeerQuantizer
+    from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer, PeerQuantizer, with_needed
 
     rules, only = list(policy), None if clients is None else list(clients)
-    options: dict[str, Any] = {"error_feedback": error_feedback, "delta": delta}
-    options["stochastic_rounding"] = stochastic_rounding
+    given = {"error_feedback": error_feedback, "delta": delta, "stochastic_rounding": stochastic_rounding}
+    options = with_needed(quantization_type, rules, given)
 
     def quantizer(**more: Any) -> ModelQuantizer:
         return ModelQuantizer(quantization_type, policy=rules, **options, **more)
@@ -80,7 +81,7 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
         log.warning("%s, unless the job gets an executor for it later", problem)
     peers = sites_with_peers(apps, sites)
     if peers:
-        _refuse_between_sites(options)
+        _refuse_between_sites(given)
         between_sites = [(site, PeerQuantizer(quantization_type, policy=rules)) for site in peers]
         for site, component in between_sites:
             job.to(component, site, id="peer_quantizer")

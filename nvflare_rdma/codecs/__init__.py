@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvflare_rdma.codecs.base import Array, Bytes, Codec, FixedSizeCodec, Float32, Parts
 from nvflare_rdma.codecs.blockwise import Blockwise8
+from nvflare_rdma.codecs.exact_delta import ExactDelta
 from nvflare_rdma.codecs.marks import codec_of, marked, note_decoded, was_decoded
 from nvflare_rdma.codecs.policy import Decision, Policy, role_of
 from nvflare_rdma.codecs.registry import CODEC_NAMES, get_codec
@@ -68,6 +69,7 @@ __all__ = [
     "Bytes",
     "Codec",
     "Decision",
+    "ExactDelta",
     "FixedSizeCodec",
     "Float32",
     "Parts",

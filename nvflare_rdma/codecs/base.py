@@ -48,12 +48,14 @@ class Codec(ABC):
         bits: bits per value in the codes.
         block_size: where pieces of a tensor may begin, in elements: the block that shares one scale, or 1.
         splits: whether the parts of a tensor's pieces, laid side by side, equal the parts of the whole.
+        needs_feedback: whether it leaves out so much that it is refused unless what was left out is sent later on.
     """
 
     name: str
     bits: float
     block_size: int
     splits = True
+    needs_feedback = False
 
     @abstractmethod
     def encoded_nbytes(self, n: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -10,22 +9,11 @@ import numpy as np
 from nvflare_rdma.codecs.base import Array, Bytes, Codec, Float32, Parts
 from nvflare_rdma.codecs.runs import TILE, own_output_runs, own_runs, scratch
 from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
+from nvflare_rdma.codecs.zstd_planes import LENGTH, LENGTH_NBYTES, PlaneCoder
 from nvflare_rdma.errors import CodecError
 
 _KINDS = tuple(NUMPY_DTYPES[name] for name in ("float32", "float16", "bfloat16"))  # by the number in the header
-_LENGTH = np.dtype("<u4")
-_LENGTH_NBYTES = _LENGTH.itemsize
 _LEVEL = 1  # higher levels search for repetitions, which weights don't have
-
-
-class _Contexts(threading.local):
-    """zstd's working memory, which only one thread may use at a time."""
-
-    def __init__(self) -> None:
-        import zstandard
-
-        self.compressor = zstandard.ZstdCompressor(level=_LEVEL)
-        self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 20)
 
 
 class Lossless(Codec):
@@ -48,18 +36,18 @@ class Lossless(Codec):
     splits = False
 
     def __init__(self) -> None:
-        self._contexts: _Contexts | None = None
+        self._planes: PlaneCoder | None = None
 
     def encoded_nbytes(self, n: int) -> int:
         """Return the most that `n` values can take: all planes stored as they are, with their lengths."""
-        return _LENGTH_NBYTES + 4 * n + 4 * _LENGTH_NBYTES * -(-n // TILE)
+        return LENGTH_NBYTES + 4 * n + 4 * LENGTH_NBYTES * -(-n // TILE)
 
     def parts(self, encoded: Any, n: int) -> dict[str, Array]:
         """Return the header and the planes as views of `encoded`; see `Codec.parts`."""
         flat = self._bytes(encoded)
-        if not _LENGTH_NBYTES <= flat.size <= self.encoded_nbytes(n):
+        if not LENGTH_NBYTES <= flat.size <= self.encoded_nbytes(n):
             raise CodecError(f"{self.name}: {flat.size} encoded bytes can't be {n} values")
-        return {"header": flat[:_LENGTH_NBYTES].view(_LENGTH), "planes": flat[_LENGTH_NBYTES:]}
+        return {"header": flat[:LENGTH_NBYTES].view(LENGTH), "planes": flat[LENGTH_NBYTES:]}
 
     def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
         """Return zeros: every bit arrives."""
@@ -68,9 +56,9 @@ class Lossless(Codec):
     def _encode(self, src: Array, out: Bytes) -> int:
         from nvflare_rdma.codecs.kernels import planes as kernels
 
-        compressor = self._context().compressor
-        out[:_LENGTH_NBYTES].view(_LENGTH)[0] = _KINDS.index(src.dtype)
-        used = _LENGTH_NBYTES
+        coder = self._coder()
+        out[:LENGTH_NBYTES].view(LENGTH)[0] = _KINDS.index(src.dtype)
+        used = LENGTH_NBYTES
         for _, run in own_runs(src, TILE):
             n = run.size
             planes = scratch("planes", np.uint32, TILE).view(np.uint8)[: n * src.itemsize]
@@ -79,11 +67,7 @@ class Lossless(Codec):
             else:
                 kernels.split16(run.view(np.uint16), planes)
             for plane in planes.reshape(src.itemsize, n):
-                content = compressor.compress(plane.data)
-                stored = plane if len(content) >= n else np.frombuffer(content, np.uint8)
-                begin, used = used + _LENGTH_NBYTES, used + _LENGTH_NBYTES + stored.size
-                out[begin - _LENGTH_NBYTES : begin].view(_LENGTH)[0] = stored.size
-                out[begin:used] = stored
+                used = coder.write(plane, out, used)
         return used
 
     def _decode(self, parts: Parts, out: Array) -> None:
@@ -93,12 +77,12 @@ class Lossless(Codec):
         if kind >= len(_KINDS) or _KINDS[kind] != out.dtype:
             known = _KINDS[kind].name if kind < len(_KINDS) else "damaged"
             raise CodecError(f"{self.name}: the encoded type is {known}, but out has dtype {out.dtype}")
-        encoded, used = parts["planes"], 0
+        coder, encoded, used = self._coder(), parts["planes"], 0
         for _, run in own_output_runs(out, TILE):
             n = run.size
             planes = scratch("planes", np.uint32, TILE).view(np.uint8)[: n * out.itemsize]
             for plane in planes.reshape(out.itemsize, n):
-                used = self._read_plane(encoded, used, plane)
+                used = coder.read(encoded, used, plane)
             if out.itemsize == 4:
                 kernels.merge32(planes, run.view(np.uint32))
             else:
@@ -106,31 +90,8 @@ class Lossless(Codec):
         if used != encoded.size:
             raise CodecError(f"{self.name}: {encoded.size - used} encoded bytes are left over")
 
-    def _read_plane(self, encoded: Bytes, used: int, plane: Bytes) -> int:
-        """Fill `plane` from what begins at `used`; return where the next one begins."""
-        import zstandard
-
-        begin = used + _LENGTH_NBYTES
-        length = int(encoded[used:begin].view(_LENGTH)[0]) if begin <= encoded.size else 0
-        content = encoded[begin : begin + length]
-        if not length or content.size != length:
-            raise CodecError(f"{self.name}: the encoded bytes end too early")
-        if length == plane.size:
-            plane[:] = content
-            return begin + length
-        try:
-            # Asked first, because zstd would allocate whatever the frame says.
-            if zstandard.get_frame_parameters(content.data).content_size != plane.size:
-                raise CodecError(f"{self.name}: a plane has another size than its {plane.size} values")
-            plane[:] = np.frombuffer(self._context().decompressor.decompress(content.data), np.uint8)
-        except (zstandard.ZstdError, ValueError) as error:
-            if isinstance(error, CodecError):
-                raise
-            raise CodecError(f"{self.name}: damaged: {error}") from None
-        return begin + length
-
-    def _context(self) -> _Contexts:
+    def _coder(self) -> PlaneCoder:
         # Made here and not with the codec, so that zstandard is imported only when it is used.
-        if self._contexts is None:
-            self._contexts = _Contexts()
-        return self._contexts
+        if self._planes is None:
+            self._planes = PlaneCoder(self.name, level=_LEVEL)
+        return self._planes

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from nvflare_rdma.codecs.base import Array, Bytes, Codec, FixedSizeCodec
+from nvflare_rdma.codecs.e4m3_scales import NormalFloat4E4M3
 from nvflare_rdma.codecs.fourbit import DoubleQuantized
 from nvflare_rdma.codecs.tables import WEAK, largest_scale
 from nvflare_rdma.codecs.tensors import NUMPY_DTYPES, dtype_name, to_array
@@ -41,7 +42,8 @@ class _NotFiniteError(Exception):
 
 
 def can_encode_on_device(codec: Codec) -> bool:
-    """Return whether `encode_on_device` takes this codec: all but `adaquant` and `lossless`."""
+    """Return whether `encode_on_device` takes this codec: all but `adaquant`, `lossless`,
+    `exact_delta` and `topk2`."""
     return codec.name in _RUNS
 
 
@@ -73,6 +75,10 @@ def encode_on_device(codec: Codec, tensor: Tensor) -> Bytes:
             absmax = np.empty(parts["scales"].size, np.float32)
             _encode(codec, codec.inner, tensor, {"scales": absmax, "codes": parts["codes"]})
             codec.encode_scales(absmax, parts, dtype)
+        elif isinstance(codec, NormalFloat4E4M3):
+            top = max((float(piece.abs().amax()) for _, piece in _pieces(tensor.detach())), default=0.0)
+            parts["scale"][:] = scale = codec.shared_scale(np.float32(top))
+            _encode(codec, codec, tensor, parts, float(scale))
         else:
             _encode(codec, codec, tensor, parts)
     except torch.cuda.OutOfMemoryError:
@@ -80,14 +86,16 @@ def encode_on_device(codec: Codec, tensor: Tensor) -> Bytes:
     return encoded
 
 
-def _encode(codec: FixedSizeCodec, inner: FixedSizeCodec, tensor: Tensor, parts: dict[str, Array]) -> None:
-    """Fill in `parts`, which are those of `inner`."""
+def _encode(
+    codec: FixedSizeCodec, inner: FixedSizeCodec, tensor: Tensor, parts: dict[str, Array], *more: float
+) -> None:
+    """Fill in `parts`, which are those of `inner`. The run takes `more` after the codec's tables."""
     run = _RUNS[codec.name]
     tables = [torch.from_numpy(getattr(inner, name)).to(tensor.device) for name in _TABLES.get(run, ())]
     for start, piece in _pieces(tensor.detach()):
         made: dict[str, Any]
         try:
-            made = run(piece.float(), *tables)
+            made = run(piece.float(), *tables, *more)
         except _NotFiniteError:  # rare, and the CPU knows which to carry, which to refuse and how to say so
             encoded = np.empty(codec.encoded_nbytes(piece.numel()), np.uint8)
             codec.encode_into(to_array(piece), encoded)
@@ -175,6 +183,17 @@ def _fourbit(values: Tensor, middles: Tensor, order: Tensor) -> dict[str, Tensor
     return {"scales": absmax, "codes": codes[:, 0] * 16 + codes[:, 1]}
 
 
+def _fourbit_e4m3(values: Tensor, middles: Tensor, scale: float) -> dict[str, Tensor]:
+    rows, absmax = _blocks(values, 32)
+    shared = torch.full_like(absmax, scale)
+    scales = (absmax * _over(1, shared).masked_fill_(shared == 0, 0)).to(torch.float8_e4m3fn)
+    divisor = scales.float() * shared
+    factor = _over(1, divisor).masked_fill_(divisor == 0, 0)
+    ranks = torch.bucketize((rows * factor[:, None]).view(-1), middles, out_int32=True).view(-1, 2)
+    # The shared scale is the tensor's, and is there already.
+    return {"scale": absmax, "scales": scales, "codes": (ranks[:, 0] * 16 + ranks[:, 1]).to(torch.uint8)}
+
+
 def _few_levels(values: Tensor, share: tuple[int, int]) -> tuple[Tensor, ...]:
     """Return what `int2` and `ternary` have in common.
 
@@ -233,8 +252,13 @@ _RUNS: dict[str, Run] = {
     "normfloat4": _fourbit,
     "float4_dq": _fourbit,
     "normfloat4_dq": _fourbit,
+    "normfloat4_e4m3": _fourbit_e4m3,
     "int2": _int2,
     "ternary": _ternary,
 }
 #: The attributes of the codec that a run takes as tensors on the device.
-_TABLES: dict[Run, tuple[str, ...]] = {_blockwise8: ("nearest",), _fourbit: ("middles", "order")}
+_TABLES: dict[Run, tuple[str, ...]] = {
+    _blockwise8: ("nearest",),
+    _fourbit: ("middles", "order"),
+    _fourbit_e4m3: ("middles",),
+}

@@ -8,10 +8,13 @@ from functools import cache
 from nvflare_rdma.codecs.adaquant import AdaQuant
 from nvflare_rdma.codecs.base import Codec
 from nvflare_rdma.codecs.blockwise import Blockwise8
+from nvflare_rdma.codecs.e4m3_scales import NormalFloat4E4M3
+from nvflare_rdma.codecs.exact_delta import ExactDelta
 from nvflare_rdma.codecs.fourbit import DoubleQuantized, Float4, NormalFloat4
 from nvflare_rdma.codecs.halves import BFloat16, Float16
 from nvflare_rdma.codecs.linear import Float8E4M3, Int2, Int8, Ternary
 from nvflare_rdma.codecs.lossless import Lossless
+from nvflare_rdma.codecs.topk import TopK2
 from nvflare_rdma.errors import ConfigError
 
 _CODECS: dict[str, Callable[[], Codec]] = {
@@ -24,10 +27,14 @@ _CODECS: dict[str, Callable[[], Codec]] = {
     "normfloat4": NormalFloat4,
     "float4_dq": lambda: DoubleQuantized(Float4()),
     "normfloat4_dq": lambda: DoubleQuantized(NormalFloat4()),
+    "normfloat4_e4m3": NormalFloat4E4M3,
     "int2": Int2,
     "ternary": Ternary,
+    "topk2": lambda: TopK2("topk2", 64),
+    "topk2_128": lambda: TopK2("topk2_128", 128),
     "adaquant": AdaQuant,
     "lossless": Lossless,
+    "exact_delta": ExactDelta,
 }
 
 CODEC_NAMES = tuple(_CODECS)

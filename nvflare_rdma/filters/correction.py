@@ -16,13 +16,27 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs import Array, Codec, FixedSizeCodec, Float32, float32_runs, output_runs, to_array
+from nvflare_rdma.codecs import (
+    Array,
+    Codec,
+    ExactDelta,
+    FixedSizeCodec,
+    Float32,
+    float32_runs,
+    output_runs,
+    to_array,
+    to_flat,
+)
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.filters.delta_base import Base
 from nvflare_rdma.filters.dither import DITHERED, Dither, dither_of
 from nvflare_rdma.filters.encoding import TensorEncoder
 from nvflare_rdma.filters.residuals import fitting
 
+_ALL = np.float32(1)
+#: Of a residual, with codecs that leave most values out: those wait for many rounds, and the older, the less they fit
+#: (Sarfi et al., "SparseLoCo", 2025).
+_KEPT = np.float32(0.95)
 PIECE = 1 << 20  # elements worked on at a time, so that scratch memory stays at some MiB
 
 
@@ -47,6 +61,7 @@ class CorrectingEncoder(TensorEncoder):
 
     Attributes:
         before: the residuals of the last message, by name.
+        whole: whether the message is a model, and not a difference already.
         base: the model that tensors are encoded as the difference from, if there is one.
         noise: seed of the noise of stochastic rounding; None for none.
         arrived: what the receiver gets, by name, flat.
@@ -55,11 +70,23 @@ class CorrectingEncoder(TensorEncoder):
     """
 
     before: Mapping[str, Array]
+    whole: bool
     base: Base | None
     noise: str | None
     arrived: dict[str, Array] = field(default_factory=dict)
     lacking: dict[str, Array] = field(default_factory=dict)
     based: set[str] = field(default_factory=set)
+
+    def choose(self, name: str, codec: Codec, value: Any) -> Codec:
+        """Return the policy's codec, unless that is for differences and this would be none, or none that is smaller."""
+        if not codec.needs_feedback or not self.whole:
+            return codec
+        flat = to_flat(value)
+        known = self.base.tensor(name, flat) if self.base is not None else None
+        residual = fitting(self.before, name, tuple(value.shape))
+        if known is not None and difference_is_smaller(flat, residual, known):
+            return codec
+        return super().choose(name, codec, value)
 
     def encode(self, name: str, codec: Codec, value: Any) -> Array:
         """Encode the sum or difference if the codec can carry it, or else the values themselves."""
@@ -68,14 +95,17 @@ class CorrectingEncoder(TensorEncoder):
             self.arrived[name] = values.flatten()
             return super().encode(name, codec, values)
         flat = np.ascontiguousarray(values).reshape(-1)
-        residual = fitting(self.before, name, values.shape)
         known = self.base.tensor(name, flat) if self.base is not None else None
-        if known is not None and not difference_is_smaller(flat, residual, known):
+        if isinstance(codec, ExactDelta):
+            self.arrived[name] = values.flatten()
+            return self._exactly(name, codec, flat, known)
+        residual = fitting(self.before, name, values.shape)
+        if known is not None and not codec.needs_feedback and not difference_is_smaller(flat, residual, known):
             known = None
         try:
             corrected = encode_corrected(codec, flat, residual, known, self._dither(name, codec))
         except UnrepresentableError:
-            if residual is None and known is None:
+            if codec.needs_feedback or (residual is None and known is None):
                 raise
             known = None
             corrected = encode_corrected(codec, flat, None, None, self._dither(name, codec))
@@ -83,6 +113,13 @@ class CorrectingEncoder(TensorEncoder):
         if known is not None:
             self.based.add(name)
         return corrected.encoded
+
+    def _exactly(self, name: str, codec: ExactDelta, flat: Array, known: Array | None) -> Array:
+        if known is None:
+            return super().encode(name, codec, flat)
+        self.based.add(name)
+        encoded = np.empty(codec.encoded_nbytes(flat.size), np.uint8)
+        return encoded[: codec.encode_against(flat, known, encoded)]
 
     def _dither(self, name: str, codec: Codec) -> Dither | None:
         at_random = self.noise is not None and codec.name in DITHERED
@@ -132,7 +169,7 @@ def encode_corrected(
         stop = min(start + step, n)
         target = to_float32(values[start:stop])
         if residual is not None:
-            target += to_float32(residual[start:stop])
+            target += to_float32(residual[start:stop]) * (_KEPT if codec.needs_feedback else _ALL)
         offset = None if base is None else to_float32(base[start:stop])
         difference = target if offset is None else _difference(codec, target, offset)
         piece = encoded if step >= n else np.empty(codec.encoded_nbytes(stop - start), np.uint8)

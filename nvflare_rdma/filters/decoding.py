@@ -157,7 +157,9 @@ def decode_params(
         problem = f"it is the difference from a tensor of dtype {source} that isn't here"
         require(name, offset is not None or not is_difference, problem)
         try:
-            if is_difference:
+            if offset is not None and received.decode_against is not None:
+                received.decode_against(offset, out)
+            elif is_difference:
                 difference = np.empty(n, np.float32)
                 received.decode_into(difference)
                 add_base(difference, offset, out)

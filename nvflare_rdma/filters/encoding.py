@@ -23,6 +23,7 @@ from nvflare_rdma.codecs import (
     Policy,
     dtype_name,
     float_bits,
+    get_codec,
     identity,
     is_encodable,
     is_on_gpu,
@@ -49,6 +50,10 @@ class TensorEncoder:
     def mark(self, name: str, codec: FixedSizeCodec, value: Any) -> Any:
         """Return a view of the tensor that is marked (`nvflare_rdma.codecs.marks`), or None to encode it now."""
         return None
+
+    def choose(self, name: str, codec: Codec, value: Any) -> Codec:
+        """Return the codec that the tensor gets: the policy's, or `lossless` if nothing would make up for the loss."""
+        return get_codec("lossless") if codec.needs_feedback else codec
 
     def encode(self, name: str, codec: Codec, value: Any) -> Array:
         """Return the encoded bytes that count, uint8, in CPU memory.
@@ -172,6 +177,7 @@ def encode_params(values: Mapping[str, Any], policy: Policy, encoder: TensorEnco
             result.after += codec.encoded_nbytes(math.prod(value.shape))
         elif codec is not None:
             try:
+                codec = encoder.choose(name, codec, value)
                 _add_codes(name, value, codec, encoder.encode(name, codec, value), result)
             except UnrepresentableError as error:
                 warning = str(error)

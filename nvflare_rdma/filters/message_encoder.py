@@ -185,6 +185,7 @@ class MessageEncoder:
         encoder = CorrectingEncoder(
             # Taken once: a result that comes meanwhile may commit what is staged.
             before=self.residuals.committed(stream) if feedback else {},
+            whole=message.whole,
             base=base,
             noise=f"{message.round}\0{stream}" if self._stochastic else None,
         )

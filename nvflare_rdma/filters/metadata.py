@@ -32,6 +32,7 @@ from nvflare_rdma.codecs import (
     Blockwise8,
     Bytes,
     Codec,
+    ExactDelta,
     FixedSizeCodec,
     Float32,
     Parts,
@@ -114,6 +115,8 @@ class Received:
         counted: whether the number of values follows from the number of codes.
         constant: whether all values are the same: then any number of them takes no more codes than one, and no limit
             has been looked at.
+        decode_against: the function that writes the values to such an array with the help of those of the base, if the
+            codec does that itself; None: what is decoded is to be added to them.
     """
 
     shape: tuple[int, ...]
@@ -121,6 +124,7 @@ class Received:
     decode_into: Callable[[Array], None]
     counted: bool = True
     constant: bool = False
+    decode_against: Callable[[Array, Array], None] | None = None
 
 
 def from_message(name: str, codec: Codec, value: Any, state: Any, source: Any, limit: int) -> Received:
@@ -165,7 +169,13 @@ def from_message(name: str, codec: Codec, value: Any, state: Any, source: Any, l
         else:
             check_limit(name, n, limit)
         fixed = isinstance(codec, FixedSizeCodec)
-        return Received(shape, codes.nbytes, lambda out: codec.decode_into(codes, out), counted=fixed)
+        return Received(
+            shape,
+            codes.nbytes,
+            partial(codec.decode_into, codes),
+            counted=fixed,
+            decode_against=partial(codec.decode_against, codes) if isinstance(codec, ExactDelta) else None,
+        )
     require(name, codes.size == -(-n // 2), f"{codes.size} bytes of codes don't make shape {list(shape)}")
     expected: dict[str, Any] = {"quant_type": FOUR_BIT_NAMES[codec.name], "blocksize": codec.block_size}
     for key, item in expected.items():

@@ -30,8 +30,8 @@ class PeerQuantizer(FLComponent):
     does).
 
     Args:
-        quantization_type: a codec's name, in any case. Not `lossless` or `adaquant`, whose sizes show only when all is
-            encoded.
+        quantization_type: a codec's name, in any case. Not `lossless`, `exact_delta` or `adaquant`, whose sizes
+            show only when all is encoded.
         policy: see `ModelQuantizer`.
 
     Raises:
@@ -44,6 +44,11 @@ class PeerQuantizer(FLComponent):
             raise ConfigError(
                 f"{', '.join(late)} can't be used between sites, where tensors are encoded as they are sent: their "
                 "encoded size has to be known before; use another quantization_type"
+            )
+        if lossy := [codec.name for codec in parsed.codecs if codec.needs_feedback]:
+            raise ConfigError(
+                f"{', '.join(lossy)} can't be used between sites, where nothing is known of earlier messages that "
+                "would make up for what it leaves out; use another quantization_type"
             )
         super().__init__()
         # FLARE writes arguments into an exported job config from attributes of the same names.

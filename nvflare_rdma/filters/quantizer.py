@@ -15,12 +15,11 @@ from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.app_common.app_constant import AppConstants
 
 from nvflare_rdma.codecs import Policy, is_plain, is_tensor, warm_up
-from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters import points
 from nvflare_rdma.filters.delta_base import answer_clients
-from nvflare_rdma.filters.dither import DITHERED
 from nvflare_rdma.filters.encoding import MIB, TensorEncoder, encode_params
 from nvflare_rdma.filters.message_encoder import EncodedMessage, MessageEncoder, ModelMessage
+from nvflare_rdma.filters.options import check_options, check_whole
 from nvflare_rdma.filters.points import FilterPoint, require_decoding_site, require_dequantizer, tell_what_is_decoded
 from nvflare_rdma.filters.quant_filter import (
     OURS,
@@ -49,7 +48,7 @@ class ModelQuantizer(QuantFilter):
     Where this side and the peer have `nvflare_rdma.streaming.RdmaTransfer`, tensors are only marked here, and encoded
     piece by piece as they are sent: the encoded model never exists as a whole. They must not change until the message
     has been received, as with all that FLARE downloads. With error feedback, delta or stochastic rounding, and for
-    `lossless` and `adaquant`, whose sizes show only when all is encoded, tensors are encoded here.
+    `lossless`, `exact_delta` and `adaquant`, whose sizes show only when all is encoded, tensors are encoded here.
 
     Tensors that the type can't carry travel exact: integers, booleans, float64, empty ones, those that would not get
     smaller, and, with a warning that names them, those with NaN or Inf (unless the type carries them) or beyond the
@@ -63,14 +62,16 @@ class ModelQuantizer(QuantFilter):
         policy: which codec each tensor gets, a list of rules (`nvflare_rdma.codecs.policy`) followed by the default
             ones: norms, biases and tensors of less than 1024 elements travel exact. None: no rules at all, so that
             all that can be encoded is, as with FLARE's filter.
-        error_feedback: add to each message what the last one of its task lacked.
+        error_feedback: add to each message what the last one of its task lacked. `topk2` needs it.
         delta: send WEIGHTS as differences from a model that the receiver holds, when both sides have the same one.
+            `exact_delta` needs it.
         stochastic_rounding: round `int8` up or down at random, so that the mean error is zero. The noise follows from
             job, site, task and round: a job that is run again makes the same.
         clients: on the server, the sites to which models go in few bits; None: all. Those to others pass unchanged.
 
     Raises:
-        ConfigError: an unknown type or rule, or random rounding where there is none; when used, a missing
+        ConfigError: an unknown type or rule, a type without the option that it needs, or random rounding where there
+            is none; when used, a missing
             ModelDequantizer for the other direction.
     """
 
@@ -85,8 +86,7 @@ class ModelQuantizer(QuantFilter):
         clients: Sequence[str] | None = None,
     ) -> None:
         parsed = Policy(quantization_type, policy)
-        if stochastic_rounding:
-            _check_stochastic(parsed, error_feedback)
+        check_options(parsed, error_feedback, delta, stochastic_rounding)
         super().__init__(clients)
         # FLARE writes arguments into an exported job config from attributes of the same names.
         self.quantization_type = parsed.codec.name
@@ -132,7 +132,8 @@ class ModelQuantizer(QuantFilter):
         """Return codes in place of weights, or None (unchanged) if the DXO is quantized already.
 
         Raises:
-            ConfigError: this side would not decode the codes that it gets. Looked at once per task.
+            ConfigError: this side would not decode the codes that it gets, which is looked at once per task; or whole
+                models for a type that is for differences.
         """
         self._idle = None
         point = FilterPoint.of(self, shareable, fl_ctx)
@@ -144,6 +145,8 @@ class ModelQuantizer(QuantFilter):
         if dxo.get_meta_prop(QUANTIZED_FLAG):
             self.log_info(fl_ctx, "The message is quantized already and stays as it is")
             return None
+        if dxo.data_kind == DataKind.WEIGHTS:
+            check_whole(self._policy, self.delta)
         self._warn_of_feedback(dxo, fl_ctx)
         self._tell_of_meta(dxo, fl_ctx)
         root_id = shareable.get_header(ReservedHeaderKey.MSG_ROOT_ID) or ""
@@ -245,19 +248,6 @@ def _goes_directly(task: str, fl_ctx: FLContext) -> bool:
     peer = fl_ctx.get_peer_context()
     both = fl_ctx.get_prop(TRANSFER_PROP) and peer is not None and peer.get_prop(TRANSFER_PROP)
     return bool(both) and not streams_tensors(fl_ctx, task)
-
-
-def _check_stochastic(policy: Policy, error_feedback: bool) -> None:
-    if error_feedback:
-        raise ConfigError(
-            "stochastic_rounding and error_feedback can't be used together: each makes the mean error zero by "
-            "itself, and the residual would carry the noise from round to round; leave out one of them"
-        )
-    if not any(rule.quantization_type in DITHERED for rule in policy.rules):
-        raise ConfigError(
-            f"stochastic_rounding has an effect on {', '.join(DITHERED)} only, which the policy doesn't use; set "
-            "quantization_type to it or leave out stochastic_rounding"
-        )
 
 
 def _round(root_id: str, shareable: Shareable, fl_ctx: FLContext) -> str:

@@ -76,12 +76,16 @@ LIMITS = {
     "normfloat4": 0.8,
     "float4_dq": 0.95,
     "normfloat4_dq": 0.85,
+    "normfloat4_e4m3": 0.8,
     "float8_e4m3": 0.3,
     "int8": 2e-2,
     "int2": 5,
     "ternary": 5,
+    "topk2": 5,
+    "topk2_128": 5,
     "adaquant": 2e-2,
     "lossless": 1e-9,
+    "exact_delta": 1e-9,
 }
 
 
@@ -137,6 +141,7 @@ def test_huge_values_stay_finite_or_are_refused(name, spread):
         assert (np.abs(got.astype(float) - x) <= codec.max_abs_error(x, encoded)).all()
 
 
+CARRIES_ANY = ["float16", "bfloat16", "lossless", "exact_delta"]
 FIXED_SIZE = [name for name in CODEC_NAMES if isinstance(get_codec(name), FixedSizeCodec)]
 
 
@@ -165,7 +170,7 @@ def test_decoding_to_sixteen_bits_rounds_the_float32_result(name):
     np.testing.assert_array_equal(bits, full.bfloat16().view(torch.int16).numpy().view(np.uint16))
 
 
-@pytest.mark.parametrize("name", [c for c in CODEC_NAMES if c not in ("float16", "bfloat16", "lossless")])
+@pytest.mark.parametrize("name", [c for c in CODEC_NAMES if c not in CARRIES_ANY])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", [0, 70, 4099, TILE + 3])
 def test_block_scaled_codecs_refuse_values_that_are_not_finite(name, bad, where):
@@ -175,7 +180,7 @@ def test_block_scaled_codecs_refuse_values_that_are_not_finite(name, bad, where)
         encode(get_codec(name), x)
 
 
-@pytest.mark.parametrize("name", ["float16", "bfloat16", "lossless"])
+@pytest.mark.parametrize("name", CARRIES_ANY)
 def test_codecs_without_scales_carry_nan_and_inf(name):
     codec = get_codec(name)
     x = np.array([1, np.nan, np.inf, -np.inf, -0.0, 2.5, -np.nan], np.float32)

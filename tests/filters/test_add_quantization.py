@@ -61,6 +61,17 @@ def test_the_four_filters_of_a_recipe(recipe, tmp_path):
     assert not list((tmp_path / "out").glob("**/nvflare_rdma")), "the package must not be copied into the job"
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"), [("exact_delta", {"delta": True}), ("topk2", {"delta": True, "error_feedback": True})]
+)
+def test_what_a_type_can_not_do_without_is_on(recipe, tmp_path, kind, options):
+    add_quantization(recipe, kind)
+    found = exported(recipe._job, tmp_path / "out")
+    args = {"quantization_type": kind, "policy": []} | options
+    assert found["server"]["task_data_filters"] == [(["train"], PUBLIC + QUANTIZE, args)]
+    assert found["client"]["task_result_filters"] == [(["train"], PUBLIC + QUANTIZE, args)]
+
+
 def test_a_job_with_an_app_per_site(tmp_path):
     job = FedJob(name="q")
     for site in ("site-1", "site-2"):
@@ -175,6 +186,8 @@ def test_what_sites_send_each_other_is_no_filters_matter(workflow):
     [
         ({"error_feedback": True, "delta": True}, "error_feedback, delta can't be used in a workflow that the sites"),
         ({"quantization_type": "lossless"}, "lossless can't be used between sites"),
+        ({"quantization_type": "exact_delta"}, "exact_delta can't be used between sites"),
+        ({"quantization_type": "topk2"}, "topk2 can't be used between sites"),
         ({"policy": [{"role": "head", "quantization_type": "adaquant"}]}, "adaquant can't be used between sites"),
     ],
 )

@@ -10,8 +10,10 @@ import torch
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.fl_context import FLContext
 
+from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.errors import CodecError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+from nvflare_rdma.filters.metadata import from_message
 from nvflare_rdma.filters.quant_filter import OURS
 
 
@@ -182,9 +184,25 @@ def test_a_numpy_tensor_cannot_claim_bfloat16():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["int8", "float8_e4m3", "float4_dq", "normfloat4_dq", "int2", "ternary"])
+@pytest.mark.parametrize(
+    "name", ["int8", "float8_e4m3", "float4_dq", "normfloat4_dq", "normfloat4_e4m3", "int2", "ternary"]
+)
 def test_scales_that_are_not_finite_are_refused(name, value):
     dxo = message(name)
     dxo.data["layer.w"][:4] = torch.tensor([value]).view(torch.uint8)
     with pytest.raises(CodecError, match=r"'layer\.w'.*NaN or Inf"):
         ModelDequantizer().process(dxo.to_shareable(), FLContext())
+
+
+@pytest.mark.parametrize(("name", "nbytes"), [("topk2", 118), ("topk2_128", 230)])
+def test_a_few_chosen_values_stand_for_no_more_than_they_were_chosen_from(name, nbytes):
+    codec, codes = get_codec(name), np.zeros(nbytes, np.uint8)
+    state = {"dtype": "float32", "shape": [4096]}
+    assert from_message("w", codec, codes, state, "float32", 0).shape == (4096,)
+    for shape in ([4097], [4096, 1000], [1 << 50], [64]):
+        with pytest.raises(CodecError, match=f"'w': {nbytes} bytes of {name} don't make shape"):
+            from_message("w", codec, codes, state | {"shape": shape}, "float32", 1 << 60)
+    for bad in (np.nan, np.inf):
+        codes[:4] = np.array([bad], np.float32).view(np.uint8)
+        with pytest.raises(CodecError, match="'high' holds NaN or Inf"):
+            from_message("w", codec, codes, state, "float32", 0)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.event_type import EventType
 from nvflare.apis.filter import FilterChainType, FilterContextKey
 from nvflare.apis.fl_constant import FilterKey, FLContextKey
@@ -15,9 +15,9 @@ from nvflare.apis.fl_context import FLContext, FLContextManager
 from nvflare.apis.shareable import ReservedHeaderKey
 from nvflare.fuel.utils import fobs
 
-from nvflare_rdma.errors import CodecError
+from nvflare_rdma.errors import CodecError, ConfigError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
-from nvflare_rdma.filters.delta_base import HELD, TOPIC, Base, Bases
+from nvflare_rdma.filters.delta_base import HELD, TOPIC, Base, Bases, bases_of
 
 DATA, RESULT = FilterChainType.TASK_DATA_CHAIN, FilterChainType.TASK_RESULT_CHAIN
 
@@ -134,7 +134,9 @@ def ours(meta):
 
 
 @pytest.mark.parametrize("as_torch", [False, True])
-@pytest.mark.parametrize("name", ["int8", "normfloat4", "normfloat4_dq", "adaquant", "bfloat16", "lossless"])
+@pytest.mark.parametrize(
+    "name", ["int8", "normfloat4", "normfloat4_dq", "normfloat4_e4m3", "adaquant", "bfloat16", "lossless"]
+)
 def test_differences_lose_less_than_whole_models(federation, name, as_torch):
     fed, plain = federation(name), federation(name, delta=False)
     w = model(as_torch=as_torch)
@@ -361,6 +363,68 @@ def test_a_sites_results_use_both(federation):
     np.testing.assert_allclose(total + left, wanted, atol=2e-3)
 
 
+@pytest.mark.parametrize("name", ["topk2", "topk2_128"])
+def test_the_largest_differences_are_sent_and_nothing_else_is_lost_for_good(federation, name):
+    """Whole models travel lossless, and what is left of a difference comes later on, both ways."""
+    fed, w = federation(name, error_feedback=True), model(0)
+    lost = []
+    for round_ in range(60):
+        meta, got = fed.task(w)("site-1")
+        assert meta[MetaKey.PROCESSED_ALGORITHM] == (name if round_ else "lossless")
+        if not round_:
+            assert_same_bits(got, w)
+            w = stepped(w, 1, 1e-2)
+        lost.append(error(got, w))
+        meta, back = fed.result("site-1", stepped(got, 2, 1e-2))
+        assert meta[MetaKey.PROCESSED_ALGORITHM] == name
+        changed = np.count_nonzero(back["layer0.weight"] - got["layer0.weight"])
+        assert 0 < changed <= -(-2000 * int(name.partition("_")[2] or 64) // 4096)
+    assert lost[-1] < 0.05 * lost[1]
+
+
+def test_what_a_site_lacked_is_sent_later_and_slowly_forgotten(federation):
+    fed, total = federation("topk2", error_feedback=True), 0
+    step = model(2, 1e-2)["layer0.weight"]
+    kept = 0
+    for _ in range(30):
+        _, got = fed.task(model(0))("site-1")
+        _, back = fed.result("site-1", stepped(got, 2, 1e-2))
+        total = total + (back["layer0.weight"] - got["layer0.weight"])
+        kept = 0.95 * kept + step
+        kept = kept - (back["layer0.weight"] - got["layer0.weight"])
+    residual = fed.sites["site-1"].quantizer._encoder.residuals.committed("train").get("layer0.weight")
+    left = (residual.astype(np.uint32) << 16).view(np.float32).reshape(40, 50)
+    np.testing.assert_allclose(left, kept, atol=2e-3)
+
+
+def test_differences_of_models_are_sent_without_a_base(federation):
+    fed, total = federation("topk2", error_feedback=True, delta=False), 0
+    step = model(3, 1e-2)
+    for _ in range(100):
+        meta, back = fed.result("site-1", step, DataKind.WEIGHT_DIFF)
+        assert meta[MetaKey.PROCESSED_ALGORITHM] == "topk2"
+        total = total + back["layer0.weight"]
+    assert np.corrcoef(total.ravel(), step["layer0.weight"].ravel())[0, 1] > 0.85  # what is forgotten is missing
+    with pytest.raises(ConfigError, match=r"'topk2' is for differences, but the message has whole WEIGHTS: set delta"):
+        fed.result("site-1", step)
+
+
+def test_the_largest_values_alone_need_error_feedback():
+    for name in ("topk2", "topk2_128"):
+        with pytest.raises(ConfigError, match=f"'{name}' needs error_feedback"):
+            ModelQuantizer(name, delta=True)
+
+
+def test_what_is_not_finite_travels_exact_with_the_largest_differences(federation):
+    fed, w = federation("topk2", error_feedback=True), model(0)
+    fed.task(w)("site-1")
+    w = stepped(w, 1, 1e-2)
+    w["layer0.weight"][3, 4] = np.nan
+    _, got = fed.task(w)("site-1")
+    assert_same_bits({"w": got["layer0.weight"]}, {"w": w["layer0.weight"]})
+    assert error({"w": got["layer1.weight"]}, {"w": w["layer1.weight"]}) > 0
+
+
 @pytest.mark.parametrize("held", ["text", ["train"], {"train": 7}, {"train": "0" * 32}, {7: 7}, None])
 def test_a_site_that_says_nonsense_gets_a_whole_model(federation, held):
     fed = federation()
@@ -446,7 +510,7 @@ def test_a_base_gives_only_what_fits():
     assert Bases().current("train") is None
 
 
-@pytest.mark.parametrize("name", ["float16", "bfloat16", "lossless"])
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "lossless", "exact_delta"])
 def test_infinities_in_the_base_do_not_become_nan(federation, name):
     fed = federation(name)
     w = model()
@@ -485,6 +549,54 @@ def test_a_tensor_that_shrinks_is_no_difference(federation, name, dtype):
     expected = plain.result("site-1", trained)[1]
     for key, value in trained.items():
         assert error({key: back[key]}, {key: value}) <= error({key: expected[key]}, {key: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("as_torch", [True, False])
+def test_exact_differences_arrive_bit_for_bit_and_small(federation, as_torch, dtype):
+    if not as_torch and dtype is torch.bfloat16:
+        pytest.skip("numpy has no bfloat16")
+    fed = federation("exact_delta")
+    w = {k: v.to(dtype) if as_torch else v.to(dtype).numpy() for k, v in model(as_torch=True).items()}
+    w["layer0.weight"][3, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 0.0])
+    for round_ in range(4):
+        give = fed.task(w)
+        for site in fed.sites:
+            meta, got = give(site)
+            assert ("base" in ours(meta)) == (round_ > 0)
+            assert_same_bits(got, w)
+            trained = stepped(got, 10 * round_, 1e-5)
+            meta_up, back = fed.result(site, trained)
+            assert_same_bits(back, trained)
+            for dxo_meta in (meta, meta_up) if round_ else (meta_up,):
+                assert {k for k, state in dxo_meta["quant_state"].items() if state.get("delta")} == set(w)
+        w = trained
+
+
+def assert_same_bits(got, sent):
+    for key, value in sent.items():
+        found, wanted = (torch.as_tensor(t).contiguous().view(torch.uint8) for t in (got[key], value))
+        assert torch.equal(found, wanted), key
+
+
+def test_an_exact_difference_from_another_model_is_refused(federation):
+    """Bases are told by their digests; should one be taken for another all the same, the values' own digest tells."""
+    fed = federation("exact_delta")
+    w = model()
+    fed.task(w)("site-1")
+    base = bases_of(fed.sites["site-1"].manager.new_context()).current("train")
+    base.tensors["layer1.weight"][7] += 1
+    with pytest.raises(CodecError, match=r"'layer1\.weight'.*other values came out"):
+        fed.task(stepped(w, 1))("site-1")
+
+
+def test_exact_differences_need_delta():
+    with pytest.raises(ConfigError, match="'exact_delta' needs delta"):
+        ModelQuantizer("exact_delta")
+    rules = [{"role": "head", "quantization_type": "exact_delta"}]
+    with pytest.raises(ConfigError, match="'exact_delta' needs delta"):
+        ModelQuantizer("int8", policy=rules)
+    assert ModelQuantizer("exact_delta", delta=True).delta
 
 
 def test_a_difference_that_overflows_travels_whole(federation):

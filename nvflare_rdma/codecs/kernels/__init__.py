@@ -5,7 +5,7 @@ compiles it (0.1 to 1 s per kernel). numba keeps the machine code in `__pycache_
 directory where that is read-only, so that later processes load it. Where nothing is writable, every process
 compiles anew.
 
-All kernels run without the GIL, allocate a few hundred bytes at most, and are exact about rounding: no fast-math, so
+All kernels run without the GIL, allocate some tens of KiB at most, and are exact about rounding: no fast-math, so
 that results are the same on every processor.
 
 Only `nvflare_rdma.codecs` imports from here: a codec imports the module of its kernels when it is first used.
@@ -13,4 +13,4 @@ Only `nvflare_rdma.codecs` imports from here: a codec imports the module of its 
 
 from __future__ import annotations
 
-__all__ = ["adaquant", "blockwise", "fourbit", "halves", "linear", "planes"]
+__all__ = ["adaquant", "blockwise", "differences", "fourbit", "halves", "linear", "planes", "topk"]

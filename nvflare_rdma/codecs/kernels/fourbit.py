@@ -1,26 +1,55 @@
-"""4-bit codes, two a byte with the first value in the high nibble, times a scale per block of 64 values."""
+"""4-bit codes, two a byte with the first value in the high nibble, times a scale per block of 64 or 32 values."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from numba import njit
 
 from nvflare_rdma.codecs.kernels.jit import (
     INFINITY,
     boolean,
     float32,
     float32_out,
+    float32_value,
     float_of,
     kernel,
     largest,
     nothing,
     uint8,
     uint8_out,
+    uint32,
+    uint32_value,
 )
+from nvflare_rdma.codecs.kernels.linear import float8_code
 
-_BLOCK = 64
+_BLOCK, _SHORT = 64, 32
+_GROUP = 1024  # values that are looked up before they are scaled, a multiple of the blocks; 4 KiB
 _FLOOR = np.float32(1e-38)
+_ONE = np.float32(1)
+_ZERO = np.float32(0)
+
+
+@njit(nogil=True, error_model="numpy", inline="always")
+def _spread(m: Any) -> Any:
+    """The 15 middles as a tuple, so that each stays in a register."""
+    return m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7], m[8], m[9], m[10], m[11], m[12], m[13], m[14]
+
+
+@njit(nogil=True, error_model="numpy", inline="always")
+def _write_codes(x: Any, m: Any, rank: Any, pairs: Any) -> None:
+    """How many of the middles `m` are smaller than each of the `_GROUP` values `x`, two counts a byte."""
+    # Fifteen comparisons of vectors beat a binary search per value by far. Counts as wide as the values are need no
+    # packing in between, which AVX2 is slow at.
+    for i in range(_GROUP):
+        p = x[i]
+        k = np.int32(p > m[0]) + np.int32(p > m[1]) + np.int32(p > m[2]) + np.int32(p > m[3]) + np.int32(p > m[4])
+        k += np.int32(p > m[5]) + np.int32(p > m[6]) + np.int32(p > m[7]) + np.int32(p > m[8]) + np.int32(p > m[9])
+        k += np.int32(p > m[10]) + np.int32(p > m[11]) + np.int32(p > m[12]) + np.int32(p > m[13]) + np.int32(p > m[14])
+        rank[i] = k
+    for i in range(pairs.size):
+        pairs[i] = np.uint8((rank[2 * i] << np.int32(4)) | rank[2 * i + 1])
 
 
 @kernel(boolean(float32, float32, uint8, float32_out, uint8_out))
@@ -32,58 +61,61 @@ def encode(values: Any, middles: Any, order: Any, scales: Any, codes: Any) -> An
 
     Returns False, with the outputs unfinished, as soon as a block holds NaN or Inf.
     """
-    # Fifteen comparisons of vectors beat a binary search per value by far.
-    m0, m1, m2, m3, m4, m5, m6, m7 = (
-        middles[0], middles[1], middles[2], middles[3], middles[4], middles[5], middles[6], middles[7],
-    )  # fmt: skip
-    m8, m9, m10, m11, m12, m13, m14 = (
-        middles[8], middles[9], middles[10], middles[11], middles[12], middles[13], middles[14],
-    )  # fmt: skip
+    m = _spread(middles)
+    ascending = True
+    for i in range(16):
+        ascending = ascending and order[i] == i
     bits = values.view(np.uint32)
-    x = np.zeros(_BLOCK, np.float32)
-    code = np.empty(_BLOCK, np.uint8)
-    for b in range(scales.size):
-        in_block = values[b * _BLOCK : (b + 1) * _BLOCK]
-        block_bits = bits[b * _BLOCK : (b + 1) * _BLOCK]
-        top = largest(block_bits)
-        if top >= INFINITY:
-            return False
-        absmax = float_of(top)
-        if in_block.size == _BLOCK:
-            inverse = np.float32(1) / max(absmax, _FLOOR)
-            for i in range(_BLOCK):
-                x[i] = in_block[i] * inverse
-        else:
-            absmax = max(absmax, _FLOOR)
-            x[:] = np.float32(0)
-            for i in range(in_block.size):
-                x[i] = in_block[i] / absmax
-        scales[b] = absmax
-        for i in range(_BLOCK):
-            p = x[i]
-            k = np.uint8(p > m0) + np.uint8(p > m1) + np.uint8(p > m2) + np.uint8(p > m3) + np.uint8(p > m4)
-            k += np.uint8(p > m5) + np.uint8(p > m6) + np.uint8(p > m7) + np.uint8(p > m8) + np.uint8(p > m9)
-            k += np.uint8(p > m10) + np.uint8(p > m11) + np.uint8(p > m12) + np.uint8(p > m13) + np.uint8(p > m14)
-            code[i] = k
-        pairs = codes[b * (_BLOCK // 2) : (b + 1) * (_BLOCK // 2)]
-        for i in range(pairs.size):
-            pairs[i] = (order[code[2 * i]] << np.uint8(4)) | order[code[2 * i + 1]]
+    x, rank = np.zeros(_GROUP, np.float32), np.empty(_GROUP, np.int32)
+    for start in range(0, values.size, _GROUP):
+        group = values[start : start + _GROUP]
+        for i in range(0, group.size, _BLOCK):
+            block, scaled = group[i : i + _BLOCK], x[i : i + _BLOCK]
+            top = largest(bits[start + i : start + i + _BLOCK])
+            if top >= INFINITY:
+                return False
+            absmax = float_of(top)
+            if block.size == _BLOCK:
+                inverse = _ONE / max(absmax, _FLOOR)
+                for j in range(_BLOCK):
+                    scaled[j] = block[j] * inverse
+            else:
+                absmax = max(absmax, _FLOOR)
+                scaled[:] = _ZERO
+                for j in range(block.size):
+                    scaled[j] = block[j] / absmax
+            scales[(start + i) // _BLOCK] = absmax
+        pairs = codes[start // 2 : (start + _GROUP) // 2]
+        _write_codes(x, m, rank, pairs)
+        if not ascending:
+            for i in range(pairs.size):
+                pair = pairs[i]
+                pairs[i] = (order[pair >> np.uint8(4)] << np.uint8(4)) | order[pair & np.uint8(15)]
     return True
+
+
+@njit(nogil=True, error_model="numpy", inline="always")
+def _look_up(codes: Any, pairs: Any, out: Any) -> None:
+    """The values of all codes, before they are scaled: two at once."""
+    both = pairs.view(np.uint64)
+    whole = out[: out.size // 2 * 2].view(np.uint64)
+    for i in range(whole.size):
+        whole[i] = both[codes[i]]
+    if out.size % 2:
+        out[out.size - 1] = pairs[2 * np.intp(codes[out.size // 2])]
 
 
 @kernel(nothing(uint8, float32, float32, float32_out))
 def decode(codes: Any, scales: Any, pairs: Any, out: Any) -> None:
-    """`value * scale`; `pairs` has the two values of each of the 256 bytes."""
-    for b in range(scales.size):
-        block_codes = codes[b * (_BLOCK // 2) : (b + 1) * (_BLOCK // 2)]
-        block_out = out[b * _BLOCK : (b + 1) * _BLOCK]
-        scale = scales[b]
-        for i in range(block_out.size // 2):
-            entry = 2 * np.intp(block_codes[i])
-            block_out[2 * i] = pairs[entry] * scale
-            block_out[2 * i + 1] = pairs[entry + 1] * scale
-        if block_out.size % 2:
-            block_out[block_out.size - 1] = pairs[2 * np.intp(block_codes[block_out.size // 2])] * scale
+    """`value * scale`, blocks of 64; `pairs` has the two values of each of the 256 bytes."""
+    for start in range(0, out.size, _GROUP):
+        group = out[start : start + _GROUP]
+        _look_up(codes[start // 2 : (start + _GROUP) // 2], pairs, group)
+        for i in range(0, group.size, _BLOCK):
+            block = group[i : i + _BLOCK]
+            scale = scales[(start + i) // _BLOCK]
+            for j in range(block.size):
+                block[j] *= scale
 
 
 @kernel(nothing(float32, float32_out))
@@ -94,3 +126,48 @@ def absmax(values: Any, out: Any) -> None:
         block_bits = bits[b * _BLOCK : (b + 1) * _BLOCK]
         top = largest(block_bits)
         out[b] = float_of(top) if block_bits.size == _BLOCK else max(float_of(top), _FLOOR)
+
+
+@kernel(uint32_value(uint32))
+def largest_bits(bits: Any) -> Any:
+    """The largest magnitude among float32 values given as their bits, as bits; `INFINITY` or more: not finite."""
+    return largest(bits)
+
+
+@kernel(nothing(float32, float32, float32, float32_value, uint8_out, uint8_out))
+def encode_short(values: Any, middles: Any, table: Any, scale: Any, scales: Any, codes: Any) -> None:
+    """Blocks of 32, of finite values, whose scales are float8 e4m3 numbers times `scale`, which all blocks share.
+
+    The scale of a block is the e4m3 number nearest to absmax over `scale`, and `table` has those. Codes are the
+    number of `middles` that are smaller than x over the block's scale; a block whose scale is 0 gets that of 0.
+    """
+    m = _spread(middles)
+    bits = values.view(np.uint32)
+    inverse = _ONE / scale if scale > _ZERO else _ZERO
+    x, rank = np.zeros(_GROUP, np.float32), np.empty(_GROUP, np.int32)
+    for start in range(0, values.size, _GROUP):
+        group = values[start : start + _GROUP]
+        for i in range(0, group.size, _SHORT):
+            block, scaled = group[i : i + _SHORT], x[i : i + _SHORT]
+            code = float8_code(float_of(largest(bits[start + i : start + i + _SHORT])) * inverse)
+            scales[(start + i) // _SHORT] = np.uint8(code)
+            divisor = table[code] * scale
+            factor = _ONE / divisor if divisor > _ZERO else _ZERO
+            if block.size < _SHORT:
+                scaled[:] = _ZERO
+            for j in range(block.size):
+                scaled[j] = block[j] * factor
+        _write_codes(x, m, rank, codes[start // 2 : (start + _GROUP) // 2])
+
+
+@kernel(nothing(uint8, uint8, float32, float32_value, float32, float32_out))
+def decode_short(codes: Any, scales: Any, table: Any, scale: Any, pairs: Any, out: Any) -> None:
+    """Undo `encode_short`: `value * (table[scale's code] * scale)`."""
+    for start in range(0, out.size, _GROUP):
+        group = out[start : start + _GROUP]
+        _look_up(codes[start // 2 : (start + _GROUP) // 2], pairs, group)
+        for i in range(0, group.size, _SHORT):
+            block = group[i : i + _SHORT]
+            factor = table[scales[(start + i) // _SHORT]] * scale
+            for j in range(block.size):
+                block[j] *= factor

@@ -27,7 +27,7 @@ def _array(element: Any, writable: bool = False) -> Any:
 
 
 size = types.intp
-float64_value = types.float64
+float32_value, float64_value, uint32_value = types.float32, types.float64, types.uint32
 boolean = types.boolean
 nothing = types.void
 float32, float32_out = _array(types.float32), _array(types.float32, True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import njit
 
 from nvflare_rdma.codecs.kernels.jit import (
     INFINITY,
@@ -64,6 +65,18 @@ def decode_int8(codes: Any, scales: Any, block: Any, out: Any) -> None:
             block_out[i] = np.float32(block_codes[i]) * scale
 
 
+@njit(nogil=True, error_model="numpy", inline="always")
+def float8_code(magnitude: Any) -> Any:
+    """The code of the float8 e4m3 number nearest to a float32 from 0 to 448, ties to even."""
+    word = np.float32(magnitude).view(np.uint32)
+    # From 2**-6 on: keep 3 of the 23 mantissa bits and re-bias the exponent from 127 to 7.
+    even = (word >> np.uint32(20)) & np.uint32(1)
+    normal = ((word + np.uint32(0x7FFFF) + even) >> np.uint32(20)) - np.uint32(960)
+    # Below: a sum with 2**14, whose last bit is worth 2**-9, rounds to the multiples of 2**-9.
+    small = np.float32(magnitude + np.float32(16384)).view(np.uint32) - np.uint32(0x46800000)
+    return normal if word >= np.uint32(0x3C800000) else small
+
+
 @kernel(boolean(float32, size, float32_out, uint8_out))
 def encode_float8(values: Any, block: Any, scales: Any, codes: Any) -> Any:
     """The float8 e4m3 number nearest to `x / scale`, ties to even, with scale = absmax / 448."""
@@ -81,13 +94,7 @@ def encode_float8(values: Any, block: Any, scales: Any, codes: Any) -> Any:
         inverse = _ZERO if weak else np.float32(448) / absmax
         for i in range(in_block.size):
             magnitude = abs(in_block[i]) * inverse
-            word = np.float32(magnitude).view(np.uint32)
-            # From 2**-6 on: keep 3 of the 23 mantissa bits and re-bias the exponent from 127 to 7.
-            even = (word >> np.uint32(20)) & np.uint32(1)
-            normal = ((word + np.uint32(0x7FFFF) + even) >> np.uint32(20)) - np.uint32(960)
-            # Below: a sum with 2**14, whose last bit is worth 2**-9, rounds to the multiples of 2**-9.
-            small = np.float32(magnitude + np.float32(16384)).view(np.uint32) - np.uint32(0x46800000)
-            code = normal if word >= np.uint32(0x3C800000) else small
+            code = float8_code(magnitude)
             block_codes[i] = np.uint8(code | ((block_bits[i] >> np.uint32(24)) & np.uint32(0x80)))
     return True
 

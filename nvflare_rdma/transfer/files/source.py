@@ -103,12 +103,13 @@ def codec_for_files(quantization_type: str) -> FixedSizeCodec:
     codec = get_codec(quantization_type)
     if sys.byteorder != "little":
         raise ConfigError(f"quantization_type {quantization_type!r} is for files on little-endian machines only")
-    if isinstance(codec, FixedSizeCodec):
+    if isinstance(codec, FixedSizeCodec) and not codec.needs_feedback:
         return codec
-    allowed = ", ".join(name for name in CODEC_NAMES if isinstance(get_codec(name), FixedSizeCodec))
+    reason = "it leaves most values out" if codec.needs_feedback else "its sizes show only when all is encoded"
+    known = [get_codec(name) for name in CODEC_NAMES]
+    allowed = ", ".join(c.name for c in known if isinstance(c, FixedSizeCodec) and not c.needs_feedback)
     raise ConfigError(
-        f"quantization_type {quantization_type!r} can't be used for files, as its sizes show only when all is encoded; "
-        f"use one of: {allowed}"
+        f"quantization_type {quantization_type!r} can't be used for files, as {reason}; use one of: {allowed}"
     )
 
 

@@ -212,6 +212,7 @@ def test_what_is_no_safetensors_file_is_refused_before_anything_is_sent(tmp_path
             "quantization_type 'lossless' can't be used for files, .*; use one of: float16, bfloat16, .*, ternary$",
         ),
         ("adaquant", "'adaquant' can't be used for files"),
+        ("topk2", "'topk2' can't be used for files, as it leaves most values out; use one of: .*, ternary$"),
     ],
 )
 def test_types_that_files_are_not_sent_as(kind, why, tmp_path):

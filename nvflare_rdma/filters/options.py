@@ -1,0 +1,64 @@
+"""Which of a quantizer's options belong together: what types need, and what excludes each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nvflare_rdma.codecs import Policy
+from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.filters.dither import DITHERED
+
+_LEFT_OUT = {"error_feedback": "it leaves most values out, and they have to be sent later on"}
+#: What types can't do without, and why.
+_NEEDED = {
+    "exact_delta": {"delta": "it is the difference from a model that both sides hold"},
+    "topk2": _LEFT_OUT,
+    "topk2_128": _LEFT_OUT,
+}
+
+
+def with_needed(quantization_type: str, policy: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `options` with those switched on that the policy's types can't do without.
+
+    Raises:
+        ConfigError: an unknown type or rule.
+    """
+    codecs = Policy(quantization_type, policy).codecs
+    needed = {option: True for codec in codecs for option in _NEEDED.get(codec.name, {})}
+    if any(codec.needs_feedback for codec in codecs):
+        needed["delta"] = True  # has an effect on whole models only, which these can't be used for without
+    return {**options, **needed}
+
+
+def check_options(policy: Policy, error_feedback: bool, delta: bool, stochastic_rounding: bool) -> None:
+    """Raise ConfigError about options that a type of the policy needs, or that can't be used together."""
+    given = {"error_feedback": error_feedback, "delta": delta}
+    for codec in policy.codecs:
+        for option, reason in _NEEDED.get(codec.name, {}).items():
+            if not given[option]:
+                raise ConfigError(
+                    f"quantization_type '{codec.name}' needs {option}: {reason}; set {option} to true or use another "
+                    "quantization_type"
+                )
+    if not stochastic_rounding:
+        return
+    if error_feedback:
+        raise ConfigError(
+            "stochastic_rounding and error_feedback can't be used together: each makes the mean error zero by "
+            "itself, and the residual would carry the noise from round to round; leave out one of them"
+        )
+    if not any(rule.quantization_type in DITHERED for rule in policy.rules):
+        raise ConfigError(
+            f"stochastic_rounding has an effect on {', '.join(DITHERED)} only, which the policy doesn't use; set "
+            "quantization_type to it or leave out stochastic_rounding"
+        )
+
+
+def check_whole(policy: Policy, delta: bool) -> None:
+    """Raise ConfigError about a type that is for differences, if a whole model is to be sent and `delta` is off."""
+    if named := [codec.name for codec in policy.codecs if codec.needs_feedback and not delta]:
+        raise ConfigError(
+            f"quantization_type '{named[0]}' is for differences, but the message has whole WEIGHTS: set delta to true, "
+            "have the sites send WEIGHT_DIFF, or use another quantization_type"
+        )
