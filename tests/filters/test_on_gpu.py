@@ -10,6 +10,10 @@ from nvflare.apis.fl_context import FLContext
 
 from nvflare_rdma.codecs import CODEC_NAMES, is_torch, on_device
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer, encoding
+from nvflare_rdma.filters.options import with_needed
+
+#: Types that need no other option.
+ALONE = [name for name in CODEC_NAMES if not with_needed(name, [], {})]
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 ON_CPU = ("adaquant", "lossless")
@@ -67,7 +71,7 @@ def by_torch(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("name", CODEC_NAMES)
+@pytest.mark.parametrize("name", ALONE)
 def test_a_message_is_the_same_from_where_the_tensors_are(name, by_torch):
     got = quantize(model(), name)
     assert bool(by_torch) == (name not in ON_CPU)
@@ -86,7 +90,7 @@ def test_what_looks_at_the_values_stays_on_the_cpu(feature, by_torch, at):
 
 
 @needs_cuda
-@pytest.mark.parametrize("name", CODEC_NAMES)
+@pytest.mark.parametrize("name", ALONE)
 def test_cuda_tensors_give_the_message_of_cpu_tensors(name):
     params = model("cuda")
     before = {key: value.clone() for key, value in params.items() if isinstance(value, torch.Tensor)}
