@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
@@ -84,12 +84,13 @@ class Measured:
 
 
 class Peer:
-    """A process that runs the script with ``arguments`` and answers a line of JSON for each command."""
+    """A process that runs the script with ``arguments`` and answers a line of JSON for each command. ``on`` is a
+    command that runs it somewhere else."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], script: str) -> None:
+    def __init__(self, arguments: list[str], environment: dict[str, str], script: str, on: Sequence[str] = ()) -> None:
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed by `close`
         self._process = subprocess.Popen(
-            [sys.executable, script, *arguments],
+            [*on, sys.executable, script, *arguments],
             env=os.environ | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
