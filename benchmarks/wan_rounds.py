@@ -13,9 +13,9 @@ but a machine that allows namespaces and TUN devices, and gcc.
 ``down``: all sites ask at once, and the clock runs until the last one has all tensors. ``up``: all send at once, and
 the clock runs until the last one has the server's answer, which it gives when it has all tensors; what came is
 compared. A round is both, without what else a round of a job has: no training, no files, no waiting for tasks. Links
-are in the clear. MB are all bytes that were put on the wires, headers and lost packets included; CPU is of all processes.
-Every row is of fresh networks and processes; ``first`` is their first round, in which links are opened. Settings in
-the environment (``NVFLARE_RDMA_RAILS=8``) count, and are named.
+are in the clear. MB are all bytes that were put on the wires, headers and lost packets included; CPU is of all
+processes. Every row is of fresh networks and processes; ``first`` is their first round, in which links are opened.
+Settings in the environment (``NVFLARE_RDMA_RAILS=8``) count, and are named.
 """
 
 from __future__ import annotations
