@@ -18,7 +18,10 @@ from nvflare_rdma.transfer.files.source import BLOCK_BYTES, FileIdentity
 from nvflare_rdma.transfer.manifest import INLINE_BYTES, Item, pack, unpack, width
 from nvflare_rdma.transfer.pieces import PIECE_VALUES, PieceLayout
 
-FIXED = [name for name in CODEC_NAMES if isinstance(get_codec(name), FixedSizeCodec)]
+#: Types that files can be sent in.
+FIXED = [
+    name for name in CODEC_NAMES if isinstance(codec := get_codec(name), FixedSizeCodec) and not codec.needs_feedback
+]
 PART = 8 * BLOCK_BYTES
 CODEC = get_codec("int8")
 
