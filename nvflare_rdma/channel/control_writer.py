@@ -16,8 +16,8 @@ from nvflare_rdma.logs import get_logger
 log = get_logger(__name__)
 
 _SEND_NOW_BYTES = 128 * 1024
-#: A peer that reads nothing while it has much answered ends its link: inline messages and chunks are bounded, and much
-#: less than this.
+#: A peer that reads nothing while it has much answered ends its link. Inline messages do not count, which the window of
+#: their sender bounds; chunks are a few.
 _MOST_WAITING_BYTES = 16 * 1024 * 1024
 #: Batches that wait for the control stream when the next chunk is put behind them.
 _DATA_AHEAD = 2
@@ -70,7 +70,7 @@ class ControlWriter:
     def _queue_locked(self, output: list[bytes] | bytes, inline_bytes: int) -> None:
         if not self.unsent:
             self._progress_at = time.monotonic()
-        nbytes = len(output) if isinstance(output, bytes) else sum(map(len, output))
+        nbytes = _control_bytes(output, inline_bytes)
         if self._waiting_bytes + nbytes > _MOST_WAITING_BYTES:
             raise TransferError(
                 f"the peer does not read what it causes: {self._waiting_bytes} bytes wait on the control stream"
@@ -95,7 +95,7 @@ class ControlWriter:
                 self._stream.send(output if isinstance(output, bytes) else self._stream.protect(output))
                 with self._room:
                     self.inline_bytes -= inline_bytes
-                    self._waiting_bytes -= len(output) if isinstance(output, bytes) else sum(map(len, output))
+                    self._waiting_bytes -= _control_bytes(output, inline_bytes)
                     self.unsent -= 1
                     self._progress_at = time.monotonic()
                     self._room.notify_all()
@@ -113,3 +113,8 @@ class ControlWriter:
                 log.log(level, "%s: the control stream can't be written, and is closed: %r", self._name, error)
                 with contextlib.suppress(OSError):
                     self._stream.close()
+
+
+def _control_bytes(output: list[bytes] | bytes, inline_bytes: int) -> int:
+    """How many bytes of a batch, or of what is left of it, are not this side's inline messages."""
+    return max((len(output) if isinstance(output, bytes) else sum(map(len, output))) - inline_bytes, 0)

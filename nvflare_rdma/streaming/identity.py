@@ -41,8 +41,8 @@ def identifier(identities: Mapping[str, str]) -> Identify:
     return identify
 
 
-def site_of(cell: Any, name: str) -> str:
-    """The site of the cell that is called `name`, as far as `cell` knows: the common name that its certificate has or
+def name_in_certificate(cell: Any, name: str) -> str:
+    """Whose the cell is that is called `name`, as far as `cell` knows: the common name that its certificate has or
     would have. By FLARE's rule that is the first part of the name, unless `auth_identity_map` says otherwise."""
     return identity_resolver(cell_connections(cell).identities)(name)
 

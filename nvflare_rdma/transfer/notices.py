@@ -7,6 +7,8 @@ import re
 import threading
 from collections import Counter
 
+from nvflare_rdma.transfer.addresses import site_of
+
 #: What a reason has anew each time: numbers, and when a peer was tried that is not tried again yet (`PeerLinks`).
 _PASSING = re.compile(r" \(tried [^)]*\)|\d+")
 #: Reasons may have a peer's words in them: no peer makes this grow without end, or takes others' places.
@@ -25,7 +27,7 @@ class Notices:
         """The level to log with that `what` happens with `peer`, for `reason`: `first` the first time, and that of
         debug messages from then on. Reasons that differ in numbers only (ports, seconds) are the same."""
         known = what, peer, _PASSING.sub("", str(reason))[:_REASON_CHARACTERS]
-        site = peer.split(".", 1)[0]
+        site = site_of(peer)
         with self._lock:
             if known in self._said or self._count[site] >= _MOST_OF_PEER or len(self._said) >= _MOST:
                 return logging.DEBUG

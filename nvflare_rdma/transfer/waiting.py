@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from nvflare_rdma.logs import get_logger
+from nvflare_rdma.transfer.addresses import site_of
 
 log = get_logger(__name__)
 
@@ -40,7 +41,7 @@ class SitePlaces:
     def place(self, cell: str) -> Iterator[bool]:
         """Take a place for as long as this lasts, if there is one for the site of `cell` (an FQCN). Says whether there
         was; without a place the caller answers at once that it is too early to say."""
-        site = cell.split(".", 1)[0]
+        site = site_of(cell)
         with self._lock:
             free = self._taken[site] < self._places
             self._taken[site] += free

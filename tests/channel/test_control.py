@@ -205,12 +205,13 @@ def test_a_peer_that_reads_nothing_of_what_it_causes_ends_its_link():
     writer = ControlWriter(ControlStream(near), room, lambda: False, "link")
     writer.start()
 
-    def answer(times: int) -> None:
+    def answer(times: int, inline: int = 0) -> None:
         with room:
             for _ in range(times):
-                writer.send_locked([bytes(64 * 1024)], 0)
+                writer.send_locked([bytes(64 * 1024)], inline)
 
     with near, far:
+        answer(1000, 64 * 1024)  # what this side sends by itself is bounded elsewhere
         answer(100)
         with pytest.raises(TransferError, match="does not read what it causes"):
             answer(1000)

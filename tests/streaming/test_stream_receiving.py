@@ -84,7 +84,7 @@ def places(monkeypatch):
     places = {"waiting_places": waiting_places(), "stream_places": stream_places()}
     ours = types.SimpleNamespace(links=links, ledger=None, **places)
     monkeypatch.setattr(receiver, "shared", lambda: ours)
-    monkeypatch.setattr(receiver, "site_of", lambda cell, peer: peer)
+    monkeypatch.setattr(receiver, "name_in_certificate", lambda cell, peer: peer)
     return ours.waiting_places
 
 

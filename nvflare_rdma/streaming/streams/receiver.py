@@ -15,7 +15,7 @@ from nvflare.apis.streaming import ConsumerFactory, ObjectConsumer, StreamContex
 from nvflare_rdma.errors import FabricError, RdmaError, TransferError
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import shared
-from nvflare_rdma.streaming.identity import site_of
+from nvflare_rdma.streaming.identity import name_in_certificate
 from nvflare_rdma.streaming.requests import stream_request_function
 from nvflare_rdma.streaming.streams.messages import KEY, PREFIX, Said, prepare_to_read
 from nvflare_rdma.transfer import Meter, PeerLinks
@@ -173,7 +173,7 @@ class _Consumer(ObjectConsumer):
             raise TransferError(f"a stream begins with a timeout of {timeout!r} s")
         self._patience = max(SENDER_SILENCE_SECONDS, _SILENCE_TURNS * timeout)
         cell = fl_ctx.get_engine().get_cell()
-        self._receiving = self._make(self._stream_ctx, fl_ctx.get_identity_name(), site_of(cell, peer))
+        self._receiving = self._make(self._stream_ctx, fl_ctx.get_identity_name(), name_in_certificate(cell, peer))
         abort = fl_ctx.get_run_abort_signal()
 
         def aborted() -> bool:
