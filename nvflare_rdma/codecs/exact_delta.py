@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs.base import Array, Bytes, Codec, Float32, Parts
+from nvflare_rdma.codecs.base import Array, Bytes, Parts
 from nvflare_rdma.codecs.runs import TILE, own_output_runs, own_runs, scratch
-from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
-from nvflare_rdma.codecs.zstd_planes import LENGTH, LENGTH_NBYTES, PlaneCoder
+from nvflare_rdma.codecs.zstd_planes import LENGTH, LENGTH_NBYTES, PlaneCodec, plane_memory
 from nvflare_rdma.errors import CodecError
 
-_KINDS = tuple(NUMPY_DTYPES[name] for name in ("float32", "float16", "bfloat16"))  # by the number in the header
 _WORDS: dict[int, Any] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 _HEADER = np.dtype([("kind", "<u4"), ("digest", "<u8")])
 _FEW = 100  # at most one value in so many has changed: places and differences are written
@@ -21,7 +19,7 @@ _DENSE = 0xFFFFFFFF  # in place of the number of changed values
 _ZEROS = 0x80  # a bit for each plane: it is all zeros and not there
 
 
-class ExactDelta(Codec):
+class ExactDelta(PlaneCodec):
     """Carries every bit of the values, NaN's too, as the difference from values that both sides hold (the *base*).
 
     The difference is that of two integers that are ordered as the numbers are, so a value that training has moved by
@@ -40,12 +38,6 @@ class ExactDelta(Codec):
     """
 
     name = "exact_delta"
-    bits = 32
-    block_size = 1
-    splits = False
-
-    def __init__(self) -> None:
-        self._planes: PlaneCoder | None = None
 
     def encoded_nbytes(self, n: int) -> int:
         """Return the most that `n` values can take: all planes stored as they are, with their lengths."""
@@ -57,10 +49,6 @@ class ExactDelta(Codec):
         if not _HEADER.itemsize <= flat.size <= self.encoded_nbytes(n):
             raise CodecError(f"{self.name}: {flat.size} encoded bytes can't be {n} values")
         return {"header": flat[: _HEADER.itemsize].view(_HEADER), "runs": flat[_HEADER.itemsize :]}
-
-    def max_abs_error(self, values: Float32, encoded: Any) -> Float32:
-        """Return zeros: every bit arrives."""
-        return np.zeros(values.size, np.float32)
 
     def encode_against(self, src: Array, base: Array, out: Any) -> int:
         """Encode the difference of `src` from `base` into `out` and return how many of its bytes count.
@@ -121,7 +109,7 @@ class ExactDelta(Codec):
             coded = scratch("differences", word, run.size)
             changed = subtract(run, _base_run(base, word, start, run.size), coded)
             used = self._write_run(coded, changed, out, used)
-        out[: _HEADER.itemsize].view(_HEADER)[0] = _KINDS.index(src.dtype), digest.intdigest()
+        out[: _HEADER.itemsize].view(_HEADER)[0] = self._kind(src), digest.intdigest()
         return used
 
     def _write_run(self, coded: Array, changed: int, out: Bytes, used: int) -> int:
@@ -156,10 +144,7 @@ class ExactDelta(Codec):
 
         from nvflare_rdma.codecs.kernels import differences as kernels
 
-        kind = int(parts["header"]["kind"][0])
-        if kind >= len(_KINDS) or _KINDS[kind] != out.dtype:
-            known = _KINDS[kind].name if kind < len(_KINDS) else "damaged"
-            raise CodecError(f"{self.name}: the encoded type is {known}, but out has dtype {out.dtype}")
+        self._check_kind(int(parts["header"]["kind"][0]), out)
         digest, encoded, used = xxhash.xxh3_64(), parts["runs"], 0
         word = _WORDS[out.itemsize]
         add = kernels.add32 if word.itemsize == 4 else kernels.add16
@@ -169,8 +154,7 @@ class ExactDelta(Codec):
             used = self._read_run(encoded, used, coded)
             add(coded, _base_run(base, word, start, run.size), run)
             digest.update(run.data.cast("B"))
-        if used != encoded.size:
-            raise CodecError(f"{self.name}: {encoded.size - used} encoded bytes are left over")
+        self._check_end(encoded, used)
         if digest.intdigest() != int(parts["header"]["digest"][0]):
             raise CodecError(
                 f"{self.name}: other values came out than were encoded: the bytes are damaged, or are the difference "
@@ -202,7 +186,7 @@ class ExactDelta(Codec):
         if used >= encoded.size:
             raise CodecError(f"{self.name}: the encoded bytes end too early")
         flags, used = int(encoded[used]), used + 1
-        planes = _planes(words)
+        planes = plane_memory(words)
         for k, plane in enumerate(planes):
             if flags & (_ZEROS >> k):
                 plane[:] = 0
@@ -211,30 +195,21 @@ class ExactDelta(Codec):
         kernels.merge(planes.reshape(-1), words)
         return used
 
-    def _coder(self) -> PlaneCoder:
-        # Made here and not with the codec, so that zstandard is imported only when it is used.
-        if self._planes is None:
-            from zstandard import STRATEGY_FAST, ZstdCompressionParameters
+    def _zstd_options(self) -> dict[str, Any]:
+        from zstandard import STRATEGY_FAST, ZstdCompressionParameters
 
-            # Differences have hardly a repetition: a short search for long ones takes the least time, and leaves the
-            # most to the entropy coder.
-            parameters = ZstdCompressionParameters(
-                strategy=STRATEGY_FAST, window_log=16, hash_log=6, min_match=7, chain_log=6, search_log=1
-            )
-            self._planes = PlaneCoder(self.name, compression_params=parameters)
-        return self._planes
-
-
-def _planes(words: Array) -> Bytes:
-    """Return scratch memory for the planes of `words`, one in each row."""
-    planes: Bytes = scratch("planes", np.uint32, TILE).view(np.uint8)[: words.nbytes]
-    return planes.reshape(words.itemsize, words.size)
+        # Differences have hardly a repetition: a short search for long ones takes the least time, and leaves the most
+        # to the entropy coder.
+        parameters = ZstdCompressionParameters(
+            strategy=STRATEGY_FAST, window_log=16, hash_log=6, min_match=7, chain_log=6, search_log=1
+        )
+        return {"compression_params": parameters}
 
 
 def _split(words: Array) -> Iterator[Bytes]:
     from nvflare_rdma.codecs.kernels import differences as kernels
 
-    planes = _planes(words)
+    planes = plane_memory(words)
     kernels.split(words, planes.reshape(-1))
     yield from planes
 
