@@ -16,6 +16,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 
 from nvflare_rdma.codecs import Array
+from nvflare_rdma.filters.points import kept_in_run
 
 HELD = "nvflare_rdma.held"  # public context property of a client: the digest of the model it holds, by stream
 TOPIC = "nvflare_rdma.base"  # asked by a client before it sends a difference: do you still hold this model?
@@ -109,13 +110,8 @@ class Bases:
 
 
 def bases_of(fl_ctx: FLContext) -> Bases:
-    """Return the base models that this process's filters share. They are a property of the run's context."""
-    with _creation:
-        bases = fl_ctx.get_prop(_PROP)
-        if bases is None:
-            bases = Bases()
-            fl_ctx.set_prop(_PROP, bases, private=True, sticky=True)
-        return bases  # type: ignore[no-any-return]
+    """Return the base models that this process's filters share."""
+    return kept_in_run(_PROP, Bases, fl_ctx)
 
 
 def tell_held(stream: str, base: Base | None, fl_ctx: FLContext) -> None:

@@ -16,13 +16,13 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
 from nvflare_rdma.codecs import is_plain, is_tensor
+from nvflare_rdma.filters.points import kept_in_run
 from nvflare_rdma.filters.quant_filter import QUANT_STATE, QUANTIZED_FLAG, flatten
 
 Sizes = Mapping[str, int]
 
 _PROP = "nvflare_rdma.expected"
 _FORMS = 2  # models in a result that were not apart in the task's data: weights, and what an algorithm adds to them
-_creation = threading.Lock()
 
 
 def sizes_of(values: Mapping[str, Any]) -> Sizes:
@@ -101,10 +101,5 @@ def _models(dxo: DXO, path: str) -> Iterator[tuple[str, DXO]]:
 
 
 def expected_of(fl_ctx: FLContext) -> Expected:
-    """Return what this process's filters share. It is a property of the run's context."""
-    with _creation:
-        expected = fl_ctx.get_prop(_PROP)
-        if expected is None:
-            expected = Expected()
-            fl_ctx.set_prop(_PROP, expected, private=True, sticky=True)
-        return expected  # type: ignore[no-any-return]
+    """Return what this process's filters share."""
+    return kept_in_run(_PROP, Expected, fl_ctx)

@@ -7,8 +7,10 @@ from the context of each call (`nvflare.apis.utils.task_utils.apply_filters`).
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from nvflare.apis.filter import Filter, FilterChainType, FilterContextKey
 from nvflare.apis.fl_constant import FilterKey, FLContextKey
@@ -38,6 +40,9 @@ _CLIENT_CONFIG = "config_fed_client.json"
 _FILTERS = "nvflare_rdma.filters"
 _DATA_FILTERS = "task_data_filters"
 _ANY_TASK = "*"  # what a site's own filters are for
+
+_Kept = TypeVar("_Kept")
+_creation = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,17 @@ def _has_task(tasks: list[Any], task: str) -> bool:
 
 def _decodes(point: FilterPoint, fl_ctx: FLContext) -> bool:
     return any(map(_is_dequantizer, _filters_at(point, fl_ctx) or ()))
+
+
+def kept_in_run(name: str, make: Callable[[], _Kept], fl_ctx: FLContext) -> _Kept:
+    """Return what this process's filters share under a name: a property of the run's context, made when it is first
+    asked for."""
+    with _creation:
+        kept: _Kept | None = fl_ctx.get_prop(name)
+        if kept is None:
+            kept = make()
+            fl_ctx.set_prop(name, kept, private=True, sticky=True)
+        return kept
 
 
 def place_of(component: Filter, fl_ctx: FLContext) -> tuple[str, str]:
