@@ -257,6 +257,9 @@ def hostile(control: Connection, files: dict[str, str], fabric: str) -> None:
         ("grants", grant, 0.5),
     ):
         threading.Thread(target=again, args=(what, action, pause), daemon=True).start()
+    began = time.monotonic()
+    while not all(counts.values()) and time.monotonic() - began < 60.0:  # all of it is under way
+        over.wait(0.1)
     control.send("begun")
     control.recv()
     over.set()
@@ -296,7 +299,6 @@ def measure(argv: argparse.Namespace) -> None:
         assert ends[HOSTILE].recv() == "begun"
         ends["server"].send((HOSTILE, addresses[HOSTILE]))
         ends["server"].recv()
-        time.sleep(3.0)
         beside = [round_of_all() for _ in range(argv.rounds)]
         ends[HOSTILE].send(None)
         counts, refused = ends[HOSTILE].recv()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.support.processes import SMALL, environment
 
 #: As root of a network, and of a view of the file system, of its own.
 APART = ["unshare", "--user", "--map-root-user", "--net", "--mount", "--"]
@@ -19,6 +24,22 @@ def require(commands: str) -> None:
         pytest.skip(f"two networks can't be made here: {error} (packages util-linux, iproute2)")
     if done.returncode:
         pytest.skip(f"networks as this test needs them can't be made here: {done.stderr.strip()}")
+
+
+def run_apart(script: str, folder: Path, timeout: float) -> Any:
+    """Run a script of this folder in a network of its own; returns what it writes to results.json in ``folder``. Data
+    goes over tcp, to ports from 20000 on."""
+    done = subprocess.run(
+        [*APART, sys.executable, str(SMALL / script), str(folder)],
+        env=environment(NVFLARE_RDMA_DATA_PORTS="20000-20010", NVFLARE_RDMA_FABRICS="tcp"),
+        cwd=SMALL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    return json.loads((folder / "results.json").read_text())
 
 
 def ip(*commands: str) -> None:

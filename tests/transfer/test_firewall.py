@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from tests.support import namespaces
-from tests.support.processes import SMALL, environment
 
 
 @pytest.fixture
@@ -20,17 +15,7 @@ def apart():
 
 
 def test_data_ports_that_answer_nothing(apart, tmp_path):
-    done = subprocess.run(
-        [*namespaces.APART, sys.executable, str(SMALL / "cells_apart.py"), str(tmp_path)],
-        env=environment(NVFLARE_RDMA_DATA_PORTS="20000-20010", NVFLARE_RDMA_FABRICS="tcp"),
-        cwd=SMALL,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = namespaces.run_apart("cells_apart.py", tmp_path, 100)
     dropped, again, through = results["firewall"], results["again"], results["open"]
     assert [(got["code"], got["same"]) for got in (dropped, again, through)] == [("ok", True)] * 3
     (line,) = dropped["log"]

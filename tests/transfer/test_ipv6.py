@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from tests.support import namespaces
-from tests.support.processes import SMALL, environment
 from tests.support.waiting import PATIENCE
 
 
@@ -22,17 +17,7 @@ def apart():
 
 
 def test_two_hosts_with_ipv6_only(apart, tmp_path):
-    done = subprocess.run(
-        [*namespaces.APART, sys.executable, str(SMALL / "cells_ipv6.py"), str(tmp_path)],
-        env=environment(NVFLARE_RDMA_DATA_PORTS="20000-20010", NVFLARE_RDMA_FABRICS="tcp"),
-        cwd=SMALL,
-        capture_output=True,
-        text=True,
-        timeout=100 * PATIENCE,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = namespaces.run_apart("cells_ipv6.py", tmp_path, 100 * PATIENCE)
     assert results["get"]
     assert results["put"]["same"]
     assert results["paths"] == ["direct", "direct"]

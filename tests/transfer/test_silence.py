@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import socket
-import subprocess
-import sys
 import threading
 
 import pytest
 
 from nvflare_rdma.transfer import peers
 from tests.support import namespaces
-from tests.support.processes import SMALL, environment
 from tests.support.relay import Relay
 from tests.support.tcp_pair import DEADLINE
 from tests.support.waiting import PATIENCE, eventually
@@ -26,17 +22,7 @@ def apart():
 
 
 def test_connections_that_are_forgotten_between_transfers_are_dialled_anew(apart, tmp_path):
-    done = subprocess.run(
-        [*namespaces.APART, sys.executable, str(SMALL / "cells_silenced.py"), str(tmp_path)],
-        env=environment(NVFLARE_RDMA_DATA_PORTS="20000-20010", NVFLARE_RDMA_FABRICS="tcp"),
-        cwd=SMALL,
-        capture_output=True,
-        text=True,
-        timeout=100 * PATIENCE,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = namespaces.run_apart("cells_silenced.py", tmp_path, 100 * PATIENCE)
     assert list(results) == ["before", "all, get", "all, put", "rails, get", "rails, put"]
     assert {name: (got["same"], got["path"]) for name, got in results.items()} == dict.fromkeys(
         results, (True, "direct")
