@@ -96,13 +96,27 @@ def wait_for_port(port: int) -> None:
     eventually(listens, DEADLINE)
 
 
-def test_a_frame_arrives_and_states_are_reported_once():
-    url = f"rdma://127.0.0.1:{free_port()}"
+@contextmanager
+def listening():
+    """A driver that listens, and its URL."""
+    port = free_port()
+    url = f"rdma://127.0.0.1:{port}"
     with running(url, Mode.PASSIVE) as server:
-        wait_for_port(int(url.rsplit(":", 1)[1]))
-        with running(url, Mode.ACTIVE) as client:
-            client.monitor.wait_for(ConnState.CONNECTED)
-            server.monitor.wait_for(ConnState.CONNECTED)
+        wait_for_port(port)
+        yield server, url
+
+
+@contextmanager
+def connected(server: Running, url: str):
+    with running(url, Mode.ACTIVE) as client:
+        client.monitor.wait_for(ConnState.CONNECTED)
+        server.monitor.wait_for(ConnState.CONNECTED)
+        yield client
+
+
+def test_a_frame_arrives_and_states_are_reported_once():
+    with listening() as (server, url):
+        with connected(server, url) as client:
             client.monitor.connections[0].send_frame(bytearray(300_000))
         assert client.monitor.states == [ConnState.CONNECTED, ConnState.CLOSED]
         client.monitor.connections[0].send_frame(b"late")  # dropped, as FLARE's own drivers do while closing
@@ -165,9 +179,7 @@ def test_ipv6(url, monkeypatch, caplog):
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: resolve(host.replace("ip6", "::1"), *a, **k))
     with running(url, Mode.PASSIVE) as server:
         eventually(lambda: server.driver._door)
-        with running(url, Mode.ACTIVE) as client:
-            client.monitor.wait_for(ConnState.CONNECTED)
-            server.monitor.wait_for(ConnState.CONNECTED)
+        with connected(server, url) as client:
             told = client.monitor.connections[0].get_conn_properties()
             assert told["peer_addr"] == f"[::1]:{url.split(':')[-1].partition('/')[0]}"
             assert told["local_addr"].startswith("[::1]:")
@@ -185,12 +197,8 @@ def test_urls_of_ipv6_hosts_have_brackets():
 
 
 def test_a_frame_that_is_refused_ends_the_connection_as_a_failed_send_does(caplog):
-    url = f"rdma://127.0.0.1:{free_port()}"
-    with running(url, Mode.PASSIVE) as server:
-        wait_for_port(int(url.rsplit(":", 1)[1]))
-        with running(url, Mode.ACTIVE) as client:
-            server.monitor.wait_for(ConnState.CONNECTED)
-            client.monitor.wait_for(ConnState.CONNECTED)
+    with listening() as (server, url):
+        with connected(server, url) as client:
             sender, receiver = client.monitor.connections[0], server.monitor.connections[0].link
             receiver._offered_locked = lambda transfer, length, label: receiver._deferred.append(
                 lambda: receiver._no_memory(transfer, length, "it is short of it")
@@ -218,9 +226,7 @@ def test_a_driver_that_was_shut_down_before_does_not_listen():
 def test_a_site_has_only_so_many_connections(monkeypatch, caplog):
     monkeypatch.setattr(driver_module, "MAX_CONNECTIONS_OF_SITE", 2)
     monkeypatch.setattr(driver_module, "_site", lambda properties: "site-1")
-    url = f"rdma://127.0.0.1:{free_port()}"
-    with running(url, Mode.PASSIVE) as server:
-        wait_for_port(int(url.rsplit(":", 1)[1]))
+    with listening() as (server, url):
         clients = [Running(url, Mode.ACTIVE) for _ in range(4)]
         for number, client in enumerate(clients, 1):
             client.monitor.wait_for(ConnState.CONNECTED)
@@ -235,14 +241,12 @@ def test_a_site_has_only_so_many_connections(monkeypatch, caplog):
 
 def test_peers_that_take_nothing_are_left_all_at_once():
     """Each may be waited for a little, but not one after the other."""
-    url = f"rdma://127.0.0.1:{free_port()}"
-    with running(url, Mode.PASSIVE) as server:
-        wait_for_port(int(url.rsplit(":", 1)[1]))
+    with listening() as (server, url):
         clients = [Running(url, Mode.ACTIVE) for _ in range(6)]
         for client in clients:
             client.monitor.wait_for(ConnState.CONNECTED)
             link = client.monitor.connections[0].link
-            link._reserve = lambda transfer, length: None  # it never finds memory
+            link._inbox.reserve = lambda *offered: None  # it never finds memory
         server.monitor.wait_for(ConnState.CONNECTED, 6)
         for connection in server.monitor.connections:
             connection.send_frame(bytearray(300_000))
@@ -255,26 +259,21 @@ def test_peers_that_take_nothing_are_left_all_at_once():
 
 
 def test_a_forked_process_that_exits_leaves_the_drivers_to_its_parent():
-    url = f"rdma://127.0.0.1:{free_port()}"
-    with running(url, Mode.PASSIVE) as server:
-        wait_for_port(int(url.rsplit(":", 1)[1]))
-        with running(url, Mode.ACTIVE) as client:
-            client.monitor.wait_for(ConnState.CONNECTED)
-            server.monitor.wait_for(ConnState.CONNECTED)
-            child = os.fork()
-            if not child:
-                # What FLARE does at exit. A lock that another thread had is nobody's here, and would hold it for ever.
-                for side in (client, server):
-                    side.driver.shutdown()
-                    side.monitor.connections[0].close()
-                os._exit(0)
-            done: list[int] = []
-            eventually(lambda: done.extend(os.waitpid(child, os.WNOHANG)) or child in done, DEADLINE)
-            assert done[-2:] == [child, 0]
-            link = client.monitor.connections[0].link
-            link.send(bytearray(300_000), DEADLINE).wait(DEADLINE)
-            with running(url, Mode.ACTIVE) as another:
-                another.monitor.wait_for(ConnState.CONNECTED)
+    with listening() as (server, url), connected(server, url) as client:
+        child = os.fork()
+        if not child:
+            # What FLARE does at exit. A lock that another thread had is nobody's here, and would hold it for ever.
+            for side in (client, server):
+                side.driver.shutdown()
+                side.monitor.connections[0].close()
+            os._exit(0)
+        done: list[int] = []
+        eventually(lambda: done.extend(os.waitpid(child, os.WNOHANG)) or child in done, DEADLINE)
+        assert done[-2:] == [child, 0]
+        link = client.monitor.connections[0].link
+        link.send(bytearray(300_000), DEADLINE).wait(DEADLINE)
+        with running(url, Mode.ACTIVE) as another:
+            another.monitor.wait_for(ConnState.CONNECTED)
 
 
 def test_a_probe_of_the_port_is_no_error(caplog):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import time
 
@@ -12,6 +11,7 @@ from nvflare_rdma.channel import address_of
 from nvflare_rdma.fabric import connect_tcp, join_address, keep_alive, listen_tcp, plain_host
 from nvflare_rdma.fabric.sockets import acknowledged
 from tests.support.tcp_pair import DEADLINE
+from tests.support.unanswered import unanswered
 from tests.support.waiting import eventually
 
 
@@ -59,18 +59,6 @@ def test_a_name_that_is_nobodys_is_said():
         connect_tcp(("nobody.invalid", 1), DEADLINE)
     with pytest.raises(OSError, match="assign"):
         listen_tcp("192.0.2.1", 0)
-
-
-@contextlib.contextmanager
-def unanswered():
-    """An address that drops who comes, as a firewall would: more wait there than it takes."""
-    with contextlib.ExitStack() as stack:
-        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(8):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(full.getsockname())
-        yield full.getsockname()
 
 
 def of_a_name(monkeypatch, *addresses) -> None:

@@ -20,6 +20,7 @@ from tests.support.certificates import Authority
 from tests.support.data_channels import ANY_PORT, cells, descriptors
 from tests.support.link_process import tls_context
 from tests.support.tcp_pair import DEADLINE
+from tests.support.unanswered import unanswered
 from tests.support.waiting import eventually
 
 SIZE = 300_000
@@ -216,22 +217,11 @@ def test_a_dialling_side_that_finds_nobody_says_where_it_looked(cell):
         cell("site-1").dial("server", {**GOOD, "hosts": ["127.0.0.2"], "port": port})
 
 
-@contextlib.contextmanager
-def unanswered():
-    """A port that drops who comes, as a firewall would: more wait there than it takes."""
-    with contextlib.ExitStack() as stack:
-        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(8):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(full.getsockname())
-        yield {**GOOD, "hosts": ["127.0.0.1"], "port": full.getsockname()[1]}
-
-
 def test_a_peer_that_does_not_answer_is_not_dialled_again_for_a_while(cell, monkeypatch):
     monkeypatch.setattr(channels_module, "_ADDRESS_SECONDS", 0.2)
     site, server = cell("site-1", ports=(0, 0)), cell("server", ports=(0, 0))
-    with unanswered() as invitation:
+    with unanswered() as (host, port):
+        invitation = {**GOOD, "hosts": [host], "port": port}
         failures = []
 
         def dial():
