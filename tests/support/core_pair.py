@@ -19,6 +19,10 @@ def hello(limits: ChannelLimits = LIMITS, **fields) -> wire.Hello:
     return wire.Hello({"tcp": ""}, limits.max_message_bytes, limits.inline_bytes, limits.max_writes, **fields)
 
 
+def message(size: int, seed: int = 0) -> bytes:
+    return bytes((i * 7 + seed) & 0xFF for i in range(size))
+
+
 class Cable:
     """What joins a rail's two ends."""
 
