@@ -370,19 +370,20 @@ class PeerLinks:
 
     def dial(self, peer: str, invitation: Any) -> Link:
         """Open a new link to `peer`, which has sent the invitation. Who comes while the peer is being dialled waits for
-        that link.
+        that link. For all of it there are `DIAL_SECONDS`.
 
         Raises:
             RdmaError: none of its addresses leads there; or that was so a short time ago, and none was tried.
             ProtocolError: `invitation` is malformed.
         """
         hosts, port, ticket = parse_invitation(invitation)
+        deadline = time.monotonic() + DIAL_SECONDS
         with self._opened:
             if (link := self._opened_by(peer, ticket)) is not None:
                 return link
             if peer in self._dialling:
                 before = self._find(peer)  # it is dialled because this one is of no use to it any more
-                self._opened.wait_for(lambda: peer not in self._dialling, 2 * DIAL_SECONDS)
+                self._opened.wait_for(lambda: peer not in self._dialling, DIAL_SECONDS)
                 if (link := self._opened_by(peer, ticket)) is not None:
                     return link
                 if (link := self._find(peer)) is not None and link is not before:
@@ -391,7 +392,7 @@ class PeerLinks:
                     raise FabricUnavailable(f"{peer} is being dialled already")
             self._dialling.add(peer)
         try:
-            return self._try_addresses(peer, hosts, port, ticket)
+            return self._try_addresses(peer, hosts, port, ticket, deadline)
         finally:
             with self._opened:
                 self._dialling.discard(peer)
@@ -421,11 +422,11 @@ class PeerLinks:
                     failures.append(f"{host} is not dialled: it is a {kind} address, but the server's is not")
             yield from ((host, address) for address in allowed)
 
-    def _try_addresses(self, peer: str, hosts: list[str], port: int, ticket: bytes) -> Link:
+    def _try_addresses(self, peer: str, hosts: list[str], port: int, ticket: bytes, deadline: float) -> Link:
         began = time.monotonic()
         self._avoid(peer, began)
         failures: list[str] = []
-        deadline, silent, impostors = began + DIAL_SECONDS, False, []
+        silent, impostors = False, []
         for host, address in self._addresses(peer, hosts, failures):
             if time.monotonic() >= deadline:
                 failures.append(f"the others were not tried: {DIAL_SECONDS:g} s are over")

@@ -6,6 +6,7 @@ import contextlib
 import queue
 import socket
 import threading
+import types
 
 import pytest
 
@@ -144,6 +145,23 @@ def test_a_site_has_only_so_many_links(cell, monkeypatch, caplog):
     eventually(lambda: [link.usable for link in links] == [False, False, True, True, True], DEADLINE)
     assert "site-1 has 3 links, which are the most for one site; the oldest is closed" in caplog.text
     assert_moves(near, honest, server)
+
+
+def test_who_waits_for_another_to_dial_has_one_deadline_for_both(cell, monkeypatch):
+    """Nothing is dialled any more when the wait has taken all of it."""
+    now = [0.0]
+    clock = types.SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(channels_module, "time", clock)
+    client = cell("site-1", ports=None)
+    client._dialling.add("server")
+
+    def waits(_: object, seconds: float) -> None:
+        now[0] += seconds
+        client._dialling.clear()  # in the last moment
+
+    monkeypatch.setattr(client._opened, "wait_for", waits)
+    with pytest.raises(FabricError, match="the others were not tried: 20 s are over"):
+        client.dial("server", {**GOOD, "hosts": ["127.0.0.1"]})
 
 
 def test_who_was_invited_at_the_same_time_gets_the_link_that_the_ticket_has_opened(cell):
