@@ -116,7 +116,7 @@ class Host:
 
     def __init__(self) -> None:
         self.services: dict[str, Service] = {}
-        self.listener = Listener(("127.0.0.1", 0))
+        self.listener = Listener(("127.0.0.1", 0), backlog=128)  # else the kernel has some come back after a second
         threading.Thread(target=answering, args=(self.listener, self._answer), daemon=True).start()
 
     def _answer(self, who: str, service: str, request: dict[str, Any]) -> Any:
