@@ -1,6 +1,7 @@
 """How peers come to a control stream: one listening port serves the control streams and the rails of all peers.
 
-The first bytes of a connection show what it is: a TLS record, the control stream's magic, or a rail's magic and ticket.
+The first bytes of a connection show what it is: a TLS record, the control stream's magic, a rail's magic and ticket, or
+whatever else whoever opens the door takes on the same port.
 Until it is let in, it has one of a few places. Nobody is refused for want of one: the oldest guest goes, of whoever has
 most of them.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import socket
@@ -27,6 +29,8 @@ from nvflare_rdma.logs import get_logger
 log = get_logger(__name__)
 
 GREETING_TIMEOUT = 10.0
+#: What a connection in the clear begins with.
+MAGIC_BYTES = len(RAIL_MAGIC)
 #: Errors of accept(2) that don't pass: the socket listens no more, whoever has shut it down, or was closed.
 _LISTENS_NO_MORE = (errno.EINVAL, errno.EBADF, errno.ENOTSOCK)
 _TLS_HANDSHAKE_RECORD = b"\x16"
@@ -80,6 +84,12 @@ class Door:
     from then on; if it raises an OSError or RdmaError, that is logged and the connection is closed. It calls its third
     argument when the guest has shown who it is, which frees its place among the guests. `name` is for log lines.
     `address` is where the door listens, as `dial` takes it.
+
+    Two attributes, to be set before `serve`, are for connections of other kinds on the same port. Whoever is called has
+    the socket from then on, in its thread, and calls the last argument as `on_connection` does. `takers`, by the magic
+    of `MAGIC_BYTES` that such a connection begins with, in the clear, are called with the socket and the seconds that
+    are left for its greeting. `stranger` is called with the socket and the bytes that were read of it for whatever else
+    comes in the clear, also where control streams are TLS.
     """
 
     def __init__(
@@ -98,6 +108,8 @@ class Door:
         self._on_connection = on_connection
         self._name = name
         self._greeting_timeout = greeting_timeout
+        self.takers: dict[bytes, Callable[[socket.socket, float, Callable[[], None]], None]] = {}
+        self.stranger: Callable[[socket.socket, bytes, Callable[[], None]], None] | None = None
         self._closed, self._over = threading.Event(), threading.Event()
         self._process = os.getpid()
         self._greeting = Pending()
@@ -182,9 +194,9 @@ class Door:
         peer = address_of(sock, peer=True)
         try:
             with self._greeting.track(sock):
-                stream = self._identify(sock, peer)
-            if stream is not None:
-                self._on_connection(sock, stream, lambda: self._guests.leave(sock))
+                go_on = self._identify(sock, peer)
+            if go_on is not None:
+                go_on()
         except (OSError, RdmaError) as error:
             sock.close()
             if not self._closed.is_set():
@@ -195,8 +207,9 @@ class Door:
         finally:
             self._guests.leave(sock)
 
-    def _identify(self, sock: socket.socket, peer: str) -> ControlStream | None:
-        """The control stream that a new connection turns out to be; None if it was a rail, or nothing."""
+    def _identify(self, sock: socket.socket, peer: str) -> Callable[[], None] | None:
+        """How it goes on with a new connection, once it is known what it is; None if it was a rail, or nothing."""
+        admitted = functools.partial(self._guests.leave, sock)
         # One deadline for all that a guest has to say, in however many pieces it comes.
         deadline = time.monotonic() + self._greeting_timeout
         sock.settimeout(self._greeting_timeout)
@@ -209,18 +222,24 @@ class Door:
         if is_tls and self._tls is None:
             raise ProtocolError("it speaks TLS (srdma://), but this listener is clear (rdma://)")
         if not is_tls:
-            magic = _receive_by(sock, len(RAIL_MAGIC), deadline)
+            magic = _receive_by(sock, MAGIC_BYTES, deadline)
             if magic == RAIL_MAGIC:
                 if not self._fabric.admit(sock, _receive_by(sock, TICKET_BYTES, deadline)):
                     text = "refused a rail from %s: its ticket is unknown, used or expired"
                     self._complaints.log(logging.WARNING, text, peer)
                 return None
+            if (taker := self.takers.get(magic)) is not None:
+                return functools.partial(taker, sock, deadline - time.monotonic(), admitted)
+            if magic != CONTROL_MAGIC and self.stranger is not None:
+                sock.settimeout(None)
+                return functools.partial(self.stranger, sock, magic, admitted)
             if self._tls is not None:
                 raise ProtocolError("it does not speak TLS, which this listener requires (srdma://)")
             if magic != CONTROL_MAGIC:
                 raise ProtocolError("it is no nvflare-rdma peer; check the scheme in its URL")
         tls = self._tls() if self._tls is not None else None
-        return _greet(sock, tls, True, deadline - time.monotonic())
+        stream = _greet(sock, tls, True, deadline - time.monotonic())
+        return functools.partial(self._on_connection, sock, stream, admitted)
 
 
 def dial(

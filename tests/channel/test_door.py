@@ -409,3 +409,20 @@ def test_nothing_is_dialled_any_more_after_that(tls):
             dial(it.door.address, tls[0], pending, DEADLINE)
         eventually(lambda: not it.in_greeting(), DEADLINE)
         assert it.welcomed.empty()
+
+
+def test_connections_of_other_kinds_go_to_whoever_takes_them(tls):
+    came: queue.Queue = queue.Queue()
+    with open_door(tls[1]) as it:
+        it.door.takers[b"OTHERKND"] = lambda sock, left, admitted: came.put(("taker", sock, left, admitted))
+        it.door.stranger = lambda sock, first, admitted: came.put(("stranger", sock, first, admitted))
+        for words, kind in ((b"OTHERKND and more", "taker"), (b"something else", "stranger")):
+            with it.guest(words):
+                who, taken, what, admitted = came.get(timeout=DEADLINE)
+                assert who == kind
+                assert what == words[:8] if kind == "stranger" else 0 < what <= FOR_EVER
+                admitted()
+                with taken:
+                    taken.settimeout(DEADLINE)
+                    assert taken.recv(64) == words[8:]
+        assert_lets_in(it, tls[0])
