@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.support.processes import ROOT, SMALL
 from tests.support.waiting import eventually
@@ -34,9 +37,17 @@ class Job:
 
 class Federation:
     """Starts a server and sites that wait for jobs; they end with the namespaces that they are in. `extra` is for their
-    environment."""
+    environment, `configured` for the `comm_config.json` of each."""
 
-    def __init__(self, star: Star, folder: Path, sites: list[str], scheme: str, **extra: str) -> None:
+    def __init__(
+        self,
+        star: Star,
+        folder: Path,
+        sites: list[str],
+        scheme: str,
+        configured: Mapping[str, Mapping[str, Any]] | None = None,
+        **extra: str,
+    ) -> None:
         self._star = star
         self._folder = folder
         # FLARE's processes find no torch, whose loading takes longer than the job.
@@ -45,7 +56,9 @@ class Federation:
         self._environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self._environment |= extra
         self._kits = self._provision(sites, scheme)
-        self._processes = {name: self._start(name) for name in [SERVER, *sites]}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        for name in [SERVER, *sites]:
+            self._start(name, (configured or {}).get(name, {}))
 
     def wait_for_sites(self) -> None:
         """Until all participants say that they are connected."""
@@ -68,6 +81,16 @@ class Federation:
     def log(self, site: str, job: Job) -> str:
         """What a site's job process has logged."""
         return (self._kits / site / job.id / "log.txt").read_text()
+
+    def console(self, name: str) -> str:
+        """What a participant's parent has said since it was started."""
+        return (self._kits / name / "console.log").read_text()
+
+    def restart(self, name: str, configured: Mapping[str, Any]) -> None:
+        """End a participant that runs no job, and start it again with another `comm_config.json`."""
+        os.killpg(self._processes[name].pid, signal.SIGKILL)
+        self._processes[name].wait(60.0)
+        self._start(name, configured)
 
     def _provision(self, sites: list[str], scheme: str) -> Path:
         participants: list[dict[str, object]] = [
@@ -104,16 +127,26 @@ class Federation:
         (local / "resources.json").write_text(resources.replace("/tmp/nvflare/", f"{self._folder}/"))
         return kits
 
-    def _start(self, name: str) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, configured: Mapping[str, Any]) -> None:
         kit = self._kits / name
+        file = kit / "local" / "comm_config.json"
+        file.unlink(missing_ok=True)
+        if configured:
+            file.write_text(json.dumps(configured))
         command = self._star.on(name, "bash", str(kit / "startup" / "sub_start.sh"), "--once")
         with open(kit / "console.log", "wb") as out:
-            return subprocess.Popen(
-                command, env=self._environment, cwd=kit, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+            self._processes[name] = subprocess.Popen(
+                *(command,),
+                env=self._environment,
+                cwd=kit,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
             )
 
     def _says(self, name: str, process: subprocess.Popen[bytes], text: str) -> bool:
-        console = (self._kits / name / "console.log").read_text()
+        console = self.console(name)
         assert process.poll() is None, console[-4000:]
         return text in console
 
