@@ -91,6 +91,9 @@ class Listener(Protocol):
     def shutdown(self, how: int, /) -> None:
         """Have `accept` say that there will be none, also if it waits."""
 
+    def close(self) -> None:
+        """Let go of it."""
+
     def __enter__(self) -> Listener: ...
 
     def __exit__(
