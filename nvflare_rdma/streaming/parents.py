@@ -23,9 +23,9 @@ from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
 
 from nvflare_rdma.channel import Door
 from nvflare_rdma.errors import FabricUnavailable, ProtocolError
-from nvflare_rdma.flare_compat import CellConnections, require_flare
+from nvflare_rdma.flare_compat import CellConnections, cell_connections, require_flare
 from nvflare_rdma.logs import get_logger
-from nvflare_rdma.runtime import this_runtime
+from nvflare_rdma.runtime import shared, this_runtime
 from nvflare_rdma.transfer import SERVER, Junction, MeetingPlace, RouteKey, are_hosts, listen, own_hosts, site_of
 
 log = get_logger(__name__)
@@ -38,7 +38,8 @@ _ANY_HOST = ("", "0", "0.0.0.0", "::")
 
 class ParentDoor(FLComponent):
     """Gives a server or site one port for the direct links of all its jobs: the first free one of `rdma_data_ports` in
-    its `comm_config.json`. Add it to the components in its `local/resources.json`.
+    its `comm_config.json`; without that setting a server's own port, where the `rdma` driver has it. Add it to the
+    components in its `local/resources.json`.
 
     Its job processes are then reached through this port by whoever can't reach them straight, and so are other sites'
     by each other through the server's. It joins connections and reads nothing: TLS, tickets and seals are those of
@@ -57,36 +58,50 @@ class ParentDoor(FLComponent):
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """FLARE's hook: the port is open as long as the parent runs."""
-        if event_type == EventType.SYSTEM_START and self._door is None:
+        if event_type == EventType.SYSTEM_START and self._junction is None:
             require_flare("ParentDoor")
             self._start(fl_ctx.get_engine().get_cell())
-        elif event_type == EventType.SYSTEM_END and self._door is not None and self._junction is not None:
+        elif event_type == EventType.SYSTEM_END and self._junction is not None:
+            for magic in self._junction.takers:
+                shared().ports.remove_taker(magic)
             self._junction.close()
-            self._door.close()
+            if self._door is not None:
+                self._door.close()
             self._door = self._junction = None
         elif event_type in _JOB_IS_OVER and self._junction is not None and (job := _job_of(fl_ctx)):
             self._junction.close_routes(job)
 
     def _start(self, cell: Any) -> None:
-        runtime = this_runtime()
-        ports = runtime.settings.rdma_data_ports
-        if isinstance(ports, str):
+        runtime, fqcn = this_runtime(), cell.get_fqcn()
+        ports, shares, port = runtime.settings.rdma_data_ports, _shares_flares_port(cell), 0
+        if isinstance(ports, str) and not shares:
             log.warning("ParentDoor opens no port, since rdma_data_ports is %r: set it to a port", ports)
             return
-        name = f"the data port of {cell.get_fqcn()}"
-        try:
-            listener = listen("", ports)
-        except OSError as error:
-            log.error("ParentDoor opens no port, so its jobs need ports of their own: %s", error)
-            return
-        self._junction = Junction(site_of(cell.get_fqcn()), name)
-        self._door = Door(listener, None, runtime.tcp(), self._junction.refuse, name)
-        self._door.takers = dict(self._junction.takers)
-        threading.Thread(target=self._door.serve, name="rdma-parent-door", daemon=True).start()
-        port = self._door.address[1]
-        answer = functools.partial(_answer, self._junction, cell.get_fqcn(), port)
-        cell.register_request_cb(channel=_CHANNEL, topic=_TOPIC, cb=answer)
-        log.info("%s joins the direct links of all its jobs at port %d", cell.get_fqcn(), port)
+        name = f"the data port of {fqcn}"
+        self._junction = junction = Junction(site_of(fqcn), name)
+        if not isinstance(ports, str):
+            try:
+                self._door = Door(listen("", ports), None, runtime.tcp(), junction.refuse, name)
+            except OSError as error:
+                log.error("ParentDoor opens no port, so its jobs need ports of their own: %s", error)
+                return
+            self._door.takers = dict(junction.takers)
+            threading.Thread(target=self._door.serve, name="rdma-parent-door", daemon=True).start()
+            port = self._door.address[1]
+        else:
+            for magic, taker in junction.takers.items():
+                shared().ports.add_taker(magic, taker)
+        cell.register_request_cb(channel=_CHANNEL, topic=_TOPIC, cb=functools.partial(_answer, junction, fqcn, port))
+        log.info(
+            "%s joins the direct links of all its jobs at %s", fqcn, f"port {port}" if port else "FLARE's own port"
+        )
+
+
+def _shares_flares_port(cell: Any) -> bool:
+    """Whether the port at which the sites reach the server is the `rdma` driver's, which takes routes, too."""
+    if cell.get_fqcn() != SERVER:
+        return False
+    return urlparse(cell_connections(cell).url).port in [port for _, port in shared().ports.addresses()]
 
 
 def _job_of(fl_ctx: FLContext) -> str:
