@@ -26,7 +26,7 @@ from nvflare_rdma.errors import FabricUnavailable, ProtocolError
 from nvflare_rdma.flare_compat import CellConnections, cell_connections, require_flare
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import shared, this_runtime
-from nvflare_rdma.transfer import SERVER, Junction, MeetingPlace, RouteKey, are_hosts, listen, own_hosts, site_of
+from nvflare_rdma.transfer import Junction, MeetingPlace, RouteKey, are_hosts, listen, own_hosts, site_of
 
 log = get_logger(__name__)
 
@@ -99,7 +99,7 @@ class ParentDoor(FLComponent):
 
 def _shares_flares_port(cell: Any) -> bool:
     """Whether the port at which the sites reach the server is the `rdma` driver's, which takes routes, too."""
-    if cell.get_fqcn() != SERVER:
+    if cell.get_fqcn() != FQCN.ROOT_SERVER:
         return False
     return urlparse(cell_connections(cell).url).port in [port for _, port in shared().ports.addresses()]
 
@@ -114,7 +114,7 @@ def _job_of(fl_ctx: FLContext) -> str:
 def _answer(junction: Junction, parent: str, port: int, message: Any) -> Any:
     """Make a route to the cell that asks: one of this parent's or, if it is the server's, of any site."""
     origin = str(message.get_header(MessageHeaderKey.ORIGIN))
-    if parent != SERVER and site_of(origin) != site_of(parent):
+    if parent != FQCN.ROOT_SERVER and site_of(origin) != site_of(parent):
         return make_reply(ReturnCode.UNAUTHENTICATED, f"{origin} is not of this site")
     try:
         key = junction.open(origin)

@@ -42,7 +42,7 @@ Files move in the same way; their items are parts (see `nvflare_rdma.transfer.fi
 
 from __future__ import annotations
 
-from nvflare_rdma.transfer.addresses import SERVER, are_hosts, listen, own_hosts, site_of
+from nvflare_rdma.transfer.addresses import are_hosts, listen, own_hosts, site_of
 from nvflare_rdma.transfer.arrays import TensorMemory, raw_bytes
 from nvflare_rdma.transfer.content import Content, TensorContent
 from nvflare_rdma.transfer.encoding import EncodedChunkCache
@@ -71,7 +71,6 @@ from nvflare_rdma.transfer.sinks import (
 from nvflare_rdma.transfer.waiting import SitePlaces, stream_places, waiting_places
 
 __all__ = [
-    "SERVER",
     "AbortedError",
     "Content",
     "Destination",

@@ -278,7 +278,7 @@ class _Race:
         with self._lock:
             self._going.add(id(attempts))
         try:
-            threading.Thread(target=self._try, args=(attempts,), name="rdma-dial", daemon=True).start()
+            threading.Thread(target=self._try, args=(attempts,), name="rdma-way", daemon=True).start()
         except RuntimeError:  # no more threads
             self._try(attempts)
 
