@@ -34,7 +34,8 @@ class Job:
 
 
 class Federation:
-    """Starts a server and sites that wait for jobs; they end with the namespaces that they are in."""
+    """Starts a server and sites that wait for jobs; they end with the namespaces that they are in. `extra` is for their
+    environment; `one_port` has the `rdma_data_ports` of participants whose parents join connections."""
 
     def __init__(
         self,
@@ -43,14 +44,15 @@ class Federation:
         sites: list[str],
         scheme: str,
         one_port: Mapping[str, str] | None = None,
+        **extra: str,
     ) -> None:
-        """`one_port` has the `rdma_data_ports` of participants whose parents are to join connections."""
         self._star = star
         self._folder = folder
         # FLARE's processes find no torch, whose loading takes longer than the job.
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith("NVFLARE_")}
         self._environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SMALL / "without_torch")])
         self._environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        self._environment |= extra
         self._kits = self._provision(sites, scheme)
         for name, ports in (one_port or {}).items():
             add_parent_door(self._kits / name / "local", ports)
