@@ -37,7 +37,8 @@ class Job:
 
 class Federation:
     """Starts a server and sites that wait for jobs; they end with the namespaces that they are in. `extra` is for their
-    environment, `configured` for the `comm_config.json` of each."""
+    environment, `configured` for the `comm_config.json` of each; `one_port` has the `rdma_data_ports` of participants
+    whose parents join connections."""
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class Federation:
         folder: Path,
         sites: list[str],
         scheme: str,
+        one_port: Mapping[str, str] | None = None,
         configured: Mapping[str, Mapping[str, Any]] | None = None,
         **extra: str,
     ) -> None:
@@ -56,9 +58,11 @@ class Federation:
         self._environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self._environment |= extra
         self._kits = self._provision(sites, scheme)
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        for name in [SERVER, *sites]:
-            self._start(name, (configured or {}).get(name, {}))
+        for name, settings in (configured or {}).items():
+            self._configure(name, settings)
+        for name, ports in (one_port or {}).items():
+            add_parent_door(self._kits / name / "local", ports)
+        self._processes = {name: self._start(name) for name in [SERVER, *sites]}
 
     def wait_for_sites(self) -> None:
         """Until all participants say that they are connected."""
@@ -83,14 +87,18 @@ class Federation:
         return (self._kits / site / job.id / "log.txt").read_text()
 
     def console(self, name: str) -> str:
-        """What a participant's parent has said since it was started."""
+        """What a participant's parent has printed since it was started."""
         return (self._kits / name / "console.log").read_text()
 
     def restart(self, name: str, configured: Mapping[str, Any]) -> None:
         """End a participant that runs no job, and start it again with another `comm_config.json`."""
         os.killpg(self._processes[name].pid, signal.SIGKILL)
         self._processes[name].wait(60.0)
-        self._start(name, configured)
+        self._configure(name, configured)
+        self._processes[name] = self._start(name)
+
+    def _configure(self, name: str, configured: Mapping[str, Any]) -> None:
+        (self._kits / name / "local" / "comm_config.json").write_text(json.dumps(configured))
 
     def _provision(self, sites: list[str], scheme: str) -> Path:
         participants: list[dict[str, object]] = [
@@ -127,15 +135,11 @@ class Federation:
         (local / "resources.json").write_text(resources.replace("/tmp/nvflare/", f"{self._folder}/"))
         return kits
 
-    def _start(self, name: str, configured: Mapping[str, Any]) -> None:
+    def _start(self, name: str) -> subprocess.Popen[bytes]:
         kit = self._kits / name
-        file = kit / "local" / "comm_config.json"
-        file.unlink(missing_ok=True)
-        if configured:
-            file.write_text(json.dumps(configured))
         command = self._star.on(name, "bash", str(kit / "startup" / "sub_start.sh"), "--once")
         with open(kit / "console.log", "wb") as out:
-            self._processes[name] = subprocess.Popen(
+            return subprocess.Popen(
                 *(command,),
                 env=self._environment,
                 cwd=kit,
@@ -149,6 +153,19 @@ class Federation:
         console = self.console(name)
         assert process.poll() is None, console[-4000:]
         return text in console
+
+
+def add_parent_door(local: Path, ports: str) -> None:
+    """What an operator does, in a participant's folder for what is its own."""
+    resources = local / "resources.json"
+    if not resources.exists():
+        resources.write_text((local / "resources.json.default").read_text())
+    config = json.loads(resources.read_text())
+    config["components"].append({"id": "rdma_door", "path": "nvflare_rdma.streaming.ParentDoor", "args": {}})
+    resources.write_text(json.dumps(config))
+    file = local / "comm_config.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**known, "rdma_data_ports": ports}))
 
 
 def submit(admin: str, job: str, seconds: float) -> dict[str, str]:
