@@ -164,7 +164,7 @@ def test_a_site_has_only_so_many_connections(monkeypatch, caplog):
         for client in clients:
             client.driver.shutdown()
             client.join()
-    assert server.driver._sites.sites == []
+    eventually(lambda: server.driver._sites.sites == [], DEADLINE)
 
 
 def test_peers_that_take_nothing_are_left_all_at_once():

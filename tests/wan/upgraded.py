@@ -57,7 +57,7 @@ def mixed(tmp_path_factory) -> Iterator[Mixed]:
         star.join(name, Link(rate=1000, delay=1, loss=0))
     configured = dict.fromkeys((SERVER, UPGRADED), CONFIGURED)
     federation = Federation(
-        *(star, folder / "federation", [UPGRADED, OLD], "tcp"), configured, NVFLARE_RDMA_DATA_PORTS="none"
+        *(star, folder / "federation", [UPGRADED, OLD], "tcp"), configured=configured, NVFLARE_RDMA_DATA_PORTS="none"
     )
     federation.wait_for_sites()
     return Mixed(star, federation, folder / sites_job.NAME)
