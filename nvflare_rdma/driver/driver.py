@@ -61,6 +61,12 @@ class Prepared:
     runtime: Runtime
 
 
+def name_of(connector: ConnectorInfo) -> str:
+    """A connector's name for log lines. FLARE's has brackets, from which its formatter for the log takes what is in
+    them for a context of its own."""
+    return str(connector)[1:-1]
+
+
 def _parse_address(params: dict[str, Any]) -> tuple[str, int]:
     """Host and port of a connector."""
     host, raw = params.get(DriverParams.HOST.value) or "", params.get(DriverParams.PORT.value)
@@ -142,7 +148,7 @@ class RdmaDriver(BaseDriver):
             self._welcome(sock, stream, fabric, prepared, admitted)
 
         listener = listen_tcp(prepared.host, prepared.port)
-        return Door(listener, tls if prepared.tls else None, fabric, on_connection, str(prepared.connector))
+        return Door(listener, tls if prepared.tls else None, fabric, on_connection, name_of(prepared.connector))
 
     def _welcome(
         self,
@@ -164,7 +170,7 @@ class RdmaDriver(BaseDriver):
         except (OSError, RdmaError) as error:
             # A refused or dropped TCP connection is for FLARE's retry loop to report; what only we know is said here.
             if isinstance(error, RdmaError) and not self._stopping.is_set():
-                log.error("can't connect to %s: %s", connector, error)
+                log.error("can't connect to %s: %s", name_of(connector), error)
             raise
 
     def _dial(self, prepared: Prepared) -> None:
@@ -223,11 +229,11 @@ class RdmaDriver(BaseDriver):
             )
         except (ConfigError, UnsupportedVersionError, CommError) as error:
             connector.stopped.set()
-            log.error("can't start %s: %s", connector, error)
+            log.error("can't start %s: %s", name_of(connector), error)
             raise CommError(CommError.BAD_CONFIG, str(error)) from error
         except (OSError, RuntimeError) as error:
             # A certificate that can't be read may be on its way (rotation): FLARE tries again.
-            log.error("can't start %s: %s", connector, error)
+            log.error("can't start %s: %s", name_of(connector), error)
             raise
 
     def _run_link(

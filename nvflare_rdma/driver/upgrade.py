@@ -27,7 +27,7 @@ from nvflare_rdma.channel import (
     dial,
 )
 from nvflare_rdma.channel.protocol import VERSION
-from nvflare_rdma.driver.driver import Prepared, RdmaDriver
+from nvflare_rdma.driver.driver import Prepared, RdmaDriver, name_of
 from nvflare_rdma.driver.flare_words import FlareConnection, receive_hello
 from nvflare_rdma.driver.sites import site_of
 from nvflare_rdma.errors import (
@@ -139,7 +139,9 @@ class UpgradedTcpDriver(RdmaDriver):
             if version != self.version:
                 # For its driver that is an answer, after which it comes again.
                 text = "%s: %s asks for version %d of %s, which is not this side's (%d), and has to speak %s"
-                log.info(text, prepared.connector, address_of(sock, peer=True), version, OURS, self.version, FLARES)
+                log.info(
+                    text, name_of(prepared.connector), address_of(sock, peer=True), version, OURS, self.version, FLARES
+                )
                 sock.close()
                 return
             sock.sendall(ANSWER)
@@ -248,7 +250,9 @@ class UpgradedTcpDriver(RdmaDriver):
 
 
 def _say(prepared: Prepared, sock: socket.socket, protocol: str, reason: str) -> None:
-    log.info("%s: %s is spoken with %s, as %s", prepared.connector, protocol, address_of(sock, peer=True), reason)
+    log.info(
+        "%s: %s is spoken with %s, as %s", name_of(prepared.connector), protocol, address_of(sock, peer=True), reason
+    )
 
 
 def _connect(address: tuple[str, int]) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -22,7 +23,7 @@ TAKEN = "rdma_upgrade is set: the schemes tcp and stcp are nvflare-rdma's in thi
 
 
 def spoken(log: str) -> list[str]:
-    return [line.partition("]: ")[2] for line in log.splitlines() if "is spoken with" in line]
+    return [re.split(r"\d: ", line, maxsplit=1)[1] for line in log.splitlines() if "is spoken with" in line]
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["clear", "mTLS"])
