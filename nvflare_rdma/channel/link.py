@@ -24,13 +24,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from nvflare_rdma.channel import sealing
-from nvflare_rdma.channel.bodies import BufferSource, Sink, Source
+from nvflare_rdma.channel.bodies import BufferSource, Later, Sink, Source
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import NO_GOODBYE, ControlStream, explain_loss
 from nvflare_rdma.channel.control_rail import ControlRail
 from nvflare_rdma.channel.control_writer import ControlWriter
 from nvflare_rdma.channel.deferred import DeferredCalls, Delivery
 from nvflare_rdma.channel.inbox import Inbox
+from nvflare_rdma.channel.liveness import Liveness
 from nvflare_rdma.channel.opening import Opening, RailOpener
 from nvflare_rdma.channel.outbox import Outbox, Sending
 from nvflare_rdma.channel.protocol import Connection, Phase, Role, events, wire
@@ -49,7 +50,8 @@ class Link:
 
     `deliver` gets each message that comes without a label: bytes if it came inline, else a view of a slot that is used
     again when the last slice of the view is gone. `place` finds the sink of a message with a label; it is called under
-    the link's lock, so it may not call the link. All links to one site share what it may use (`ControlStream.site`).
+    the link's lock, so it may not call the link. Instead it may give `Later`, and call the function that it was given
+    when it is to be asked again. All links to one site share what it may use (`ControlStream.site`).
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Link:
         context: LinkContext,
         deliver: Callable[[Delivery], None],
         name: str,
-        place: Callable[[int], Sink | None] = lambda label: None,
+        place: Callable[[int, Callable[[], None]], Sink | Later | None] = lambda label, again: None,
     ) -> None:
         self.name = name
         self.fabric = self.way = ""  # `way` is for people: the fabric, whether there is TLS, and the door's port
@@ -92,8 +94,7 @@ class Link:
         self._checked_at = time.monotonic()
         self._failure: str | None = None
         self._closing = False
-        self._asked_at = 0.0
-        self._doubted = 0  # threads that wait for a sign of life
+        self._liveness = Liveness(self._core, self._room, lambda: self.usable)
         self._ended = threading.Event()
         self._process = os.getpid()
 
@@ -153,8 +154,7 @@ class Link:
                 raise FabricError(NO_GOODBYE)
             if data:
                 self._core.receive(data, now)
-                if self._doubted:
-                    self._room.notify_all()
+                self._liveness.heard_locked()
             if due is not None or now - self._checked_at >= _TICK:
                 self._checked_at = now
                 self._check_locked(now)
@@ -230,26 +230,15 @@ class Link:
     def ask(self, silence: float) -> None:
         """Ask for a sign of life if nothing has come from the peer for `silence` seconds. `is_alive` waits for it."""
         with self._guarded(), self._lock:
-            if self.usable and time.monotonic() - self._core.heard_at >= silence:
-                self._core.ask()
-                self._asked_at = time.monotonic()
-                self._pump_locked()
+            self._liveness.ask_locked(silence)
+            self._pump_locked()
 
     def is_alive(self, deadline: float) -> bool:
         """Whether the link works, as far as this can be told: something has come since the peer was asked, if it was.
         If nothing comes until `deadline` (as `time.monotonic` has it), the link is given up."""
         with self._lock:
-            self._doubted += 1
-            self._room.wait_for(
-                lambda: not self.usable or self._core.heard_at >= self._asked_at,
-                max(deadline - time.monotonic(), 0.0),
-            )
-            self._doubted -= 1
-            if not self.usable:
-                return False
-            if self._core.heard_at >= self._asked_at:
-                return True
-            silence = time.monotonic() - self._core.heard_at
+            if (silence := self._liveness.wait_locked(deadline)) is None:
+                return self.usable
             # Others may wait for the same: it is not usable from now on, and that is said once.
             self._failure = reason = f"nothing has come from the peer for {silence:.0f} s, and it does not answer"
         log.warning("%s: the link is given up: %s", self.name, reason)
@@ -409,7 +398,9 @@ class Link:
     def _offered_locked(self, transfer: int, length: int, label: int) -> None:
         if not label and self._context.labels_only:
             raise ProtocolError("a message without a label is offered over a link that takes none")
-        sink = self._place(label) if label else None
+        sink = self._place(label, functools.partial(self._offered_again, transfer, length, label)) if label else None
+        if isinstance(sink, Later):
+            return
         if label and (sink is None or sink.nbytes != length):
             reason = f"{f'{sink.nbytes} bytes' if sink else 'nothing'} expected as {label}, {length} bytes are offered"
             self._deferred.append(lambda: self.refuse(transfer, reason))
@@ -431,6 +422,14 @@ class Link:
 
         refused = functools.partial(self._no_memory, transfer, length)
         self._inbox.reserve(transfer, length, sink, granted, refused, revoked)
+
+    def _offered_again(self, transfer: int, length: int, label: int) -> None:
+        with self._guarded():
+            with self._lock:
+                if transfer in self._core.progress():  # else it was withdrawn, or all has ended
+                    self._offered_locked(transfer, length, label)
+                self._pump_locked()
+            self._deferred.run()
 
     def _start_locked(self, transfer: int, length: int) -> None:
         try:

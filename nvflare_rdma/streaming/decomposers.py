@@ -38,7 +38,7 @@ from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.fallback import download_by_fallback, finish
 from nvflare_rdma.streaming.progress import DirectProgress
 from nvflare_rdma.streaming.relay import RelayConsumer, produce
-from nvflare_rdma.streaming.requests import RequestFunction, request_function
+from nvflare_rdma.streaming.requests import PlainRequests, RequestFunction, request_function
 from nvflare_rdma.transfer import (
     AbortedError,
     Land,
@@ -277,11 +277,12 @@ def torch_decomposer() -> Any:
 
 
 def _download_request_function(
-    signal: Signal, *, from_fqcn: str, per_request_timeout: float, **common: Any
+    signal: Signal, *, cell: Any, from_fqcn: str, per_request_timeout: float, **common: Any
 ) -> RequestFunction:
     """A function that sends requests to a sender in the state of FLARE's download messages, until `signal` is
     triggered: then it raises `AbortedError`."""
     prompt = {**common, "from_fqcn": from_fqcn, "per_request_timeout": min(per_request_timeout, _ANSWER_SECONDS)}
+    prompt["cell"] = PlainRequests(cell)
 
     def send(request: dict[str, Any]) -> Any:
         reply = request_download_chunk(state={STATE_KEY: request}, abort_signal=signal, **prompt)

@@ -90,7 +90,7 @@ class RelayConsumer(Consumer):
         try:
             for item, place in zip(self._items, self._places, strict=True):
                 if item.content is not None:
-                    place.write(0, memoryview(item.content))
+                    store_chunk(item, place, 0, memoryview(item.content))
             self.result = {item.name: give(item, place) for item, place in zip(self._items, self._places, strict=True)}
         except (RdmaError, OSError) as error:
             self.error = str(error)

@@ -218,6 +218,11 @@ class Destination(ABC):
     durable = False
     """Whether what has come is kept here even if the peer can't be told so, or the transfer fails."""
 
+    @property
+    def begun(self) -> bool:
+        """Whether some items may be here already, from another transfer."""
+        return False
+
     @abstractmethod
     def accept(self, items: list[Item], described: Mapping[str, Any]) -> None:
         """Take the peer's description: its items, and all that it has told. Raises ProtocolError if it is not what is
@@ -271,5 +276,5 @@ class TensorDestination(Destination):
         if item.content is None:
             return give(item, self._places[number])
         place = self._land(item)
-        place.write(0, memoryview(item.content))
-        return place.finish()
+        store_chunk(item, place, 0, memoryview(item.content))
+        return give(item, place)

@@ -319,7 +319,7 @@ class Worker:
         context = self.links._context
         self._settled("bytes of the budget", lambda: context.budget.in_use)
         self._settled("requests for the budget", lambda: len(context.budget._waiting))
-        self._settled("sinks", lambda: len(self.links._sinks))
+        self._settled("sinks", lambda: len(self.links.expected))
         self._settled("threads that offer", lambda: _threads("rdma-offers"))
         self._settled("bytes of slots", lambda: context.pool.used_bytes)
         for link in [link for links in list(self.links._links.values()) for link in links]:

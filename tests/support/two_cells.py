@@ -24,6 +24,8 @@ from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.f3.cellnet.cell import Cell
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
+from nvflare.fuel.f3.streaming.download_service import OBJ_DOWNLOADER_CHANNEL
+from nvflare.fuel.f3.streaming.stream_const import StreamHeaderKey
 from nvflare.fuel.utils import fobs
 from nvflare.fuel.utils.fobs import FOBSContextKey
 
@@ -46,8 +48,10 @@ MODEL = {
 
 
 #: To be encoded on its way.
-WEIGHTS = torch.randn(400, 1000)
+WEIGHTS = torch.randn(800, 1000)
 FEW_BITS = {"w": marked(WEIGHTS, get_codec("normfloat4")), "b": torch.ones(3)}
+#: Together no more than a description may have in it.
+ADAPTER = {f"w{i}": torch.full((8, 768), float(i)) for i in range(10)}
 
 
 def same(got: dict) -> bool:
@@ -100,6 +104,7 @@ class Pair:
         self.finished = threading.Event()
         self.server.register_request_cb(channel="test", topic="get", cb=lambda request: self.reply({"model": MODEL}))
         self.server.register_request_cb(channel="test", topic="few", cb=lambda request: self.reply(FEW_BITS))
+        self.server.register_request_cb(channel="test", topic="adapter", cb=lambda request: self.reply(ADAPTER))
         self.server.register_request_cb(channel="test", topic="put", cb=self.put)
         self.server.update_fobs_context({FOBSContextKey.DOWNLOAD_COMPLETE_CB: self.complete})
 
@@ -154,6 +159,26 @@ class Pair:
         finally:
             self.site.update_fobs_context(dict.fromkeys(to_disk))
 
+    def asked_of_the_sender(self, topic: str) -> list[list[str]]:
+        """Pull one message, and give the requests about its download that the site sends: "plain" for one that is a
+        single message, "stream" for one that FLARE makes a byte stream of. What expects no answer is not counted."""
+        asked: list[str] = []
+
+        def note(message) -> None:
+            headers = message.headers
+            if headers.get(StreamHeaderKey.CHANNEL) == OBJ_DOWNLOADER_CHANNEL:
+                if headers.get(StreamHeaderKey.STREAM_REQ_ID) and not headers.get(StreamHeaderKey.SEQUENCE):
+                    asked.append("stream")
+            elif headers.get(MessageHeaderKey.CHANNEL) == OBJ_DOWNLOADER_CHANNEL:
+                asked.append("plain")
+
+        self.finished.clear()
+        self.site.core_cell.add_outgoing_request_filter("*", "*", note)
+        request = new_cell_message({}, {})
+        self.site.send_request(channel="test", topic=topic, target="server", request=request, timeout=60.0)
+        self.finished.wait(30.0)
+        return list(asked)
+
     def send(self) -> dict:
         request = new_cell_message({}, {"model": MODEL})
         reply = self.site.send_request(channel="test", topic="put", target="server", request=request, timeout=60.0)
@@ -180,6 +205,8 @@ def main() -> None:
     pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: None})
     results["again"] = {**pair.get(), "log": lines.take(), "records": records.take()}
     results["few bits"] = {**pair.get_few_bits(), "records": records.take()}
+    results["asked"] = {topic: pair.asked_of_the_sender(topic) for topic in ("few", "adapter")}
+    records.take()
     results["few bits on disk"] = {**pair.get_few_bits_to_disk(), "records": records.take(), "log": lines.take()}
     results["up"] = {**pair.send(), "log": lines.take(), "records": records.take()}
 
