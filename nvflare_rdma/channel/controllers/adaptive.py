@@ -30,6 +30,10 @@ class AdaptiveController(Controller):
     alone, just large enough that the cost of each grant does not matter. That there is a best size on lossy links, that
     it grows with bandwidth, and that fast links want several in flight, is FedRDMA's finding (arXiv 2403.00881). More
     than `MAX_GRANTS` would be needed on a long fat link: chunks get larger instead.
+
+    Over more than `FEW_RAILS` each has a small part of the link. Chunks are then small enough that each rail has
+    `RAIL_CHUNKS` in the window, so that none idles for the round trip that its next grant takes, and a message does not
+    end with one rail at work; and the window is never so small that they have not.
     """
 
     name: ClassVar[str] = "adaptive"
@@ -54,6 +58,9 @@ class AdaptiveController(Controller):
     MAX_PROBE_PATIENCE = 640
     CHUNK_SECONDS = 0.025  # a chunk twice as long on the wire leaves too few completions to learn from
     SMALL_CHUNK_SECONDS = 50e-6  # what a grant may cost a sender
+    FEW_RAILS, RAIL_CHUNKS = 2, 2
+    #: of the link, that a chunk takes at least where there are many rails: what a grant costs both sides in Python
+    MANY_CHUNK_SECONDS = 0.002
 
     def __init__(self, chunk_bytes: int, depth: int, max_window_bytes: int) -> None:
         self._max_window = max_window_bytes
@@ -79,6 +86,7 @@ class AdaptiveController(Controller):
         self._slow_rounds = 0
         self._probe_patience = self.RATE_ROUNDS
         self._losses_in_a_row = 0
+        self._rails = 1
         # Should nothing of the start size get through, these tell after two round trips; the sender's NIC may take
         # eight to give up.
         self._scouting = depth > self.SCOUTS and chunk_bytes > self._smallest
@@ -99,6 +107,11 @@ class AdaptiveController(Controller):
     def window_bytes(self) -> int:
         """See `Controller.window_bytes`."""
         return self._window
+
+    def set_rails(self, count: int) -> None:
+        """See `Controller.set_rails`."""
+        self._rails = count
+        self._resize()
 
     def granted(self, length: int, now: float, rail: int = 0) -> None:
         """See `Controller.granted`."""
@@ -220,6 +233,19 @@ class AdaptiveController(Controller):
 
     def _chunk_size(self) -> int:
         """A power of two, once the bandwidth is known."""
+        if self._rails <= self.FEW_RAILS:
+            return self._link_chunk_size()
+        bandwidth, most = self._bandwidth.value, float(self._start_window)
+        if bandwidth:
+            most = self.GAIN * bandwidth * self._floor.get(self._smallest, bandwidth)
+        most = max(most / (self.RAIL_CHUNKS * self._rails), self.MANY_CHUNK_SECONDS * bandwidth)
+        size = self._smallest
+        while 2 * size <= min(most, self._largest):
+            size *= 2
+        return min(size, self._link_chunk_size())
+
+    def _link_chunk_size(self) -> int:
+        """That of a link whose rails are few."""
         bandwidth = self._bandwidth.value
         losses = self.LOSSES if self._rate.delivered else self.FIRST_LOSSES
         usual = self._rate.in_order and self._losses_in_a_row < losses
@@ -253,4 +279,6 @@ class AdaptiveController(Controller):
             window += min(self._rate.overtaken, self.OVERTAKEN * window)
             if self._starting:
                 window = max(window, self._start_window)
+            if self._rails > self.FEW_RAILS:
+                window = max(window, self.RAIL_CHUNKS * chunk * self._rails)
         self._window = int(min(max(window, chunk), self._max_window, MAX_GRANTS * chunk))
