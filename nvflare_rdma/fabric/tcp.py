@@ -130,6 +130,7 @@ class TcpEndpoint(Endpoint):
         self._congestion = congestion
         self._open_rail = open_rail
         self._dialled = 0
+        self._refused = False  # a rail could not be opened
         self._losses = LossWatch()
         self._keys = itertools.count(1)
         self._lock = threading.Lock()
@@ -190,6 +191,8 @@ class TcpEndpoint(Endpoint):
         """See `Endpoint.wanted`."""
         with self._lock:
             sockets = {rail: sock for rail, sock in self._sockets.items() if rail not in self._down}
+        if self._refused:
+            return len(sockets)
         few = min(rails_for_round_trip(round_trip(sockets)), self._most)
         if self._losses.is_lossy(sockets):
             return min(max(few, 2 * len(sockets)), self._most)
@@ -197,7 +200,7 @@ class TcpEndpoint(Endpoint):
 
     def grow(self, count: int) -> None:
         """See `Endpoint.grow`. A rail that can't be opened is the last that is tried."""
-        if self._open_rail is None:
+        if self._open_rail is None or self._refused:
             return
         with self._lock:
             first, last = self._dialled, min(count, self._most)
@@ -211,7 +214,7 @@ class TcpEndpoint(Endpoint):
         try:
             joined = self.attach(rail, open_rail(rail, deadline))
         except OSError as error:
-            self._most = min(self._most, len(self._sockets))
+            self._refused = True
             if not self._closed:
                 log.info("tcp rail %d can't be opened, data goes over the others: %s", rail, error)
         else:
@@ -234,7 +237,7 @@ class TcpEndpoint(Endpoint):
         except OSError as error:
             if not self._sockets:
                 raise FabricError(f"no tcp rail could be opened: {error}") from error
-            self._most = len(self._sockets)
+            self._refused = True
 
     def attach(self, rail: int, sock: socket.socket, answer: bytes = b"") -> bool:
         """Take over a connected socket as `rail`, and send `answer` over it first. Returns whether it was taken: it is

@@ -116,7 +116,8 @@ def test_no_more_rails_join_than_there_are_tickets():
         far, offer = listening.offer(Recorder())
         near = TcpFabric(64, dial).connect({"tickets": offer["tickets"] + [bytes(32)] * 5}, Recorder())
         near.grow(64)
-        eventually(lambda: far.rails == 3 and near._most == near.rails == 3, DEADLINE)
+        eventually(lambda: far.rails == near.rails == 3 and near._refused, DEADLINE)
+        assert near.wanted() == 3
         near.close()
         far.close()
 
