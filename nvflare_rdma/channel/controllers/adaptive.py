@@ -32,8 +32,9 @@ class AdaptiveController(Controller):
     than `MAX_GRANTS` would be needed on a long fat link: chunks get larger instead.
 
     Over more than `FEW_RAILS` each has a small part of the link. Chunks are then small enough that each rail has
-    `RAIL_CHUNKS` in the window, so that none idles for the round trip that its next grant takes, and a message does not
-    end with one rail at work; and the window is never so small that they have not.
+    `RAIL_CHUNKS` in the window, so that none idles for the round trip that its next grant takes, and the window is
+    never so small that they have not. Nor is it much larger at the start: what is granted over a rail that turns out to
+    be slow can't be had over another, and a message would end with few rails at work.
     """
 
     name: ClassVar[str] = "adaptive"
@@ -59,6 +60,7 @@ class AdaptiveController(Controller):
     CHUNK_SECONDS = 0.025  # a chunk twice as long on the wire leaves too few completions to learn from
     SMALL_CHUNK_SECONDS = 50e-6  # what a grant may cost a sender
     FEW_RAILS, RAIL_CHUNKS = 2, 2
+    MANY_START_GAIN = 3.0  # TCP itself finds no more than twice the rate in a round trip
     #: of the link, that a chunk takes at least where there are many rails: what a grant costs both sides in Python
     MANY_CHUNK_SECONDS = 0.002
 
@@ -229,15 +231,16 @@ class AdaptiveController(Controller):
         return self._floor.get(self.chunk_bytes, self._bandwidth.value)
 
     def _probe_window(self) -> float:
-        return max(self.chunk_bytes, 0.5 * self._bandwidth.value * self._least_latency())
+        # Some rails at work tell little of many.
+        least = self.chunk_bytes * (self._rails if self._rails > self.FEW_RAILS else 1)
+        return max(least, 0.5 * self._bandwidth.value * self._least_latency())
 
     def _chunk_size(self) -> int:
         """A power of two, once the bandwidth is known."""
         if self._rails <= self.FEW_RAILS:
             return self._link_chunk_size()
-        bandwidth, most = self._bandwidth.value, float(self._start_window)
-        if bandwidth:
-            most = self.GAIN * bandwidth * self._floor.get(self._smallest, bandwidth)
+        bandwidth = self._bandwidth.value
+        most = self.GAIN * bandwidth * self._floor.get(self._smallest, bandwidth)
         most = max(most / (self.RAIL_CHUNKS * self._rails), self.MANY_CHUNK_SECONDS * bandwidth)
         size = self._smallest
         while 2 * size <= min(most, self._largest):
@@ -265,11 +268,13 @@ class AdaptiveController(Controller):
         self._chunk = self._chunk_size()
         chunk = self.chunk_bytes
         floor = self._least_latency()
+        many = self._rails > self.FEW_RAILS
         if self._probe is not None:
             window = self._probe_window() + self._rate.overtaken
         else:
             growing = self._starting and self._limited_rounds < self.LIMITED_ROUNDS
-            window = (self.START_GAIN if growing else self.GAIN) * self._bandwidth.value * floor
+            start_gain = self.MANY_START_GAIN if many else self.START_GAIN
+            window = (start_gain if growing else self.GAIN) * self._bandwidth.value * floor
             if self._app_limited:
                 window = min(window, self.HEADROOM * self._most_in_flight)
             if self._loss_cap is not None:
@@ -277,8 +282,8 @@ class AdaptiveController(Controller):
             # Two more: one that waits for the wire while another is on it, and one whose grant is on its way.
             window += 2 * chunk
             window += min(self._rate.overtaken, self.OVERTAKEN * window)
-            if self._starting:
-                window = max(window, self._start_window)
-            if self._rails > self.FEW_RAILS:
+            if many:
                 window = max(window, self.RAIL_CHUNKS * chunk * self._rails)
+            elif self._starting:
+                window = max(window, self._start_window)
         self._window = int(min(max(window, chunk), self._max_window, MAX_GRANTS * chunk))

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 _NEWEST = 0.25
 #: An idle rail counts as no slower than this many times the mean, or one that was slow once would never be tried again.
 _IDLE_PACE = 2.0
+#: Seconds of idleness after which nothing is known of a rail any more: TCP begins anew, too (RFC 2861).
+_FORGOTTEN = 1.0
 #: A rail over which nothing has landed for so many times as long as usual is taken to be stuck.
 _STUCK = 3.0
 
@@ -58,6 +60,8 @@ class RailLoads:
         """A chunk was granted over a rail."""
         load = self._rails[rail]
         if not load.nbytes:
+            if now - load.since > _FORGOTTEN:
+                load.pace = load.gap = 0.0
             load.since = now
         load.nbytes += nbytes
 
@@ -76,13 +80,14 @@ class RailLoads:
     def soonest(self, nbytes: int, now: float) -> int:
         """The rail over which a chunk is expected to land first. Where nothing is known, it is the one with the least
         on its way."""
-        known = [load.pace for load in self._rails.values() if load.pace]
-        mean = sum(known) / len(known) if known else 0.0
+        paces = [load.pace for load in self._rails.values() if load.pace]
+        mean = sum(paces) / len(paces) if paces else 0.0
 
         def order(rail: int) -> tuple[float, int, int]:
             load = self._rails[rail]
             if not load.nbytes:
-                pace = min(load.pace or mean, _IDLE_PACE * mean)
+                known = load.pace and now - load.since <= _FORGOTTEN
+                pace = min(load.pace, _IDLE_PACE * mean) if known else mean
                 return nbytes * pace, 0, rail
             silent = now - load.since
             stuck = silent if load.gap and silent > _STUCK * load.gap else 0.0

@@ -54,7 +54,7 @@ def test_where_nothing_is_known_the_rail_with_the_least_on_its_way_is_taken():
 def test_a_slow_rail_does_not_hold_the_end_of_a_message():
     loads, paces = opened(8), [0.02] * 7 + [0.4]
     first, _ = deliver(loads, paces, 100, window=24)
-    seconds, counts = deliver(loads, paces, 100, 24, start=10.0)
+    seconds, counts = deliver(loads, paces, 100, 24, start=first)
     assert counts[7] <= 1
     assert seconds < min(first, 100 * 0.02 / 7 + 0.4)
 
@@ -76,6 +76,16 @@ def test_a_rail_that_was_slow_once_is_tried_again():
     for _ in range(200):
         loads.granted(0, CHUNK, 10.0)
     assert loads.soonest(CHUNK, 10.0) == 1
+
+
+def test_rails_that_were_idle_are_alike_again():
+    loads = opened(8)
+    end, _ = deliver(loads, [0.02] * 4 + [0.1] * 4, 100, window=16)
+    taken = []
+    for _ in range(8):
+        taken.append(loads.soonest(CHUNK, end + 2.0))
+        loads.granted(taken[-1], CHUNK, end + 2.0)
+    assert sorted(taken) == list(range(8))
 
 
 def test_a_rail_that_is_stuck_gets_nothing_more():
