@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nvflare_rdma.channel import ChannelLimits, LinkContext
+from nvflare_rdma.channel import ChannelLimits, LinkContext, SharedPorts
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.fabric import (
     Availability,
@@ -142,6 +142,7 @@ class Shared:
         notices: what was said in the log of transfers with each peer.
         environment: what is handed on to the processes that FLARE starts.
         blob_memory: the memory in which FLARE puts together large blobs.
+        ports: the ports that FLARE's connections come to by the driver, for other connections of this package.
     """
 
     links: LinksByCell = field(default_factory=LinksByCell)
@@ -154,6 +155,7 @@ class Shared:
     notices: Notices = field(default_factory=Notices)
     environment: EnvironmentChanges = field(default_factory=EnvironmentChanges)
     blob_memory: SlotPool = field(default_factory=lambda: SlotPool(keep_bytes=None))
+    ports: SharedPorts = field(default_factory=SharedPorts)
 
 
 @dataclass(frozen=True)
