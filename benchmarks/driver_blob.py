@@ -1,4 +1,5 @@
 """One blob, one way, through FLARE's streaming between two processes: rdma beside FLARE's tcp and grpc drivers.
+`upgraded` is our driver on FLARE's scheme tcp (`rdma_upgrade`), `mixed` the same with a sender that has FLARE's own.
 
     python benchmarks/driver_blob.py [--sizes 64,256,1024] [--rounds 5] [--only tcp,grpc,rdma-tcp,rdma-tcp+best]
 
@@ -41,8 +42,9 @@ from nvflare_rdma.fabric import probe
 from nvflare_rdma.settings import Settings
 
 CHANNEL, TOPIC = "bench", "blob"
-OURS = {"rdma-tcp": "tcp", "rdma-shm": "shm"}  # with the fabric it is held to
-BASES = ("tcp", "grpc", *OURS)
+OURS = {"rdma-tcp": "tcp", "rdma-shm": "shm", "upgraded": "tcp"}  # with the fabric it is held to
+BASES = ("tcp", "grpc", "mixed", *OURS)
+SCHEMES = {"rdma-tcp": "rdma", "rdma-shm": "rdma", "grpc": "grpc"}  # else tcp
 CONFIGURATIONS = tuple(base + suffix for suffix in ("", "+best") for base in BASES)
 TIMEOUT = 120.0
 console = Console(width=150)
@@ -108,19 +110,23 @@ class Side:
 # -- the parent --------------------------------------------------------------------------------------------
 
 
-def environment(configuration: str) -> dict[str, str]:
+def environment(configuration: str, role: str) -> dict[str, str]:
     base, _, best = configuration.partition("+")
-    chosen = {"NVFLARE_COMM_DRIVER_PATH": driver_path()} if base in OURS else {}
-    if base in OURS:
-        chosen["NVFLARE_RDMA_FABRICS"] = OURS[base]
+    chosen = {}
+    if base in OURS or (base == "mixed" and role == "server"):
+        chosen["NVFLARE_COMM_DRIVER_PATH"] = driver_path()
+        chosen["NVFLARE_RDMA_FABRICS"] = OURS.get(base, "tcp")
+        chosen["NVFLARE_RDMA_UPGRADE"] = str(base not in SCHEMES)
     return chosen | (BEST_ENVIRONMENT if best else {})
 
 
 def run_pair(configuration: str, nbytes: int) -> tuple[dict[str, float], dict[str, float]]:
     """The first and the second transfer of a fresh pair."""
     base = configuration.partition("+")[0]
-    arguments = [f"{'rdma' if base in OURS else base}://127.0.0.1:{free_port()}", str(nbytes)]
-    peers = [Peer(["--peer", role, *arguments], environment(configuration), __file__) for role in ("server", "client")]
+    arguments = [f"{SCHEMES.get(base, 'tcp')}://127.0.0.1:{free_port()}", str(nbytes)]
+    peers = [
+        Peer(["--peer", role, *arguments], environment(configuration, role), __file__) for role in ("server", "client")
+    ]
     server, client = peers
     try:
         for peer in peers:

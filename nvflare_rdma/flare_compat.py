@@ -273,6 +273,16 @@ def replace_blob_task(task: type) -> None:
     blob_streamer.BlobTask = task
 
 
+def take_over_schemes(driver: type) -> None:
+    """Have FLARE use `driver` for its schemes in this process, in place of what it has for them. FLARE itself keeps the
+    first driver of a scheme, and registers its own before it looks at folders of others."""
+    require_flare("rdma_upgrade")
+    from nvflare.fuel.f3 import communicator
+
+    for scheme in driver.supported_transports():  # type: ignore[attr-defined]
+        communicator.driver_mgr.drivers[scheme] = driver
+
+
 # -- recipes and jobs ----------------------------------------------------------------------------------------
 
 

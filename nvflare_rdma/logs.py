@@ -39,7 +39,9 @@ class _EscapingLogger(logging.LoggerAdapter[logging.Logger]):
         if self.isEnabledFor(level):
             safe = [arg if isinstance(arg, Number) else _Escaped(arg) for arg in args]
             kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1  # the line is the caller's
-            self.logger.log(level, msg, *safe, **kwargs)
+            # Whole, without arguments: where a line has "[name=value]: " in it, FLARE's formatter takes that for its
+            # own, puts what is left in place of the format, and then fails on the arguments.
+            self.logger.log(level, str(msg) % tuple(safe) if safe else msg, **kwargs)
 
 
 def get_logger(name: str) -> logging.LoggerAdapter[logging.Logger]:

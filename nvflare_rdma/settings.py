@@ -41,6 +41,7 @@ class Settings:
         rdma_retry_count: see `VerbsOptions`.
         rdma_data_ports: where this side listens for direct links: `auto` (the server on any free port, clients
             nowhere), `none`, a port or a range.
+        rdma_upgrade: whether the driver takes over FLARE's schemes `tcp` and `stcp`.
     """
 
     rdma_fabrics: tuple[str, ...] = tuple(FABRICS)
@@ -55,6 +56,7 @@ class Settings:
     rdma_ack_timeout: int = 16
     rdma_retry_count: int = 6
     rdma_data_ports: str | tuple[int, int] = "auto"
+    rdma_upgrade: bool = False
 
     @property
     def verbs(self) -> VerbsOptions:
@@ -106,6 +108,8 @@ def parse_settings(values: Mapping[str, Any]) -> Settings:
             parsed[name] = tuple(part.strip() for part in str(value).split(",") if part.strip())
         elif name == "rdma_tcp_congestion":
             parsed[name] = str(value).strip()  # the kernel says what there is: see TcpFabric
+        elif name == "rdma_upgrade":
+            parsed[name] = _truth(name, value)
         else:
             parsed[name] = _integer(name, value)
     return Settings(**parsed)
@@ -116,6 +120,13 @@ def _choice(name: str, value: Any) -> str:
     if choice not in _CHOICES[name]:
         raise ConfigError(f"{name}={value!r} is unknown. Allowed: {', '.join(_CHOICES[name])}.")
     return choice
+
+
+def _truth(name: str, value: Any) -> bool:
+    text = str(value).strip().lower()
+    if text not in ("true", "false"):
+        raise ConfigError(f"{name}={value!r} is neither true nor false. Allowed: true, false.")
+    return text == "true"
 
 
 def _ports(text: str) -> str | tuple[int, int]:
@@ -150,6 +161,16 @@ def load_settings() -> Settings:
         ConfigError: as `parse_settings`.
     """
     return parse_settings(_present())
+
+
+def wants_upgrade() -> bool:
+    """What `rdma_upgrade` is, whatever is wrong with other settings: who uses those says so.
+
+    Raises:
+        ConfigError: it is neither true nor false.
+    """
+    name = "rdma_upgrade"
+    return parse_settings({key: value for key, value in _present().items() if key == name}).rdma_upgrade
 
 
 def settings_environment() -> dict[str, str]:

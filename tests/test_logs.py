@@ -9,6 +9,7 @@ import pytest
 import torch
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from nvflare.apis.fl_context import FLContext
+from nvflare.fuel.utils.log_utils import BaseFormatter
 
 from nvflare_rdma.errors import CodecError, FabricError, ProtocolError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
@@ -45,6 +46,12 @@ def test_a_line_shows_what_its_format_asks_for(caplog):
     log.warning("%r, %r and '%s'", OSError(9, FORGED), FORGED, FORGED)
     log.warning("%d of %.1f, %5d, %s", np.int64(3), np.float32(4.5), True, np.uint8(7))
     assert caplog.messages == [f"OSError(9, '{SHOWN}'), '{SHOWN}' and '{SHOWN}'", "3 of 4.5,     1, 7"]
+
+
+def test_flares_formatter_shows_a_line_that_looks_as_its_own(caplog):
+    get_logger("nvflare_rdma.test").warning("%s: 100 %% of %s", "[CH1 PASSIVE tcp://0:8002?admin_listener=true]", "it")
+    shown = BaseFormatter("%(fl_ctx)s %(message)s").format(caplog.records[0])
+    assert shown == "[CH1 PASSIVE tcp://0:8002?admin_listener=true]: 100 % of it".replace("]: ", "] ")
 
 
 @pytest.mark.parametrize("kind", [CodecError, ProtocolError, FabricError])

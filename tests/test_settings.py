@@ -17,6 +17,11 @@ def test_defaults_and_overrides():
     assert (parsed.rdma_fabrics, parsed.rdma_rails, parsed.rdma_chunk_bytes) == (("tcp",), 4, 65536)
 
 
+@pytest.mark.parametrize(("value", "means"), [(True, True), ("True", True), (" true", True), ("false", False)])
+def test_a_truth_may_be_of_json_or_of_the_environment(value, means):
+    assert parse_settings({"rdma_upgrade": value}).rdma_upgrade is means
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -32,6 +37,8 @@ def test_defaults_and_overrides():
         ({"rdma_gid_index": ""}, r"rdma_gid_index='' is not a whole number"),
         ({"rdma_ack_timeout": 0}, r"rdma_ack_timeout=0 is out of range. Allowed: 1 to 31"),  # 0 waits for ever
         ({"rdma_ack_timeout": 32}, r"rdma_ack_timeout=32 is out of range. Allowed: 1 to 31"),
+        ({"rdma_upgrade": "yes"}, r"rdma_upgrade='yes' is neither true nor false. Allowed: true, false"),
+        ({"rdma_upgrade": 1}, r"rdma_upgrade=1 is neither true nor false"),
         ({"rdma_retry_count": 8}, r"rdma_retry_count=8 is out of range. Allowed: 0 to 7"),
     ],
 )

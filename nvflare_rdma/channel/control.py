@@ -14,12 +14,13 @@ import ssl
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.fabric import keep_alive
 
 _RECEIVE_BYTES = 256 * 1024
+_SEND_BYTES = 256 * 1024
 NO_GOODBYE = "the peer closed the connection without a goodbye, as when its process ends"
 
 
@@ -41,6 +42,8 @@ class ControlStream:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
+        self._writable = select.poll()
+        self._writable.register(sock, select.POLLOUT)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         keep_alive(sock)
@@ -51,6 +54,11 @@ class ControlStream:
     def secure(self) -> bool:
         """Whether the stream speaks TLS."""
         return self._tls is not None
+
+    @property
+    def alpn(self) -> str:
+        """The protocol that both sides agreed on in the TLS handshake (ALPN); "" if they agreed on none."""
+        return (self._tls.selected_alpn_protocol() or "") if self._tls is not None else ""
 
     def way(self, dialled: bool) -> str:
         """For people: whether there is TLS, and the port of the side that was dialled, or whose port leads there."""
@@ -109,7 +117,7 @@ class ControlStream:
         if data:
             self._sock.sendall(data)
 
-    def protect(self, messages: Iterable[bytes]) -> bytes:
+    def protect(self, messages: Iterable[bytes | memoryview]) -> bytes:
         """Return the bytes to send for `messages`, encrypted if the stream is secure. They must be sent in the order of
         these calls."""
         data = b"".join(messages)
@@ -159,6 +167,58 @@ class ControlStream:
             with self._tls_lock:
                 self._incoming.write(data)
             over = time.monotonic() >= deadline
+
+    # -- for bytes without messages ------------------------------------------------------------------------
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """Put what has come into `buffer`, and return how much that is; wait for it if there is nothing. 0 when the
+        peer has closed the stream. Raises OSError if it is broken. One thread at a time, and not one in `receive`."""
+        if self._tls is None:
+            return self._sock.recv_into(buffer)
+        while True:
+            with self._tls_lock:
+                got, ended = self._decrypt_into(self._tls, buffer)
+            if got or ended:
+                return got
+            data = self._sock.recv(_RECEIVE_BYTES)
+            if not data:
+                return 0
+            with self._tls_lock:
+                self._incoming.write(data)
+
+    def send_part(self, data: memoryview, timeout: float) -> int:
+        """Send a first part of `data`, and return how much that is. One thread at a time, as with `send`.
+
+        Raises:
+            TimeoutError: the socket did not take it within `timeout` seconds, and may have taken a part of it. OSError:
+                the stream is broken.
+        """
+        part = data[:_SEND_BYTES]
+        deadline, left = time.monotonic() + timeout, memoryview(self.protect([part]))
+        while left:
+            try:
+                left = left[self._sock.send(left, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                if not self._writable.poll(max(deadline - time.monotonic(), 0.0) * 1000):
+                    raise TimeoutError(f"the peer took nothing for {timeout:g} s") from None
+        return len(part)
+
+    @staticmethod
+    def _decrypt_into(tls: ssl.SSLObject, buffer: memoryview) -> tuple[int, bool]:
+        """How much could be decrypted, and whether the peer has ended the stream."""
+        got = 0
+        try:
+            while got < len(buffer):
+                # It is an int where there is a buffer, which the types of the standard library don't know.
+                part = cast(int, tls.read(len(buffer) - got, cast(bytearray, buffer[got:])))
+                if not part:
+                    return got, True
+                got += part
+        except ssl.SSLWantReadError:
+            return got, False
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            return got, True
+        return got, False
 
     @staticmethod
     def _decrypt(tls: ssl.SSLObject) -> tuple[bytes, bool]:

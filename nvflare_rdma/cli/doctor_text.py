@@ -67,6 +67,8 @@ def _setting(name: str, value: Any) -> str:
         return "-".join(str(port) for port in dict.fromkeys(value))  # one port is a range from itself to itself
     if isinstance(value, tuple):
         return ",".join(str(part) for part in value)
+    if isinstance(value, bool):
+        return str(value).lower()
     return "" if value is None else str(value)
 
 

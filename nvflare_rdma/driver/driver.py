@@ -36,6 +36,7 @@ from nvflare_rdma.channel import (
 )
 from nvflare_rdma.driver.blob_memory import use_huge_pages
 from nvflare_rdma.driver.connection import RdmaConnection
+from nvflare_rdma.driver.sites import SiteConnections, site_of
 from nvflare_rdma.errors import ConfigError, RdmaError, TlsError, UnsupportedVersionError
 from nvflare_rdma.fabric import TcpFabric, connect_tcp, listen_tcp
 from nvflare_rdma.flare_compat import require_flare
@@ -44,20 +45,26 @@ from nvflare_rdma.runtime import Runtime, this_runtime
 
 log = get_logger(__name__)
 
-MAX_CONNECTIONS_OF_SITE = 64
 CLEAR_SCHEME, SECURE_SCHEME = "rdma", "srdma"
 #: A URL with an IPv6 address: that, and the port.
 _IPV6 = re.compile(r"[^/]*//\[([^\]]*)\]:?([^/?#]*)")
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """A connector's parameters and the process's runtime, checked."""
+class Prepared:
+    """A connector, its parameters and the process's runtime, checked."""
 
+    connector: ConnectorInfo
     host: str
     port: int
     tls: ssl.SSLContext | None
     runtime: Runtime
+
+
+def name_of(connector: ConnectorInfo) -> str:
+    """A connector's name for log lines. FLARE's has brackets, from which its formatter for the log takes what is in
+    them for a context of its own."""
+    return str(connector)[1:-1]
 
 
 def _parse_address(params: dict[str, Any]) -> tuple[str, int]:
@@ -83,28 +90,18 @@ def _is_ipv6(host: Any) -> bool:
         return False
 
 
-def _site(properties: dict[str, Any]) -> str:
-    """Who is at the other end, as far as that is known: the name in the certificate, else the host, which on this host
-    is nobody in particular ("")."""
-    common_name = properties.get(DriverParams.PEER_CN.value)
-    if common_name and common_name != "N/A":
-        return str(common_name)
-    host = str(properties[DriverParams.PEER_ADDR.value]).rpartition(":")[0]
-    own = str(properties[DriverParams.LOCAL_ADDR.value]).rpartition(":")[0]
-    return "" if host == own else host
-
-
 class RdmaDriver(BaseDriver):
     """The driver that FLARE finds in `comm_driver_path` (`nvflare-rdma driver-path` prints it)."""
+
+    secure_scheme = SECURE_SCHEME
+    feature = "The rdma driver"
 
     def __init__(self) -> None:
         super().__init__()
         self._door: Door | None = None
         self._stopping = threading.Event()
         self._process = os.getpid()
-        self._sites_lock = threading.Lock()
-        #: Site -> its links, the oldest first; "" has those that are nobody's in particular.
-        self._sites: dict[str, list[Link]] = {}
+        self._sites = SiteConnections()
         self._opening = Pending()  # what FLARE does not know yet, and has left the door
 
     @staticmethod
@@ -117,13 +114,13 @@ class RdmaDriver(BaseDriver):
         """FLARE's hook: FLARE has to send heartbeats, and TLS is supported."""
         return {DriverCap.SEND_HEARTBEAT.value: True, DriverCap.SUPPORT_SSL.value: True}
 
-    @staticmethod
-    def get_urls(scheme: str, resources: dict[str, Any]) -> tuple[str, str]:
+    @classmethod
+    def get_urls(cls, scheme: str, resources: dict[str, Any]) -> tuple[str, str]:
         """FLARE's hook: the URLs to connect to and to listen at."""
         secure = requires_secure_connection(resources)
         hosts = (DriverParams.HOST.value, DriverParams.LISTEN_HOST.value)
         ipv6 = {key: f"[{resources[key]}]" for key in hosts if _is_ipv6(resources.get(key))} if resources else {}
-        return get_tcp_urls(SECURE_SCHEME if secure else scheme, {**resources, **ipv6})  # type: ignore[no-any-return]
+        return get_tcp_urls(cls.secure_scheme if secure else scheme, {**resources, **ipv6})  # type: ignore[no-any-return]
 
     # -- the two ways to start -----------------------------------------------------------------------------
 
@@ -131,42 +128,62 @@ class RdmaDriver(BaseDriver):
         """FLARE's hook: take connections until `shutdown`."""
         self.connector = connector
         prepared = self._prepare(connector, ssl_server=True)
-        fabric = prepared.runtime.tcp()
-
-        def on_connection(sock: socket.socket, stream: ControlStream, admitted: Callable[[], None]) -> None:
-            self._run(sock, stream, Role.PASSIVE, connector, fabric, prepared, admitted)
-
-        def tls() -> ssl.SSLContext:
-            # Made for each guest: certificates may be renewed.
-            try:
-                return cast(ssl.SSLContext, get_ssl_context(connector.params, True))
-            except Exception as error:  # FLARE's code, which raises what it likes about a wrong file
-                raise TlsError(f"this side can't use its certificates: {error}") from error
-
-        listener = listen_tcp(prepared.host, prepared.port)
-        self._door = Door(listener, tls if prepared.tls else None, fabric, on_connection, str(connector))
+        self._door = self._make_door(prepared, prepared.runtime.tcp())
         if self._stopping.is_set():  # shut down before `shutdown` could see the door
             self._door.close()
         with prepared.runtime.shared.ports.shared(self._door):
             self._door.serve()
 
+    def _make_door(self, prepared: Prepared, fabric: TcpFabric) -> Door:
+        """A door that does not serve yet; rails come to `fabric`."""
+
+        def tls() -> ssl.SSLContext:
+            # Made for each guest: certificates may be renewed.
+            try:
+                return cast(ssl.SSLContext, self._tls_context(prepared.connector.params, True))
+            except Exception as error:  # FLARE's code, which raises what it likes about a wrong file
+                raise TlsError(f"this side can't use its certificates: {error}") from error
+
+        def on_connection(sock: socket.socket, stream: ControlStream, admitted: Callable[[], None]) -> None:
+            self._welcome(sock, stream, fabric, prepared, admitted)
+
+        listener = listen_tcp(prepared.host, prepared.port)
+        return Door(listener, tls if prepared.tls else None, fabric, on_connection, name_of(prepared.connector))
+
+    def _welcome(
+        self,
+        sock: socket.socket,
+        stream: ControlStream,
+        fabric: TcpFabric,
+        prepared: Prepared,
+        admitted: Callable[[], None],
+    ) -> None:
+        """Serve a connection that has come to the door."""
+        self._run_link(sock, stream, Role.PASSIVE, fabric, prepared, admitted)
+
     def connect(self, connector: ConnectorInfo) -> None:
         """FLARE's hook: connect to the peer, and return when the connection has ended."""
         self.connector = connector
         prepared = self._prepare(connector, ssl_server=False)
-        address = prepared.host, prepared.port
         try:
-            sock, stream = dial(address, prepared.tls, self._opening)
-            with sock:
-                # To where the control stream came through: a name may have several addresses, and hosts.
-                dial_rail = functools.partial(connect_tcp, sock.getpeername()[:2], GREETING_TIMEOUT)
-                fabric = prepared.runtime.tcp(dial_rail)
-                self._run(sock, stream, Role.ACTIVE, connector, fabric, prepared)
+            self._dial(prepared)
         except (OSError, RdmaError) as error:
             # A refused or dropped TCP connection is for FLARE's retry loop to report; what only we know is said here.
             if isinstance(error, RdmaError) and not self._stopping.is_set():
-                log.error("can't connect to %s: %s", connector, error)
+                log.error("can't connect to %s: %s", name_of(connector), error)
             raise
+
+    def _dial(self, prepared: Prepared) -> None:
+        """Connect, and serve the connection."""
+        sock, stream = dial((prepared.host, prepared.port), prepared.tls, self._opening)
+        with sock:
+            self._run_dialled(sock, stream, prepared)
+
+    def _run_dialled(self, sock: socket.socket, stream: ControlStream, prepared: Prepared) -> None:
+        """Open and serve a link to whom this side has dialled."""
+        # To where the control stream came through: a name may have several addresses, and hosts.
+        dial_rail = functools.partial(connect_tcp, sock.getpeername()[:2], GREETING_TIMEOUT)
+        self._run_link(sock, stream, Role.ACTIVE, prepared.runtime.tcp(dial_rail), prepared)
 
     def shutdown(self) -> None:
         """FLARE's hook: end all connections, and take no more. FLARE also calls it when a forked process exits, where
@@ -188,82 +205,68 @@ class RdmaDriver(BaseDriver):
 
     # -- one connection ------------------------------------------------------------------------------------
 
-    def _prepare(self, connector: ConnectorInfo, ssl_server: bool) -> _Prepared:
+    def _tls_context(self, params: dict[str, Any], ssl_server: bool) -> ssl.SSLContext | None:
+        """FLARE's context for TLS as a connector's parameters say; None for no TLS."""
+        return cast("ssl.SSLContext | None", get_ssl_context(params, ssl_server))
+
+    def _prepare(self, connector: ConnectorInfo, ssl_server: bool) -> Prepared:
         """What a connector's parameters and the settings say.
 
         A mistake in them is logged here and ends FLARE's retries, which would log it at debug level and go on.
         """
         params = connector.params
         try:
-            require_flare("The rdma driver")
+            require_flare(self.feature)
             use_huge_pages()
             if params.get(DriverParams.SCHEME.value) == SECURE_SCHEME:
                 # FLARE knows its own secure schemes only; this is how a connection says the same.
                 params[DriverParams.SECURE.value] = True
-            return _Prepared(
+            return Prepared(
+                connector,
                 *_parse_address(params),
-                get_ssl_context(params, ssl_server),
+                self._tls_context(params, ssl_server),
                 this_runtime(),
             )
         except (ConfigError, UnsupportedVersionError, CommError) as error:
             connector.stopped.set()
-            log.error("can't start %s: %s", connector, error)
+            log.error("can't start %s: %s", name_of(connector), error)
             raise CommError(CommError.BAD_CONFIG, str(error)) from error
         except (OSError, RuntimeError) as error:
             # A certificate that can't be read may be on its way (rotation): FLARE tries again.
-            log.error("can't start %s: %s", connector, error)
+            log.error("can't start %s: %s", name_of(connector), error)
             raise
 
-    def _run(
+    def _run_link(
         self,
         sock: socket.socket,
         stream: ControlStream,
         role: Role,
-        connector: ConnectorInfo,
         fabric: TcpFabric,
-        prepared: _Prepared,
+        prepared: Prepared,
         admitted: Callable[[], None] = lambda: None,
     ) -> None:
         """Open a link on a control stream, make it known to FLARE, and receive until it ends."""
         with self._opening.track(sock):
-            connection = self._make_connection(sock, stream, role, connector, fabric, prepared)
-        assert connection.link is not None
+            connection = self._make_connection(sock, stream, role, fabric, prepared)
+        link = connection.link
+        assert link is not None
         admitted()
-        site = stream.site
-        self._make_room(site, connection.link)
-        try:
-            self.add_connection(connection)
-            if self._stopping.is_set():  # shut down before `shutdown` could see it
-                connection.close()
-            connection.link.run()
-        finally:
-            connection.link.close(0.0)
-            self.close_connection(connection)
-            with self._sites_lock:
-                self._sites[site].remove(connection.link)
-                if not self._sites[site]:
-                    del self._sites[site]
+        with self._sites.counted(stream.site, link):
+            try:
+                self._introduce(connection)
+                link.run()
+            finally:
+                link.close(0.0)
+                self.close_connection(connection)
 
-    def _make_room(self, site: str, link: Link) -> None:
-        """Count a connection of a site, and close the oldest if there are too many: one that is idle first."""
-        with self._sites_lock:
-            others = [other for other in self._sites.setdefault(site, []) if other.usable]
-            self._sites[site].append(link)
-        while site and len(others) >= MAX_CONNECTIONS_OF_SITE:
-            oldest = next((other for other in others if other.idle), others[0])
-            text = "%s has %d connections, which are the most for one site; the oldest is closed"
-            log.warning(text, site, len(others))
-            others.remove(oldest)
-            oldest.close(0.0)
+    def _introduce(self, connection: Any) -> None:
+        """Make a connection known to FLARE."""
+        self.add_connection(connection)
+        if self._stopping.is_set():  # shut down before `shutdown` could see it
+            connection.close()
 
     def _make_connection(
-        self,
-        sock: socket.socket,
-        stream: ControlStream,
-        role: Role,
-        connector: ConnectorInfo,
-        fabric: TcpFabric,
-        prepared: _Prepared,
+        self, sock: socket.socket, stream: ControlStream, role: Role, fabric: TcpFabric, prepared: Prepared
     ) -> RdmaConnection:
         """A connection whose link is open."""
         properties = {
@@ -273,9 +276,9 @@ class RdmaDriver(BaseDriver):
         if stream.secure:
             certificate = stream.peer_certificate()
             properties[DriverParams.PEER_CN.value] = get_certificate_common_name(certificate) if certificate else "N/A"
-        connection = RdmaConnection(connector, properties)
+        connection = RdmaConnection(prepared.connector, properties)
         fabrics = prepared.runtime.fabrics(fabric, sock)
-        stream.site = _site(properties)
+        stream.site = site_of(properties)
         connection.link = Link(stream, role, fabrics, prepared.runtime.context, connection.receive, connection.name)
         try:
             connection.link.open()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from nvflare_rdma.driver import RdmaDriver
+from nvflare_rdma.driver import RdmaDriver, take_over_where_asked
+
+# Not a class of this module: FLARE would register it for schemes that it has a driver for, and log an error.
+take_over_where_asked()
 
 __all__ = ["RdmaDriver"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 import threading
@@ -218,3 +219,65 @@ def test_a_peer_that_reads_nothing_of_what_it_causes_ends_its_link():
         far.close()
         writer.stop(DEADLINE)
         assert not writer.thread.is_alive()
+
+
+def test_bytes_without_messages_come_in_parts_and_end_with_the_stream(streams):
+    client, server = streams
+    in_parallel(lambda: client.handshake(DEADLINE), lambda: server.handshake(DEADLINE))
+    data = bytes(range(256)) * 4096
+    got = bytearray(len(data) + 10)
+
+    def send() -> None:
+        left = memoryview(data)
+        while left:
+            left = left[client.send_part(left, DEADLINE) :]
+        # A peer may end TLS with a goodbye, as OpenSSL's own programs do.
+        with contextlib.suppress(ssl.SSLWantReadError):
+            client._tls.unwrap()
+        client._flush()
+
+    def receive() -> int:
+        size = 0
+        while part := server.receive_into(memoryview(got)[size:]):
+            size += part
+        return size
+
+    received: list[int] = []
+    in_parallel(send, lambda: received.append(receive()))
+    assert received == [len(data)]
+    assert got[: len(data)] == data
+
+
+def test_a_part_that_is_not_taken_in_time_is_an_error(streams):
+    client, server = streams
+    in_parallel(lambda: client.handshake(DEADLINE), lambda: server.handshake(DEADLINE))
+    data = memoryview(bytes(1024 * 1024))
+
+    def fill() -> None:
+        while True:
+            client.send_part(data, 0.2)
+
+    with pytest.raises(TimeoutError, match=r"the peer took nothing for 0\.2 s"):
+        fill()
+
+
+def test_both_ends_know_what_they_have_agreed_on(contexts):
+    def agreed(offered: list[str], known: list[str]) -> tuple[str, str]:
+        client = ssl.create_default_context(ssl.Purpose.SERVER_AUTH)
+        client.check_hostname = False
+        client.verify_mode = ssl.CERT_NONE
+        if offered:
+            client.set_alpn_protocols(offered)
+        contexts[1].set_alpn_protocols(known)
+        pair = socket.socketpair()
+        near, far = ControlStream(pair[0], client), ControlStream(pair[1], contexts[1], server_side=True)
+        in_parallel(lambda: near.handshake(DEADLINE), lambda: far.handshake(DEADLINE))
+        try:
+            return near.alpn, far.alpn
+        finally:
+            near.close()
+            far.close()
+
+    assert agreed(["one"], ["one"]) == ("one", "one")
+    assert agreed(["other"], ["one"]) == agreed([], ["one"]) == ("", "")
+    assert ControlStream(socket.socketpair()[0]).alpn == ""

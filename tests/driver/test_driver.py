@@ -10,91 +10,18 @@ from contextlib import contextmanager
 
 import pytest
 from nvflare.fuel.f3.comm_error import CommError
-from nvflare.fuel.f3.connection import ConnState, FrameReceiver
+from nvflare.fuel.f3.connection import ConnState
 from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo, Mode
-from nvflare.fuel.f3.drivers.driver import ConnMonitor
 from nvflare.fuel.f3.drivers.net_utils import parse_url
 
 from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC, Hello, encode
 from nvflare_rdma.driver import RdmaDriver
 from nvflare_rdma.driver import driver as driver_module
+from nvflare_rdma.driver import sites as sites_module
 from nvflare_rdma.runtime import shared
 from tests.support.processes import free_port
+from tests.support.running_drivers import DEADLINE, Running, running, wait_for_port
 from tests.support.waiting import eventually
-
-DEADLINE = 20.0
-
-
-class Monitor(ConnMonitor):
-    """Records connections as FLARE's connection manager would."""
-
-    def __init__(self) -> None:
-        self.states: list[ConnState] = []
-        self.connections: list = []
-        self._changed = threading.Condition()
-
-    def state_change(self, connection) -> None:
-        with self._changed:
-            self.states.append(connection.state)
-            if connection.state is ConnState.CONNECTED:
-                connection.register_frame_receiver(Ignore())
-                self.connections.append(connection)
-            self._changed.notify_all()
-
-    def wait_for(self, state: ConnState, count: int = 1) -> None:
-        with self._changed:
-            assert self._changed.wait_for(lambda: self.states.count(state) >= count, DEADLINE), self.states
-
-
-class Ignore(FrameReceiver):
-    def process_frame(self, frame) -> None:
-        pass
-
-
-class Running:
-    """A driver that connects or listens in a thread."""
-
-    def __init__(self, url: str, mode: Mode, **params) -> None:
-        self.driver, self.monitor = RdmaDriver(), Monitor()
-        self.driver.register_conn_monitor(self.monitor)
-        self.connector = ConnectorInfo(
-            "CH", self.driver, {**parse_url(url), **params}, mode, 0, 0, False, threading.Event()
-        )
-        self.error: Exception | None = None
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        start = self.driver.connect if self.connector.mode is Mode.ACTIVE else self.driver.listen
-        try:
-            start(self.connector)
-        except Exception as error:  # noqa: BLE001 - FLARE's loop catches all, too
-            self.error = error
-
-    def join(self) -> None:
-        self.thread.join(DEADLINE)
-        assert not self.thread.is_alive(), "the driver does not return"
-
-
-@contextmanager
-def running(url: str, mode: Mode, **params):
-    it = Running(url, mode, **params)
-    try:
-        yield it
-    finally:
-        it.driver.shutdown()
-        it.join()
-
-
-def wait_for_port(port: int) -> None:
-    def listens() -> bool:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            return False
-        return True
-
-    eventually(listens, DEADLINE)
 
 
 @contextmanager
@@ -225,8 +152,8 @@ def test_a_driver_that_was_shut_down_before_does_not_listen():
 
 
 def test_a_site_has_only_so_many_connections(monkeypatch, caplog):
-    monkeypatch.setattr(driver_module, "MAX_CONNECTIONS_OF_SITE", 2)
-    monkeypatch.setattr(driver_module, "_site", lambda properties: "site-1")
+    monkeypatch.setattr(sites_module, "MAX_CONNECTIONS_OF_SITE", 2)
+    monkeypatch.setattr(driver_module, "site_of", lambda properties: "site-1")
     with listening() as (server, url):
         clients = [Running(url, Mode.ACTIVE) for _ in range(4)]
         for number, client in enumerate(clients, 1):
@@ -237,7 +164,7 @@ def test_a_site_has_only_so_many_connections(monkeypatch, caplog):
         for client in clients:
             client.driver.shutdown()
             client.join()
-    assert server.driver._sites == {}
+    eventually(lambda: server.driver._sites.sites == [], DEADLINE)
 
 
 def test_peers_that_take_nothing_are_left_all_at_once():

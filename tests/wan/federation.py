@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.support.processes import ROOT, SMALL
 from tests.support.waiting import eventually
@@ -35,7 +37,8 @@ class Job:
 
 class Federation:
     """Starts a server and sites that wait for jobs; they end with the namespaces that they are in. `extra` is for their
-    environment; `one_port` has the `rdma_data_ports` of participants whose parents join connections."""
+    environment, `configured` for the `comm_config.json` of each; `one_port` has the `rdma_data_ports` of participants
+    whose parents join connections."""
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class Federation:
         sites: list[str],
         scheme: str,
         one_port: Mapping[str, str] | None = None,
+        configured: Mapping[str, Mapping[str, Any]] | None = None,
         **extra: str,
     ) -> None:
         self._star = star
@@ -54,6 +58,8 @@ class Federation:
         self._environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self._environment |= extra
         self._kits = self._provision(sites, scheme)
+        for name, settings in (configured or {}).items():
+            self._configure(name, settings)
         for name, ports in (one_port or {}).items():
             add_parent_door(self._kits / name / "local", ports)
         self._processes = {name: self._start(name) for name in [SERVER, *sites]}
@@ -81,8 +87,18 @@ class Federation:
         return (self._kits / site / job.id / "log.txt").read_text()
 
     def console(self, name: str) -> str:
-        """What a parent has printed."""
+        """What a participant's parent has printed since it was started."""
         return (self._kits / name / "console.log").read_text()
+
+    def restart(self, name: str, configured: Mapping[str, Any]) -> None:
+        """End a participant that runs no job, and start it again with another `comm_config.json`."""
+        os.killpg(self._processes[name].pid, signal.SIGKILL)
+        self._processes[name].wait(60.0)
+        self._configure(name, configured)
+        self._processes[name] = self._start(name)
+
+    def _configure(self, name: str, configured: Mapping[str, Any]) -> None:
+        (self._kits / name / "local" / "comm_config.json").write_text(json.dumps(configured))
 
     def _provision(self, sites: list[str], scheme: str) -> Path:
         participants: list[dict[str, object]] = [
@@ -124,11 +140,17 @@ class Federation:
         command = self._star.on(name, "bash", str(kit / "startup" / "sub_start.sh"), "--once")
         with open(kit / "console.log", "wb") as out:
             return subprocess.Popen(
-                command, env=self._environment, cwd=kit, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+                *(command,),
+                env=self._environment,
+                cwd=kit,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
             )
 
     def _says(self, name: str, process: subprocess.Popen[bytes], text: str) -> bool:
-        console = (self._kits / name / "console.log").read_text()
+        console = self.console(name)
         assert process.poll() is None, console[-4000:]
         return text in console
 

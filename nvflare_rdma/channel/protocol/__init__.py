@@ -9,7 +9,7 @@ from __future__ import annotations
 from nvflare_rdma.channel.protocol.connection import Connection
 from nvflare_rdma.channel.protocol.limits import MAX_CHUNK_BYTES, MAX_INLINE_BYTES, MIN_CHUNK_BYTES, ChannelLimits
 from nvflare_rdma.channel.protocol.state import Phase, RailState, Role
-from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC, INTEGRITY
+from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC, INTEGRITY, VERSION
 
 __all__ = [
     "CONTROL_MAGIC",
@@ -17,6 +17,7 @@ __all__ = [
     "MAX_CHUNK_BYTES",
     "MAX_INLINE_BYTES",
     "MIN_CHUNK_BYTES",
+    "VERSION",
     "ChannelLimits",
     "Connection",
     "Phase",
