@@ -17,19 +17,20 @@ ALLOWED = {
     "fabric": set(),
     "channel": {"fabric"},
     "codecs": set(),
+    "accumulate": {"codecs"},
     "transfer": {"channel", "codecs", "fabric"},  # the last for types only
     "streaming": {
-        *("transfer", "channel", "codecs", "fabric", "filters"),
+        *("accumulate", "transfer", "channel", "codecs", "fabric", "filters"),
         *("metrics", "runtime", "settings", "flare_compat"),
     },
-    "filters": {"codecs", "flare_compat"},
+    "filters": {"accumulate", "codecs", "flare_compat"},
     "driver": {"channel", "fabric", "runtime", "settings", "flare_compat"},
     "plugin": {"driver"},
     "metrics": {"transfer", "flare_compat"},
     "cli": {"class_list", "codecs", "fabric", "filters", "flare_compat", "runtime", "settings"},
 }
 NO_FLARE_OR_TORCH = ("fabric", "channel")
-NO_FLARE = ("codecs", "transfer")
+NO_FLARE = ("accumulate", "codecs", "transfer")
 #: Folders whose code does no I/O.
 NO_IO = ("channel/protocol", "channel/controllers")
 #: Packages with an `__all__` whose modules others import all the same; each leaves this list when its face is done.

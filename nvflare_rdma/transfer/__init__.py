@@ -55,6 +55,7 @@ from nvflare_rdma.transfer.sender import Relayed
 from nvflare_rdma.transfer.service import Service
 from nvflare_rdma.transfer.sinks import (
     Destination,
+    EncodedInMemory,
     Land,
     OnDisk,
     Place,
@@ -70,6 +71,7 @@ __all__ = [
     "Content",
     "Destination",
     "EncodedChunkCache",
+    "EncodedInMemory",
     "Identify",
     "Item",
     "Land",
