@@ -33,10 +33,10 @@ def environment(configuration: str) -> dict[str, str]:
 
 def run(configuration: str, count: int, mib: int) -> dict[str, float]:
     """Seconds, and the server's CPU seconds and bytes of peak RSS, for ``count`` receivers."""
-    direct, encoded = configuration.startswith("direct"), configuration.endswith("+nf4")
+    direct, codec = configuration.startswith("direct"), "normfloat4" if configuration.endswith("+nf4") else ""
     url = f"tcp://127.0.0.1:{free_port()}"
     names = ["server", *(f"site-{i + 1}" for i in range(count))]
-    arguments = [url, str(mib), str(int(direct)), str(int(encoded))]
+    arguments = [url, str(mib), str(int(direct)), codec]
     peers = [Peer(["--peer", name, *arguments], environment(configuration), state_dict.__file__) for name in names]
     server, receivers = peers[0], peers[1:]
     try:

@@ -47,14 +47,18 @@ console = Console(width=150)
 
 
 def make_model(mib: int) -> dict[str, Any]:
-    """255 tensors of about ``mib`` MiB in all: Llama's projections, norms, embedding and head, narrower."""
+    """255 tensors of ``mib`` MiB in all: Llama's projections, norms, embedding and head, narrower. The head has as many
+    rows as are left."""
     import torch
 
-    width = 64
-    while sum(map(math.prod, _shapes(width))) * 4 < mib * MIB:
+    width, values = 8, mib * MIB // 4
+    while sum(map(math.prod, _shapes(width + 8))) <= values:
         width += 8
     torch.manual_seed(0)
     shapes = dict(zip(_names(), _shapes(width), strict=True))
+    rows, columns = shapes["head"]
+    left = max(values - sum(map(math.prod, shapes.values())), 0)
+    shapes["head"] = rows + -(-left // columns), columns
     return {name: torch.rand(shape) for name, shape in shapes.items()}
 
 
@@ -72,14 +76,14 @@ def _shapes(width: int) -> list[tuple[int, ...]]:
 class Side(Measured):
     """The server (``role``) holds the model; a site, called by its role, fetches it and sends it back."""
 
-    def __init__(self, role: str, url: str, mib: int, direct: bool, encoded: bool) -> None:
+    def __init__(self, role: str, url: str, mib: int, direct: bool, codec: str) -> None:
         from nvflare.app_opt.pt.decomposers import TensorDecomposer
         from nvflare.fuel.f3.cellnet.cell import Cell
         from nvflare.fuel.utils import fobs
 
         fobs.register(TensorDecomposer)
         self._is_server = role == "server"
-        self._encoded = encoded
+        self._codec = codec
         self._model: dict[str, Any] = make_model(mib) if self._is_server else {}
         self._marked: tuple[Any, dict[str, Any]] = None, {}
         self._got: dict[str, Any] = {}
@@ -93,26 +97,26 @@ class Side(Measured):
             install()
         if not self._is_server:
             wait_until(lambda: self._cell.core_cell.is_cell_connected("server"), f"a connection over {url}")
-        if encoded:
+        if codec:
             # Compiled code and its compiler come to some 100 MiB, once in a process.
             import numpy as np
 
             from nvflare_rdma.codecs import get_codec
 
-            codec, values = get_codec("normfloat4"), np.zeros(1 << 16, np.float32)
-            codec.encode_into(values, made := np.empty(codec.encoded_nbytes(values.size), np.uint8))
-            codec.decode_into(made, values)
+            made, values = get_codec(codec), np.zeros(1 << 16, np.float32)
+            made.encode_into(values, buffer := np.empty(made.encoded_nbytes(values.size), np.uint8))
+            made.decode_into(buffer, values)
         self._meter = Meter()
 
     def _give(self, request: Any) -> Any:
         return self._reply({"model": self._to_send()})
 
     def _to_send(self) -> dict[str, Any]:
-        if not self._encoded:
+        if not self._codec:
             return self._model
         from nvflare_rdma.codecs import get_codec, marked
 
-        codec, (model, found) = get_codec("normfloat4"), self._marked
+        codec, (model, found) = get_codec(self._codec), self._marked
         if model is not self._model:  # once for all receivers, as `ModelQuantizer` does
             found = {name: marked(tensor, codec) for name, tensor in self._model.items()}
             self._marked = self._model, found
@@ -126,7 +130,7 @@ class Side(Measured):
         import torch
 
         # Twice through 4 bits: half the widest gap of its table, of values up to 1, and again.
-        return bool(torch.allclose(got, sent, rtol=0, atol=0.31) if self._encoded else torch.equal(got, sent))
+        return bool(torch.allclose(got, sent, rtol=0, atol=0.31) if self._codec else torch.equal(got, sent))
 
     @staticmethod
     def _reply(payload: dict[str, Any]) -> Any:
@@ -178,7 +182,7 @@ def run_pair(configuration: str, mib: int) -> dict[str, dict[str, float]]:
         f"{scheme}://127.0.0.1:{free_port()}",
         str(mib),
         str(int(direct)),
-        str(int(configuration.endswith("+nf4"))),
+        "normfloat4" if configuration.endswith("+nf4") else "",
     ]
     peers = [Peer(["--peer", role, *arguments], environment(configuration), __file__) for role in ("server", "site-1")]
     server, client = peers
@@ -241,8 +245,8 @@ def main() -> None:
     parser.add_argument("--peer", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
-        role, url, mib, direct, encoded = args.peer
-        Side(role, url, int(mib), direct == "1", encoded == "1").serve()
+        role, url, mib, direct, codec = args.peer
+        Side(role, url, int(mib), direct == "1", codec).serve()
         return
     asked = [name for name in args.only.split(",") if name]
     if unknown := [name for name in asked if name not in CONFIGURATIONS]:

@@ -1,14 +1,18 @@
 """Rounds over a WAN: a model from a server to all sites at once, and one back from each, by FLARE and by ours.
 
     python benchmarks/wan_rounds.py [--mib 24] [--sites 2] [--rate 100] [--rtt 40] [--loss 0,0.1] [--only grpc,tcp,...]
+    python benchmarks/wan_rounds.py --all --json build/wan_rounds.jsonl    # all that docs/wan-rounds.md shows: an hour
+    python benchmarks/wan_rounds.py --docs build/wan_rounds.jsonl          # its table and its plot
 
 The server and each site are network namespaces, joined by a wire for each site (`tests/wan/wire.py`), with the rate,
 round trip and loss of packets that are asked for; a queue of 100 ms; packets of 1500 bytes. It takes no rights of root,
 but a machine that allows namespaces and TUN devices, and gcc.
 
-    grpc, tcp   FLARE's own tensor path, as it comes, over its grpc and tcp drivers
-    direct      `RdmaTransfer` over tcp, in full precision; FLARE's messages go over its grpc driver
-    nf4         the same, with tensors marked as `ModelQuantizer` does with ``normfloat4``
+    grpc, tcp, http   FLARE's own tensor path, as it comes, over its grpc, tcp and http drivers
+    grpc+best         the same with a window of 16 MiB and an allocator that keeps memory: `measuring.BEST_ENVIRONMENT`
+    direct            `RdmaTransfer` over tcp, in full precision; FLARE's messages go over its grpc driver
+    int8, nf4, nf4e   the same, with tensors marked as `ModelQuantizer` does with ``int8``, ``normfloat4`` and
+                      ``normfloat4_e4m3``
 
 ``down``: all sites ask at once, and the clock runs until the last one has all tensors. ``up``: all send at once, and
 the clock runs until the last one has the server's answer, which it gives when it has all tensors; what came is
@@ -28,11 +32,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import state_dict
-from measuring import Peer, command_line, machine, obey, versions
+from measuring import BEST_ENVIRONMENT, Peer, command_line, machine, obey, versions
 from rich.console import Console
 from rich.table import Table
 
@@ -41,7 +47,82 @@ sys.path.append(str(ROOT))
 
 from tests.wan.wire import CENTRE, Link, Star, apart, is_apart, why_not  # noqa: E402
 
-CONFIGURATIONS = ("grpc", "tcp", "direct", "nf4")
+
+@dataclass(frozen=True)
+class Way:
+    """How models move: FLARE's driver, whether over links of this package, and encoded by which codec."""
+
+    scheme: str = "grpc"
+    direct: bool = False
+    codec: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+CONFIGURATIONS = {
+    "grpc": Way(),
+    "tcp": Way("tcp"),
+    "http": Way("http"),
+    "grpc+best": Way(environment=BEST_ENVIRONMENT),
+    "direct": Way(direct=True),
+    "int8": Way(direct=True, codec="int8"),
+    "nf4": Way(direct=True, codec="normfloat4"),
+    "nf4e": Way(direct=True, codec="normfloat4_e4m3"),
+}
+USUAL = "grpc,tcp,direct,nf4"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the sites that get it and send it back, and their wires."""
+
+    mib: int = 24
+    sites: int = 2
+    rate: float = 100.0  # Mbit/s
+    rtt: float = 40.0  # ms
+    loss: float = 0.0  # %
+    burst: float = 1.0
+    congestion: str = "cubic"
+    slow: float = 1.0  # the first site's wire is so many times slower
+    rounds: int = 3
+
+    @property
+    def wires(self) -> str:
+        """What they are like, for people."""
+        bursts = f" in bursts of {self.burst:g}" if self.burst > 1 else ""
+        slow = f", one site {self.slow:g} times slower" if self.slow != 1 else ""
+        return f"{self.rate:g} Mbit/s, {self.rtt:g} ms, {self.loss:g} % loss{bursts}, {self.congestion}{slow}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.mib} MiB, {self.sites} sites, {self.wires}: medians of {self.rounds}"
+
+    def link(self, number: int) -> Link:
+        rate = self.rate / self.slow if number == 0 else self.rate
+        return Link(rate=rate, delay=self.rtt / 2, loss=self.loss, burst=self.burst)
+
+    def share(self, found: Mapping[str, float]) -> float:
+        """Percent of the rate that a site's wire was used, on average and in the direction of the model; by all bytes
+        that were put on it. Of the slowest wire if there is one."""
+        return 100 * found["bytes"] * 8 / found["seconds"] / (self.rate / self.slow * 1e6)
+
+
+#: What the documentation shows.
+ALL = (
+    (Case(mib=96, loss=0.1), "grpc,direct,nf4"),
+    (Case(mib=96), "grpc,direct,nf4"),
+    (Case(), "grpc,tcp,http,grpc+best,direct,int8,nf4,nf4e"),
+    (Case(loss=0.1), "grpc,tcp,http,grpc+best,direct,int8,nf4,nf4e"),
+    (Case(loss=1.0), "direct,nf4,nf4e"),
+    (Case(loss=0.1, congestion="bbr"), "grpc,direct,nf4"),
+    (Case(rate=30, rtt=60), "grpc,direct,nf4"),
+    (Case(rate=30, rtt=60, loss=0.1), "grpc,direct,nf4"),
+    (Case(mib=96, rate=1000, rtt=20), "grpc,direct,nf4"),
+    (Case(mib=96, rate=1000, rtt=20, loss=0.1), "grpc,direct,nf4"),
+    (Case(sites=4, loss=0.1), "grpc,direct,nf4"),
+    (Case(slow=10), "grpc,direct,nf4"),
+    (Case(mib=4), "grpc,direct,int8,nf4"),
+    (Case(mib=4, loss=0.1), "grpc,direct,int8,nf4"),
+)
 SERVER, PORT = "server", 8002
 console = Console(width=150)
 
@@ -71,10 +152,9 @@ class Side(state_dict.Side):
 
 
 def peers_on(star: Star, configuration: str, mib: int) -> list[Peer]:
-    direct = configuration not in ("grpc", "tcp")
-    scheme = "tcp" if configuration == "tcp" else "grpc"
-    arguments = [f"{scheme}://{CENTRE}:{PORT}", str(mib), str(int(direct)), str(int(configuration == "nf4"))]
-    chosen = {"NVFLARE_RDMA_FABRICS": "tcp"} if direct else {}
+    way = CONFIGURATIONS[configuration]
+    arguments = [f"{way.scheme}://{CENTRE}:{PORT}", str(mib), str(int(way.direct)), way.codec]
+    chosen = dict(way.environment) | ({"NVFLARE_RDMA_FABRICS": "tcp"} if way.direct else {})
     return [Peer(["--peer", name, *arguments], chosen, __file__, star.on(name)) for name in (SERVER, *star.wires)]
 
 
@@ -99,22 +179,22 @@ def one_round(star: Star, peers: list[Peer]) -> dict[str, float]:
     return found | {"seconds": found["down"] + found["up"], "bytes": sent / len(sites), "cpu": sum(used)}
 
 
-def measure(configuration: str, link: Link, args: argparse.Namespace) -> list[dict[str, float]]:
+def measure(configuration: str, case: Case) -> list[dict[str, float]]:
     """Each round; fewer than asked for if one was not done in time."""
     rounds: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        star = Star(Path(folder), SERVER, args.congestion)
+        star = Star(Path(folder), SERVER, case.congestion)
         peers: list[Peer] = []
         try:
-            for number in range(args.sites):
-                star.join(f"site-{number + 1}", link)
-            peers = peers_on(star, configuration, args.mib)
+            for number in range(case.sites):
+                star.join(f"site-{number + 1}", case.link(number))
+            peers = peers_on(star, configuration, case.mib)
             for peer in peers:
                 peer.answer()
-            for _ in range(args.rounds + 1):
+            for _ in range(case.rounds + 1):
                 rounds.append(one_round(star, peers))
         except SystemExit as error:
-            console.print(f"{configuration}, {link}: {error}", style="dim", highlight=False)
+            console.print(f"{configuration}, {case.title}: {error}", style="dim", highlight=False)
         finally:
             for peer in peers:
                 peer.close()
@@ -122,29 +202,40 @@ def measure(configuration: str, link: Link, args: argparse.Namespace) -> list[di
     return rounds
 
 
-def show(title: str, runs: dict[str, list[dict[str, float]]]) -> None:
-    table = Table(title=title, title_justify="left", min_width=len(title) + 2)
-    for heading in ("", "s a round", "down", "up", "x grpc", "MB a site", "CPU s", "first s"):
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Of all rounds but the first one; empty if there is no other."""
+    return {key: statistics.median(one[key] for one in rounds[1:]) for key in rounds[0]} if len(rounds) > 1 else {}
+
+
+def show(case: Case, runs: dict[str, list[dict[str, float]]]) -> None:
+    table = Table(title=case.title, title_justify="left", min_width=len(case.title) + 2)
+    for heading in ("", "s a round", "down", "up", "x grpc", "% of link", "MB a site", "CPU s", "first s"):
         table.add_column(heading, justify="right" if heading else "left")
-    medians = {
-        name: {key: statistics.median(one[key] for one in rounds[1:]) for key in rounds[0]}
-        for name, rounds in runs.items()
-        if len(rounds) > 1
-    }
+    usual = medians(runs.get("grpc", []))
     for name, rounds in runs.items():
-        if not (m := medians.get(name)):
+        if not (m := medians(rounds)):
             table.add_row(name, f"not done in {state_dict.TIMEOUT:g} s")
             continue
-        times = f"{medians['grpc']['seconds'] / m['seconds']:.2f}" if "grpc" in medians else "-"
         table.add_row(
             name,
             *(f"{m[key]:.2f}" for key in ("seconds", "down", "up")),
-            times,
+            f"{usual['seconds'] / m['seconds']:.2f}" if usual else "-",
+            f"{case.share(m):.0f}",
             f"{m['bytes'] / 1e6:.1f}",
             f"{m['cpu']:.2f}",
             f"{rounds[0]['seconds']:.2f}",
         )
     console.print(table)
+
+
+def run(case: Case, asked: list[str], results: Path | None) -> None:
+    runs = {}
+    for name in asked:
+        runs[name] = measure(name, case)
+        if results is not None:
+            with open(results, "a") as file:
+                file.write(json.dumps({"configuration": name, "case": asdict(case), "rounds": runs[name]}) + "\n")
+    show(case, runs)
 
 
 def numbers(text: str) -> list[float]:
@@ -160,14 +251,24 @@ def main() -> None:
     parser.add_argument("--loss", type=numbers, default=[0.0, 0.1], metavar="PERCENT,...")
     parser.add_argument("--burst", type=float, default=1.0, metavar="PACKETS", help="lost in a row, on average")
     parser.add_argument("--congestion", default="cubic", help="of all connections (default: %(default)s)")
-    parser.add_argument("--only", default=",".join(CONFIGURATIONS), help="of " + ",".join(CONFIGURATIONS))
+    parser.add_argument("--slow", type=float, default=1.0, metavar="TIMES", help="so much slower is the first site")
+    parser.add_argument("--only", default=USUAL, help=f"of {','.join(CONFIGURATIONS)} (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="after the first one (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="a line for each row, with every round")
+    parser.add_argument("--all", action="store_true", help="measure all that the documentation shows")
+    parser.add_argument(
+        "--docs", type=Path, metavar="FILE", help="make table and plot of what --all --json has written"
+    )
     parser.add_argument("--peer", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
-        role, url, mib, direct, encoded = args.peer
-        Side(role, url, int(mib), direct == "1", encoded == "1").serve()
+        role, url, mib, direct, codec = args.peer
+        Side(role, url, int(mib), direct == "1", codec).serve()
+        return
+    if args.docs:
+        import wan_rounds_docs
+
+        wan_rounds_docs.write(args.docs)
         return
     asked = [name for name in args.only.split(",") if name]
     if unknown := [name for name in asked if name not in CONFIGURATIONS]:
@@ -182,20 +283,16 @@ def main() -> None:
     settings = {name: value for name, value in os.environ.items() if name.startswith("NVFLARE_")}
     if settings:
         console.print(" ".join(f"{name}={value}" for name, value in settings.items()), highlight=False)
+    if args.all:
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps({"machine": machine(), "versions": versions("nvflare", "torch")}) + "\n")
+        for case, names in ALL:
+            run(case, names.split(","), args.json)
+        return
     for rate, rtt, loss in itertools.product(args.rate, args.rtt, args.loss):
-        link = Link(rate=rate, delay=rtt / 2, loss=loss, burst=args.burst)
-        title = (
-            f"{args.mib} MiB, {args.sites} sites, {rate:g} Mbit/s, {rtt:g} ms, {loss:g} % loss"
-            f"{f' in bursts of {args.burst:g}' if args.burst > 1 else ''}, {args.congestion}: medians of {args.rounds}"
-        )
-        runs = {}
-        for name in asked:
-            runs[name] = measure(name, link, args)
-            if args.json:
-                with open(args.json, "a") as file:
-                    row = {"configuration": name, "link": title, "sites": args.sites, "rounds": runs[name]}
-                    file.write(json.dumps(row) + "\n")
-        show(title, runs)
+        case = Case(args.mib, args.sites, rate, rtt, loss, args.burst, args.congestion, args.slow, args.rounds)
+        run(case, asked, args.json)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ SITE = "site-1"
 class Side(wan_rounds.Side):
     """With a model of a few tensors of one size."""
 
-    def __init__(self, role: str, url: str, shape: tuple[int, int], direct: bool, encoded: bool) -> None:
+    def __init__(self, role: str, url: str, shape: tuple[int, int], direct: bool, codec: str) -> None:
         import torch
 
-        super().__init__(role, url, 0, direct, encoded)
+        super().__init__(role, url, 0, direct, codec)
         if self._is_server:
             tensors, kib = shape
             self._model = {f"w{number}": torch.rand(kib * 256 // tensors) for number in range(tensors)}
@@ -82,11 +82,10 @@ def show(title: str, seconds: float, found: list[Burst], rtt: float) -> None:
 
 
 def run(configuration: str, args: argparse.Namespace) -> None:
-    direct = configuration not in ("grpc", "tcp")
-    scheme = "tcp" if configuration == "tcp" else "grpc"
-    flags = [str(int(direct)), str(int(configuration == "nf4"))]
+    way = CONFIGURATIONS[configuration]
+    scheme, flags = way.scheme, [str(int(way.direct)), way.codec]
     arguments = [f"{scheme}://{CENTRE}:{PORT}", str(args.tensors), str(args.kib), *flags]
-    environment = {"NVFLARE_RDMA_FABRICS": "tcp"} if direct else {}
+    environment = {"NVFLARE_RDMA_FABRICS": "tcp"} if way.direct else {}
     with tempfile.TemporaryDirectory() as temporary:
         star = Star(Path(temporary), SERVER)
         wire = star.join(SITE, Link(rate=1000, delay=args.rtt / 2), Path(temporary) / "trace")
@@ -119,8 +118,8 @@ def main() -> None:
     parser.add_argument("--peer", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
-        role, url, tensors, kib, direct, encoded = args.peer
-        Side(role, url, (int(tensors), int(kib)), direct == "1", encoded == "1").serve()
+        role, url, tensors, kib, direct, codec = args.peer
+        Side(role, url, (int(tensors), int(kib)), direct == "1", codec).serve()
         return
     if not is_apart():
         if reason := why_not():
@@ -128,6 +127,8 @@ def main() -> None:
         command = apart(sys.executable, *sys.argv)
         os.execvp(command[0], command)
     print(f"$ {command_line()}")
+    if unknown := [name for name in args.only.split(",") if name not in CONFIGURATIONS]:
+        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
     for configuration in args.only.split(","):
         run(configuration, args)
 

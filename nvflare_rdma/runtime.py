@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nvflare_rdma.accumulate import Holdings
-from nvflare_rdma.channel import ChannelLimits, LinkContext
+from nvflare_rdma.channel import ChannelLimits, LinkContext, SharedPorts
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.fabric import (
     Availability,
@@ -144,6 +144,7 @@ class Shared:
         environment: what is handed on to the processes that FLARE starts.
         holdings: what is held of results that stay encoded until they are added.
         blob_memory: the memory in which FLARE puts together large blobs.
+        ports: the ports that FLARE's connections come to by the driver, for other connections of this package.
     """
 
     links: LinksByCell = field(default_factory=LinksByCell)
@@ -157,6 +158,7 @@ class Shared:
     environment: EnvironmentChanges = field(default_factory=EnvironmentChanges)
     holdings: Holdings = field(default_factory=Holdings)
     blob_memory: SlotPool = field(default_factory=lambda: SlotPool(keep_bytes=None))
+    ports: SharedPorts = field(default_factory=SharedPorts)
 
 
 @dataclass(frozen=True)

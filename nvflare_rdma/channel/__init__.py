@@ -1,6 +1,7 @@
 """Links between peers: messages go to the peer over the rails of a fabric, at the pace of their receiver.
 
     Door, dial           how two processes come to a control stream
+    SharedPorts          doors that take more than what they were opened for
     Link                 one connection to a peer: `send` a message, or `offer` one that the peer knows by a label
     Source, Sink         a message whose chunks are made when they are written, and consumed when they have landed
     LinkContext          what the links of a process share: memory, limits, settings
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from nvflare_rdma.channel.outbox import Sending
     from nvflare_rdma.channel.protocol import Role
     from nvflare_rdma.channel.protocol.limits import MAX_UNIT_BYTES, MIN_CHUNK_BYTES, ChannelLimits, whole_units
+    from nvflare_rdma.channel.shared_ports import SharedPorts, Taker
 
 __all__ = [
     "GREETING_TIMEOUT",
@@ -38,9 +40,11 @@ __all__ = [
     "Pending",
     "Role",
     "Sending",
+    "SharedPorts",
     "Sink",
     "Source",
     "Take",
+    "Taker",
     "address_of",
     "dial",
     "explain_tls",
@@ -57,6 +61,7 @@ _MODULES = {
     "Sending": "outbox",
     **dict.fromkeys(("MAX_UNIT_BYTES", "MIN_CHUNK_BYTES", "ChannelLimits", "whole_units"), "protocol.limits"),
     "Role": "protocol.state",
+    **dict.fromkeys(("SharedPorts", "Taker"), "shared_ports"),
 }
 
 if not TYPE_CHECKING:  # a type checker would take every name for one of these

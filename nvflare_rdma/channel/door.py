@@ -17,7 +17,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.guests import Complaints, Guests
@@ -108,7 +108,7 @@ class Door:
         self._on_connection = on_connection
         self._name = name
         self._greeting_timeout = greeting_timeout
-        self.takers: dict[bytes, Callable[[socket.socket, float, Callable[[], None]], None]] = {}
+        self.takers: MutableMapping[bytes, Callable[[socket.socket, float, Callable[[], None]], None]] = {}
         self.stranger: Callable[[socket.socket, bytes, Callable[[], None]], None] | None = None
         self._closed, self._over = threading.Event(), threading.Event()
         self._process = os.getpid()

@@ -147,7 +147,8 @@ class RdmaDriver(BaseDriver):
         self._door = Door(listener, tls if prepared.tls else None, fabric, on_connection, str(connector))
         if self._stopping.is_set():  # shut down before `shutdown` could see the door
             self._door.close()
-        self._door.serve()
+        with prepared.runtime.shared.ports.shared(self._door):
+            self._door.serve()
 
     def connect(self, connector: ConnectorInfo) -> None:
         """FLARE's hook: connect to the peer, and return when the connection has ended."""

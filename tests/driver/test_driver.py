@@ -18,6 +18,7 @@ from nvflare.fuel.f3.drivers.net_utils import parse_url
 from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC, Hello, encode
 from nvflare_rdma.driver import RdmaDriver
 from nvflare_rdma.driver import driver as driver_module
+from nvflare_rdma.runtime import shared
 from tests.support.processes import free_port
 from tests.support.waiting import eventually
 
@@ -298,3 +299,10 @@ def test_a_bad_port_is_not_tried_again():
         client.join()
         assert isinstance(client.error, CommError)
         assert client.connector.stopped.is_set()
+
+
+def test_a_listener_shares_its_port():
+    with listening() as (_, url):
+        port = int(url.rpartition(":")[2])
+        assert ("127.0.0.1", port) in shared().ports.addresses()
+    assert ("127.0.0.1", port) not in shared().ports.addresses()

@@ -33,15 +33,17 @@ class Job:
 
 
 class Federation:
-    """Starts a server and sites that wait for jobs; they end with the namespaces that they are in."""
+    """Starts a server and sites that wait for jobs; they end with the namespaces that they are in. `extra` is for their
+    environment."""
 
-    def __init__(self, star: Star, folder: Path, sites: list[str], scheme: str) -> None:
+    def __init__(self, star: Star, folder: Path, sites: list[str], scheme: str, **extra: str) -> None:
         self._star = star
         self._folder = folder
         # FLARE's processes find no torch, whose loading takes longer than the job.
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith("NVFLARE_")}
         self._environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SMALL / "without_torch")])
         self._environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        self._environment |= extra
         self._kits = self._provision(sites, scheme)
         self._processes = {name: self._start(name) for name in [SERVER, *sites]}
 
