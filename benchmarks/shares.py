@@ -73,7 +73,7 @@ def make_links(
         context = replace(context, chunk_bytes=64 * MIB, depth=64, controller="fixed")
     runtime = Runtime(made, context, factories(made.fabric_options, available), Shared())
     tls = lambda server_side: get_ssl_context({**files, "secure": True}, server_side)  # noqa: E731
-    return PeerLinks(name, runtime, tls, identify, "127.0.0.1", ports)
+    return PeerLinks(name, runtime, tls, identify, ("127.0.0.1", 0), ports)
 
 
 def model(mib: int, seed: int) -> dict[str, Any]:

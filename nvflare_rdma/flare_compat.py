@@ -217,6 +217,7 @@ class CellConnections:
 
     Attributes:
         url: how the server is reached; "" if that is unknown.
+        parent_url: how the cell reaches its parent; "" if it has none.
         secure: whether links need TLS.
         credentials: FLARE's connection parameters, with the paths of certificates.
         identities: maps a cell's name, which stands for all names below it, too, to the common name in its
@@ -227,6 +228,7 @@ class CellConnections:
     secure: bool
     credentials: Mapping[str, Any]
     identities: Mapping[str, str] = field(default_factory=dict)
+    parent_url: str = ""
 
 
 def cell_connections(cell: Any) -> CellConnections:
@@ -245,7 +247,7 @@ def cell_connections(cell: Any) -> CellConnections:
     own = cell.get_fqcn()
     exact = {name: identity for name, identity in resolver.exact_identity_map.items() if name == own}
     identities = {**resolver.prefix_identity_map, **exact}
-    return CellConnections(url or "", secure, credentials, identities)
+    return CellConnections(url or "", secure, credentials, identities, core.parent_url or "")
 
 
 def identity_resolver(identities: Mapping[str, str]) -> Callable[[str], str]:

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from nvflare_rdma.channel.context import LinkContext
     from nvflare_rdma.channel.control import ControlStream
     from nvflare_rdma.channel.deferred import Delivery
-    from nvflare_rdma.channel.door import GREETING_TIMEOUT, Door, Pending, address_of, dial, explain_tls
+    from nvflare_rdma.channel.door import (
+        GREETING_TIMEOUT,
+        MAGIC_BYTES,
+        Door,
+        Listener,
+        Pending,
+        address_of,
+        dial,
+        explain_tls,
+    )
     from nvflare_rdma.channel.link import Link
     from nvflare_rdma.channel.outbox import Sending
     from nvflare_rdma.channel.protocol import Role
@@ -29,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GREETING_TIMEOUT",
+    "MAGIC_BYTES",
     "MAX_UNIT_BYTES",
     "MIN_CHUNK_BYTES",
     "ChannelLimits",
@@ -37,6 +47,7 @@ __all__ = [
     "Door",
     "Link",
     "LinkContext",
+    "Listener",
     "Pending",
     "Role",
     "Sending",
@@ -56,7 +67,9 @@ _MODULES = {
     "LinkContext": "context",
     "ControlStream": "control",
     "Delivery": "deferred",
-    **dict.fromkeys(("GREETING_TIMEOUT", "Door", "Pending", "address_of", "dial", "explain_tls"), "door"),
+    **dict.fromkeys(
+        ("GREETING_TIMEOUT", "MAGIC_BYTES", "Door", "Listener", "Pending", "address_of", "dial", "explain_tls"), "door"
+    ),
     "Link": "link",
     "Sending": "outbox",
     **dict.fromkeys(("MAX_UNIT_BYTES", "MIN_CHUNK_BYTES", "ChannelLimits", "whole_units"), "protocol.limits"),

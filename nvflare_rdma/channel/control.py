@@ -34,6 +34,8 @@ class ControlStream:
         """Who is at the other end, as far as that was checked; "" for whoever it is."""
         self.ticket = b""
         """What opened the door; b"" where there was none."""
+        self.through = ""
+        """Whose port joins it with its peer's, for people; "" if it comes straight from there."""
         self._tls: ssl.SSLObject | None = None
         self._tls_lock = threading.Lock()
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -51,7 +53,9 @@ class ControlStream:
         return self._tls is not None
 
     def way(self, dialled: bool) -> str:
-        """For people: whether there is TLS, and the port of the side that was dialled."""
+        """For people: whether there is TLS, and the port of the side that was dialled, or whose port leads there."""
+        if self.through:
+            return f"{'TLS' if self.secure else 'no TLS'}, through {self.through}"
         port: object = "unknown"
         with contextlib.suppress(OSError, IndexError):
             port = (self._sock.getpeername() if dialled else self._sock.getsockname())[1]

@@ -18,6 +18,8 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, MutableMapping
+from types import TracebackType
+from typing import Any, Protocol
 
 from nvflare_rdma.channel.control import ControlStream
 from nvflare_rdma.channel.guests import Complaints, Guests
@@ -76,6 +78,29 @@ class Pending:
                 sock.shutdown(socket.SHUT_RDWR)
 
 
+class Listener(Protocol):
+    """What a `Door` needs of what it listens on: a `socket.socket` has it."""
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection, and its address: host and port come first. An OSError of `_LISTENS_NO_MORE` says that
+        there will be none."""
+
+    def getsockname(self) -> Any:
+        """Host and port come first."""
+
+    def shutdown(self, how: int, /) -> None:
+        """Have `accept` say that there will be none, also if it waits."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+    def __enter__(self) -> Listener: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
 class Door:
     """One listening socket for the control streams and rails of all peers.
 
@@ -94,7 +119,7 @@ class Door:
 
     def __init__(
         self,
-        listener: socket.socket,
+        listener: Listener,
         tls: Callable[[], ssl.SSLContext] | None,
         fabric: TcpFabric,
         on_connection: Callable[[socket.socket, ControlStream, Callable[[], None]], None],
@@ -150,9 +175,10 @@ class Door:
                 self._closed.wait(0.1)
                 continue
             self._make_room(sock, str(address[0]))
+            peer = join_address(plain_host(str(address[0])), address[1])
             try:
                 threading.Thread(
-                    target=self._receive, args=(sock,), name=f"rdma-conn-{sock.fileno()}", daemon=True
+                    target=self._receive, args=(sock, peer), name=f"rdma-conn-{sock.fileno()}", daemon=True
                 ).start()
             except RuntimeError as error:
                 log.error("can't serve a connection: %s", error)
@@ -190,8 +216,7 @@ class Door:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._greeting.close()
 
-    def _receive(self, sock: socket.socket) -> None:
-        peer = address_of(sock, peer=True)
+    def _receive(self, sock: socket.socket, peer: str) -> None:
         try:
             with self._greeting.track(sock):
                 go_on = self._identify(sock, peer)
@@ -243,9 +268,14 @@ class Door:
 
 
 def dial(
-    address: tuple[str, int], tls: ssl.SSLContext | None, pending: Pending, timeout: float = GREETING_TIMEOUT
+    address: tuple[str, int],
+    tls: ssl.SSLContext | None,
+    pending: Pending,
+    timeout: float = GREETING_TIMEOUT,
+    preamble: bytes = b"",
 ) -> tuple[socket.socket, ControlStream]:
-    """Open a control stream to the door at `address`; its socket and the stream are returned.
+    """Open a control stream to the door at `address`; its socket and the stream are returned. `preamble` is what comes
+    before it, for whoever passes it on to the door.
 
     `timeout`, in seconds, is for all of it: the host's addresses, one of which has to answer, and the whole greeting,
     which is what the peer could draw out. `pending.close()` ends the greeting.
@@ -261,6 +291,8 @@ def dial(
         raise UnreachableError(f"timed out: nothing answered within {timeout:g} s") from error
     try:
         with pending.track(sock):
+            if preamble:
+                sock.sendall(preamble)
             if tls is None:
                 sock.sendall(CONTROL_MAGIC)
             return sock, _greet(sock, tls, False, deadline - time.monotonic())

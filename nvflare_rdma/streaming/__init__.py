@@ -13,6 +13,7 @@ _MODULES = {
     "ContainerStreamer": "streams.containers",
     "FileRetriever": "streams.files",
     "FileStreamer": "streams.files",
+    "ParentDoor": "parents",
     "RdmaTransfer": "component",
     "install_in_trainer": "component",
 }
@@ -21,6 +22,7 @@ __all__ = [
     "ContainerStreamer",
     "FileRetriever",
     "FileStreamer",
+    "ParentDoor",
     "RdmaTransfer",
     "install_in_trainer",
 ]

@@ -33,6 +33,7 @@ from nvflare_rdma.metrics import TransferReporter
 from nvflare_rdma.runtime import shared, this_runtime
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
 from nvflare_rdma.streaming.identity import identifier
+from nvflare_rdma.streaming.parents import meeting_function
 from nvflare_rdma.streaming.trainer import hand_on, inherited_site, is_trainer, take_back
 from nvflare_rdma.transfer import PeerLinks
 
@@ -190,4 +191,15 @@ def open_links(cell: Any, server_host: str = "") -> PeerLinks:
         return made
 
     identify = identifier(site.identities)
-    return PeerLinks(name, runtime, tls, identify, host, None if isinstance(ports, str) else ports, trainers)
+    server_at = host, _port(site.url)
+    meet = None if is_trainer() else meeting_function(cell, site, server_at)
+    own = None if isinstance(ports, str) else ports
+    return PeerLinks(name, runtime, tls, identify, server_at, own, trainers, meet)
+
+
+def _port(url: str) -> int:
+    """The port in a URL; 0 if there is none."""
+    try:
+        return urlparse(url).port or 0
+    except ValueError:
+        return 0

@@ -28,6 +28,7 @@ Who is who:
 
     `PeerLinks`     one cell's links to its peers: it opens them, with tickets and certificates, and finds the sink that
                     a message is for
+    `Junction`      joins connections at a parent's port, for `PeerLinks` whose processes can't be reached straight
     `Service`       serves one content to all its receivers, and answers their requests
     `Content`       what is sent: its items, and a source of bytes for each. `TensorContent`, `files.FileContent`
     `Pull`          gets everything that a peer's service holds into a destination
@@ -41,16 +42,20 @@ Files move in the same way; their items are parts (see `nvflare_rdma.transfer.fi
 
 from __future__ import annotations
 
+from nvflare_rdma.transfer.addresses import are_hosts, listen, own_hosts, site_of
 from nvflare_rdma.transfer.arrays import TensorMemory, raw_bytes
 from nvflare_rdma.transfer.content import Content, TensorContent
 from nvflare_rdma.transfer.encoding import EncodedChunkCache
+from nvflare_rdma.transfer.junction import Junction
 from nvflare_rdma.transfer.manifest import Item, is_sendable
 from nvflare_rdma.transfer.manifest import unpack as unpack_manifest
+from nvflare_rdma.transfer.meetings import Place as MeetingPlace
 from nvflare_rdma.transfer.notices import Notices
 from nvflare_rdma.transfer.peers import Identify, PeerLinks
 from nvflare_rdma.transfer.receiver import AbortedError, LostError, Progress, Pull, pull
 from nvflare_rdma.transfer.records import Ledger, Meter, Meters, TransferRecord, total
 from nvflare_rdma.transfer.requests import StreamRequestRouter
+from nvflare_rdma.transfer.routes import RouteKey
 from nvflare_rdma.transfer.sender import Relayed
 from nvflare_rdma.transfer.service import Service
 from nvflare_rdma.transfer.sinks import (
@@ -74,9 +79,11 @@ __all__ = [
     "EncodedInMemory",
     "Identify",
     "Item",
+    "Junction",
     "Land",
     "Ledger",
     "LostError",
+    "MeetingPlace",
     "Meter",
     "Meters",
     "Notices",
@@ -86,6 +93,7 @@ __all__ = [
     "Progress",
     "Pull",
     "Relayed",
+    "RouteKey",
     "Service",
     "SitePlaces",
     "StreamRequestRouter",
@@ -93,11 +101,15 @@ __all__ = [
     "TensorDestination",
     "TensorMemory",
     "TransferRecord",
+    "are_hosts",
     "give",
     "in_memory",
     "is_sendable",
+    "listen",
+    "own_hosts",
     "pull",
     "raw_bytes",
+    "site_of",
     "store_chunk",
     "stream_places",
     "total",

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.fabric import addresses_of, listen_tcp
+from nvflare_rdma.transfer.routes import TOKEN_BYTES
 
+SERVER = "server"  # the root of its cells' names
 TICKET_BYTES = 32
 MAX_ADDRESSES = 16
+#: Through the server's port and that of the peer's own parent.
+_MAX_WAYS_THROUGH = 2
 _NAT64, _COMPATIBLE = ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96")
 
 
@@ -89,22 +94,69 @@ def may_be_named(address: str, server: Reach) -> bool:
     return reach is Reach.WORLD or reach is server or (server is Reach.HOST and reach is Reach.SITE)
 
 
-def parse_invitation(invitation: Any) -> tuple[list[str], int, bytes]:
-    """Take apart what a peer's `PeerLinks.invite` made: hosts, port and ticket.
+class WayThrough(NamedTuple):
+    """A way to a peer through a parent's port. The server's parent is where the dialling side finds the server, and
+    `hosts` is for others; port 0 is the one in its server's URL."""
+
+    at_server: bool
+    hosts: Sequence[str]
+    port: int
+    token: bytes
+
+
+class Invitation(NamedTuple):
+    """What `PeerLinks.invite` says. Port 0 says that there is no straight way."""
+
+    hosts: Sequence[str]
+    port: int
+    ticket: bytes
+    through: Sequence[WayThrough] = ()
+
+    def pack(self) -> dict[str, Any]:
+        """For a message (msgpack types). Who does not know ways through a parent finds none in it."""
+        packed: dict[str, Any] = {"hosts": list(self.hosts), "port": self.port, "ticket": self.ticket}
+        if self.through:
+            packed["through"] = [{**way._asdict(), "hosts": list(way.hosts)} for way in self.through]
+        return packed
+
+
+def parse_invitation(invitation: Any) -> Invitation:
+    """Take apart what a peer's `PeerLinks.invite` made.
 
     Raises:
         ProtocolError: it is malformed.
     """
     match invitation:
-        case {"hosts": [*hosts], "port": port, "ticket": bytes(ticket)} if (
-            len(hosts) <= MAX_ADDRESSES
-            and all(type(host) is str and _is_address(host) for host in hosts)
-            and type(port) is int
-            and 0 < port < 65536
-            and len(ticket) == TICKET_BYTES
+        case {"hosts": hosts, "port": port, "ticket": bytes(ticket)} if (
+            are_hosts(hosts) and type(port) is int and len(ticket) == TICKET_BYTES
         ):
-            return hosts, port, ticket
+            through = invitation.get("through", ())
+            if isinstance(through, list | tuple) and len(through) <= _MAX_WAYS_THROUGH:
+                ways = [_parse_way(way) for way in through]
+                if (0 if ways else 1) <= port < 65536:
+                    return Invitation(hosts, port, ticket, ways)
     raise ProtocolError("malformed invitation to a link")
+
+
+def _parse_way(way: Any) -> WayThrough:
+    match way:
+        case {"at_server": bool(at_server), "hosts": hosts, "port": port, "token": bytes(token)} if (
+            are_hosts(hosts)
+            and type(port) is int
+            and (0 if at_server else 1) <= port < 65536
+            and len(token) == TOKEN_BYTES
+        ):
+            return WayThrough(at_server, hosts, port, token)
+    raise ProtocolError("malformed invitation to a link: a way through a parent")
+
+
+def are_hosts(hosts: Any) -> bool:
+    """Whether it is a list of IP addresses that is not too long."""
+    return (
+        isinstance(hosts, list | tuple)
+        and len(hosts) <= MAX_ADDRESSES
+        and all(type(host) is str and _is_address(host) for host in hosts)
+    )
 
 
 def _is_address(host: str) -> bool:

@@ -11,6 +11,7 @@ What a peer may use counts for its site, however many cells, tickets and links i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import secrets
@@ -20,7 +21,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
@@ -30,17 +31,19 @@ from nvflare_rdma.channel import (
     Door,
     Link,
     LinkContext,
+    Listener,
     Pending,
     Role,
     Sink,
-    dial,
 )
-from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TlsError, UnreachableError
-from nvflare_rdma.fabric import Fabric, MemoryBudget, TcpFabric, connect_tcp, join_address
+from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TlsError
+from nvflare_rdma.fabric import Fabric, MemoryBudget, TcpFabric
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer.addresses import (
     MAX_ADDRESSES,
+    SERVER,
     TICKET_BYTES,
+    Invitation,
     Reach,
     is_loopback,
     listen,
@@ -48,28 +51,20 @@ from nvflare_rdma.transfer.addresses import (
     may_be_named,
     own_hosts,
     parse_invitation,
-    reach_of,
     reach_of_host,
-    resolve,
     site_of,
 )
+from nvflare_rdma.transfer.dialling import ADDRESS_SECONDS, DIAL_SECONDS, Dialler, Failures, Opened, Silent
+from nvflare_rdma.transfer.meetings import Meetings, Place
 from nvflare_rdma.transfer.records import Ledger
 from nvflare_rdma.transfer.waiting import SitePlaces
 
 log = get_logger(__name__)
 
-SERVER = "server"  # the root of its cells' names
 TICKET_SECONDS = 120.0
 #: For all cells of a site, and its links. The oldest makes room: of links, one that is idle first.
 MAX_INVITATIONS = 32
 MAX_LINKS = 16
-#: The time for all addresses of a peer together. One of them may take `_ADDRESS_SECONDS` for the greeting, and as long
-#: again for the ticket; when the ticket is taken, the link has the handshake's deadline besides.
-DIAL_SECONDS = 20.0
-_ADDRESS_SECONDS = 5.0
-#: A peer that does not answer, as behind a firewall that drops packets, is not dialled again for so long; twice as long
-#: the next time, and so on.
-_AVOID_SECONDS, _AVOID_DOUBLINGS = 60.0, 6
 #: A peer from which nothing has come for so long is asked for a sign of life before its link is used again, and has so
 #: long to give one.
 _QUIET_SECONDS, _ANSWER_SECONDS = 5.0, 5.0
@@ -115,29 +110,31 @@ class PeerLinks:
         shared: what all links of the process share.
         tls: makes the context for the listening side (True) or the dialling one; gives None where FLARE is not secure.
         identify: says whether a certificate is a peer's.
-        server_host: where the federation's server is reached, "" if it is unknown; tried before the addresses that the
-            server names. Unless it is on a private network, peers are told no private address, and none that a peer
-            names is dialled.
+        server: where the federation's server is reached, a host and FLARE's port ("" and 0 if unknown); the host is
+            tried before the addresses that the server names. Unless it is on a private network, peers are told no
+            private address, and none that a peer names is dialled.
         ports: what the door may listen on, (0, 0) for any port; None for no door.
         trainers: without `ports`, whether there is a door on the loopback device for the cells below this one: the
-            Client API's processes.
+            Client API's processes, and for those of other sites if the server is on this host.
+        meet: has a parent, by its cell's name, make a route to this cell; None for no ways through parents.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a thing of its own
         self,
         name: str,
         shared: SharedByLinks,
         tls: Callable[[bool], ssl.SSLContext | None],
         identify: Identify,
-        server_host: str,
+        server: tuple[str, int],
         ports: tuple[int, int] | None,
         trainers: bool = False,
+        meet: Callable[[str], Place] | None = None,
     ) -> None:
         self.name = name
         self._shared = shared
         self._tls = tls
         self._identify = identify
-        self._server_host = server_host
+        self._server_host = server[0]
         self._ports = ports
         self._trainers = trainers
         limits = replace(shared.context.limits, max_message_bytes=_MAX_TENSOR_BYTES)
@@ -149,6 +146,15 @@ class PeerLinks:
         self._opened = threading.Condition(self._lock)
         self._door: Door | None = None
         self._pending = Pending()
+        self._meetings = Meetings(name, meet, self._serve_door, lambda: self._server_reach)
+        self._dialler = Dialler(
+            name,
+            server,
+            lambda: self._server_reach,
+            lambda: self._secure(False),
+            functools.partial(self._require, role=Role.ACTIVE, consequence="it was sent no ticket"),
+            self._pending,
+        )
         self._tickets: dict[bytes, tuple[str, float]] = {}
         #: Peer -> its links, the newest last. An older one lives on: a transfer may still use it.
         self._links: dict[str, list[Link]] = {}
@@ -157,8 +163,7 @@ class PeerLinks:
         #: Peers that are being dialled.
         self._dialling: set[str] = set()
         self._sinks: dict[tuple[str, int], Sink] = {}
-        #: Peer -> how often in a row it did not answer, when that was last, and what was tried.
-        self._unreachable: dict[str, tuple[int, float, str]] = {}
+        self._unreachable = Silent()
         self._closed = False
         #: What opened each link.
         self._ticket_of: weakref.WeakKeyDictionary[Link, bytes] = weakref.WeakKeyDictionary()
@@ -173,14 +178,18 @@ class PeerLinks:
         Raises:
             FabricUnavailable: this side has no door.
         """
-        if not self._may_come(peer):
-            raise FabricUnavailable(f"{self.name} does not listen for data, as rdma_data_ports says there")
-        door = self._open_door()
-        host, port = door.address
-        hosts = [host] if host not in ("", "0.0.0.0", "::") else self._hosts_for(peer)
+        ways, why_none = self._meetings.ways_for(peer)
+        hosts: list[str] = []
+        port = 0
+        try:
+            host, port = self._open_door(peer).address
+            hosts = [host] if host not in ("", "0.0.0.0", "::") else self._hosts_for(peer)
+        except FabricUnavailable as error:
+            if not ways:
+                raise FabricUnavailable(f"{error}{why_none and '; '}{why_none}") from error
         with self._lock:
             ticket = self._ticket_for(peer, time.monotonic())
-        return {"hosts": hosts, "port": port, "ticket": ticket}
+        return Invitation(hosts, port, ticket, ways).pack()
 
     def _ticket_for(self, peer: str, now: float) -> bytes:
         """The ticket of the open invitation of `peer`, or a new one if there is none that lasts."""
@@ -215,26 +224,45 @@ class PeerLinks:
                 return Reach.WORLD  # for now: the name may be known later
         return self._known_reach
 
-    def _open_door(self) -> Door:
+    def _open_door(self, peer: str) -> Door:
+        self._leave_port_to_parent()
+        if not self._may_come(peer):
+            raise FabricUnavailable(f"{self.name} does not listen for data, as rdma_data_ports says there")
         with self._lock:
-            if self._closed:
-                raise FabricUnavailable(f"{self.name} is ending")
             if self._door is None or self._door.is_over:
                 inside = self._ports is None or is_loopback(self._server_host)
                 try:
-                    tls = None if self._secure(True) is None else self._door_tls
                     listener = listen(loopback(self._server_host) if inside else "", self._ports or (0, 0))
                 except OSError as error:
                     raise FabricUnavailable(f"{self.name} can't listen for data: {error}") from error
-                door = Door(listener, tls, self._fabric, self._on_connection, f"{self.name}'s data port")
-                try:
-                    threading.Thread(target=door.serve, name="rdma-data-door", daemon=True).start()
-                except RuntimeError as error:
-                    listener.close()
-                    raise FabricUnavailable(f"{self.name} can't listen for data: {error}") from error
-                self._door = door
-                log.info("%s listens for data on port %d", self.name, door.address[1])
+                self._door = self._serve_door(listener, f"{self.name}'s data port")
+                log.info("%s listens for data on port %d", self.name, self._door.address[1])
             return self._door
+
+    def _leave_port_to_parent(self) -> None:
+        """All processes of a site have one `rdma_data_ports`. If it is one port and the parent's, it is not this one's:
+        then peers come through the parent."""
+        if self._ports is None or self._ports[0] != self._ports[1]:
+            return
+        with contextlib.suppress(FabricUnavailable):
+            if (place := self._meetings.place_at(site_of(self.name))).port == self._ports[0]:
+                self._ports, self._trainers = None, True
+                log.info(
+                    "%s has no data port: port %d is its parent's, and peers come through it", self.name, place.port
+                )
+
+    def _serve_door(self, listener: Listener, name: str) -> Door:
+        if self._closed:
+            raise FabricUnavailable(f"{self.name} is ending")
+        through = "" if isinstance(listener, socket.socket) else name
+        try:
+            tls = None if self._secure(True) is None else self._door_tls
+            door = Door(listener, tls, self._fabric, functools.partial(self._on_connection, through), name)
+            threading.Thread(target=door.serve, name="rdma-data-door", daemon=True).start()
+        except (FabricUnavailable, RuntimeError) as error:
+            listener.close()
+            raise FabricUnavailable(f"{self.name} can't listen for data: {error}") from error
+        return door
 
     def _door_tls(self) -> ssl.SSLContext:
         """Made for each guest, since certificates may be renewed."""
@@ -242,8 +270,11 @@ class PeerLinks:
             raise FabricUnavailable(f"{self.name} has no certificates any more")
         return context
 
-    def _on_connection(self, sock: socket.socket, stream: ControlStream, admitted: Callable[[], None]) -> None:
+    def _on_connection(
+        self, through: str, sock: socket.socket, stream: ControlStream, admitted: Callable[[], None]
+    ) -> None:
         """Serve a peer that has dialled until it goes."""
+        stream.through = through
         with self._pending.track(sock):
             ticket = _receive_exactly(stream, TICKET_BYTES, GREETING_TIMEOUT)
         with self._lock:
@@ -318,7 +349,10 @@ class PeerLinks:
         return self._shared.waiting_places
 
     def _may_come(self, peer: str) -> bool:
-        return self._ports is not None or (self._trainers and peer.startswith(f"{self.name}."))
+        if self._ports is not None:
+            return True
+        neighbour = is_loopback(self._server_host) and site_of(peer) not in (SERVER, site_of(self.name))
+        return self._trainers and (neighbour or peer.startswith(f"{self.name}."))
 
     def has_door_for(self, peer: str) -> bool:
         """Whether this side listens, and `peer` may be invited: then it never dials where `peer` says."""
@@ -376,7 +410,8 @@ class PeerLinks:
             RdmaError: none of its addresses leads there; or that was so a short time ago, and none was tried.
             ProtocolError: `invitation` is malformed.
         """
-        hosts, port, ticket = parse_invitation(invitation)
+        parsed = parse_invitation(invitation)
+        ticket = parsed.ticket
         deadline = time.monotonic() + DIAL_SECONDS
         with self._opened:
             if (link := self._opened_by(peer, ticket)) is not None:
@@ -392,95 +427,75 @@ class PeerLinks:
                     raise FabricUnavailable(f"{peer} is being dialled already")
             self._dialling.add(peer)
         try:
-            return self._try_addresses(peer, hosts, port, ticket, deadline)
+            return self._try_ways(peer, parsed, deadline)
         finally:
             with self._opened:
                 self._dialling.discard(peer)
                 self._opened.notify_all()
+
+    def dial_or_invite(self, peer: str, invitation: Any) -> dict[str, Any] | None:
+        """Open a new link to `peer`, which has sent the invitation. If it is better that the peer dials this side, an
+        invitation for it is returned instead: of two sites, where one has a port, no third one need pass on anything.
+
+        Raises:
+            RdmaError: see `dial`.
+        """
+        theirs = parse_invitation(invitation)
+        at_server_only = theirs.port == 0 and all(way.at_server for way in theirs.through)
+        if at_server_only and SERVER not in (site_of(peer), site_of(self.name)):
+            with contextlib.suppress(FabricUnavailable):
+                if (own := self.invite(peer))["port"]:
+                    return own
+        self.dial(peer, invitation)
+        return None
 
     def _opened_by(self, peer: str, ticket: bytes) -> Link | None:
         """The link that this ticket has opened: two who are invited at about the same time get the same ticket."""
         links = (link for link in self._links.get(peer, []) if link.usable)
         return next((link for link in links if self._ticket_of.get(link) == ticket), None)
 
-    def _addresses(self, peer: str, hosts: list[str], failures: list[str]) -> Iterator[tuple[str, str]]:
-        """The addresses that may be dialled, with the host of each. `failures` gets why others may not."""
-        if self._server_host and site_of(peer) == SERVER:
-            hosts = [self._server_host, *(host for host in hosts if host != self._server_host)]
-        server = self._server_reach
-        for host in hosts[:MAX_ADDRESSES]:
-            try:
-                found = resolve(host)[:MAX_ADDRESSES]
-                ours = host == self._server_host or self._is_same_site(peer)
-                allowed = [address for address in found if ours or may_be_named(address, server)]
-            except (OSError, ValueError) as error:
-                failures.append(f"{host}: {error}")
-                continue
-            for address in found:
-                if address not in allowed:
-                    kind = reach_of(address).value
-                    failures.append(f"{host} is not dialled: it is a {kind} address, but the server's is not")
-            yield from ((host, address) for address in allowed)
-
-    def _try_addresses(self, peer: str, hosts: list[str], port: int, ticket: bytes, deadline: float) -> Link:
+    def _try_ways(self, peer: str, invitation: Invitation, deadline: float) -> Link:
         began = time.monotonic()
-        self._avoid(peer, began)
-        failures: list[str] = []
-        silent, impostors = False, []
-        for host, address in self._addresses(peer, hosts, failures):
-            if time.monotonic() >= deadline:
-                failures.append(f"the others were not tried: {DIAL_SECONDS:g} s are over")
-                break
-            try:
-                link = self._dial((address, port), ticket, peer, deadline)
-            except (OSError, RdmaError) as error:
-                failures.append(f"{join_address(host, port)}: {error}")
-                silent = silent or isinstance(error, UnreachableError | TimeoutError)
-                if isinstance(error, TlsError):
-                    impostors.append(failures[-1])
-                continue
-            for impostor in impostors:  # where no address leads there, the error has them
-                log.warning("%s reached %s elsewhere; %s", self.name, peer, impostor)
-            try:
-                threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
-            except RuntimeError as error:
-                link.close(0.0)
-                with self._lock:
-                    self._links[peer].remove(link)
-                raise FabricUnavailable(f"{self.name} can't serve a link to {peer}: {error}") from error
-            return link
+        self._unreachable.check(peer, began)
+        failures = Failures()
+        with contextlib.closing(self._dialler.open(peer, invitation, deadline, failures)) as ways:
+            for opened in ways:
+                try:
+                    link = self._enter(opened, invitation.ticket, peer, deadline)
+                except (OSError, RdmaError) as error:
+                    failures.add(opened.attempt, error)
+                    continue
+                for impostor in failures.impostors:  # where no address leads there, the error has them
+                    log.warning("%s reached %s elsewhere; %s", self.name, peer, impostor)
+                if opened.attempt.through:
+                    why = "; ".join(failures.texts) or "it names no other way"
+                    log.info("%s reaches %s %s: %s", self.name, peer, opened.attempt, why)
+                try:
+                    threading.Thread(target=self._run, args=(link, peer), name="rdma-data", daemon=True).start()
+                except RuntimeError as error:
+                    link.close(0.0)
+                    with self._lock:
+                        self._links[peer].remove(link)
+                    raise FabricUnavailable(f"{self.name} can't serve a link to {peer}: {error}") from error
+                return link
         reason = (
-            f"no direct way from {self.name} to {peer}: {'; '.join(failures) or 'it names no address'} "
+            f"no direct way from {self.name} to {peer}: {'; '.join(failures.texts) or 'it names no address'} "
             f"(where {peer} listens is said there by rdma_data_ports: it has to be a port that is open to this side)"
         )
-        if silent:
-            with self._lock:
-                count, since, _ = self._unreachable.get(peer, (0, 0.0, ""))
-                # Several threads that dial at once find out the same; that counts once.
-                self._unreachable[peer] = count + (since <= began), time.monotonic(), reason
+        if failures.silent:
+            self._unreachable.note(peer, began, reason)
         raise FabricError(reason)
 
-    def _avoid(self, peer: str, now: float) -> None:
-        with self._lock:
-            count, since, reason = self._unreachable.get(peer, (0, 0.0, ""))
-        left = since + _AVOID_SECONDS * 2 ** min(count - 1, _AVOID_DOUBLINGS) - now
-        if count and left > 0:
-            raise FabricUnavailable(f"{reason} (tried {now - since:.0f} s ago, and again in {left:.0f} s)")
-
-    def _dial(self, address: tuple[str, int], ticket: bytes, peer: str, deadline: float) -> Link:
-        left = deadline - time.monotonic()
-        sock, stream = dial(address, self._secure(False), self._pending, min(left, _ADDRESS_SECONDS))
+    def _enter(self, opened: Opened, ticket: bytes, peer: str, deadline: float) -> Link:
+        sock, stream = opened.sock, opened.stream
         try:
-            deadline = min(deadline, time.monotonic() + _ADDRESS_SECONDS)
-            self._require(stream, peer, Role.ACTIVE, "it was sent no ticket")
+            deadline = min(deadline, time.monotonic() + ADDRESS_SECONDS)
             with self._pending.track(sock):
                 stream.ticket = ticket
                 stream.send(stream.protect([ticket]))
                 if _receive_exactly(stream, len(_WELCOME), deadline - time.monotonic()) != _WELCOME:
                     raise ProtocolError("it is no data port of nvflare-rdma")
-            # To where the control stream came through: a name may have several addresses, and hosts.
-            way = functools.partial(connect_tcp, sock.getpeername()[:2], GREETING_TIMEOUT)
-            return self._open(Role.ACTIVE, sock, stream, self._shared.tcp(way), peer)
+            return self._open(Role.ACTIVE, sock, stream, self._shared.tcp(opened.way), peer)
         except (OSError, RdmaError):
             stream.close()
             raise
@@ -501,7 +516,7 @@ class PeerLinks:
             if not closed:
                 self._ticket_of[link] = stream.ticket
                 self._links.setdefault(peer, []).append(link)
-                self._unreachable.pop(peer, None)
+                self._unreachable.forget(peer)
                 self._opened.notify_all()
         if closed:
             link.close(0.0)
@@ -554,6 +569,7 @@ class PeerLinks:
             door, self._door = self._door, None
             links = [link for links in self._links.values() for link in links]
         self._pending.close()
+        self._meetings.close()
         if door is not None:
             door.close()
         for link in links:

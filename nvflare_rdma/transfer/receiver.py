@@ -220,8 +220,7 @@ class Pull:
             return None
         theirs = described.get("invitation")
         if theirs is not None:
-            self._links.dial(self._peer, theirs)
-            return None
+            return self._links.dial_or_invite(self._peer, theirs)
         try:
             return self._links.invite(self._peer)
         except FabricUnavailable as error:

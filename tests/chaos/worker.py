@@ -128,7 +128,7 @@ class Worker:
             self.runtime,
             self._tls,
             self._identify,
-            "127.0.0.1",
+            ("127.0.0.1", 0),
             (0, 0) if has_door(config.number) else None,
         )
 

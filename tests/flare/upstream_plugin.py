@@ -24,7 +24,9 @@ _counted: Counter[str] = Counter()
 
 def _open(cell: Any) -> PeerLinks:
     """As `open_links`, but every cell listens: only few of those in FLARE's tests are called server."""
-    return PeerLinks(cell.get_fqcn(), this_runtime(), lambda server_side: None, identifier({}), "127.0.0.1", (0, 0))
+    return PeerLinks(
+        cell.get_fqcn(), this_runtime(), lambda server_side: None, identifier({}), ("127.0.0.1", 0), (0, 0)
+    )
 
 
 def _noted(method: Any) -> Any:

@@ -289,7 +289,7 @@ def test_who_answers_at_another_address_is_told_of_when_the_server_answers_too(c
     server, site = channels(SERVER), channels(SITE)
     invitation = server.invite(SITE)
     with listening(pki["site-2"], ("127.0.0.2", invitation["port"])) as listener:
-        site._server_host = "127.0.0.2"
+        site._dialler._server = ("127.0.0.2", 0)
         site.dial(SERVER, invitation)
         assert_moves(site, server)
         assert listener.heard.get(timeout=DEADLINE) == b""

@@ -28,7 +28,9 @@ CREDENTIALS = {"ca_cert": "/site/startup/rootCA.pem", "client_key": "/site/start
 def flare_cell(credentials, url="grpc://fl.example.org:8002", secure=True):
     endpoint = types.SimpleNamespace(conn_props=credentials)
     resolver = CellIdentityResolver("site-1.job", {"server": "fl.example.org"}, {"site-1.job": "site-1"})
-    core = types.SimpleNamespace(endpoint=endpoint, root_url=url, secure=secure, identity_resolver=resolver)
+    core = types.SimpleNamespace(
+        endpoint=endpoint, root_url=url, parent_url=None, secure=secure, identity_resolver=resolver
+    )
     return types.SimpleNamespace(core_cell=core, get_fqcn=lambda: "site-1.job")
 
 

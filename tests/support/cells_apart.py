@@ -13,7 +13,7 @@ from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
 
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.component import install
-from nvflare_rdma.transfer import peers
+from nvflare_rdma.transfer import dialling
 from tests.support import far_cells
 from tests.support.far_cells import MODEL, FarSite, reply
 from tests.support.namespaces import ip
@@ -44,7 +44,7 @@ def ask(folder: Path) -> int:
     site = FarSite(URL, f"address add {SITE}/24 dev far", "link set far up", "link set lo up")
     reasons: list[str] = []
     shared().ledger.subscribe(lambda record: reasons.append(record.reason))
-    peers._ADDRESS_SECONDS = 1.0  # for a test's sake
+    dialling.ADDRESS_SECONDS = 1.0  # for a test's sake
     install()
 
     def get() -> dict:
@@ -56,7 +56,7 @@ def ask(folder: Path) -> int:
 
     results = {"firewall": get(), "again": get()}
     site.request("open")
-    peers._AVOID_SECONDS = 0.0
+    dialling._AVOID_SECONDS = 0.0
     results["open"] = get()
     (folder / "results.json").write_text(json.dumps(results))
     return 0

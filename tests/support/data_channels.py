@@ -12,6 +12,7 @@ from typing import Any
 from nvflare_rdma.fabric.registry import factories, probe
 from nvflare_rdma.runtime import Runtime, Shared, make_context, make_memory
 from nvflare_rdma.settings import Settings
+from nvflare_rdma.transfer.meetings import Place
 from nvflare_rdma.transfer.peers import PeerLinks
 from tests.support.link_process import resources
 from tests.support.tcp_pair import DEADLINE
@@ -59,8 +60,10 @@ class Cells:
         budget: int = 16 << 20,
         trainers: bool = False,
         stall: float | None = None,
+        meet: Callable[[str], Place] | None = None,
+        port: int = 0,
     ) -> PeerLinks:
-        made = PeerLinks(name, runtime(fabrics, budget, stall), tls, anybody, host, ports, trainers)
+        made = PeerLinks(name, runtime(fabrics, budget, stall), tls, anybody, (host, port), ports, trainers, meet)
         self.made.append(made)
         return made
 

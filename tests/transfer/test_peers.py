@@ -14,6 +14,7 @@ from nvflare_rdma.channel.bodies import BufferSource
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, TransferError
+from nvflare_rdma.transfer import dialling
 from nvflare_rdma.transfer import peers as channels_module
 from nvflare_rdma.transfer.addresses import MAX_ADDRESSES, TICKET_BYTES, Reach, own_hosts, parse_invitation
 from tests.support.bodies import TestSink
@@ -151,7 +152,8 @@ def test_who_waits_for_another_to_dial_has_one_deadline_for_both(cell, monkeypat
     """Nothing is dialled any more when the wait has taken all of it."""
     now = [0.0]
     clock = types.SimpleNamespace(monotonic=lambda: now[0])
-    monkeypatch.setattr(channels_module, "time", clock)
+    for module in (channels_module, dialling):
+        monkeypatch.setattr(module, "time", clock)
     client = cell("site-1", ports=None)
     client._dialling.add("server")
 
@@ -211,7 +213,7 @@ GOOD = {"hosts": ["10.0.0.1"], "port": 1, "ticket": bytes(TICKET_BYTES)}
     ids=str,
 )
 def test_malformed_invitations(invitation, cell):
-    assert parse_invitation(GOOD) == (["10.0.0.1"], 1, bytes(TICKET_BYTES))
+    assert parse_invitation(GOOD) == (["10.0.0.1"], 1, bytes(TICKET_BYTES), [])
     with pytest.raises(ProtocolError, match="malformed invitation"):
         cell("site-1").dial("server", invitation)
 
@@ -236,7 +238,7 @@ def test_a_dialling_side_that_finds_nobody_says_where_it_looked(cell):
 
 
 def test_a_peer_that_does_not_answer_is_not_dialled_again_for_a_while(cell, monkeypatch):
-    monkeypatch.setattr(channels_module, "_ADDRESS_SECONDS", 0.2)
+    monkeypatch.setattr(dialling, "ADDRESS_SECONDS", 0.2)
     site, server = cell("site-1", ports=(0, 0)), cell("server", ports=(0, 0))
     with unanswered() as (host, port):
         invitation = {**GOOD, "hosts": [host], "port": port}
@@ -257,7 +259,7 @@ def test_a_peer_that_does_not_answer_is_not_dialled_again_for_a_while(cell, monk
         with pytest.raises(FabricUnavailable, match=r"nothing answered.* \(tried \d s ago, and again in \d\d s\)"):
             site.dial("server", invitation)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(channels_module, "_AVOID_SECONDS", 0.0)
+            patch.setattr(dialling, "_AVOID_SECONDS", 0.0)
             dial()
         with pytest.raises(FabricUnavailable, match=r"again in 1\d\d s"):
             site.dial("server", invitation)
@@ -267,7 +269,8 @@ def test_a_peer_that_does_not_answer_is_not_dialled_again_for_a_while(cell, monk
 
 
 def test_dialling_has_one_deadline_for_all_addresses(cell, monkeypatch):
-    monkeypatch.setattr(channels_module, "DIAL_SECONDS", 0.2)
+    for module in (channels_module, dialling):
+        monkeypatch.setattr(module, "DIAL_SECONDS", 0.2)
     hosts = [f"127.0.0.{n}" for n in range(1, 17)]
     with socket.create_server(("0.0.0.0", 0)) as silent, pytest.raises(FabricError) as caught:
         cell("site-1").dial("server", {**GOOD, "hosts": hosts, "port": silent.getsockname()[1]})
@@ -548,8 +551,10 @@ def test_closing_frees_everything_at_once_and_for_good(cell, authorities, monkey
 
 
 def test_closing_ends_a_dialling_that_waits(cell, monkeypatch):
-    monkeypatch.setattr(channels_module, "_ADDRESS_SECONDS", FOR_EVER)
-    monkeypatch.setattr(channels_module, "DIAL_SECONDS", FOR_EVER)
+    for module in (channels_module, dialling):
+        monkeypatch.setattr(module, "ADDRESS_SECONDS", FOR_EVER)
+    for module in (channels_module, dialling):
+        monkeypatch.setattr(module, "DIAL_SECONDS", FOR_EVER)
     client, errors = cell("site-1"), queue.Queue()
 
     def try_to_dial() -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +35,17 @@ class Job:
 
 class Federation:
     """Starts a server and sites that wait for jobs; they end with the namespaces that they are in. `extra` is for their
-    environment."""
+    environment; `one_port` has the `rdma_data_ports` of participants whose parents join connections."""
 
-    def __init__(self, star: Star, folder: Path, sites: list[str], scheme: str, **extra: str) -> None:
+    def __init__(
+        self,
+        star: Star,
+        folder: Path,
+        sites: list[str],
+        scheme: str,
+        one_port: Mapping[str, str] | None = None,
+        **extra: str,
+    ) -> None:
         self._star = star
         self._folder = folder
         # FLARE's processes find no torch, whose loading takes longer than the job.
@@ -45,6 +54,8 @@ class Federation:
         self._environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self._environment |= extra
         self._kits = self._provision(sites, scheme)
+        for name, ports in (one_port or {}).items():
+            add_parent_door(self._kits / name / "local", ports)
         self._processes = {name: self._start(name) for name in [SERVER, *sites]}
 
     def wait_for_sites(self) -> None:
@@ -68,6 +79,10 @@ class Federation:
     def log(self, site: str, job: Job) -> str:
         """What a site's job process has logged."""
         return (self._kits / site / job.id / "log.txt").read_text()
+
+    def console(self, name: str) -> str:
+        """What a parent has printed."""
+        return (self._kits / name / "console.log").read_text()
 
     def _provision(self, sites: list[str], scheme: str) -> Path:
         participants: list[dict[str, object]] = [
@@ -116,6 +131,19 @@ class Federation:
         console = (self._kits / name / "console.log").read_text()
         assert process.poll() is None, console[-4000:]
         return text in console
+
+
+def add_parent_door(local: Path, ports: str) -> None:
+    """What an operator does, in a participant's folder for what is its own."""
+    resources = local / "resources.json"
+    if not resources.exists():
+        resources.write_text((local / "resources.json.default").read_text())
+    config = json.loads(resources.read_text())
+    config["components"].append({"id": "rdma_door", "path": "nvflare_rdma.streaming.ParentDoor", "args": {}})
+    resources.write_text(json.dumps(config))
+    file = local / "comm_config.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**known, "rdma_data_ports": ports}))
 
 
 def submit(admin: str, job: str, seconds: float) -> dict[str, str]:

@@ -1,0 +1,307 @@
+"""How a peer is dialled: straight to its door, and through a parent's port where that does not lead there.
+
+Straight ways have a short start; then both kinds are tried at the same time, and the first that leads to the peer wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import queue
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from nvflare_rdma.channel import GREETING_TIMEOUT, ControlStream, Pending, dial
+from nvflare_rdma.errors import FabricUnavailable, RdmaError, TlsError, UnreachableError
+from nvflare_rdma.fabric import connect_tcp, join_address
+from nvflare_rdma.transfer.addresses import (
+    MAX_ADDRESSES,
+    SERVER,
+    Invitation,
+    Reach,
+    may_be_named,
+    reach_of,
+    resolve,
+    site_of,
+)
+from nvflare_rdma.transfer.routes import dialling
+
+#: The time for all addresses of a peer together. One of them may take `_ADDRESS_SECONDS` for the greeting, and as long
+#: again for the ticket; when the ticket is taken, the link has the handshake's deadline besides.
+DIAL_SECONDS = 20.0
+ADDRESS_SECONDS = 5.0
+#: So much earlier than ways through a parent, straight ones are tried.
+_HEAD_START_SECONDS = 0.3
+#: A peer that does not answer, as behind a firewall that drops packets, is not dialled again for so long; twice as long
+#: the next time, and so on.
+_AVOID_SECONDS, _AVOID_DOUBLINGS = 60.0, 6
+
+
+class Silent:
+    """Who did not answer: each is left alone for a while, which grows."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        #: How often in a row, when that was last, and what was tried.
+        self._known: dict[str, tuple[int, float, str]] = {}
+
+    def note(self, peer: str, began: float, reason: str) -> None:
+        """It did not answer an attempt that began then. Several threads that dial at once find out the same; that
+        counts once."""
+        with self._lock:
+            count, since, _ = self._known.get(peer, (0, 0.0, ""))
+            self._known[peer] = count + (since <= began), time.monotonic(), reason
+
+    def forget(self, peer: str) -> None:
+        """It answers."""
+        with self._lock:
+            self._known.pop(peer, None)
+
+    def check(self, peer: str, now: float) -> None:
+        """Raise FabricUnavailable, with the reason, if it is to be left alone."""
+        with self._lock:
+            count, since, reason = self._known.get(peer, (0, 0.0, ""))
+        left = since + _AVOID_SECONDS * 2 ** min(count - 1, _AVOID_DOUBLINGS) - now
+        if count and left > 0:
+            raise FabricUnavailable(f"{reason} (tried {now - since:.0f} s ago, and again in {left:.0f} s)")
+
+
+@dataclass
+class Failures:
+    """What was tried in vain."""
+
+    texts: list[str] = field(default_factory=list)
+    #: Whether something did not answer, and whether that was so of a straight way.
+    silent: bool = False
+    straight_is_silent: bool = False
+    #: Of the texts, those about somebody else who was there.
+    impostors: list[str] = field(default_factory=list)
+
+    def add(self, attempt: Attempt, error: Exception) -> None:
+        """An attempt has failed."""
+        self.texts.append(f"{attempt}: {error}")
+        if isinstance(error, UnreachableError | TimeoutError):
+            self.silent = True
+            self.straight_is_silent |= not attempt.through
+        if isinstance(error, TlsError):
+            self.impostors.append(self.texts[-1])
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An address that may lead to a peer. `through` says whose port it is if it is not the peer's own."""
+
+    host: str
+    address: str
+    port: int
+    preamble: bytes = b""
+    through: str = ""
+
+    def __str__(self) -> str:
+        where = join_address(self.host, self.port)
+        return f"through {self.through} at {where}" if self.through else where
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A control stream to a peer, which has shown that it is the peer, and gets a ticket now."""
+
+    attempt: Attempt
+    sock: socket.socket
+    stream: ControlStream
+
+    @property
+    def way(self) -> Callable[[], socket.socket]:
+        """Connects to where the control stream came through: a name may have several addresses, and hosts."""
+        return functools.partial(_connect, self.sock.getpeername()[:2], self.attempt.preamble)
+
+
+#: What opens streams as it goes on.
+Opening: TypeAlias = Generator[Opened, None, None]
+
+
+class Dialler:
+    """Dials the peers of the cell `name`. `tls` gives the context of the dialling side, and `require` raises TlsError
+    unless the peer is at the other end of a stream. `reach` says how far the server can be reached, which is at
+    `server`, a host and a port ("" and 0 if unknown)."""
+
+    def __init__(
+        self,
+        name: str,
+        server: tuple[str, int],
+        reach: Callable[[], Reach],
+        tls: Callable[[], ssl.SSLContext | None],
+        require: Callable[[ControlStream, str], None],
+        pending: Pending,
+    ) -> None:
+        self._name, self._server, self._reach = name, server, reach
+        self._tls, self._require, self._pending = tls, require, pending
+        self._straight = Silent()
+
+    def open(self, peer: str, invitation: Invitation, deadline: float, failures: Failures) -> Opening:
+        """The streams to `peer`, each as soon as it is there. Whoever can use one takes no other, and closes the
+        iterator."""
+        began = time.monotonic()
+        straight = self._straight_ways(peer, invitation, failures) if invitation.port else iter(())
+        through = self._ways_through(peer, invitation, failures)
+        if invitation.port and invitation.through:
+            try:
+                self._straight.check(peer, began)
+            except FabricUnavailable as error:
+                failures.texts.append(str(error))
+                straight = iter(())
+            else:
+                race = _Race(functools.partial(self._each, peer, deadline, failures), straight, through)
+                with contextlib.closing(race.run()) as found:
+                    for opened in found:
+                        if not opened.attempt.through:
+                            self._straight.forget(peer)
+                        elif race.straight_goes_on or failures.straight_is_silent:
+                            failures.texts.append(f"straight, nothing answered in {time.monotonic() - began:.1f} s")
+                            self._straight.note(peer, began, failures.texts[-1])
+                        yield opened
+        yield from self._each(peer, deadline, failures, itertools.chain(straight, through))
+
+    def _each(self, peer: str, deadline: float, failures: Failures, attempts: Iterable[Attempt]) -> Iterator[Opened]:
+        for attempt in attempts:
+            if time.monotonic() >= deadline:
+                failures.texts.append(f"the others were not tried: {DIAL_SECONDS:g} s are over")
+                return
+            try:
+                opened = self._dial(peer, attempt, deadline)
+            except (OSError, RdmaError) as error:
+                failures.add(attempt, error)
+                continue
+            yield opened
+
+    def _dial(self, peer: str, attempt: Attempt, deadline: float) -> Opened:
+        left = min(deadline - time.monotonic(), ADDRESS_SECONDS)
+        address = attempt.address, attempt.port
+        sock, stream = dial(address, self._tls(), self._pending, left, attempt.preamble)
+        stream.through = attempt.through
+        try:
+            self._require(stream, peer)
+        except RdmaError:
+            stream.close()
+            raise
+        return Opened(attempt, sock, stream)
+
+    def _straight_ways(self, peer: str, invitation: Invitation, failures: Failures) -> Iterator[Attempt]:
+        hosts = list(invitation.hosts)
+        if self._server[0] and site_of(peer) == SERVER:
+            hosts = [self._server[0], *(host for host in hosts if host != self._server[0])]
+        for host, address in self._addresses(hosts, site_of(peer) == site_of(self._name), failures):
+            yield Attempt(host, address, invitation.port)
+
+    def _ways_through(self, peer: str, invitation: Invitation, failures: Failures) -> Iterator[Attempt]:
+        for way in invitation.through:
+            if way.at_server:
+                hosts, port, whose = [self._server[0]], way.port or self._server[1], "the server"
+            else:
+                hosts, port, whose = list(way.hosts), way.port, f"the parent of {site_of(peer)}"
+            if not port or "" in hosts:
+                failures.texts.append(f"through {whose}: it is unknown here where that is")
+                continue
+            for host, address in self._addresses(hosts, False, failures):
+                yield Attempt(host, address, port, dialling(way.token), whose)
+
+    def _addresses(self, hosts: list[str], ours: bool, failures: Failures) -> Iterator[tuple[str, str]]:
+        """The addresses that may be dialled, with the host of each. `failures` gets why others may not."""
+        server = self._reach()
+        for host in hosts[:MAX_ADDRESSES]:
+            try:
+                found = resolve(host)[:MAX_ADDRESSES]
+                known = ours or host == self._server[0]
+                allowed = [address for address in found if known or may_be_named(address, server)]
+            except (OSError, ValueError) as error:
+                failures.texts.append(f"{host}: {error}")
+                continue
+            for address in found:
+                if address not in allowed:
+                    kind = reach_of(address).value
+                    failures.texts.append(f"{host} is not dialled: it is a {kind} address, but the server's is not")
+            yield from ((host, address) for address in allowed)
+
+
+class _Race:
+    """Opens streams by two lists of attempts at the same time; the first list has a start. Each is tried until one of
+    it has succeeded."""
+
+    def __init__(
+        self,
+        each: Callable[[Iterable[Attempt]], Iterator[Opened]],
+        first: Iterator[Attempt],
+        second: Iterator[Attempt],
+    ) -> None:
+        self._each = each
+        self._first, self._second = first, second
+        self._lock = threading.Lock()
+        self._found: queue.SimpleQueue[Opened | None] = queue.SimpleQueue()
+        self._over = False
+        self._going: set[int] = set()
+
+    @property
+    def straight_goes_on(self) -> bool:
+        """Whether the first list has not come to an end yet."""
+        with self._lock:
+            return id(self._first) in self._going
+
+    def run(self) -> Opening:
+        """The streams that were opened, at most one of each list."""
+        try:
+            self._start(self._first)
+            waiting, second_began = 1, False
+            while waiting:
+                opened = None
+                with contextlib.suppress(queue.Empty):
+                    opened = self._found.get(timeout=None if second_began else _HEAD_START_SECONDS)
+                    waiting -= 1
+                if opened is not None:
+                    yield opened
+                if not second_began:
+                    self._start(self._second)
+                    waiting, second_began = waiting + 1, True
+        finally:
+            with self._lock:
+                self._over = True
+            while not self._found.empty():
+                if (late := self._found.get()) is not None:
+                    late.stream.close()
+
+    def _start(self, attempts: Iterator[Attempt]) -> None:
+        with self._lock:
+            self._going.add(id(attempts))
+        try:
+            threading.Thread(target=self._try, args=(attempts,), name="rdma-way", daemon=True).start()
+        except RuntimeError:  # no more threads
+            self._try(attempts)
+
+    def _try(self, attempts: Iterator[Attempt]) -> None:
+        opened = None
+        try:
+            opened = next(self._each(attempts), None)
+        finally:
+            with self._lock:
+                self._going.discard(id(attempts))
+                if not self._over:
+                    self._found.put(opened)
+                    opened = None
+            if opened is not None:
+                opened.stream.close()
+
+
+def _connect(address: tuple[str, int], preamble: bytes) -> socket.socket:
+    sock = connect_tcp(address, GREETING_TIMEOUT)
+    try:
+        if preamble:
+            sock.sendall(preamble)
+    except OSError:
+        sock.close()
+        raise
+    return sock
