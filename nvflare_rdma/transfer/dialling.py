@@ -1,6 +1,7 @@
 """How a peer is dialled: straight to its door, and through a parent's port where that does not lead there.
 
-Straight ways have a short start; then both kinds are tried at the same time, and the first that leads to the peer wins.
+Each kind of ways has a short start; then the next one is tried at the same time, and the first that leads to the peer
+wins.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -25,6 +26,7 @@ from nvflare_rdma.transfer.addresses import (
     SERVER,
     Invitation,
     Reach,
+    WayThrough,
     may_be_named,
     reach_of,
     resolve,
@@ -36,7 +38,7 @@ from nvflare_rdma.transfer.routes import dialling
 #: again for the ticket; when the ticket is taken, the link has the handshake's deadline besides.
 DIAL_SECONDS = 20.0
 ADDRESS_SECONDS = 5.0
-#: So much earlier than ways through a parent, straight ones are tried.
+#: Each kind of ways, straight and through parents, is tried so much later than the one before.
 _HEAD_START_SECONDS = 0.3
 #: A peer that does not answer, as behind a firewall that drops packets, is not dialled again for so long; twice as long
 #: the next time, and so on.
@@ -77,9 +79,8 @@ class Failures:
     """What was tried in vain."""
 
     texts: list[str] = field(default_factory=list)
-    #: Whether something did not answer, and whether that was so of a straight way.
-    silent: bool = False
-    straight_is_silent: bool = False
+    #: The kinds of ways of which something did not answer.
+    silent_ways: set[str] = field(default_factory=set)
     #: Of the texts, those about somebody else who was there.
     impostors: list[str] = field(default_factory=list)
 
@@ -87,8 +88,7 @@ class Failures:
         """An attempt has failed."""
         self.texts.append(f"{attempt}: {error}")
         if isinstance(error, UnreachableError | TimeoutError):
-            self.silent = True
-            self.straight_is_silent |= not attempt.through
+            self.silent_ways.add(attempt.kind)
         if isinstance(error, TlsError):
             self.impostors.append(self.texts[-1])
 
@@ -103,9 +103,14 @@ class Attempt:
     preamble: bytes = b""
     through: str = ""
 
+    @property
+    def kind(self) -> str:
+        """What all ways of its kind are called."""
+        return f"through {self.through}" if self.through else "straight"
+
     def __str__(self) -> str:
         where = join_address(self.host, self.port)
-        return f"through {self.through} at {where}" if self.through else where
+        return f"{self.kind} at {where}" if self.through else where
 
 
 @dataclass(frozen=True)
@@ -142,31 +147,35 @@ class Dialler:
     ) -> None:
         self._name, self._server, self._reach = name, server, reach
         self._tls, self._require, self._pending = tls, require, pending
-        self._straight = Silent()
+        self._silent = Silent()
 
     def open(self, peer: str, invitation: Invitation, deadline: float, failures: Failures) -> Opening:
         """The streams to `peer`, each as soon as it is there. Whoever can use one takes no other, and closes the
         iterator."""
         began = time.monotonic()
-        straight = self._straight_ways(peer, invitation, failures) if invitation.port else iter(())
-        through = self._ways_through(peer, invitation, failures)
-        if invitation.port and invitation.through:
-            try:
-                self._straight.check(peer, began)
-            except FabricUnavailable as error:
-                failures.texts.append(str(error))
-                straight = iter(())
-            else:
-                race = _Race(functools.partial(self._each, peer, deadline, failures), straight, through)
-                with contextlib.closing(race.run()) as found:
-                    for opened in found:
-                        if not opened.attempt.through:
-                            self._straight.forget(peer)
-                        elif race.straight_goes_on or failures.straight_is_silent:
-                            failures.texts.append(f"straight, nothing answered in {time.monotonic() - began:.1f} s")
-                            self._straight.note(peer, began, failures.texts[-1])
-                        yield opened
-        yield from self._each(peer, deadline, failures, itertools.chain(straight, through))
+        ways: dict[str, Iterator[Attempt]] = {}
+        if invitation.port:
+            ways["straight"] = self._straight_ways(peer, invitation, failures)
+        for through in invitation.through:
+            whose = "the server" if through.at_server else f"the parent of {site_of(peer)}"
+            ways[f"through {whose}"] = self._ways_through(through, whose, failures)
+        if len(ways) > 1:
+            for kind in list(ways)[:-1]:  # the last one has to do
+                try:
+                    self._silent.check(f"{kind} to {peer}", began)
+                except FabricUnavailable as error:
+                    failures.texts.append(str(error))
+                    del ways[kind]
+            race = _Race(functools.partial(self._each, peer, deadline, failures), ways)
+            with contextlib.closing(race.run()) as found:
+                for kind, opened in found:
+                    self._silent.forget(f"{kind} to {peer}")
+                    for other in (race.going() | (failures.silent_ways & ways.keys())) - {kind}:
+                        text = f"{other}, nothing answered in {time.monotonic() - began:.1f} s"
+                        failures.texts.append(text)
+                        self._silent.note(f"{other} to {peer}", began, text)
+                    yield opened
+        yield from self._each(peer, deadline, failures, itertools.chain(*ways.values()))
 
     def _each(self, peer: str, deadline: float, failures: Failures, attempts: Iterable[Attempt]) -> Iterator[Opened]:
         for attempt in attempts:
@@ -199,17 +208,16 @@ class Dialler:
         for host, address in self._addresses(hosts, site_of(peer) == site_of(self._name), failures):
             yield Attempt(host, address, invitation.port)
 
-    def _ways_through(self, peer: str, invitation: Invitation, failures: Failures) -> Iterator[Attempt]:
-        for way in invitation.through:
-            if way.at_server:
-                hosts, port, whose = [self._server[0]], way.port or self._server[1], "the server"
-            else:
-                hosts, port, whose = list(way.hosts), way.port, f"the parent of {site_of(peer)}"
-            if not port or "" in hosts:
-                failures.texts.append(f"through {whose}: it is unknown here where that is")
-                continue
-            for host, address in self._addresses(hosts, False, failures):
-                yield Attempt(host, address, port, dialling(way.token), whose)
+    def _ways_through(self, way: WayThrough, whose: str, failures: Failures) -> Iterator[Attempt]:
+        if way.at_server:
+            hosts, port = [self._server[0]], way.port or self._server[1]
+        else:
+            hosts, port = list(way.hosts), way.port
+        if not port or "" in hosts:
+            failures.texts.append(f"through {whose}: it is unknown here where that is")
+            return
+        for host, address in self._addresses(hosts, False, failures):
+            yield Attempt(host, address, port, dialling(way.token), whose)
 
     def _addresses(self, hosts: list[str], ours: bool, failures: Failures) -> Iterator[tuple[str, str]]:
         """The addresses that may be dialled, with the host of each. `failures` gets why others may not."""
@@ -230,67 +238,60 @@ class Dialler:
 
 
 class _Race:
-    """Opens streams by two lists of attempts at the same time; the first list has a start. Each is tried until one of
-    it has succeeded."""
+    """Opens streams by several kinds of ways. Each kind has a start before the next one. Each is tried until one of its
+    attempts has succeeded."""
 
     def __init__(
-        self,
-        each: Callable[[Iterable[Attempt]], Iterator[Opened]],
-        first: Iterator[Attempt],
-        second: Iterator[Attempt],
+        self, each: Callable[[Iterable[Attempt]], Iterator[Opened]], ways: Mapping[str, Iterator[Attempt]]
     ) -> None:
-        self._each = each
-        self._first, self._second = first, second
+        self._each, self._ways = each, ways
         self._lock = threading.Lock()
-        self._found: queue.SimpleQueue[Opened | None] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[tuple[str, Opened | None]] = queue.SimpleQueue()
         self._over = False
-        self._going: set[int] = set()
+        self._going: set[str] = set()
 
-    @property
-    def straight_goes_on(self) -> bool:
-        """Whether the first list has not come to an end yet."""
+    def going(self) -> set[str]:
+        """The kinds that are being tried."""
         with self._lock:
-            return id(self._first) in self._going
+            return set(self._going)
 
-    def run(self) -> Opening:
-        """The streams that were opened, at most one of each list."""
+    def run(self) -> Generator[tuple[str, Opened], None, None]:
+        """The streams that were opened, at most one of each kind."""
+        waiting, later = 0, list(self._ways)
         try:
-            self._start(self._first)
-            waiting, second_began = 1, False
-            while waiting:
-                opened = None
+            while waiting or later:
+                if later:
+                    self._start(later.pop(0))
+                    waiting += 1
                 with contextlib.suppress(queue.Empty):
-                    opened = self._found.get(timeout=None if second_began else _HEAD_START_SECONDS)
+                    kind, opened = self._found.get(timeout=_HEAD_START_SECONDS if later else None)
                     waiting -= 1
-                if opened is not None:
-                    yield opened
-                if not second_began:
-                    self._start(self._second)
-                    waiting, second_began = waiting + 1, True
+                    if opened is not None:
+                        yield kind, opened
         finally:
             with self._lock:
                 self._over = True
             while not self._found.empty():
-                if (late := self._found.get()) is not None:
+                if (late := self._found.get()[1]) is not None:
                     late.stream.close()
 
-    def _start(self, attempts: Iterator[Attempt]) -> None:
+    def _start(self, kind: str) -> None:
         with self._lock:
-            self._going.add(id(attempts))
+            self._going.add(kind)
         try:
-            threading.Thread(target=self._try, args=(attempts,), name="rdma-way", daemon=True).start()
+            threading.Thread(target=self._try, args=(kind,), name="rdma-way", daemon=True).start()
         except RuntimeError:  # no more threads
-            self._try(attempts)
+            self._try(kind)
 
-    def _try(self, attempts: Iterator[Attempt]) -> None:
+    def _try(self, kind: str) -> None:
         opened = None
         try:
-            opened = next(self._each(attempts), None)
+            opened = next(self._each(self._ways[kind]), None)
         finally:
             with self._lock:
-                self._going.discard(id(attempts))
+                self._going.discard(kind)
                 if not self._over:
-                    self._found.put(opened)
+                    self._found.put((kind, opened))
                     opened = None
             if opened is not None:
                 opened.stream.close()

@@ -482,7 +482,7 @@ class PeerLinks:
             f"no direct way from {self.name} to {peer}: {'; '.join(failures.texts) or 'it names no address'} "
             f"(where {peer} listens is said there by rdma_data_ports: it has to be a port that is open to this side)"
         )
-        if failures.silent:
+        if failures.silent_ways:
             self._unreachable.note(peer, began, reason)
         raise FabricError(reason)
 

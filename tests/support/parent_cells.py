@@ -1,5 +1,5 @@
-"""FLARE cells of a server's parent, of job processes and of sites, in one process: parent_cells.py FOLDER. What came of
-it is in FOLDER/results.json."""
+"""FLARE cells of a server's parent, of job processes and of sites, in one process: parent_cells.py FOLDER SCHEME.
+What came of it is in FOLDER/results.json. With the scheme `rdma` the parent has no port but FLARE's own."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ def event(cell: Cell, **props: object) -> FLContext:
     return context
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, scheme: str) -> None:
     port, door = free_port(), free_port()
-    os.environ["NVFLARE_RDMA_DATA_PORTS"] = str(door)  # everybody's, as with one comm_config.json
-    url = f"tcp://127.0.0.1:{port}"
+    if scheme != "rdma":
+        os.environ["NVFLARE_RDMA_DATA_PORTS"] = str(door)  # everybody's, as with one comm_config.json
+    url = f"{scheme}://127.0.0.1:{port}"
     parent = Cell("server", url, secure=False, credentials={}, create_internal_listener=True)
     parent.start()
     inner = parent.get_internal_listener_url()
@@ -62,7 +63,7 @@ def main(folder: Path) -> None:
     component.handle_event(EventType.SYSTEM_END, event(parent))
     for each in links.values():
         each.close()
-    results = {"door": door, "before": before, "ways": ways, "routes": cells, "left": left}
+    results = {"door": door, "port": port, "before": before, "ways": ways, "routes": cells, "left": left}
     (folder / "results.json").write_text(json.dumps(results))
 
 
@@ -80,7 +81,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     code = 1
     try:
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]), sys.argv[2])
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -146,17 +146,14 @@ def test_a_port_that_answers_nothing_costs_a_moment_once(cell, parent, monkeypat
                 patch.setattr(site._dialler, "_ways_through", ways_through)
                 return site.dial("server.job", invitation)
 
-        def ways_through(peer, invitation, failures):
-            for way in invitation.through:
-                token = dialling.dialling(way.token)
-                yield dialling.Attempt("127.0.0.1", "127.0.0.1", parent.port(), token, "the server")
+        def ways_through(way, whose, failures):
+            yield dialling.Attempt("127.0.0.1", "127.0.0.1", parent.port(), dialling.dialling(way.token), whose)
 
         dial()
         assert "straight, nothing answered in 0." in caplog.text
-        started = []
-        monkeypatch.setattr(dialling._Race, "run", lambda self: started.append(self) or iter(()))
+        caplog.clear()
         dial()
-        assert not started
+        assert "straight, nothing answered in 0." in caplog.text
         assert "s ago, and again in" in caplog.text
 
 
@@ -254,6 +251,19 @@ def test_a_site_s_parent_is_used_before_the_server_s(cell):
         assert [(way["at_server"], way["hosts"]) for way in invitation["through"]] == [(False, []), (True, [])]
         invitation["through"][0]["hosts"] = ["127.0.0.1"]  # which nobody is told if the server is far away
         assert second.dial("site-1.job", invitation).way.endswith("through the parent of site-1")
+
+
+def test_a_site_s_parent_that_answers_nothing_costs_a_moment(cell, monkeypatch, caplog):
+    monkeypatch.setattr(dialling, "ADDRESS_SECONDS", DEADLINE)
+    with _parents("server") as parents, unanswered() as (host, port):
+        first = behind(cell, parents, "site-1.job", host="8.8.8.8")
+        second = cell("site-2.job", ports=NO_PORT, port=parents.port())
+        invitation = first.invite("site-2.job")
+        (at_server,) = invitation["through"]
+        theirs = {**at_server, "at_server": False, "hosts": [host], "port": port}
+        link = second.dial("site-1.job", {**invitation, "through": [theirs, {**at_server, "port": 0}]})
+        assert link.way.endswith("through the server")
+        assert "through the parent of site-1, nothing answered in" in caplog.text
 
 
 def test_a_site_that_has_a_port_is_dialled_rather_than_met_at_the_server(cell, parent):

@@ -1,6 +1,6 @@
-"""A job with a numpy model that each site adds its number to, so that each round adds their mean.
+"""Jobs with a numpy model that each site adds its number to, so that each round adds their mean.
 
-sites_job.py FOLDER      writes the job to FOLDER/sites
+sites_job.py FOLDER      writes a job that the server controls to FOLDER/sites, and a swarm to FOLDER/swarm
 """
 
 from __future__ import annotations
@@ -9,12 +9,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from nvflare.app_common.aggregators.intime_accumulate_model_aggregator import InTimeAccumulateWeightedAggregator
+from nvflare.app_common.ccwf import ccwf_job as ccwf
+from nvflare.app_common.ccwf.comps.np_file_model_persistor import NPFileModelPersistor
+from nvflare.app_common.ccwf.comps.simple_model_shareable_generator import SimpleModelShareableGenerator
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
+from nvflare.client.config import ExchangeFormat
+from nvflare.job_config.script_runner import FrameworkType, ScriptRunner
+from nvflare.recipe.spec import Recipe
 
 from nvflare_rdma.recipe import add_transfer
 
-NAME = "sites"
-ROUNDS = 2
+NAME, SWARM = "sites", "swarm"
+CLIENT = str(Path(__file__).with_name("sites_client.py"))
+ROUNDS, SITES = 2, 3
 #: 4 MiB, which is not of whole chunks.
 VALUES = (1 << 20) + 1
 
@@ -23,18 +31,35 @@ def first_model() -> np.ndarray:
     return np.arange(VALUES, dtype=np.float32) % 1000
 
 
+def swarm(model: str) -> Recipe:
+    """Models go from site to site."""
+    client = ccwf.SwarmClientConfig(
+        executor=ScriptRunner(CLIENT, framework=FrameworkType.RAW, server_expected_format=ExchangeFormat.RAW),
+        aggregator=InTimeAccumulateWeightedAggregator(expected_data_kind="WEIGHTS"),
+        persistor=NPFileModelPersistor(source_ckpt_file_full_name=model),
+        shareable_generator=SimpleModelShareableGenerator(),
+        min_responses_required=SITES,
+        learn_task_ack_timeout=100,
+        request_to_submit_result_interval=0.2,
+    )
+    job = ccwf.CCWFJob(SWARM, min_clients=SITES)
+    job.add_swarm(ccwf.SwarmServerConfig(ROUNDS, aggr_clients=["site-1"], starting_client="site-1"), client)
+    return Recipe(job)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     np.save(folder / "model.npy", first_model())
     recipe = NumpyFedAvgRecipe(
         name=NAME,
         initial_ckpt=str(folder / "model.npy"),
-        min_clients=2,
+        min_clients=SITES,
         num_rounds=ROUNDS,
-        train_script=str(Path(__file__).with_name("sites_client.py")),
+        train_script=CLIENT,
     )
-    add_transfer(recipe)
-    recipe.export(job_dir=str(folder))
+    for each in (recipe, swarm(str(folder / "model.npy"))):
+        add_transfer(each)
+        each.export(job_dir=str(folder))
 
 
 if __name__ == "__main__":

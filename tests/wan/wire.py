@@ -166,8 +166,9 @@ class Wire:
 
 
 class Star:
-    """A host in the centre and others around it, each joined to it by a wire of its own. All find each other's names
-    in /etc/hosts. Each wire has the congestion control that is asked for, whatever this machine's is."""
+    """A host in the centre and others around it, each joined to it by a wire of its own. All reach each other, and find
+    each other's names in /etc/hosts. Each wire has the congestion control that is asked for, whatever this machine's
+    is."""
 
     def __init__(self, folder: Path, centre: str, congestion: str = "cubic") -> None:
         if not is_apart():
@@ -184,6 +185,7 @@ class Star:
         self._hosts.write_text(f"127.0.0.1 localhost\n{CENTRE} {centre}\n")
         _run("mount", "--bind", str(self._hosts), "/etc/hosts")
         self._add_host(centre)
+        _run(*self.on(centre, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"))
         self._ip(centre, f"address add {CENTRE}/32 dev lo")
 
     def join(self, name: str, link: Link, trace: Path | None = None) -> Wire:
