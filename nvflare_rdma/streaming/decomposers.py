@@ -41,6 +41,7 @@ from nvflare_rdma.streaming.relay import RelayConsumer, produce
 from nvflare_rdma.streaming.requests import PlainRequests, RequestFunction, request_function
 from nvflare_rdma.transfer import (
     AbortedError,
+    Item,
     Land,
     Meter,
     Meters,
@@ -135,11 +136,12 @@ class _Delivered(ItemConsumer):
 
 @dataclass(frozen=True)
 class Landing:
-    """Where a message's tensors are received. `land` makes the place of each; `give` makes what the application is
-    given from what the places gave, by item id."""
+    """Where a message's tensors are received. `land` makes the place of each, which takes `nbytes` of memory; `give`
+    makes what the application is given from what the places gave, by item id."""
 
     land: Land
     give: Callable[[Any], Any] = lambda items: items
+    nbytes: Callable[[Item], int] = lambda item: item.nbytes
 
 
 class DirectDecomposer(PrefixedReferences):
@@ -209,7 +211,7 @@ class DirectDecomposer(PrefixedReferences):
                 if not failure and items is None:
                     failure = "the sender takes them for delivered"
                 return failure, items
-            shared().tensor_memory.keep_for(item.nbytes for item in pull.items)
+            shared().tensor_memory.keep_for(map(landing.nbytes, pull.items))
             delivered = _Delivered()
             with download_logged_as(meter.wire_bytes, meter.seconds):
                 download_object(consumer=delivered, progress_cb=progress.finish, abort_signal=signal, **common)

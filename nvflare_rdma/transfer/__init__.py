@@ -61,6 +61,7 @@ from nvflare_rdma.transfer.sender import Relayed
 from nvflare_rdma.transfer.service import Service
 from nvflare_rdma.transfer.sinks import (
     Destination,
+    EncodedInMemory,
     Land,
     OnDisk,
     Place,
@@ -76,6 +77,7 @@ __all__ = [
     "Content",
     "Destination",
     "EncodedChunkCache",
+    "EncodedInMemory",
     "Identify",
     "Item",
     "Junction",

@@ -202,3 +202,24 @@ def test_an_aborted_transfer_is_recorded_as_failed(results):
 
 def test_an_aborted_download_fails_as_flares_does(results):
     assert "failed to download from server" in results["aborted"]["error"]
+
+
+@pytest.mark.parametrize("which", ["few bits up, to be added", "few bits relayed, to be added"])
+def test_few_bits_stay_encoded_at_a_server_until_they_are_added(results, which):
+    result = results[which]
+    # What the codec can't carry comes exact, and what is small comes in the manifest.
+    assert result["encoded"] == {"w": True, "b": False, "diverged": False}
+    assert result["sum"] is result["exact"] is result["noted"] is True
+    raw = 400 * 1000 * 4
+    assert raw / 8 < result["held"] < raw / 7
+    assert result["figures"]["results_added_bytes"] == raw
+    assert result["figures"]["results_decoded_bytes"] == 0
+
+
+def test_nothing_stays_encoded_where_nobody_wants_it(results):
+    result = results["few bits up"]
+    assert not any(result["encoded"].values())
+    assert result["sum"] is result["exact"] is True
+    assert result["held"] == 0
+    assert results["few bits to a site"]["kind"] == "Tensor"
+    assert results["held afterwards"] == 0
