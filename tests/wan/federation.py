@@ -38,7 +38,7 @@ class Job:
 class Federation:
     """Starts a server and sites that wait for jobs; they end with the namespaces that they are in. `extra` is for their
     environment, `configured` for the `comm_config.json` of each; `one_port` has the `rdma_data_ports` of participants
-    whose parents join connections."""
+    whose parents join connections, "" for FLARE's own port."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ def add_parent_door(local: Path, ports: str) -> None:
     resources.write_text(json.dumps(config))
     file = local / "comm_config.json"
     known = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps({**known, "rdma_data_ports": ports}))
+    file.write_text(json.dumps({**known, "rdma_data_ports": ports} if ports else known))
 
 
 def submit(admin: str, job: str, seconds: float) -> dict[str, str]:
