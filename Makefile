@@ -33,7 +33,7 @@ test: $(STAMP)
 
 # A provisioned federation with a network for each host. Where namespaces or TUN devices are not allowed, it fails.
 test-sites: $(STAMP)
-	$(BIN)/python tests/wan/wire.py $(BIN)/python -m pytest tests/wan/sites.py
+	$(BIN)/python tests/wan/wire.py $(BIN)/python -m pytest tests/wan/sites.py tests/wan/upgraded.py
 
 # The tests that need RDMA devices: on this machine's own, or else in a QEMU guest with software devices. Of those that
 # show the same, test-verbs runs one (tests/guest/selection.py).
