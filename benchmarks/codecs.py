@@ -9,6 +9,9 @@ CPU, so that other processes on the machine count less; with two they are second
 measured on fewer tensors, since most are slow, and each tensor as a whole. Extra memory is what the peak RSS grows
 beyond input and output.
 
+``add`` is what a server does with results that stay encoded: each piece is decoded into a sum. Beside it is what that
+takes when all pieces are decoded first, and added then by torch's `add_`; both with one core and touched memory.
+
 Where torch has a CUDA device, the same tensors are encoded there as well, each as a whole, beside what it takes to copy
 them to the CPU and encode them with one core; seconds on the clock until the codes are in CPU memory. The codes must be
 equal.
@@ -29,7 +32,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from measuring import MIB, Meter, command_line, machine, versions
 
-from nvflare_rdma.codecs import CODEC_NAMES, Codec, get_codec
+from nvflare_rdma.codecs import CODEC_NAMES, Codec, FixedSizeCodec, get_codec
 
 PIECE = MIB  # elements
 SHAPES = [
@@ -55,6 +58,8 @@ GOALS: dict[str, tuple[float, float] | None] = {
     "normfloat4_dq": (2, 4),
     "normfloat4_e4m3": (2, 4),
 }
+#: Codec -> GB/s of adding to reach with one core, and how many times that of decoding first.
+ADDING_GOALS = {"normfloat4": (4.0, 2.0)}
 SHARE = 0.6
 EXTRA_MIB = 16
 
@@ -78,6 +83,7 @@ class Work:
         most = max(get_codec(name).encoded_nbytes(PIECE) for name in CODEC_NAMES)
         self._room = np.ones((len(pieces), most), np.uint8)
         self._out = [np.ones_like(p) for p in pieces]
+        self._sum = [np.ones_like(p) for p in pieces]
         self._pieces = pieces
         self._used = [0] * len(pieces)
 
@@ -90,6 +96,14 @@ class Work:
 
     def decode(self, codec: Codec, i: int) -> None:
         codec.decode_into(self._room[i, : self._used[i]], self._out[i])
+
+    def add(self, codec: FixedSizeCodec, i: int) -> None:
+        codec.add_into(self._room[i, : self._used[i]], 0.5, self._sum[i])
+
+    def add_decoded(self, i: int) -> None:
+        import torch
+
+        torch.from_numpy(self._sum[i]).add_(torch.from_numpy(self._out[i]), alpha=0.5)
 
     def share(self) -> float:
         return sum(self._used) / self.nbytes
@@ -145,6 +159,39 @@ def measure_codecs(
                     if direction == "encode":
                         share[name] = work.share()
     return one, two, extra, share
+
+
+def measure_adding(work: Work, repeats: int, core: int) -> Rates:
+    """Rates of adding what is encoded, and of decoding all of it before it is added."""
+    import torch
+
+    torch.set_num_threads(1)
+    rates: Rates = {}
+    with pinned([core]):
+        for repeat in range(-1, repeats):
+            for name in CODEC_NAMES:
+                codec = get_codec(name)
+                if not isinstance(codec, FixedSizeCodec):
+                    continue
+                work.on_one_core(lambda i, c=codec: work.encode(c, i))  # type: ignore[misc]
+                added = work.on_one_core(lambda i, c=codec: work.add(c, i))  # type: ignore[misc]
+                decoded = work.on_one_core(lambda i, c=codec: work.decode(c, i))  # type: ignore[misc]
+                decoded += work.on_one_core(work.add_decoded)
+                if repeat >= 0:
+                    rates.setdefault((name, "add"), []).append(work.nbytes / added / 1e9)
+                    rates.setdefault((name, "decode, add"), []).append(work.nbytes / decoded / 1e9)
+    return rates
+
+
+def report_adding(rates: Rates) -> None:
+    print(f"{'1 core':16} {'add':>8} {'decode, add':>12}  times")
+    for name in dict.fromkeys(name for name, _ in rates):
+        added, decoded = median(rates, name, "add"), median(rates, name, "decode, add")
+        print(f"{name:16} {added:8.1f} {decoded:12.1f} {added / decoded:6.2f}")
+    for name, (rate, times) in ADDING_GOALS.items():
+        added, decoded = median(rates, name, "add"), median(rates, name, "decode, add")
+        met = "met" if added >= rate and added >= times * decoded else "NOT met"
+        print(f"{name}: adding at {rate:g} GB/s and {times:g} times decoding first: {met}")
 
 
 @contextlib.contextmanager
@@ -316,11 +363,15 @@ def main() -> None:
     print(
         f"{len(model)} tensors, {sum(t.nbytes for t in model) / MIB:.0f} MiB of float32; {arguments.repeats} repeats\n"
     )
-    measured = measure_codecs(Work(model), arguments.repeats, cores)
+    work = Work(model)
+    measured = measure_codecs(work, arguments.repeats, cores)
+    adding = measure_adding(work, arguments.repeats, cores[0])
     few = tensors(arguments.reference_mib)
     report_cuda(model, arguments.repeats)
     print()
     report(*measured, measure_references(few, arguments.repeats, cores[0]))
+    print()
+    report_adding(adding)
 
 
 if __name__ == "__main__":

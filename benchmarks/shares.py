@@ -245,7 +245,7 @@ def hostile(control: Connection, files: dict[str, str], fabric: str) -> None:
             links.dial("server", described["invitation"])
         items = unpack_manifest(described["manifest"])
         sinks = [Full(item.sent_nbytes, item.cut.unit) for item in items]
-        first = links.expect("server", sinks)
+        first = links.expected.expect("server", sinks)
         said = asks[2]({"do": "send", "first": first, "items": list(range(len(items))), "invitation": None})
         if "refused" in said:
             raise RuntimeError(said["refused"])

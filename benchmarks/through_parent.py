@@ -137,7 +137,7 @@ def site(given: dict[str, Any]) -> None:
             say(link.way)
         else:
             sink = Whole(given["mib"] * MIB)
-            say(links.expect("server.job", [sink]))
+            say(links.expected.expect("server.job", [sink]))
             assert sink.over.wait(DEADLINE)
             say("over")
 

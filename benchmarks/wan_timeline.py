@@ -1,12 +1,18 @@
 """The packets of one direct transfer on a long wire: who sends what when, in round trips.
 
-    python benchmarks/wan_timeline.py [--kib 1024] [--tensors 4] [--rtt 200] [--warm 1] [--only direct,grpc,...]
+    python benchmarks/wan_timeline.py [--kib 4096,200] [--tensors 4] [--rtt 200] [--warm 1] [--only direct,grpc,...]
+                                      [--brief]
 
 One site gets a model and sends one (`wan_rounds.py`), over a wire so long that what processes do between two packets
 does not matter, and of 1 Gbit/s without losses. ``--warm``: so many transfers each way come before, which open the
 link and widen TCP's windows. Packets without payload (acknowledgements of TCP) are left out; those that follow one
 another on one connection, within a tenth of a round trip, are one line. ``FLARE`` is what goes over FLARE's own
 connection, ``data`` what goes over this package's. A line's time is when its first packet came to the wire.
+
+The line above each timeline splits its round trips. One is the application's own request, which brings the reference to
+the model, or asks for it. *The bytes* begin with the first full packets and end with the last: at this rate and RTT
+that is TCP's slow start after the connection was idle. The rest are the transfer's requests. ``--brief`` prints that
+line only.
 """
 
 from __future__ import annotations
@@ -69,8 +75,19 @@ def bursts(packets: Any, rtt: float) -> Iterator[Burst]:
     yield from sorted(found, key=lambda one: one.start)
 
 
-def show(title: str, seconds: float, found: list[Burst], rtt: float) -> None:
-    print(f"\n{title}: {seconds * 1000 / rtt:.2f} round trips\n")
+def span_of_bytes(found: list[Burst], rtt: float) -> float:
+    """From the first burst of full packets to the end of the last, in round trips."""
+    full = [one for one in found if one.packets >= 8 and one.payload > 1000 * one.packets]
+    return (max(one.end for one in full) - min(one.start for one in full)) / 1e6 / rtt if full else 0.0
+
+
+def show(title: str, seconds: float, found: list[Burst], rtt: float, brief: bool) -> None:
+    whole, carried = seconds * 1000 / rtt, span_of_bytes(found, rtt)
+    print(f"{title}: {whole:.1f} round trips = 1 of the application + {whole - 1 - carried:.1f} of requests", end="")
+    print(f" + {carried:.1f} of the bytes")
+    if brief:
+        return
+    print()
     print(f"{'at':>7} {'until':>6}  {'who':<8} {'over':<12} {'packets':>8} {'bytes':>9}")
     for one in found:
         begin, end = ((when - found[0].start) / 1e6 / rtt for when in (one.start, one.end))
@@ -81,10 +98,10 @@ def show(title: str, seconds: float, found: list[Burst], rtt: float) -> None:
         print(f" {one.packets:>8} {one.payload:>9}")
 
 
-def run(configuration: str, args: argparse.Namespace) -> None:
+def run(configuration: str, kib: int, args: argparse.Namespace) -> None:
     way = CONFIGURATIONS[configuration]
     scheme, flags = way.scheme, [str(int(way.direct)), way.codec]
-    arguments = [f"{scheme}://{CENTRE}:{PORT}", str(args.tensors), str(args.kib), *flags]
+    arguments = [f"{scheme}://{CENTRE}:{PORT}", str(args.tensors), str(kib), *flags]
     environment = {"NVFLARE_RDMA_FABRICS": "tcp"} if way.direct else {}
     with tempfile.TemporaryDirectory() as temporary:
         star = Star(Path(temporary), SERVER)
@@ -100,8 +117,8 @@ def run(configuration: str, args: argparse.Namespace) -> None:
                 before = sum(1 for _ in wire.packets())
                 seconds = peers[1].ask(way)["seconds"]
                 packets = list(wire.packets())[before:]
-                title = f"{configuration}, {way}, {args.tensors} tensors of {args.kib / args.tensors:g} KiB"
-                show(title, seconds, list(bursts(packets, args.rtt)), args.rtt)
+                title = f"{configuration}, {kib} KiB in {args.tensors} tensors, {way}"
+                show(title, seconds, list(bursts(packets, args.rtt)), args.rtt, args.brief)
         finally:
             for peer in peers:
                 peer.close()
@@ -110,7 +127,8 @@ def run(configuration: str, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kib", type=int, default=1024, help="of the model (default: %(default)s)")
+    parser.add_argument("--kib", default="4096,200", help="of the models (default: %(default)s)")
+    parser.add_argument("--brief", action="store_true", help="how many round trips, and not what happened when")
     parser.add_argument("--tensors", type=int, default=4)
     parser.add_argument("--rtt", type=float, default=200.0, metavar="MS")
     parser.add_argument("--warm", type=int, default=1, help="transfers that come before (default: %(default)s)")
@@ -130,7 +148,8 @@ def main() -> None:
     if unknown := [name for name in args.only.split(",") if name not in CONFIGURATIONS]:
         parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
     for configuration in args.only.split(","):
-        run(configuration, args)
+        for kib in map(int, args.kib.split(",")):
+            run(configuration, kib, args)
 
 
 if __name__ == "__main__":

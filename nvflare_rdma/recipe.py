@@ -97,7 +97,7 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
     _say_what_to_allow(apps, concerned, job, class_list.FILTERS)
 
 
-def add_transfer(target: Any, clients: Sequence[str] | None = None) -> None:
+def add_transfer(target: Any, clients: Sequence[str] | None = None, accumulate: bool = True) -> None:
     """Move tensors and arrays directly between the processes that hold and want them: add `RdmaTransfer` to the server
     and to every site of a recipe or job. Call it once, after the recipe has been made and configured per site.
 
@@ -105,6 +105,8 @@ def add_transfer(target: Any, clients: Sequence[str] | None = None) -> None:
         target: a FLARE `Recipe`, or a `FedJob`; in a FedJob with client apps per site, every site gets the component.
         clients: the sites that get it, None for all. The others take FLARE's own path and need not have this package.
             It takes a job with an app for each site (`Recipe.set_per_site_config`).
+        accumulate: keep results that come in few bits encoded at the server until its aggregator adds them; see
+            `nvflare_rdma.streaming.RdmaTransfer`.
 
     Raises:
         ConfigError: a target that is neither recipe nor job, one that has the component already, or a bad list of
@@ -121,7 +123,7 @@ def add_transfer(target: Any, clients: Sequence[str] | None = None) -> None:
         _refuse_second_use(present, f"RdmaTransfer for '{site}'", "add it once")
 
     use_installed_package(job)
-    job.to_server(RdmaTransfer(), id="rdma_transfer")
+    job.to_server(RdmaTransfer(accumulate), id="rdma_transfer")
     for site in sites:
         job.to(RdmaTransfer(), site, id="rdma_transfer")
     _say_what_to_allow(apps, {SERVER_SITE_NAME, *sites}, job, class_list.STREAMING)

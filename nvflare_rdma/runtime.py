@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nvflare_rdma.accumulate import Holdings
 from nvflare_rdma.channel import ChannelLimits, LinkContext, SharedPorts
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.fabric import (
@@ -141,6 +142,7 @@ class Shared:
         ledger: takes the record of each transfer to those who want to know.
         notices: what was said in the log of transfers with each peer.
         environment: what is handed on to the processes that FLARE starts.
+        holdings: what is held of results that stay encoded until they are added.
         blob_memory: the memory in which FLARE puts together large blobs.
         ports: the ports that FLARE's connections come to by the driver, for other connections of this package.
     """
@@ -154,6 +156,7 @@ class Shared:
     ledger: Ledger = field(default_factory=Ledger)
     notices: Notices = field(default_factory=Notices)
     environment: EnvironmentChanges = field(default_factory=EnvironmentChanges)
+    holdings: Holdings = field(default_factory=Holdings)
     blob_memory: SlotPool = field(default_factory=lambda: SlotPool(keep_bytes=None))
     ports: SharedPorts = field(default_factory=SharedPorts)
 

@@ -29,7 +29,7 @@ class Settings:
     Attributes:
         rdma_fabrics: the fabrics that may be used, the best first.
         rdma_chunk_bytes: the size of one granted chunk. Six times as many for tensors in shared memory.
-        rdma_rails: how many parallel TCP connections there are to a peer.
+        rdma_rails: how many parallel TCP connections there are to a peer at most; the link opens as many as it needs.
         rdma_memory_budget_bytes: how many bytes all messages of the process may hold until they are handed over, or
             sent.
         rdma_controller: who decides how much is granted: `adaptive` (follows the link) or `fixed` (4 chunks).
@@ -46,7 +46,7 @@ class Settings:
 
     rdma_fabrics: tuple[str, ...] = tuple(FABRICS)
     rdma_chunk_bytes: int = MIB
-    rdma_rails: int = 2
+    rdma_rails: int = 16
     rdma_memory_budget_bytes: int = 64 * MIB
     rdma_controller: str = "adaptive"
     rdma_integrity: str = "auto"

@@ -17,19 +17,20 @@ ALLOWED = {
     "fabric": set(),
     "channel": {"fabric"},
     "codecs": set(),
+    "accumulate": {"codecs"},
     "transfer": {"channel", "codecs", "fabric"},  # the last for types only
     "streaming": {
-        *("transfer", "channel", "codecs", "fabric", "filters"),
+        *("accumulate", "transfer", "channel", "codecs", "fabric", "filters"),
         *("metrics", "runtime", "settings", "flare_compat"),
     },
-    "filters": {"codecs", "flare_compat"},
+    "filters": {"accumulate", "codecs", "flare_compat"},
     "driver": {"channel", "fabric", "runtime", "settings", "flare_compat"},
     "plugin": {"driver"},
     "metrics": {"transfer", "flare_compat"},
     "cli": {"class_list", "codecs", "fabric", "filters", "flare_compat", "runtime", "settings"},
 }
 NO_FLARE_OR_TORCH = ("fabric", "channel")
-NO_FLARE = ("codecs", "transfer")
+NO_FLARE = ("accumulate", "codecs", "transfer")
 #: Folders whose code does no I/O.
 NO_IO = ("channel/protocol", "channel/controllers")
 #: Packages with an `__all__` whose modules others import all the same; each leaves this list when its face is done.
@@ -38,6 +39,7 @@ FACES_TO_COME: set[str] = set()
 BEHIND_FACES = {
     "benchmarks/state_dict.py": "installs the transfer without a FLARE job that has the component",
     "benchmarks/containers_files.py": "installs the transfer without a FLARE job that has the component",
+    "benchmarks/server_memory.py": "installs the transfer without a FLARE job that has the component",
     "benchmarks/verbs_costs.py": "measures what the parts of the verbs fabric cost on their own",
     "benchmarks/channel_peers.py": "sets endpoint.IN_PLACE_BYTES of the verbs fabric, which is no setting",
 }

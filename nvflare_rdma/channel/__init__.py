@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nvflare_rdma.channel.bodies import Sink, Source, Take
+    from nvflare_rdma.channel.bodies import Later, Sink, Source, Take
     from nvflare_rdma.channel.context import LinkContext
     from nvflare_rdma.channel.control import ControlStream
     from nvflare_rdma.channel.deferred import Delivery
@@ -45,6 +45,7 @@ __all__ = [
     "ControlStream",
     "Delivery",
     "Door",
+    "Later",
     "Link",
     "LinkContext",
     "Listener",
@@ -63,7 +64,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    **dict.fromkeys(("Sink", "Source", "Take"), "bodies"),
+    **dict.fromkeys(("Later", "Sink", "Source", "Take"), "bodies"),
     "LinkContext": "context",
     "ControlStream": "control",
     "Delivery": "deferred",

@@ -69,6 +69,10 @@ class Sink(ABC):
         must not be used again."""
 
 
+class Later:
+    """Stands for the sink of a message that has been offered before it is known what the message is."""
+
+
 class BufferSource(Source):
     """A message in memory."""
 

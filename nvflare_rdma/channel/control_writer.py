@@ -84,9 +84,10 @@ class ControlWriter:
         """Wait until a chunk may be queued: each is a copy, so there are no more of them than keep the thread busy."""
         self._room.wait_for(lambda: self.unsent < _DATA_AHEAD or self._closing())
 
-    def is_stalled_locked(self, now: float, timeout: float) -> bool:
-        """Whether something is queued and nothing was sent for `timeout` seconds."""
-        return self.unsent > 0 and now - self._progress_at > timeout
+    def check_locked(self, now: float, timeout: float) -> None:
+        """Raise TransferError if something is queued and nothing was sent for `timeout` seconds."""
+        if self.unsent > 0 and now - self._progress_at > timeout:
+            raise TransferError(f"the peer has read nothing of the control stream for {timeout:g} s")
 
     def _run(self) -> None:
         with self._closing_broken_stream():

@@ -21,16 +21,17 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from nvflare_rdma.channel import sealing
-from nvflare_rdma.channel.bodies import BufferSource, Sink, Source
+from nvflare_rdma.channel.bodies import BufferSource, Later, Sink, Source
 from nvflare_rdma.channel.context import LinkContext
 from nvflare_rdma.channel.control import NO_GOODBYE, ControlStream, explain_loss
 from nvflare_rdma.channel.control_rail import ControlRail
 from nvflare_rdma.channel.control_writer import ControlWriter
 from nvflare_rdma.channel.deferred import DeferredCalls, Delivery
 from nvflare_rdma.channel.inbox import Inbox
+from nvflare_rdma.channel.liveness import Liveness
 from nvflare_rdma.channel.opening import Opening, RailOpener
 from nvflare_rdma.channel.outbox import Outbox, Sending
 from nvflare_rdma.channel.protocol import Connection, Phase, Role, events, wire
@@ -49,7 +50,8 @@ class Link:
 
     `deliver` gets each message that comes without a label: bytes if it came inline, else a view of a slot that is used
     again when the last slice of the view is gone. `place` finds the sink of a message with a label; it is called under
-    the link's lock, so it may not call the link. All links to one site share what it may use (`ControlStream.site`).
+    the link's lock, so it may not call the link. Instead it may give `Later`, and call the function that it was given
+    when it is to be asked again. All links to one site share what it may use (`ControlStream.site`).
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Link:
         context: LinkContext,
         deliver: Callable[[Delivery], None],
         name: str,
-        place: Callable[[int], Sink | None] = lambda label: None,
+        place: Callable[[int, Callable[[], None]], Sink | Later | None] = lambda label, again: None,
     ) -> None:
         self.name = name
         self.fabric = self.way = ""  # `way` is for people: the fabric, whether there is TLS, and the door's port
@@ -74,14 +76,8 @@ class Link:
         self._key = sealing.new_key() if stream.secure else b""
         self._opener = RailOpener(self, name, context, fabrics, self._key, self._send_on_control)
         controller = self._opener.controller("")
-        self._core = Connection(
-            role,
-            context.limits,
-            self._opener.hello(),
-            controller,
-            time.monotonic(),
-            sealing.TAG_BYTES if self._key else 0,
-        )
+        overhead, now = sealing.TAG_BYTES if self._key else 0, time.monotonic()
+        self._core = Connection(role, context.limits, self._opener.hello(), controller, now, overhead)
         self._inbox = Inbox(context, controller, stream.secure, site, self._deferred.append)
         self._outbox = Outbox(
             self._lock, self._room, context.window_bytes, context.sending.share(site), self._withdraw, name
@@ -89,11 +85,10 @@ class Link:
         self._rails: RailSet | None = None
         self._writer = ControlWriter(stream, self._room, lambda: self._closing, name)
         self._to_dial: events.OpenRails | None = None
-        self._checked_at = time.monotonic()
+        self._checked_at = now
         self._failure: str | None = None
         self._closing = False
-        self._asked_at = 0.0
-        self._doubted = 0  # threads that wait for a sign of life
+        self._liveness = Liveness(self._core, self._room, lambda: self.usable)
         self._ended = threading.Event()
         self._process = os.getpid()
 
@@ -153,8 +148,7 @@ class Link:
                 raise FabricError(NO_GOODBYE)
             if data:
                 self._core.receive(data, now)
-                if self._doubted:
-                    self._room.notify_all()
+                self._liveness.heard_locked()
             if due is not None or now - self._checked_at >= _TICK:
                 self._checked_at = now
                 self._check_locked(now)
@@ -165,12 +159,9 @@ class Link:
         self._deferred.append(lambda: self._context.budget.expire(now))
         if self._rails is not None and self._core.state is Phase.OPEN:
             self._deferred.append(self._rails.endpoint.check)
-        stall = self._context.limits.stall_timeout
-        if self._writer.is_stalled_locked(now, stall):
-            raise TransferError(f"the peer has read nothing of the control stream for {stall:g} s")
-        for rails, rail in self._outbox.slow_rails(now - stall / 2):
-            # It holds this side's memory for sending, and its message is given up when it stalls as a whole.
-            log.warning("%s: a chunk takes more than %g s on rail %d, which is broken off", self.name, stall / 2, rail)
+            self._core.want_rails(self._rails.wanted())
+        self._writer.check_locked(now, stall := self._context.limits.stall_timeout)
+        for rails, rail in self._outbox.slow_rails(now, stall / 2):
             self._deferred.append(functools.partial(rails.endpoint.drop, rail))
 
     def close(self, linger: float = _LINGER) -> None:
@@ -230,26 +221,15 @@ class Link:
     def ask(self, silence: float) -> None:
         """Ask for a sign of life if nothing has come from the peer for `silence` seconds. `is_alive` waits for it."""
         with self._guarded(), self._lock:
-            if self.usable and time.monotonic() - self._core.heard_at >= silence:
-                self._core.ask()
-                self._asked_at = time.monotonic()
-                self._pump_locked()
+            self._liveness.ask_locked(silence)
+            self._pump_locked()
 
     def is_alive(self, deadline: float) -> bool:
         """Whether the link works, as far as this can be told: something has come since the peer was asked, if it was.
         If nothing comes until `deadline` (as `time.monotonic` has it), the link is given up."""
         with self._lock:
-            self._doubted += 1
-            self._room.wait_for(
-                lambda: not self.usable or self._core.heard_at >= self._asked_at,
-                max(deadline - time.monotonic(), 0.0),
-            )
-            self._doubted -= 1
-            if not self.usable:
-                return False
-            if self._core.heard_at >= self._asked_at:
-                return True
-            silence = time.monotonic() - self._core.heard_at
+            if (silence := self._liveness.wait_locked(deadline)) is None:
+                return self.usable
             # Others may wait for the same: it is not usable from now on, and that is said once.
             self._failure = reason = f"nothing has come from the peer for {silence:.0f} s, and it does not answer"
         log.warning("%s: the link is given up: %s", self.name, reason)
@@ -259,10 +239,7 @@ class Link:
     # -- sending -------------------------------------------------------------------------------------------
 
     def send(
-        self,
-        message: bytes | bytearray | memoryview,
-        timeout: float,
-        lost: Callable[[str], None] | None = None,
+        self, message: bytes | bytearray | memoryview, timeout: float, lost: Callable[[str], None] | None = None
     ) -> Sending:
         """Send a message. Blocks while more than the window waits for the peer. The message must not be changed before
         the result's `wait` returns. `lost` is called with the reason if the peer refuses it later.
@@ -287,6 +264,7 @@ class Link:
                 return Sending(self._lock, 0, over=True)
             transfer = self._core.submit(len(view), time.monotonic())
             sending = self._outbox.add(transfer, BufferSource(view), lost=lost)
+            self._count_offered_locked(len(view))
             self._pump_locked()
             return sending
 
@@ -301,6 +279,7 @@ class Link:
                 raise TransferError(f"{self.name}: {self._failure or 'the connection is closed'}")
             transfer = self._core.submit(source.nbytes, time.monotonic(), label, not source.ready)
             sending = self._outbox.add(transfer, source, windowed=False)
+            self._count_offered_locked(source.nbytes)
             self._pump_locked()
         self._deferred.run()
         return sending
@@ -409,7 +388,9 @@ class Link:
     def _offered_locked(self, transfer: int, length: int, label: int) -> None:
         if not label and self._context.labels_only:
             raise ProtocolError("a message without a label is offered over a link that takes none")
-        sink = self._place(label) if label else None
+        sink = self._place(label, functools.partial(self._offered_again, transfer, length, label)) if label else None
+        if isinstance(sink, Later):
+            return
         if label and (sink is None or sink.nbytes != length):
             reason = f"{f'{sink.nbytes} bytes' if sink else 'nothing'} expected as {label}, {length} bytes are offered"
             self._deferred.append(lambda: self.refuse(transfer, reason))
@@ -431,6 +412,14 @@ class Link:
 
         refused = functools.partial(self._no_memory, transfer, length)
         self._inbox.reserve(transfer, length, sink, granted, refused, revoked)
+
+    def _offered_again(self, transfer: int, length: int, label: int) -> None:
+        with self._guarded():
+            with self._lock:
+                if transfer in self._core.progress():  # else it was withdrawn, or all has ended
+                    self._offered_locked(transfer, length, label)
+                self._pump_locked()
+            self._deferred.run()
 
     def _start_locked(self, transfer: int, length: int) -> None:
         try:
@@ -483,6 +472,7 @@ class Link:
             case events.DataArrived():
                 self._data_arrived_locked(event)
             case events.MessageOffered(transfer, length, label):
+                self._count_offered_locked(length)
                 self._offered_locked(transfer, length, label)
             case events.MessageReceived(transfer):
                 if (buffer := self._inbox.finish(transfer)) is not None:
@@ -523,6 +513,13 @@ class Link:
                     self._to_dial = event
             case events.Opened():
                 self._opened_locked(event)
+            case events.RailAdded(rail):
+                assert self._rails is not None
+                self._rails.join(rail)
+                self._report_broken_locked(self._rails, [rail])
+            case events.GrowRails(count) if self._rails is not None:
+                log.info("%s: the path is long, or loses packets: it gets up to %d rails", self.name, count)
+                self._deferred.append(functools.partial(self._rails.endpoint.grow, count))
             case events.RailsLost(reason):
                 log.warning("%s: no rail is left over %s (%s); opening new ones", self.name, self.fabric, reason)
                 self._inbox.rails_lost()
@@ -531,6 +528,19 @@ class Link:
                 if self._rails is not None:
                     endpoint = self._rails.endpoint
                     self._deferred.append(lambda: endpoint.drop(rail))
+
+    def _count_offered_locked(self, nbytes: int) -> None:
+        if self._rails is not None and self._rails.is_now_worth_more(nbytes):
+            self._core.want_rails(self._rails.wanted())
+
+    def rail_up(self, rails: RailSet, rail: int) -> None:
+        """See `RailOwner.rail_up`."""
+        with self._guarded():
+            with self._lock:
+                if rails is self._rails:  # else it is closed with the others
+                    self._core.rail_up(rail, time.monotonic())
+                    self._pump_locked()
+            self._deferred.run()
 
     def _discard_rails_locked(self) -> None:
         if (rails := self._take_rails_locked()) is not None:
@@ -593,8 +603,10 @@ class Link:
         return sealing.Sealer(sealing.derive_key(key, self._stream.ticket, self._stream.binding()))
 
     def _opened_locked(self, event: events.Opened) -> None:
-        rails = self._rails
-        assert rails is not None
-        self._opener.start(rails, event)
-        for rail, error in rails.broken.items():
-            self._deferred.append(functools.partial(self.rail_down, rails, rail, error))
+        assert self._rails is not None
+        self._opener.start(self._rails, event)
+        self._report_broken_locked(self._rails, self._rails.broken)
+
+    def _report_broken_locked(self, rails: RailSet, new: Iterable[int]) -> None:
+        for rail in [rail for rail in new if rail in rails.broken]:  # before the connection knew of it
+            self._deferred.append(functools.partial(self.rail_down, rails, rail, rails.broken[rail]))

@@ -149,7 +149,8 @@ class RailOpener:
     def start(self, rails: RailSet, event: events.Opened) -> None:
         """Both sides agree that rails are open: have them carry chunks. Those that are not open here are in
         `rails.broken` afterwards."""
-        rails.start(max(event.rails, 1))
+        for rail in range(max(event.rails, 1)):
+            rails.start(rail)
         if event.rails:
             log.info("%s: data goes over %s, %d rails%s", self._name, rails.fabric, event.rails, self._because)
         else:

@@ -191,10 +191,14 @@ class Outbox:
             read.sending.reads -= 1
             self._look(read.sending)
 
-    def slow_rails(self, since: float) -> set[tuple[RailSet, int]]:
-        """The rails on which a write has been under way since that time, or longer."""
-        slow = ((rails, read.rail) for (rails, _), read in self._reads.items() if read.began_at <= since)
-        return {(rails, rail) for rails, rail in slow if rails is not None and rails.fabric != "control"}
+    def slow_rails(self, now: float, limit: float) -> set[tuple[RailSet, int]]:
+        """The rails on which a write has been under way for `limit` seconds: they are to be broken off. Each holds this
+        side's memory for sending, and its message is given up when it stalls as a whole."""
+        slow = ((rails, read.rail) for (rails, _), read in self._reads.items() if read.began_at <= now - limit)
+        found = {(rails, rail) for rails, rail in slow if rails is not None and rails.fabric != "control"}
+        for _, rail in found:
+            log.warning("%s: a chunk takes more than %g s on rail %d, which is broken off", self._name, limit, rail)
+        return found
 
     def rails_closed(self, rails: RailSet) -> None:
         """Count all writes over `rails` as over."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from nvflare_rdma.channel.protocol import events, wire
-from nvflare_rdma.errors import FabricError, FabricUnavailable
+from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
 from nvflare_rdma.fabric import CompletionHandler, Endpoint, Fabric, choose
 from nvflare_rdma.logs import get_logger
 
@@ -19,6 +19,8 @@ MakeChunk: TypeAlias = Callable[[], tuple[memoryview, int]]
 
 #: A fabric that has failed so often, and never lasted so long (seconds), is not chosen again on this connection.
 _MAX_FAILURES = 3
+#: Over rails by which less was ever to be moved, in bytes, more of them are not worth their threads.
+_MUCH = 256 * 1024
 _LASTED = 30.0
 
 
@@ -34,6 +36,9 @@ class RailOwner(Protocol):
 
     def rail_down(self, rails: RailSet, rail: int, error: Exception) -> None:
         """See `CompletionHandler.rail_down`."""
+
+    def rail_up(self, rails: RailSet, rail: int) -> None:
+        """See `CompletionHandler.rail_up`."""
 
     def closed(self, rails: RailSet) -> None:
         """Called when nothing is written, or lands, over these rails any more."""
@@ -54,18 +59,41 @@ class RailSet(CompletionHandler):
         #: Set by the link, under its lock, when other rails or none take the place of these: their grants are void.
         self.void = False
         self._owner = owner
-        self._queues: list[queue.SimpleQueue[tuple[events.WriteChunk, MakeChunk] | None]] = []
+        self._queues: dict[int, queue.SimpleQueue[tuple[events.WriteChunk, MakeChunk] | None]] = {}
         self._threads: list[threading.Thread] = []
+        self._offered = self._wanted = 0
         self._closed = False
 
-    def start(self, rails: int) -> None:
-        """Start a sending thread for each of so many rails."""
-        for rail in range(rails):
-            work: queue.SimpleQueue[tuple[events.WriteChunk, MakeChunk] | None] = queue.SimpleQueue()
-            thread = threading.Thread(target=self._send, args=(work,), name=f"rdma-rail-{rail}", daemon=True)
-            self._queues.append(work)
-            self._threads.append(thread)
-            thread.start()
+    def start(self, rail: int) -> None:
+        """Start the sending thread of a rail."""
+        work: queue.SimpleQueue[tuple[events.WriteChunk, MakeChunk] | None] = queue.SimpleQueue()
+        thread = threading.Thread(target=self._send, args=(work,), name=f"rdma-rail-{rail}", daemon=True)
+        thread.start()
+        self._queues[rail] = work
+        self._threads.append(thread)
+
+    def join(self, rail: int) -> None:
+        """Have one more rail carry chunks.
+
+        Raises:
+            ProtocolError: it is not open here, whatever the peer says.
+        """
+        if not self.endpoint.has_joined(rail):
+            raise ProtocolError(f"the peer says that {self.fabric} rail {rail} is open, which it is not here")
+        self.start(rail)
+
+    def is_now_worth_more(self, nbytes: int) -> bool:
+        """Count bytes that are to be moved, in either direction. Returns whether there are now enough of them, for the
+        first time, that more rails would be worth their threads."""
+        before, self._offered = self._offered, self._offered + nbytes
+        return before < _MUCH <= self._offered
+
+    def wanted(self) -> int:
+        """How many rails would do, if that is more than what was wanted before and much is to be moved; else 0."""
+        if self._offered < _MUCH or (wanted := self.endpoint.wanted()) <= max(self._wanted, self.endpoint.rails):
+            return 0
+        self._wanted = wanted
+        return wanted
 
     def post(self, chunk: events.WriteChunk, make: MakeChunk) -> None:
         """Have a chunk written by the thread of its rail."""
@@ -87,10 +115,10 @@ class RailSet(CompletionHandler):
     def close(self) -> None:
         """Close the endpoint and end the threads. Not under a lock that they need."""
         self._closed = True
-        for work in self._queues:
+        for work in list(self._queues.values()):
             work.put(None)
         self.endpoint.close()
-        for thread in self._threads:
+        for thread in list(self._threads):
             if thread is not threading.current_thread():
                 thread.join(timeout=5.0)
         self._queues.clear()  # what was not begun counts as no read, but keeps its message
@@ -112,6 +140,11 @@ class RailSet(CompletionHandler):
         """See `CompletionHandler.rail_down`."""
         if not self._closed:
             self._owner.rail_down(self, rail, error)
+
+    def rail_up(self, rail: int) -> None:
+        """See `CompletionHandler.rail_up`."""
+        if not self._closed:
+            self._owner.rail_up(self, rail)
 
     def failed(self, error: Exception) -> None:
         """See `CompletionHandler.failed`."""

@@ -8,6 +8,7 @@ What other packages use is here. What encodes on a GPU needs torch, and is loade
 - `to_flat`, `from_flat` and the like are the edge between numpy's and torch's tensors and flat arrays.
 - `marked` tensors are encoded when they are sent, with the codec that `codec_of` returns. `was_decoded` says at their
   receiver that they came so.
+- `add_scaled` adds values to a sum, as `FixedSizeCodec.add_into` does without decoding them anywhere first.
 - `float32_runs`, `output_runs` and `read_run` go through a tensor within a bounded amount of memory.
 - `read_header` tells where the tensors of a safetensors file lie.
 
@@ -26,13 +27,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nvflare_rdma.codecs.base import Array, Bytes, Codec, FixedSizeCodec, Float32, Parts
+from nvflare_rdma.codecs.base import Array, Bytes, Codec, FixedSizeCodec, Float32, Parts, add_scaled
 from nvflare_rdma.codecs.blockwise import Blockwise8
 from nvflare_rdma.codecs.exact_delta import ExactDelta
 from nvflare_rdma.codecs.marks import codec_of, marked, note_decoded, was_decoded
 from nvflare_rdma.codecs.policy import Decision, Policy, role_of
 from nvflare_rdma.codecs.registry import CODEC_NAMES, get_codec
-from nvflare_rdma.codecs.runs import float32_runs, output_runs, read_run
+from nvflare_rdma.codecs.runs import TILE, float32_runs, output_runs, read_run
 from nvflare_rdma.codecs.safetensors_header import StoredTensor, is_storable, make_header, read_header
 from nvflare_rdma.codecs.tensors import (
     FLOAT_NAMES,
@@ -64,6 +65,7 @@ __all__ = [
     "MAX_DIMENSIONS",
     "NUMPY_DTYPES",
     "SAFETENSORS_DTYPES",
+    "TILE",
     "Array",
     "Blockwise8",
     "Bytes",
@@ -75,6 +77,7 @@ __all__ = [
     "Parts",
     "Policy",
     "StoredTensor",
+    "add_scaled",
     "can_encode_on_device",
     "codec_of",
     "dtype_name",

@@ -27,15 +27,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvflare_rdma.codecs.runs import Array, Float32, float32_runs, output_runs
+from nvflare_rdma.codecs.runs import TILE, Array, Float32, float32_runs, output_runs, scratch
 from nvflare_rdma.codecs.tensors import NUMPY_DTYPES
 from nvflare_rdma.errors import CodecError, UnrepresentableError
 
-__all__ = ["Array", "Bytes", "Codec", "FixedSizeCodec", "Float32", "Layout", "Parts"]
+__all__ = ["MOST_AT_ONCE", "Array", "Bytes", "Codec", "FixedSizeCodec", "Float32", "Layout", "Parts", "add_scaled"]
 
 Bytes = NDArray[np.uint8]
 Parts = Mapping[str, Array]
 Layout = tuple[tuple[str, Any, int], ...]
+
+#: `longest_sum` of a codec that needs no scratch memory for values; those of its scales, 64 values each, fit it.
+MOST_AT_ONCE = 16 * TILE
 
 _VALUE_DTYPES = tuple(NUMPY_DTYPES.values())
 
@@ -161,6 +164,8 @@ class FixedSizeCodec(Codec):
 
     #: The longest run of values that `_encode_run` and `_decode_run` take, a multiple of `block_size`; None: any.
     longest_run: int | None = None
+    #: Likewise of `_add_run`. The one that every codec has goes through scratch memory.
+    longest_sum: int = TILE
 
     @abstractmethod
     def layout(self, n: int) -> Layout:
@@ -188,15 +193,49 @@ class FixedSizeCodec(Codec):
             CodecError: a part is missing or has another dtype or shape, or `out` is not fit; nothing was written.
         """
         self._check_values(out, "out")
-        for name, dtype, count in self.layout(out.size):
+        self._check_parts(parts, out.size)
+        self._decode(parts, out)
+
+    def _check_parts(self, parts: Parts, n: int) -> None:
+        for name, dtype, count in self.layout(n):
             part = parts.get(name)
             if part is None or part.dtype != dtype or part.shape != (count,) or not part.flags.c_contiguous:
                 found = "missing" if part is None else f"{part.dtype} of shape {part.shape}"
                 raise CodecError(
-                    f"{self.name}: {name} for {out.size} values must be a C-contiguous {np.dtype(dtype)} array of "
+                    f"{self.name}: {name} for {n} values must be a C-contiguous {np.dtype(dtype)} array of "
                     f"shape ({count},), but it is {found}"
                 )
-        self._decode(parts, out)
+
+    def _check_sum(self, out: Array) -> None:
+        self._check_values(out, "out")
+        if out.dtype != np.float32 or out.ndim != 1 or not out.flags.c_contiguous:
+            raise CodecError(f"{self.name}: values are added to flat contiguous float32 only")
+
+    def add_into(self, encoded: Any, weight: float, out: Float32) -> None:
+        """Add `weight` times each decoded value to `out`, product and sum rounded once together. No memory is taken
+        for the decoded values.
+
+        Args:
+            encoded: the bytes of what `encode_into` filled, in any C-contiguous buffer.
+            weight: rounded to float32.
+            out: flat, C-contiguous and writable, float32.
+
+        Raises:
+            CodecError: a wrong dtype, size or layout; nothing was written.
+        """
+        self._check_sum(out)
+        self._add(self.parts(encoded, out.size), weight, out)
+
+    def add_parts_into(self, parts: Parts, weight: float, out: Float32) -> None:
+        """Do what `add_into` does with parts that arrived apart from each other; see `decode_parts_into`."""
+        self._check_sum(out)
+        self._check_parts(parts, out.size)
+        self._add(parts, weight, out)
+
+    def parts_of_run(self, parts: Parts, start: int, stop: int) -> dict[str, Array]:
+        """Return the parts of the values from `start` to `stop` as views: `decode_parts_into` takes them. Both are
+        multiples of `TILE`, where `stop` is not the end."""
+        return self._slice(parts, start, stop)
 
     @abstractmethod
     def _encode_run(self, values: Float32, parts: Parts) -> None:
@@ -205,6 +244,17 @@ class FixedSizeCodec(Codec):
     @abstractmethod
     def _decode_run(self, parts: Parts, out: Float32) -> None:
         """Decode values that start at a block boundary into flat float32."""
+
+    def _add_run(self, parts: Parts, weight: np.float32, out: Float32) -> None:
+        """Add `weight` times what `_decode_run` gives, for at most `longest_sum` values."""
+        values = scratch("decoded", np.float32, out.size)
+        self._decode_run(parts, values)
+        add_scaled(values, float(weight), out)
+
+    def _add(self, parts: Parts, weight: float, out: Float32) -> None:
+        for start in range(0, out.size, self.longest_sum):
+            stop = min(start + self.longest_sum, out.size)
+            self._add_run(self._slice(parts, start, stop), np.float32(weight), out[start:stop])
 
     def _encode(self, src: Array, out: Bytes) -> int:
         parts = self.parts(out, src.size)
@@ -220,3 +270,11 @@ class FixedSizeCodec(Codec):
         """Return the parts of the values from `start` to `stop`, both block-aligned or the end."""
         before, after = self.layout(start), self.layout(stop)
         return {name: parts[name][a:b] for (name, _, a), (_, _, b) in zip(before, after, strict=True)}
+
+
+def add_scaled(values: Float32, weight: float, out: Float32) -> None:
+    """Add `weight`, rounded to float32, times `values` to `out`, both flat. Product and sum are rounded once together,
+    as torch's `add_` does it where the processor can."""
+    from nvflare_rdma.codecs.kernels import sums
+
+    sums.add(values, np.float32(weight), out)

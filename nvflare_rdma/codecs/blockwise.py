@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvflare_rdma.codecs.base import FixedSizeCodec, Float32, Layout, Parts
+from nvflare_rdma.codecs.base import MOST_AT_ONCE, FixedSizeCodec, Float32, Layout, Parts
 from nvflare_rdma.codecs.tables import dynamic_map
 
 EPS = np.float32(2.0**-21)  # four roundings to float32, relative to a block's scale
@@ -69,6 +69,7 @@ class Blockwise8(AbsmaxCodec):
     block_size = 4096
     half_gap = np.float32(0.00703125 + 1.0 / 65535)
     weak_below = np.float32(2.0**-127)
+    longest_sum = MOST_AT_ONCE
 
     def __init__(self, table: Float32 | None = None) -> None:
         """Use `table`, 256 ascending float32 values in [-1, 1], in place of the dynamic map if it is given.
@@ -88,6 +89,11 @@ class Blockwise8(AbsmaxCodec):
         from nvflare_rdma.codecs.kernels import blockwise
 
         blockwise.decode(parts["codes"], parts["scales"], self.block_size, self.table, out)
+
+    def _add_run(self, parts: Parts, weight: np.float32, out: Float32) -> None:
+        from nvflare_rdma.codecs.kernels import blockwise
+
+        blockwise.add(parts["codes"], parts["scales"], self.block_size, self.table, weight, out)
 
 
 def nearest_entries(table: Float32) -> NDArray[np.uint8]:

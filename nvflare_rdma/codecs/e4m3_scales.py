@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs.base import Array, Bytes, FixedSizeCodec, Float32, Layout, Parts
+from nvflare_rdma.codecs.base import MOST_AT_ONCE, Array, Bytes, FixedSizeCodec, Float32, Layout, Parts
 from nvflare_rdma.codecs.blockwise import EPS, TINY
 from nvflare_rdma.codecs.fourbit import NormalFloat4
 from nvflare_rdma.codecs.runs import float32_runs
@@ -36,6 +36,7 @@ class NormalFloat4E4M3(FixedSizeCodec):
     bits = 4
     block_size = 32
     splits = False
+    longest_sum = MOST_AT_ONCE
 
     def __init__(self) -> None:
         inner = NormalFloat4()
@@ -87,6 +88,12 @@ class NormalFloat4E4M3(FixedSizeCodec):
         from nvflare_rdma.codecs.kernels import fourbit
 
         fourbit.decode_short(parts["codes"], parts["scales"], self.table, parts["scale"][0], self.pairs, out)
+
+    def _add_run(self, parts: Parts, weight: np.float32, out: Float32) -> None:
+        from nvflare_rdma.codecs.kernels import fourbit
+
+        scale = parts["scale"][0]
+        fourbit.add_short(parts["codes"], parts["scales"], self.table, scale, self.pairs, weight, out)
 
     def _slice(self, parts: Parts, start: int, stop: int) -> dict[str, Array]:
         return super()._slice(parts, start, stop) | {"scale": parts["scale"]}

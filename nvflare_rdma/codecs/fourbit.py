@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvflare_rdma.codecs.base import Array, Bytes, FixedSizeCodec, Float32, Layout, Parts
+from nvflare_rdma.codecs.base import MOST_AT_ONCE, Array, Bytes, FixedSizeCodec, Float32, Layout, Parts
 from nvflare_rdma.codecs.blockwise import EPS, AbsmaxCodec, Blockwise8
 from nvflare_rdma.codecs.runs import TILE, float32_runs, scratch
 from nvflare_rdma.codecs.tables import INFINITE_FROM, float4, normal_float4
@@ -22,6 +22,7 @@ class _FourBit(AbsmaxCodec):
     bits = 4
     block_size = 64
     weak_below = np.float32(1e-38)
+    longest_sum = MOST_AT_ONCE
 
     def __init__(self, table: Float32) -> None:
         self.table: Float32 = table
@@ -43,6 +44,11 @@ class _FourBit(AbsmaxCodec):
         from nvflare_rdma.codecs.kernels import fourbit
 
         fourbit.decode(parts["codes"], parts["scales"], self.pairs, out)
+
+    def _add_run(self, parts: Parts, weight: np.float32, out: Float32) -> None:
+        from nvflare_rdma.codecs.kernels import fourbit
+
+        fourbit.add(parts["codes"], parts["scales"], self.pairs, weight, out)
 
 
 class NormalFloat4(_FourBit):
@@ -99,6 +105,7 @@ class DoubleQuantized(FixedSizeCodec):
     bits = 4
     splits = False
     longest_run = TILE  # the scales of a run have to fit into scratch memory
+    longest_sum = MOST_AT_ONCE
 
     def __init__(self, inner: _FourBit) -> None:
         self.name = f"{inner.name}_dq"
@@ -210,6 +217,13 @@ class DoubleQuantized(FixedSizeCodec):
         absmax = scratch("scales", np.float32, parts["scales"].size)
         self._decode_scales(parts, absmax)
         fourbit.decode(parts["codes"], absmax, self.inner.pairs, out)
+
+    def _add_run(self, parts: Parts, weight: np.float32, out: Float32) -> None:
+        from nvflare_rdma.codecs.kernels import fourbit
+
+        absmax = scratch("scales", np.float32, parts["scales"].size)
+        self._decode_scales(parts, absmax)
+        fourbit.add(parts["codes"], absmax, self.inner.pairs, weight, out)
 
     def _decode_scales(self, parts: Parts, out: Float32) -> None:
         from nvflare_rdma.codecs.kernels import blockwise

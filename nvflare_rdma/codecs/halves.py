@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs.base import FixedSizeCodec, Float32, Layout, Parts
+from nvflare_rdma.codecs.base import MOST_AT_ONCE, FixedSizeCodec, Float32, Layout, Parts
 from nvflare_rdma.codecs.tables import INFINITE_FROM
 from nvflare_rdma.errors import UnrepresentableError
 
@@ -14,6 +14,7 @@ from nvflare_rdma.errors import UnrepresentableError
 class _Half(FixedSizeCodec):
     bits = 16
     block_size = 1
+    longest_sum = MOST_AT_ONCE
     largest: float  # finite magnitudes from here on would round to infinity
 
     def _refuse_overflow(self, values: Float32) -> None:
@@ -57,6 +58,11 @@ class Float16(_Half):
 
         from_half(parts["codes"].view(np.uint16), out)
 
+    def _add_run(self, parts: Parts, weight: np.float32, out: Float32) -> None:
+        from nvflare_rdma.codecs.kernels.sums import add_half
+
+        add_half(parts["codes"].view(np.uint16), weight, out)
+
 
 class BFloat16(_Half):
     """bfloat16 (the upper half of a float32), rounded to nearest even; codes are bit patterns in uint16.
@@ -86,3 +92,8 @@ class BFloat16(_Half):
         from nvflare_rdma.codecs.kernels.halves import from_bfloat16
 
         from_bfloat16(parts["codes"], out.view(np.uint32))
+
+    def _add_run(self, parts: Parts, weight: np.float32, out: Float32) -> None:
+        from nvflare_rdma.codecs.kernels.sums import add_bfloat16
+
+        add_bfloat16(parts["codes"], weight, out)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.codecs.base import Float32, Layout, Parts
+from nvflare_rdma.codecs.base import MOST_AT_ONCE, Float32, Layout, Parts
 from nvflare_rdma.codecs.blockwise import EPS, BlockScaledCodec
 from nvflare_rdma.codecs.tables import WEAK, float8_e4m3, int2_by_byte, ternary_by_byte
 
@@ -21,6 +21,7 @@ class Int8(BlockScaledCodec):
     name = "int8"
     bits = 8
     block_size = 2048
+    longest_sum = MOST_AT_ONCE
 
     def layout(self, n: int) -> Layout:
         """Return one scale per block, and a code of one byte for each value."""
@@ -43,6 +44,11 @@ class Int8(BlockScaledCodec):
 
         linear.decode_int8(parts["codes"], parts["scales"], self.block_size, out)
 
+    def _add_run(self, parts: Parts, weight: np.float32, out: Float32) -> None:
+        from nvflare_rdma.codecs.kernels import linear
+
+        linear.add_int8(parts["codes"], parts["scales"], self.block_size, weight, out)
+
 
 class Float8E4M3(BlockScaledCodec):
     """8-bit floating point, four bits of exponent and three of mantissa, times a float32 scale per 128 values.
@@ -58,6 +64,7 @@ class Float8E4M3(BlockScaledCodec):
     name = "float8_e4m3"
     bits = 8
     block_size = 128
+    longest_sum = MOST_AT_ONCE
 
     def __init__(self) -> None:
         self.table: Float32 = float8_e4m3()
@@ -79,6 +86,11 @@ class Float8E4M3(BlockScaledCodec):
         from nvflare_rdma.codecs.kernels import blockwise
 
         blockwise.decode(parts["codes"], parts["scales"], self.block_size, self.table, out)
+
+    def _add_run(self, parts: Parts, weight: np.float32, out: Float32) -> None:
+        from nvflare_rdma.codecs.kernels import blockwise
+
+        blockwise.add(parts["codes"], parts["scales"], self.block_size, self.table, weight, out)
 
 
 class _FewLevels(BlockScaledCodec):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from nvflare_rdma.codecs.base import Codec
+from nvflare_rdma.codecs.base import Codec, FixedSizeCodec
 
 
 def warm_up(codecs: Iterable[Codec]) -> threading.Thread:
@@ -19,6 +19,8 @@ def warm_up(codecs: Iterable[Codec]) -> threading.Thread:
         for codec in each.values():
             encoded = np.empty(codec.encoded_nbytes(values.size), np.uint8)
             codec.decode_into(encoded[: codec.encode_into(values, encoded)], values)
+            if isinstance(codec, FixedSizeCodec):
+                codec.add_into(encoded, 1.0, values)
 
     thread = threading.Thread(target=use, name="rdma-codecs", daemon=True)
     thread.start()

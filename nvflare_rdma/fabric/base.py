@@ -46,6 +46,9 @@ class CompletionHandler(Protocol):
         on it are reported as `written`. Once per rail, not after `Endpoint.close`. FabricUnavailable: others would
         break too."""
 
+    def rail_up(self, rail: int) -> None:
+        """Active side: a rail that `Endpoint.grow` asked for is open, on both sides."""
+
     def failed(self, error: Exception) -> None:
         """The peer broke the rules (it wrote where nothing was exposed): nothing of it can be trusted."""
 
@@ -114,6 +117,20 @@ class Endpoint(ABC):
         Raises:
             ValueError: `source` is larger than the slice.
         """
+
+    def wanted(self) -> int:
+        """How many rails would do, as far as this side can tell from the path and from what was lost on it since this
+        was called last. Called once a second at most."""
+        return self.rails
+
+    def grow(self, count: int) -> None:
+        """Active side: open rails beside those that are open, until there are `count`, or as many as there may be. Does
+        not wait for them: `CompletionHandler.rail_up` reports each."""
+        return
+
+    def has_joined(self, rail: int) -> bool:
+        """Whether a rail is open beside the first ones."""
+        return False
 
     def check(self) -> None:
         """Look for rails that have died without a word, and drop them. Called once a second, by one thread."""

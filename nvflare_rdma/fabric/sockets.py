@@ -7,6 +7,7 @@ import ipaddress
 import socket
 import struct
 import time
+from dataclasses import dataclass
 
 #: Seconds until the kernel takes a connection for dead: what was sent is not acknowledged for so long, or so long ago
 #: something came, and probes were not answered. The kernel's own limits are a quarter of an hour, and two hours.
@@ -19,6 +20,9 @@ _PROBES = (DEAD_AFTER - _PROBE_AFTER) // _PROBE_EVERY
 _BYTES_ACKED = struct.Struct("@120xQ")
 #: And tcpi_last_ack_recv (u32, milliseconds).
 _LAST_ACK = struct.Struct("@56xI")
+#: And tcpi_total_retrans, tcpi_min_rtt (microseconds) and tcpi_data_segs_out (all u32).
+_TOLD = struct.Struct("@100xI44xI4xI")
+_UNKNOWN = 0xFFFFFFFF
 
 
 def keep_alive(sock: socket.socket) -> None:
@@ -48,6 +52,28 @@ def seconds_since_acknowledgement(sock: socket.socket) -> float:
     except OSError:
         return float("inf")
     return float(_LAST_ACK.unpack(told)[0]) / 1000 if len(told) == _LAST_ACK.size else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class TcpTold:
+    """What the kernel says of a connection: the shortest round trip in seconds (0 if it has seen none), the segments
+    with data that were sent, and how many were sent again."""
+
+    round_trip: float
+    segments: int
+    resent: int
+
+
+def tcp_told(sock: socket.socket) -> TcpTold | None:
+    """What this kernel tells of a connection; None if it is gone, or the kernel does not tell."""
+    try:
+        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TOLD.size)
+    except OSError:
+        return None
+    if len(told) != _TOLD.size:
+        return None
+    resent, microseconds, segments = _TOLD.unpack(told)
+    return TcpTold(0.0 if microseconds == _UNKNOWN else microseconds / 1e6, segments, resent)
 
 
 def connect_tcp(address: tuple[str, int], timeout: float) -> socket.socket:

@@ -8,6 +8,7 @@ ticket that the passive side gave out over the control stream and that works onc
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import secrets
 import socket
@@ -22,8 +23,12 @@ from typing import Any
 from nvflare_rdma.errors import ConfigError, FabricError, ProtocolError
 from nvflare_rdma.fabric.base import MAX_RAILS, CompletionHandler, Endpoint, Fabric, Region, RemoteSlice
 from nvflare_rdma.fabric.options import Availability, FabricOptions
+from nvflare_rdma.fabric.rail_count import FEW_RAILS, LossWatch, rails_for_round_trip, round_trip
 from nvflare_rdma.fabric.registry import LinkEnd
 from nvflare_rdma.fabric.sockets import acknowledged, keep_alive, seconds_since_acknowledgement
+from nvflare_rdma.logs import get_logger
+
+log = get_logger(__name__)
 
 RAIL_MAGIC = b"NVFRAIL2"
 TICKET_BYTES = 32
@@ -110,12 +115,23 @@ class TcpRegion(Region):
 
 
 class TcpEndpoint(Endpoint):
-    """One peer over TCP connections. `congestion` names the kernel's congestion control for them, "" is the system's
-    default."""
+    """One peer over at most `most` TCP connections. `congestion` names the kernel's congestion control for them, "" is
+    the system's default. On the active side `open_rail` opens the rail of a number, within a deadline."""
 
-    def __init__(self, handler: CompletionHandler, congestion: str = "") -> None:
+    def __init__(
+        self,
+        handler: CompletionHandler,
+        most: int,
+        congestion: str = "",
+        open_rail: Callable[[int, float], socket.socket] | None = None,
+    ) -> None:
         self._handler = handler
+        self._most = most
         self._congestion = congestion
+        self._open_rail = open_rail
+        self._dialled = 0
+        self._refused = False  # a rail could not be opened
+        self._losses = LossWatch()
         self._keys = itertools.count(1)
         self._lock = threading.Lock()
         self._sockets: dict[int, socket.socket] = {}
@@ -171,9 +187,61 @@ class TcpEndpoint(Endpoint):
             self._busy.discard((rail, "write"))
             self._handler.written(notification)
 
-    def attach(self, rail: int, sock: socket.socket, answer: bytes = b"") -> None:
-        """Take over a connected socket as `rail`, and send `answer` over it first. Raises FabricError: this process
-        can't have another thread."""
+    def wanted(self) -> int:
+        """See `Endpoint.wanted`."""
+        with self._lock:
+            sockets = {rail: sock for rail, sock in self._sockets.items() if rail not in self._down}
+        if self._refused:
+            return len(sockets)
+        few = min(rails_for_round_trip(round_trip(sockets)), self._most)
+        if self._losses.is_lossy(sockets):
+            return min(max(few, 2 * len(sockets)), self._most)
+        return max(few, len(sockets))
+
+    def grow(self, count: int) -> None:
+        """See `Endpoint.grow`. A rail that can't be opened is the last that is tried."""
+        if self._open_rail is None or self._refused:
+            return
+        with self._lock:
+            first, last = self._dialled, min(count, self._most)
+            self._dialled = max(first, last)
+        deadline = time.monotonic() + CONNECT_TIMEOUT
+        for rail in range(first, last):
+            target, name = functools.partial(self._join, self._open_rail, deadline), f"rdma-tcp-dial-{rail}"
+            threading.Thread(target=target, args=(rail,), name=name, daemon=True).start()
+
+    def _join(self, open_rail: Callable[[int, float], socket.socket], deadline: float, rail: int) -> None:
+        try:
+            joined = self.attach(rail, open_rail(rail, deadline))
+        except OSError as error:
+            self._refused = True
+            if not self._closed:
+                log.info("tcp rail %d can't be opened, data goes over the others: %s", rail, error)
+        else:
+            if joined:
+                self._handler.rail_up(rail)
+
+    def has_joined(self, rail: int) -> bool:
+        """See `Endpoint.has_joined`."""
+        return rail in self._sockets
+
+    def open_first(self, count: int) -> None:
+        """Active side: open the first rails, one after the other, within one deadline. Raises FabricError: none could
+        be."""
+        assert self._open_rail is not None
+        deadline = time.monotonic() + CONNECT_TIMEOUT
+        try:
+            for rail in range(count):
+                self.attach(rail, self._open_rail(rail, deadline))
+                self._dialled = rail + 1
+        except OSError as error:
+            if not self._sockets:
+                raise FabricError(f"no tcp rail could be opened: {error}") from error
+            self._refused = True
+
+    def attach(self, rail: int, sock: socket.socket, answer: bytes = b"") -> bool:
+        """Take over a connected socket as `rail`, and send `answer` over it first. Returns whether it was taken: it is
+        closed where this side is, or has that rail. Raises FabricError: this process can't have another thread."""
         with contextlib.suppress(OSError):  # the peer may have gone again: the receiving thread will say so
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -185,7 +253,7 @@ class TcpEndpoint(Endpoint):
         with self._lock:
             if self._closed or rail in self._sockets:
                 sock.close()
-                return
+                return False
             self._sockets[rail] = sock
             self._used_at[rail] = time.monotonic()
             thread = threading.Thread(
@@ -201,6 +269,7 @@ class TcpEndpoint(Endpoint):
                 sock.close()
                 raise FabricError(f"tcp rail {rail} can't be served: {error}") from error
             self._threads.append(thread)
+        return True
 
     def _doubt_if_idle(self, rail: int, sock: socket.socket) -> None:
         now = time.monotonic()
@@ -311,8 +380,8 @@ def _is_open(endpoint: TcpEndpoint | None) -> bool:
 
 
 class TcpFabric(Fabric):
-    """Rails that are TCP connections, up to `rails` to a peer. `dial` connects one socket to the peer (active side
-    only). `congestion` is as for `TcpEndpoint`."""
+    """Rails that are TCP connections, `rails` to a peer at most, of which few are opened at first. `dial` connects one
+    socket to the peer (active side only). `congestion` is as for `TcpEndpoint`."""
 
     name = "tcp"
     checked = True
@@ -332,13 +401,15 @@ class TcpFabric(Fabric):
 
     def offer(self, handler: CompletionHandler) -> tuple[TcpEndpoint, Mapping[str, Any]]:
         """See `Fabric.offer`."""
-        endpoint = TcpEndpoint(handler, self._congestion)
+        endpoint = TcpEndpoint(handler, self._rails, self._congestion)
         tickets = [secrets.token_bytes(TICKET_BYTES) for _ in range(self._rails)]
         now = time.monotonic()
         with self._lock:
             self._tickets = {t: e for t, e in self._tickets.items() if e[2] > now and _is_open(e[0]())}
             for rail, ticket in enumerate(tickets):
-                self._tickets[ticket] = (weakref.ref(endpoint), rail, now + TICKET_LIFETIME)
+                # The first are for now, the others for when the link turns out to need them.
+                expires = now + TICKET_LIFETIME if rail < FEW_RAILS else float("inf")
+                self._tickets[ticket] = (weakref.ref(endpoint), rail, expires)
         return endpoint, {"tickets": tickets}
 
     def admit(self, sock: socket.socket, ticket: bytes) -> bool:
@@ -366,17 +437,14 @@ class TcpFabric(Fabric):
             raise ProtocolError("the peer's tcp offer has no list of rail tickets")
         if self._dial is None:
             raise FabricError("this side of the tcp fabric can't dial: it was made to listen")
-        endpoint = TcpEndpoint(handler, self._congestion)
-        error: Exception | None = None
-        deadline = time.monotonic() + CONNECT_TIMEOUT
-        for rail, ticket in enumerate(tickets[: self._rails]):
-            try:
-                endpoint.attach(rail, self._open_rail(self._dial, ticket, deadline))
-            except OSError as e:
-                error = e
-                break
-        if endpoint.rails == 0:
-            raise FabricError(f"no tcp rail could be opened: {error}")
+        dial = self._dial
+
+        def open_rail(rail: int, deadline: float) -> socket.socket:
+            return self._open_rail(dial, tickets[rail], deadline)
+
+        most = min(self._rails, len(tickets))
+        endpoint = TcpEndpoint(handler, most, self._congestion, open_rail)
+        endpoint.open_first(min(FEW_RAILS, most))
         return endpoint
 
     @staticmethod

@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from nvflare_rdma.accumulate import Encoded
 from nvflare_rdma.codecs import (
     Array,
     Codec,
     ExactDelta,
     FixedSizeCodec,
     Float32,
+    add_scaled,
     float32_runs,
     output_runs,
     to_array,
@@ -205,6 +207,27 @@ def add_base(decoded: Float32, base: Array | None, out: Array) -> None:
     if base is not None:
         decoded += base if base.dtype == np.float32 else to_float32(base)
     from_float32(decoded, out)
+
+
+class OnBase(Encoded):
+    """Values that are the sum of a base's and of a difference, which is encoded."""
+
+    def __init__(self, difference: Encoded, base: Array) -> None:
+        self.n, self.dtype, self.run, self.nbytes = difference.n, difference.dtype, difference.run, difference.nbytes
+        self._difference = difference
+        self._base = base
+
+    def decode(self, start: int, out: Array) -> None:
+        """See `Encoded.decode`."""
+        difference = np.empty(out.size, np.float32)
+        self._difference.decode(start, difference)
+        add_base(difference, self._base[start : start + out.size], out)
+
+    def add(self, start: int, weight: float, out: Float32) -> None:
+        """See `Encoded.add`."""
+        values = np.empty(out.size, np.float32)
+        self.decode(start, values)
+        add_scaled(values, weight, out)
 
 
 def to_float32(values: Array) -> Float32:

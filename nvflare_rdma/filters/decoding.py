@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from nvflare_rdma.accumulate import Holdings, encoded_tensor
 from nvflare_rdma.codecs import (
     CODEC_NAMES,
     Array,
@@ -24,7 +25,7 @@ from nvflare_rdma.codecs import (
     new_flat,
 )
 from nvflare_rdma.errors import CodecError
-from nvflare_rdma.filters.correction import add_base
+from nvflare_rdma.filters.correction import OnBase, add_base
 from nvflare_rdma.filters.delta_base import Base
 from nvflare_rdma.filters.encoding import EXACT_DTYPE, MIB, MIXED, is_no_wider
 from nvflare_rdma.filters.expected import Sizes
@@ -63,6 +64,7 @@ class DecodedParams:
         values: tensors and whatever else was in the message, by flat name.
         arrays: the memory of those that were decoded, flat, by name.
         views: constants that were decoded to one value, which stands for all.
+        kept: how many tensors stay encoded.
         count: how many values the message has.
         before, after: bytes of the codes with their metadata, and of the memory that they were decoded to.
     """
@@ -70,6 +72,7 @@ class DecodedParams:
     values: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, Array] = field(default_factory=dict)
     views: set[str] = field(default_factory=set)
+    kept: int = 0
     count: int = 0
     before: int = 0
     after: int = 0
@@ -77,8 +80,9 @@ class DecodedParams:
     def summary(self) -> str:
         """Return one line for the log."""
         views = f", and {len(self.views)} constants are views of one value each" if self.views else ""
+        kept = f", and {self.kept} stay encoded until they are added" if self.kept else ""
         return (
-            f"{len(self.arrays) + len(self.views)}/{self.count} params. "
+            f"{len(self.arrays) + len(self.views)}/{self.count} params{kept}. "
             f"Before dequantization: {self.before / MIB:.2f} MB with meta. "
             f"After dequantization: {self.after / MIB:.2f} MB{views}."
         )
@@ -91,6 +95,7 @@ def decode_params(
     expected: Sizes | None = None,
     strict: bool = False,
     count: int = 1,
+    holdings: Holdings | None = None,
 ) -> DecodedParams:
     """Decode what was received, given by flat name. `values` is not changed.
 
@@ -104,6 +109,8 @@ def decode_params(
         expected: how many values tensors may have, whatever they take in the message.
         strict: refuse what would be such a view, and take fewer values for each byte of codes.
         count: how many of these are in the message, which share what may come without being expected.
+        holdings: keep torch tensors encoded until they are added, where that can be done run by run, and count them
+            here; None: decode all of them.
 
     Raises:
         CodecError: an unknown algorithm, metadata that doesn't fit the codes, the difference from a tensor that isn't
@@ -156,6 +163,12 @@ def decode_params(
         offset = base.tensor(name, out) if base is not None and is_difference else None
         problem = f"it is the difference from a tensor of dtype {source} that isn't here"
         require(name, offset is not None or not is_difference, problem)
+        if holdings is not None and received.encoded is not None and is_torch(value):
+            encoded = received.encoded if offset is None else OnBase(received.encoded, offset)
+            result.values[name] = encoded_tensor(encoded, received.shape, holdings)
+            result.kept += 1
+            result.before += received.nbytes
+            continue
         try:
             if offset is not None and received.decode_against is not None:
                 received.decode_against(offset, out)

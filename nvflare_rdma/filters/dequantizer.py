@@ -12,6 +12,7 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
+from nvflare_rdma.accumulate import is_encoded_tensor
 from nvflare_rdma.codecs import Array, is_tensor, was_decoded
 from nvflare_rdma.errors import CodecError, ConfigError
 from nvflare_rdma.filters.decoding import Metadata, decode_params
@@ -27,6 +28,7 @@ from nvflare_rdma.filters.quant_filter import (
     flatten,
     rebuild,
 )
+from nvflare_rdma.flare_compat import ACCUMULATE_PROP
 from nvflare_rdma.logs import escaped
 
 
@@ -83,9 +85,14 @@ class ModelDequantizer(QuantFilter):
             expected_of(fl_ctx).of(point.task, point.peer, point.path, point.count),
             strict=point.on_server,
             count=point.count,
+            holdings=fl_ctx.get_prop(ACCUMULATE_PROP) if point.on_server else None,
         )
         on_the_way = _of_those_on_the_way(ours.get("on_the_way"), values)
-        here = decoded.summary() if decoded.arrays or decoded.views or not on_the_way else "None were decoded here."
+        here = (
+            decoded.summary()
+            if decoded.arrays or decoded.views or decoded.kept or not on_the_way
+            else "None were decoded here."
+        )
         what = f"Dequantized from {meta.get(MetaKey.PROCESSED_ALGORITHM)}: {on_the_way}{here}"
         self.log_info(fl_ctx, escaped(what))
         if point.on_server:
@@ -158,7 +165,9 @@ def _of_those_on_the_way(marked: Any, values: Mapping[str, Any]) -> str:
         return ""
     came = sum(map(was_decoded, values.values()))
     if came:
-        return f"{came} of {marked} params that were to be encoded on their way came so, and are decoded already. "
+        encoded = any(map(is_encoded_tensor, values.values()))
+        what = "and stay encoded until they are added" if encoded else "and are decoded already"
+        return f"{came} of {marked} params that were to be encoded on their way came so, {what}. "
     seen = any(map(is_tensor, values.values()))  # and not in files, where the transfer has decoded them
     known = ", but nothing here has decoded any of them" if seen else ""
     return f"{marked} params were to be encoded on their way{known}. "

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from nvflare_rdma.accumulate import Encoded, EncodedParts
 from nvflare_rdma.codecs import (
     FLOAT_NAMES,
     MAX_DIMENSIONS,
@@ -115,6 +116,7 @@ class Received:
         counted: whether the number of values follows from the number of codes.
         constant: whether all values are the same: then any number of them takes no more codes than one, and no limit
             has been looked at.
+        encoded: what `decode_into` decodes, if that can be done run by run.
         decode_against: the function that writes the values to such an array with the help of those of the base, if the
             codec does that itself; None: what is decoded is to be added to them.
     """
@@ -125,6 +127,7 @@ class Received:
     counted: bool = True
     constant: bool = False
     decode_against: Callable[[Array, Array], None] | None = None
+    encoded: Encoded | None = None
 
 
 def from_message(name: str, codec: Codec, value: Any, state: Any, source: Any, limit: int) -> Received:
@@ -147,7 +150,7 @@ def from_message(name: str, codec: Codec, value: Any, state: Any, source: Any, l
         # numpy has no bfloat16, and FLARE's tensor streaming makes torch tensors of arrays.
         wanted = ("bfloat16", "uint16") if codec.name == "bfloat16" else (codec.name,)
         require(name, dtype_name(value) in wanted, f"the codes have dtype {dtype_name(value)}, not {codec.name}")
-        return _received(codec, {"codes": to_flat(value)}, tuple(value.shape))
+        return _received(codec, {"codes": to_flat(value)}, tuple(value.shape), source)
     codes = _codes(name, value)
     if codec.name == "blockwise8":
         scales = _scales(name, state, codec, codes.size)
@@ -156,7 +159,7 @@ def from_message(name: str, codec: Codec, value: Any, state: Any, source: Any, l
         if not np.array_equal(table, default):  # bitsandbytes' table differs in last bits between processors
             require(name, bool((np.abs(table) <= 1).all()), "'code' holds values outside [-1, 1]")
             codec = Blockwise8(table)
-        return _received(codec, {"scales": scales, "codes": codes}, tuple(value.shape))
+        return _received(codec, {"scales": scales, "codes": codes}, tuple(value.shape), source)
     shape, n = _shape(name, state, "shape")
     require(name, _is(state.get("dtype"), source), f"'dtype' is {state.get('dtype')!r}, not {source!r}")
     if codec.name not in FOUR_BIT_NAMES:
@@ -174,6 +177,9 @@ def from_message(name: str, codec: Codec, value: Any, state: Any, source: Any, l
             codes.nbytes,
             partial(codec.decode_into, codes),
             counted=fixed,
+            encoded=EncodedParts(codec, codec.parts(codes, n), n, source)
+            if isinstance(codec, FixedSizeCodec)
+            else None,
             decode_against=partial(codec.decode_against, codes) if isinstance(codec, ExactDelta) else None,
         )
     require(name, codes.size == -(-n // 2), f"{codes.size} bytes of codes don't make shape {list(shape)}")
@@ -184,7 +190,7 @@ def from_message(name: str, codec: Codec, value: Any, state: Any, source: Any, l
     scales = _scales(name, state, codec, n)
     table = _floats(name, state, "quant_map", 16)
     require(name, np.array_equal(table, codec.table), f"'quant_map' is not that of {codec.name}")  # type: ignore[attr-defined]
-    return _received(codec, {"scales": scales, "codes": codes}, shape)
+    return _received(codec, {"scales": scales, "codes": codes}, shape, source)
 
 
 def codes_nbytes(value: Any, state: Any) -> int:
@@ -220,10 +226,10 @@ def _require_plain(name: str, value: Any, what: str) -> None:
     require(name, is_plain(value), f"{what} a {type(value).__name__}, but no plain dense tensor")
 
 
-def _received(codec: Codec, parts: Parts, shape: tuple[int, ...]) -> Received:
+def _received(codec: Codec, parts: Parts, shape: tuple[int, ...], source: str) -> Received:
     assert isinstance(codec, FixedSizeCodec)
-    nbytes = sum(part.nbytes for part in parts.values())
-    return Received(shape, nbytes, lambda out: codec.decode_parts_into(parts, out))
+    encoded = EncodedParts(codec, parts, math.prod(shape), source)
+    return Received(shape, encoded.nbytes, lambda out: codec.decode_parts_into(parts, out), encoded=encoded)
 
 
 def _received_adaquant(name: str, codec: Codec, value: Any, state: dict[str, Any], limit: int) -> Received:

@@ -14,6 +14,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.app_common.app_constant import AppConstants
 
+from nvflare_rdma.accumulate import plain
 from nvflare_rdma.codecs import Policy, is_plain, is_tensor, warm_up
 from nvflare_rdma.filters import points
 from nvflare_rdma.filters.delta_base import answer_clients
@@ -136,6 +137,9 @@ class ModelQuantizer(QuantFilter):
                 models for a type that is for differences.
         """
         self._idle = None
+        values = {
+            name: plain(value) for name, value in values.items()
+        }  # a result that is sent on, as from site to site
         point = FilterPoint.of(self, shareable, fl_ctx)
         place = point.chain, point.direction, point.task
         if not self.one_way and place not in self._checked:

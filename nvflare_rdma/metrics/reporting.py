@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nvflare.apis.analytix import AnalyticsDataType, TrackConst
@@ -44,12 +44,16 @@ _SITE_ENDS = (EventType.AFTER_SEND_TASK_RESULT,)
 class TransferReporter:
     """Shows the transfers of one run, which `ledger` has the records of.
 
-    `component` fires the analytics events. `handle_event` has to see all events of the run, from START_RUN on.
+    `component` fires the analytics events. `more` gives figures beside those of the transfers.
+    `handle_event` has to see all events of the run, from START_RUN on.
     """
 
-    def __init__(self, component: FLComponent, fl_ctx: FLContext, ledger: Ledger) -> None:
+    def __init__(
+        self, component: FLComponent, fl_ctx: FLContext, ledger: Ledger, more: Callable[[], Mapping[str, float]] = dict
+    ) -> None:
         engine = fl_ctx.get_engine()
         self._component = component
+        self._more = more
         self._engine = engine
         self._cell = engine.get_cell().get_fqcn()
         self._job = fl_ctx.get_job_id()
@@ -106,7 +110,7 @@ class TransferReporter:
             records, self._records = self._records, []
         if not records:
             return
-        values = figures_of(records)
+        values = {**figures_of(records), **self._more()}
         step = {} if self._round is None else {TrackConst.GLOBAL_STEP_KEY: self._round}
         for name, value in values.items():
             dxo = create_analytic_dxo(f"rdma/{name}", value, AnalyticsDataType.SCALAR, **step)

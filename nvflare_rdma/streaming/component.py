@@ -21,7 +21,13 @@ from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
 
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.filters import tell_what_is_decoded
-from nvflare_rdma.flare_compat import TRANSFER_PROP, cell_connections, replace_decomposer, require_flare
+from nvflare_rdma.flare_compat import (
+    ACCUMULATE_PROP,
+    TRANSFER_PROP,
+    cell_connections,
+    replace_decomposer,
+    require_flare,
+)
 from nvflare_rdma.logs import escaped
 from nvflare_rdma.metrics import TransferReporter
 from nvflare_rdma.runtime import shared, this_runtime
@@ -47,15 +53,22 @@ class RdmaTransfer(FLComponent):
     Where there is no direct way (a firewall, a peer without this component), they take FLARE's own path, and one log
     line for each peer and reason says why. A site without this package can't load it: leave it out there.
 
+    Args:
+        accumulate: at the server, keep torch tensors that come in few bits encoded until an aggregator adds them. It
+            gets tensors that do this by themselves, and that become plain ones when anything else is done with them.
+            At a site it means nothing.
+
     Raises:
         UnsupportedVersionError: when the run starts, unless FLARE is 2.9. ConfigError: a setting is wrong.
     """
 
     __module__ = "nvflare_rdma.streaming"  # the public name, which FLARE writes into exported jobs
 
-    def __init__(self) -> None:
+    def __init__(self, accumulate: bool = True) -> None:
         super().__init__()
+        self.accumulate = accumulate  # FLARE writes arguments into an exported job config from attributes
         self._started = False
+        self._accumulating = False
         self._handed_on = False
         self._reporter: TransferReporter | None = None
         self._told: set[tuple[str, str]] = set()
@@ -75,9 +88,15 @@ class RdmaTransfer(FLComponent):
             fl_ctx.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
             tell_what_is_decoded(fl_ctx)
             self._started = True
-            self._reporter = TransferReporter(self, fl_ctx, shared().ledger)
+            if self.accumulate and FQCN.get_root(fl_ctx.get_engine().get_cell().get_fqcn()) == FQCN.ROOT_SERVER:
+                self._keep_results_encoded(fl_ctx)
+            more = shared().holdings.take if self._accumulating else dict
+            self._reporter = TransferReporter(self, fl_ctx, shared().ledger, more)
         elif event_type == EventType.END_RUN and self._started:
             self._started = False
+            if self._accumulating:
+                self._accumulating = False
+                shared().holdings.stop()
             if shared().links.stop():
                 shared().tensor_memory.clear()
                 shared().notices.clear()
@@ -88,6 +107,12 @@ class RdmaTransfer(FLComponent):
                 self._say_what_failed_there(fl_ctx)
             if self._reporter is not None:
                 self._reporter.handle_event(event_type, fl_ctx)
+
+    def _keep_results_encoded(self, fl_ctx: FLContext) -> None:
+        shared().holdings.start()
+        self._accumulating = True
+        fl_ctx.set_prop(ACCUMULATE_PROP, shared().holdings, private=True, sticky=True)
+        self.log_info(fl_ctx, "Results that come in few bits stay encoded here until an aggregator adds them")
 
     @staticmethod
     def _install(fl_ctx: FLContext) -> None:

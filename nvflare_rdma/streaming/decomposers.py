@@ -38,9 +38,10 @@ from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.fallback import download_by_fallback, finish
 from nvflare_rdma.streaming.progress import DirectProgress
 from nvflare_rdma.streaming.relay import RelayConsumer, produce
-from nvflare_rdma.streaming.requests import RequestFunction, request_function
+from nvflare_rdma.streaming.requests import PlainRequests, RequestFunction, request_function
 from nvflare_rdma.transfer import (
     AbortedError,
+    Item,
     Land,
     Meter,
     Meters,
@@ -135,11 +136,12 @@ class _Delivered(ItemConsumer):
 
 @dataclass(frozen=True)
 class Landing:
-    """Where a message's tensors are received. `land` makes the place of each; `give` makes what the application is
-    given from what the places gave, by item id."""
+    """Where a message's tensors are received. `land` makes the place of each, which takes `nbytes` of memory; `give`
+    makes what the application is given from what the places gave, by item id."""
 
     land: Land
     give: Callable[[Any], Any] = lambda items: items
+    nbytes: Callable[[Item], int] = lambda item: item.nbytes
 
 
 class DirectDecomposer(PrefixedReferences):
@@ -209,7 +211,7 @@ class DirectDecomposer(PrefixedReferences):
                 if not failure and items is None:
                     failure = "the sender takes them for delivered"
                 return failure, items
-            shared().tensor_memory.keep_for(item.nbytes for item in pull.items)
+            shared().tensor_memory.keep_for(map(landing.nbytes, pull.items))
             delivered = _Delivered()
             with download_logged_as(meter.wire_bytes, meter.seconds):
                 download_object(consumer=delivered, progress_cb=progress.finish, abort_signal=signal, **common)
@@ -277,11 +279,12 @@ def torch_decomposer() -> Any:
 
 
 def _download_request_function(
-    signal: Signal, *, from_fqcn: str, per_request_timeout: float, **common: Any
+    signal: Signal, *, cell: Any, from_fqcn: str, per_request_timeout: float, **common: Any
 ) -> RequestFunction:
     """A function that sends requests to a sender in the state of FLARE's download messages, until `signal` is
     triggered: then it raises `AbortedError`."""
     prompt = {**common, "from_fqcn": from_fqcn, "per_request_timeout": min(per_request_timeout, _ANSWER_SECONDS)}
+    prompt["cell"] = PlainRequests(cell)
 
     def send(request: dict[str, Any]) -> Any:
         reply = request_download_chunk(state={STATE_KEY: request}, abort_signal=signal, **prompt)

@@ -45,6 +45,7 @@ class RelayConsumer(Consumer):
         self.result: dict[str, Any] | None = None
         self.nbytes = sum(len(item.content or b"") for item in items)
         self._items = list(items)
+        self._land_item = land
         self._places: list[Place] = [land(item) for item in items]
         self._at = (0, 0)
 
@@ -62,6 +63,7 @@ class RelayConsumer(Consumer):
         if exact and self._at[0] == number < len(self._items) and self._items[number].cut is not None:
             # What its codec can't carry shows in the middle of it.
             self._items[number] = replace(self._items[number], cut=None)
+            self._places[number] = self._land_item(self._items[number])
             self._at = number, 0
         if (number, offset) != self._at or not piece:
             raise ProtocolError(f"a piece of tensor {number} at {offset} came where {self._at} was expected")
@@ -90,7 +92,7 @@ class RelayConsumer(Consumer):
         try:
             for item, place in zip(self._items, self._places, strict=True):
                 if item.content is not None:
-                    place.write(0, memoryview(item.content))
+                    store_chunk(item, place, 0, memoryview(item.content))
             self.result = {item.name: give(item, place) for item, place in zip(self._items, self._places, strict=True)}
         except (RdmaError, OSError) as error:
             self.error = str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -17,11 +18,47 @@ _CHANNEL, _TOPIC = "nvflare_rdma", "stream"
 _ANSWER_SECONDS = {"describe": 20.0, "send": 60.0}
 _PROMPT_SECONDS = 5.0
 _TRIES = 3
+#: How often it is looked whether an answer is still wanted.
+_ABORT_SECONDS = 0.2
 #: Requests that are sent once: "send" must not be obeyed twice, and "report" comes again by itself.
 _SENT_ONCE = ("send", "report")
 
 #: Sends a request to a sender's `Service.answer` and returns what it says.
 RequestFunction: TypeAlias = Callable[[dict[str, Any]], Any]
+
+
+class PlainRequests:
+    """Sends the requests of a FLARE `Cell` in one message each, and has their answers in one.
+
+    The cell itself makes a byte stream of each, with its threads and buffers, as if it were a model; whoever registers
+    for such requests gets plain ones as well. A request is not waited for any longer once its `abort_signal` is
+    triggered.
+    """
+
+    def __init__(self, cell: Any) -> None:
+        self._cell = cell
+
+    def send_request(self, abort_signal: Any = None, **request: Any) -> Any:
+        """See FLARE's `Cell.send_request`."""
+        send_plain = self._cell.core_cell.send_request
+        if abort_signal is None:
+            return send_plain(**request)
+        over, replies = threading.Event(), [make_reply(ReturnCode.TIMEOUT)]
+
+        def send() -> None:
+            try:
+                replies.append(send_plain(**request))
+            except Exception as error:  # noqa: BLE001 - as FLARE has it for what can't be sent
+                replies.append(make_reply(ReturnCode.COMM_ERROR, str(error)))
+            over.set()
+
+        try:
+            threading.Thread(target=send, name="rdma-request", daemon=True).start()
+        except RuntimeError:  # there are too many threads
+            return send_plain(**request)
+        while not over.wait(_ABORT_SECONDS) and not abort_signal.triggered:
+            pass
+        return replies[-1]
 
 
 def request_function(peer: str, send: Callable[[dict[str, Any]], Any]) -> RequestFunction:
@@ -50,8 +87,10 @@ def request_function(peer: str, send: Callable[[dict[str, Any]], Any]) -> Reques
 def stream_request_function(cell: Any, peer: str, stream: str, secure: bool) -> RequestFunction:
     """A function that asks the cell `peer` (an FQCN) about one of its streams, for `pull`."""
 
+    requests = PlainRequests(cell)
+
     def send(request: dict[str, Any]) -> Any:
-        return cell.send_request(
+        return requests.send_request(
             channel=_CHANNEL,
             topic=_TOPIC,
             target=peer,

@@ -6,9 +6,10 @@ How a dict of tensors moves from one peer to another:
     Service(TensorContent(tensors), links)           Pull(links, peer, ask, TensorDestination(land), ...)
 
                          requests, each with its answer: `ask`
-    manifest, and how to get to this side     <---   "describe"
-                                                     opens a link if there is none: dials, or invites the sender to
-    dials if it is invited; offers the items  <---   "send": these items, under these labels
+    manifest, and how to get to this side;    <---   "describe"; labels are reserved for what comes of it
+    offers the items if there is a link
+                                                     opens a link if there is none: dials, or invites the sender to;
+    dials if it is invited; offers the items  <---   and then "send": these items, under these labels
 
                          over the link
     offer: a message with a label             --->   the sink that waits under this label takes it
@@ -20,14 +21,14 @@ How a dict of tensors moves from one peer to another:
     why nothing more will come, if so         <---   "report", every few seconds
     forgets this receiver                     <---   "done"; or "give up" if the receiver has failed
 
-Small tensors are in the manifest and need no link. A link that breaks is opened again, and what is missing is asked for
-again. How requests and answers travel is for the caller to say: `ask` gives the answer of the sender's
-`Service.answer`, which FLARE's messages carry.
+Small tensors are in the manifest and need no link. What is offered before the manifest is here waits for its sink. A
+link that breaks is opened again, and what is missing is asked for again. How requests and answers travel is for the
+caller to say: `ask` gives the answer of the sender's `Service.answer`, which FLARE's messages carry.
 
 Who is who:
 
-    `PeerLinks`     one cell's links to its peers: it opens them, with tickets and certificates, and finds the sink that
-                    a message is for
+    `PeerLinks`     one cell's links to its peers: it opens them, with tickets and certificates. Its `ExpectedMessages`
+                    have the sink that a message is for
     `Junction`      joins connections at a parent's port, for `PeerLinks` whose processes can't be reached straight
     `Service`       serves one content to all its receivers, and answers their requests
     `Content`       what is sent: its items, and a source of bytes for each. `TensorContent`, `files.FileContent`
@@ -60,6 +61,7 @@ from nvflare_rdma.transfer.sender import Relayed
 from nvflare_rdma.transfer.service import Service
 from nvflare_rdma.transfer.sinks import (
     Destination,
+    EncodedInMemory,
     Land,
     OnDisk,
     Place,
@@ -75,6 +77,7 @@ __all__ = [
     "Content",
     "Destination",
     "EncodedChunkCache",
+    "EncodedInMemory",
     "Identify",
     "Item",
     "Junction",

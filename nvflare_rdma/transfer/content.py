@@ -12,11 +12,12 @@ import numpy as np
 
 from nvflare_rdma.channel import Source, Take
 from nvflare_rdma.codecs import codec_of, is_torch, read_run
+from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.arrays import raw_bytes, strided, to_bytes
 from nvflare_rdma.transfer.encoding import EncodedChunkCache, EncodedSource
-from nvflare_rdma.transfer.manifest import INLINE_BYTES, INLINE_TOTAL, Item
+from nvflare_rdma.transfer.manifest import INLINE_BYTES, INLINE_TOTAL, SMALL_TOTAL, Item
 from nvflare_rdma.transfer.pieces import piece_layout
 
 log = get_logger(__name__)
@@ -34,8 +35,8 @@ class Content(ABC):
         return {}
 
     @abstractmethod
-    def items(self) -> list[Item]:
-        """The items as they would be sent now.
+    def items(self, compact: bool = False) -> list[Item]:
+        """The items as they would be sent now. `compact` says that the receiver takes content that is encoded.
 
         Raises:
             RdmaError: they can't be sent.
@@ -79,18 +80,46 @@ class TensorContent(Content):
         self._lock = threading.Lock()
         #: Marked tensors that their codec can't carry.
         self._exact: set[str] = set()
-        #: The items that receivers are told of, and which tensors were exact when these were made.
-        self._described: tuple[set[str] | None, list[Item]] = None, []
+        #: The items that receivers are told of, compact or not, and which tensors were exact when these were made.
+        self._described: dict[bool, tuple[set[str], list[Item]]] = {}
 
-    def items(self) -> list[Item]:
+    def items(self, compact: bool = False) -> list[Item]:
         """See `Content.items`."""
-        with self._lock:
-            exact = set(self._exact)
-        known, items = self._described
-        if known != exact:  # else all receivers share one list, and the content in it
-            items = _with_content(self._describe(exact), self._tensors)
-            self._described = exact, items
-        return items
+        while True:
+            with self._lock:
+                exact = set(self._exact)
+            known, items = self._described.get(compact, (None, []))
+            if known == exact:  # all receivers share one list, and the content in it
+                return items
+            described = self._describe(exact)
+            try:
+                items = self._with_encoded_content(described) if compact else _with_content(described, self._tensors)
+            except _NotEncodableError as error:
+                self.send_exact(error.name, str(error))
+            else:
+                self._described[compact] = exact, items
+
+    def _with_encoded_content(self, items: list[Item]) -> list[Item]:
+        """The items, with the content of the small ones, or of all if they are small together."""
+        # What would not get smaller travels exact.
+        items = [replace(item, cut=None) if item.sent_nbytes >= item.nbytes else item for item in items]
+        small = sum(item.sent_nbytes for item in items) <= SMALL_TOTAL
+        found, room = [], INLINE_TOTAL
+        for item in items:
+            if small or (item.nbytes <= INLINE_BYTES and item.sent_nbytes <= room):
+                item = replace(item, content=self._content_of(item))
+                room -= item.sent_nbytes
+            found.append(item)
+        return found
+
+    def _content_of(self, item: Item) -> bytes:
+        if not item.nbytes:
+            return b""
+        source = self.source(item)
+        try:
+            return bytes(source.read(0, source.nbytes, lambda nbytes: memoryview(bytearray(nbytes))))
+        except UnrepresentableError as error:
+            raise _NotEncodableError(item.name, str(error)) from error
 
     def _describe(self, exact: set[str]) -> list[Item]:
         items = manifest.describe(self._tensors)
@@ -119,7 +148,7 @@ class TensorContent(Content):
 
 
 def _with_content(items: list[Item], tensors: Mapping[str, Any]) -> list[Item]:
-    """The items, the small ones with their content."""
+    """The items, the small ones with their content, which is not encoded: so it was before `compact`."""
     found, room = [], INLINE_TOTAL
     for item in items:
         if item.nbytes == 0 or item.nbytes <= min(INLINE_BYTES, room):
@@ -128,6 +157,12 @@ def _with_content(items: list[Item], tensors: Mapping[str, Any]) -> list[Item]:
             room -= item.nbytes
         found.append(item)
     return found
+
+
+class _NotEncodableError(UnrepresentableError):
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name = name
 
 
 class TensorSource(Source):

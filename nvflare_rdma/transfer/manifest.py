@@ -1,8 +1,9 @@
 """Describes a message's tensors to the peer that receives them, before any of their bytes move.
 
-Tensors of up to `INLINE_BYTES` are in the manifest themselves (all together at most `INLINE_TOTAL`); each of the others
-is a message of its own on the link. Its bytes are the tensor's values in C order, little-endian, or what a codec makes
-of them piece by piece (see `pieces`).
+Tensors of up to `INLINE_BYTES` are in the manifest themselves (all together at most `INLINE_TOTAL`), and so are all
+tensors of a message that has no more than `SMALL_TOTAL` as it is sent; each of the others is a message of its own on
+the link. Its bytes are the tensor's values in C order, little-endian, or what a codec makes of them piece by piece (see
+`pieces`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from nvflare_rdma.transfer.pieces import PieceLayout
 
 INLINE_BYTES = 16 * 1024
 INLINE_TOTAL = 1024 * 1024
+SMALL_TOTAL = 256 * 1024
 MAX_ITEMS = 1 << 20
 
 
@@ -28,8 +30,8 @@ MAX_ITEMS = 1 << 20
 class Item:
     """Describes one tensor, or one part of a file.
 
-    `name` is its id in its message. `content` has its bytes, or is None if they come apart; `cut` tells then how they
-    are encoded, and is None if they are not.
+    `name` is its id in its message. `content` has its bytes, or is None if they come apart; `cut` tells how they are
+    encoded, and is None if they are not.
     """
 
     name: str
@@ -46,7 +48,7 @@ class Item:
 
     @property
     def sent_nbytes(self) -> int:
-        """Bytes of its message on the link."""
+        """Bytes of its content, or of its message on the link."""
         return self.cut.nbytes if self.cut is not None else self.nbytes
 
 
@@ -114,10 +116,10 @@ def _item(name: Any, torch: Any, dtype: Any, shape: Any, content: Any, codec: An
     # Neither framework makes an empty tensor of which the rest is too large.
     if math.prod(n or 1 for n in shape) * width(dtype, torch) >= 1 << 48 or (content is None and not item.nbytes):
         raise ValueError(f"{name!r} has {item.nbytes} bytes")
-    if content is not None and (type(content) is not bytes or len(content) != item.nbytes):
-        raise ValueError(f"{name!r} has other content than {item.nbytes} bytes")
     if codec is not None:
-        if type(codec) is not str or type(values) is not int or content is not None or dtype not in FLOAT_NAMES:
+        if type(codec) is not str or type(values) is not int or dtype not in FLOAT_NAMES or not item.nbytes:
             raise ValueError(f"{name!r} of dtype {dtype} is encoded with {codec!r}")
         item = replace(item, cut=PieceLayout.from_peer(codec, math.prod(shape), values))
+    if content is not None and (type(content) is not bytes or len(content) != item.sent_nbytes):
+        raise ValueError(f"{name!r} has other content than {item.sent_nbytes} bytes")
     return item

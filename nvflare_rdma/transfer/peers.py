@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
@@ -34,7 +34,6 @@ from nvflare_rdma.channel import (
     Listener,
     Pending,
     Role,
-    Sink,
 )
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TlsError
 from nvflare_rdma.fabric import Fabric, MemoryBudget, TcpFabric
@@ -55,6 +54,7 @@ from nvflare_rdma.transfer.addresses import (
     site_of,
 )
 from nvflare_rdma.transfer.dialling import ADDRESS_SECONDS, DIAL_SECONDS, Dialler, Failures, Opened, Silent
+from nvflare_rdma.transfer.expected import ExpectedMessages
 from nvflare_rdma.transfer.meetings import Meetings, Place
 from nvflare_rdma.transfer.records import Ledger
 from nvflare_rdma.transfer.waiting import SitePlaces
@@ -103,7 +103,7 @@ class SharedByLinks(Protocol):
 
 
 class PeerLinks:
-    """Opens and keeps one cell's links to its peers, and knows the sinks of the messages that are expected over them.
+    """Opens and keeps one cell's links to its peers, and knows what is expected over them.
 
     Args:
         name: the cell's FQCN.
@@ -162,7 +162,8 @@ class PeerLinks:
         self._opening: Counter[str] = Counter()
         #: Peers that are being dialled.
         self._dialling: set[str] = set()
-        self._sinks: dict[tuple[str, int], Sink] = {}
+        self.expected = ExpectedMessages()
+        """The messages that are to come over these links."""
         self._unreachable = Silent()
         self._closed = False
         #: What opened each link.
@@ -501,7 +502,7 @@ class PeerLinks:
             raise
 
     def _open(self, role: Role, sock: socket.socket, stream: ControlStream, tcp: TcpFabric, peer: str) -> Link:
-        place = functools.partial(self._place, peer)
+        place = functools.partial(self.expected.place, peer)
         fabrics, name = self._shared.fabrics(tcp, sock), f"data {self.name} - {peer}"
         stream.site = site_of(peer)
         link = Link(stream, role, fabrics, self._context, _unexpected, name, place)
@@ -537,27 +538,6 @@ class PeerLinks:
                 self._links[peer].remove(link)
                 if not self._links[peer]:
                     del self._links[peer]
-
-    # -- what is expected ----------------------------------------------------------------------------------
-
-    def expect(self, peer: str, sinks: Sequence[Sink]) -> int:
-        """Let `peer` send what the sinks are for, as messages with the label that is returned and those that follow it.
-        `forget` is to be called afterwards."""
-        # Labels that nobody else can know: what is late from an earlier attempt has no place in this one.
-        first = secrets.randbits(62) + 1
-        with self._lock:
-            self._sinks |= {(peer, first + i): sink for i, sink in enumerate(sinks)}
-        return first
-
-    def forget(self, peer: str, first: int, count: int) -> None:
-        """Expect these messages no more. One that has begun to come goes on, and its sink is told how it ended."""
-        with self._lock:
-            for label in range(first, first + count):
-                self._sinks.pop((peer, label), None)
-
-    def _place(self, peer: str, label: int) -> Sink | None:
-        with self._lock:
-            return self._sinks.pop((peer, label), None)
 
     def close(self) -> None:
         """End all links at once, and close the door. Idempotent. In a forked process it does nothing: they are its

@@ -1,6 +1,7 @@
 """The receiving half of a transfer: asks a peer's `Service` for a message's items, and receives them over a link.
 
-    describe   tells what there is, and how to get there
+    describe   tells what there is, and how to get there; where there is a link already, has everything sent as well,
+               under labels that the receiver reserves
     send       asks for items, under labels; each of them comes over the link then
     report     asks every few seconds why nothing more will come; this also tells FLARE that the transfer lives
     done       tells that everything is here      (not where FLARE's next message tells that)
@@ -38,6 +39,10 @@ ATTEMPTS = 3
 
 class AbortedError(TransferError):
     """The receiver does not want the message any more."""
+
+
+class RefusedError(TransferError):
+    """The peer does not do what it was asked."""
 
 
 class LostError(TransferError):
@@ -104,6 +109,8 @@ class Pull:
         self._whole_bytes = 0
         self._asked = False
         self._seen = False
+        #: The first of the labels that are reserved for what the peer sends with its description.
+        self._reserved: int | None = None
 
     def run(self, confirmed: bool = False) -> Any:
         """Receive everything, and give what the destination gives.
@@ -119,7 +126,7 @@ class Pull:
             # This comes first: once the peer has heard "done", nobody else has the message.
             result = self._receive()
             # A sender that "sees" knows by itself what has arrived, while the link lives.
-            if not (confirmed and self._seen and self._links.find(self._peer)):
+            if not (confirmed and self._seen and (self._is_all_described or self._links.find(self._peer))):
                 self._say_done()
             return result
         except Exception as error:
@@ -139,7 +146,12 @@ class Pull:
             self._land(described)
             return self._destination.finish()
         finally:
+            self._release()
             self._destination.close()
+
+    @property
+    def _is_all_described(self) -> bool:
+        return all(item.content is not None for item in self.items)
 
     def _say_done(self) -> None:
         self._asked = True
@@ -164,24 +176,28 @@ class Pull:
             if fruitless == ATTEMPTS:
                 raise TransferError(f"{what}: {reason}")
             log.warning("%s, and are asked for again: %s", what, reason)
-            missing, described = left, self._describe_again(f"{what}: {reason}")
+            missing, described = left, self._describe_again(f"{what}: {reason}", left)
 
     def _attempt(self, missing: Set[int], described: Mapping[str, Any]) -> str:
         """Receive what is missing, and give the reason if not all of it came."""
-        invitation = self._find_way(described)
+        if described.get("sending") != len(missing):
+            self._release()  # it sends nothing, or something else
+        invitation = self._find_way(described) if self._reserved is None else None
         arrivals, link = Arrivals(set(missing)), self._links.find(self._peer)
         sinks = [self._destination.sink(number, arrivals) for number in sorted(missing)]
-        first = self._links.expect(self._peer, sinks)
+        reserved, self._reserved = self._reserved, None
+        first = self._links.expected.expect(self._peer, sinks, reserved)
         try:
             self._asked = True
-            request = {"do": "send", "first": first, "items": sorted(missing), "invitation": invitation}
-            self._seen = ask_for(self._ask_peer, request).get("sees") is True
+            if reserved is None:
+                request = {"do": "send", "first": first, "items": sorted(missing), "invitation": invitation}
+                self._seen = ask_for(self._ask_peer, request).get("sees") is True
             if invitation is None or self._peer_has_dialled(arrivals):
                 link = self._links.find(self._peer) or link
                 self._wait(arrivals, link)
         finally:
             self._count(sinks, arrivals, link)
-            self._links.forget(self._peer, first, len(sinks))
+            self._links.expected.forget(self._peer, first, len(sinks))
         with arrivals.changed:
             self._whole |= arrivals.whole
             self._whole_bytes += arrivals.nbytes
@@ -268,19 +284,30 @@ class Pull:
                 raise FabricUnavailable(f"no direct way from {self._peer} to here: {failed}")
             arrivals.fail(str(failed))
 
-    def _describe_again(self, before: str) -> Mapping[str, Any]:
+    def _describe_again(self, before: str, missing: Set[int]) -> Mapping[str, Any]:
         """Ask again what there is. If that fails, too, the error says what was `before`."""
         try:
-            return self._describe()
+            return self._describe(missing)
         except AbortedError:
             raise
         except TransferError as error:
             raise TransferError(f"{before}; asked again: {error}") from error
 
-    def _describe(self) -> Mapping[str, Any]:
+    def _describe(self, missing: Set[int] | None = None) -> Mapping[str, Any]:
         # Whoever says here that there is no link has the peer dial, or invite, anew.
-        request = {"do": "describe", "channel": self._links.find_alive(self._peer) is not None}
-        described = ask_for(self._ask_peer, request)
+        joined, asked = self._links.find_alive(self._peer) is not None, self._asked
+        request = {"do": "describe", "channel": joined, "compact": True}
+        if joined if missing is not None else not self._destination.begun:
+            self._release()
+            request["first"] = self._reserved = self._links.expected.reserve(self._peer)
+            request["items"] = None if missing is None else sorted(missing)
+            self._asked = True  # if the answer is lost, it sends
+        try:
+            described = ask_for(self._ask_peer, request)
+        except RefusedError:
+            self._asked = asked
+            raise
+        self._asked, self._seen = asked or "sending" in described, described.get("sees") is True
         items, known = manifest.unpack(described.get("manifest")), self.items
         # How the items are sent may have changed since, but not what they are.
         if known and list(map(_identity, items)) != list(map(_identity, known)):
@@ -288,6 +315,11 @@ class Pull:
         self.items = items
         self._destination.accept(items, described)
         return described
+
+    def _release(self) -> None:
+        if self._reserved is not None:
+            self._links.expected.release(self._peer, self._reserved)
+            self._reserved = None
 
 
 def ask_for(ask: Callable[[dict[str, Any]], Any], request: dict[str, Any]) -> Mapping[str, Any]:
@@ -300,7 +332,7 @@ def ask_for(ask: Callable[[dict[str, Any]], Any], request: dict[str, Any]) -> Ma
     if not isinstance(answer, Mapping):
         raise ProtocolError(f"the peer answered {request['do']!r} with {type(answer).__name__}")
     if answer.get("refused"):
-        raise TransferError(f"the peer refused: {answer['refused']}")
+        raise RefusedError(f"the peer refused: {answer['refused']}")
     return answer
 
 

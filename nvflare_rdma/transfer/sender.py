@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from nvflare_rdma.channel import Link, Sending, Source, whole_units
 from nvflare_rdma.errors import FabricUnavailable, ProtocolError, TransferError, UnrepresentableError
 from nvflare_rdma.transfer.content import Content
+from nvflare_rdma.transfer.expected import MAX_AHEAD
 from nvflare_rdma.transfer.manifest import Item
 from nvflare_rdma.transfer.records import Meter
 
 #: How many items, and bytes, may be offered and not over: enough for the receiver to have always the next one to grant.
-_AHEAD, _AHEAD_BYTES = 64, 64 << 20
+_AHEAD, _AHEAD_BYTES = MAX_AHEAD, 64 << 20
 #: Who waits for the first of them may sleep on for so long when that is over, so that it is not woken for each.
 _DOZE_SECONDS = 0.05
 _SEND_TIMEOUT = 3600.0
@@ -90,6 +91,9 @@ class OfferThread(threading.Thread):
         self._open_link = open_link
         self._link: Link | None = None
         self._content = content
+        self.first = wanted[0].label if wanted else 0
+        """The label of the first item."""
+        self.total = len(wanted)
         self._wanted = wanted
         self._moved = moved
         self._broke = broke
@@ -97,7 +101,7 @@ class OfferThread(threading.Thread):
         self._failure = ""
         self._open: deque[tuple[Sending, Item, Source]] = deque()
         self._offered: list[Sending] = []
-        self._missing = len(wanted)
+        self._missing = self.total
         self.unreachable = False
         """Whether it failed because there is no way to the receiver."""
 

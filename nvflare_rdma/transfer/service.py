@@ -65,6 +65,8 @@ class Service:
         self._offering: dict[str, OfferThread] = {}
         self._relayed: dict[str, Relayed] = {}
         self._served: set[str] = set()
+        #: Receivers that were answered with everything there is.
+        self._told: set[str] = set()
         #: Receivers to whom the thread in `_offering` sends what they want now.
         self._asked: set[str] = set()
 
@@ -88,8 +90,7 @@ class Service:
                     return {}
                 case "give up":
                     with self._lock:
-                        self._served.discard(receiver)
-                        self._asked.discard(receiver)
+                        self._forget(receiver)
                         self._relayed.pop(receiver, None)
                         sender = self._offering.pop(receiver, None)
                     if sender is not None:
@@ -127,9 +128,12 @@ class Service:
         """Whether `receiver` has everything: it has said so, or took what it had asked for and has not given up. This
         waits for items that are on their way."""
         with self._lock:
+            told = receiver in self._told
             sender = self._offering.get(receiver) if receiver in self._asked else None
-            if sender is None:
+            if sender is None and not told:
                 return receiver in self._served
+        if sender is None:
+            return self._done(receiver)
         links = self._links()
         with links.waiting_places.place(receiver) if links is not None else contextlib.nullcontext(False) as free:
             arrived = sender.has_arrived(_NOTICE_SECONDS if free else _SHORT_NOTICE_SECONDS)
@@ -141,12 +145,17 @@ class Service:
         with self._lock:
             if seen is not None and (receiver not in self._asked or self._offering.get(receiver) is not seen):
                 return False
+            self._forget(receiver)
             self._served.add(receiver)
-            self._asked.discard(receiver)
             sender = self._offering.pop(receiver, None)
         self._count(receiver, sender)
         self.ended(receiver)
         return True
+
+    def _forget(self, receiver: str) -> None:
+        """Forget what is known of a receiver that begins, or ends. Called under the lock."""
+        for those in (self._served, self._told, self._asked):
+            those.discard(receiver)
 
     def ended(self, receiver: str, failure: str = "") -> None:
         """Record that `receiver` has everything, whichever way it came; or that it will not, and why."""
@@ -210,14 +219,16 @@ class Service:
     def _describe(self, request: Mapping[str, Any], receiver: str) -> dict[str, Any]:
         meter = self.meters.begin(receiver)
         links, content = self._open()
+        first = request.get("first")
         with self._lock:
-            sender = self._offering.get(receiver)
-        if sender is not None:  # it may hear later than the receiver what could not be encoded
-            sender.tell_exact()
-        with self._lock:
-            self._served.discard(receiver)  # it begins anew, whatever it has said before
-            self._asked.discard(receiver)
-        items = self._items[receiver] = content.items()
+            sender, items = self._offering.get(receiver), self._items.get(receiver, [])
+        again = sender is not None and first is not None and sender.first == first
+        if not again:  # else its answer was lost, and what it has begun goes on
+            if sender is not None:  # it may hear later than the receiver what could not be encoded
+                sender.tell_exact()
+            with self._lock:
+                self._forget(receiver)  # it begins anew, whatever it has said before
+            items = self._items[receiver] = content.items(request.get("compact") is True)
         if meter.budget is None:
             meter.budget = links.budget.watch()
             meter.wire_bytes += sum(len(item.content or b"") for item in items)
@@ -229,13 +240,32 @@ class Service:
             except FabricUnavailable as error:
                 closed = str(error)
         way = {"invitation": invitation, "closed": closed, "channel": channel}
-        return {"manifest": manifest.pack(items), **way, **content.extra}
+        answer = {"manifest": manifest.pack(items), **way, **content.extra}
+        if sender is not None and again:
+            return answer | _is_sending(sender)
+        if first is not None:
+            answer |= self._begin(request, receiver, items, joined=invitation is None and channel)
+        return answer
+
+    def _begin(self, request: Mapping[str, Any], receiver: str, items: list[Item], joined: bool) -> dict[str, Any]:
+        """Send what is described to `receiver`, which has reserved labels, without waiting to be asked: if there is
+        anything besides the description, and a link. Returns what to say of it."""
+        wanted = request.get("items")
+        if wanted is None and not (wanted := [n for n, item in enumerate(items) if item.content is None]):
+            with self._lock:
+                self._told.add(receiver)
+            return {"sending": 0, "sees": True}
+        if joined:
+            with contextlib.suppress(TransferError):  # then it has to ask, and hears why not
+                return self._send({"first": request["first"], "items": wanted}, receiver)
+        return {}
 
     def _relay(self, receiver: str) -> dict[str, Any]:
         content = self._open_content()
         items = content.items()
         with self._lock:
             self._asked.discard(receiver)
+            self._told.discard(receiver)
             self._relayed[receiver] = Relayed(items, content)
         if (meter := self.meters.find(receiver)) is not None:
             meter.wire_bytes += sum(len(item.content or b"") for item in items)
@@ -287,7 +317,11 @@ class Service:
         if previous is not None:
             previous.stop("the receiver has asked again")
             self._count(receiver, previous)
-        return {"sending": len(offered), "sees": True}
+        return _is_sending(sender)
+
+
+def _is_sending(sender: OfferThread) -> dict[str, Any]:
+    return {"sending": sender.total, "sees": True}
 
 
 def _open_link(links: PeerLinks, receiver: str, invitation: Any, notices: Notices) -> Link:

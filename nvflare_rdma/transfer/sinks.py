@@ -25,6 +25,8 @@ class Place(ABC):
     passed to `write`."""
 
     memory: memoryview | None = None
+    encoded = False
+    """Whether the bytes of an encoded tensor are stored as they come, and `memory` is for those."""
 
     @abstractmethod
     def write(self, offset: int, data: memoryview) -> None:
@@ -57,6 +59,21 @@ class InMemory(Place):
     def finish(self) -> Any:
         """See `Place.finish`."""
         return from_bytes(self._item, self.memory)
+
+
+class EncodedInMemory(InMemory):
+    """Keeps an encoded tensor as it comes, and gives what `make` makes of it. What has come is whole: its size follows
+    from the tensor's, and all bytes of that size decode to something."""
+
+    encoded = True
+
+    def __init__(self, item: Item, memory: memoryview, make: Callable[[Item, memoryview], Any]) -> None:
+        super().__init__(item, memory)
+        self._make = make
+
+    def finish(self) -> Any:
+        """See `Place.finish`."""
+        return self._make(self._item, self.memory)
 
 
 def in_memory(allocate: Callable[[int], memoryview]) -> Land:
@@ -168,7 +185,7 @@ class TensorSink(Sink):
     @property
     def buffer(self) -> memoryview | None:
         """See `Sink.buffer`."""
-        return self._place.memory if self._item.cut is None else None
+        return self._place.memory if self._item.cut is None or self._place.encoded else None
 
     def put(self, offset: int, chunk: memoryview) -> None:
         """See `Sink.put`."""
@@ -185,13 +202,13 @@ class TensorSink(Sink):
 
 
 def store_chunk(item: Item, place: Place, offset: int, chunk: memoryview) -> None:
-    """Put bytes of an item's message where its tensor is stored, decoded if they are encoded.
+    """Put bytes of an item's message where its tensor is stored, decoded if they are encoded and it is not.
 
     Raises:
         CodecError: damaged bytes, as far as the codec can see that. OSError: the place can't be written.
     """
     cut = item.cut
-    if cut is None:
+    if cut is None or place.encoded:
         place.write(offset, chunk)
         return
     for start, values in decode_pieces(cut, item.dtype, offset, chunk, place.memory):
@@ -217,6 +234,11 @@ class Destination(ABC):
 
     durable = False
     """Whether what has come is kept here even if the peer can't be told so, or the transfer fails."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether some items may be here already, from another transfer."""
+        return False
 
     @abstractmethod
     def accept(self, items: list[Item], described: Mapping[str, Any]) -> None:
@@ -271,5 +293,5 @@ class TensorDestination(Destination):
         if item.content is None:
             return give(item, self._places[number])
         place = self._land(item)
-        place.write(0, memoryview(item.content))
-        return place.finish()
+        store_chunk(item, place, 0, memoryview(item.content))
+        return give(item, place)

@@ -265,6 +265,8 @@ messages = st.one_of(
     st.builds(wire.Data, st.integers(0, 3), st.just(0), st.sampled_from([b"", b"x", bytes(65_537)])),
     st.builds(wire.Withdraw, st.integers(0, 3), st.just("")),
     st.builds(wire.RailDown, st.integers(0, 3), st.just("")),
+    st.builds(wire.RailUp, st.integers(0, 3)),
+    st.builds(wire.MoreRails, st.integers(0, 65)),
     st.just(wire.Reopen("")),
     st.builds(wire.Done, st.integers(0, 3)),
     st.builds(wire.Refuse, st.integers(0, 3), st.just("")),

@@ -52,14 +52,14 @@ def test_a_chunk_in_a_queue_is_no_read_and_one_that_is_made_is_until_it_is_writt
 def test_a_write_is_under_way_from_when_its_chunk_is_made():
     it = Case()
     with it.lock:
-        assert it.outbox.slow_rails(time.monotonic()) == set()
+        assert it.outbox.slow_rails(time.monotonic(), 0.0) == set()
     began = time.monotonic()
     it.make()
     with it.lock:
-        assert it.outbox.slow_rails(began - 1.0) == set()
-        assert it.outbox.slow_rails(time.monotonic()) == {(it.rails, CHUNK.rail)}
+        assert it.outbox.slow_rails(began, 1.0) == set()
+        assert it.outbox.slow_rails(time.monotonic(), 0.0) == {(it.rails, CHUNK.rail)}
         it.outbox.read_ended(it.rails, CHUNK.notification)
-        assert it.outbox.slow_rails(time.monotonic()) == set()
+        assert it.outbox.slow_rails(time.monotonic(), 0.0) == set()
 
 
 def test_no_read_stays_counted_when_rails_are_closed():

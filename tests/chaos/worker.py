@@ -27,7 +27,7 @@ from typing import Any
 
 from nvflare_rdma.channel import ChannelLimits
 from nvflare_rdma.errors import RdmaError, TlsError, TransferError
-from nvflare_rdma.fabric import factories, probe
+from nvflare_rdma.fabric import MAX_RAILS, factories, probe, tcp
 from nvflare_rdma.runtime import Runtime, Shared, make_context
 from nvflare_rdma.settings import Settings
 from nvflare_rdma.transfer import Item, LostError, PeerLinks, Place, Service, TensorContent, in_memory, pull
@@ -140,6 +140,7 @@ class Worker:
             rdma_rails=self.rng.choice((1, 2, 4)),
             rdma_controller=self.rng.choice(("adaptive", "fixed")),
         )
+        tcp.rails_for_round_trip = lambda seconds: MAX_RAILS  # the way is short, and rails are to join all the same
         available = probe(settings.fabric_options)
         context = make_context(settings, available)
         limits = replace(context.limits, stall_timeout=STALL_SECONDS, handshake_timeout=HANDSHAKE_SECONDS)
@@ -319,7 +320,7 @@ class Worker:
         context = self.links._context
         self._settled("bytes of the budget", lambda: context.budget.in_use)
         self._settled("requests for the budget", lambda: len(context.budget._waiting))
-        self._settled("sinks", lambda: len(self.links._sinks))
+        self._settled("sinks", lambda: len(self.links.expected))
         self._settled("threads that offer", lambda: _threads("rdma-offers"))
         self._settled("bytes of slots", lambda: context.pool.used_bytes)
         for link in [link for links in list(self.links._links.values()) for link in links]:

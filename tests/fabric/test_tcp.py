@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
+import threading
 import types
 
 import pytest
 
 from nvflare_rdma.errors import ConfigError, FabricError, ProtocolError
-from nvflare_rdma.fabric import tcp
+from nvflare_rdma.fabric import rail_count, tcp
 from nvflare_rdma.fabric.base import RemoteSlice
-from nvflare_rdma.fabric.sockets import acknowledged
+from nvflare_rdma.fabric.rail_count import rails_for_round_trip
+from nvflare_rdma.fabric.sockets import TcpTold, acknowledged
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TcpFabric, congestion_controls, pack_header
 from tests.support.recorder import Recorder
 from tests.support.tcp_pair import DEADLINE, admitting
@@ -26,6 +28,8 @@ def endpoints(rails=2):
     with admitting(listening) as dial:
         far, offer = listening.offer(far_events)
         near = TcpFabric(rails, dial).connect(offer, near_events)
+        near.grow(rails)
+        assert {near_events.up.get(timeout=DEADLINE) for _ in range(2, rails)} == set(range(2, rails))
         try:
             yield near, near_events, far, far_events
         finally:
@@ -63,6 +67,116 @@ def test_all_rails_of_a_peer_are_opened_within_one_deadline(monkeypatch):
         assert near.rails == 1
         near.close()
         far.close()
+
+
+def test_few_rails_are_opened_at_first_and_others_when_they_are_wanted():
+    listening, near_events = TcpFabric(8), Recorder()
+    with admitting(listening) as dial:
+        far, offer = listening.offer(Recorder())
+        near = TcpFabric(6, dial).connect(offer, near_events)
+        assert near.rails == near.wanted() == 2  # there is no way to speak of to the other side
+        far.grow(8)  # which has not dialled
+        near.grow(4)
+        near.grow(3)
+        near.grow(100)
+        assert {near_events.up.get(timeout=DEADLINE) for _ in range(4)} == {2, 3, 4, 5}
+        assert near.rails == far.rails == 6  # the most of the side that has less
+        assert all(end.has_joined(rail) == (rail < 6) for end in (near, far) for rail in range(8))
+        assert near_events.up.empty()
+        near.close()
+        far.close()
+
+
+def test_a_rail_that_can_not_be_opened_is_the_last_that_is_tried(caplog):
+    listening, events = TcpFabric(8), Recorder()
+    dialled = itertools.count()
+    with admitting(listening) as dial, caplog.at_level("INFO"):
+
+        def refusing() -> socket.socket:
+            if next(dialled) >= 2:
+                raise ConnectionRefusedError("one connection too many")
+            return dial()
+
+        far, offer = listening.offer(Recorder())
+        near = TcpFabric(8, refusing).connect(offer, events)
+        near.grow(3)
+        text = "tcp rail 2 can't be opened, data goes over the others: one connection too many"
+        eventually(lambda: text in caplog.messages, DEADLINE)
+        near.grow(8)
+        assert next(dialled) == 3
+        assert near.wanted() == 2
+        assert events.up.empty()
+        near.close()
+        far.close()
+
+
+def test_no_more_rails_join_than_there_are_tickets():
+    listening = TcpFabric(3)
+    with admitting(listening) as dial:
+        far, offer = listening.offer(Recorder())
+        near = TcpFabric(64, dial).connect({"tickets": offer["tickets"] + [bytes(32)] * 5}, Recorder())
+        near.grow(64)
+        eventually(lambda: far.rails == near.rails == 3 and near._refused, DEADLINE)
+        assert near.wanted() == 3
+        near.close()
+        far.close()
+
+
+def test_rails_that_are_dialled_when_their_endpoint_is_closed_are_closed_too():
+    listening, events, dialling, go_on = TcpFabric(3), Recorder(), threading.Event(), threading.Event()
+    made = []
+    with admitting(listening) as dial:
+
+        def slow() -> socket.socket:
+            if len(made) == 2:
+                dialling.set()
+                go_on.wait(DEADLINE)
+            made.append(dial())
+            return made[-1]
+
+        far, offer = listening.offer(Recorder())
+        near = TcpFabric(3, slow).connect(offer, events)
+        near.grow(3)
+        assert dialling.wait(DEADLINE)
+        near.close()
+        go_on.set()
+        eventually(lambda: len(made) == 3 and made[2].fileno() < 0, DEADLINE)
+        assert events.up.empty()
+        far.close()
+
+
+def test_tickets_for_later_do_not_expire(monkeypatch):
+    monkeypatch.setattr(tcp, "TICKET_LIFETIME", -1.0)
+    listening = TcpFabric(3)
+    with admitting(listening) as dial:
+        far, offer = listening.offer(Recorder())
+        for number, answer in ((0, b"\x00"), (2, b"\x01")):
+            with dial() as sock:
+                sock.sendall(RAIL_MAGIC + offer["tickets"][number])
+                assert sock.recv(1) == answer
+        far.close()
+
+
+@pytest.mark.parametrize(("milliseconds", "rails"), [(0, 2), (0.05, 2), (2, 2), (10, 5), (20, 9), (40, 18), (200, 86)])
+def test_the_longer_the_path_the_more_rails_fill_it_soon(milliseconds, rails):
+    assert rails_for_round_trip(milliseconds / 1000) == rails
+
+
+def test_rails_become_more_while_packets_are_lost(monkeypatch):
+    told = {}
+    monkeypatch.setattr(rail_count, "tcp_told", lambda sock: told[sock])
+    sockets = {0: "a", 1: "b"}
+
+    def look(first: tuple[int, int], second: tuple[int, int]) -> bool:
+        told.update(a=TcpTold(0.001, *first), b=TcpTold(0.001, *second))
+        return watch.is_lossy(sockets)
+
+    watch = rail_count.LossWatch()
+    assert not look((10, 2), (10, 0))  # too few to tell
+    assert look((1000, 4), (1000, 2))
+    assert not look((9000, 4), (9000, 4))  # it is what came since
+    assert not look((9000, 4), (9000, 4))
+    assert look((10_000, 5), (10_000, 8))
 
 
 def test_both_directions_and_many_writes_at_once():

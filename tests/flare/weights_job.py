@@ -1,8 +1,8 @@
 """One round of FedAvg with quantization both ways, over rdma.
 
-python weights_job.py FOLDER QUANTIZATION_TYPE [streamed]
+python weights_job.py FOLDER QUANTIZATION_TYPE [streamed|direct]
 
-streamed: FLARE streams the tensors of the task, and the job has the transfer, too.
+streamed: FLARE streams the tensors of the task, and the job has the transfer, too. direct: it has the transfer.
 """
 
 from __future__ import annotations
@@ -39,5 +39,7 @@ if __name__ == "__main__":
     add_quantization(recipe, sys.argv[2], policy=everything)
     if sys.argv[3:] == ["streamed"]:
         recipe.enable_tensor_streaming()
+        add_transfer(recipe)
+    if sys.argv[3:] == ["direct"]:
         add_transfer(recipe)
     recipe.execute(RdmaSimEnv(num_clients=2, workspace_root=str(folder / "ws"), scheme="rdma"))

@@ -53,6 +53,8 @@ def _message(rng: random.Random) -> wire.Message:
             lambda: wire.Open(rng.choice(("tcp", "", "shm", "x")), {"tickets": [bytes(32)]}, rng.random() < 0.5),
             lambda: wire.Rails(rng.choice((0, 1, 2, 64, 65, 1 << 40)), "x"),
             lambda: wire.RailDown(small(), "x"),
+            lambda: wire.RailUp(small()),
+            lambda: wire.MoreRails(small()),
             lambda: wire.Reopen("x"),
             lambda: wire.Inline(bytes(rng.choice((0, 1, 100, 101)))),
             lambda: wire.Offer(number(), length(), rng.choice((0, 0, 7))),

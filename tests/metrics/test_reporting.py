@@ -39,7 +39,8 @@ class Run:
         self._cell = cell
         self.ctx = self.new_context()
         self.ctx.set_prop(FLContextKey.PROCESS_TYPE, process_type, private=True, sticky=False)
-        self.reporter = TransferReporter(FLComponent(), self.ctx, ledger)
+        self.more: dict[str, float] = {}
+        self.reporter = TransferReporter(FLComponent(), self.ctx, ledger, lambda: self.more)
 
     def new_context(self):
         return self._contexts.new_context()
@@ -106,13 +107,16 @@ def test_a_server_reports_each_round(run):
     ledger.record(record(cell="server"))  # the simulator's
     server.round(1)
     first = server.scalars(0)
+    assert "rdma/results_held_peak_bytes" not in first
     assert (first["rdma/sent_raw_bytes"], first["rdma/received_raw_bytes"]) == (2000, 1000)
     assert (first["rdma/direct_transfers"], first["rdma/flare_transfers"]) == (2, 1)
     server.round(2)
     assert server.scalars(1) == {}, "nothing was moved in it"
     ledger.record(record(cell="server.job-1", outcome="failed: it broke", raw_bytes=0))
+    server.more = {"results_held_peak_bytes": 77}
     server.reporter.handle_event(EventType.END_WORKFLOW, server.ctx)
-    assert server.scalars(2)["rdma/failed_transfers"] == 1
+    last = server.scalars(2)
+    assert (last["rdma/failed_transfers"], last["rdma/results_held_peak_bytes"]) == (1, 77)
     assert [line["round"] for line in server.lines()] == [None, 0, 0, 0, 2]
 
 

@@ -67,6 +67,11 @@ def test_the_channel_serves_what_comes_later_either_way(results, which):
     )
 
 
+@pytest.mark.parametrize("topic", ["few", "adapter"])
+def test_over_an_open_link_a_message_takes_one_plain_request_and_flares_last_one(results, topic):
+    assert results["asked"][topic] == ["plain", "stream"]
+
+
 def test_what_comes_again_because_its_sender_has_not_heard_that_it_arrived_does_no_harm(results):
     result = results["a sender that has not heard what arrived"]
     assert GOOD.items() <= result.items()
@@ -178,9 +183,9 @@ def test_few_bits_are_recorded_as_they_travel(results, which, path):
     assert result["decoded"] == {"w": not on_disk, "b": False}  # told of tensors in memory
     found = recorded(result)
     assert found.keys() == {("sent", "server"), ("received", "site-1")}
-    encoded = 400 * 1000 // 2
+    encoded = 800 * 1000 // 2
     for (record,) in found.values():
-        assert (record["items"], record["raw_bytes"], record["path"]) == (2, 400 * 1000 * 4 + 12, path)
+        assert (record["items"], record["raw_bytes"], record["path"]) == (2, 800 * 1000 * 4 + 12, path)
         assert encoded < record["wire_bytes"] < 1.2 * encoded
         assert ("neither side has a door" in record["reason"]) == (
             path == "flare" and record["direction"] == "received"
@@ -197,3 +202,24 @@ def test_an_aborted_transfer_is_recorded_as_failed(results):
 
 def test_an_aborted_download_fails_as_flares_does(results):
     assert "failed to download from server" in results["aborted"]["error"]
+
+
+@pytest.mark.parametrize("which", ["few bits up, to be added", "few bits relayed, to be added"])
+def test_few_bits_stay_encoded_at_a_server_until_they_are_added(results, which):
+    result = results[which]
+    # What the codec can't carry comes exact, and what is small comes in the manifest.
+    assert result["encoded"] == {"w": True, "b": False, "diverged": False}
+    assert result["sum"] is result["exact"] is result["noted"] is True
+    raw = 400 * 1000 * 4
+    assert raw / 8 < result["held"] < raw / 7
+    assert result["figures"]["results_added_bytes"] == raw
+    assert result["figures"]["results_decoded_bytes"] == 0
+
+
+def test_nothing_stays_encoded_where_nobody_wants_it(results):
+    result = results["few bits up"]
+    assert not any(result["encoded"].values())
+    assert result["sum"] is result["exact"] is True
+    assert result["held"] == 0
+    assert results["few bits to a site"]["kind"] == "Tensor"
+    assert results["held afterwards"] == 0

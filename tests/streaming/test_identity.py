@@ -139,11 +139,11 @@ def listening(credentials: dict, address=("127.0.0.1", 0)) -> Iterator[Listener]
 
 def assert_moves(sender, receiver) -> None:
     sink = TestSink(len(DATA))
-    label = receiver.expect(sender.name, [sink])
+    label = receiver.expected.expect(sender.name, [sink])
     sender.find(receiver.name).offer(BufferSource(memoryview(DATA)), label).wait(DEADLINE)
     assert sink.ended.wait(DEADLINE)
     assert bytes(sink.memory) == DATA
-    receiver.forget(sender.name, label, 1)
+    receiver.expected.forget(sender.name, label, 1)
 
 
 def assert_joined(near, far) -> None:
@@ -249,7 +249,7 @@ def test_a_certificate_that_is_renewed_is_used_by_the_next_link_on_both_sides(ch
 def test_a_sites_ticket_is_no_use_to_another_site(channels, caplog):
     server, thief, owner = channels(SERVER), channels(OTHER), channels(SITE)
     sink = TestSink(len(DATA))
-    label = server.expect(SITE, [sink])
+    label = server.expected.expect(SITE, [sink])
     with pytest.raises(FabricError, match="no direct way from site-2"):
         thief.dial(SERVER, invitation := server.invite(SITE))
     eventually(lambda: refusals(caplog), DEADLINE)
@@ -258,7 +258,7 @@ def test_a_sites_ticket_is_no_use_to_another_site(channels, caplog):
     assert "it came with that one's ticket and gets nothing" in line
     assert server.find(SITE) is None
     assert not sink.ended.is_set()
-    server.forget(SITE, label, 1)
+    server.expected.forget(SITE, label, 1)
     assert owner.dial(SERVER, invitation)  # the thief has not used it up
     assert_joined(owner, server)
 
@@ -299,7 +299,7 @@ def test_who_answers_at_another_address_is_told_of_when_the_server_answers_too(c
 
 
 def test_an_impostor_ends_a_pull_as_no_direct_way_does(channels, cell, pki, monkeypatch):
-    site, sender = channels(SITE), Direct(cell, {"a": np.zeros(LARGE)})
+    site, sender = channels(SITE), Direct(cell, {"a": np.zeros(3 * LARGE)})
     with listening(pki["site-2"]) as listener:
         monkeypatch.setattr(sender.channels, "invite", lambda peer: listener.invitation)
         with pytest.raises(FabricError, match=r"no direct way from site-1.job to server: .*that of 'site-2'"):

@@ -133,6 +133,7 @@ def test_a_recipe_gets_the_component_on_every_site(sites, tmp_path):
     for name, app in apps.items():
         assert isinstance(app.app_config.components["rdma_transfer"], RdmaTransfer)
         assert name == "server" or app.app_config.executors, "an app of its own, which could not train"
+        assert app.app_config.components["rdma_transfer"].accumulate
     with pytest.raises(ConfigError, match="already has RdmaTransfer"):
         add_transfer(recipe)
 
@@ -149,7 +150,8 @@ def test_a_site_that_has_no_package_gets_no_component(tmp_path):
     recipe.set_per_site_config({site: {} for site in ("site-1", "site-2")})
     with pytest.raises(ConfigError, match="the job has no site-3"):
         add_transfer(recipe, clients=["site-3"])
-    add_transfer(recipe, clients=["site-1"])
+    add_transfer(recipe, clients=["site-1"], accumulate=False)
     apps = recipe._job._deploy_map
     having = {name for name, app in apps.items() if "rdma_transfer" in app.app_config.components}
     assert having == {"server", "site-1"}
+    assert not apps["server"].app_config.components["rdma_transfer"].accumulate

@@ -12,6 +12,7 @@ from nvflare_rdma.channel.protocol.state import Phase, RailState, Role
 from nvflare_rdma.fabric.base import RemoteSlice
 
 CHUNK, DEPTH = 1000, 3
+MOST_RAILS = 5  # that are opened when more are wanted
 LIMITS = ChannelLimits(max_message_bytes=1 << 20, inline_bytes=100, peer_chunk_bytes=1)
 
 
@@ -53,6 +54,8 @@ class Side:
         self.failed: list[str] = []
         self.offered: deque[events.MessageOffered] = deque()
         self.to_dial: deque[events.OpenRails] = deque()
+        self.to_join: deque[int] = deque()  # rails that are being dialled beside those that are open
+        self.dialled = 0
         self.to_break: deque[int] = deque()  # rails that the peer's or this side's fabric will report as broken
         self.down: set[int] = set()
         self.peak_granted = self.longest_granted = 0
@@ -75,10 +78,17 @@ class Side:
         match event:
             case events.ChooseFabric():
                 self._reset_rails()
-                self.cables = [Cable() for _ in range(max(self.rails, 1))]
+                self.cables = [Cable() for _ in range(MOST_RAILS if self.rails else 1)]
                 self.core.choose("tcp" if self.rails else "", {}, False, False)
             case events.OpenRails():
                 self.to_dial.append(event)
+            case events.RailAdded(rail):
+                if rail in self.down:  # it broke before the core knew of it: it is told again
+                    self.down.discard(rail)
+                    self.to_break.append(rail)
+            case events.GrowRails(count):
+                self.to_join.extend(range(self.dialled, min(count, MOST_RAILS)))
+                self.dialled = max(self.dialled, min(count, MOST_RAILS))
             case events.RailsLost():
                 self._reset_rails()
             case events.DropRail(rail):
@@ -129,6 +139,7 @@ class Side:
         self.writes.clear()
         self.down.clear()
         self.to_break.clear()
+        self.to_join.clear()
 
     # -- single steps a test may take in any order ---------------------------------------------------------
 
@@ -146,7 +157,22 @@ class Side:
         self._reset_rails()
         self.cables = self.peer.cables
         self.to_break.extend(rail for rail, cable in enumerate(self.cables) if not cable.alive)
-        self.core.dialled(self.rails if rails is None else rails, self.now)
+        self.dialled = self.rails if rails is None else rails
+        self.core.dialled(self.dialled, self.now)
+        self.settle()
+
+    def join(self, index: int = 0) -> None:
+        """One of the rails that are being dialled is open, or has failed; they come in any order."""
+        self.to_join.rotate(-index)
+        rail = self.to_join.popleft()
+        self.to_join.rotate(index)
+        if self.cables[rail].alive:
+            self.core.rail_up(rail, self.now)
+            self.settle()
+
+    def want(self, rails: int) -> None:
+        """This side finds that more rails would do."""
+        self.core.want_rails(rails)
         self.settle()
 
     def read_wire(self, size: int) -> None:
@@ -249,6 +275,8 @@ def take_step(side: Side) -> bool:
         side.read_wire(1 << 20)
     elif side.to_dial:
         side.dial()
+    elif side.to_join:
+        side.join()
     elif side.offered:
         side.take_memory()
     elif side.writes:

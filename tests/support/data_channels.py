@@ -82,7 +82,7 @@ def cells() -> Iterator[Cells]:
         for channels in make.made:
             assert channels._shared.context.budget.in_use == 0
             assert not channels._links
-            assert not channels._sinks
+            assert not channels.expected
 
 
 def _left(before: set[threading.Thread]) -> list[threading.Thread]:

@@ -12,10 +12,10 @@ from nvflare_rdma.transfer import receiver
 from nvflare_rdma.transfer.arrays import to_bytes
 from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.manifest import INLINE_BYTES
-from nvflare_rdma.transfer.receiver import pull
-from nvflare_rdma.transfer.records import Meters
+from nvflare_rdma.transfer.receiver import Pull, pull
+from nvflare_rdma.transfer.records import Meter, Meters
 from nvflare_rdma.transfer.service import Service
-from nvflare_rdma.transfer.sinks import in_memory
+from nvflare_rdma.transfer.sinks import TensorDestination, in_memory
 from tests.support.data_channels import ANY_PORT, shared
 from tests.support.tcp_pair import DEADLINE
 
@@ -57,6 +57,13 @@ class Direct:
     def pull(self, channels, **kinds) -> dict:
         land = kinds.pop("land", None) or in_memory(kinds.pop("allocate", new_memory))
         return pull(channels, "server", self.ask(channels.name), land, **kinds)
+
+    def confirmed(self, channels, ask=None, progress=lambda done: None, land=new) -> dict:
+        """As `DirectDecomposer.download` pulls, which asks afterwards whether the sender has seen everything arrive."""
+        meter = Meter("received", channels.name, "server", ledger=shared.ledger)
+        asks = ask or self.ask(channels.name)
+        pulling = Pull(channels, "server", asks, TensorDestination(land), lambda: False, progress, meter)
+        return pulling.run(confirmed=True)
 
     def once_some_are_here(self, action: Callable[[], None]) -> Callable[[receiver.Progress], None]:
         """For `progress`: acts once, when some have landed and not all."""

@@ -85,4 +85,6 @@ class Files:
         return PartialFile(str(self.folder), Layout(identity, items), owner, "server")
 
     def asked(self, what: str = "send") -> list:
-        return [request["items"] for request in self.requests if request["do"] == what]
+        kinds = (what, "describe") if what == "send" else (what,)  # what is missing may be asked for with either
+        asked = [request.get("items") for request in self.requests if request["do"] in kinds]
+        return [items for items in asked if items is not None]

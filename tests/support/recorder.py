@@ -12,6 +12,7 @@ class Recorder:
         self.landings: queue.Queue[tuple[int, int, int]] = queue.Queue()
         self.writes: queue.Queue[int] = queue.Queue()
         self.down: queue.Queue[tuple[int, Exception]] = queue.Queue()
+        self.up: queue.Queue[int] = queue.Queue()
         self.failures: queue.Queue[Exception] = queue.Queue()
 
     def landed(self, notification: int, length: int, digest: int) -> None:
@@ -22,6 +23,9 @@ class Recorder:
 
     def rail_down(self, rail: int, error: Exception) -> None:
         self.down.put((rail, error))
+
+    def rail_up(self, rail: int) -> None:
+        self.up.put(rail)
 
     def failed(self, error: Exception) -> None:
         self.failures.put(error)

@@ -120,7 +120,7 @@ def link_pair(
             contexts[1],
             inbox["passive"].put,
             "passive",
-            (sinks or {}).get,
+            lambda label, again: (sinks or {}).get(label),
         )
         in_parallel(active.open, passive.open)
         pair = LinkPair(active, passive, {active: inbox["active"], passive: inbox["passive"]}, contexts)

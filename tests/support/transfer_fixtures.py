@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from nvflare_rdma.transfer import content
 from tests.support.data_channels import cells
 from tests.support.direct_transfers import Direct
 from tests.support.file_transfers import Files
@@ -21,8 +22,10 @@ def cell():
 
 
 @pytest.fixture
-def direct(cell):
-    """direct(tensors, ...) -> Direct"""
+def direct(cell, monkeypatch):
+    """direct(tensors, ...) -> Direct. A tensor of more than `INLINE_BYTES` goes over a link, also if it is the only
+    one."""
+    monkeypatch.setattr(content, "SMALL_TOTAL", 0)
     made = []
 
     def make(tensors, **kinds):

@@ -24,14 +24,18 @@ from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.f3.cellnet.cell import Cell
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
+from nvflare.fuel.f3.streaming.download_service import OBJ_DOWNLOADER_CHANNEL
+from nvflare.fuel.f3.streaming.stream_const import StreamHeaderKey
 from nvflare.fuel.utils import fobs
 from nvflare.fuel.utils.fobs import FOBSContextKey
 
+from nvflare_rdma.accumulate import is_encoded_tensor
 from nvflare_rdma.codecs import get_codec, was_decoded
 from nvflare_rdma.codecs.marks import marked
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.component import install
 from nvflare_rdma.transfer.sender import OfferThread
+from tests.support.encoded import as_encoded
 from tests.support.processes import free_port
 from tests.support.waiting import eventually
 
@@ -46,8 +50,13 @@ MODEL = {
 
 
 #: To be encoded on its way.
-WEIGHTS = torch.randn(400, 1000)
+WEIGHTS = torch.randn(800, 1000)
 FEW_BITS = {"w": marked(WEIGHTS, get_codec("normfloat4")), "b": torch.ones(3)}
+#: Together no more than a description may have in it.
+ADAPTER = {f"w{i}": torch.full((8, 768), float(i)) for i in range(10)}
+#: What the codec can't carry: it is sent exact.
+DIVERGED = torch.randn(400, 1000)
+DIVERGED[399, 999] = torch.nan
 
 
 def same(got: dict) -> bool:
@@ -100,7 +109,9 @@ class Pair:
         self.finished = threading.Event()
         self.server.register_request_cb(channel="test", topic="get", cb=lambda request: self.reply({"model": MODEL}))
         self.server.register_request_cb(channel="test", topic="few", cb=lambda request: self.reply(FEW_BITS))
+        self.server.register_request_cb(channel="test", topic="adapter", cb=lambda request: self.reply(ADAPTER))
         self.server.register_request_cb(channel="test", topic="put", cb=self.put)
+        self.server.register_request_cb(channel="test", topic="put few", cb=self.put_few_bits)
         self.server.update_fobs_context({FOBSContextKey.DOWNLOAD_COMPLETE_CB: self.complete})
 
     @staticmethod
@@ -109,6 +120,19 @@ class Pair:
 
     def put(self, request):
         return self.reply({"same": same(request.payload["model"])})
+
+    def put_few_bits(self, request):
+        """What the server has got, and what it adds of it, as an aggregator does."""
+        got, wanted = request.payload, torch.ones_like(WEIGHTS)
+        wanted.add_(torch.from_numpy(as_encoded(WEIGHTS, "normfloat4")).reshape(WEIGHTS.shape), alpha=0.5)
+        result = {
+            "encoded": {name: is_encoded_tensor(value) for name, value in got.items()},
+            "held": shared().holdings.held,
+            "noted": was_decoded(got["w"]),
+            "sum": torch.equal(torch.ones_like(WEIGHTS).add_(got["w"], alpha=0.5), wanted),
+            "exact": bool(torch.equal(got["diverged"].nan_to_num(), DIVERGED.nan_to_num())),
+        }
+        return self.reply({**result, "figures": shared().holdings.take()})
 
     def complete(self, tx_id: str, status: str, objects: list) -> None:
         self.done.append([status, len(objects)])
@@ -154,9 +178,35 @@ class Pair:
         finally:
             self.site.update_fobs_context(dict.fromkeys(to_disk))
 
+    def asked_of_the_sender(self, topic: str) -> list[list[str]]:
+        """Pull one message, and give the requests about its download that the site sends: "plain" for one that is a
+        single message, "stream" for one that FLARE makes a byte stream of. What expects no answer is not counted."""
+        asked: list[str] = []
+
+        def note(message) -> None:
+            headers = message.headers
+            if headers.get(StreamHeaderKey.CHANNEL) == OBJ_DOWNLOADER_CHANNEL:
+                if headers.get(StreamHeaderKey.STREAM_REQ_ID) and not headers.get(StreamHeaderKey.SEQUENCE):
+                    asked.append("stream")
+            elif headers.get(MessageHeaderKey.CHANNEL) == OBJ_DOWNLOADER_CHANNEL:
+                asked.append("plain")
+
+        self.finished.clear()
+        self.site.core_cell.add_outgoing_request_filter("*", "*", note)
+        request = new_cell_message({}, {})
+        self.site.send_request(channel="test", topic=topic, target="server", request=request, timeout=60.0)
+        self.finished.wait(30.0)
+        return list(asked)
+
     def send(self) -> dict:
         request = new_cell_message({}, {"model": MODEL})
         reply = self.site.send_request(channel="test", topic="put", target="server", request=request, timeout=60.0)
+        return reply.payload
+
+    def send_few_bits(self) -> dict:
+        payload = {**FEW_BITS, "diverged": marked(DIVERGED, get_codec("normfloat4"))}
+        request = new_cell_message({}, payload)
+        reply = self.site.send_request(channel="test", topic="put few", target="server", request=request, timeout=60.0)
         return reply.payload
 
 
@@ -180,7 +230,17 @@ def main() -> None:
     pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: None})
     results["again"] = {**pair.get(), "log": lines.take(), "records": records.take()}
     results["few bits"] = {**pair.get_few_bits(), "records": records.take()}
+    results["asked"] = {topic: pair.asked_of_the_sender(topic) for topic in ("few", "adapter")}
+    records.take()
     results["few bits on disk"] = {**pair.get_few_bits_to_disk(), "records": records.take(), "log": lines.take()}
+    results["few bits up"] = pair.send_few_bits()
+    shared().holdings.start()
+    results["few bits up, to be added"] = pair.send_few_bits()
+    results["few bits to a site"] = pair.get_few_bits()
+    gc.collect()
+    results["held afterwards"] = shared().holdings.held
+    shared().holdings.stop()
+    lines.take(), records.take()
     results["up"] = {**pair.send(), "log": lines.take(), "records": records.take()}
 
     knows, OfferThread.has_arrived = OfferThread.has_arrived, lambda self, timeout: False
@@ -208,6 +268,10 @@ def main() -> None:
     install()
     results["no door on either side"] = {**pair.get(), "log": lines.take(), "records": records.take()}
 
+    shared().holdings.start()
+    results["few bits relayed, to be added"] = pair.send_few_bits()
+    shared().holdings.stop()
+    records.take()
     results["few bits relayed"] = {**pair.get_few_bits(), "records": records.take()}
     results["few bits relayed to disk"] = {**pair.get_few_bits_to_disk(), "records": records.take()}
 

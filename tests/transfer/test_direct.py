@@ -16,10 +16,8 @@ from nvflare_rdma.transfer import content, manifest, receiver, service
 from nvflare_rdma.transfer.arrays import to_bytes
 from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.manifest import INLINE_BYTES
-from nvflare_rdma.transfer.receiver import AbortedError, Pull, pull
-from nvflare_rdma.transfer.records import Meter
+from nvflare_rdma.transfer.receiver import AbortedError, pull
 from nvflare_rdma.transfer.service import Service
-from nvflare_rdma.transfer.sinks import TensorDestination
 from tests.support.bodies import TestSink
 from tests.support.data_channels import ANY_PORT
 from tests.support.direct_transfers import LARGE, SEND, assert_equal, large, new, new_memory
@@ -256,35 +254,23 @@ def test_aborted(direct, cell):
     assert_equal(it.pull(site), large(200))  # over the same channel
 
 
-def confirmed(it, site, **kinds) -> dict:
-    """As `DirectDecomposer.download` pulls."""
-    progress = kinds.pop("progress", lambda done: None)
-    meter = Meter("received", site.name, "server")
-    pulling = Pull(site, "server", it.ask(site.name), TensorDestination(new), lambda: False, progress, meter)
-    return pulling.run(confirmed=True)
-
-
 def test_a_sender_sees_for_itself_what_has_arrived(direct, cell):
     sent = large(200) | {"small": np.ones(3)}
     it, site = direct(sent), cell("site-1")
     assert not it.service.has_served("site-1")
-    assert_equal(confirmed(it, site), sent)
+    assert_equal(it.confirmed(site), sent)
     assert it.requests == ["describe", "send"]
     assert it.service.has_served("site-1")
     assert len(it.moved) == 200
     it.ask("site-1")({"do": "describe"})
     assert not it.service.has_served("site-1")  # it begins anew
 
-    assert_equal(confirmed(it, site), sent)
+    assert_equal(it.confirmed(site), sent)
     it.ask("site-1")({"do": "describe"})
     assert not it.service.has_served("site-1")  # although the last sender has sent it all
 
 
 def test_a_sender_that_can_not_see_it_is_told(direct, cell):
-    it, site = direct({"small": np.ones(3)}), cell("site-1")
-    assert_equal(confirmed(it, site), {"small": np.ones(3)})
-    assert it.requests == ["describe", "done"]
-
     it, site = direct(large(200)), cell("site-2")
 
     def break_it(done: receiver.Progress) -> None:
@@ -292,7 +278,7 @@ def test_a_sender_that_can_not_see_it_is_told(direct, cell):
             it.channels.close()
             eventually(lambda: site.find("server") is None, DEADLINE)
 
-    assert_equal(confirmed(it, site, progress=break_it), large(200))
+    assert_equal(it.confirmed(site, progress=break_it), large(200))
     assert it.requests == ["describe", "send", "done"]
     assert it.service.has_served("site-2")
 
@@ -301,7 +287,7 @@ def test_a_sender_does_not_take_for_served_who_may_miss_something(direct, cell, 
     monkeypatch.setattr(service, "_NOTICE_SECONDS", 0.05)
     it, site = direct(large(5)), cell("site-1")
     it.go_on.clear()
-    assert_equal(confirmed(it, site), large(5))
+    assert_equal(it.confirmed(site), large(5))
     assert not it.service.has_served("site-1")  # it is still at the first
     it.go_on.set()
     monkeypatch.setattr(service, "_NOTICE_SECONDS", DEADLINE)
@@ -309,7 +295,7 @@ def test_a_sender_does_not_take_for_served_who_may_miss_something(direct, cell, 
 
     it, site = direct(large(200)), cell("site-2", ports=None)
     with pytest.raises(FabricUnavailable, match="neither side has a door"):
-        confirmed(it, site, progress=it.once_some_are_here(it.channels.close))
+        it.confirmed(site, progress=it.once_some_are_here(it.channels.close))
     assert not it.service.has_served("site-2")
 
 
@@ -425,10 +411,10 @@ def test_an_end_that_comes_while_a_tensor_is_offered(direct, cell):
         withdraw(sender, reason)
 
     link.offer, link.withdraw = offered, withdrew
-    label = site.expect("server", [TestSink(100_000)])
+    label = site.expected.expect("server", [TestSink(100_000)])
     assert it.ask("site-1")({**SEND, "first": label}) == {"sending": 1, "sees": True}
     eventually(lambda: not it.senders, DEADLINE)
-    site.forget("server", label, 1)
+    site.expected.forget("server", label, 1)
     assert withdrawn[0] == (sendings[0], "the sender has ended the transfer")
 
 

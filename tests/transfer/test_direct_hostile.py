@@ -53,7 +53,7 @@ def test_hostile_answers(answers, error, direct, cell, monkeypatch):
 
     with pytest.raises(error):
         pull(site, "server", answer, new)
-    assert not site._sinks
+    assert not site.expected
 
 
 def test_a_tensor_of_another_length_is_not_taken(direct, cell):

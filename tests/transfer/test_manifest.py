@@ -30,10 +30,11 @@ def items(draw: st.DrawFn) -> Item:
     dtype = draw(st.sampled_from(DTYPES + TORCH_ONLY * of_torch))
     shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
     nbytes = math.prod(shape) * width(dtype, of_torch)
-    content = draw(st.none() | st.binary(min_size=nbytes, max_size=nbytes)) if nbytes else b""
     cut = None
-    if content is None and nbytes and dtype in FLOAT_NAMES and draw(st.booleans()):
+    if nbytes and dtype in FLOAT_NAMES and draw(st.booleans()):
         cut = PieceLayout.choose(get_codec(draw(st.sampled_from(["normfloat4", "int8", "float16"]))), math.prod(shape))
+        nbytes = cut.nbytes
+    content = draw(st.none() | st.binary(min_size=nbytes, max_size=nbytes)) if nbytes else b""
     return Item(draw(st.text("aü\0", max_size=8)), of_torch, dtype, shape, content, cut)
 
 
@@ -92,6 +93,10 @@ def but(**fields) -> list:
         but(content=bytes(23)),
         but(content=bytes(25)),
         but(content=b""),
+        [[*GOOD, "float16", 1 << 17]],
+        [[*GOOD[:4], bytes(11), "float16", 1 << 17]],
+        [[*GOOD[:4], bytes(13), "float16", 1 << 17]],
+        [["x", True, "float32", [0, 3], b"", "float16", 1 << 17]],
     ],
     ids=str,
 )

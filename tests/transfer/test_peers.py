@@ -41,12 +41,12 @@ def join(server, client):
 def assert_moves(link, sender, receiver) -> None:
     """A message with a label, from the sender's end ``link`` of a channel."""
     sink = TestSink(SIZE)
-    label = receiver.expect(sender.name, [sink])
+    label = receiver.expected.expect(sender.name, [sink])
     data = bytes(range(250)) * (SIZE // 250)
     link.offer(BufferSource(memoryview(data)), label).wait(DEADLINE)
     assert sink.ended.wait(DEADLINE)
     assert (sink.reason, bytes(sink.memory)) == ("", data)
-    receiver.forget(sender.name, label, 1)
+    receiver.expected.forget(sender.name, label, 1)
 
 
 @pytest.fixture(scope="module")
@@ -436,16 +436,16 @@ def test_what_nobody_expects_is_refused_and_the_channel_lives_on(cell):
     server, client = cell("server"), cell("site-1")
     near, _ = join(server, client)
     late = TestSink(SIZE)
-    label = server.expect("site-1", [late])
-    server.forget("site-1", label, 1)
+    label = server.expected.expect("site-1", [late])
+    server.expected.forget("site-1", label, 1)
     others = TestSink(SIZE)
-    of_another = server.expect("site-2", [others])
+    of_another = server.expected.expect("site-2", [others])
     for unknown in (label, of_another, 7):
         with pytest.raises(TransferError, match="nothing expected"):
             near.offer(BufferSource(memoryview(bytes(SIZE))), unknown).wait(DEADLINE)
     assert not late.ended.is_set()
     assert not others.ended.is_set()
-    server.forget("site-2", of_another, 1)
+    server.expected.forget("site-2", of_another, 1)
     assert_moves(near, client, server)
 
 
@@ -530,7 +530,7 @@ def test_closing_frees_everything_at_once_and_for_good(cell, authorities, monkey
         invitation = server.invite("site-2")
         in_greeting = socket.create_connection(("127.0.0.1", invitation["port"]), DEADLINE)
         in_greeting.sendall(CONTROL_MAGIC if tls is None else b"\x16")
-        stuck = near.offer(BufferSource(memoryview(bytes(SIZE))), client.expect("x", []))
+        stuck = near.offer(BufferSource(memoryview(bytes(SIZE))), client.expected.expect("x", []))
         for side in (server, client, server, client):
             side.close()
         with pytest.raises(TransferError):

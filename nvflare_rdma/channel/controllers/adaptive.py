@@ -30,6 +30,11 @@ class AdaptiveController(Controller):
     alone, just large enough that the cost of each grant does not matter. That there is a best size on lossy links, that
     it grows with bandwidth, and that fast links want several in flight, is FedRDMA's finding (arXiv 2403.00881). More
     than `MAX_GRANTS` would be needed on a long fat link: chunks get larger instead.
+
+    Over more than `FEW_RAILS` each has a small part of the link. Chunks are then small enough that each rail has
+    `RAIL_CHUNKS` in the window, so that none idles for the round trip that its next grant takes, and the window is
+    never so small that they have not. Nor is it much larger at the start: what is granted over a rail that turns out to
+    be slow can't be had over another, and a message would end with few rails at work.
     """
 
     name: ClassVar[str] = "adaptive"
@@ -54,6 +59,10 @@ class AdaptiveController(Controller):
     MAX_PROBE_PATIENCE = 640
     CHUNK_SECONDS = 0.025  # a chunk twice as long on the wire leaves too few completions to learn from
     SMALL_CHUNK_SECONDS = 50e-6  # what a grant may cost a sender
+    FEW_RAILS, RAIL_CHUNKS = 2, 2
+    MANY_START_GAIN = 3.0  # TCP itself finds no more than twice the rate in a round trip
+    #: of the link, that a chunk takes at least where there are many rails: what a grant costs both sides in Python
+    MANY_CHUNK_SECONDS = 0.002
 
     def __init__(self, chunk_bytes: int, depth: int, max_window_bytes: int) -> None:
         self._max_window = max_window_bytes
@@ -79,6 +88,7 @@ class AdaptiveController(Controller):
         self._slow_rounds = 0
         self._probe_patience = self.RATE_ROUNDS
         self._losses_in_a_row = 0
+        self._rails = 1
         # Should nothing of the start size get through, these tell after two round trips; the sender's NIC may take
         # eight to give up.
         self._scouting = depth > self.SCOUTS and chunk_bytes > self._smallest
@@ -99,6 +109,11 @@ class AdaptiveController(Controller):
     def window_bytes(self) -> int:
         """See `Controller.window_bytes`."""
         return self._window
+
+    def set_rails(self, count: int) -> None:
+        """See `Controller.set_rails`."""
+        self._rails = count
+        self._resize()
 
     def granted(self, length: int, now: float, rail: int = 0) -> None:
         """See `Controller.granted`."""
@@ -216,10 +231,24 @@ class AdaptiveController(Controller):
         return self._floor.get(self.chunk_bytes, self._bandwidth.value)
 
     def _probe_window(self) -> float:
-        return max(self.chunk_bytes, 0.5 * self._bandwidth.value * self._least_latency())
+        # Some rails at work tell little of many.
+        least = self.chunk_bytes * (self._rails if self._rails > self.FEW_RAILS else 1)
+        return max(least, 0.5 * self._bandwidth.value * self._least_latency())
 
     def _chunk_size(self) -> int:
         """A power of two, once the bandwidth is known."""
+        if self._rails <= self.FEW_RAILS:
+            return self._link_chunk_size()
+        bandwidth = self._bandwidth.value
+        most = self.GAIN * bandwidth * self._floor.get(self._smallest, bandwidth)
+        most = max(most / (self.RAIL_CHUNKS * self._rails), self.MANY_CHUNK_SECONDS * bandwidth)
+        size = self._smallest
+        while 2 * size <= min(most, self._largest):
+            size *= 2
+        return min(size, self._link_chunk_size())
+
+    def _link_chunk_size(self) -> int:
+        """That of a link whose rails are few."""
         bandwidth = self._bandwidth.value
         losses = self.LOSSES if self._rate.delivered else self.FIRST_LOSSES
         usual = self._rate.in_order and self._losses_in_a_row < losses
@@ -239,11 +268,13 @@ class AdaptiveController(Controller):
         self._chunk = self._chunk_size()
         chunk = self.chunk_bytes
         floor = self._least_latency()
+        many = self._rails > self.FEW_RAILS
         if self._probe is not None:
             window = self._probe_window() + self._rate.overtaken
         else:
             growing = self._starting and self._limited_rounds < self.LIMITED_ROUNDS
-            window = (self.START_GAIN if growing else self.GAIN) * self._bandwidth.value * floor
+            start_gain = self.MANY_START_GAIN if many else self.START_GAIN
+            window = (start_gain if growing else self.GAIN) * self._bandwidth.value * floor
             if self._app_limited:
                 window = min(window, self.HEADROOM * self._most_in_flight)
             if self._loss_cap is not None:
@@ -251,6 +282,8 @@ class AdaptiveController(Controller):
             # Two more: one that waits for the wire while another is on it, and one whose grant is on its way.
             window += 2 * chunk
             window += min(self._rate.overtaken, self.OVERTAKEN * window)
-            if self._starting:
+            if many:
+                window = max(window, self.RAIL_CHUNKS * chunk * self._rails)
+            elif self._starting:
                 window = max(window, self._start_window)
         self._window = int(min(max(window, chunk), self._max_window, MAX_GRANTS * chunk))

@@ -29,6 +29,10 @@ class Controller(ABC):
     def window_bytes(self) -> int:
         """Bytes that may be granted and not landed at once, over all messages of the connection; at least a chunk."""
 
+    def set_rails(self, count: int) -> None:
+        """So many rails are up from here on."""
+        return
+
     @abstractmethod
     def granted(self, length: int, now: float, rail: int = 0) -> None:
         """A chunk was granted at `now`, over a rail: what goes over one is expected to land in order."""

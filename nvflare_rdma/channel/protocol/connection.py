@@ -63,7 +63,7 @@ class Connection:
         self._fabric = ""
         self._overhead = 0
         self._rails: set[int] = set()
-        self._opened_rails = 0
+        self._opened_rails: set[int] = set()
         self._max_chunk = 0
         self._up_at = now
         self._attempts = 0
@@ -145,7 +145,7 @@ class Connection:
                 self.peer = message
                 if self.role is Role.PASSIVE:
                     self._events.append(events.ChooseFabric(message))
-            case wire.Open() | wire.Rails() | wire.RailDown() | wire.Reopen():
+            case wire.Open() | wire.Rails() | wire.RailDown() | wire.RailUp() | wire.MoreRails() | wire.Reopen():
                 if self.state is Phase.GREETING:
                     raise ProtocolError(f"{type(message).__name__} came before HELLO")
                 self._rail_message(message, now)
@@ -270,6 +270,20 @@ class Connection:
                 # Not before this side's fabric says that nothing can land over it any more is it down here.
                 if self.rail_state is RailState.UP and message.rail in self._rails:
                     self._events.append(events.DropRail(message.rail))
+            case wire.RailUp():
+                self._move_rails(Input.RAIL_UP)
+                if message.rail >= MAX_RAILS or message.rail in self._opened_rails or self._fabric == "control":
+                    raise ProtocolError(f"the peer says that it opened rail {message.rail}, which can't be")
+                if self.rail_state is RailState.UP:
+                    self._add_rail(message.rail, now)
+                else:
+                    self._emit(wire.RailDown(message.rail, self._lost_reason))
+            case wire.MoreRails():
+                self._move_rails(Input.MORE_RAILS)
+                if not 0 < message.count <= MAX_RAILS:
+                    raise ProtocolError(f"the peer wants {message.count} rails, at most {MAX_RAILS} are allowed")
+                if self._has_rails:
+                    self._events.append(events.GrowRails(message.count))
             case wire.Reopen():
                 self._count_attempt(now)
                 if self.rail_state is RailState.UP:
@@ -284,12 +298,42 @@ class Connection:
             self._move(Input.READY)
         on_control = self._fabric == "control"
         self._up_at, self._lost_at = now, None
-        self._opened_rails = 1 if on_control else rails
-        self._rails = set(range(self._opened_rails))
+        self._rails = set(range(1 if on_control else rails))
+        self._opened_rails = set(self._rails)
         self._events.append(events.Opened(rails, reason, answer))
         self._max_chunk = wire.MAX_DATA_BYTES if on_control else MAX_CHUNK_BYTES
         peer = self.peer
         self._incoming.open(self._rails, self._overhead, self._max_chunk, peer.max_staged_bytes, peer.max_writes, now)
+
+    @property
+    def _has_rails(self) -> bool:
+        """Whether rails are up that others could join."""
+        return self.rail_state is RailState.UP and self._fabric != "control"
+
+    def want_rails(self, count: int) -> None:
+        """Have the active side open rails until there are `count`, if it may: this one, or the peer. Does nothing while
+        none are up, or for none."""
+        if not count or self.state is not Phase.OPEN or not self._has_rails:
+            return
+        if self.role is Role.ACTIVE:
+            self._events.append(events.GrowRails(count))
+        else:
+            self._emit(wire.MoreRails(count))
+
+    def rail_up(self, rail: int, now: float) -> None:
+        """Answer `GrowRails`, on the active side: one more rail is open on both. Does nothing if the others are gone
+        meanwhile."""
+        if self.state is not Phase.OPEN or not self._has_rails:
+            return
+        self._move_rails(Input.RAIL_UP_HERE)
+        self._emit(wire.RailUp(rail))
+        self._add_rail(rail, now)
+
+    def _add_rail(self, rail: int, now: float) -> None:
+        self._rails.add(rail)
+        self._opened_rails.add(rail)
+        self._events.append(events.RailAdded(rail))
+        self._incoming.rail_up(rail, now)
 
     def rail_down(self, rail: int, reason: str, now: float) -> None:
         """The fabric says that a rail broke, and everything that landed over it was reported."""

@@ -41,6 +41,21 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
+class RailAdded:
+    """One more rail carries chunks from here on."""
+
+    rail: int
+
+
+@dataclass(frozen=True, slots=True)
+class GrowRails:
+    """Active side: open rails beside those that are open, until there are `count`, if as many may be; call
+    `Connection.rail_up` for each."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class RailsLost:
     """Every grant is void, and so is every region: close the endpoint. New rails are on their way."""
 
@@ -154,6 +169,8 @@ Event: TypeAlias = (
     ChooseFabric
     | OpenRails
     | Opened
+    | RailAdded
+    | GrowRails
     | RailsLost
     | DropRail
     | InlineReceived

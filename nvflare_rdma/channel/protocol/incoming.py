@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from nvflare_rdma.channel.controllers import Controller
 from nvflare_rdma.channel.protocol import events, wire
 from nvflare_rdma.channel.protocol.limits import ChannelLimits, check_unit, whole_units
+from nvflare_rdma.channel.protocol.loads import RailLoads
 from nvflare_rdma.channel.protocol.state import RECEIVE, Input, Receive, illegal
 from nvflare_rdma.errors import ProtocolError, TransferError
 from nvflare_rdma.fabric import RemoteSlice
@@ -71,7 +72,7 @@ class Incoming:
         #: Notification -> what is exposed under it. Those of a failed transfer stay until the sender answers.
         self._exposures: dict[int, _OpenGrant] = {}
         self._in_flight = 0
-        self._load: dict[int, int] = {}  # rail -> bytes granted over it and not landed
+        self._loads = RailLoads()
         self._overhead = 0
         self._max_chunk = 0
         self._max_staged = 0
@@ -92,14 +93,22 @@ class Incoming:
         """Grant over rails that are up. Sealing adds `overhead` bytes to a chunk, `max_chunk` bytes are the longest
         that they carry, `max_staged` the longest that the peer makes in memory of its own, and it works on `max_open`
         grants at once."""
-        self._load = dict.fromkeys(rails, 0)
+        self._loads.open(rails)
+        self._controller.set_rails(len(self._loads))
         self._overhead, self._max_chunk, self._max_open = overhead, max_chunk, max_open
         self._max_staged = max_staged
         self.plan(now)
 
+    def rail_up(self, rail: int, now: float) -> None:
+        """Grant over one more rail."""
+        self._loads.add(rail)
+        self._controller.set_rails(len(self._loads))
+        self.plan(now)
+
     def rail_down(self, rail: int, now: float) -> None:
         """Grant the unfinished chunks of a rail again: nothing lands over it any more."""
-        self._load.pop(rail, None)
+        self._loads.remove(rail)
+        self._controller.set_rails(len(self._loads))
         for notification, exposure in list(self._exposures.items()):
             if exposure.rail == rail:
                 self._happened(events.RevokeChunk(notification, answered=False))
@@ -108,8 +117,8 @@ class Incoming:
 
     def void(self, now: float) -> None:
         """Take all chunks back that have not landed: all rails are gone."""
-        rails = list(self._load)
-        self._load.clear()  # so that nothing is granted over the next while one is taken away
+        rails = list(self._loads)
+        self._loads.open(())  # so that nothing is granted over the next while one is taken away
         for rail in rails:
             self.rail_down(rail, now)
 
@@ -170,6 +179,7 @@ class Incoming:
                 raise ProtocolError(
                     f"the peer wrote {length} bytes where {exposure.length + self._overhead} were granted"
                 )
+            self._loads.landed(exposure.rail, exposure.length, now)
             self._controller.landed(exposure.length, exposure.granted_at, now, exposure.rail)
             self._damaged_in_a_row = 0
             incoming.landed += exposure.length
@@ -193,7 +203,7 @@ class Incoming:
     def plan(self, now: float) -> None:
         """Grant as many chunks as the controller and the peer allow, oldest message first."""
         controller = self._controller
-        while self._load and (chunk := self._next()) is not None:
+        while self._loads and (chunk := self._next()) is not None:
             transfer, offset, length = chunk
             incoming = self._transfers[transfer]
             full = self._in_flight and self._in_flight + length > controller.window_bytes
@@ -204,18 +214,18 @@ class Incoming:
             else:
                 incoming.began_at = min(incoming.began_at, now)
                 incoming.planned += length
-            rail = min(self._load, key=self._load.__getitem__)
+            rail = self._loads.soonest(length, now)
             notification = self._new_notification()
             self._exposures[notification] = _OpenGrant(transfer, offset, length, rail, now)
             incoming.open_chunks += 1
             incoming.granted += length
             self._in_flight += length
             self.most_granted = max(self.most_granted, self._in_flight)
-            self._load[rail] += length
+            self._loads.granted(rail, length, now)
             self.granted_chunks += 1
             controller.granted(length, now, rail)
             self._happened(events.ExposeChunk(transfer, offset, length, notification, rail))
-        if self._load:
+        if self._loads:
             controller.idle(now)
 
     def _next(self) -> tuple[int, int, int] | None:
@@ -261,8 +271,7 @@ class Incoming:
         if exposure is None:
             raise ProtocolError(f"the peer wrote to slice {notification}, which is not exposed")
         self._in_flight -= exposure.length
-        if exposure.rail in self._load:
-            self._load[exposure.rail] -= exposure.length
+        self._loads.ended(exposure.rail, exposure.length)
         if (incoming := self._transfers.get(exposure.transfer)) is not None:
             incoming.open_chunks -= 1
             incoming.granted -= exposure.length
@@ -308,7 +317,7 @@ class Incoming:
         self._transfers.clear()
         self._exposures.clear()
         self._grantable.clear()
-        self._load.clear()
+        self._loads.open(())
 
     def _advance(self, transfer: int, incoming: _IncomingTransfer, happening: Input, reason: str = "") -> None:
         new = RECEIVE.get((incoming.state, happening))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from nvflare_rdma.channel.protocol import events, wire
@@ -81,11 +81,11 @@ class Outgoing:
 
     # -- what the peer says --------------------------------------------------------------------------------
 
-    def granted(self, grant: wire.Grant, rails: int, overhead: int, max_chunk: int, now: float) -> None:
-        """Write what the peer grants. So many `rails` were opened, sealing adds `overhead` bytes to a chunk, and
+    def granted(self, grant: wire.Grant, rails: Collection[int], overhead: int, max_chunk: int, now: float) -> None:
+        """Write what the peer grants. `rails` are those that were opened, sealing adds `overhead` bytes to a chunk, and
         `max_chunk` bytes are the longest that the rails carry."""
-        if grant.rail >= rails:
-            raise ProtocolError(f"a grant names rail {grant.rail}, {rails} were opened")
+        if grant.rail not in rails:
+            raise ProtocolError(f"a grant names rail {grant.rail}, which is none of the {len(rails)} that were opened")
         if grant.length > max_chunk:
             raise ProtocolError(f"a grant of {grant.length} bytes, {max_chunk} are the most")
         if grant.remote.length != grant.length + overhead:

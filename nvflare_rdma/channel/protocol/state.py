@@ -86,6 +86,9 @@ class Input(Enum):
     REFUSED_HERE = (21, False)
     ALL_LANDED = (22, False)
     WITHDRAW = (23, True)
+    RAIL_UP = (24, True)
+    RAIL_UP_HERE = (25, False)
+    MORE_RAILS = (26, True)
 
 
 PHASE: dict[tuple[Phase, Input], Phase] = {
@@ -103,11 +106,19 @@ RAILS: dict[tuple[Role, RailState, Input], RailState] = {
     (Role.ACTIVE, RailState.DIALLING, Input.DIALLED): RailState.UP,
     # None could be opened: the passive side chooses another fabric.
     (Role.ACTIVE, RailState.DIALLING, Input.DIALLED_NONE): RailState.CHOOSING,
+    (Role.ACTIVE, RailState.UP, Input.RAIL_UP_HERE): RailState.UP,
+    (Role.ACTIVE, RailState.UP, Input.MORE_RAILS): RailState.UP,
+    # The peer does not know yet that no rail is left.
+    (Role.ACTIVE, RailState.DOWN, Input.MORE_RAILS): RailState.DOWN,
+    (Role.ACTIVE, RailState.CHOOSING, Input.MORE_RAILS): RailState.CHOOSING,
     (Role.ACTIVE, RailState.UP, Input.ALL_DOWN): RailState.DOWN,
     (Role.ACTIVE, RailState.DOWN, Input.RETRY): RailState.CHOOSING,
     (Role.PASSIVE, RailState.CHOOSING, Input.CHOSEN): RailState.DIALLING,
     (Role.PASSIVE, RailState.DIALLING, Input.RAILS): RailState.UP,
     (Role.PASSIVE, RailState.DIALLING, Input.NO_RAILS): RailState.CHOOSING,
+    (Role.PASSIVE, RailState.UP, Input.RAIL_UP): RailState.UP,
+    # The peer does not know yet that all others are gone, and this one with them.
+    (Role.PASSIVE, RailState.DOWN, Input.RAIL_UP): RailState.DOWN,
     (Role.PASSIVE, RailState.UP, Input.ALL_DOWN): RailState.DOWN,
     # Either side may notice first.
     (Role.PASSIVE, RailState.UP, Input.REOPEN): RailState.CHOOSING,

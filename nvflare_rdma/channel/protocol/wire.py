@@ -20,7 +20,7 @@ from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.fabric import RemoteSlice
 
 CONTROL_MAGIC = b"NVFCTRL1"
-VERSION = 5
+VERSION = 6
 MAX_HELLO_BYTES = 16 * 1024
 MAX_REASON_BYTES = 1024
 #: The longest chunk that travels on the control stream; what is on its way there delays everything behind it.
@@ -82,6 +82,20 @@ class RailDown:
 
     rail: int
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RailUp:
+    """Active to passive: one more rail is open, on both sides. From here on chunks may be granted over it."""
+
+    rail: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoreRails:
+    """Passive to active: what this side sends would go faster over `count` rails. Nothing has to follow from it."""
+
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +190,8 @@ Message: TypeAlias = (
     | Open
     | Rails
     | RailDown
+    | RailUp
+    | MoreRails
     | Reopen
     | Inline
     | Offer
@@ -205,6 +221,8 @@ _TYPES: dict[type, int] = {
     Withdraw: 13,
     Ping: 14,
     Pong: 15,
+    RailUp: 16,
+    MoreRails: 17,
 }
 _CLASSES = {number: cls for cls, number in _TYPES.items()}
 
@@ -250,6 +268,10 @@ def encode(message: Message) -> bytes:
             body = msgpack.packb({"count": message.count, "reason": reason, "answer": dict(message.answer)})
         case RailDown():
             body = _U32.pack(message.rail) + _reason(message.reason)
+        case RailUp():
+            body = _U32.pack(message.rail)
+        case MoreRails():
+            body = _U32.pack(message.count)
         case Reopen():
             body = _reason(message.reason)
         case Inline():
@@ -334,6 +356,9 @@ def _decode(cls: type, body: bytes) -> Message:
         return Withdraw(_TRANSFER.unpack_from(body)[0], _text(body[_TRANSFER.size :]))
     if cls is RailDown:
         return RailDown(_U32.unpack_from(body)[0], _text(body[_U32.size :]))
+    if cls is RailUp or cls is MoreRails:
+        number = _U32.unpack(body)[0]
+        return RailUp(number) if cls is RailUp else MoreRails(number)
     if cls is Reopen:
         return Reopen(_text(body))
     if cls is Bye:

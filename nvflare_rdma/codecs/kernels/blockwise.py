@@ -11,9 +11,11 @@ from nvflare_rdma.codecs.kernels.jit import (
     boolean,
     float32,
     float32_out,
+    float32_value,
     float_of,
     kernel,
     largest,
+    multiply_add,
     nothing,
     size,
     truncated,
@@ -69,6 +71,22 @@ def decode(codes: Any, scales: Any, block: Any, table: Any, out: Any) -> None:
         scale = scales[b]
         for i in range(block_out.size):
             block_out[i] = table[block_codes[i]] * scale
+
+
+@kernel(nothing(uint8, float32, size, float32, float32_value, float32_out))
+def add(codes: Any, scales: Any, block: Any, table: Any, weight: Any, out: Any) -> None:
+    """`out + weight * x`, with x what `decode` writes."""
+    values = np.empty(_GROUP, np.float32)
+    for b in range(scales.size):
+        block_codes = codes[b * block : (b + 1) * block]
+        block_out = out[b * block : (b + 1) * block]
+        scale = scales[b]
+        for start in range(0, block_out.size, _GROUP):
+            group, group_codes = block_out[start : start + _GROUP], block_codes[start : start + _GROUP]
+            for i in range(group.size):
+                values[i] = table[group_codes[i]]
+            for i in range(group.size):
+                group[i] = multiply_add(weight, values[i] * scale, group[i])
 
 
 @kernel(nothing(uint8, float32, size, size, float32, float32_out))

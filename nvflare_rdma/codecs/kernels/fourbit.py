@@ -16,6 +16,7 @@ from nvflare_rdma.codecs.kernels.jit import (
     float_of,
     kernel,
     largest,
+    multiply_add,
     nothing,
     uint8,
     uint8_out,
@@ -118,6 +119,25 @@ def decode(codes: Any, scales: Any, pairs: Any, out: Any) -> None:
                 block[j] *= scale
 
 
+@kernel(nothing(uint8, float32, float32, float32_value, float32_out))
+def add(codes: Any, scales: Any, pairs: Any, weight: Any, out: Any) -> None:
+    """`out + weight * x`, with x what `decode` writes."""
+    x = np.empty(_BLOCK, np.float32)
+    both, two = pairs.view(np.uint64), x.view(np.uint64)
+    whole = out.size // _BLOCK
+    for b in range(whole):  # loops of a length that the compiler knows take two thirds of the time
+        pair, block = codes[b * (_BLOCK // 2) : (b + 1) * (_BLOCK // 2)], out[b * _BLOCK : (b + 1) * _BLOCK]
+        scale = scales[b]
+        for i in range(_BLOCK // 2):
+            two[i] = both[pair[i]]
+        for j in range(_BLOCK):
+            block[j] = multiply_add(weight, x[j] * scale, block[j])
+    rest = out[whole * _BLOCK :]
+    _look_up(codes[whole * (_BLOCK // 2) :], pairs, x[: rest.size])
+    for j in range(rest.size):
+        rest[j] = multiply_add(weight, x[j] * scales[whole], rest[j])
+
+
 @kernel(nothing(float32, float32_out))
 def absmax(values: Any, out: Any) -> None:
     """The largest magnitude of each block, raised to 1e-38 in an incomplete one, as `encode` has it."""
@@ -171,3 +191,17 @@ def decode_short(codes: Any, scales: Any, table: Any, scale: Any, pairs: Any, ou
             factor = table[scales[(start + i) // _SHORT]] * scale
             for j in range(block.size):
                 block[j] *= factor
+
+
+@kernel(nothing(uint8, uint8, float32, float32_value, float32, float32_value, float32_out))
+def add_short(codes: Any, scales: Any, table: Any, scale: Any, pairs: Any, weight: Any, out: Any) -> None:
+    """`out + weight * x`, with x what `decode_short` writes."""
+    values = np.empty(_GROUP, np.float32)
+    for start in range(0, out.size, _GROUP):
+        group = out[start : start + _GROUP]
+        _look_up(codes[start // 2 : (start + _GROUP) // 2], pairs, values[: group.size])
+        for i in range(0, group.size, _SHORT):
+            block, x = group[i : i + _SHORT], values[i : i + _SHORT]
+            factor = table[scales[(start + i) // _SHORT]] * scale
+            for j in range(block.size):
+                block[j] = multiply_add(weight, x[j] * factor, block[j])

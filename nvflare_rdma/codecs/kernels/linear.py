@@ -17,11 +17,13 @@ from nvflare_rdma.codecs.kernels.jit import (
     boolean,
     float32,
     float32_out,
+    float32_value,
     float_of,
     int8,
     int8_out,
     kernel,
     largest,
+    multiply_add,
     nothing,
     size,
     truncated,
@@ -63,6 +65,17 @@ def decode_int8(codes: Any, scales: Any, block: Any, out: Any) -> None:
         scale = scales[b]
         for i in range(block_out.size):
             block_out[i] = np.float32(block_codes[i]) * scale
+
+
+@kernel(nothing(int8, float32, size, float32_value, float32_out))
+def add_int8(codes: Any, scales: Any, block: Any, weight: Any, out: Any) -> None:
+    """`out + weight * x`, with x what `decode_int8` writes."""
+    for b in range(scales.size):
+        block_codes = codes[b * block : (b + 1) * block]
+        block_out = out[b * block : (b + 1) * block]
+        scale = scales[b]
+        for i in range(block_out.size):
+            block_out[i] = multiply_add(weight, np.float32(block_codes[i]) * scale, block_out[i])
 
 
 @njit(nogil=True, error_model="numpy", inline="always")

@@ -17,6 +17,9 @@ from nvflare_rdma.fabric.verbs.availability import device_file_reason, probe, py
 from nvflare_rdma.fabric.verbs.devices import ROCE, PortInfo, choose_gid, choose_ports, device_file, list_ports
 from nvflare_rdma.fabric.verbs.memlock import memlock_limit, memlock_needed, memlock_reason
 
+#: Of a link, or one for each device that was asked for, if `rdma_rails` allows as many.
+QUEUE_PAIRS = 2
+
 if TYPE_CHECKING:
     from nvflare_rdma.fabric.verbs.fabric import VerbsFabric, address_on
     from nvflare_rdma.fabric.verbs.pyverbs import Context
@@ -62,8 +65,9 @@ def factory(options: FabricOptions) -> FabricFactory:
     from nvflare_rdma.fabric.verbs.registration_cache import RegistrationCache
 
     registrations = RegistrationCache(options.budget)
+    rails = min(options.rails, max(QUEUE_PAIRS, len(options.verbs.devices)))
 
     def make(end: LinkEnd) -> Fabric:
-        return VerbsFabric(options.rails, options.verbs, registrations, address_on(end.local_address))
+        return VerbsFabric(rails, options.verbs, registrations, address_on(end.local_address))
 
     return make

@@ -320,6 +320,11 @@ class PartialFile:
         return StorageError(f"{what}: it needs {self.identity.size} bytes, {why} ({os.strerror(error.errno or 0)})")
 
 
+def is_begun(folder: str, identity: FileIdentity, owner: str = "", sender: str = "") -> bool:
+    """Whether an earlier transfer left something of a file."""
+    return hidden.paths(Path(folder), sender, identity.key(owner))[0].exists()
+
+
 def forget(folder: str, identity: FileIdentity, owner: str = "", sender: str = "") -> None:
     """Remove what an earlier transfer left of a file, which will not be gone on with."""
     hidden.remove(hidden.paths(Path(folder), sender, identity.key(owner))[0])

@@ -16,7 +16,7 @@ from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer.addresses import site_of
 from nvflare_rdma.transfer.content import Content
 from nvflare_rdma.transfer.files.layout import Layout, plan
-from nvflare_rdma.transfer.files.partial_file import PartialFile
+from nvflare_rdma.transfer.files.partial_file import PartialFile, is_begun
 from nvflare_rdma.transfer.files.parts import FilePart, PartSink, PartSource
 from nvflare_rdma.transfer.files.source import FileIdentity, OpenFile
 from nvflare_rdma.transfer.manifest import Item
@@ -49,7 +49,7 @@ class FileContent(Content):
         """See `Content.extra`."""
         return {"file": self._file.identity.pack()}
 
-    def items(self) -> list[Item]:
+    def items(self, compact: bool = False) -> list[Item]:
         """See `Content.items`."""
         return [self._item(part) for part in self.parts.values()]
 
@@ -166,6 +166,12 @@ class FileDestination(Destination):
     """
 
     durable = True
+
+    @property
+    def begun(self) -> bool:
+        """See `Destination.begun`."""
+        target = self._target
+        return is_begun(target.folder, target.expected, target.owner, target.sender)
 
     def __init__(
         self,

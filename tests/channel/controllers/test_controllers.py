@@ -171,6 +171,29 @@ def test_chunks_that_were_granted_together_are_on_time_in_any_order():
             assert rate.passed == rate.on_time == (now - 1) * 600
 
 
+def test_many_rails_get_small_chunks_and_each_gets_two():
+    controller = adaptive(MIB, 4)
+    controller.set_rails(2)
+    assert (controller.chunk_bytes, controller.window_bytes) == (64 * KIB, 4 * MIB)  # a scout of 1 MiB chunks
+    controller.set_rails(16)
+    assert (controller.chunk_bytes, controller.window_bytes) == (64 * KIB, 2 * MIB)
+    controller.set_rails(1)
+    assert controller.window_bytes == 4 * MIB
+
+
+@pytest.mark.parametrize("loss", [0, 1e-3, 1e-2])
+@pytest.mark.parametrize(("gbit", "rtt"), [(0.01, 40e-3), (0.1, 40e-3), (1, 200e-3)])
+def test_many_rails_fill_a_long_link_without_much_granted_ahead(gbit, rtt, loss):
+    link = Link(gbit * GBIT, rtt, loss, TCP, rails=16)
+    controller = adaptive(MIB, 4, 64 * MIB)
+    controller.set_rails(16)
+    run = simulate(controller, link, seconds=100 * rtt + 4, trace=True)
+    seconds = run.seconds
+    assert run.between(seconds / 2, seconds) > 0.8 * link.capacity
+    windows = [window for at, _, window, _ in run.trace if at > seconds / 2]
+    assert max(windows) < max(4 * link.bdp, 2.5 * MIB)
+
+
 # -- what changes and what disturbs ---------------------------------------------------------------------------
 
 

@@ -13,7 +13,18 @@ from nvflare_rdma.channel.protocol.limits import MAX_CHUNK_BYTES, MIN_CHUNK_BYTE
 from nvflare_rdma.channel.protocol.state import Phase, RailState
 from nvflare_rdma.errors import LocalProtocolError, ProtocolError, TransferError
 from nvflare_rdma.fabric.base import RemoteSlice
-from tests.support.core_pair import CHUNK, DEPTH, LIMITS, hello, make_pair, message, open_pair, run_to_end, take_step
+from tests.support.core_pair import (
+    CHUNK,
+    DEPTH,
+    LIMITS,
+    MOST_RAILS,
+    hello,
+    make_pair,
+    message,
+    open_pair,
+    run_to_end,
+    take_step,
+)
 
 
 @pytest.mark.parametrize("size", [1, 100, 101, 999, 1000, 1001, 3000, 12_345])
@@ -28,7 +39,7 @@ def test_a_message_of_any_size_arrives(size):
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_whatever_the_order_and_the_losses_every_message_arrives_exactly_once(data):
-    """Control bytes come in any pieces, writes land in any order or damaged, rails break and come back."""
+    """Control bytes come in any pieces, writes land in any order or damaged, rails break, come back and become more."""
     active, passive = sides = open_pair(rails=data.draw(st.integers(0, 3), label="rails"))
     to_send = {
         side: data.draw(st.lists(st.integers(0, 6000), max_size=5), label=name)
@@ -38,6 +49,7 @@ def test_whatever_the_order_and_the_losses_every_message_arrives_exactly_once(da
     pending = {side: [message(n, i) for i, n in enumerate(to_send[side])] for side in sides}
     cuts = data.draw(st.integers(0, 6), label="rails that are cut")
     damages = data.draw(st.integers(0, 6), label="chunks that are damaged")
+    wishes = data.draw(st.integers(0, 4), label="wishes for more rails")
     for _ in range(300):
         steps = []
         for name, side in (("active", active), ("passive", passive)):
@@ -51,6 +63,8 @@ def test_whatever_the_order_and_the_losses_every_message_arrives_exactly_once(da
                 "land": side.writes,
                 "damage": side.writes and damages,
                 "cut": side.rails and cuts,
+                "want": wishes,
+                "join": side.to_join,
             }
             steps += [(what, name) for what, possible in ready.items() if possible]
         if not steps:
@@ -74,8 +88,13 @@ def test_whatever_the_order_and_the_losses_every_message_arrives_exactly_once(da
                 side.land(data.draw(st.integers(0, len(side.writes) - 1)), damaged=what == "damage")
                 damages -= what == "damage"
             case "cut":
-                side.cut(data.draw(st.integers(0, side.rails - 1), label="rail"))
+                side.cut(data.draw(st.integers(0, MOST_RAILS - 1), label="rail"))
                 cuts -= 1
+            case "want":
+                side.want(data.draw(st.integers(1, MOST_RAILS), label="rails wanted"))
+                wishes -= 1
+            case "join":
+                side.join(data.draw(st.integers(0, len(side.to_join) - 1)))
     for side in sides:
         for payload in pending[side]:
             side.send(payload)
@@ -183,6 +202,73 @@ def test_a_broken_rail_costs_its_unfinished_chunks_only():
     assert passive.received == [message(8000)]
     assert passive.landed == {(1, offset): 1 for offset in range(0, 7000, CHUNK)}  # the last one is twice as long
     assert active.core.rail_state is RailState.UP  # one is left
+
+
+def test_rails_that_join_carry_chunks_of_both_directions_at_once():
+    active, passive = open_pair(rails=1)
+    passive.want(3)
+    active.read_wire(1 << 20)
+    assert list(active.to_join) == [1, 2]
+    active.join(1)  # the last is the first to be open
+    for side in (active, passive):
+        side.send(message(8000))
+        side.peer.read_wire(1 << 20)
+        side.peer.take_memory()
+        side.read_wire(1 << 20)
+        assert [write.rail for write, _ in side.writes] == [0, 2, 0]
+    run_to_end(active, passive)
+    assert active.received == passive.received == [message(8000)]
+
+
+def test_more_rails_than_may_be_are_neither_dialled_nor_asked_for_in_vain():
+    active, passive = open_pair(rails=1)
+    passive.want(MOST_RAILS)
+    active.want(MOST_RAILS)
+    active.read_wire(1 << 20)
+    assert list(active.to_join) == list(range(1, MOST_RAILS))
+
+
+def test_a_rail_that_joins_when_the_others_are_gone_is_of_no_use():
+    active, passive = open_pair(rails=1)
+    active.want(2)
+    active.join()
+    passive.break_rail(0)  # before it reads of the other
+    passive.read_wire(1 << 20)
+    assert passive.core.rail_state is RailState.DOWN
+    active.send(message(8000))
+    run_to_end(active, passive)
+    assert passive.received == [message(8000)]
+    assert active.core.rail_state is passive.core.rail_state is RailState.UP
+
+
+def test_a_wish_for_rails_that_are_gone_is_forgotten():
+    active, passive = open_pair(rails=1)
+    passive.want(3)
+    active.break_rail(0)
+    active.read_wire(1 << 20)
+    assert not active.to_join
+    run_to_end(active, passive)
+    assert active.core.rail_state is passive.core.rail_state is RailState.UP
+
+
+@pytest.mark.parametrize("rail", [0, 1, 64])
+def test_a_rail_that_can_not_join_is_a_protocol_error(rail):
+    _, passive = open_pair(rails=2)
+    with pytest.raises(ProtocolError, match=f"rail {rail}, which can't be"):
+        passive.core.receive(wire.encode(wire.RailUp(rail)), now=0.0)
+
+
+def test_no_rail_joins_where_there_is_only_the_control_stream():
+    _, passive = open_pair(rails=0)
+    with pytest.raises(ProtocolError, match="rail 1, which can't be"):
+        passive.core.receive(wire.encode(wire.RailUp(1)), now=0.0)
+
+
+@pytest.mark.parametrize("count", [0, 65])
+def test_a_wish_for_no_rail_or_too_many_is_a_protocol_error(count):
+    active, _ = open_pair()
+    with pytest.raises(ProtocolError, match=f"the peer wants {count} rails, at most 64 are allowed"):
+        active.core.receive(wire.encode(wire.MoreRails(count)), now=0.0)
 
 
 def test_when_no_rail_is_left_the_active_side_waits_longer_and_longer():
@@ -312,6 +398,7 @@ HOSTILE = {
     "a withdrawal of what was never offered": wire.Withdraw(7, ""),
     "rails when they are up": wire.Rails(2),
     "a wish for new rails from the passive side": wire.Reopen(""),
+    "a rail that the passive side opened": wire.RailUp(2),
     "done before anything was written": wire.Done(1),
     "done of a transfer never offered": wire.Done(7),
     "refusal of a transfer never offered": wire.Refuse(7, ""),

@@ -31,6 +31,8 @@ messages = st.one_of(
     ),
     st.builds(wire.Rails, u32, reasons),
     st.builds(wire.RailDown, u32, reasons),
+    st.builds(wire.RailUp, u32),
+    st.builds(wire.MoreRails, u32),
     st.builds(wire.Reopen, reasons),
     st.builds(wire.Inline, st.binary(max_size=500)),
     st.builds(wire.Offer, u64, u64),
