@@ -22,8 +22,7 @@ from tests.wan import sites_job
 from tests.wan.federation import PORT, SERVER, Federation, Job
 from tests.wan.wire import Link, Star
 
-UPGRADED, OLD = "site-1", "site-2"
-SITES = [UPGRADED, OLD, "site-3"]
+UPGRADED, OLD, *_ = SITES = [f"site-{number + 1}" for number in range(sites_job.SITES)]
 ALPN = alpn(VERSION)
 CONFIGURED = {"comm_driver_path": driver_path(), "rdma_upgrade": True}
 
