@@ -79,9 +79,8 @@ class Link:
         overhead, now = sealing.TAG_BYTES if self._key else 0, time.monotonic()
         self._core = Connection(role, context.limits, self._opener.hello(), controller, now, overhead)
         self._inbox = Inbox(context, controller, stream.secure, site, self._deferred.append)
-        self._outbox = Outbox(
-            self._lock, self._room, context.window_bytes, context.sending.share(site), self._withdraw, name
-        )
+        memory = context.sending.share(site)
+        self._outbox = Outbox(self._lock, self._room, context.window_bytes, memory, self._withdraw, name)
         self._rails: RailSet | None = None
         self._writer = ControlWriter(stream, self._room, lambda: self._closing, name)
         self._to_dial: events.OpenRails | None = None
@@ -216,13 +215,21 @@ class Link:
         except Exception as error:  # noqa: BLE001 - reported and translated by `failed`
             self.failed(error)
 
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The same, under the lock. The peer is told what follows from it, and what is deferred is done."""
+        with self._guarded():
+            with self._lock:
+                yield
+                self._pump_locked()
+            self._deferred.run()
+
     # -- signs of life -------------------------------------------------------------------------------------
 
     def ask(self, silence: float) -> None:
         """Ask for a sign of life if nothing has come from the peer for `silence` seconds. `is_alive` waits for it."""
-        with self._guarded(), self._lock:
+        with self._turn():
             self._liveness.ask_locked(silence)
-            self._pump_locked()
 
     def is_alive(self, deadline: float) -> bool:
         """Whether the link works, as far as this can be told: something has come since the peer was asked, if it was.
@@ -253,8 +260,7 @@ class Link:
         with self._lock:
             inline = self._core.fits_inline(len(view))
             while True:
-                if self._failure is not None or self._closing:
-                    raise TransferError(f"{self.name}: {self._failure or 'the connection is closed'}")
+                self._require_open_locked()
                 used = self._writer.inline_bytes if inline else self._outbox.waiting
                 if self._outbox.wait_for_room(len(view), used, deadline - time.monotonic()):
                     break
@@ -268,6 +274,10 @@ class Link:
             self._pump_locked()
             return sending
 
+    def _require_open_locked(self) -> None:
+        if self._failure is not None or self._closing:
+            raise TransferError(f"{self.name}: {self._failure or 'the connection is closed'}")
+
     def offer(self, source: Source, label: int) -> Sending:
         """Send what the peer knows by `label` (64 bits, not 0). Does not block: what is offered needs no memory here.
 
@@ -275,8 +285,7 @@ class Link:
             TransferError: the connection is closed, or the message is too large for the peer.
         """
         with self._lock:
-            if self._failure is not None or self._closing:
-                raise TransferError(f"{self.name}: {self._failure or 'the connection is closed'}")
+            self._require_open_locked()
             transfer = self._core.submit(source.nbytes, time.monotonic(), label, not source.ready)
             sending = self._outbox.add(transfer, source, windowed=False)
             self._count_offered_locked(source.nbytes)
@@ -289,10 +298,8 @@ class Link:
         self._withdraw(sending.transfer, reason)
 
     def _withdraw(self, transfer: int, reason: str) -> None:
-        with self._guarded(), self._lock:
+        with self._turn():
             self._core.withdraw(transfer, reason)
-            self._pump_locked()
-        self._deferred.run()
 
     def written(self, rails: RailSet, notification: int) -> None:
         """See `RailOwner.written`."""
@@ -340,10 +347,8 @@ class Link:
 
     def refuse(self, transfer: int, reason: str) -> None:
         """Don't take a message, or not the rest of it. Does nothing if it has ended already."""
-        with self._guarded(), self._lock:
+        with self._turn():
             self._core.refuse(transfer, reason)
-            self._pump_locked()
-        self._deferred.run()
 
     def landed(self, rails: RailSet, notification: int, length: int, digest: int) -> None:
         """See `RailOwner.landed`."""
@@ -399,11 +404,8 @@ class Link:
             return
 
         def granted() -> None:
-            with self._guarded():
-                with self._lock:
-                    self._start_locked(transfer, length)
-                    self._pump_locked()
-                self._deferred.run()
+            with self._turn():
+                self._start_locked(transfer, length)
 
         def revoked(reason: str) -> None:
             # Another link's thread says so, and to end this one takes a while.
@@ -414,12 +416,9 @@ class Link:
         self._inbox.reserve(transfer, length, sink, granted, refused, revoked)
 
     def _offered_again(self, transfer: int, length: int, label: int) -> None:
-        with self._guarded():
-            with self._lock:
-                if transfer in self._core.progress():  # else it was withdrawn, or all has ended
-                    self._offered_locked(transfer, length, label)
-                self._pump_locked()
-            self._deferred.run()
+        with self._turn():
+            if transfer in self._core.progress():  # else it was withdrawn, or all has ended
+                self._offered_locked(transfer, length, label)
 
     def _start_locked(self, transfer: int, length: int) -> None:
         try:
@@ -503,7 +502,9 @@ class Link:
         match event:
             case events.ChooseFabric():
                 self._discard_rails_locked()  # those of an attempt that failed
-                self._choose_locked(event)
+                opening = self._opener.choose(event)
+                self._adopt_locked(opening, event.peer)
+                self._core.choose(opening.name, opening.offer, opening.sealed, opening.checked)
             case events.OpenRails():
                 # Dialling blocks: not under the lock nor, once messages flow, in the reader's way.
                 if self._core.state is Phase.OPEN:
@@ -511,10 +512,10 @@ class Link:
                     self._deferred.append(thread.start)
                 else:
                     self._to_dial = event
-            case events.Opened():
-                self._opened_locked(event)
-            case events.RailAdded(rail):
-                assert self._rails is not None
+            case events.Opened() if self._rails is not None:
+                self._opener.start(self._rails, event)
+                self._report_broken_locked(self._rails, self._rails.broken)
+            case events.RailAdded(rail) if self._rails is not None:
                 self._rails.join(rail)
                 self._report_broken_locked(self._rails, [rail])
             case events.GrowRails(count) if self._rails is not None:
@@ -524,10 +525,8 @@ class Link:
                 log.warning("%s: no rail is left over %s (%s); opening new ones", self.name, self.fabric, reason)
                 self._inbox.rails_lost()
                 self._discard_rails_locked()
-            case events.DropRail(rail):
-                if self._rails is not None:
-                    endpoint = self._rails.endpoint
-                    self._deferred.append(lambda: endpoint.drop(rail))
+            case events.DropRail(rail) if self._rails is not None:
+                self._deferred.append(functools.partial(self._rails.endpoint.drop, rail))
 
     def _count_offered_locked(self, nbytes: int) -> None:
         if self._rails is not None and self._rails.is_now_worth_more(nbytes):
@@ -535,12 +534,9 @@ class Link:
 
     def rail_up(self, rails: RailSet, rail: int) -> None:
         """See `RailOwner.rail_up`."""
-        with self._guarded():
-            with self._lock:
-                if rails is self._rails:  # else it is closed with the others
-                    self._core.rail_up(rail, time.monotonic())
-                    self._pump_locked()
-            self._deferred.run()
+        with self._turn():
+            if rails is self._rails:  # else it is closed with the others
+                self._core.rail_up(rail, time.monotonic())
 
     def _discard_rails_locked(self) -> None:
         if (rails := self._take_rails_locked()) is not None:
@@ -567,11 +563,6 @@ class Link:
                     self._core.rail_down(rail, str(error), time.monotonic())
                     self._pump_locked()
             self._deferred.run()
-
-    def _choose_locked(self, wanted: events.ChooseFabric) -> None:
-        opening = self._opener.choose(wanted)
-        self._adopt_locked(opening, wanted.peer)
-        self._core.choose(opening.name, opening.offer, opening.sealed, opening.checked)
 
     def _redial(self, offered: events.OpenRails) -> None:
         with self._guarded():
@@ -601,11 +592,6 @@ class Link:
 
     def _sealer(self, key: bytes) -> sealing.Sealer:
         return sealing.Sealer(sealing.derive_key(key, self._stream.ticket, self._stream.binding()))
-
-    def _opened_locked(self, event: events.Opened) -> None:
-        assert self._rails is not None
-        self._opener.start(self._rails, event)
-        self._report_broken_locked(self._rails, self._rails.broken)
 
     def _report_broken_locked(self, rails: RailSet, new: Iterable[int]) -> None:
         for rail in [rail for rail in new if rail in rails.broken]:  # before the connection knew of it

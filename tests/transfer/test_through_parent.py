@@ -338,7 +338,6 @@ def test_invitations_with_ways_through_parents():
         [{**WAY, "token": bytes(TOKEN_BYTES - 1)}],
         [{key: value for key, value in WAY.items() if key != "token"}],
     ],
-    ids=str,
 )
 def test_malformed_ways_through_parents(through):
     with pytest.raises(ProtocolError, match="malformed invitation"):
