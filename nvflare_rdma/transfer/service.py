@@ -244,7 +244,8 @@ class Service:
         if sender is not None and again:
             return answer | _is_sending(sender)
         if first is not None:
-            answer |= self._begin(request, receiver, items, joined=invitation is None and channel)
+            # A receiver that has no link would wait for what is sent over the one that this side has still.
+            answer |= self._begin(request, receiver, items, joined=channel and request.get("channel") is True)
         return answer
 
     def _begin(self, request: Mapping[str, Any], receiver: str, items: list[Item], joined: bool) -> dict[str, Any]:

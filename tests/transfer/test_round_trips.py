@@ -96,6 +96,25 @@ def test_a_first_transfer_opens_the_link_between_two_requests(direct, cell):
     assert it.requests == ["describe"]
 
 
+def test_nothing_is_sent_into_a_link_that_only_the_sender_has_still(direct, cell):
+    it, site = direct(large(2), ports=None), cell("site-1")
+    it.channels.dial("site-1", site.invite("server"))
+    stale = it.channels.find("site-1")
+    told = []
+
+    def ask(request: dict) -> dict:
+        if request["do"] == "describe":
+            request |= {"channel": False, "first": request.get("first") or site.expected.reserve("server")}
+        told.append(it.ask("site-1")(request))
+        return told[-1]
+
+    assert_equal(it.confirmed(site, ask), large(2))
+    assert it.requests == ["describe", "send"]
+    assert told[0]["channel"] is True  # as far as the sender knows
+    assert "sending" not in told[0]
+    assert it.channels.find("site-1") is not stale
+
+
 @pytest.mark.parametrize("old", ["sender", "receiver"])
 def test_a_peer_of_the_last_release_asks_and_answers_as_it_did(old, joined):
     it, site = joined(large(3) | {"small": marked(torch.ones(3000), get_codec("int8"))})
