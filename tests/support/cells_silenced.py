@@ -87,9 +87,11 @@ class Site(FarSite):
         return {"same": same, "path": record["path"], "seconds": seconds, "log": lines, "link": self.ports()[0]}
 
     def ports(self) -> list[int]:
-        """This end's of the link's control stream, and of its rails."""
+        """This end's of the link's control stream, and of its rails that have not broken."""
         link = shared().links.of(self.cell).find("server")
-        sockets = [link._stream._sock, *link._rails.endpoint._sockets.values()]
+        endpoint = link._rails.endpoint
+        rails = [sock for rail, sock in endpoint._sockets.items() if rail not in endpoint._down]
+        sockets = [link._stream._sock, *rails]
         return [sock.getsockname()[1] for sock in sockets]
 
     def forget(self, ports: list[int]) -> None:
