@@ -108,20 +108,17 @@ class Case:
 
 #: What the documentation shows.
 ALL = (
-    (Case(mib=96, loss=0.1), "grpc,direct,nf4"),
-    (Case(mib=96), "grpc,direct,nf4"),
+    (Case(loss=0.1), "grpc,direct,nf4,nf4e"),
     (Case(), "grpc,tcp,http,grpc+best,direct,int8,nf4,nf4e"),
-    (Case(loss=0.1), "grpc,tcp,http,grpc+best,direct,int8,nf4,nf4e"),
     (Case(loss=1.0), "direct,nf4,nf4e"),
     (Case(loss=0.1, congestion="bbr"), "grpc,direct,nf4"),
-    (Case(rate=30, rtt=60), "grpc,direct,nf4"),
-    (Case(rate=30, rtt=60, loss=0.1), "grpc,direct,nf4"),
-    (Case(mib=96, rate=1000, rtt=20), "grpc,direct,nf4"),
-    (Case(mib=96, rate=1000, rtt=20, loss=0.1), "grpc,direct,nf4"),
-    (Case(sites=4, loss=0.1), "grpc,direct,nf4"),
-    (Case(slow=10), "grpc,direct,nf4"),
     (Case(mib=4), "grpc,direct,int8,nf4"),
     (Case(mib=4, loss=0.1), "grpc,direct,int8,nf4"),
+    (Case(mib=96, rate=1000, rtt=20), "grpc,direct,nf4"),
+    (Case(mib=96, rate=1000, rtt=20, loss=0.1), "grpc,direct,nf4"),
+    (Case(rate=30, rtt=60, loss=0.1, rounds=1), "grpc,direct,nf4"),
+    (Case(sites=4, loss=0.1, rounds=1), "grpc,direct,nf4"),
+    (Case(slow=10, rounds=1), "grpc,direct,nf4"),
 )
 SERVER, PORT = "server", 8002
 console = Console(width=150)

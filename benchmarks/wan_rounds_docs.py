@@ -31,7 +31,7 @@ def read(path: Path) -> tuple[dict[str, Any], Results]:
 
 def table(case: Case, runs: dict[str, list[dict[str, float]]]) -> list[str]:
     usual = medians(runs.get("grpc", []))
-    lines = [f"### {case.mib} MiB, {case.sites} sites, {case.wires}", ""]
+    lines = [f"### {case.mib} MiB, {case.sites} sites, {case.wires}: medians of {case.rounds}", ""]
     lines += [" | ".join(("", *_HEADINGS, "")).strip(), "|---|" + "---:|" * (len(_HEADINGS) - 1)]
     for name, rounds in runs.items():
         if not (m := medians(rounds)):
@@ -67,7 +67,7 @@ def plot(results: Results, path: Path) -> None:
 
 def write(path: Path) -> None:
     header, results = read(path)
-    lines = [f"{header['machine']}; {header['versions']}. Medians of 3 rounds.", ""]
+    lines = [f"{header['machine']}; {header['versions']}.", ""]
     for case, runs in results.items():
         lines += table(case, runs)
     text = "\n".join(lines).rstrip() + "\n"
