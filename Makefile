@@ -1,4 +1,4 @@
-# make demo | test | test-sites | test-verbs | test-verbs-all | test-pythons | chaos | fuzz | coverage | lint | format | docs | clean
+# make demo | test | test-sites | test-outages | test-verbs | test-verbs-all | test-pythons | chaos | fuzz | coverage | lint | format | docs | clean
 # (Debian 12 / Ubuntu 24.04, Python >= 3.11)
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?= -n 3 --dist worksteal
 
-.PHONY: demo test test-sites test-verbs test-verbs-all test-pythons chaos fuzz coverage lint format docs clean setup
+.PHONY: demo test test-sites test-outages test-verbs test-verbs-all test-pythons chaos fuzz coverage lint format docs clean setup
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -34,6 +34,12 @@ test: $(STAMP)
 # A provisioned federation with a network for each host. Where namespaces or TUN devices are not allowed, it fails.
 test-sites: $(STAMP)
 	$(BIN)/python tests/wan/wire.py $(BIN)/python -m pytest tests/wan/sites.py tests/wan/upgraded.py
+
+# Jobs whose site is out of reach for up to a quarter of an hour. OUTAGES="cut-down move-up" chooses.
+OUTAGES_FOLDER ?= /tmp/outages
+test-outages: $(STAMP)
+	rm -rf $(OUTAGES_FOLDER)
+	$(BIN)/python -m tests.wan.outages $(OUTAGES_FOLDER) $(OUTAGES)
 
 # The tests that need RDMA devices: on this machine's own, or else in a QEMU guest with software devices. Of those that
 # show the same, test-verbs runs one (tests/guest/selection.py).

@@ -250,6 +250,45 @@ def cell_connections(cell: Any) -> CellConnections:
     return CellConnections(url or "", secure, credentials, identities, core.parent_url or "")
 
 
+def answers(cell: Any, name: str, seconds: float) -> bool:
+    """Whether the cell `name` says something within so many seconds to the echo request that FLARE's cells answer."""
+    require_flare("RdmaTransfer")
+    from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
+    from nvflare.fuel.f3.cellnet.net_agent import _CHANNEL, _TOPIC_ECHO
+    from nvflare.fuel.f3.message import Message
+
+    reply = cell.core_cell.send_request(
+        channel=_CHANNEL, topic=_TOPIC_ECHO, target=name, request=Message(), timeout=seconds, optional=True
+    )
+    nobody = (ReturnCode.TIMEOUT, ReturnCode.TARGET_UNREACHABLE, ReturnCode.COMM_ERROR)
+    return reply.get_header(MessageHeaderKey.RETURN_CODE) not in nobody
+
+
+def wait_for_results(cell: Any, moving: Callable[[], bool]) -> None:
+    """Have the request by which a site's job process hands in a result wait for the answer as long as `moving` says
+    that something of it is on its way, and then once more for its usual time.
+
+    The server answers when it has the whole result. FLARE lets its requests wait in this way, but not this one: a
+    result that takes longer than the request's time is sent again while it is still on its way.
+    """
+    require_flare("RdmaTransfer")
+    from nvflare.apis.fl_constant import ServerCommandNames
+    from nvflare.fuel.f3.cellnet.defs import CellChannel
+
+    result = {"channel": CellChannel.SERVER_COMMAND, "topic": ServerCommandNames.SUBMIT_UPDATE}
+
+    if "_send_request" in vars(cell):  # done
+        return
+    send = cell._send_request
+
+    def send_request(*args: Any, **others: Any) -> Any:
+        if result.items() <= others.items():
+            others.setdefault("progress_wait_cb", moving)
+        return send(*args, **others)
+
+    cell._send_request = send_request
+
+
 def identity_resolver(identities: Mapping[str, str]) -> Callable[[str], str]:
     """FLARE's rule for the common name that a cell's certificate has to have, given the cell's name and what
     `CellConnections.identities` says."""

@@ -11,6 +11,8 @@ from nvflare_rdma import class_list
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.flare_compat import apps_of, job_of, prepare_client_apps, use_installed_package
 from nvflare_rdma.logs import get_logger
+from nvflare_rdma.settings import parse_patience
+from nvflare_rdma.timers import lengthen
 from nvflare_rdma.workflows import check_tasks, sends_tasks, sites_with_peers
 
 log = get_logger(__name__)
@@ -97,7 +99,12 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
     _say_what_to_allow(apps, concerned, job, class_list.FILTERS)
 
 
-def add_transfer(target: Any, clients: Sequence[str] | None = None, accumulate: bool = True) -> None:
+def add_transfer(
+    target: Any,
+    clients: Sequence[str] | None = None,
+    accumulate: bool = True,
+    patience: str | float | None = None,
+) -> None:
     """Move tensors and arrays directly between the processes that hold and want them: add `RdmaTransfer` to the server
     and to every site of a recipe or job. Call it once, after the recipe has been made and configured per site.
 
@@ -107,11 +114,15 @@ def add_transfer(target: Any, clients: Sequence[str] | None = None, accumulate: 
             It takes a job with an app for each site (`Recipe.set_per_site_config`).
         accumulate: keep results that come in few bits encoded at the server until its aggregator adds them; see
             `nvflare_rdma.streaming.RdmaTransfer`.
+        patience: how long a site may be out of reach in the middle of a transfer: seconds, or a text such as "4h" (1 s
+            to 24 h). Transfers wait so long for it, and those of FLARE's timers that a job can set are lengthened by
+            as much: see docs/outages.md. None leaves FLARE's timers alone, and the sites' `rdma_patience` counts.
 
     Raises:
-        ConfigError: a target that is neither recipe nor job, one that has the component already, or a bad list of
-            clients. Nothing has been added then.
+        ConfigError: a target that is neither recipe nor job, one that has the component already, a bad list of
+            clients, or a patience that is no time. Nothing has been added then.
     """
+    seconds = None if patience is None else parse_patience(patience, "patience")
     job = _checked_job(target, "a transfer", "add_transfer")
     from nvflare_rdma.streaming import RdmaTransfer
 
@@ -123,9 +134,12 @@ def add_transfer(target: Any, clients: Sequence[str] | None = None, accumulate: 
         _refuse_second_use(present, f"RdmaTransfer for '{site}'", "add it once")
 
     use_installed_package(job)
-    job.to_server(RdmaTransfer(accumulate), id="rdma_transfer")
+    job.to_server(RdmaTransfer(accumulate, seconds), id="rdma_transfer")
     for site in sites:
-        job.to(RdmaTransfer(), site, id="rdma_transfer")
+        job.to(RdmaTransfer(patience=seconds), site, id="rdma_transfer")
+    if seconds is not None:
+        apps = apps_of(target, "add_transfer")
+        lengthen({site: apps[site] for site in (SERVER_SITE_NAME, *sites)}, seconds)
     _say_what_to_allow(apps, {SERVER_SITE_NAME, *sites}, job, class_list.STREAMING)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,7 @@ from nvflare_rdma.transfer import (
     Ledger,
     Notices,
     PeerLinks,
+    Service,
     SitePlaces,
     StreamRequestRouter,
     TensorMemory,
@@ -143,6 +145,7 @@ class Shared:
         notices: what was said in the log of transfers with each peer.
         environment: what is handed on to the processes that FLARE starts.
         holdings: what is held of results that stay encoded until they are added.
+        services: those that serve what the process sends.
         blob_memory: the memory in which FLARE puts together large blobs.
         ports: the ports that FLARE's connections come to by the driver, for other connections of this package.
     """
@@ -157,6 +160,7 @@ class Shared:
     notices: Notices = field(default_factory=Notices)
     environment: EnvironmentChanges = field(default_factory=EnvironmentChanges)
     holdings: Holdings = field(default_factory=Holdings)
+    services: weakref.WeakSet[Service] = field(default_factory=weakref.WeakSet)
     blob_memory: SlotPool = field(default_factory=lambda: SlotPool(keep_bytes=None))
     ports: SharedPorts = field(default_factory=SharedPorts)
 

@@ -20,6 +20,9 @@ from nvflare_rdma.fabric import FABRICS, MAX_RAILS, FabricOptions, VerbsOptions,
 PREFIX = "rdma_"
 _ENV_PREFIX = "NVFLARE_RDMA_"
 KIB, MIB = 1024, 1024 * 1024
+MINUTE, HOUR = 60.0, 3600.0
+PATIENCE = PREFIX + "patience"
+_LEAST_PATIENCE, _MOST_PATIENCE = 1.0, 24 * HOUR
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Settings:
         rdma_retry_count: see `VerbsOptions`.
         rdma_data_ports: where this side listens for direct links: `auto` (the server on any free port, clients
             nowhere), `none`, a port or a range.
+        rdma_patience: seconds for which a transfer whose link is gone waits for its peer.
         rdma_upgrade: whether the driver takes over FLARE's schemes `tcp` and `stcp`.
     """
 
@@ -56,6 +60,7 @@ class Settings:
     rdma_ack_timeout: int = 16
     rdma_retry_count: int = 6
     rdma_data_ports: str | tuple[int, int] = "auto"
+    rdma_patience: float = 30 * MINUTE
     rdma_upgrade: bool = False
 
     @property
@@ -104,6 +109,8 @@ def parse_settings(values: Mapping[str, Any]) -> Settings:
             parsed[name] = _choice(name, value)
         elif name == "rdma_data_ports":
             parsed[name] = _ports(str(value).strip().lower())
+        elif name == PATIENCE:
+            parsed[name] = parse_patience(value)
         elif name == "rdma_device":
             parsed[name] = tuple(part.strip() for part in str(value).split(",") if part.strip())
         elif name == "rdma_tcp_congestion":
@@ -141,6 +148,31 @@ def _ports(text: str) -> str | tuple[int, int]:
     return low, high
 
 
+def parse_patience(value: Any, name: str = PATIENCE) -> float:
+    """Seconds, from a number or a text such as "90", "90s", "30m" or "4h". `name` is whose value it is.
+
+    Raises:
+        ConfigError: it is neither, or out of range.
+    """
+    allowed = 'Allowed: seconds, or a text such as "90s", "30m" or "4h"; 1 s to 24 h.'
+    text = value.strip().lower() if isinstance(value, str) else str(value)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smh]?)", text)
+    if match is None or isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ConfigError(f"{name}={value!r} is no time. {allowed}")
+    seconds = float(match[1]) * {"": 1.0, "s": 1.0, "m": MINUTE, "h": HOUR}[match[2]]
+    if not _LEAST_PATIENCE <= seconds <= _MOST_PATIENCE:
+        raise ConfigError(f"{name}={value!r} is out of range. {allowed}")
+    return seconds
+
+
+def as_time(seconds: float) -> str:
+    """Seconds in words, as short as they can be: 14400 is "4 h", 90 is "90 s"."""
+    for unit, name in ((HOUR, "h"), (MINUTE, "min")):
+        if seconds >= unit and seconds % unit == 0:
+            return f"{seconds / unit:g} {name}"
+    return f"{seconds:g} s"
+
+
 def _integer(name: str, value: Any) -> int:
     low, high = _RANGES[name]
     try:
@@ -173,10 +205,11 @@ def wants_upgrade() -> bool:
     return parse_settings({key: value for key, value in _present().items() if key == name}).rdma_upgrade
 
 
-def settings_environment() -> dict[str, str]:
+def settings_environment(patience: float | None = None) -> dict[str, str]:
     """The environment variables that give another process, which does not read this one's configuration, the same
-    settings."""
-    return {_ENV_PREFIX + name[len(PREFIX) :].upper(): str(value) for name, value in _present().items()}
+    settings, but for `patience` if that is given."""
+    values = _present() | ({} if patience is None else {PATIENCE: patience})
+    return {_ENV_PREFIX + name[len(PREFIX) :].upper(): str(value) for name, value in values.items()}
 
 
 def _present() -> dict[str, Any]:

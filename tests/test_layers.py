@@ -21,7 +21,7 @@ ALLOWED = {
     "transfer": {"channel", "codecs", "fabric"},  # the last for types only
     "streaming": {
         *("accumulate", "transfer", "channel", "codecs", "fabric", "filters"),
-        *("metrics", "runtime", "settings", "flare_compat"),
+        *("metrics", "runtime", "settings", "flare_compat", "timers"),
     },
     "filters": {"accumulate", "codecs", "flare_compat"},
     "driver": {"channel", "fabric", "runtime", "settings", "flare_compat"},

@@ -8,7 +8,7 @@ import pytest
 
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.fabric.options import VerbsOptions
-from nvflare_rdma.settings import Settings, parse_settings
+from nvflare_rdma.settings import Settings, as_time, parse_settings
 
 
 def test_defaults_and_overrides():
@@ -37,6 +37,12 @@ def test_a_truth_may_be_of_json_or_of_the_environment(value, means):
         ({"rdma_gid_index": ""}, r"rdma_gid_index='' is not a whole number"),
         ({"rdma_ack_timeout": 0}, r"rdma_ack_timeout=0 is out of range. Allowed: 1 to 31"),  # 0 waits for ever
         ({"rdma_ack_timeout": 32}, r"rdma_ack_timeout=32 is out of range. Allowed: 1 to 31"),
+        ({"rdma_patience": "soon"}, r"rdma_patience='soon' is no time. Allowed: seconds, or a text such as .* 24 h"),
+        ({"rdma_patience": "4h30m"}, r"rdma_patience='4h30m' is no time"),
+        ({"rdma_patience": -1}, r"rdma_patience=-1 is no time"),
+        ({"rdma_patience": True}, r"rdma_patience=True is no time"),
+        ({"rdma_patience": 0}, r"rdma_patience=0 is out of range. Allowed: .*1 s to 24 h"),
+        ({"rdma_patience": "25h"}, r"rdma_patience='25h' is out of range"),
         ({"rdma_upgrade": "yes"}, r"rdma_upgrade='yes' is neither true nor false. Allowed: true, false"),
         ({"rdma_upgrade": 1}, r"rdma_upgrade=1 is neither true nor false"),
         ({"rdma_retry_count": 8}, r"rdma_retry_count=8 is out of range. Allowed: 0 to 7"),
@@ -45,6 +51,24 @@ def test_a_truth_may_be_of_json_or_of_the_environment(value, means):
 def test_a_bad_setting_names_key_value_and_what_is_allowed(values, message):
     with pytest.raises(ConfigError, match=message):
         parse_settings(values)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("30m", 1800), ("4h", 14400), ("24h", 86400), ("90s", 90), ("90", 90), (90, 90), (1.5, 1.5), (" 1.5 H ", 5400)],
+)
+def test_patience_is_a_time(value, seconds):
+    assert parse_settings({"rdma_patience": value}).rdma_patience == seconds
+
+
+def test_a_time_is_said_as_short_as_it_can_be():
+    assert [as_time(each) for each in (14400.0, 1800.0, 90.0, 5400.0, 0.5)] == [
+        "4 h",
+        "30 min",
+        "90 s",
+        "90 min",
+        "0.5 s",
+    ]
 
 
 def test_the_documentation_has_a_row_for_each_setting():

@@ -59,6 +59,10 @@ class Sink(ABC):
         """
         raise NotImplementedError
 
+    def landed(self, offset: int, length: int) -> None:
+        """Called for each chunk that was verified where there is a buffer, in the way of `put`: it is there now."""
+        return
+
     @abstractmethod
     def done(self) -> None:
         """Called when the whole message is in, and no thread is in `put` any more."""

@@ -218,8 +218,11 @@ class Inbox:
                 return False
         elif self._checked and sealing.checksum(landing.target) != digest:
             return False
-        if landing.arriving.sink is not None and landing.arriving.buffer is None:
-            landing.arriving.sink.put(chunk.offset, landing.target)
+        if (sink := landing.arriving.sink) is not None:
+            if landing.arriving.buffer is None:
+                sink.put(chunk.offset, landing.target)
+            else:
+                sink.landed(chunk.offset, chunk.length)
         return True
 
     def closed(self, landing: _Landing) -> None:

@@ -16,6 +16,11 @@ DEAD_AFTER = 60
 #: that is idle for minutes; the probes also keep them from that.
 _PROBE_AFTER, _PROBE_EVERY = 30, 10
 _PROBES = (DEAD_AFTER - _PROBE_AFTER) // _PROBE_EVERY
+#: The longest that TCP waits until it sends again what was not acknowledged. Its pauses double: a path that comes back
+#: after a minute would else be found out a minute later. It is longer than any round trip, full queues included.
+_SEND_AGAIN_MS = 10_000
+#: TCP_RTO_MAX_MS of <linux/tcp.h>, since Linux 6.15.
+TCP_RTO_MAX_MS = 44
 #: Where struct tcp_info of <linux/tcp.h> has tcpi_bytes_acked (u64).
 _BYTES_ACKED = struct.Struct("@120xQ")
 #: And tcpi_last_ack_recv (u32, milliseconds).
@@ -33,6 +38,7 @@ def keep_alive(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_EVERY)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_AFTER * 1000)
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, _SEND_AGAIN_MS)  # the last: older kernels refuse it
 
 
 def acknowledged(sock: socket.socket) -> int | None:

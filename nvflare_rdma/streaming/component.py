@@ -18,6 +18,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.drivers.driver_params import DriverParams
 from nvflare.fuel.f3.drivers.net_utils import get_ssl_context
+from nvflare.fuel.utils.app_config_utils import get_positive_float_var
 
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.filters import tell_what_is_decoded
@@ -27,14 +28,18 @@ from nvflare_rdma.flare_compat import (
     cell_connections,
     replace_decomposer,
     require_flare,
+    wait_for_results,
 )
 from nvflare_rdma.logs import escaped
 from nvflare_rdma.metrics import TransferReporter
 from nvflare_rdma.runtime import shared, this_runtime
+from nvflare_rdma.settings import Settings, as_time, load_settings, parse_patience
+from nvflare_rdma.streaming.absence import Absences
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
 from nvflare_rdma.streaming.identity import identifier
 from nvflare_rdma.streaming.parents import meeting_function
 from nvflare_rdma.streaming.trainer import hand_on, inherited_site, is_trainer, take_back
+from nvflare_rdma.timers import too_short
 from nvflare_rdma.transfer import PeerLinks
 
 _ANY_PORT = (0, 0)
@@ -57,16 +62,21 @@ class RdmaTransfer(FLComponent):
         accumulate: at the server, keep torch tensors that come in few bits encoded until an aggregator adds them. It
             gets tensors that do this by themselves, and that become plain ones when anything else is done with them.
             At a site it means nothing.
+        patience: how long a transfer whose link is gone waits for its peer: seconds, or a text such as "4h"; None for
+            what the setting `rdma_patience` says. `add_transfer(recipe, patience=...)` lengthens FLARE's timers, too.
 
     Raises:
-        UnsupportedVersionError: when the run starts, unless FLARE is 2.9. ConfigError: a setting is wrong.
+        UnsupportedVersionError: when the run starts, unless FLARE is 2.9. ConfigError: `patience`, or a setting, is
+            wrong.
     """
 
     __module__ = "nvflare_rdma.streaming"  # the public name, which FLARE writes into exported jobs
 
-    def __init__(self, accumulate: bool = True) -> None:
+    def __init__(self, accumulate: bool = True, patience: str | float | None = None) -> None:
         super().__init__()
-        self.accumulate = accumulate  # FLARE writes arguments into an exported job config from attributes
+        # FLARE writes arguments into an exported job config from attributes of their names.
+        self.accumulate = accumulate
+        self.patience = None if patience is None else parse_patience(patience, "patience")
         self._started = False
         self._accumulating = False
         self._handed_on = False
@@ -81,7 +91,7 @@ class RdmaTransfer(FLComponent):
         if event_type == EventType.ABOUT_TO_START_RUN and not self._handed_on:
             # Clients only, before START_RUN starts the trainer.
             require_flare("RdmaTransfer")
-            hand_on(fl_ctx.get_engine().get_cell())
+            hand_on(fl_ctx.get_engine().get_cell(), self.patience)
             self._handed_on = True
         elif event_type == EventType.START_RUN and not self._started:
             self._install(fl_ctx)
@@ -114,14 +124,31 @@ class RdmaTransfer(FLComponent):
         fl_ctx.set_prop(ACCUMULATE_PROP, shared().holdings, private=True, sticky=True)
         self.log_info(fl_ctx, "Results that come in few bits stay encoded here until an aggregator adds them")
 
-    @staticmethod
-    def _install(fl_ctx: FLContext) -> None:
+    def _install(self, fl_ctx: FLContext) -> None:
         """Call `install`. If it fails, the other side is told why: its log is read where this one's is not."""
         try:
-            install(_server_host(fl_ctx))
+            install(_server_host(fl_ctx), self.patience)
+            wait_for_results(
+                fl_ctx.get_engine().get_cell(), lambda: any(each.is_busy for each in list(shared().services))
+            )
+            self._say_what_ends_first(fl_ctx)
         except RdmaError as error:
             fl_ctx.set_prop(FAILURE_PROP, str(error)[:_MAX_FAILURE], private=False, sticky=True)
             raise
+
+    def _say_what_ends_first(self, fl_ctx: FLContext) -> None:
+        """Log which of FLARE's timers of this side don't wait as long as transfers do."""
+        settings = load_settings()
+        patience = settings.rdma_patience if self.patience is None else self.patience
+        server = FQCN.get_root(fl_ctx.get_engine().get_cell().get_fqcn()) == FQCN.ROOT_SERVER
+        startup = Path(fl_ctx.get_engine().get_workspace().get_server_startup_file_path()) if server else None
+        if found := too_short(patience, server, get_positive_float_var, startup):
+            line = (
+                f"transfers wait {as_time(patience)} for a peer that is out of reach, but FLARE gives up earlier here: "
+                f"{', '.join(found)} (seconds). add_transfer(recipe, patience=...) sets what a job can set"
+            )
+            asked = self.patience is not None or settings.rdma_patience != Settings.rdma_patience
+            (self.log_warning if asked else self.log_info)(fl_ctx, escaped(line))
 
     def _say_what_failed_there(self, fl_ctx: FLContext) -> None:
         """Log once why the transfer of the other side of a task does not run."""
@@ -146,9 +173,9 @@ def _server_host(fl_ctx: FLContext) -> str:
     return str(target).rpartition(":")[0].strip("[]")
 
 
-def install(server_host: str = "") -> None:
+def install(server_host: str = "", patience: float | None = None) -> None:
     """Have FLARE's tensors and arrays move over links, from now on until `LinksByCell.stop`. `server_host` is where the
-    server is reached, if a cell does not know it better."""
+    server is reached, if a cell does not know it better; `patience` is the job's own, if it has one."""
     require_flare("RdmaTransfer")
     runtime = this_runtime()  # a wrong setting is said now
     runtime.shared.encoded_chunks.limit = runtime.settings.rdma_memory_budget_bytes // 16
@@ -158,7 +185,7 @@ def install(server_host: str = "") -> None:
     if not is_trainer() or "torch" in sys.modules:
         with contextlib.suppress(ImportError):  # a site without torch
             replace_decomposer(torch_decomposer())
-    runtime.shared.links.start(functools.partial(open_links, server_host=server_host))
+    runtime.shared.links.start(functools.partial(open_links, server_host=server_host, patience=patience))
 
 
 def install_in_trainer() -> None:
@@ -171,9 +198,9 @@ def install_in_trainer() -> None:
 install_in_trainer.__module__ = "nvflare_rdma.streaming"  # as all that this package hands on
 
 
-def open_links(cell: Any, server_host: str = "") -> PeerLinks:
+def open_links(cell: Any, server_host: str = "", patience: float | None = None) -> PeerLinks:
     """The links of a cell. They are as its own connections are: with its certificates, if it has any. A trainer's are
-    its site's."""
+    its site's. Without `patience` the setting counts."""
     runtime, name = this_runtime(), cell.get_fqcn()
     site = inherited_site() or cell_connections(cell)
     ports, trainers = runtime.settings.rdma_data_ports, False
@@ -194,7 +221,10 @@ def open_links(cell: Any, server_host: str = "") -> PeerLinks:
     server_at = host, _port(site.url)
     meet = None if is_trainer() else meeting_function(cell, site, server_at)
     own = None if isinstance(ports, str) else ports
-    return PeerLinks(name, runtime, tls, identify, server_at, own, trainers, meet)
+    links = PeerLinks(name, runtime, tls, identify, server_at, own, trainers, meet)
+    links.has_ended = Absences(cell).has_ended
+    links.patience = runtime.settings.rdma_patience if patience is None else patience
+    return links
 
 
 def _port(url: str) -> int:

@@ -38,7 +38,7 @@ from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.fallback import download_by_fallback, finish
 from nvflare_rdma.streaming.progress import DirectProgress
 from nvflare_rdma.streaming.relay import RelayConsumer, produce
-from nvflare_rdma.streaming.requests import PlainRequests, RequestFunction, request_function
+from nvflare_rdma.streaming.requests import PlainRequests, RequestFunction, answer_seconds, request_function
 from nvflare_rdma.transfer import (
     AbortedError,
     Item,
@@ -60,9 +60,6 @@ REF_PREFIX = "rdma1-"
 #: Where requests and answers are in the state that FLARE's download messages carry.
 STATE_KEY = "nvflare_rdma"
 
-#: Nothing that is asked takes long, but a sender may have to dial first.
-_ANSWER_SECONDS = 60.0
-
 
 class Served:
     """A mixin for a FLARE `CacheableObject`, before it, that answers direct requests. All others are FLARE's to
@@ -75,6 +72,7 @@ class Served:
         meters = Meters(cell.get_fqcn() if cell is not None else "", ledger=ours.ledger)
         content = TensorContent(tensors, cache=ours.encoded_chunks)
         self._service = Service(content, functools.partial(ours.links.of, cell), self._moved, meters, ours.notices)
+        ours.services.add(self._service)
 
     def set_transaction(self, tx_id: str, ref_id: str) -> None:
         """FLARE's hook: the object belongs to this transaction and has this reference."""
@@ -283,11 +281,11 @@ def _download_request_function(
 ) -> RequestFunction:
     """A function that sends requests to a sender in the state of FLARE's download messages, until `signal` is
     triggered: then it raises `AbortedError`."""
-    prompt = {**common, "from_fqcn": from_fqcn, "per_request_timeout": min(per_request_timeout, _ANSWER_SECONDS)}
-    prompt["cell"] = PlainRequests(cell)
+    prompt = {**common, "from_fqcn": from_fqcn, "cell": PlainRequests(cell), "abort_signal": signal}
 
     def send(request: dict[str, Any]) -> Any:
-        reply = request_download_chunk(state={STATE_KEY: request}, abort_signal=signal, **prompt)
+        seconds = min(per_request_timeout, answer_seconds(request))
+        reply = request_download_chunk(state={STATE_KEY: request}, per_request_timeout=seconds, **prompt)
         if signal.triggered:
             raise AbortedError(f"the transfer from {from_fqcn} was aborted")
         return reply

@@ -16,7 +16,9 @@ from nvflare_rdma.transfer import LostError, Service
 _CHANNEL, _TOPIC = "nvflare_rdma", "stream"
 #: Nothing that is asked takes long, but a sender may have to dial first.
 _ANSWER_SECONDS = {"describe": 20.0, "send": 60.0}
-_PROMPT_SECONDS = 5.0
+_PROMPT_SECONDS = 10.0
+#: What FLARE says where nobody has answered.
+_NOBODY = (ReturnCode.TIMEOUT, ReturnCode.COMM_ERROR, ReturnCode.TARGET_UNREACHABLE)
 _TRIES = 3
 #: How often it is looked whether an answer is still wanted.
 _ABORT_SECONDS = 0.2
@@ -61,11 +63,17 @@ class PlainRequests:
         return replies[-1]
 
 
+def answer_seconds(request: dict[str, Any]) -> float:
+    """How long an answer to a request is waited for."""
+    return _ANSWER_SECONDS.get(request["do"], _PROMPT_SECONDS)
+
+
 def request_function(peer: str, send: Callable[[dict[str, Any]], Any]) -> RequestFunction:
     """A function that asks `peer` and asks again if no answer came, where that does no harm. `send` sends a request
     once and returns FLARE's reply.
 
-    The function raises `LostError` if no answer came in time, and `TransferError` if FLARE answered with an error.
+    The function raises `LostError` if no answer came in time, or the peer is out of reach, and `TransferError` if FLARE
+    answered with an error.
     """
 
     def ask(request: dict[str, Any]) -> Any:
@@ -75,8 +83,8 @@ def request_function(peer: str, send: Callable[[dict[str, Any]], Any]) -> Reques
             code = reply.get_header(MessageHeaderKey.RETURN_CODE)
             if code != ReturnCode.TIMEOUT:
                 break
-        if code == ReturnCode.TIMEOUT:
-            raise LostError(f"{peer} did not answer {request['do']!r}")
+        if code in _NOBODY:
+            raise LostError(f"{peer} did not answer {request['do']!r} ({code})")
         if code != ReturnCode.OK:
             raise TransferError(f"{peer} answered {request['do']!r} with {code}")
         return reply.payload
@@ -95,7 +103,7 @@ def stream_request_function(cell: Any, peer: str, stream: str, secure: bool) -> 
             topic=_TOPIC,
             target=peer,
             request=new_cell_message({}, {"stream": stream, "request": request}),
-            timeout=_ANSWER_SECONDS.get(request["do"], _PROMPT_SECONDS),
+            timeout=answer_seconds(request),
             secure=secure,
             optional=True,
         )

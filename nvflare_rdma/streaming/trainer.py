@@ -26,9 +26,9 @@ _SITE = "RDMA_TRANSFER_SITE"
 _FOLDER = str(Path(__file__).parents[1] / "trainer_plugin")
 
 
-def hand_on(cell: Any) -> None:
-    """Have trainers that this process starts from now on install the transfer, too. Each call is undone by one
-    `take_back`."""
+def hand_on(cell: Any, patience: float | None = None) -> None:
+    """Have trainers that this process starts from now on install the transfer, too, with the job's own `patience` if it
+    has one. Each call is undone by one `take_back`."""
     site = cell_connections(cell)
     credentials = {name: value for name, value in site.credentials.items() if isinstance(value, str)}
 
@@ -36,7 +36,7 @@ def hand_on(cell: Any) -> None:
         path = os.environ.get(_DRIVER_PATH, "")
         folders = [folder for folder in path.split(os.pathsep) if folder and folder != _FOLDER]
         return {
-            **settings_environment(),  # the site's configuration files are not the trainer's
+            **settings_environment(patience),  # the site's configuration files are not the trainer's
             _DRIVER_PATH: os.pathsep.join([*folders, _FOLDER]),
             _SITE: json.dumps(asdict(replace(site, credentials=credentials))),
         }

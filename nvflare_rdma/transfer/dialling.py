@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from nvflare_rdma.channel import GREETING_TIMEOUT, ControlStream, Pending, dial
-from nvflare_rdma.errors import FabricUnavailable, RdmaError, TlsError, UnreachableError
+from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TlsError, UnreachableError
 from nvflare_rdma.fabric import connect_tcp, join_address
 from nvflare_rdma.transfer.addresses import (
     MAX_ADDRESSES,
@@ -46,10 +46,14 @@ _AVOID_SECONDS, _AVOID_DOUBLINGS = 60.0, 6
 
 
 class Silent:
-    """Who did not answer: each is left alone for a while, which grows."""
+    """Who did not answer: each is left alone for a while, which grows; who has answered once, only after not doing so
+    `trust` times in a row."""
 
-    def __init__(self) -> None:
+    def __init__(self, trust: int = 0) -> None:
         self._lock = threading.Lock()
+        self._trust = trust
+        #: Who has answered -> how often it may still not do so.
+        self._trusted: dict[str, int] = {}
         #: How often in a row, when that was last, and what was tried.
         self._known: dict[str, tuple[int, float, str]] = {}
 
@@ -57,6 +61,9 @@ class Silent:
         """It did not answer an attempt that began then. Several threads that dial at once find out the same; that
         counts once."""
         with self._lock:
+            if left := self._trusted.get(peer, 0):
+                self._trusted[peer] = left - 1
+                return
             count, since, _ = self._known.get(peer, (0, 0.0, ""))
             self._known[peer] = count + (since <= began), time.monotonic(), reason
 
@@ -64,6 +71,12 @@ class Silent:
         """It answers."""
         with self._lock:
             self._known.pop(peer, None)
+            self._trusted[peer] = self._trust
+
+    def trusts(self, peer: str) -> bool:
+        """Whether it has answered, and not failed to do so too often since."""
+        with self._lock:
+            return self._trusted.get(peer, 0) > 0
 
     def check(self, peer: str, now: float) -> None:
         """Raise FabricUnavailable, with the reason, if it is to be left alone."""
@@ -306,3 +319,21 @@ def _connect(address: tuple[str, int], preamble: bytes) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def receive_bytes(stream: ControlStream, size: int, timeout: float) -> bytes:
+    """Receive exactly `size` bytes. The peer sends no more before it has an answer."""
+    deadline, data = time.monotonic() + timeout, b""
+    while len(data) < size:
+        part = stream.receive(max(deadline - time.monotonic(), 0.0))
+        if not part:
+            raise ConnectionError("it closed the connection" if part == b"" else "it said nothing in time")
+        data += part
+    if len(data) > size:
+        raise ProtocolError("it sent more than it was asked for")
+    return data
+
+
+def unexpected(message: object) -> None:
+    """Refuse a message without a label."""
+    raise ProtocolError("a message without a label came over a link")

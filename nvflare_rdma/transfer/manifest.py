@@ -24,6 +24,9 @@ INLINE_BYTES = 16 * 1024
 INLINE_TOTAL = 1024 * 1024
 SMALL_TOTAL = 256 * 1024
 MAX_ITEMS = 1 << 20
+#: Where a request has the bytes of each item's message that are not to be sent again, and the answer has those that
+#: will not be.
+STARTS = "starts"
 
 
 @dataclass(frozen=True, slots=True)

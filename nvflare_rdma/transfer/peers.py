@@ -53,7 +53,16 @@ from nvflare_rdma.transfer.addresses import (
     reach_of_host,
     site_of,
 )
-from nvflare_rdma.transfer.dialling import ADDRESS_SECONDS, DIAL_SECONDS, Dialler, Failures, Opened, Silent
+from nvflare_rdma.transfer.dialling import (
+    ADDRESS_SECONDS,
+    DIAL_SECONDS,
+    Dialler,
+    Failures,
+    Opened,
+    Silent,
+    receive_bytes,
+    unexpected,
+)
 from nvflare_rdma.transfer.expected import ExpectedMessages
 from nvflare_rdma.transfer.meetings import Meetings, Place
 from nvflare_rdma.transfer.records import Ledger
@@ -68,6 +77,8 @@ MAX_LINKS = 16
 #: A peer from which nothing has come for so long is asked for a sign of life before its link is used again, and has so
 #: long to give one.
 _QUIET_SECONDS, _ANSWER_SECONDS = 5.0, 5.0
+#: How often in a row a peer to which there was a link may not answer, and how long a broken link may take to end.
+_TRUST, _END_SECONDS = 3, 10.0
 _WELCOME = b"\x01"
 _MAX_TENSOR_BYTES = 1 << 48
 #: See `LinkContext`; tensors are large. A tensor's last chunk may be twice as long; that still fits into the memory for
@@ -131,6 +142,9 @@ class PeerLinks:
         meet: Callable[[str], Place] | None = None,
     ) -> None:
         self.name = name
+        #: For how many seconds a peer is waited for that does not answer, and whether it is known to have ended.
+        self.patience = 0.0
+        self.has_ended: Callable[[str], bool] = lambda peer: False
         self._shared = shared
         self._tls = tls
         self._identify = identify
@@ -164,7 +178,8 @@ class PeerLinks:
         self._dialling: set[str] = set()
         self.expected = ExpectedMessages()
         """The messages that are to come over these links."""
-        self._unreachable = Silent()
+        self._unreachable = Silent(_TRUST)
+        self.was_linked = self._unreachable.trusts
         self._closed = False
         #: What opened each link.
         self._ticket_of: weakref.WeakKeyDictionary[Link, bytes] = weakref.WeakKeyDictionary()
@@ -277,7 +292,7 @@ class PeerLinks:
         """Serve a peer that has dialled until it goes."""
         stream.through = through
         with self._pending.track(sock):
-            ticket = _receive_exactly(stream, TICKET_BYTES, GREETING_TIMEOUT)
+            ticket = receive_bytes(stream, TICKET_BYTES, GREETING_TIMEOUT)
         with self._lock:
             peer, _ = self._tickets.get(ticket, ("", 0.0))
             self._opening[peer] += 1
@@ -380,6 +395,12 @@ class PeerLinks:
         for link in links:
             link.ask(_QUIET_SECONDS)
         return next((link for link in links if link.is_alive(deadline)), None)
+
+    def await_end(self, peer: str, link: Link) -> bool:
+        """Whether a link writes nowhere any more. One that is not usable is given a moment to end."""
+        with self._opened:
+            over = lambda: link not in self._links.get(peer, [])  # noqa: E731 - for its length
+            return not link.usable and self._opened.wait_for(over, _END_SECONDS)
 
     def is_coming(self, peer: str) -> bool:
         """Whether there is a link to `peer`, or it has dialled and this side's end is being opened."""
@@ -494,7 +515,7 @@ class PeerLinks:
             with self._pending.track(sock):
                 stream.ticket = ticket
                 stream.send(stream.protect([ticket]))
-                if _receive_exactly(stream, len(_WELCOME), deadline - time.monotonic()) != _WELCOME:
+                if receive_bytes(stream, len(_WELCOME), deadline - time.monotonic()) != _WELCOME:
                     raise ProtocolError("it is no data port of nvflare-rdma")
             return self._open(Role.ACTIVE, sock, stream, self._shared.tcp(opened.way), peer)
         except (OSError, RdmaError):
@@ -505,7 +526,7 @@ class PeerLinks:
         place = functools.partial(self.expected.place, peer)
         fabrics, name = self._shared.fabrics(tcp, sock), f"data {self.name} - {peer}"
         stream.site = site_of(peer)
-        link = Link(stream, role, fabrics, self._context, _unexpected, name, place)
+        link = Link(stream, role, fabrics, self._context, unexpected, name, place)
         with self._pending.track(sock):
             link.open()
         with self._lock:
@@ -534,10 +555,11 @@ class PeerLinks:
         try:
             link.run()
         finally:
-            with self._lock:
+            with self._opened:
                 self._links[peer].remove(link)
                 if not self._links[peer]:
                     del self._links[peer]
+                self._opened.notify_all()
 
     def close(self) -> None:
         """End all links at once, and close the door. Idempotent. In a forked process it does nothing: they are its
@@ -554,20 +576,3 @@ class PeerLinks:
             door.close()
         for link in links:
             link.close(0.0)
-
-
-def _receive_exactly(stream: ControlStream, size: int, timeout: float) -> bytes:
-    """Receive exactly `size` bytes. The peer sends no more before it has an answer."""
-    deadline, data = time.monotonic() + timeout, b""
-    while len(data) < size:
-        part = stream.receive(max(deadline - time.monotonic(), 0.0))
-        if not part:
-            raise ConnectionError("it closed the connection" if part == b"" else "it said nothing in time")
-        data += part
-    if len(data) > size:
-        raise ProtocolError("it sent more than it was asked for")
-    return data
-
-
-def _unexpected(message: object) -> None:
-    raise ProtocolError("a message without a label came over a link")

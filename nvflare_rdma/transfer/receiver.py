@@ -13,16 +13,18 @@ A link that breaks is opened again, and what is missing is asked for again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from nvflare_rdma.channel import Link, Sink
-from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TransferError
+from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer import manifest
-from nvflare_rdma.transfer.manifest import Item
+from nvflare_rdma.transfer.manifest import STARTS, Item
+from nvflare_rdma.transfer.patience import AbortedError, LostError, Patience
 from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.records import Meter
 from nvflare_rdma.transfer.sinks import Arrivals, Destination, Land, TensorDestination
@@ -37,16 +39,8 @@ OPEN_SECONDS, _OPEN_LOOK_SECONDS = 30.0, 0.5
 ATTEMPTS = 3
 
 
-class AbortedError(TransferError):
-    """The receiver does not want the message any more."""
-
-
 class RefusedError(TransferError):
     """The peer does not do what it was asked."""
-
-
-class LostError(TransferError):
-    """An answer to a request did not come in time."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +105,11 @@ class Pull:
         self._seen = False
         #: The first of the labels that are reserved for what the peer sends with its description.
         self._reserved: int | None = None
+        self._patience = Patience(links, peer, aborted, self._tell_progress)
+        #: What the items came over last.
+        self._link: Link | None = None
+        #: Item -> how much of its message had landed before, and is not sent again.
+        self._starts: dict[int, int] = {}
 
     def run(self, confirmed: bool = False) -> Any:
         """Receive everything, and give what the destination gives.
@@ -140,7 +139,7 @@ class Pull:
 
     def _receive(self) -> Any:
         try:
-            described = self._describe()
+            described, _ = self._patience.ask(self._describe, self._probe)
             self._meter.wire_bytes += sum(len(item.content or b"") for item in self.items)
             self._whole |= self._destination.begin()
             self._land(described)
@@ -166,17 +165,46 @@ class Pull:
         large = {number for number, item in enumerate(self.items) if item.content is None}
         missing, fruitless = large - self._whole, 0
         while missing:
-            reason = self._attempt(missing, described)
+            before = self._whole_bytes
+            reason = self._try(missing, described)
             self._destination.check(attempt_is_over=True)
             left = missing - self._whole
             if not left:
                 return
             what = f"{len(left)} of {len(large)} items did not come from {self._peer}"
-            fruitless = fruitless + 1 if len(left) == len(missing) else 0
+            self._keep(left)
+            fruitless = fruitless + 1 if self._whole_bytes == before else 0
             if fruitless == ATTEMPTS:
                 raise TransferError(f"{what}: {reason}")
+            if fruitless and self._links.find(self._peer) is None:
+                self._patience.pause()  # its end of the link may not have ended yet
             log.warning("%s, and are asked for again: %s", what, reason)
-            missing, described = left, self._describe_again(f"{what}: {reason}", left)
+            missing, (described, waited) = left, self._describe_again(f"{what}: {reason}", left)
+            fruitless = 0 if waited else fruitless
+
+    def _try(self, missing: Set[int], described: Mapping[str, Any]) -> str:
+        """Receive what is missing, and give the reason if not all of it came. That there is no way any more, where
+        there was one, is such a reason."""
+        try:
+            return self._attempt(missing, described)
+        except LostError as error:
+            return str(error)
+        except FabricError as error:
+            if not (self._links.patience and self._links.was_linked(self._peer)):
+                raise
+            return str(error)
+
+    def _keep(self, left: Set[int]) -> None:
+        """Find out what has landed of items that are not whole, and need not be sent again: if nothing can be written
+        there any more."""
+        self._links.find_alive(self._peer)  # one that has only fallen silent ends now
+        over = self._link is not None and self._links.await_end(self._peer, self._link)
+        for number in left:
+            held, start = self._destination.held(number) if over else 0, self._starts.pop(number, 0)
+            if held:
+                self._starts[number] = held
+                self._whole_bytes += held - start
+                self._meter.wire_bytes += held - start
 
     def _attempt(self, missing: Set[int], described: Mapping[str, Any]) -> str:
         """Receive what is missing, and give the reason if not all of it came."""
@@ -184,18 +212,21 @@ class Pull:
             self._release()  # it sends nothing, or something else
         invitation = self._find_way(described) if self._reserved is None else None
         arrivals, link = Arrivals(set(missing)), self._links.find(self._peer)
-        sinks = [self._destination.sink(number, arrivals) for number in sorted(missing)]
+        wanted = sorted(missing)
+        starts = self._agreed(wanted, described)
+        sinks = [self._destination.sink(number, arrivals, self._starts.get(number, 0)) for number in wanted]
         reserved, self._reserved = self._reserved, None
         first = self._links.expected.expect(self._peer, sinks, reserved)
         try:
             self._asked = True
             if reserved is None:
-                request = {"do": "send", "first": first, "items": sorted(missing), "invitation": invitation}
+                request = {"do": "send", "first": first, "items": wanted, "invitation": invitation, **starts}
                 self._seen = ask_for(self._ask_peer, request).get("sees") is True
             if invitation is None or self._peer_has_dialled(arrivals):
                 link = self._links.find(self._peer) or link
                 self._wait(arrivals, link)
         finally:
+            self._link = self._links.find(self._peer) or link
             self._count(sinks, arrivals, link)
             self._links.expected.forget(self._peer, first, len(sinks))
         with arrivals.changed:
@@ -203,6 +234,19 @@ class Pull:
             self._whole_bytes += arrivals.nbytes
             reason = arrivals.failure or arrivals.lost
         return reason
+
+    def _agreed(self, wanted: Sequence[int], described: Mapping[str, Any]) -> dict[str, Any]:
+        """Agree with the peer where each item begins that it sends: it has said so if it sends already, else it does as
+        it is asked, if it can. Returns what to ask it."""
+        if self._reserved is not None:
+            theirs = described.get(STARTS)
+            theirs = theirs if isinstance(theirs, list | tuple) and len(theirs) == len(wanted) else [0] * len(wanted)
+            # It may begin an item anew that it sends otherwise than before.
+            self._starts = {n: at for n, at in zip(wanted, theirs, strict=True) if at and self._starts.get(n) == at}
+        elif described.get("resumes") is not True:
+            self._starts = {}
+        self._starts = {n: at for n, at in self._starts.items() if self._destination.held(n) >= at}
+        return {STARTS: [self._starts.get(n, 0) for n in wanted]} if self._starts else {}
 
     def _peer_has_dialled(self, arrivals: Arrivals) -> bool:
         """Wait until the link is here that the peer is to open. If it does not come, `arrivals` has failed.
@@ -253,7 +297,7 @@ class Pull:
                 count, nbytes, lost = len(arrivals.whole), arrivals.nbytes, arrivals.lost
             if count != known:
                 known = count
-                self._progress(Progress(self._whole_bytes + nbytes, len(self._whole) + count))
+                self._tell_progress(nbytes, count)
                 self._destination.check(attempt_is_over=False)
             if over:
                 return
@@ -273,6 +317,13 @@ class Pull:
                 self._report(arrivals)
                 report_at = time.monotonic() + REPORT_SECONDS
 
+    def _tell_progress(self, nbytes: int = 0, count: int = 0) -> None:
+        self._progress(Progress(self._whole_bytes + nbytes, len(self._whole) + count))
+
+    def _probe(self) -> None:
+        with contextlib.suppress(RefusedError):  # that is an answer, too
+            ask_for(self._ask_peer, {"do": "report"})
+
     def _report(self, arrivals: Arrivals) -> None:
         try:
             answer = ask_for(self._ask_peer, {"do": "report"})
@@ -284,13 +335,16 @@ class Pull:
                 raise FabricUnavailable(f"no direct way from {self._peer} to here: {failed}")
             arrivals.fail(str(failed))
 
-    def _describe_again(self, before: str, missing: Set[int]) -> Mapping[str, Any]:
-        """Ask again what there is. If that fails, too, the error says what was `before`."""
+    def _describe_again(self, before: str, missing: Set[int]) -> tuple[Mapping[str, Any], bool]:
+        """Ask again what there is, and tell whether the peer had to be waited for. If that fails, too, the error says
+        what was `before`."""
         try:
-            return self._describe(missing)
+            return self._patience.ask(functools.partial(self._describe, missing), self._probe, before)
         except AbortedError:
             raise
         except TransferError as error:
+            if before in str(error):
+                raise
             raise TransferError(f"{before}; asked again: {error}") from error
 
     def _describe(self, missing: Set[int] | None = None) -> Mapping[str, Any]:
@@ -301,6 +355,8 @@ class Pull:
             self._release()
             request["first"] = self._reserved = self._links.expected.reserve(self._peer)
             request["items"] = None if missing is None else sorted(missing)
+            if missing is not None and self._starts:
+                request[STARTS] = [self._starts.get(number, 0) for number in sorted(missing)]
             self._asked = True  # if the answer is lost, it sends
         try:
             described = ask_for(self._ask_peer, request)

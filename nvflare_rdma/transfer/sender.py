@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from nvflare_rdma.channel import Link, Sending, Source, whole_units
+from nvflare_rdma.channel import Link, Sending, Source, Take, whole_units
 from nvflare_rdma.errors import FabricUnavailable, ProtocolError, TransferError, UnrepresentableError
 from nvflare_rdma.transfer.content import Content
 from nvflare_rdma.transfer.expected import MAX_AHEAD
@@ -68,10 +68,31 @@ class Relayed:
 
 @dataclass(frozen=True, slots=True)
 class OfferedItem:
-    """An item of a manifest, and the label that its receiver expects it under."""
+    """An item of a manifest, the label that its receiver expects it under, and how much of its message is there
+    already."""
 
     label: int
     item: Item
+    start: int = 0
+
+
+class Rest(Source):
+    """What follows the first `start` bytes of a message."""
+
+    def __init__(self, source: Source, start: int) -> None:
+        self._source = source
+        self._start = start
+        self.nbytes = source.nbytes - start
+        self.ready = source.ready
+
+    @property
+    def unrepresentable(self) -> str:
+        """See `Source.unrepresentable`."""
+        return self._source.unrepresentable
+
+    def read(self, offset: int, length: int, take: Take) -> memoryview:
+        """See `Source.read`."""
+        return self._source.read(self._start + offset, length, take)
 
 
 class OfferThread(threading.Thread):
@@ -94,6 +115,7 @@ class OfferThread(threading.Thread):
         self.first = wanted[0].label if wanted else 0
         """The label of the first item."""
         self.total = len(wanted)
+        self.starts = [each.start for each in wanted]
         self._wanted = wanted
         self._moved = moved
         self._broke = broke
@@ -145,6 +167,8 @@ class OfferThread(threading.Thread):
     def _offer(self, wanted: OfferedItem) -> None:
         source, link = self._content.source(wanted.item), self._link
         assert link is not None
+        if wanted.start:
+            source = Rest(source, wanted.start)
         with self._lock:  # the receiver may have it, and have said so, before this goes on
             sending = link.offer(source, wanted.label)
             self._open.append((sending, wanted.item, source))

@@ -16,7 +16,7 @@ from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.addresses import parse_invitation
 from nvflare_rdma.transfer.content import Content
-from nvflare_rdma.transfer.manifest import Item
+from nvflare_rdma.transfer.manifest import STARTS, Item
 from nvflare_rdma.transfer.notices import Notices
 from nvflare_rdma.transfer.peers import PeerLinks
 from nvflare_rdma.transfer.records import Meters
@@ -29,6 +29,8 @@ _ENDED = "the sender has ended the transfer"
 #: wait for that receiver's site already.
 _NOTICE_SECONDS, _SHORT_NOTICE_SECONDS = 5.0, 0.1
 _LOOK_SECONDS = 0.2
+#: A receiver that is waited for: how often FLARE is told so, and its parent is asked whether it has ended.
+_WAITING_EVERY, _ENDED_EVERY = 10.0, 30.0
 
 
 class Service:
@@ -40,7 +42,8 @@ class Service:
         moved: called with (receiver, bytes, items) of what has arrived there.
         meters: count what goes to each receiver. They are ended by its "done", by `ended` or by `close`.
         notices: know what was said of the receivers of earlier messages.
-        patience: seconds after which a receiver whose link broke, and that has not asked again, is taken for gone.
+        patience: seconds after which a receiver whose link broke, and that has not asked again, is taken for gone; it
+            is more where transfers are more patient (`PeerLinks.patience`).
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Service:
         notices: Notices | None = None,
         patience: float = 10.0,
     ) -> None:
-        self._patience = patience
+        self._least_patience = patience
         self.meters = meters or Meters("")
         self._notices = notices or Notices()
         self._size = content.size
@@ -176,17 +179,35 @@ class Service:
         """The link broke while `receiver` was being sent something. Record that the transfer failed, unless it asks
         again: a process that was killed never says so."""
         log.warning("sending to %s broke off, until it asks again: %s", receiver, sender.failure)
-        deadline = time.monotonic() + self._patience
-        while time.monotonic() < deadline:
+        links = self._links()
+        patience = max(self._least_patience, links.patience if links is not None else 0.0)
+        began = now = time.monotonic()
+        asked_at = told_at = began
+        while now - began < patience:
             if not self._is_awaited(receiver, sender):
                 return
             time.sleep(_LOOK_SECONDS)
+            now = time.monotonic()
+            if now - told_at >= _WAITING_EVERY:  # so that FLARE keeps what is sent
+                told_at = now
+                self._moved(receiver, 0, 0)
+            if now - asked_at >= _ENDED_EVERY and links is not None:
+                if links.has_ended(receiver):
+                    break
+                asked_at = time.monotonic()
         with self._lock:
             if self._offering.get(receiver) is not sender:
                 return
             del self._offering[receiver]
+            self._asked.discard(receiver)
         self._count(receiver, sender)
-        self.ended(receiver, f"{sender.failure}; it has not asked again for {self._patience:g} s")
+        self.ended(receiver, f"{sender.failure}; it has not asked again for {time.monotonic() - began:.0f} s")
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being sent, or a receiver is waited for whose link is gone."""
+        with self._lock:
+            return any(self._offering[each].is_alive() for each in self._asked if each in self._offering)
 
     def _is_awaited(self, receiver: str, sender: OfferThread) -> bool:
         """Whether `receiver` has not been heard of since `sender` broke off, and may still be."""
@@ -221,7 +242,8 @@ class Service:
         links, content = self._open()
         first = request.get("first")
         with self._lock:
-            sender, items = self._offering.get(receiver), self._items.get(receiver, [])
+            sender, before = self._offering.get(receiver), self._items.get(receiver, [])
+        items = before
         again = sender is not None and first is not None and sender.first == first
         if not again:  # else its answer was lost, and what it has begun goes on
             if sender is not None:  # it may hear later than the receiver what could not be encoded
@@ -239,16 +261,19 @@ class Service:
                 invitation = links.invite(receiver)
             except FabricUnavailable as error:
                 closed = str(error)
-        way = {"invitation": invitation, "closed": closed, "channel": channel}
+        way = {"invitation": invitation, "closed": closed, "channel": channel, "resumes": True}
         answer = {"manifest": manifest.pack(items), **way, **content.extra}
         if sender is not None and again:
             return answer | _is_sending(sender)
         if first is not None:
             # A receiver that has no link would wait for what is sent over the one that this side has still.
-            answer |= self._begin(request, receiver, items, joined=channel and request.get("channel") is True)
+            joined = channel and request.get("channel") is True
+            answer |= self._begin(request, receiver, items, joined, _starts(request, before, items))
         return answer
 
-    def _begin(self, request: Mapping[str, Any], receiver: str, items: list[Item], joined: bool) -> dict[str, Any]:
+    def _begin(
+        self, request: Mapping[str, Any], receiver: str, items: list[Item], joined: bool, starts: list[int]
+    ) -> dict[str, Any]:
         """Send what is described to `receiver`, which has reserved labels, without waiting to be asked: if there is
         anything besides the description, and a link. Returns what to say of it."""
         wanted = request.get("items")
@@ -258,7 +283,7 @@ class Service:
             return {"sending": 0, "sees": True}
         if joined:
             with contextlib.suppress(TransferError):  # then it has to ask, and hears why not
-                return self._send({"first": request["first"], "items": wanted}, receiver)
+                return self._send({"first": request["first"], "items": wanted, STARTS: starts}, receiver)
         return {}
 
     def _relay(self, receiver: str) -> dict[str, Any]:
@@ -290,6 +315,11 @@ class Service:
             raise ProtocolError("request to send what is not in the manifest")
         if len(set(wanted)) != len(wanted):
             raise ProtocolError("request to send the same twice")
+        starts = request.get(STARTS) or [0] * len(wanted)
+        if not isinstance(starts, list | tuple) or len(starts) != len(wanted):
+            raise ProtocolError("malformed request to send")
+        if not all(_is_start(items[i], start) for i, start in zip(wanted, starts, strict=True)):
+            raise ProtocolError("request to go on where no unit of an item begins")
         if invitation is None:
             if not links.is_coming(receiver):
                 raise TransferError(f"there is no link to {receiver}")
@@ -298,7 +328,9 @@ class Service:
             raise ProtocolError("an invitation to a side that has a door")
         else:
             parse_invitation(invitation)
-        offered = [OfferedItem(first + n, items[i]) for n, i in enumerate(wanted)]
+        offered = [
+            OfferedItem(first + n, items[i], start) for n, (i, start) in enumerate(zip(wanted, starts, strict=True))
+        ]
         sender = OfferThread(
             # Not here: this is a thread of FLARE's, which others need.
             functools.partial(_open_link, links, receiver, invitation, self._notices),
@@ -321,8 +353,24 @@ class Service:
         return _is_sending(sender)
 
 
+def _is_start(item: Item, start: Any) -> bool:
+    return type(start) is int and 0 <= start < item.sent_nbytes and not (start and item.cut and start % item.cut.unit)
+
+
+def _starts(request: Mapping[str, Any], before: list[Item], items: list[Item]) -> list[int]:
+    """Where the items of a request begin that have landed in part: nowhere else than at 0 where one is sent otherwise
+    than `before`."""
+    wanted, starts = request.get("items"), request.get(STARTS)
+    if not isinstance(wanted, list | tuple) or not isinstance(starts, list | tuple) or len(wanted) != len(starts):
+        return []
+    return [
+        start if type(i) is int and 0 <= i < len(items) and items[i : i + 1] == before[i : i + 1] else 0
+        for i, start in zip(wanted, starts, strict=True)
+    ]
+
+
 def _is_sending(sender: OfferThread) -> dict[str, Any]:
-    return {"sending": sender.total, "sees": True}
+    return {"sending": sender.total, "sees": True} | ({STARTS: sender.starts} if any(sender.starts) else {})
 
 
 def _open_link(links: PeerLinks, receiver: str, invitation: Any, notices: Notices) -> Link:

@@ -169,36 +169,74 @@ class Arrivals:
 
 
 class TensorSink(Sink):
-    """Receives one tensor into `place`; `whole` is called with the place when all of it is there."""
+    """Receives one tensor into `place`, from `start` bytes of its message on: those before have landed already. `whole`
+    is called with the place when all of it is there."""
 
     def __init__(
-        self, number: int, item: Item, place: Place, arrivals: Arrivals, whole: Callable[[int, Place], object]
+        self,
+        number: int,
+        item: Item,
+        place: Place,
+        arrivals: Arrivals,
+        whole: Callable[[int, Place], object],
+        start: int = 0,
     ) -> None:
         self._number = number
-        self._item = item
-        self._place = place
         self._arrivals = arrivals
         self._whole = whole
-        self.nbytes = item.sent_nbytes
+        self._start = start
+        self._landed = Beginning(start)
+        self.item = item
+        self.place = place
+        self.nbytes = item.sent_nbytes - start
         self.unit = item.cut.unit if item.cut is not None else 1
+
+    @property
+    def held(self) -> int:
+        """How many bytes of the message have landed before the first that has not, in whole units."""
+        return self._landed.nbytes - self._landed.nbytes % self.unit
 
     @property
     def buffer(self) -> memoryview | None:
         """See `Sink.buffer`."""
-        return self._place.memory if self._item.cut is None or self._place.encoded else None
+        memory = self.place.memory if self.item.cut is None or self.place.encoded else None
+        return memory if memory is None else memory[self._start :]
 
     def put(self, offset: int, chunk: memoryview) -> None:
         """See `Sink.put`."""
-        store_chunk(self._item, self._place, offset, chunk)
+        store_chunk(self.item, self.place, self._start + offset, chunk)
+        self.landed(offset, len(chunk))
+
+    def landed(self, offset: int, length: int) -> None:
+        """See `Sink.landed`."""
+        self._landed.add(self._start + offset, length)
 
     def done(self) -> None:
         """See `Sink.done`."""
-        self._whole(self._number, self._place)
+        self._whole(self._number, self.place)
         self._arrivals.came(self._number, self.nbytes)
 
     def failed(self, reason: str) -> None:
         """See `Sink.failed`."""
         self._arrivals.lose(self._number, reason)
+
+
+class Beginning:
+    """How much of a message is there without a gap, from its beginning; any number of threads may add to it."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._lock = threading.Lock()
+        #: What is there beyond a gap, by where it begins.
+        self._beyond: dict[int, int] = {}
+
+    def add(self, offset: int, length: int) -> None:
+        """Note that so many bytes are there."""
+        with self._lock:
+            self._beyond[offset] = max(length, self._beyond.get(offset, 0))
+            # Chunks begin where others end, or again where one that was lost began.
+            while (found := next((at for at in self._beyond if at <= self.nbytes), None)) is not None:
+                self.nbytes = max(self.nbytes, found + self._beyond.pop(found))
 
 
 def store_chunk(item: Item, place: Place, offset: int, chunk: memoryview) -> None:
@@ -249,9 +287,15 @@ class Destination(ABC):
         """Get ready to receive, and give the numbers of items that need not be sent."""
         return frozenset()
 
+    def held(self, number: int) -> int:
+        """How many bytes of an item's message need not be sent again, of those that came in an earlier attempt: whole
+        units from its beginning. Nothing is written there any more by that attempt."""
+        return 0
+
     @abstractmethod
-    def sink(self, number: int, arrivals: Arrivals) -> Sink:
-        """The sink of an item in one attempt, which tells `arrivals` how it went."""
+    def sink(self, number: int, arrivals: Arrivals, start: int) -> Sink:
+        """The sink of an item in one attempt, which tells `arrivals` how it went. It gets the item's message from
+        `start` on: that is 0, or no more than `held`."""
 
     def check(self, attempt_is_over: bool) -> None:
         """Look at what has come: from time to time in an attempt, and when it is over. Raises RdmaError if there is no
@@ -274,20 +318,35 @@ class TensorDestination(Destination):
         self._land = land
         self._items: list[Item] = []
         self._places: dict[int, Place] = {}
+        #: The last one of each item.
+        self._sinks: dict[int, TensorSink] = {}
 
     def accept(self, items: list[Item], described: Mapping[str, Any]) -> None:
         """See `Destination.accept`."""
         self._items = items
 
-    def sink(self, number: int, arrivals: Arrivals) -> Sink:
+    def held(self, number: int) -> int:
+        """See `Destination.held`."""
+        sink = self._sinks.get(number)
+        # It may be sent otherwise than before.
+        return sink.held if sink is not None and sink.item == self._items[number] else 0
+
+    def sink(self, number: int, arrivals: Arrivals, start: int) -> Sink:
         """See `Destination.sink`."""
         item = self._items[number]
         # What is late from an earlier attempt may come as well: the first place that is whole counts.
-        return TensorSink(number, item, self._land(item), arrivals, self._places.setdefault)
+        place = self._sinks[number].place if start else self._land(item)
+        self._sinks[number] = TensorSink(number, item, place, arrivals, self._places.setdefault, start)
+        return self._sinks[number]
 
     def finish(self) -> dict[str, Any]:
         """See `Destination.finish`."""
         return {item.name: self._finish(number, item) for number, item in enumerate(self._items)}
+
+    def close(self) -> None:
+        """See `Destination.close`."""
+        self._sinks.clear()
+        self._places.clear()
 
     def _finish(self, number: int, item: Item) -> Any:
         if item.content is None:

@@ -9,7 +9,7 @@ import pytest
 
 from nvflare_rdma.channel import address_of
 from nvflare_rdma.fabric import connect_tcp, join_address, keep_alive, listen_tcp, plain_host
-from nvflare_rdma.fabric.sockets import acknowledged
+from nvflare_rdma.fabric.sockets import TCP_RTO_MAX_MS, acknowledged
 from tests.support.tcp_pair import DEADLINE
 from tests.support.unanswered import unanswered
 from tests.support.waiting import eventually
@@ -88,6 +88,16 @@ def test_the_kernel_is_asked_what_has_arrived():
             near.sendall(bytes(1000))
             eventually(lambda: acknowledged(near) == before + 1000, DEADLINE)
     assert acknowledged(near) is None  # it is closed
+
+
+def test_a_path_that_comes_back_is_used_soon():
+    with socket.socket() as sock:
+        try:
+            before = sock.getsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS)
+        except OSError:
+            pytest.skip("this kernel has no TCP_RTO_MAX_MS")
+        keep_alive(sock)
+        assert sock.getsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS) == 10_000 < before
 
 
 def test_what_is_no_tcp_socket_is_left_alone():

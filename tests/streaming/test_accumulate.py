@@ -19,7 +19,8 @@ def context(cell: str, folder: str):
         get_server_startup_file_path=lambda: "/nowhere", get_run_dir=lambda job_id: folder
     )
     engine = types.SimpleNamespace(
-        get_cell=lambda: types.SimpleNamespace(get_fqcn=lambda: cell), get_workspace=lambda: workspace
+        get_cell=lambda: types.SimpleNamespace(get_fqcn=lambda: cell, _send_request=None),
+        get_workspace=lambda: workspace,
     )
     ctx = FLContextManager(engine, cell.split(".")[0], "job-1", {}, {}).new_context()
     ctx.set_prop(FLContextKey.PROCESS_TYPE, "SJ", private=True, sticky=False)

@@ -210,7 +210,7 @@ def test_few_bits_stay_encoded_at_a_server_until_they_are_added(results, which):
     # What the codec can't carry comes exact, and what is small comes in the manifest.
     assert result["encoded"] == {"w": True, "b": False, "diverged": False}
     assert result["sum"] is result["exact"] is result["noted"] is True
-    raw = 400 * 1000 * 4
+    raw = 800 * 1000 * 4
     assert raw / 8 < result["held"] < raw / 7
     assert result["figures"]["results_added_bytes"] == raw
     assert result["figures"]["results_decoded_bytes"] == 0

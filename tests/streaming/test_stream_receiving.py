@@ -218,3 +218,18 @@ def test_only_entries_of_known_size_share_a_message():
     entries = [("a", 1), ("b", "x"), ("c", arrays), ("d", arrays), ("e", 2.0), ("f", np.float32(1)), ((1, 2), 3)]
     assert containers._batches(entries, set(), True) == [[0, 1], [2], [3], [4, 5], [6]]
     assert containers._batches([value for _, value in entries], {0}, False) == [[1], [2], [3], [4, 5, 6]]
+
+
+def test_a_receiver_out_of_reach_is_waited_for_as_long_as_transfers_are():
+    lost = {"site-1": make_reply(ReturnCode.COMMUNICATION_ERROR)}
+
+    def state_after(patience, messages, replies):
+        announcements = sender._Announcements(sender.StreamedObject(), {}, ["site-1"], 1.0, patience)
+        for _ in range(messages):
+            announcements.process_replies(replies, {}, None)
+        return announcements.states["site-1"]
+
+    assert state_after(0.0, 2, lost) == "running"
+    assert state_after(0.0, 3, lost) == "failed"
+    assert state_after(3600.0, 30, lost) == "running"
+    assert state_after(3600.0, 1, {"site-1": make_reply(ReturnCode.EXECUTION_EXCEPTION)}) == "failed"

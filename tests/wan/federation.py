@@ -70,6 +70,10 @@ class Federation:
             text = "Server started" if name == SERVER else "Successfully registered client"
             eventually(lambda name=name, process=process, text=text: self._says(name, process, text), 120.0)  # type: ignore[misc]
 
+    def start(self, name: str) -> None:
+        """Start a participant again whose processes have ended."""
+        self._processes[name] = self._start(name)
+
     def run(self, job: Path, seconds: float) -> Job:
         """Submit a job from the server's host, and wait for its end."""
         arguments = [str(self._kits / ADMIN), str(job), str(seconds)]
@@ -138,7 +142,7 @@ class Federation:
     def _start(self, name: str) -> subprocess.Popen[bytes]:
         kit = self._kits / name
         command = self._star.on(name, "bash", str(kit / "startup" / "sub_start.sh"), "--once")
-        with open(kit / "console.log", "wb") as out:
+        with open(kit / "console.log", "ab") as out:
             return subprocess.Popen(
                 *(command,),
                 env=self._environment,

@@ -1,11 +1,11 @@
 """Jobs with a numpy model that each site adds its number to, so that each round adds their mean.
 
-sites_job.py FOLDER      writes a job that the server controls to FOLDER/sites, and a swarm to FOLDER/swarm
+sites_job.py FOLDER ...      writes a job that the server controls to FOLDER/sites, and a swarm to FOLDER/swarm
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,8 @@ ROUNDS, SITES = 2, 3
 VALUES = (1 << 20) + 1
 
 
-def first_model() -> np.ndarray:
-    return np.arange(VALUES, dtype=np.float32) % 1000
+def first_model(values: int = VALUES) -> np.ndarray:
+    return np.arange(values, dtype=np.float32) % 1000
 
 
 def swarm(model: str) -> Recipe:
@@ -48,8 +48,13 @@ def swarm(model: str) -> Recipe:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    np.save(folder / "model.npy", first_model())
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--values", type=int, default=VALUES)
+    parser.add_argument("--patience", help="how long a site may be out of reach; FLARE's timers stay without it")
+    given = parser.parse_args()
+    folder = given.folder
+    np.save(folder / "model.npy", first_model(given.values))
     recipe = NumpyFedAvgRecipe(
         name=NAME,
         initial_ckpt=str(folder / "model.npy"),
@@ -58,7 +63,7 @@ def main() -> None:
         train_script=CLIENT,
     )
     for each in (recipe, swarm(str(folder / "model.npy"))):
-        add_transfer(each)
+        add_transfer(each, patience=given.patience)
         each.export(job_dir=str(folder))
 
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,10 @@ class Wire:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._answer("up")
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def count(self) -> list[Count]:
         return self._tell("")
 
@@ -197,14 +201,10 @@ class Star:
         ends = [(self._file(self._centre), name), (self._file(name), "wire")]
         wire = self.wires[name] = Wire(self._program, ends, link, trace)
         self._ip(name, f"address add {address}/32 dev wire")
-        for host, device, own, to in ((self._centre, name, CENTRE, f"{address}/32"), (name, "wire", address, _ALL)):
-            self._ip(
-                host,
-                # Without IPv6, of which a host would send packets of its own accord.
-                f"link set {device} addrgenmode none txqueuelen {_DEVICE_PACKETS}",
-                f"link set {device} up",
-                f"route add {to} dev {device} src {own} congctl {self._congestion}",
-            )
+        for host, device in ((self._centre, name), (name, "wire")):
+            # Without IPv6, of which a host would send packets of its own accord.
+            self._ip(host, f"link set {device} addrgenmode none txqueuelen {_DEVICE_PACKETS}", f"link set {device} up")
+        self._route(name, address)
         return wire
 
     def address(self, name: str) -> str:
@@ -213,6 +213,26 @@ class Star:
     def on(self, name: str, *command: str) -> list[str]:
         """`command`, to be run on that host."""
         return ["nsenter", f"--net={self._file(name)}", "--", *command]
+
+    def processes(self, name: str) -> list[int]:
+        """The processes of a host."""
+        found, network = [], self._file(name).stat().st_ino
+        wires = {str(wire.pid) for wire in self.wires.values()}  # their threads are in both of the hosts that they join
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and entry.name not in wires:
+                with suppress(OSError):  # it has ended
+                    if (entry / "ns" / "net").stat().st_ino == network:
+                        found.append(int(entry.name))
+        return found
+
+    def move(self, name: str) -> None:
+        """Give a host another address; the old one is gone, and so is what was connected to it."""
+        old, new = self._addresses[name], f"{_NETWORK}.{100 + int(self._addresses[name].rpartition('.')[2])}"
+        self._addresses[name] = new
+        self._hosts.write_text(self._hosts.read_text().replace(f"{old} {name}\n", f"{new} {name}\n"))
+        self._ip(self._centre, f"route del {old}/32 dev {name}")
+        self._ip(name, f"address del {old}/32 dev wire", f"address add {new}/32 dev wire")
+        self._route(name, new)
 
     def close(self) -> None:
         """End the wires, and let go of the networks."""
@@ -232,6 +252,10 @@ class Star:
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.net"
+
+    def _route(self, name: str, address: str) -> None:
+        for host, device, own, to in ((self._centre, name, CENTRE, f"{address}/32"), (name, "wire", address, _ALL)):
+            self._ip(host, f"route replace {to} dev {device} src {own} congctl {self._congestion}")
 
     def _add_host(self, name: str) -> None:
         self._file(name).touch()

@@ -40,7 +40,8 @@ log = get_logger(__name__)
 
 #: An answer may take so long at least. FLARE's default for a chunk of a file is 5 s.
 _MIN_TIMEOUT = 10.0
-#: A receiver that leaves so many messages in a row unanswered has failed.
+#: A receiver that leaves so many messages in a row unanswered, for as long as transfers wait for a peer
+#: (`PeerLinks.patience`), has failed.
 _UNANSWERED = 3
 #: Receivers are asked how they are no more often than so, also if all of them answer at once.
 _PACE_SECONDS = TURN_SECONDS / 2
@@ -80,7 +81,14 @@ class _Inquiry(ObjectProducer):
 class _Announcements(ObjectProducer):
     """Tells receivers what to ask for, and hears how they get on."""
 
-    def __init__(self, streamed: StreamedObject, start: dict[str, Any], targets: Iterable[str], timeout: float) -> None:
+    def __init__(
+        self,
+        streamed: StreamedObject,
+        start: dict[str, Any],
+        targets: Iterable[str],
+        timeout: float,
+        patience: float = 0.0,
+    ) -> None:
         self._streamed = streamed
         self._start = start
         self._more = streamed.more()
@@ -89,7 +97,9 @@ class _Announcements(ObjectProducer):
         self.states = dict.fromkeys(targets, "running")
         self.reasons: dict[str, str] = {}
         self.replies: dict[str, Any] = {}
+        self._patience = patience
         self._unanswered = dict.fromkeys(self.states, 0)
+        self._heard_at = dict.fromkeys(self.states, time.monotonic())
         self._next_turn = 0.0
 
     def produce(self, stream_ctx: Any, fl_ctx: Any) -> tuple[Any, float]:
@@ -126,13 +136,15 @@ class _Announcements(ObjectProducer):
             return
         said = reply.get(KEY) if isinstance(reply, Shareable) else None
         if isinstance(said, dict) and said.get("state") in ("running", "done", "failed", FALLBACK):
-            self._unanswered[target] = 0
+            self._unanswered[target], self._heard_at[target] = 0, time.monotonic()
             self.states[target], self.reasons[target] = said["state"], str(said.get("reason", ""))
             return
         code = reply.get_return_code() if isinstance(reply, Shareable) else ReturnCode.COMMUNICATION_ERROR
         self._unanswered[target] += 1
         lost = code in (ReturnCode.TIMEOUT, ReturnCode.COMMUNICATION_ERROR)
-        if not lost or self._ending or self._unanswered[target] == _UNANSWERED:
+        silence = time.monotonic() - self._heard_at[target]
+        gone = self._unanswered[target] >= _UNANSWERED and silence >= self._patience
+        if not lost or self._ending or gone:
             self.states[target], self.reasons[target] = "failed", f"it answered with {code}"
 
 
@@ -179,7 +191,7 @@ def stream(
     """
     prepare_to_read()
     cell, timeout = call.fl_ctx.get_engine().get_cell(), max(call.timeout, _MIN_TIMEOUT)
-    if shared().links.of(cell) is None:
+    if (links := shared().links.of(cell)) is None:
         reason = "this side has no links (RdmaTransfer is not running)"
         log.log(shared().notices.level("streamed", "", reason), "%s goes on FLARE's own path: %s", call.what, reason)
         return _fall_back(fallback, call.targets)
@@ -198,7 +210,7 @@ def stream(
         name = open_stream(cell, made.service, receivers.values())
         timeout += TURN_SECONDS
         start = {"do": "start", "stream": name, "secure": bool(call.secure), "timeout": timeout}
-        announcements = _Announcements(made, start, direct, timeout)
+        announcements = _Announcements(made, start, direct, timeout, links.patience)
         try:
             code = call.run(announcements, direct)
         finally:

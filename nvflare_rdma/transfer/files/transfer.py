@@ -210,7 +210,7 @@ class FileDestination(Destination):
         assert self._opened is not None
         return self._opened
 
-    def sink(self, number: int, arrivals: Arrivals) -> Sink:
+    def sink(self, number: int, arrivals: Arrivals, start: int) -> Sink:
         """See `Destination.sink`."""
         landed = self._unchecked.put
         return PartSink(self._file, self._items[number], arrivals, lambda *part: landed(part), self._budget)
