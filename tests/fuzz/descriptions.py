@@ -79,10 +79,11 @@ def invitations(rng: random.Random, show: Show) -> None:
     """How to get to a peer."""
     invitation = change_one(rng, _INVITATION)
     show(invitation)
-    hosts, port, ticket = parse_invitation(invitation)
-    assert all(type(host) is str for host in hosts)
-    assert 0 < port < 65536
-    assert len(ticket) == 32
+    found = parse_invitation(invitation)
+    for hosts, port in ((found.hosts, found.port), *((way.hosts, way.port) for way in found.through)):
+        assert all(type(host) is str for host in hosts)
+        assert 0 <= port < 65536
+    assert len(found.ticket) == 32
 
 
 @target(ProtocolError)

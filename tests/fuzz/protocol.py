@@ -112,7 +112,7 @@ def connection(rng: random.Random, show: Show) -> None:
             _step(rng, side, show)
             side.settle()
             assert core._incoming._in_flight >= 0
-            assert all(load >= 0 for load in core._incoming._load.values())
+            assert all(load.nbytes >= 0 for load in core._incoming._loads._rails.values())
         assert all(not message.strip(b"\1") for message in side.received), "a message was whole before it was here"
     finally:
         core.close("the case is over")

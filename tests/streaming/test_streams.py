@@ -149,9 +149,13 @@ def test_what_a_sender_says_that_is_no_stream(results):
     failed = [["EXECUTION_EXCEPTION"], {"site-2": "EXECUTION_EXCEPTION"}]
     found = results["hostile"]
     assert found.pop("nothing") == [[], {}]
-    assert found.pop("unknown stream") == [["running", "own", "own"], {}]
+    started = ("running", "own")  # the refusal may be here by then
+    codes, told = found.pop("unknown stream")
+    assert codes[0] in started
+    assert codes[1:] == ["own", "own"]
+    assert not told
     codes, told = found.pop("ends early")
-    assert codes[0] == "running"
+    assert codes[0] in started
     assert told.get("site-2") in (None, "EXECUTION_EXCEPTION")
     assert found == dict.fromkeys(found, failed)
     assert len(found) == 8

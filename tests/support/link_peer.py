@@ -60,7 +60,7 @@ class LinkPeer:
         stream = ControlStream(sock, tls_context(self.options.get("tls"), False))
         stream.handshake(DEADLINE)
         self.fabrics = make_fabrics(self.options, lambda: socket.create_connection(rails_to, DEADLINE))
-        self.link = Link(stream, Role.ACTIVE, self.fabrics, self.context, self._receive, "this", self.sinks.get)
+        self.link = Link(stream, Role.ACTIVE, self.fabrics, self.context, self._receive, "this", self._place)
         self.link.open()
         self.runner = threading.Thread(target=self.link.run, daemon=True)
         self.runner.start()
@@ -73,6 +73,9 @@ class LinkPeer:
 
     def tell(self, do: str, **fields) -> None:
         self.link.send(json.dumps({"do": do, **fields}).encode(), DEADLINE)
+
+    def _place(self, label: int, ready: Callable[[], None]) -> Sink | None:
+        return self.sinks.get(label)
 
     def answer(self) -> dict:
         return self.answers.get(timeout=DEADLINE)
