@@ -28,8 +28,7 @@ from tests.wan import sites_job
 from tests.wan.federation import SERVER, Federation, Job
 from tests.wan.wire import Link, Star, is_apart
 
-SITES = ["site-1", "site-2"]
-SITE = SITES[0]
+SITE, *_ = SITES = [f"site-{number + 1}" for number in range(sites_job.SITES)]
 TO_SITE, TO_SERVER = 0, 1
 #: 12 MiB, which take 10 s.
 VALUES, LINK = (3 << 20) + 1, Link(rate=10, delay=20)
