@@ -31,12 +31,17 @@ class Counted(Protocol):
         """End it; it may wait so many seconds for its peer."""
 
 
+def certified_site_of(properties: dict[str, Any]) -> str:
+    """The name in the certificate of who is at the other end, as FLARE is told it; "" without a certificate."""
+    common_name = properties.get(DriverParams.PEER_CN.value)
+    return str(common_name) if common_name and common_name != "N/A" else ""
+
+
 def site_of(properties: dict[str, Any]) -> str:
     """Who is at the other end, as far as that is known from what FLARE is told of a connection: the name in the
     certificate, else the host, which on this host is nobody in particular ("")."""
-    common_name = properties.get(DriverParams.PEER_CN.value)
-    if common_name and common_name != "N/A":
-        return str(common_name)
+    if name := certified_site_of(properties):
+        return name
     host = str(properties[DriverParams.PEER_ADDR.value]).rpartition(":")[0]
     own = str(properties[DriverParams.LOCAL_ADDR.value]).rpartition(":")[0]
     return "" if host == own else host
@@ -63,13 +68,13 @@ class SiteConnections:
         with self._lock:
             others = [other for other in self._sites.setdefault(site, []) if other.usable]
             self._sites[site].append(connection)
-        while site and len(others) >= MAX_CONNECTIONS_OF_SITE:
-            oldest = next((other for other in others if other.idle), others[0])
-            text = "%s has %d connections, which are the most for one site; the oldest is closed"
-            log.warning(text, site, len(others))
-            others.remove(oldest)
-            oldest.close(0.0)
         try:
+            while site and len(others) >= MAX_CONNECTIONS_OF_SITE:
+                oldest = next((other for other in others if other.idle), others[0])
+                text = "%s has %d connections, which are the most for one site; the oldest is closed"
+                log.warning(text, site, len(others))
+                others.remove(oldest)
+                oldest.close(0.0)
             yield
         finally:
             with self._lock:

@@ -29,7 +29,7 @@ from nvflare_rdma.channel import (
 from nvflare_rdma.channel.protocol import VERSION
 from nvflare_rdma.driver.driver import Prepared, RdmaDriver, name_of
 from nvflare_rdma.driver.flare_words import FlareConnection, receive_hello
-from nvflare_rdma.driver.sites import site_of
+from nvflare_rdma.driver.sites import certified_site_of
 from nvflare_rdma.errors import (
     ConfigError,
     RdmaError,
@@ -240,7 +240,8 @@ class UpgradedTcpDriver(RdmaDriver):
 
     def _run_flares(self, connection: FlareConnection) -> None:
         """Make a connection that speaks FLARE's words known to FLARE, and receive until it ends."""
-        with self._sites.counted(site_of(connection.get_conn_properties()), connection):
+        # An address says nothing here: many sites may be behind one, and FLARE's own driver takes them all.
+        with self._sites.counted(certified_site_of(connection.get_conn_properties()), connection):
             try:
                 self._introduce(connection)
                 connection.read_loop()

@@ -329,7 +329,7 @@ def test_a_hello_may_come_in_pieces_and_with_more_behind_it():
 
 def test_a_site_that_speaks_flares_has_only_so_many_connections(monkeypatch, caplog):
     monkeypatch.setattr(sites, "MAX_CONNECTIONS_OF_SITE", 2)
-    monkeypatch.setattr(upgrade_module, "site_of", lambda properties: "site-1")
+    monkeypatch.setattr(upgrade_module, "certified_site_of", lambda properties: "site-1")
     with server(UPGRADED) as it, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(running(it.url, Mode.ACTIVE, FLARES_OWN)) for _ in range(4)]
         for client in clients:
@@ -337,6 +337,19 @@ def test_a_site_that_speaks_flares_has_only_so_many_connections(monkeypatch, cap
         it.monitor.wait_for(ConnState.CLOSED, 2)
         assert "site-1 has 2 connections, which are the most for one site; the oldest is closed" in caplog.text
     eventually(lambda: it.driver._sites.sites == [])
+
+
+def test_sites_behind_one_address_that_speak_flares_are_not_counted_as_one(monkeypatch, caplog):
+    monkeypatch.setattr(sites, "MAX_CONNECTIONS_OF_SITE", 1)
+    said = upgrade_module.FlareConnection.get_conn_properties
+    monkeypatch.setattr(
+        upgrade_module.FlareConnection, "get_conn_properties", lambda self: {**said(self), "peer_addr": "192.0.2.1:1"}
+    )
+    with server(UPGRADED) as it, contextlib.ExitStack() as stack:
+        for _ in range(2):
+            greet(stack.enter_context(running(it.url, Mode.ACTIVE, FLARES_OWN)), it)
+        assert it.driver._sites.sites == [""]
+        assert "the oldest is closed" not in caplog.text
 
 
 def test_a_guest_that_speaks_flares_has_its_place_until_its_hello(monkeypatch, caplog):
