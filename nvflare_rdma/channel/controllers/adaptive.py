@@ -159,6 +159,11 @@ class AdaptiveController(Controller):
         self._losses_in_a_row += counts
         self._resize()
 
+    def forgotten(self, length: int, granted_at: float, now: float, rail: int = 0) -> None:
+        """See `Controller.forgotten`."""
+        self._rate.forgotten(length, granted_at, rail)
+        self._resize()
+
     # -- rounds --------------------------------------------------------------------------------------------
 
     def _end_round(self, app_limited: bool, now: float) -> None:

@@ -46,6 +46,11 @@ class Controller(ABC):
         """A granted chunk will not land: its rail broke, or it arrived damaged."""
 
     @abstractmethod
+    def forgotten(self, length: int, granted_at: float, now: float, rail: int = 0) -> None:
+        """A chunk that was granted at `granted_at` is of no use any more, and its grant is over. Nothing was lost, and
+        nothing can be told from when it ended."""
+
+    @abstractmethod
     def idle(self, now: float) -> None:
         """The window is not filled because the sender has nothing more to send."""
 
@@ -77,6 +82,9 @@ class FixedController(Controller):
 
     def lost(self, length: int, now: float, rail: int = 0) -> None:
         """See `Controller.lost`."""
+
+    def forgotten(self, length: int, granted_at: float, now: float, rail: int = 0) -> None:
+        """See `Controller.forgotten`."""
 
     def idle(self, now: float) -> None:
         """See `Controller.idle`."""

@@ -95,26 +95,34 @@ class DeliveryRate:
 
     def landed(self, length: int, granted_at: float, now: float, rail: int = 0) -> Sample:
         """A chunk has landed; the sample that it gives."""
-        self.lost(length, rail)
+        snapshot = self.forgotten(length, granted_at, rail)
         self.delivered += length
         self._delivered_at = now
-        snapshot, order = self._snapshots.get((rail, granted_at)), self._rails.get(rail)
-        if snapshot is None or order is None:
+        if snapshot is None:
             return Sample(None, True, False)
-        snapshot.chunks -= 1
-        if not snapshot.chunks:
-            del self._snapshots[rail, granted_at]
         self._first_granted_at = max(self._first_granted_at, granted_at)
-        if granted_at > order.newest:
-            self._pass(order, snapshot.granted, granted_at)
-        if granted_at == order.newest:
-            order.newest_landed += length
         round_ended = snapshot.delivered >= self._round_until
         if round_ended:
             self._round_until = self.delivered
         interval = max(now - snapshot.delivered_at, granted_at - snapshot.first_granted_at)
         rate = (self.delivered - snapshot.delivered) / interval if interval > 0 else None
         return Sample(rate, snapshot.app_limited, round_ended)
+
+    def forgotten(self, length: int, granted_at: float, rail: int = 0) -> _Snapshot | None:
+        """The grant of a chunk is over, in its turn; it may have brought nothing. Returns what was known when it was
+        granted."""
+        self.lost(length, rail)
+        snapshot, order = self._snapshots.get((rail, granted_at)), self._rails.get(rail)
+        if snapshot is None or order is None:
+            return None
+        snapshot.chunks -= 1
+        if not snapshot.chunks:
+            del self._snapshots[rail, granted_at]
+        if granted_at > order.newest:
+            self._pass(order, snapshot.granted, granted_at)
+        if granted_at == order.newest:
+            order.newest_landed += length
+        return snapshot
 
     def lost(self, length: int, rail: int = 0) -> None:
         """A granted chunk will not land."""

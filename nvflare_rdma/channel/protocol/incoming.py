@@ -186,6 +186,8 @@ class Incoming:
             incoming.progress_at = now
             if incoming.landed == incoming.length:
                 self._advance(exposure.transfer, incoming, Input.ALL_LANDED)
+        else:
+            self._controller.forgotten(exposure.length, exposure.granted_at, now, exposure.rail)
         self.plan(now)
 
     def damaged(self, notification: int, now: float) -> None:

@@ -82,6 +82,8 @@ class RailLoads:
         on its way."""
         paces = [load.pace for load in self._rails.values() if load.pace]
         mean = sum(paces) / len(paces) if paces else 0.0
+        gaps = [load.gap for load in self._rails.values() if load.gap]
+        usual = sum(gaps) / len(gaps) if gaps else 0.0  # for a rail over which nothing has landed yet
 
         def order(rail: int) -> tuple[float, int, int]:
             load = self._rails[rail]
@@ -90,7 +92,8 @@ class RailLoads:
                 pace = min(load.pace, _IDLE_PACE * mean) if known else mean
                 return nbytes * pace, 0, rail
             silent = now - load.since
-            stuck = silent if load.gap and silent > _STUCK * load.gap else 0.0
+            gap = load.gap or usual
+            stuck = silent if gap and silent > _STUCK * gap else 0.0
             return (load.nbytes + nbytes) * (load.pace or mean) + stuck, load.nbytes, rail
 
         return min(self._rails, key=order)

@@ -159,6 +159,21 @@ def test_order_is_judged_within_a_rail():
     assert not rate.in_order
 
 
+@given(chunks=st.lists(st.tuples(st.sampled_from(["land", "lose", "forget"]), st.integers(0, 1)), max_size=40))
+def test_nothing_is_in_flight_when_no_grant_is_open_and_what_is_forgotten_leaves_the_order(chunks):
+    controller = adaptive()
+    for number, (_, rail) in enumerate(chunks):
+        controller.granted(1000, float(number), rail)
+    for number, (what, rail) in enumerate(chunks):
+        now = float(len(chunks) + number)
+        if what == "lose":
+            controller.lost(1000, now, rail)
+        else:
+            (controller.landed if what == "land" else controller.forgotten)(1000, float(number), now, rail)
+    assert controller._rate.in_flight == controller._rate.overtaken == 0
+    assert controller._rate.in_order or any(what == "lose" for what, _ in chunks)
+
+
 def test_chunks_that_were_granted_together_are_on_time_in_any_order():
     rate = DeliveryRate()
     for now in range(1, 9):

@@ -544,6 +544,25 @@ def test_a_grant_larger_than_a_chunk_may_be_is_a_protocol_error(rails):
         active.core.receive(wire.encode(wire.Grant(1, 0, length, RemoteSlice(1, 0, length), 1, 0)), now=0.0)
 
 
+def test_the_controller_is_told_that_grants_of_a_message_that_is_given_up_are_over():
+    active, passive = open_pair()
+    controller = make_controller("adaptive", 64 * 1024, DEPTH, 1 << 30)
+    passive.core.set_controller(controller)
+    active.send(message(500_000))
+    passive.read_wire(1 << 20)
+    passive.take_memory()
+    active.read_wire(1 << 20)
+    assert controller._rate.in_flight > 0
+    active.core.withdraw(1, "not wanted")
+    active.settle()
+    passive.read_wire(1 << 20)
+    while active.writes:
+        active.land(0)
+    assert not passive.core._incoming._exposures
+    assert controller._rate.in_flight == 0
+    assert controller._rate.in_order
+
+
 def test_offers_that_are_withdrawn_leave_nothing_behind():
     _, passive = open_pair()
     passive.core.receive(wire.encode(wire.Offer(1, 100_000)), now=0.0)

@@ -110,6 +110,18 @@ def test_a_rail_that_is_stuck_gets_nothing_more():
         loads.landed(1, CHUNK, now)
 
 
+def test_a_rail_over_which_nothing_ever_landed_is_stuck_as_soon_as_another_would_be():
+    loads = opened(2)
+    loads.granted(0, CHUNK, 0.0)
+    for now in (0.0, 0.1, 0.2, 0.3, 0.4):
+        loads.granted(1, CHUNK, now)
+        if now:
+            loads.ended(1, CHUNK)
+            loads.landed(1, CHUNK, now)
+    loads.granted(1, CHUNK, 0.4)
+    assert loads.soonest(CHUNK, 0.4) == 1  # which has more on its way
+
+
 def test_what_is_told_of_a_rail_that_is_gone_is_forgotten():
     loads = RailLoads()
     loads.open([0, 1])
