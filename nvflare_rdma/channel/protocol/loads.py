@@ -82,8 +82,8 @@ class RailLoads:
         on its way."""
         paces = [load.pace for load in self._rails.values() if load.pace]
         mean = sum(paces) / len(paces) if paces else 0.0
-        gaps = [load.gap for load in self._rails.values() if load.gap]
-        usual = sum(gaps) / len(gaps) if gaps else 0.0  # for a rail over which nothing has landed yet
+        # For a rail over which nothing has landed yet: one that has just joined is given the time of the slowest.
+        usual = max(load.gap for load in self._rails.values())
 
         def order(rail: int) -> tuple[float, int, int]:
             load = self._rails[rail]
