@@ -20,6 +20,8 @@ from nvflare_rdma.transfer.routes import RouteKey
 log = get_logger(__name__)
 
 _CONNECT_SECONDS = 5.0
+#: Who asks a parent for a route has an answer by then, or none.
+_ANSWER_SECONDS = 6.0
 #: A parent that had no route for this process is not asked again for so long.
 _ASK_AGAIN_SECONDS = 60.0
 
@@ -53,7 +55,9 @@ class Meetings:
         reach: Callable[[], Reach],
     ) -> None:
         self._name, self._ask, self._open_door, self._reach = name, ask, open_door, reach
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        #: Parents that are being asked for a route.
+        self._asked: set[str] = set()
         self._places: dict[str, tuple[Place, Door]] = {}
         self._failed: dict[str, tuple[float, str]] = {}
         self._closed = False
@@ -78,31 +82,60 @@ class Meetings:
         Raises:
             FabricUnavailable: it makes none.
         """
-        with self._lock:
-            if (known := self._places.get(parent)) is not None and not known[1].is_over:
-                return known[0]
-            since, reason = self._failed.get(parent, (0.0, ""))
-            if reason and time.monotonic() - since < _ASK_AGAIN_SECONDS:
-                raise FabricUnavailable(reason)
-            try:
-                if self._closed or self._ask is None:
-                    raise FabricUnavailable(f"{self._name} is ending")
-                place = self._ask(parent)
-                connect = functools.partial(_connect, place.near)
-                listener = RemoteListener(connect, place.key, place.near)
-                door = self._open_door(listener, f"{self._name}'s way through {parent}")
-            except FabricUnavailable as error:
+        with self._changed:
+            # One asks, and the others wait for what it is told.
+            deadline = time.monotonic() + _ANSWER_SECONDS
+            while (known := self._known(parent)) is None and parent in self._asked:
+                if (left := deadline - time.monotonic()) <= 0:
+                    raise FabricUnavailable(f"{parent} has not said yet whether it joins connections")
+                self._changed.wait(left)
+            if known is not None:
+                return known
+            self._asked.add(parent)
+        try:
+            return self._begin(parent)
+        except FabricUnavailable as error:
+            with self._changed:
                 self._failed[parent] = time.monotonic(), str(error)
-                raise
+            raise
+        finally:
+            with self._changed:
+                self._asked.discard(parent)
+                self._changed.notify_all()
+
+    def _known(self, parent: str) -> Place | None:
+        """The route that this parent has made, if it is known; raises FabricUnavailable if it is known that there is
+        none."""
+        if self._closed or self._ask is None:
+            raise FabricUnavailable(f"{self._name} is ending")
+        if (found := self._places.get(parent)) is not None and not found[1].is_over:
+            return found[0]
+        since, reason = self._failed.get(parent, (0.0, ""))
+        if reason and time.monotonic() - since < _ASK_AGAIN_SECONDS:
+            raise FabricUnavailable(reason)
+        return None
+
+    def _begin(self, parent: str) -> Place:
+        """Ask for a route, and wait there. Not under the lock: the answer takes as long as it takes."""
+        assert self._ask is not None
+        place = self._ask(parent)
+        listener = RemoteListener(functools.partial(_connect, place.near), place.key, place.near)
+        door = self._open_door(listener, f"{self._name}'s way through {parent}")
+        with self._changed:
+            closed = self._closed
             self._places[parent] = place, door
-            log.info("%s waits for peers at port %d of %s", self._name, place.near[1], parent)
-            return place
+        if closed:
+            door.close()
+            raise FabricUnavailable(f"{self._name} is ending")
+        log.info("%s waits for peers at port %d of %s", self._name, place.near[1], parent)
+        return place
 
     def close(self) -> None:
         """Wait nowhere any more."""
-        with self._lock:
+        with self._changed:
             self._closed = True
             doors = [door for _, door in self._places.values()]
+            self._changed.notify_all()
         for door in doors:
             door.close()
 
