@@ -190,9 +190,9 @@ class Runtime:
         """For threads of FLARE's that wait for a site."""
         return self.shared.waiting_places
 
-    def tcp(self, dial: Callable[[], socket.socket] | None = None) -> TcpFabric:
-        """The tcp fabric of a door, or of a link that `dial` makes the rails of."""
-        made = self.factories[TcpFabric.name](LinkEnd(dial=dial))
+    def tcp(self, dial: Callable[[], socket.socket] | None = None, most_rails: int | None = None) -> TcpFabric:
+        """The tcp fabric of a door, or of a link that `dial` makes the rails of, at most so many."""
+        made = self.factories[TcpFabric.name](LinkEnd(dial=dial, most_rails=most_rails))
         assert isinstance(made, TcpFabric)
         return made
 

@@ -31,11 +31,12 @@ FABRICS = {
 
 @dataclass(frozen=True, slots=True)
 class LinkEnd:
-    """What a fabric may know of the link that it is made for: this side's address on the control stream, and how to
-    dial the peer's port once more (None on the passive side)."""
+    """What a fabric may know of the link that it is made for: this side's address on the control stream, how to dial
+    the peer's port once more (None on the passive side), and how many rails there may be (None: as settings say)."""
 
     local_address: str = ""
     dial: Callable[[], socket.socket] | None = None
+    most_rails: int | None = None
 
 
 FabricFactory: TypeAlias = Callable[[LinkEnd], Fabric]

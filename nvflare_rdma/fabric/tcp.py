@@ -472,4 +472,4 @@ def probe(options: FabricOptions) -> Availability:
 
 def factory(options: FabricOptions) -> Callable[[LinkEnd], TcpFabric]:
     """See `nvflare_rdma.fabric.registry`."""
-    return lambda end: TcpFabric(options.rails, end.dial, options.congestion)
+    return lambda end: TcpFabric(min(options.rails, end.most_rails or options.rails), end.dial, options.congestion)

@@ -40,6 +40,8 @@ DIAL_SECONDS = 20.0
 ADDRESS_SECONDS = 5.0
 #: Each kind of ways, straight and through parents, is tried so much later than the one before.
 _HEAD_START_SECONDS = 0.3
+#: Each rail through a parent takes two of the descriptors that it has for all sites.
+RAILS_THROUGH_PARENT = 4
 #: A peer that does not answer, as behind a firewall that drops packets, is not dialled again for so long; twice as long
 #: the next time, and so on.
 _AVOID_SECONDS, _AVOID_DOUBLINGS = 60.0, 6
@@ -229,16 +231,19 @@ class Dialler:
         if not port or "" in hosts:
             failures.texts.append(f"through {whose}: it is unknown here where that is")
             return
-        for host, address in self._addresses(hosts, False, failures):
+        for host, address in self._addresses(hosts, False, failures, named_port=way.port != 0):
             yield Attempt(host, address, port, dialling(way.token), whose)
 
-    def _addresses(self, hosts: list[str], ours: bool, failures: Failures) -> Iterator[tuple[str, str]]:
-        """The addresses that may be dialled, with the host of each. `failures` gets why others may not."""
+    def _addresses(
+        self, hosts: list[str], ours: bool, failures: Failures, named_port: bool = False
+    ) -> Iterator[tuple[str, str]]:
+        """The addresses that may be dialled, with the host of each. `failures` gets why others may not. A port that a
+        peer has named is not dialled on the server's loopback device, unless all of the federation is there."""
         server = self._reach()
         for host in hosts[:MAX_ADDRESSES]:
             try:
                 found = resolve(host)[:MAX_ADDRESSES]
-                known = ours or host == self._server[0]
+                known = ours or (host == self._server[0] and not named_port)
                 allowed = [address for address in found if known or may_be_named(address, server)]
             except (OSError, ValueError) as error:
                 failures.texts.append(f"{host}: {error}")

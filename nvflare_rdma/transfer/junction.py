@@ -7,6 +7,7 @@ token that says to whom it wants. See `routes` for what they say, and `joining` 
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import threading
 import time
@@ -19,13 +20,14 @@ from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer.addresses import site_of
 from nvflare_rdma.transfer.joining import join
 from nvflare_rdma.transfer.routes import (
+    DIALLING_BYTES,
     ROUTE_MAGIC,
-    TOKEN_BYTES,
     WAIT_MAGIC,
     WAITING_BYTES,
     RouteKey,
     id_of,
     joined,
+    parse_dialling,
 )
 
 log = get_logger(__name__)
@@ -38,6 +40,8 @@ MAX_WAITING = 8
 #: Pairs in which one site dials the same site, and all those to a site whose parent this is not. A link has one for its
 #: control stream and one for each rail.
 MAX_PAIRS_OF_DIALLER, MAX_PAIRS_TO_SITE = 144, 576
+#: A pair in use has two sockets, and two pipes of two ends: all pairs have at most half of this process's descriptors.
+_DESCRIPTORS_OF_PAIR = 6
 #: Who dials waits so long for a connection to be joined with.
 PATIENCE_SECONDS = 5.0
 #: Who opens several connections that wait may have them come in another order, but not by more.
@@ -170,7 +174,7 @@ class Junction:
 
     def _take_dialler(self, sock: socket.socket, left: float, admitted: Callable[[], None]) -> None:
         """Join a connection with one that waits, and move what goes over both until they end."""
-        token = _receive(sock, TOKEN_BYTES, left)
+        token = parse_dialling(_receive(sock, DIALLING_BYTES, left))
         with self._lock:
             route = self._route(token)
             site = site_of(route.cell)
@@ -178,6 +182,8 @@ class Junction:
             to_site = sum(count for (whose, _), count in self._pairs.items() if whose == place[0])
             if self._pairs[place] >= MAX_PAIRS_OF_DIALLER or (place[0] and to_site >= MAX_PAIRS_TO_SITE):
                 raise ProtocolError(f"its site has too many connections through {self._name} already")
+            if self._pairs.total() >= _most_pairs():
+                raise ProtocolError(f"{self._name} has no descriptors left for it (RLIMIT_NOFILE)")
             self._pairs[place] += 1
         try:
             waiting = self._wait_for(route)
@@ -219,6 +225,11 @@ class Junction:
     def refuse(self, sock: object, stream: object, admitted: object) -> None:
         """Refuse a control stream: as `Door` wants it of a port that has routes only."""
         raise ProtocolError("it wants a link to this port, which only joins others")
+
+
+def _most_pairs() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft // 2 // _DESCRIPTORS_OF_PAIR if soft != resource.RLIM_INFINITY else MAX_ROUTES**2
 
 
 def _receive(sock: socket.socket, size: int, left: float) -> bytes:

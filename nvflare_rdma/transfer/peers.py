@@ -56,6 +56,7 @@ from nvflare_rdma.transfer.addresses import (
 from nvflare_rdma.transfer.dialling import (
     ADDRESS_SECONDS,
     DIAL_SECONDS,
+    RAILS_THROUGH_PARENT,
     Dialler,
     Failures,
     Opened,
@@ -106,8 +107,8 @@ class SharedByLinks(Protocol):
     def waiting_places(self) -> SitePlaces:
         """For threads of FLARE's that wait for a site."""
 
-    def tcp(self, dial: Callable[[], socket.socket] | None = None) -> TcpFabric:
-        """The tcp fabric of a door, or of a link that `dial` makes the rails of."""
+    def tcp(self, dial: Callable[[], socket.socket] | None = None, most_rails: int | None = None) -> TcpFabric:
+        """The tcp fabric of a door, or of a link that `dial` makes the rails of, at most so many."""
 
     def fabrics(self, tcp: TcpFabric, sock: socket.socket) -> dict[str, Fabric]:
         """The fabrics of a link whose control stream is on `sock`."""
@@ -517,7 +518,8 @@ class PeerLinks:
                 stream.send(stream.protect([ticket]))
                 if receive_bytes(stream, len(_WELCOME), deadline - time.monotonic()) != _WELCOME:
                     raise ProtocolError("it is no data port of nvflare-rdma")
-            return self._open(Role.ACTIVE, sock, stream, self._shared.tcp(opened.way), peer)
+            most = RAILS_THROUGH_PARENT if opened.attempt.through else None
+            return self._open(Role.ACTIVE, sock, stream, self._shared.tcp(opened.way, most), peer)
         except (OSError, RdmaError):
             stream.close()
             raise

@@ -19,8 +19,10 @@ from nvflare_rdma.errors import ProtocolError
 
 WAIT_MAGIC, ROUTE_MAGIC = b"NVFWAIT1", b"NVFROUT1"
 _ID_BYTES, _SECRET_BYTES, _SITE_BYTES, _MAC_BYTES = 16, 32, 16, 32
-#: What follows the magic.
 TOKEN_BYTES = _ID_BYTES + _SITE_BYTES + _MAC_BYTES
+#: What follows the magic: a token in hexadecimal digits.
+DIALLING_BYTES = 2 * TOKEN_BYTES
+_DIGITS = frozenset(b"0123456789abcdef")
 _NUMBER = struct.Struct("!Q")
 WAITING_BYTES = _ID_BYTES + _NUMBER.size + _MAC_BYTES
 _JOINED = struct.Struct("!c16sH")
@@ -87,8 +89,20 @@ def id_of(said: bytes) -> bytes:
 
 
 def dialling(token: bytes) -> bytes:
-    """What a connection that is to be joined to a waiting one begins with."""
-    return ROUTE_MAGIC + token
+    """What a connection that is to be joined to a waiting one begins with. A peer has chosen the token, and the port
+    where it is said: in hexadecimal digits it can be no command of another protocol."""
+    return ROUTE_MAGIC + token.hex().encode()
+
+
+def parse_dialling(said: bytes) -> bytes:
+    """The token in what follows the magic.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    if len(said) != DIALLING_BYTES or not _DIGITS.issuperset(said):
+        raise ProtocolError("its token is not in hexadecimal digits")
+    return bytes.fromhex(said.decode())
 
 
 def joined(address: tuple[str, int]) -> bytes:

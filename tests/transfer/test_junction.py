@@ -18,7 +18,15 @@ from nvflare_rdma.fabric import TcpFabric, listen_tcp, receive_exactly
 from nvflare_rdma.transfer import junction as junction_module
 from nvflare_rdma.transfer.junction import Junction
 from nvflare_rdma.transfer.remote_listener import RemoteListener
-from nvflare_rdma.transfer.routes import JOINED_BYTES, ROUTE_MAGIC, TOKEN_BYTES, RouteKey, dialling, parse_joined
+from nvflare_rdma.transfer.routes import (
+    DIALLING_BYTES,
+    JOINED_BYTES,
+    ROUTE_MAGIC,
+    TOKEN_BYTES,
+    RouteKey,
+    dialling,
+    parse_joined,
+)
 from tests.support.link_process import resources
 from tests.support.processes import ROOT, environment
 from tests.support.tcp_pair import DEADLINE
@@ -259,8 +267,32 @@ def test_a_token_is_one_site_s(spliced):
     token = bytearray(key.token("site-1"))
     token[20] ^= 1
     sock = spliced.connect()
-    sock.sendall(ROUTE_MAGIC + token)
+    sock.sendall(dialling(bytes(token)))
     assert_dropped(sock)
+
+
+def test_what_is_dialled_with_can_be_no_command_of_another_protocol():
+    said = dialling(b"\r\nFLUSHALL\r\n".ljust(TOKEN_BYTES, b"\0"))
+    assert said.isalnum()
+
+
+@pytest.mark.parametrize("spell", [str.upper, lambda token: f" {token[1:]}", lambda token: token.replace("0", "\n")])
+def test_a_token_that_is_spelt_otherwise_is_refused(spell, spliced, caplog):
+    token = spliced.junction.open("server.job").token("site-1").hex()
+    spelt = spell(f"{token[:-2]}0a")
+    sock = spliced.connect()
+    sock.sendall(ROUTE_MAGIC + spelt.encode())
+    assert_dropped(sock)
+    eventually(lambda: "its token is not in hexadecimal digits" in caplog.text, DEADLINE)
+
+
+def test_all_pairs_leave_descriptors_for_the_rest_of_the_process(monkeypatch, spliced, caplog):
+    monkeypatch.setattr(junction_module, "_most_pairs", lambda: 0)
+    key = spliced.junction.open("server.job")
+    sock = spliced.connect()
+    sock.sendall(dialling(key.token("site-1")))
+    assert_dropped(sock)
+    eventually(lambda: "has no descriptors left for it" in caplog.text, DEADLINE)
 
 
 def test_what_somebody_has_overheard_does_not_let_him_wait(spliced, caplog):
@@ -287,7 +319,7 @@ def test_a_greeting_that_is_drawn_out_ends(monkeypatch, caplog):
     with parents(True) as parent:
         parent.door._greeting_timeout = 0.2
         sock = parent.connect()
-        sock.sendall(ROUTE_MAGIC + bytes(TOKEN_BYTES - 1))
+        sock.sendall(ROUTE_MAGIC + bytes(DIALLING_BYTES - 1))
         assert_dropped(sock)
         eventually(lambda: "timed out" in caplog.text, DEADLINE)
 
