@@ -208,7 +208,12 @@ class TcpEndpoint(Endpoint):
         deadline = time.monotonic() + CONNECT_TIMEOUT
         for rail in range(first, last):
             target, name = functools.partial(self._join, self._open_rail, deadline), f"rdma-tcp-dial-{rail}"
-            threading.Thread(target=target, args=(rail,), name=name, daemon=True).start()
+            try:
+                threading.Thread(target=target, args=(rail,), name=name, daemon=True).start()
+            except RuntimeError as error:  # no more threads; the link has rails
+                self._refused = True
+                log.info("tcp rail %d can't be opened, data goes over the others: %s", rail, error)
+                return
 
     def _join(self, open_rail: Callable[[int, float], socket.socket], deadline: float, rail: int) -> None:
         try:

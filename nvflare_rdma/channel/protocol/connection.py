@@ -64,6 +64,7 @@ class Connection:
         self._overhead = 0
         self._rails: set[int] = set()
         self._opened_rails: set[int] = set()
+        self._most_wanted = 0
         self._max_chunk = 0
         self._up_at = now
         self._attempts = 0
@@ -277,12 +278,14 @@ class Connection:
                 if self.rail_state is RailState.UP:
                     self._add_rail(message.rail, now)
                 else:
-                    self._emit(wire.RailDown(message.rail, self._lost_reason))
+                    self._opened_rails.add(message.rail)  # it is said once
+                    self._emit(wire.RailDown(message.rail, ""))
             case wire.MoreRails():
                 self._move_rails(Input.MORE_RAILS)
                 if not 0 < message.count <= MAX_RAILS:
                     raise ProtocolError(f"the peer wants {message.count} rails, at most {MAX_RAILS} are allowed")
-                if self._has_rails:
+                if self._has_rails and message.count > self._most_wanted:  # else it was said before
+                    self._most_wanted = message.count
                     self._events.append(events.GrowRails(message.count))
             case wire.Reopen():
                 self._count_attempt(now)
@@ -299,7 +302,7 @@ class Connection:
         on_control = self._fabric == "control"
         self._up_at, self._lost_at = now, None
         self._rails = set(range(1 if on_control else rails))
-        self._opened_rails = set(self._rails)
+        self._opened_rails, self._most_wanted = set(self._rails), 0
         self._events.append(events.Opened(rails, reason, answer))
         self._max_chunk = wire.MAX_DATA_BYTES if on_control else MAX_CHUNK_BYTES
         peer = self.peer

@@ -271,6 +271,15 @@ def test_a_wish_for_no_rail_or_too_many_is_a_protocol_error(count):
         active.core.receive(wire.encode(wire.MoreRails(count)), now=0.0)
 
 
+def test_a_wish_for_more_rails_that_is_said_again_changes_nothing():
+    active, _ = open_pair()
+    wishes = []
+    for count in (4, 4, 3, 5):
+        active.core.receive(wire.encode(wire.MoreRails(count)), now=0.0)
+        wishes += [event.count for event in active.core.next_events() if isinstance(event, events.GrowRails)]
+    assert wishes == [4, 5]
+
+
 def test_when_no_rail_is_left_the_active_side_waits_longer_and_longer():
     active, passive = open_pair(rails=1)
     waits = []
