@@ -9,6 +9,7 @@ from typing import Any
 from nvflare_rdma.cli.doctor import ROCE_HEADERS, PortReport, Report, roce_packet_bytes
 from nvflare_rdma.fabric import DEVICE_FILES
 from nvflare_rdma.fabric.verbs import ROCE
+from nvflare_rdma.settings import as_time
 
 WIDTH = 100
 _SLOWER = (
@@ -65,6 +66,8 @@ def _setting(name: str, value: Any) -> str:
     """As one writes it in a configuration; "" for none."""
     if name == "rdma_data_ports" and isinstance(value, tuple):
         return "-".join(str(port) for port in dict.fromkeys(value))  # one port is a range from itself to itself
+    if name == "rdma_patience":
+        return as_time(value).replace(" ", "").replace("min", "m")
     if isinstance(value, tuple):
         return ",".join(str(part) for part in value)
     if isinstance(value, bool):

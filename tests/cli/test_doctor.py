@@ -139,7 +139,7 @@ def test_every_setting_has_a_text(sysfs, monkeypatch):
     """Whatever type its value has."""
     values = {"fabrics": "verbs,tcp", "device": "a,b:1", "gid_index": 3, "tcp_congestion": "bbr", "rails": 4}
     values |= {"controller": "fixed", "integrity": "off", "ack_timeout": 9, "retry_count": 2, "data_ports": "7-9"}
-    values |= {"chunk_bytes": 65536, "memory_budget_bytes": 1 << 24, "upgrade": "true"}
+    values |= {"chunk_bytes": 65536, "memory_budget_bytes": 1 << 24, "upgrade": "true", "patience": "4h"}
     assert {f"rdma_{name}" for name in values} == {each.name for each in fields(Settings)}
     for name, value in values.items():
         monkeypatch.setenv(f"NVFLARE_RDMA_{name.upper()}", str(value))
