@@ -75,7 +75,7 @@ def too_short(patience: float, server: bool, value: Callable[[str, float], float
     are set to. `value` gives what FLARE takes for a name and a default, `startup` is the server's fed_server.json."""
     found = []
     for name, default in (ON_SERVER if server else ON_CLIENTS).items():
-        seconds, text = value(name, default), ""
+        seconds = value(name, default)
         text = f"{name}={seconds:g}"
         if name == "dead_client_grace_period":  # it begins when the parent has missed the site
             parent = _heart_beat(startup)

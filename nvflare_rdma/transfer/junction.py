@@ -35,13 +35,15 @@ log = get_logger(__name__)
 #: Routes to the cells of a site, and to those of the site whose parent this is. The oldest makes room, one at which
 #: nobody waits first.
 MAX_ROUTES, MAX_OWN_ROUTES = 32, 1024
-#: Connections that wait at a route. The oldest makes room.
-MAX_WAITING = 8
+#: Connections that wait at a route, where the oldest makes room; and at all routes of a site whose parent this is not.
+MAX_WAITING, MAX_WAITING_OF_SITE = 8, 64
 #: Pairs in which one site dials the same site, and all those to a site whose parent this is not. A link has one for its
 #: control stream and one for each rail.
 MAX_PAIRS_OF_DIALLER, MAX_PAIRS_TO_SITE = 144, 576
 #: A pair in use has two sockets, and two pipes of two ends: all pairs have at most half of this process's descriptors.
 _DESCRIPTORS_OF_PAIR = 6
+#: And those of one site at most such a part of them, so that there are some for others.
+_SHARE_OF_SITE = 4
 #: Who dials waits so long for a connection to be joined with.
 PATIENCE_SECONDS = 5.0
 #: Who opens several connections that wait may have them come in another order, but not by more.
@@ -165,12 +167,20 @@ class Junction:
             route.drop_ended()
             if len(route.waiting) >= MAX_WAITING:
                 route.waiting.popleft().close()
+            elif self._has_many_waiting(site_of(route.cell)):
+                raise ProtocolError(f"its site has {MAX_WAITING_OF_SITE} connections that wait at {self._name} already")
             sock.settimeout(None)
             keep_alive(sock)
             route.waiting.append(sock)
             route.used = time.monotonic()
             self._arrived.notify_all()
         admitted()
+
+    def _has_many_waiting(self, site: str) -> bool:
+        if site == self._site:
+            return False
+        waiting = sum(len(route.waiting) for route in self._routes.values() if site_of(route.cell) == site)
+        return waiting >= MAX_WAITING_OF_SITE
 
     def _take_dialler(self, sock: socket.socket, left: float, admitted: Callable[[], None]) -> None:
         """Join a connection with one that waits, and move what goes over both until they end."""
@@ -180,10 +190,12 @@ class Junction:
             site = site_of(route.cell)
             place = "" if site == self._site else site, route.key.dialler_of(token)
             to_site = sum(count for (whose, _), count in self._pairs.items() if whose == place[0])
-            if self._pairs[place] >= MAX_PAIRS_OF_DIALLER or (place[0] and to_site >= MAX_PAIRS_TO_SITE):
-                raise ProtocolError(f"its site has too many connections through {self._name} already")
-            if self._pairs.total() >= _most_pairs():
+            if self._pairs.total() >= (most := _most_pairs()):
                 raise ProtocolError(f"{self._name} has no descriptors left for it (RLIMIT_NOFILE)")
+            share = most // _SHARE_OF_SITE  # who has the key of a route may say that any site dials
+            of_dialler, of_site = min(MAX_PAIRS_OF_DIALLER, share), min(MAX_PAIRS_TO_SITE, share)
+            if self._pairs[place] >= of_dialler or (place[0] and to_site >= of_site):
+                raise ProtocolError(f"its site has too many connections through {self._name} already")
             self._pairs[place] += 1
         try:
             waiting = self._wait_for(route)

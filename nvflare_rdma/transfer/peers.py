@@ -400,8 +400,9 @@ class PeerLinks:
     def await_end(self, peer: str, link: Link) -> bool:
         """Whether a link writes nowhere any more. One that is not usable is given a moment to end."""
         with self._opened:
-            over = lambda: link not in self._links.get(peer, [])  # noqa: E731 - for its length
-            return not link.usable and self._opened.wait_for(over, _END_SECONDS)
+            return not link.usable and self._opened.wait_for(
+                lambda: link not in self._links.get(peer, []), _END_SECONDS
+            )
 
     def is_coming(self, peer: str) -> bool:
         """Whether there is a link to `peer`, or it has dialled and this side's end is being opened."""

@@ -415,6 +415,30 @@ def test_tokens_that_a_site_makes_count_for_that_site(spliced, monkeypatch):
     spliced.pair(server, 0, "site-2")
 
 
+def test_a_site_has_a_share_of_what_there_is_whatever_it_says_who_dials(spliced, monkeypatch):
+    monkeypatch.setattr(junction_module, "_most_pairs", lambda: 8)
+    server, its = spliced.junction.open("server.job"), spliced.junction.open("site-1.job")
+    for number in range(2):
+        spliced.pair(its, number, f"site-{number + 2}")
+    assert_dropped(spliced.dial(its, "site-9"))
+    spliced.pair(server, 0, "site-2")
+
+
+def test_a_site_has_only_so_many_connections_that_wait(spliced, monkeypatch, caplog):
+    monkeypatch.setattr(junction_module, "MAX_WAITING_OF_SITE", 2)
+    routes = [spliced.junction.open(cell) for cell in ("site-1.a", "site-1.b", "site-2.a", "server.job")]
+    for route in routes[:2]:
+        spliced.wait(route)
+    sock = spliced.connect()
+    sock.sendall(routes[0].waiting(9))
+    assert_dropped(sock)
+    eventually(
+        lambda: "its site has 2 connections that wait at the server's data port already" in caplog.text, DEADLINE
+    )
+    for route in routes[2:]:
+        spliced.wait(route)
+
+
 def test_a_flood_of_strangers_leaves_places_for_others(spliced):
     key = spliced.junction.open("server.job")
     waiting = spliced.wait(key)
