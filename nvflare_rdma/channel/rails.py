@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 from nvflare_rdma.channel.protocol import events, wire
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
-from nvflare_rdma.fabric import CompletionHandler, Endpoint, Fabric, choose
+from nvflare_rdma.fabric import CompletionHandler, Endpoint, Fabric, choose, join_threads
 from nvflare_rdma.logs import get_logger
 
 log = get_logger(__name__)
@@ -118,9 +118,7 @@ class RailSet(CompletionHandler):
         for work in list(self._queues.values()):
             work.put(None)
         self.endpoint.close()
-        for thread in list(self._threads):
-            if thread is not threading.current_thread():
-                thread.join(timeout=5.0)
+        join_threads(list(self._threads), 5.0)
         self._queues.clear()  # what was not begun counts as no read, but keeps its message
         self._owner.closed(self)
 

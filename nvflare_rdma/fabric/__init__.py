@@ -28,6 +28,7 @@ from nvflare_rdma.fabric.registry import (
     probe,
 )
 from nvflare_rdma.fabric.sockets import connect_tcp, join_address, keep_alive, listen_tcp, plain_host
+from nvflare_rdma.fabric.threads import join_threads
 
 if TYPE_CHECKING:
     from nvflare_rdma.fabric.send_memory import SendMemory
@@ -63,6 +64,7 @@ __all__ = [
     "factories",
     "host_identity",
     "join_address",
+    "join_threads",
     "keep_alive",
     "listen_tcp",
     "parse_fabrics",

@@ -26,6 +26,7 @@ from nvflare_rdma.fabric.options import Availability, FabricOptions
 from nvflare_rdma.fabric.rail_count import FEW_RAILS, LossWatch, rails_for_round_trip, round_trip
 from nvflare_rdma.fabric.registry import LinkEnd
 from nvflare_rdma.fabric.sockets import acknowledged, keep_alive, seconds_since_acknowledgement
+from nvflare_rdma.fabric.threads import join_threads
 from nvflare_rdma.logs import get_logger
 
 log = get_logger(__name__)
@@ -41,6 +42,8 @@ _ADMITTED, _REFUSED = b"\x01", b"\x00"
 #: A firewall or NAT on the way may forget a rail that is idle for so long (seconds). What is written then has to be
 #: acknowledged within `_PROOF_SECONDS`, or a part of it; a rail in use may be without an answer for `DEAD_AFTER`.
 _IDLE_SECONDS = 5.0
+#: How long `TcpEndpoint.close` waits for all its threads.
+_END_SECONDS = 5.0
 _PROOF_SECONDS = 5.0
 
 # key (u64), address (u64), digest (u64), length (u32), notification (u32); then the CRC-32 of these.
@@ -317,9 +320,7 @@ class TcpEndpoint(Endpoint):
             sockets, threads = dict(self._sockets), list(self._threads)
         for rail in sockets:  # the peer may have opened any of them
             self.drop(rail)
-        for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join(timeout=5.0)
+        join_threads(threads, _END_SECONDS)
         for sock in sockets.values():
             sock.close()
         self.exposed.clear()

@@ -27,6 +27,7 @@ from nvflare_rdma.fabric.shm.process_memory import address_of, read_into
 from nvflare_rdma.fabric.shm.reads import LARGE_BYTES, Read, Reads
 from nvflare_rdma.fabric.shm.slots import PeerSlots, SlotOwner
 from nvflare_rdma.fabric.shm.wire import ACKNOWLEDGE, FORGET, MAP, WRITE, Message, Wire
+from nvflare_rdma.fabric.threads import join_threads
 from nvflare_rdma.logs import get_logger
 
 log = get_logger(__name__)
@@ -307,7 +308,5 @@ class ShmEndpoint(Endpoint):
         if self.listener is not None:
             self.listener.close()
         self._stop(FabricError("closed"))
-        for thread in receivers:
-            if thread is not threading.current_thread():
-                thread.join(timeout=5.0)
+        join_threads(receivers, 5.0)
         self._exposures.close()
