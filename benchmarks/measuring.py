@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
@@ -23,6 +24,14 @@ BEST_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
 }
+
+
+def asked(parser: argparse.ArgumentParser, text: str, known: Iterable[str]) -> list[str]:
+    """The names in a text with commas; ends the program if one is not known."""
+    names, all_names = [name for name in text.split(",") if name], list(known)
+    if unknown := [name for name in names if name not in all_names]:
+        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(all_names)}")
+    return names
 
 
 def free_port() -> int:

@@ -32,7 +32,7 @@ from nvflare_rdma.runtime import Runtime, Shared, make_context
 from nvflare_rdma.settings import Settings
 from nvflare_rdma.transfer import Junction, MeetingPlace, PeerLinks, RouteKey
 from tests.support.certificates import Authority
-from tests.wan.wire import CENTRE, Link, Star, apart, is_apart
+from tests.wan.wire import CENTRE, Link, Star, go_apart, is_apart
 
 WAYS = ("straight", "parent")
 DEADLINE = 600.0
@@ -217,7 +217,7 @@ def main() -> None:
     if arguments.role:
         {"parent": parent, "server": server, "site": site}[arguments.role](arguments.given)
     elif not is_apart():
-        os.execvp("setpriv", apart(sys.executable, *sys.argv))
+        go_apart(sys.executable, *sys.argv)
     else:
         with tempfile.TemporaryDirectory() as folder:
             measure(arguments, Path(folder))

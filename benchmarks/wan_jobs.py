@@ -28,7 +28,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measuring import command_line, machine, versions
+from measuring import asked, command_line, machine, versions
 from rich.console import Console
 from rich.table import Table
 
@@ -37,7 +37,7 @@ JOB = ROOT / "jobs" / "stdlib_lm"
 sys.path.append(str(ROOT))
 
 from tests.wan.federation import SERVER, Federation, Job  # noqa: E402
-from tests.wan.wire import Link, Star, apart, is_apart, why_not  # noqa: E402
+from tests.wan.wire import Link, Star, go_apart, is_apart  # noqa: E402
 
 CONFIGURATIONS = ("stock", "transfer", "nf4", "transfer+nf4")
 SITES = ("site-1", "site-2")
@@ -162,18 +162,13 @@ def main() -> None:
     if args.write_job:
         write_job(args.write_job[0], args.rounds, args.write_job[1])
         return
-    asked = args.only.split(",")
-    if unknown := [name for name in asked if name not in CONFIGURATIONS]:
-        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
+    names = asked(parser, args.only, CONFIGURATIONS)
     if not is_apart():
-        if reason := why_not():
-            raise SystemExit(f"no wires here: {reason}")
-        command = apart(sys.executable, *sys.argv)
-        os.execvp(command[0], command)
+        go_apart(sys.executable, *sys.argv)
     console.print(f"$ {command_line()}\n{machine()}", highlight=False)
     console.print(versions("nvflare", "nvflare-rdma", "torch", "grpcio"), highlight=False)
     runs = {}
-    for name in asked:
+    for name in names:
         runs[name] = measure(name, args)
         console.print(f"{name}: {runs[name]}", style="dim", highlight=False)
     wires = f"{args.rate:g} Mbit/s, {args.rtt:g} ms, {args.loss:g} % loss, cubic"

@@ -38,14 +38,14 @@ from pathlib import Path
 from typing import Any
 
 import state_dict
-from measuring import BEST_ENVIRONMENT, Peer, command_line, machine, obey, versions
+from measuring import BEST_ENVIRONMENT, Peer, asked, command_line, machine, obey, versions
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from tests.wan.wire import CENTRE, Link, Star, apart, is_apart, why_not  # noqa: E402
+from tests.wan.wire import CENTRE, Link, Star, go_apart, is_apart  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -225,9 +225,9 @@ def show(case: Case, runs: dict[str, list[dict[str, float]]]) -> None:
     console.print(table)
 
 
-def run(case: Case, asked: list[str], results: Path | None) -> None:
+def run(case: Case, names: list[str], results: Path | None) -> None:
     runs = {}
-    for name in asked:
+    for name in names:
         runs[name] = measure(name, case)
         if results is not None:
             with open(results, "a") as file:
@@ -267,14 +267,9 @@ def main() -> None:
 
         wan_rounds_docs.write(args.docs)
         return
-    asked = [name for name in args.only.split(",") if name]
-    if unknown := [name for name in asked if name not in CONFIGURATIONS]:
-        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
+    names = asked(parser, args.only, CONFIGURATIONS)
     if not is_apart():
-        if reason := why_not():
-            raise SystemExit(f"no wires here: {reason}")
-        command = apart(sys.executable, *sys.argv)
-        os.execvp(command[0], command)
+        go_apart(sys.executable, *sys.argv)
     console.print(f"$ {command_line()}\n{machine()}", highlight=False)
     console.print(versions("nvflare", "nvflare-rdma", "torch", "grpcio"), highlight=False)
     settings = {name: value for name, value in os.environ.items() if name.startswith("NVFLARE_")}
@@ -284,12 +279,12 @@ def main() -> None:
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps({"machine": machine(), "versions": versions("nvflare", "torch")}) + "\n")
-        for case, names in ALL:
-            run(case, names.split(","), args.json)
+        for case, text in ALL:
+            run(case, text.split(","), args.json)
         return
     for rate, rtt, loss in itertools.product(args.rate, args.rtt, args.loss):
         case = Case(args.mib, args.sites, rate, rtt, loss, args.burst, args.congestion, args.slow, args.rounds)
-        run(case, asked, args.json)
+        run(case, names, args.json)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ line only.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import wan_rounds
-from measuring import Peer, command_line
-from wan_rounds import CENTRE, CONFIGURATIONS, PORT, SERVER, Link, Star, apart, is_apart, why_not
+from measuring import Peer, asked, command_line
+from wan_rounds import CENTRE, CONFIGURATIONS, PORT, SERVER, Link, Star, go_apart, is_apart
 
 SITE = "site-1"
 
@@ -140,14 +139,9 @@ def main() -> None:
         Side(role, url, (int(tensors), int(kib)), direct == "1", codec).serve()
         return
     if not is_apart():
-        if reason := why_not():
-            raise SystemExit(f"no wires here: {reason}")
-        command = apart(sys.executable, *sys.argv)
-        os.execvp(command[0], command)
+        go_apart(sys.executable, *sys.argv)
     print(f"$ {command_line()}")
-    if unknown := [name for name in args.only.split(",") if name not in CONFIGURATIONS]:
-        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
-    for configuration in args.only.split(","):
+    for configuration in asked(parser, args.only, CONFIGURATIONS):
         for kib in map(int, args.kib.split(",")):
             run(configuration, kib, args)
 

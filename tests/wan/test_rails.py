@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
-from tests.support.processes import ROOT, environment
-from tests.wan import wire
+from tests.support.apart import found_apart
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    if reason := wire.why_not():
-        pytest.skip(f"no wires here: {reason}")
-    folder = tmp_path_factory.mktemp("rails")
-    command = wire.apart(sys.executable, str(ROOT / "tests" / "wan" / "rails.py"), str(folder))
-    done = subprocess.run(
-        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "results.json").read_text())
+    return found_apart(Path(__file__).with_name("rails.py"), tmp_path_factory.mktemp("rails"), 200)
 
 
 @pytest.mark.parametrize("where", ["far", "near", "here"])

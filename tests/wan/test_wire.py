@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
-from tests.support.processes import ROOT, environment
-from tests.wan import wire
+from tests.support.apart import found_apart
 from tests.wan.traffic import LENGTH, PACKETS
 
 MS = 1_000_000
@@ -19,15 +16,7 @@ TAKES = 9.6 * MS  # a packet, on the wire of 1 Mbit/s
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    if reason := wire.why_not():
-        pytest.skip(f"no wires here: {reason}")
-    folder = tmp_path_factory.mktemp("wires")
-    command = wire.apart(sys.executable, str(ROOT / "tests" / "wan" / "traffic.py"), str(folder))
-    done = subprocess.run(
-        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "results.json").read_text())
+    return found_apart(Path(__file__).with_name("traffic.py"), tmp_path_factory.mktemp("wires"), 120)
 
 
 def test_packets_are_put_on_the_wire_one_after_another(found):

@@ -44,6 +44,14 @@ def is_apart() -> bool:
     return "WIRES_APART" in os.environ
 
 
+def go_apart(*command: str) -> None:
+    """Run `command` where there can be a `Star`, in place of this process; end it, with the reason, where there can be
+    none."""
+    if reason := why_not():
+        sys.exit(f"no wires here: {reason}")
+    os.execvp(APART[0], apart(*command))
+
+
 def why_not() -> str:
     """Why there can be no wires here; empty if there can."""
     for program, package in (("gcc", "gcc"), ("ip", "iproute2"), ("unshare", "util-linux"), ("nsenter", "util-linux")):
@@ -278,6 +286,4 @@ def _run(*command: str, given: str = "") -> None:
 
 
 if __name__ == "__main__":  # wire.py COMMAND...: run it apart
-    if reason := why_not():
-        sys.exit(f"no wires here: {reason}")
-    os.execvp(APART[0], apart(*sys.argv[1:]))
+    go_apart(*sys.argv[1:])
