@@ -504,7 +504,8 @@ class Link:
                 self._discard_rails_locked()  # those of an attempt that failed
                 opening = self._opener.choose(event)
                 self._adopt_locked(opening, event.peer)
-                self._core.choose(opening.name, opening.offer, opening.sealed, opening.checked)
+                most = opening.rails.endpoint.most_rails
+                self._core.choose(opening.name, opening.offer, opening.sealed, opening.checked, most)
             case events.OpenRails():
                 # Dialling blocks: not under the lock nor, once messages flow, in the reader's way.
                 if self._core.state is Phase.OPEN:

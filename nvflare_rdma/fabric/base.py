@@ -79,6 +79,11 @@ class Endpoint(ABC):
         """How many rails were opened."""
 
     @property
+    def most_rails(self) -> int:
+        """Passive side: how many rails the peer may open."""
+        return MAX_RAILS
+
+    @property
     def answer(self) -> Mapping[str, Any]:
         """Active side: what the peer's endpoint needs before it can use the rails (msgpack types)."""
         return {}

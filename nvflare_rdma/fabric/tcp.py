@@ -158,6 +158,11 @@ class TcpEndpoint(Endpoint):
         return len(self._sockets)
 
     @property
+    def most_rails(self) -> int:
+        """See `Endpoint.most_rails`."""
+        return self._most
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed

@@ -64,7 +64,7 @@ class Connection:
         self._overhead = 0
         self._rails: set[int] = set()
         self._opened_rails: set[int] = set()
-        self._most_wanted = 0
+        self._most_wanted, self._most_rails = 0, MAX_RAILS
         self._max_chunk = 0
         self._up_at = now
         self._attempts = 0
@@ -223,9 +223,13 @@ class Connection:
             raise illegal("rails", self.rail_state, happening)
         self.rail_state = new
 
-    def choose(self, fabric: str, offer: Mapping[str, Any], sealed: bool, checked: bool) -> None:
-        """Answer `ChooseFabric`, on the passive side. `fabric` is "" to use the control stream for everything."""
+    def choose(
+        self, fabric: str, offer: Mapping[str, Any], sealed: bool, checked: bool, most_rails: int = MAX_RAILS
+    ) -> None:
+        """Answer `ChooseFabric`, on the passive side. `fabric` is "" to use the control stream for everything;
+        `most_rails` is how many the peer may open of what is offered."""
         self._move_rails(Input.CHOSEN)
+        self._most_rails = most_rails
         if self.state is Phase.OPENING and not self._fabric:
             self._emit(self._hello)
         self._agree(fabric or "control", sealed)
@@ -254,7 +258,7 @@ class Connection:
                 self._agree(message.fabric or "control", message.sealed)
                 self._events.append(events.OpenRails(message.fabric, message.offer, message.sealed, message.checked))
             case wire.Rails():
-                most = 0 if self._fabric == "control" else MAX_RAILS
+                most = 0 if self._fabric == "control" else self._most_rails
                 if message.count > most:
                     raise ProtocolError(
                         f"the peer says that it opened {message.count} rails, at most {most} are allowed"
@@ -273,7 +277,7 @@ class Connection:
                     self._events.append(events.DropRail(message.rail))
             case wire.RailUp():
                 self._move_rails(Input.RAIL_UP)
-                if message.rail >= MAX_RAILS or message.rail in self._opened_rails or self._fabric == "control":
+                if message.rail >= self._most_rails or message.rail in self._opened_rails or self._fabric == "control":
                     raise ProtocolError(f"the peer says that it opened rail {message.rail}, which can't be")
                 if self.rail_state is RailState.UP:
                     self._add_rail(message.rail, now)

@@ -535,6 +535,16 @@ def test_rails_beyond_the_limit_are_a_protocol_error():
         passive.core.receive(wire.encode(wire.Rails(65)), now=0.0)
 
 
+def test_rails_beyond_what_was_offered_are_a_protocol_error():
+    active, passive = make_pair()
+    active.settle()
+    passive.core.receive(b"".join(passive.wire), now=0.0)
+    passive.core.next_events()
+    passive.core.choose("tcp", {}, False, False, most_rails=2)
+    with pytest.raises(ProtocolError, match="the peer says that it opened 3 rails, at most 2 are allowed"):
+        passive.core.receive(wire.encode(wire.Rails(3)), now=0.0)
+
+
 def test_rails_where_there_is_only_the_control_stream_are_a_protocol_error():
     active, passive = make_pair(rails=0)
     active.settle()
