@@ -405,22 +405,26 @@ def test_a_site_dials_only_so_often_and_takes_nothing_from_another(spliced, monk
     spliced.pair(first, 2)
 
 
-def test_tokens_that_a_site_makes_count_for_that_site(spliced, monkeypatch):
+def test_tokens_that_a_site_makes_count_for_that_site(spliced, monkeypatch, caplog):
     """It could name others in them."""
     monkeypatch.setattr(junction_module, "MAX_PAIRS_TO_SITE", 2)
     server, its = spliced.junction.open("server.job"), spliced.junction.open("site-1.job")
     for number in range(2):
         spliced.pair(its, number, f"site-{number + 2}")
+    spliced.wait(its, 9)  # there would be somebody to join it with
     assert_dropped(spliced.dial(its, "site-9"))
+    eventually(lambda: "its site has too many connections" in caplog.text, DEADLINE)
     spliced.pair(server, 0, "site-2")
 
 
-def test_a_site_has_a_share_of_what_there_is_whatever_it_says_who_dials(spliced, monkeypatch):
+def test_a_site_has_a_share_of_what_there_is_whatever_it_says_who_dials(spliced, monkeypatch, caplog):
     monkeypatch.setattr(junction_module, "_most_pairs", lambda: 8)
     server, its = spliced.junction.open("server.job"), spliced.junction.open("site-1.job")
     for number in range(2):
         spliced.pair(its, number, f"site-{number + 2}")
+    spliced.wait(its, 9)  # there would be somebody to join it with
     assert_dropped(spliced.dial(its, "site-9"))
+    eventually(lambda: "its site has too many connections" in caplog.text, DEADLINE)
     spliced.pair(server, 0, "site-2")
 
 
