@@ -54,7 +54,7 @@ class Gates:
     def __init__(self) -> None:
         self.made = 0  # bytes of an array, on FLARE's path
         self._shut: dict[int, threading.Event] = {}
-        self._reached: dict[int, threading.Event] = {}
+        self._reached: dict[int, threading.Semaphore] = {}
         produce, offer = ArrayDownloadable.produce_item, sender.OfferThread._offer
 
         @functools.wraps(produce)
@@ -71,17 +71,19 @@ class Gates:
         ArrayDownloadable.produce_item, sender.OfferThread._offer = produce_item, _offer
 
     def shut(self, kind: int) -> None:
-        self._reached[_LAST + kind], self._shut[_LAST + kind] = threading.Event(), threading.Event()
+        self._reached[_LAST + kind], self._shut[_LAST + kind] = threading.Semaphore(0), threading.Event()
 
     def open(self, kind: int) -> None:
         self._shut[_LAST + kind].set()
 
-    def await_reached(self, kind: int) -> None:
-        assert self._reached[_LAST + kind].wait(DEADLINE)
+    def await_reached(self, kind: int, times: int = 1) -> None:
+        """``times``: on our path each receiver has an offer of its own; FLARE makes the bytes once for all."""
+        for _ in range(times):
+            assert self._reached[_LAST + kind].acquire(timeout=DEADLINE)
 
     def _wait(self, size: int) -> None:
         if size in self._shut:
-            self._reached[size].set()
+            self._reached[size].release()
             self._shut[size].wait(DEADLINE)
 
 

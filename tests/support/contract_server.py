@@ -101,14 +101,15 @@ class Server(Member):
         return self._pool.submit(self.land, payload, kind), sorted({ref.ref_id for ref in refs})
 
 
-def run(server: Server, sites: dict) -> dict:
+def run(server: Server, sites: dict, offers: int) -> dict:
+    """``offers``: of an array that two sites receive."""
     found: dict = {}
     answers = server.send(EVERYONE, "site-1", "site-2").result(DEADLINE)
     found["everyone"] = {**server.outcome(EVERYONE), "answers": answers}
 
     server.gates.shut(ABORTED)
     answers = server.send(ABORTED, "site-1", "site-2")
-    server.gates.await_reached(ABORTED)
+    server.gates.await_reached(ABORTED, offers)
     server.ask("site-2", "abort")
     # Before anything else goes out: it is the receiver that says so.
     eventually(lambda: server.failed_so_far(ABORTED) == ["site-2"], DEADLINE)
@@ -118,7 +119,7 @@ def run(server: Server, sites: dict) -> dict:
     # No site-3 is there, and site-2 freezes when it has the most.
     server.gates.shut(BUDGETS)
     late = server.send(BUDGETS, "site-1", "site-2", "site-3")
-    server.gates.await_reached(BUDGETS)
+    server.gates.await_reached(BUDGETS, offers)
     sites["site-2"].send_signal(signal.SIGSTOP)
     server.gates.open(BUDGETS)
 
@@ -156,7 +157,7 @@ def main() -> None:
         while server.ask(TRAINER, "ready", 1.0) is None:
             assert sites["site-1"].poll() is None
             threading.Event().wait(0.1)
-        results = run(server, sites)
+        results = run(server, sites, 2 if way == "ours" else 1)
         eventually(lambda: not any(thread.name == "rdma-offers" for thread in threading.enumerate()), DEADLINE)
         results["made on FLARE's own path"] = server.gates.made
         results["budget left in use"] = this_runtime().context.budget.in_use
