@@ -15,6 +15,7 @@ from nvflare_rdma.errors import CodecError, FabricError, ProtocolError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
 from nvflare_rdma.logs import escaped, get_logger
 from nvflare_rdma.transfer.content import TensorContent
+from nvflare_rdma.transfer.manifest import Item
 
 #: A line of somebody's own, a red terminal, a text that is read backwards, and a file name that is no UTF-8.
 FORGED = "w\n2026-01-01 ERROR\r\x1b[31m\u202e\udcff"
@@ -60,7 +61,8 @@ def test_errors_have_escaped_texts(kind):
 
 
 def test_the_name_of_a_tensor_that_is_sent(caplog):
-    TensorContent({FORGED: np.zeros(4096, np.float32)}).send_exact(FORGED, "NaN")
+    item = Item(FORGED, False, "float32", (4096,))
+    TensorContent({FORGED: np.zeros(4096, np.float32)}).send_exact(item, "NaN")
     assert caplog.messages == [f"tensor {SHOWN} is sent exact: NaN"]
 
 

@@ -68,7 +68,7 @@ class RelayConsumer(Consumer):
         if (number, offset) != self._at or not piece:
             raise ProtocolError(f"a piece of tensor {number} at {offset} came where {self._at} was expected")
         item = self._items[number]
-        nbytes, unit = item.sent_nbytes, item.cut.unit if item.cut is not None else 1
+        nbytes, unit = item.sent_nbytes, item.unit
         end = offset + len(piece)
         if end > nbytes or (len(piece) % unit and end != nbytes):
             raise ProtocolError(f"{len(piece)} bytes at {offset} of a tensor of {nbytes}")

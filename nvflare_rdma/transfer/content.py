@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from nvflare_rdma.channel import Source, Take
-from nvflare_rdma.codecs import codec_of, is_torch, read_run
+from nvflare_rdma.channel import Source
+from nvflare_rdma.codecs import codec_of
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer import manifest
-from nvflare_rdma.transfer.arrays import raw_bytes, strided, to_bytes
-from nvflare_rdma.transfer.encoding import EncodedChunkCache, EncodedSource
+from nvflare_rdma.transfer.arrays import raw_bytes, to_bytes
+from nvflare_rdma.transfer.bundles import Bundle, TensorSource
+from nvflare_rdma.transfer.encoding import EncodedChunkCache, SharedSource
 from nvflare_rdma.transfer.manifest import INLINE_BYTES, INLINE_TOTAL, SMALL_TOTAL, Item
 from nvflare_rdma.transfer.pieces import piece_layout
 
@@ -47,8 +47,9 @@ class Content(ABC):
         """The bytes of `item`, encoded as `item.cut` says."""
 
     @abstractmethod
-    def send_exact(self, name: str, reason: str) -> None:
-        """Send the item called `name` exact from now on, so in `items`: it can't be encoded, for `reason`."""
+    def send_exact(self, item: Item, reason: str) -> None:
+        """Send `item` exact from now on, so in `items`: it can't be encoded, for `reason`. Of a bundle, the source has
+        said which member that is about."""
 
     def answer(self, request: Any, receiver: str) -> dict[str, Any] | None:
         """The answer to a request that only this kind of content knows, or that it refuses; None for all others."""
@@ -78,6 +79,8 @@ class TensorContent(Content):
         self._tensors = dict(tensors)
         self._cache = cache if cache is not None else EncodedChunkCache()
         self._lock = threading.Lock()
+        self._groups: list[Item] | None = None
+        self._bundles: weakref.WeakValueDictionary[str, Bundle] = weakref.WeakValueDictionary()
         #: Marked tensors that their codec can't carry.
         self._exact: set[str] = set()
         #: The items that receivers are told of, compact or not, and which tensors were exact when these were made.
@@ -95,22 +98,22 @@ class TensorContent(Content):
             try:
                 items = self._with_encoded_content(described) if compact else _with_content(described, self._tensors)
             except _NotEncodableError as error:
-                self.send_exact(error.name, str(error))
+                self._note_exact(error.name, str(error))
             else:
                 self._described[compact] = exact, items
 
     def _with_encoded_content(self, items: list[Item]) -> list[Item]:
-        """The items, with the content of the small ones, or of all if they are small together."""
-        # What would not get smaller travels exact.
-        items = [replace(item, cut=None) if item.sent_nbytes >= item.nbytes else item for item in items]
-        small = sum(item.sent_nbytes for item in items) <= SMALL_TOTAL
-        found, room = [], INLINE_TOTAL
-        for item in items:
-            if small or (item.nbytes <= INLINE_BYTES and item.sent_nbytes <= room):
-                item = replace(item, content=self._content_of(item))
-                room -= item.sent_nbytes
-            found.append(item)
-        return found
+        """The items, with their content if they are small together, else the small ones bundled."""
+        items = list(map(_compact, items))
+        if sum(item.sent_nbytes for item in items) <= SMALL_TOTAL:
+            return [replace(item, content=self._content_of(item)) for item in items]
+        if self._groups is None:  # the same ever after: receivers that ask again have some of them
+            self._groups = manifest.bundled(list(map(_compact, self._describe(set()))))
+        now = {item.name: item for item in items}
+        return [
+            Item.bundle([now[member.name] for member in each.members]) if each.members else now[each.name]
+            for each in self._groups
+        ]
 
     def _content_of(self, item: Item) -> bytes:
         if not item.nbytes:
@@ -130,13 +133,28 @@ class TensorContent(Content):
 
     def source(self, item: Item) -> Source:
         """See `Content.source`."""
+        if item.members:
+            return SharedSource(self._bundle(item))
         tensor = self._tensors[item.name]
         if item.cut is None:
             return TensorSource(tensor, item.nbytes)
-        return EncodedSource(self._cache.encoding(tensor, item.cut))
+        return SharedSource(self._cache.encoding(tensor, item.cut))
 
-    def send_exact(self, name: str, reason: str) -> None:
+    def _bundle(self, item: Item) -> Bundle:
+        """The bundle that its receivers share while one of them is sent it."""
+        with self._lock:
+            found = self._bundles.get(item.name)
+            if found is None or found.item != item:
+                tensors = [self._tensors[member.name] for member in item.members]
+                found = self._bundles[item.name] = Bundle(item, tensors, self._cache, self._note_exact)
+            return found
+
+    def send_exact(self, item: Item, reason: str) -> None:
         """See `Content.send_exact`."""
+        if not item.members:
+            self._note_exact(item.name, reason)
+
+    def _note_exact(self, name: str, reason: str) -> None:
         with self._lock:
             if name not in self._exact:
                 log.warning("tensor %s is sent exact: %s", name, reason)
@@ -145,6 +163,12 @@ class TensorContent(Content):
     def count_marked(self) -> int:
         """See `Content.count_marked`."""
         return sum(codec_of(tensor) is not None for tensor in self._tensors.values())
+
+
+def _compact(item: Item) -> Item:
+    """The item, exact if it would not get smaller, and with its content if that is nothing."""
+    cut = item.cut if item.sent_nbytes < item.nbytes else None
+    return replace(item, cut=cut, content=None if item.nbytes else b"")
 
 
 def _with_content(items: list[Item], tensors: Mapping[str, Any]) -> list[Item]:
@@ -163,31 +187,3 @@ class _NotEncodableError(UnrepresentableError):
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(reason)
         self.name = name
-
-
-class TensorSource(Source):
-    """The bytes of a tensor. Each chunk is a copy if the tensor is on a GPU, or not contiguous."""
-
-    def __init__(self, tensor: Any, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self._tensor = tensor
-        plain = tensor.is_contiguous() and tensor.is_cpu if is_torch(tensor) else tensor.flags.c_contiguous
-        self.ready = bool(plain)
-        self._bytes = to_bytes(tensor) if plain else None
-
-    def read(self, offset: int, length: int, take: Take) -> memoryview:
-        """See `Source.read`."""
-        if self._bytes is not None:
-            return self._bytes[offset : offset + length]
-        tensor = self._tensor
-        if is_torch(tensor) and not tensor.is_cpu and not tensor.is_contiguous():
-            tensor = self._tensor = tensor.detach().contiguous()  # on its device, once
-        width = tensor.element_size() if is_torch(tensor) else tensor.itemsize
-        first, last = offset // width, -(-(offset + length) // width)
-        copy = take((last - first) * width)
-        if is_torch(tensor) and not tensor.is_cpu:
-            copy[:] = to_bytes(tensor.detach().reshape(-1)[first:last])
-        else:
-            array = strided(tensor)
-            read_run(array, first, np.frombuffer(copy, array.dtype))
-        return copy[offset - first * width :][:length]

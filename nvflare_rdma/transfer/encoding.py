@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -154,51 +155,103 @@ class EncodedChunkCache:
                     self._held -= len(chunk)
 
 
-class Encoding:
-    """Encodes one marked tensor for all its receivers. The tensor must not change while it is sent."""
+class SharedChunks(ABC):
+    """Makes the chunks of one message for all its receivers, once for those that ask at about the same time."""
 
-    def __init__(self, tensor: Any, layout: PieceLayout, cache: EncodedChunkCache) -> None:
-        self.tensor = tensor
-        self.layout = layout
+    def __init__(self, nbytes: int, cache: EncodedChunkCache) -> None:
+        self.nbytes = nbytes
         self.unrepresentable = ""
-        """Why the tensor can't be encoded and has to travel exact; "" as long as that is not known."""
-        self.sources: weakref.WeakSet[EncodedSource] = weakref.WeakSet()
+        """Why something in it can't be encoded and has to travel exact; "" as long as that is not known."""
+        self.sources: weakref.WeakSet[SharedSource] = weakref.WeakSet()
         self._cache = cache
-        self._flat: Any = None
-        self._array = None if is_on_gpu(tensor) else to_array(tensor)
         weakref.finalize(self, cache.forget, id(self)).atexit = False
+
+    @abstractmethod
+    def _fill(self, offset: int, chunk: memoryview) -> None:
+        """Make the bytes of the message that begin at `offset`. Raises UnrepresentableError."""
 
     def read(self, offset: int, length: int, take: Take) -> memoryview:
         """See `Source.read`."""
         key = id(self), offset, length
         if len(self.sources) < 2:
-            return self._fill(offset, take(length))
+            return self._make(offset, take(length))
         if (chunk := self._cache.get(key)) is not None:
             return chunk
         # Not under the lock: who waits for room would hold up all others.
         slot = take(length)
         with self._cache.making(key):
             if (chunk := self._cache.get(key)) is None:
-                chunk = self._fill(offset, slot)
+                chunk = self._make(offset, slot)
                 self._cache.put(key, chunk)
         return chunk
 
-    def _fill(self, offset: int, chunk: memoryview) -> memoryview:
+    def _make(self, offset: int, chunk: memoryview) -> memoryview:
         try:
-            for first, last, place in self.layout.pieces(offset, len(chunk)):
-                self._encode(first, last, chunk[place])
+            self._fill(offset, chunk)
         except UnrepresentableError as error:
             self.unrepresentable = str(error)
             raise
         return chunk
 
+
+class SharedSource(Source):
+    """The bytes of one message for one receiver."""
+
+    ready = False
+
+    def __init__(self, chunks: SharedChunks) -> None:
+        self.nbytes = chunks.nbytes
+        self.chunks = chunks
+        chunks.sources.add(self)
+
+    @property
+    def unrepresentable(self) -> str:
+        """See `Source.unrepresentable`."""
+        return self.chunks.unrepresentable
+
+    def read(self, offset: int, length: int, take: Take) -> memoryview:
+        """See `Source.read`."""
+        return self.chunks.read(offset, length, take)
+
+
+class Encoding(SharedChunks):
+    """Encodes one marked tensor. It must not change while it is sent."""
+
+    def __init__(self, tensor: Any, layout: PieceLayout, cache: EncodedChunkCache) -> None:
+        super().__init__(layout.nbytes, cache)
+        self.tensor = tensor
+        self.layout = layout
+        self._encoder = PieceEncoder(tensor, layout)
+
+    def _fill(self, offset: int, chunk: memoryview) -> None:
+        self._encoder.fill(offset, chunk)
+
+
+class PieceEncoder:
+    """Encodes pieces of one tensor, where it is: on the CPU, or on a GPU."""
+
+    def __init__(self, tensor: Any, layout: PieceLayout) -> None:
+        self._tensor = tensor
+        self._layout = layout
+        self._flat: Any = None
+        self._array = None if is_on_gpu(tensor) else to_array(tensor)
+
+    def fill(self, offset: int, chunk: memoryview) -> None:
+        """Make the encoded bytes that begin at `offset`, which is where a piece does.
+
+        Raises:
+            UnrepresentableError: the codec can't carry the values.
+        """
+        for first, last, place in self._layout.pieces(offset, len(chunk)):
+            self._encode(first, last, chunk[place])
+
     def _encode(self, first: int, last: int, out: memoryview) -> None:
-        codec, array = self.layout.codec, self._array
+        codec, array = self._layout.codec, self._array
         if array is None:
             from nvflare_rdma.codecs import can_encode_on_device, encode_on_device
 
             if self._flat is None:
-                self._flat = self.tensor.detach().reshape(-1)  # a copy on its device if it is not contiguous, once
+                self._flat = self._tensor.detach().reshape(-1)  # a copy on its device if not contiguous, once
             piece = self._flat[first:last]
             if can_encode_on_device(codec):
                 out[:] = encode_on_device(codec, piece).data
@@ -207,26 +260,6 @@ class Encoding:
         elif array.flags.c_contiguous:
             values = array.reshape(-1)[first:last]
         else:
-            values = np.frombuffer(thread_scratch(self.layout.values * array.itemsize), array.dtype, last - first)
+            values = np.frombuffer(thread_scratch(self._layout.values * array.itemsize), array.dtype, last - first)
             read_run(array, first, values)
         codec.encode_into(values, out)
-
-
-class EncodedSource(Source):
-    """The bytes of a marked tensor for one receiver."""
-
-    ready = False
-
-    def __init__(self, encoding: Encoding) -> None:
-        self.nbytes = encoding.layout.nbytes
-        self.encoding = encoding
-        encoding.sources.add(self)
-
-    @property
-    def unrepresentable(self) -> str:
-        """See `Source.unrepresentable`."""
-        return self.encoding.unrepresentable
-
-    def read(self, offset: int, length: int, take: Take) -> memoryview:
-        """See `Source.read`."""
-        return self.encoding.read(offset, length, take)

@@ -1,21 +1,22 @@
 """Describes a message's tensors to the peer that receives them, before any of their bytes move.
 
-Tensors of up to `INLINE_BYTES` are in the manifest themselves (all together at most `INLINE_TOTAL`), and so are all
-tensors of a message that has no more than `SMALL_TOTAL` as it is sent; each of the others is a message of its own on
-the link. Its bytes are the tensor's values in C order, little-endian, or what a codec makes of them piece by piece (see
-`pieces`).
+All tensors of a message that has no more than `SMALL_TOTAL` as it is sent are in the manifest themselves. Of a larger
+one each tensor is a message of its own on the link, and small ones are bundled in one, since a message costs both sides
+about as much work as a hundred KiB. The bytes are the tensor's values in C order, little-endian, or what a codec makes
+of them piece by piece (see `pieces`); a bundle is those of its members one after the other, and travels as one chunk.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
 
+from nvflare_rdma.channel import MAX_UNIT_BYTES, MIN_CHUNK_BYTES
 from nvflare_rdma.codecs import FLOAT_NAMES, MAX_DIMENSIONS, dtype_name, is_plain, is_torch, width
 from nvflare_rdma.errors import ProtocolError, TransferError
 from nvflare_rdma.transfer.pieces import PieceLayout
@@ -23,6 +24,11 @@ from nvflare_rdma.transfer.pieces import PieceLayout
 INLINE_BYTES = 16 * 1024
 INLINE_TOTAL = 1024 * 1024
 SMALL_TOTAL = 256 * 1024
+#: So much an item may have, as it is sent, to be bundled, and so much a bundle.
+BUNDLED_BYTES = 128 * 1024
+BUNDLE_BYTES = 256 * 1024
+#: Where there is less for all bundles together, there are so many of them: for as many rails.
+_BUNDLES = 16
 MAX_ITEMS = 1 << 20
 #: Where a request has the bytes of each item's message that are not to be sent again, and the answer has those that
 #: will not be.
@@ -31,10 +37,10 @@ STARTS = "starts"
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Describes one tensor, or one part of a file.
+    """Describes one tensor, one part of a file, or a bundle of tensors.
 
     `name` is its id in its message. `content` has its bytes, or is None if they come apart; `cut` tells how they are
-    encoded, and is None if they are not.
+    encoded, and is None if they are not. A bundle has its `members`, and the name of the first of them.
     """
 
     name: str
@@ -43,6 +49,13 @@ class Item:
     shape: tuple[int, ...]
     content: bytes | None = None
     cut: PieceLayout | None = None
+    members: tuple[Item, ...] = ()
+
+    @classmethod
+    def bundle(cls, members: Sequence[Item]) -> Item:
+        """Bundle items that come apart."""
+        nbytes = sum(member.sent_nbytes for member in members)
+        return cls(members[0].name, False, "uint8", (nbytes,), members=tuple(members))
 
     @property
     def nbytes(self) -> int:
@@ -54,6 +67,18 @@ class Item:
         """Bytes of its content, or of its message on the link."""
         return self.cut.nbytes if self.cut is not None else self.nbytes
 
+    @property
+    def unit(self) -> int:
+        """The unit of its message on the link, where it is sent from its beginning: see `channel.Sink`."""
+        if self.members:
+            return max(self.nbytes, MIN_CHUNK_BYTES)
+        return self.cut.unit if self.cut is not None else 1
+
+    @property
+    def tensors(self) -> tuple[Item, ...]:
+        """Its members, or itself."""
+        return self.members or (self,)
+
 
 def describe(tensors: Mapping[str, Any]) -> list[Item]:
     """Describe a message's tensors, without their content.
@@ -62,6 +87,28 @@ def describe(tensors: Mapping[str, Any]) -> list[Item]:
         TransferError: one of them is no plain dense tensor, and is left to the fallback.
     """
     return [_describe(name, tensor) for name, tensor in tensors.items()]
+
+
+def bundled(items: list[Item]) -> list[Item]:
+    """The same items, with the small ones that come apart in bundles. A bundle remains one if some of its members, or
+    all, turn out to travel exact."""
+
+    def is_small(item: Item) -> bool:
+        return item.content is None and item.sent_nbytes <= BUNDLED_BYTES and item.nbytes <= MAX_UNIT_BYTES
+
+    small = [item for item in items if is_small(item)]
+    most = min(max(sum(item.sent_nbytes for item in small) // _BUNDLES, MIN_CHUNK_BYTES), BUNDLE_BYTES)
+    bundles: list[list[Item]] = [[]]
+    room, exact_room = most, MAX_UNIT_BYTES
+    for item in small:
+        if bundles[-1] and (item.sent_nbytes > room or item.nbytes > exact_room):
+            bundles.append([])
+            room, exact_room = most, MAX_UNIT_BYTES
+        bundles[-1].append(item)
+        room, exact_room = room - item.sent_nbytes, exact_room - item.nbytes
+    several = [bundle for bundle in bundles if len(bundle) > 1]
+    within = {item.name for bundle in several for item in bundle}
+    return [item for item in items if item.name not in within] + [Item.bundle(bundle) for bundle in several]
 
 
 def is_sendable(tensor: Any) -> bool:
@@ -79,13 +126,13 @@ def _describe(name: str, tensor: Any) -> Item:
 
 def pack(items: list[Item]) -> bytes:
     """Make bytes of a manifest, for `unpack`."""
-    packed: bytes = msgpack.packb(
-        [
-            [i.name, i.torch, i.dtype, list(i.shape), i.content, *([i.cut.codec.name, i.cut.values] if i.cut else [])]
-            for i in items
-        ]
-    )
+    packed: bytes = msgpack.packb([[list(map(_row, i.members))] if i.members else _row(i) for i in items])
     return packed
+
+
+def _row(item: Item) -> list[Any]:
+    cut = [item.cut.codec.name, item.cut.values] if item.cut else []
+    return [item.name, item.torch, item.dtype, list(item.shape), item.content, *cut]
 
 
 def unpack(data: Any) -> list[Item]:
@@ -100,12 +147,26 @@ def unpack(data: Any) -> list[Item]:
         rows = msgpack.unpackb(data, max_array_len=MAX_ITEMS)
         if type(rows) is not list:
             raise ValueError(f"a list is expected, not {type(rows).__name__}")
-        items = [_item(*row) for row in rows]
+        items = [_bundle(*row) if len(row) == 1 else _item(*row) for row in rows]
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ProtocolError(f"malformed manifest: {error}") from error
-    if len({item.name for item in items}) != len(items):
+    names = [tensor.name for item in items for tensor in item.tensors]
+    if len(names) > MAX_ITEMS:
+        raise ProtocolError(f"malformed manifest: it has {len(names)} tensors, {MAX_ITEMS} are the most")
+    if len(set(names)) != len(names):
         raise ProtocolError("malformed manifest: a name comes twice")
     return items
+
+
+def _bundle(rows: Any) -> Item:
+    if type(rows) is not list or not rows:
+        raise ValueError("a bundle is a list of items")
+    bundle = Item.bundle([_item(*row) for row in rows])
+    if any(member.content is not None for member in bundle.members):
+        raise ValueError("a bundle has an item with content")
+    if bundle.nbytes > MAX_UNIT_BYTES:
+        raise ValueError(f"a bundle has {bundle.nbytes} bytes, {MAX_UNIT_BYTES} are the most")
+    return bundle
 
 
 def _item(name: Any, torch: Any, dtype: Any, shape: Any, content: Any, codec: Any = None, values: Any = 0) -> Item:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -295,9 +295,10 @@ class Pull:
                 arrivals.changed.wait_for(lambda: not arrivals.open or arrivals.failure, _LOOK_SECONDS)
                 over = not arrivals.open or bool(arrivals.failure)
                 count, nbytes, lost = len(arrivals.whole), arrivals.nbytes, arrivals.lost
+                whole = set(arrivals.whole) if count != known else ()
             if count != known:
                 known = count
-                self._tell_progress(nbytes, count)
+                self._tell_progress(nbytes, whole)
                 self._destination.check(attempt_is_over=False)
             if over:
                 return
@@ -317,8 +318,9 @@ class Pull:
                 self._report(arrivals)
                 report_at = time.monotonic() + REPORT_SECONDS
 
-    def _tell_progress(self, nbytes: int = 0, count: int = 0) -> None:
-        self._progress(Progress(self._whole_bytes + nbytes, len(self._whole) + count))
+    def _tell_progress(self, nbytes: int = 0, whole: Iterable[int] = ()) -> None:
+        count = sum(len(self.items[number].tensors) for number in {*self._whole, *whole})
+        self._progress(Progress(self._whole_bytes + nbytes, count))
 
     def _probe(self) -> None:
         with contextlib.suppress(RefusedError):  # that is an answer, too
@@ -393,6 +395,8 @@ def ask_for(ask: Callable[[dict[str, Any]], Any], request: dict[str, Any]) -> Ma
 
 
 def _identity(item: Item) -> tuple[Any, ...]:
+    if item.members:  # how large it is follows from how they are sent
+        return item.name, tuple(map(_identity, item.members))
     return item.name, item.torch, item.dtype, item.shape, item.content is None
 
 

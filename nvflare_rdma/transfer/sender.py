@@ -51,7 +51,7 @@ class Relayed:
                     try:
                         return number, offset, item.cut is None, self._read(number, offset, most)
                     except UnrepresentableError as error:
-                        self._content.send_exact(item.name, str(error))
+                        self._content.send_exact(item, str(error))
                         self._items[number], self._open, offset = replace(item, cut=None), None, 0
                         continue
                 number, offset, exact = number + 1, 0, False
@@ -61,7 +61,7 @@ class Relayed:
         item = self._items[number]
         if self._open is None or self._open[0] != number:
             self._open = number, self._content.source(item)
-        length = whole_units(most, item.cut.unit if item.cut is not None else 1)
+        length = whole_units(most, item.unit)
         left = item.sent_nbytes - offset
         return bytes(self._open[1].read(offset, min(length, left), lambda nbytes: memoryview(bytearray(nbytes))))
 
@@ -97,15 +97,15 @@ class Rest(Source):
 
 class OfferThread(threading.Thread):
     """Offers items of `content` to one receiver, one after the other. `open_link` finds the link to it, or opens one,
-    which may take as long as it takes to dial. `moved` is called with the bytes of each item that has arrived, and
-    `broke` in the end, in this thread, if the link has ended in the middle of it."""
+    which may take as long as it takes to dial. `moved` is called with the bytes and the tensors of each item that has
+    arrived, and `broke` in the end, in this thread, if the link has ended in the middle of it."""
 
     def __init__(
         self,
         open_link: Callable[[], Link],
         content: Content,
         wanted: list[OfferedItem],
-        moved: Callable[[int], None],
+        moved: Callable[[int, int], None],
         broke: Callable[[OfferThread], None] = lambda sender: None,
     ) -> None:
         super().__init__(name="rdma-offers", daemon=True)
@@ -200,10 +200,10 @@ class OfferThread(threading.Thread):
             if not source.unrepresentable:
                 raise
             # The receiver misses this one, and asks again.
-            self._content.send_exact(item.name, source.unrepresentable)
+            self._content.send_exact(item, source.unrepresentable)
         else:
             self._missing -= 1
-            self._moved(source.nbytes)
+            self._moved(source.nbytes, len(item.tensors))
         with self._lock:
             self._open.popleft()
 
@@ -213,7 +213,7 @@ class OfferThread(threading.Thread):
             open_now = list(self._open)
         for _, item, source in open_now:
             if source.unrepresentable:
-                self._content.send_exact(item.name, source.unrepresentable)
+                self._content.send_exact(item, source.unrepresentable)
 
     def count(self, meter: Meter) -> None:
         """Add what the receiver was sent so far to `meter`."""

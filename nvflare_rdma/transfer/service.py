@@ -336,7 +336,7 @@ class Service:
             functools.partial(_open_link, links, receiver, invitation, self._notices),
             content,
             offered,
-            lambda nbytes: self._moved(receiver, nbytes, 1),
+            functools.partial(self._moved, receiver),
             functools.partial(self._broke, receiver),
         )
         with self._lock:
@@ -354,7 +354,7 @@ class Service:
 
 
 def _is_start(item: Item, start: Any) -> bool:
-    return type(start) is int and 0 <= start < item.sent_nbytes and not (start and item.cut and start % item.cut.unit)
+    return type(start) is int and 0 <= start < item.sent_nbytes and start % item.unit == 0
 
 
 def _starts(request: Mapping[str, Any], before: list[Item], items: list[Item]) -> list[int]:

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
 from nvflare_rdma.channel import Sink
@@ -170,7 +170,7 @@ class Arrivals:
 
 class TensorSink(Sink):
     """Receives one tensor into `place`, from `start` bytes of its message on: those before have landed already. `whole`
-    is called with the place when all of it is there."""
+    is called with its name and the place when all of it is there."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class TensorSink(Sink):
         item: Item,
         place: Place,
         arrivals: Arrivals,
-        whole: Callable[[int, Place], object],
+        whole: Callable[[str, Place], object],
         start: int = 0,
     ) -> None:
         self._number = number
@@ -189,7 +189,7 @@ class TensorSink(Sink):
         self.item = item
         self.place = place
         self.nbytes = item.sent_nbytes - start
-        self.unit = item.cut.unit if item.cut is not None else 1
+        self.unit = item.unit
 
     @property
     def held(self) -> int:
@@ -213,7 +213,46 @@ class TensorSink(Sink):
 
     def done(self) -> None:
         """See `Sink.done`."""
-        self._whole(self._number, self.place)
+        self._whole(self.item.name, self.place)
+        self._arrivals.came(self._number, self.nbytes)
+
+    def failed(self, reason: str) -> None:
+        """See `Sink.failed`."""
+        self._arrivals.lose(self._number, reason)
+
+
+class BundleSink(Sink):
+    """Receives a bundle, the members into `places`. `whole` is called with the place of each, by its name."""
+
+    held = 0
+    """See `TensorSink.held`: a bundle comes whole, or not at all."""
+
+    def __init__(
+        self,
+        number: int,
+        item: Item,
+        places: Sequence[Place],
+        arrivals: Arrivals,
+        whole: Callable[[str, Place], object],
+    ) -> None:
+        self._number = number
+        self._arrivals = arrivals
+        self._whole = whole
+        self._places = places
+        self.item = item
+        self.nbytes, self.unit = item.nbytes, item.unit
+
+    def put(self, offset: int, chunk: memoryview) -> None:
+        """See `Sink.put`."""
+        end = 0
+        for member, place in zip(self.item.members, self._places, strict=True):
+            start, end = end, end + member.sent_nbytes
+            store_chunk(member, place, 0, chunk[start:end])
+
+    def done(self) -> None:
+        """See `Sink.done`."""
+        for member, place in zip(self.item.members, self._places, strict=True):
+            self._whole(member.name, place)
         self._arrivals.came(self._number, self.nbytes)
 
     def failed(self, reason: str) -> None:
@@ -317,9 +356,10 @@ class TensorDestination(Destination):
     def __init__(self, land: Land) -> None:
         self._land = land
         self._items: list[Item] = []
-        self._places: dict[int, Place] = {}
+        #: Of tensors that came apart, by their names.
+        self._places: dict[str, Place] = {}
         #: The last one of each item.
-        self._sinks: dict[int, TensorSink] = {}
+        self._sinks: dict[int, TensorSink | BundleSink] = {}
 
     def accept(self, items: list[Item], described: Mapping[str, Any]) -> None:
         """See `Destination.accept`."""
@@ -335,22 +375,28 @@ class TensorDestination(Destination):
         """See `Destination.sink`."""
         item = self._items[number]
         # What is late from an earlier attempt may come as well: the first place that is whole counts.
-        place = self._sinks[number].place if start else self._land(item)
-        self._sinks[number] = TensorSink(number, item, place, arrivals, self._places.setdefault, start)
-        return self._sinks[number]
+        if item.members:
+            places = [self._land(member) for member in item.members]
+            sink: TensorSink | BundleSink = BundleSink(number, item, places, arrivals, self._places.setdefault)
+        else:
+            before = self._sinks.get(number)
+            place = before.place if start and isinstance(before, TensorSink) else self._land(item)
+            sink = TensorSink(number, item, place, arrivals, self._places.setdefault, start)
+        self._sinks[number] = sink
+        return sink
 
     def finish(self) -> dict[str, Any]:
         """See `Destination.finish`."""
-        return {item.name: self._finish(number, item) for number, item in enumerate(self._items)}
+        return {tensor.name: self._finish(tensor) for item in self._items for tensor in item.tensors}
 
     def close(self) -> None:
         """See `Destination.close`."""
         self._sinks.clear()
         self._places.clear()
 
-    def _finish(self, number: int, item: Item) -> Any:
+    def _finish(self, item: Item) -> Any:
         if item.content is None:
-            return give(item, self._places[number])
+            return give(item, self._places[item.name])
         place = self._land(item)
         store_chunk(item, place, 0, memoryview(item.content))
         return give(item, place)

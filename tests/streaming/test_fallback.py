@@ -10,8 +10,9 @@ from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.marks import marked
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.streaming.fallback import finish
+from nvflare_rdma.transfer import content
 from nvflare_rdma.transfer.arrays import raw_bytes
-from nvflare_rdma.transfer.manifest import INLINE_BYTES
+from nvflare_rdma.transfer.manifest import INLINE_BYTES, SMALL_TOTAL
 from nvflare_rdma.transfer.receiver import Pull
 from nvflare_rdma.transfer.records import Meter
 from nvflare_rdma.transfer.sinks import TensorDestination
@@ -78,7 +79,8 @@ def test_what_was_landed_before_a_channel_broke_counts_once(direct, cell, record
     assert received.wire_bytes == 500_000
 
 
-def test_small_tensors_come_with_the_manifest_and_over_no_fabric(direct, cell, records):
+def test_small_tensors_come_with_the_manifest_and_over_no_fabric(direct, cell, records, monkeypatch):
+    monkeypatch.setattr(content, "SMALL_TOTAL", SMALL_TOTAL)
     sent = {"a": torch.ones(3), "b": np.zeros(INLINE_BYTES, np.uint8), "empty": np.zeros(0)}
     pull(direct(sent, ports=None), cell("site-1", ports=None))
     for record in sides(records).values():

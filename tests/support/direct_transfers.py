@@ -86,7 +86,7 @@ def large(count: int, size: int = 100_000) -> dict[str, np.ndarray]:
 
 
 def assert_equal(got, sent) -> None:
-    assert list(got) == list(sent)
+    assert got.keys() == sent.keys()
     for name, tensor in sent.items():
         assert type(got[name]) is (torch.Tensor if isinstance(tensor, torch.Tensor) else np.ndarray), name
         assert got[name].dtype == tensor.dtype, name

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from nvflare_rdma.transfer import content
+from nvflare_rdma.transfer import content, manifest
 from tests.support.data_channels import cells
 from tests.support.direct_transfers import Direct
 from tests.support.file_transfers import Files
@@ -23,9 +23,9 @@ def cell():
 
 @pytest.fixture
 def direct(cell, monkeypatch):
-    """direct(tensors, ...) -> Direct. A tensor of more than `INLINE_BYTES` goes over a link, also if it is the only
-    one."""
+    """direct(tensors, ...) -> Direct. Each tensor goes over a link, as a message of its own."""
     monkeypatch.setattr(content, "SMALL_TOTAL", 0)
+    monkeypatch.setattr(manifest, "BUNDLED_BYTES", 0)
     made = []
 
     def make(tensors, **kinds):

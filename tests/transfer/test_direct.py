@@ -12,10 +12,9 @@ import torch
 
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.errors import FabricUnavailable, TransferError
-from nvflare_rdma.transfer import content, manifest, receiver, service
+from nvflare_rdma.transfer import bundles, content, manifest, receiver, service
 from nvflare_rdma.transfer.arrays import to_bytes
 from nvflare_rdma.transfer.content import TensorContent
-from nvflare_rdma.transfer.manifest import INLINE_BYTES
 from nvflare_rdma.transfer.receiver import AbortedError, pull
 from nvflare_rdma.transfer.service import Service
 from tests.support.bodies import TestSink
@@ -88,11 +87,12 @@ def test_tensors_of_all_kinds(make, fabrics, direct, cell):
     assert site.find("server").fabric == fabrics[0]
     assert it.requests == ["describe", "send", "done"]
     assert it.service.has_served("site-1")
-    apart = [t for t in sent.values() if len(to_bytes(t)) > INLINE_BYTES]
+    apart = [t for t in sent.values() if len(to_bytes(t))]
     eventually(lambda: sorted(it.moved) == sorted(("site-1", len(to_bytes(t)), 1) for t in apart), DEADLINE)
 
 
-def test_small_tensors_alone_need_no_channel(direct, cell):
+def test_small_tensors_alone_need_no_channel(direct, cell, monkeypatch):
+    monkeypatch.setattr(content, "SMALL_TOTAL", manifest.SMALL_TOTAL)
     sent = {"a": torch.ones(3), "b": np.zeros((2, 2))}
     it = direct(sent, ports=None)
     assert_equal(it.pull(cell("site-1", ports=None)), sent)
@@ -261,7 +261,7 @@ def test_a_sender_sees_for_itself_what_has_arrived(direct, cell):
     assert_equal(it.confirmed(site), sent)
     assert it.requests == ["describe", "send"]
     assert it.service.has_served("site-1")
-    assert len(it.moved) == 200
+    assert len(it.moved) == 201
     it.ask("site-1")({"do": "describe"})
     assert not it.service.has_served("site-1")  # it begins anew
 
@@ -302,13 +302,13 @@ def test_a_sender_does_not_take_for_served_who_may_miss_something(direct, cell, 
 @pytest.mark.parametrize("how", ["aborted", "ended", "asked again"])
 def test_what_is_being_sent_then_is_not_sent_to_the_end(how, direct, cell, monkeypatch, caplog):
     monkeypatch.setattr(receiver, "REPORT_SECONDS", 0.1)
-    over, stop, read = threading.Event(), threading.Event(), content.read_run
+    over, stop, read = threading.Event(), threading.Event(), bundles.read_run
 
     def slow(*args) -> None:
         assert over.wait(DEADLINE)
         read(*args)
 
-    monkeypatch.setattr(content, "read_run", slow)  # for what is not contiguous
+    monkeypatch.setattr(bundles, "read_run", slow)  # for what is not contiguous
     it, site = direct({"a": np.zeros(100_000, np.uint8), "b": np.zeros(200_000, np.uint8)[::2]}), cell("site-1")
 
     def act() -> None:

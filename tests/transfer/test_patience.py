@@ -197,7 +197,7 @@ def test_a_receiver_that_is_dialled_goes_on_as_well(direct, cell, monkeypatch):
 def test_what_is_sent_otherwise_than_before_begins_anew(away):
     gone, gate = away(tensor(True))
     gone.cut()
-    gone.it.service._open_content().send_exact("w", "its codec can't carry it")
+    gone.it.service._open_content()._note_exact("w", "its codec can't carry it")
     gate.go_on.set()
     assert_equal(gone.come_back(), {"w": torch.arange(VALUES * 8).float()})
 

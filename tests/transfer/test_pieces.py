@@ -19,7 +19,7 @@ from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.errors import ProtocolError, UnrepresentableError
 from nvflare_rdma.streaming.relay import RelayConsumer, produce
 from nvflare_rdma.transfer import manifest, sender
-from nvflare_rdma.transfer.encoding import EncodedChunkCache, EncodedSource, Encoding, decode_pieces
+from nvflare_rdma.transfer.encoding import EncodedChunkCache, Encoding, PieceEncoder, SharedSource, decode_pieces
 from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.sinks import OnDisk, in_memory
 from tests.support.direct_transfers import assert_equal
@@ -136,12 +136,12 @@ def test_a_chunk_that_two_receivers_want_is_encoded_once():
     tensor, codec, cache = weights(), get_codec("normfloat4"), EncodedChunkCache()
     view, cut = marked(tensor, codec), PieceLayout.choose(codec, tensor.numel())
     encoding = cache.encoding(view, cut)
-    one = EncodedSource(encoding)
+    one = SharedSource(encoding)
     first = bytes(one.read(0, cut.unit, new))
     tensor.zero_()  # so that it shows who encodes again
     assert bytes(one.read(0, cut.unit, new)) != first, "kept, though nobody else wants it"
-    other = EncodedSource(cache.encoding(view, cut))
-    assert other.encoding is encoding
+    other = SharedSource(cache.encoding(view, cut))
+    assert other.chunks is encoding
     zeros = bytes(other.read(0, cut.unit, new))
     tensor.fill_(1.0)
     assert bytes(one.read(0, cut.unit, new)) == zeros
@@ -153,8 +153,8 @@ def test_a_chunk_that_two_receivers_want_is_encoded_once():
 def test_who_wants_a_chunk_that_is_being_encoded_waits_for_it(monkeypatch):
     tensor, codec, cache = weights(), get_codec("normfloat4"), EncodedChunkCache()
     cut = PieceLayout.choose(codec, tensor.numel())
-    sources = [EncodedSource(cache.encoding(tensor, cut)) for _ in range(2)]
-    encode, begun, go_on, calls = Encoding._encode, threading.Event(), threading.Event(), []
+    sources = [SharedSource(cache.encoding(tensor, cut)) for _ in range(2)]
+    encode, begun, go_on, calls = PieceEncoder._encode, threading.Event(), threading.Event(), []
 
     def slowly(self, first, last, out):
         calls.append(first)
@@ -162,7 +162,7 @@ def test_who_wants_a_chunk_that_is_being_encoded_waits_for_it(monkeypatch):
         assert go_on.wait(DEADLINE)
         encode(self, first, last, out)
 
-    monkeypatch.setattr(Encoding, "_encode", slowly)
+    monkeypatch.setattr(PieceEncoder, "_encode", slowly)
     found, taken = queue.SimpleQueue(), threading.Event()
 
     def take(nbytes):

@@ -13,8 +13,9 @@ from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.codecs.marks import marked, was_decoded
 from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.errors import ProtocolError, TransferError
-from nvflare_rdma.transfer import content, manifest
+from nvflare_rdma.transfer import bundles, content, manifest
 from nvflare_rdma.transfer.expected import MAX_AHEAD
+from nvflare_rdma.transfer.manifest import BUNDLED_BYTES
 from nvflare_rdma.transfer.receiver import pull
 from nvflare_rdma.transfer.service import Service
 from tests.support.direct_transfers import assert_equal, large, new
@@ -202,8 +203,9 @@ def test_a_refusal_needs_no_giving_up(joined):
 
 @pytest.fixture
 def small(monkeypatch, direct):
-    """As `direct`, with the limit as it is."""
+    """As `direct`, with the limits as they are."""
     monkeypatch.setattr(content, "SMALL_TOTAL", manifest.SMALL_TOTAL)
+    monkeypatch.setattr(manifest, "BUNDLED_BYTES", BUNDLED_BYTES)
     return direct
 
 
@@ -252,15 +254,17 @@ def test_the_content_of_a_description_is_encoded_as_it_would_travel(small, cell)
     assert torch.equal(got["tiny"], plain["tiny"])  # it would not get smaller
 
 
-def test_beside_what_is_large_the_same_tensors_are_in_the_description_as_ever_but_encoded(small):
-    plain = {"much": torch.randn(600, 800), "more": torch.randn(600, 800), "few": torch.randn(40, 50)}
+def test_beside_what_is_large_the_small_tensors_are_bundled_and_for_an_old_peer_in_the_description(small):
+    plain = {"much": torch.randn(600, 800), "few": torch.randn(40, 50), "more": torch.randn(600, 800)}
+    plain["less"] = torch.randn(1)
     it = small(in_few_bits(plain))
     told = manifest.unpack(it.service.answer({"do": "describe", "compact": True}, "x")["manifest"])
-    assert [item.content is None for item in told] == [True, True, False]
-    assert len(told[2].content) == told[2].sent_nbytes < 2000
+    assert [[tensor.name for tensor in item.tensors] for item in told] == [["much"], ["more"], ["few", "less"]]
+    assert all(item.content is None for item in told)
+    assert told[2].nbytes == told[2].members[0].sent_nbytes + 4 < 2000
     told = manifest.unpack(it.service.answer({"do": "describe"}, "x")["manifest"])
-    assert [item.content is None for item in told] == [True, True, False]
-    assert len(told[2].content) == 8000
+    assert [item.content is None for item in told] == [True, False, True, False]
+    assert len(told[1].content) == 8000
 
 
 def test_content_that_its_codec_can_not_carry_is_exact(small, cell, caplog):
@@ -295,7 +299,7 @@ class Offering:
         return self.ask(request)
 
 
-class TestSource(content.TensorSource):
+class TestSource(bundles.TensorSource):
     __test__ = False
 
     def __init__(self, nbytes: int) -> None:

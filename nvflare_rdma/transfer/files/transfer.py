@@ -68,7 +68,7 @@ class FileContent(Content):
         """See `Content.source`."""
         return self.parts[item.name].source(item.cut is None)
 
-    def send_exact(self, name: str, reason: str) -> None:
+    def send_exact(self, item: Item, reason: str) -> None:
         """Do nothing: the part knows it, and had to before its receiver could ask again."""
 
     def answer(self, request: Any, receiver: str) -> dict[str, Any] | None:
