@@ -259,12 +259,16 @@ class FixedSizeCodec(Codec):
     def _encode(self, src: Array, out: Bytes) -> int:
         parts = self.parts(out, src.size)
         for start, values in float32_runs(src, self.longest_run):
-            self._encode_run(values, self._slice(parts, start, start + values.size))
+            self._encode_run(values, self._run(parts, start, start + values.size, src.size))
         return out.size
 
     def _decode(self, parts: Parts, out: Array) -> None:
         for start, values in output_runs(out, self.longest_run):
-            self._decode_run(self._slice(parts, start, start + values.size), values)
+            self._decode_run(self._run(parts, start, start + values.size, out.size), values)
+
+    def _run(self, parts: Parts, start: int, stop: int, n: int) -> Parts:
+        """Return `_slice`, without its work where that is all of `n` values."""
+        return parts if start == 0 and stop == n else self._slice(parts, start, stop)
 
     def _slice(self, parts: Parts, start: int, stop: int) -> dict[str, Array]:
         """Return the parts of the values from `start` to `stop`, both block-aligned or the end."""

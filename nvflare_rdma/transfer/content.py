@@ -108,7 +108,8 @@ class TensorContent(Content):
         if sum(item.sent_nbytes for item in items) <= SMALL_TOTAL:
             return [replace(item, content=self._content_of(item)) for item in items]
         if self._groups is None:  # the same ever after: receivers that ask again have some of them
-            self._groups = manifest.bundled(list(map(_compact, self._describe(set()))))
+            all_encoded = list(map(_compact, self._describe(set()))) if self._exact else items
+            self._groups = manifest.bundled(all_encoded)
         now = {item.name: item for item in items}
         return [
             Item.bundle([now[member.name] for member in each.members]) if each.members else now[each.name]

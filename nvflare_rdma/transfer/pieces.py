@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,12 @@ PIECE_VALUES = 1 << 17
 _MAX_PIECE_VALUES = 1 << 22
 
 
+@lru_cache(maxsize=4096)
+def _encoded_nbytes(codec: FixedSizeCodec, n: int) -> int:
+    """`FixedSizeCodec.encoded_nbytes`, which is asked for some ten times for each tensor: a model has few sizes."""
+    return codec.encoded_nbytes(n)
+
+
 @dataclass(frozen=True, slots=True)
 class PieceLayout:
     """Tells how a tensor of `n` values is cut: into pieces of `values` values, which `codec` encodes."""
@@ -34,7 +41,7 @@ class PieceLayout:
     def choose(cls, codec: FixedSizeCodec, n: int) -> PieceLayout:
         """Choose a layout; this is the sender's part."""
         values = PIECE_VALUES
-        while codec.encoded_nbytes(values) < MIN_CHUNK_BYTES:
+        while _encoded_nbytes(codec, values) < MIN_CHUNK_BYTES:
             values *= 2
         return cls(codec, n, values)
 
@@ -61,13 +68,13 @@ class PieceLayout:
     @property
     def unit(self) -> int:
         """Bytes of an encoded piece."""
-        return self.codec.encoded_nbytes(self.values)
+        return _encoded_nbytes(self.codec, self.values)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the encoded tensor."""
         whole, rest = divmod(self.n, self.values)
-        return whole * self.unit + (self.codec.encoded_nbytes(rest) if rest else 0)
+        return whole * self.unit + (_encoded_nbytes(self.codec, rest) if rest else 0)
 
     def pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, slice]]:
         """The pieces in `length` bytes of the message that begin at `offset`: the first value of each, the one after
