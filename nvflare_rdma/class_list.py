@@ -23,8 +23,9 @@ log = get_logger(__name__)
 KEY = "class_allow_list"
 FILTERS = "nvflare_rdma.filters"
 STREAMING = "nvflare_rdma.streaming"
+PERSISTORS = "nvflare_rdma.persistors"
 #: What has all classes of this package that a job may name.
-ENTRIES = (FILTERS, STREAMING)
+ENTRIES = (FILTERS, STREAMING, PERSISTORS)
 
 _FILES = ("resources.json", "resources.json.default")  # FLARE reads the first that there is
 _ANY = "*"

@@ -143,6 +143,37 @@ def add_transfer(
     _say_what_to_allow(apps, {SERVER_SITE_NAME, *sites}, job, class_list.STREAMING)
 
 
+def save_in_background(target: Any, persistor_id: str = "persistor") -> None:
+    """Have each round begin while the checkpoint of the last one goes to disk: add `BackgroundSave` to the server of a
+    recipe or job whose model FLARE's PyTorch persistor saves. Call it once, after the recipe has been made.
+
+    Args:
+        target: a FLARE `Recipe`, or a `FedJob`.
+        persistor_id: the id of the persistor in the job; FLARE's recipes call it "persistor".
+
+    Raises:
+        ConfigError: a target that is neither recipe nor job, one that has no such persistor, or that has the component
+            already. Nothing has been added then.
+    """
+    job = _checked_job(target, "a save in the background", "save_in_background")
+    from nvflare.app_opt.pt.file_model_persistor import PTFileModelPersistor
+
+    from nvflare_rdma.persistors import BackgroundSave
+
+    apps = apps_of(target, "save_in_background")
+    components = apps[SERVER_SITE_NAME].app_config.components if SERVER_SITE_NAME in apps else {}
+    if not isinstance(found := components.get(persistor_id), PTFileModelPersistor):
+        raise ConfigError(
+            f"the job has {type(found).__name__ if found else 'nothing'} as {persistor_id!r}, and not FLARE's "
+            "PTFileModelPersistor: give the persistor's id as persistor_id, or leave save_in_background out"
+        )
+    present = any(isinstance(component, BackgroundSave) for component in components.values())
+    _refuse_second_use(present, "BackgroundSave", "add it once")
+    use_installed_package(job)
+    job.to_server(BackgroundSave(persistor_id), id="background_save")
+    _say_what_to_allow(apps, {SERVER_SITE_NAME}, job, class_list.PERSISTORS)
+
+
 def _checked_job(target: Any, what: str, feature: str) -> Any:
     """The job of a recipe or job to which `what` is to be added, or ConfigError."""
     from nvflare.job_config.api import FedJob

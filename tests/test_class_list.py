@@ -17,6 +17,7 @@ from nvflare.app_common.widgets.component_path_authorizer import ComponentPathAu
 from nvflare.job_config.api import FedJob
 
 import nvflare_rdma.filters
+import nvflare_rdma.persistors
 import nvflare_rdma.streaming
 from nvflare_rdma import class_list
 from nvflare_rdma.errors import ConfigError
@@ -26,7 +27,7 @@ STANDARD = list(DEFAULT_CLASS_ALLOW_LIST)
 TASKS = ["validate", "submit_model"]
 PUBLIC = [
     getattr(package, name)
-    for package in (nvflare_rdma.filters, nvflare_rdma.streaming)
+    for package in (nvflare_rdma.filters, nvflare_rdma.streaming, nvflare_rdma.persistors)
     for name in package.__all__
     if name[0].isupper()
 ]
@@ -62,10 +63,10 @@ def test_the_entries_have_every_public_class_by_the_name_that_flare_writes(cls, 
     [
         (STANDARD, {}, list(class_list.ENTRIES)),
         (None, {}, list(class_list.ENTRIES)),
-        ([*STANDARD, "nvflare_rdma.filters"], {}, ["nvflare_rdma.streaming"]),
+        ([*STANDARD, "nvflare_rdma.filters"], {}, ["nvflare_rdma.streaming", "nvflare_rdma.persistors"]),
         ([*STANDARD, "nvflare_rdma."], {}, []),
         (["*"], {}, []),
-        (["nvflare_rdma.filters.", "nvflare_rdma.streaming"], {}, []),
+        (["nvflare_rdma.filters.", "nvflare_rdma.streaming", "nvflare_rdma.persistors."], {}, []),
         (["nvflare_rdma.filtersets"], {}, list(class_list.ENTRIES)),
         (STANDARD, {"class_list_enforcement_mode": "warn"}, []),
         (None, {"class_list_enforcement_mode": "warn"}, []),
@@ -75,7 +76,7 @@ def test_what_is_missing_is_what_flare_refuses(entries, more, missing, tmp_path)
     found = class_list.read(site(tmp_path, entries, **more))
     assert found.missing == missing
     refused = {cls.__module__ for cls in PUBLIC if not flare_allows(cls, tmp_path)}
-    assert sorted(refused) == missing
+    assert refused == set(missing)
     assert bool(found.advice) == bool(missing)
     assert all(f'"{entry}"' in found.advice for entry in missing)
 
@@ -118,7 +119,7 @@ def test_the_simulator_says_which_line_a_list_of_the_users_own_lacks(entries, co
     if code:
         (job / "app/custom").mkdir()
     class_list.allow_for(job, site(tmp_path, entries))
-    assert ('add "nvflare_rdma.filters", "nvflare_rdma.streaming" to class_allow_list in' in caplog.text) == said
+    assert (f"add {class_list.line()} to class_allow_list in" in caplog.text) == said
     assert (class_list.read(tmp_path).missing == []) == (entries == STANDARD)
 
 

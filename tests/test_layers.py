@@ -25,6 +25,7 @@ ALLOWED = {
     },
     "filters": {"accumulate", "codecs", "flare_compat"},
     "driver": {"channel", "fabric", "runtime", "settings", "flare_compat"},
+    "persistors": set(),
     "plugin": {"driver"},
     "metrics": {"transfer", "flare_compat"},
     "cli": {"class_list", "codecs", "fabric", "filters", "flare_compat", "runtime", "settings"},

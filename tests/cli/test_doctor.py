@@ -110,7 +110,7 @@ def test_what_a_site_lets_jobs_without_code_use_is_shown(sysfs, tmp_path):
     file = tmp_path / "local/resources.json.default"
     file.parent.mkdir()
     (tmp_path / "startup").mkdir()
-    file.write_text(json.dumps({"class_allow_list": ["nvflare_rdma.streaming"]}))
+    file.write_text(json.dumps({"class_allow_list": ["nvflare_rdma.streaming", "nvflare_rdma.persistors"]}))
     report, text = look(sysfs, tmp_path)
     assert report.problems == []
     assert report.class_list.missing == ["nvflare_rdma.filters"]

@@ -109,7 +109,7 @@ def test_the_secure_scheme_alone_turns_tls_on(tmp_path):
 def test_a_client_of_another_authority_is_refused_with_a_clear_line(tmp_path):
     server = {"credentials": Authority(tmp_path / "pki").issue("server", "server")}
     client = {"credentials": Authority(tmp_path / "other", "another-project").issue("client", "site-1")}
-    result, client_log, server_log = exchange(tmp_path, server, client, "srdma", connect_deadline=3.0)
+    result, client_log, server_log = exchange(tmp_path, server, client, "srdma", connect_deadline=8.0)
     assert not result["connected"]
     assert "the server's certificate is not trusted here" in client_log
     assert "does not trust this side's certificate" in server_log
@@ -122,7 +122,7 @@ def test_a_client_whose_certificate_is_of_another_authority_is_refused(tmp_path)
     # FLARE itself looks at the other pair; a client's connections use this one.
     own = {**authority.issue("server", "site-1"), **other.issue("client", "site-1"), "ca_cert": authority.root}
     client = {"credentials": own}
-    result, client_log, server_log = exchange(tmp_path, server, client, "srdma", connect_deadline=3.0)
+    result, client_log, server_log = exchange(tmp_path, server, client, "srdma", connect_deadline=8.0)
     assert not result["connected"]
     assert "the client's certificate is not trusted here" in server_log
     assert "the server does not trust this side's certificate" in client_log
@@ -145,7 +145,7 @@ def test_flare_compares_the_names_in_certificates_on_both_ends(tmp_path):
 
 def test_a_clear_client_of_a_secure_listener_is_refused(tmp_path):
     server = {"credentials": Authority(tmp_path / "pki").issue("server", "server")}
-    result, _, server_log = exchange(tmp_path, server, {}, "rdma", connect_deadline=3.0)
+    result, _, server_log = exchange(tmp_path, server, {}, "rdma", connect_deadline=8.0)
     assert not result["connected"]
     assert "it does not speak TLS, which this listener requires" in server_log
 

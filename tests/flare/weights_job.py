@@ -2,7 +2,8 @@
 
 python weights_job.py FOLDER QUANTIZATION_TYPE [streamed|direct]
 
-streamed: FLARE streams the tensors of the task, and the job has the transfer, too. direct: it has the transfer.
+streamed: FLARE streams the tensors of the task, and the job has the transfer, too. direct: it has the transfer,
+and its model is saved in the background.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe  # noqa: E402
 from nvflare.client.config import ExchangeFormat  # noqa: E402
 from weights_model import Awkward  # noqa: E402
 
-from nvflare_rdma.recipe import add_quantization, add_transfer  # noqa: E402
+from nvflare_rdma.recipe import add_quantization, add_transfer, save_in_background  # noqa: E402
 from nvflare_rdma.simulator import RdmaSimEnv  # noqa: E402
 
 if __name__ == "__main__":
@@ -42,4 +43,5 @@ if __name__ == "__main__":
         add_transfer(recipe)
     if sys.argv[3:] == ["direct"]:
         add_transfer(recipe)
+        save_in_background(recipe)
     recipe.execute(RdmaSimEnv(num_clients=2, workspace_root=str(folder / "ws"), scheme="rdma"))

@@ -1,0 +1,158 @@
+"""Checkpoints that become durable while the next round goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import stat
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_context import FLContext
+
+from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.logs import get_logger
+
+log = get_logger(__name__)
+
+#: What file systems raise that can't sync a folder.
+_NO_FOLDER_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
+
+
+class BackgroundSave(FLComponent):
+    """Has the next round begin while the last round's checkpoint goes to disk. Add it to the server of a job with
+    FLARE's `PTFileModelPersistor` (`nvflare_rdma.recipe.save_in_background` does).
+
+    FLARE's persistor writes a file beside the checkpoint, waits until the disk has it, and renames it; the workflow
+    waits for all of that. With this component the file is written as before, so it has the model as it is then; the
+    rest is done by a thread. Files, names and contents are the same, and a checkpoint is replaced by a whole one or not
+    at all. The next save, whatever reads a checkpoint through the persistor, and the end of the run wait for the save
+    before. When the server's host fails in that time, the checkpoint is that of the save before.
+
+    Args:
+        persistor_id: the id of the persistor in the job.
+
+    Raises:
+        ConfigError: when the run starts, if there is no such persistor.
+        OSError: at the next save, if the one before could not be ended. At the end of a run an error is logged.
+    """
+
+    __module__ = "nvflare_rdma.persistors"  # the public name, which FLARE writes into exported jobs
+
+    def __init__(self, persistor_id: str = "persistor") -> None:
+        super().__init__()
+        self.persistor_id = persistor_id
+        self._saver = _Saver()
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """FLARE's hook: the persistor is changed for the run."""
+        if event_type == EventType.START_RUN:
+            self._attach(fl_ctx.get_engine().get_component(self.persistor_id))
+        elif event_type == EventType.END_RUN:
+            try:
+                self._saver.wait()
+            except Exception as error:  # noqa: BLE001 - FLARE would only log it
+                log.error("the last checkpoint was not saved: %s", error)
+
+    def _attach(self, persistor: Any) -> None:
+        from nvflare.app_opt.pt.file_model_persistor import PTFileModelPersistor
+
+        if not isinstance(persistor, PTFileModelPersistor):
+            raise ConfigError(
+                f"BackgroundSave: {self.persistor_id!r} is {type(persistor).__name__}, but FLARE's "
+                "PTFileModelPersistor is needed; give its id as persistor_id, or leave BackgroundSave out"
+            )
+        if "save_model_file" in vars(persistor):
+            return
+
+        def save(save_path: str) -> None:
+            self._saver.save(persistor.persistence_manager.to_persistence_dict(), Path(save_path))
+
+        persistor.save_model_file = save
+        for name in ("load_model", "get_model", "get_model_inventory"):
+            setattr(persistor, name, self._after_save(getattr(persistor, name)))
+
+    def _after_save(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def waiting(*args: Any, **kwargs: Any) -> Any:
+            self._saver.wait()
+            return method(*args, **kwargs)
+
+        return waiting
+
+
+class _Saver:
+    """Saves one checkpoint at a time."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is in its place. Raises what went wrong, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def save(self, contents: dict[str, Any], path: Path) -> None:
+        """Write `contents`, and leave it to a thread to put them in place."""
+        import torch
+
+        self.wait()
+        file = _new_file_beside(path)
+        try:
+            torch.save(contents, file)
+            file.flush()
+        except BaseException:
+            _drop(file)
+            raise
+        self._thread = threading.Thread(target=self._finish, args=(file, path), name="rdma-save")
+        self._thread.start()
+
+    def _finish(self, file: IO[bytes], path: Path) -> None:
+        try:
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+            file.close()
+            _sync_folder(path.absolute().parent)
+        except Exception as error:  # noqa: BLE001 - who saves next, or waits, gets it
+            self._failure = error
+            _drop(file)
+
+
+def _new_file_beside(path: Path) -> IO[bytes]:
+    """A file in the same folder, with the permissions that the checkpoint has, or would get."""
+    file = open(path.absolute().with_name(f".{path.name}.{uuid.uuid4().hex}.tmp"), "xb")  # noqa: SIM115 - it is closed later
+    with contextlib.suppress(FileNotFoundError):
+        os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+    return file
+
+
+def _drop(file: IO[bytes]) -> None:
+    with contextlib.suppress(OSError):
+        file.close()
+    with contextlib.suppress(OSError):
+        os.remove(file.name)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)

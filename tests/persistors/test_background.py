@@ -1,0 +1,207 @@
+"""A checkpoint goes to disk while the next round goes on, and is as good as FLARE's own."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.app_common.abstract.model import make_model_learnable
+from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
+from nvflare.app_opt.pt.file_model_persistor import PTFileModelPersistor
+from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
+
+from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.persistors import BackgroundSave
+from nvflare_rdma.recipe import save_in_background
+from tests.support.tcp_pair import DEADLINE
+from tests.support.waiting import eventually
+
+FILE = "FL_global_model.pt"
+
+
+class Disk:
+    """`os.fsync` waits while it is held, and fails as it is told to."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.go_on, self.reached, self.error = threading.Event(), threading.Event(), None
+        self.go_on.set()
+        self._sync = os.fsync
+        monkeypatch.setattr(os, "fsync", self._fsync)
+
+    def _fsync(self, descriptor: int) -> None:
+        self.reached.set()
+        assert self.go_on.wait(DEADLINE)
+        if self.error is not None:
+            raise self.error
+        self._sync(descriptor)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    found = Disk(monkeypatch)
+    yield found
+    found.go_on.set()
+
+
+class Run:
+    """A server's run with FLARE's persistor; ours is attached if there is a `BackgroundSave`."""
+
+    def __init__(self, folder, component=None, persistor=None) -> None:
+        self.file, self.component = folder / FILE, component
+        self.persistor = persistor or PTFileModelPersistor(model=torch.nn.Linear(3, 2), allow_numpy_conversion=False)
+        self.context = FLContext()
+        self.context.set_prop(FLContextKey.APP_ROOT, str(folder))
+        self.context.get_engine = lambda: SimpleNamespace(get_component=lambda name: self.persistor)
+        for each in (self.persistor, component):
+            if each is not None:
+                each.handle_event(EventType.START_RUN, self.context)
+
+    def save(self, value: float) -> dict[str, torch.Tensor]:
+        weights = {"weight": torch.full((2, 3), value), "bias": torch.full((2,), value)}
+        self.persistor.save(make_model_learnable(weights, {}), self.context)
+        return weights
+
+    def end(self) -> None:
+        self.component.handle_event(EventType.END_RUN, self.context)
+
+    def saved(self) -> float:
+        model = torch.load(self.file, weights_only=True)["model"]
+        assert len({float(v) for tensor in model.values() for v in tensor.flatten()}) == 1
+        return float(model["bias"][0])
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "ours").mkdir()
+    made = Run(tmp_path / "ours", BackgroundSave())
+    made.persistor.load(made.context)
+    yield made
+    made.end()
+
+
+def test_the_workflow_goes_on_while_the_disk_is_busy_and_the_model_is_that_of_then(run, disk):
+    disk.go_on.clear()
+    weights = run.save(1.0)
+    assert disk.reached.wait(DEADLINE)
+    assert not run.file.exists()  # it is replaced by a whole one
+    for tensor in weights.values():
+        tensor.fill_(7.0)  # as an optimizer at the server does
+    disk.go_on.set()
+    eventually(run.file.exists, DEADLINE)
+    assert run.saved() == 1.0
+
+
+def test_the_file_is_as_flares(run, tmp_path):
+    flares = Run(tmp_path)
+    flares.persistor.load(flares.context)
+    flares.save(2.0)
+    run.save(2.0)
+    run.end()
+    assert run.file.read_bytes() == flares.file.read_bytes()
+    assert stat.S_IMODE(run.file.stat().st_mode) == stat.S_IMODE(flares.file.stat().st_mode)
+    run.file.chmod(0o640)
+    run.save(3.0)
+    run.end()
+    assert stat.S_IMODE(run.file.stat().st_mode) == 0o640
+    assert [path.name for path in run.file.parent.iterdir()] == [FILE]
+
+
+def test_saves_follow_one_another_and_whoever_reads_waits(run, disk):
+    disk.go_on.clear()
+    run.save(1.0)
+    second = threading.Thread(target=run.save, args=(2.0,))
+    second.start()
+    reading = threading.Thread(target=lambda: read.append(run.persistor.get_model(FILE, run.context)))
+    read: list = []
+    assert disk.reached.wait(DEADLINE)
+    assert second.is_alive()
+    disk.go_on.set()
+    second.join(DEADLINE)
+    disk.go_on.clear()
+    reading.start()
+    disk.go_on.set()
+    reading.join(DEADLINE)
+    assert np.all(np.asarray(read[0]["weights"]["bias"]) == 2.0)
+
+
+def test_a_disk_that_is_full_fails_the_next_save_and_keeps_the_last_checkpoint(run, disk):
+    run.save(1.0)
+    run.end()
+    disk.error = OSError(28, "No space left on device")
+    run.save(2.0)
+    with pytest.raises(OSError, match="No space left"):
+        run.save(3.0)
+    disk.error = None
+    assert run.saved() == 1.0
+    assert [path.name for path in run.file.parent.iterdir()] == [FILE]
+    run.save(4.0)  # it was told once
+    run.end()
+    assert run.saved() == 4.0
+
+
+def test_the_end_of_a_run_waits_and_says_what_failed(run, disk, caplog):
+    disk.go_on.clear()
+    run.save(1.0)
+    ending = threading.Thread(target=run.end)
+    ending.start()
+    assert disk.reached.wait(DEADLINE)
+    disk.error = OSError(5, "Input/output error")
+    disk.go_on.set()
+    ending.join(DEADLINE)
+    assert "the last checkpoint was not saved: [Errno 5] Input/output error" in caplog.text
+    disk.error = None
+
+
+def test_what_can_not_be_written_leaves_nothing_behind(run, monkeypatch):
+    def fails(*args) -> None:
+        raise RuntimeError("can't pickle")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(RuntimeError, match="can't pickle"):
+        run.save(1.0)
+    assert not list(run.file.parent.iterdir())
+
+
+@pytest.mark.parametrize("persistor", [None, SimpleNamespace()], ids=["nothing", "another"])
+def test_another_persistor_is_refused_when_the_run_starts(persistor, tmp_path):
+    component = BackgroundSave("saver")
+    context = FLContext()
+    context.get_engine = lambda: SimpleNamespace(get_component=lambda name: persistor)
+    with pytest.raises(ConfigError, match=r"'saver' is .*, but FLARE's PTFileModelPersistor is needed"):
+        component.handle_event(EventType.START_RUN, context)
+
+
+def recipe(kind, tmp_path, **model):
+    (tmp_path / "client.py").write_text("import nvflare.client\n")
+    return kind(name="job", min_clients=1, num_rounds=1, train_script=str(tmp_path / "client.py"), **model)
+
+
+def test_a_recipe_gets_it_once(tmp_path):
+    made = recipe(
+        FedAvgRecipe, tmp_path, model={"class_path": "torch.nn.Linear", "args": {"in_features": 3, "out_features": 2}}
+    )
+    save_in_background(made)
+    with pytest.raises(ConfigError, match="already has BackgroundSave"):
+        save_in_background(made)
+    made.export(str(tmp_path / "exported"))
+    (config,) = (tmp_path / "exported").rglob("config_fed_server.json")
+    assert '"nvflare_rdma.persistors.BackgroundSave"' in config.read_text()
+
+
+def test_a_job_without_flares_persistor_is_refused(tmp_path):
+    made = recipe(NumpyFedAvgRecipe, tmp_path, model=[0.0])
+    with pytest.raises(ConfigError, match="the job has NPModelPersistor as 'persistor', and not FLARE's"):
+        save_in_background(made)
+    made = recipe(
+        FedAvgRecipe, tmp_path, model={"class_path": "torch.nn.Linear", "args": {"in_features": 3, "out_features": 2}}
+    )
+    with pytest.raises(ConfigError, match="the job has nothing as 'other'"):
+        save_in_background(made, "other")
