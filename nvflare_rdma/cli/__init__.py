@@ -6,8 +6,10 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from nvflare_rdma.cli.output import CommandError, Result, add_output_options, print_error, print_result, print_schema
 from nvflare_rdma.version import __version__
 
 __all__ = ["driver_path", "main"]
@@ -18,57 +20,76 @@ def driver_path() -> str:
     return os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "plugin")
 
 
-def _print_driver_path() -> int:
+def _driver_path(args: argparse.Namespace) -> Result:
     folder = driver_path()
     if not os.path.isfile(os.path.join(folder, "rdma_driver.py")):
-        print(f"{folder} has no rdma_driver.py: nvflare-rdma is not installed whole, install it again", file=sys.stderr)
-        return 1
-    print(folder)
-    return 0
+        raise CommandError(
+            "NOT_INSTALLED_WHOLE", f"{folder} has no rdma_driver.py", "nvflare-rdma is not whole: install it again"
+        )
+    return Result({"driver_path": folder}, folder)
 
 
-def _doctor(workspace: Path | None, as_json: bool) -> int:
-    from nvflare_rdma.cli.doctor import examine, to_json
+def _doctor(args: argparse.Namespace) -> Result:
+    from dataclasses import asdict
+
+    from nvflare_rdma.cli.doctor import examine
     from nvflare_rdma.cli.doctor_text import to_text
 
-    report = examine(workspace)
-    print(to_json(report) if as_json else to_text(report))
-    return 1 if report.problems else 0
+    report = examine(args.workspace)
+    return Result(asdict(report), to_text(report), 1 if report.problems else 0)
 
 
-def _policy(config: str, model: str) -> int:
-    from nvflare_rdma.cli.policy import print_policy
-    from nvflare_rdma.errors import ConfigError
+def _policy(args: argparse.Namespace) -> Result:
+    from nvflare_rdma.cli.policy import policy_result
 
-    try:
-        return print_policy(config, model)
-    except ConfigError as error:
-        print(f"nvflare-rdma policy: {error}", file=sys.stderr)
-        return 1
+    return policy_result(args.config, args.model)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(prog="nvflare-rdma", description="RDMA-chunked streaming for NVIDIA FLARE")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], Result], what: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=what, description=what)
+        made.set_defaults(run=run)
+        add_output_options(made)
+        return made
+
+    command("driver-path", _driver_path, "print the folder for FLARE's comm_driver_path")
+    doctor = command("doctor", _doctor, "what this machine can use, and why not the rest")
+    doctor.add_argument(
+        "--workspace", type=Path, metavar="FOLDER", help="a FLARE site's folder, whose settings count (default: here)"
+    )
+    policy = command("policy", _policy, "what each tensor of a model travels as, and the size of the message")
+    policy.add_argument("config", metavar="CONFIG", help="an exported job, its config_fed_*.json, or a policy's JSON")
+    policy.add_argument("model", metavar="MODEL", help=".safetensors, a torch state dict, or .json of dtype and shape")
+    return parser, dict(commands.choices)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command with `argv`, or with the process's own arguments. Returns its exit status."""
-    parser = argparse.ArgumentParser(prog="nvflare-rdma", description="RDMA-chunked streaming for NVIDIA FLARE")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    path = commands.add_parser("driver-path", help="print the folder for FLARE's comm_driver_path")
-    path.set_defaults(run=lambda args: _print_driver_path())
-    doctor = commands.add_parser("doctor", help="what this machine can use, and why not the rest")
-    doctor.add_argument(
-        "--workspace", type=Path, metavar="FOLDER", help="a FLARE site's folder, whose settings count (default: here)"
-    )
-    doctor.add_argument("--json", action="store_true", help="for programs")
-    doctor.set_defaults(run=lambda args: _doctor(args.workspace, args.json))
-    policy = commands.add_parser("policy", help="what each tensor of a model travels as, and the size of the message")
-    policy.add_argument("config", metavar="CONFIG", help="an exported job, its config_fed_*.json, or a policy's JSON")
-    policy.add_argument("model", metavar="MODEL", help=".safetensors, a torch state dict, or .json of dtype and shape")
-    policy.set_defaults(run=lambda args: _policy(args.config, args.model))
-    args = parser.parse_args(argv)
+    parser, commands = _parser()
+    given = sys.argv[1:] if argv is None else argv
+    if "--schema" in given and given[0] in commands:  # whatever else is missing
+        print_schema(commands[given[0]], given[0])
+        return 0
+    args = parser.parse_args(given)
     try:
-        status = int(args.run(args))
+        status = _run(args)
         print(end="", flush=True)
     except BrokenPipeError:  # whoever reads this, such as `head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
         return 128 + signal.SIGPIPE  # what a shell says of a program that the signal has ended
     return status
+
+
+def _run(args: argparse.Namespace) -> int:
+    from nvflare_rdma.errors import ConfigError
+
+    try:
+        return print_result(args.run(args), args.format)
+    except CommandError as error:
+        return print_error(error, args.format, args.command)
+    except ConfigError as error:  # which says what to do about it
+        return print_error(CommandError("INVALID_INPUT", str(error)), args.format, args.command)

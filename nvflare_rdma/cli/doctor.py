@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -316,8 +315,3 @@ def _huge_pages(sysfs: Path) -> str:
         return ""
     found = re.search(r"\[(\w+)\]", text)
     return found[1] if found else ""
-
-
-def to_json(report: Report) -> str:
-    """The report for programs."""
-    return json.dumps(asdict(report), indent=2)

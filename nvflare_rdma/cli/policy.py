@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from nvflare_rdma.cli.models import Tensor, read_json, read_model
+from nvflare_rdma.cli.output import Result
 from nvflare_rdma.codecs import Policy, role_of
 from nvflare_rdma.errors import ConfigError
 
 _SIDES = {"config_fed_server.json": "server to sites", "config_fed_client.json": "sites to server"}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One entry of a model: `tied` names an earlier one that has the same memory."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    tied: str | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the values, at the dtype's own width; of odd widths rounded up."""
-        return -(-math.prod(self.shape) * _bits(self.dtype) // 8)
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ def read_policies(path: Path) -> dict[str, Policy]:
     files = sorted(p for name in _SIDES for p in path.rglob(name)) if path.is_dir() else [path]
     found: dict[str, dict[str, Any]] = {}
     for file in files:
-        config = _read_json(file)
+        config = read_json(file)
         if not isinstance(config, dict):
             raise ConfigError(f"{file} is not a JSON object: give a job's config or {{'quantization_type': ...}}")
         if "quantization_type" in config:
@@ -116,117 +106,57 @@ def _expect(kind: type[Any], value: Any, file: Path, key: str) -> Any:
     raise ConfigError(f"{file}: {key} is {value!r}; {expected} is expected")
 
 
-def read_model(path: Path) -> list[Tensor]:
-    """The tensors of a safetensors file, a torch file with a state dict, or a JSON of name to dtype and shape.
-
-    Raises:
-        ConfigError: the file isn't there or isn't what its name says. Only headers are read, and a torch file is
-            opened with `weights_only=True`, so that nothing in it runs.
-    """
-    if not path.is_file():
-        raise ConfigError(f"there is no model file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        return _read_json_model(path) if path.suffix == ".json" else _read_torch(path)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path} can't be read as a model: {type(error).__name__}: {error}") from None
-
-
-def _read_json_model(path: Path) -> list[Tensor]:
-    return [_tensor(name, str(item["dtype"]), item["shape"]) for name, item in _read_json(path).items()]
-
-
-def _read_safetensors(path: Path) -> list[Tensor]:
-    from nvflare_rdma.codecs import read_header
-
-    with path.open("rb") as file:
-
-        def read_into(memory: memoryview, offset: int) -> None:
-            file.seek(offset)
-            file.readinto(memory)
-
-        stored = read_header(path.stat().st_size, read_into, complete=False)
-    # Codes of the format that this package has no names for are told in small letters, as all other dtypes.
-    return [Tensor(tensor.name, tensor.dtype.lower(), tensor.shape) for tensor in stored]
-
-
-def _read_torch(path: Path) -> list[Tensor]:
-    import pickle
-
-    import torch
-
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ConfigError(f"{path} can't be read as a torch state dict: {str(error).splitlines()[0]}") from None
-    from nvflare_rdma.codecs import dtype_name, identity
-
-    state = loaded.get("model", loaded) if isinstance(loaded, dict) else None  # FLARE's persistor adds a level
-    if not isinstance(state, dict):
-        raise ConfigError(f"{path} holds a {type(loaded).__name__}, not a state dict")
-    first: dict[Any, str] = {}
-    model = []
-    for name, value in state.items():
-        if isinstance(value, torch.Tensor):
-            key = identity(value)
-            other = name if key is None else first.setdefault(key, name)
-            model.append(Tensor(name, dtype_name(value), tuple(value.shape), None if other == name else other))
-    return model
-
-
-def _tensor(name: str, dtype: str, shape: Any) -> Tensor:
-    if not all(type(d) is int and d >= 0 for d in shape):
-        raise ConfigError(f"the shape of '{name}' is {shape!r}, not a list of sizes")
-    return Tensor(name, dtype, tuple(shape))
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} can't be read as JSON: {error}") from None
-
-
-def _bits(dtype: str) -> int:
-    if dtype == "bool":
-        return 8
-    digits = re.search(r"\d+", dtype)
-    if digits is None:
-        raise ConfigError(f"dtype {dtype!r} is unknown; write it as float32, bfloat16, int64, bool ...")
-    return int(digits[0])
-
-
-def print_policy(config: str, model: str) -> int:
-    """Print one table per direction that has a policy of its own. Returns the exit code."""
+def policy_result(config: str, model: str) -> Result:
+    """A table for each direction that has a policy of its own."""
     policies, tensors = read_policies(Path(config)), read_model(Path(model))
-    from rich.console import Console
-    from rich.table import Table
+    found = {where: (policy, rows_of(policy, tensors)) for where, policy in policies.items()}
+    console = Console(width=max(shutil.get_terminal_size((80, 24)).columns, 60), highlight=False)
+    with console.capture() as text:
+        for where, (policy, rows) in found.items():
+            console.print(_table(where, policy, rows))
+    return Result({where: _data(policy, rows) for where, (policy, rows) in found.items()}, text.get().rstrip("\n"))
 
-    console = Console()
-    for where, policy in policies.items():
-        rows = rows_of(policy, tensors)
-        before = sum(row.tensor.nbytes for row in rows)
-        after = sum(row.nbytes for row in rows)
-        table = Table(title=f"{where}: {policy.codec.name}", show_footer=True, title_justify="left")
-        ratio = f"{after / before:.2%}" if before else "-"
-        for header, footer, justify in (
-            ("tensor", f"{len(rows)} tensors", "left"),
-            ("dtype", "", "left"),
-            ("shape", "", "right"),
-            ("role", "", "left"),
-            ("travels as", ratio, "left"),
-            ("because", "", "left"),
-            ("bytes", f"{before:,}", "right"),
-            ("sent", f"{after:,}", "right"),
-        ):
-            table.add_column(header, footer, justify=justify, overflow="fold")  # type: ignore[arg-type]
-        for row in rows:
-            tensor = row.tensor
-            shape, role = "x".join(map(str, tensor.shape)) or "-", role_of(tensor.name, tensor.shape)
-            sizes = f"{tensor.nbytes:,}", f"{row.nbytes:,}"
-            table.add_row(tensor.name, tensor.dtype, shape, role, row.codec, row.reason, *sizes)
-        console.print(table)
-    return 0
+
+def _data(policy: Policy, rows: list[Row]) -> dict[str, Any]:
+    tensors = [
+        {
+            "name": row.tensor.name,
+            "dtype": row.tensor.dtype,
+            "shape": list(row.tensor.shape),
+            "role": role_of(row.tensor.name, row.tensor.shape),
+            "travels_as": row.codec,
+            "because": row.reason,
+            "bytes": row.tensor.nbytes,
+            "sent_bytes": row.nbytes,
+        }
+        for row in rows
+    ]
+    before, after = _sums(rows)
+    return {"quantization_type": policy.codec.name, "bytes": before, "sent_bytes": after, "tensors": tensors}
+
+
+def _sums(rows: list[Row]) -> tuple[int, int]:
+    return sum(row.tensor.nbytes for row in rows), sum(row.nbytes for row in rows)
+
+
+def _table(where: str, policy: Policy, rows: list[Row]) -> Table:
+    before, after = _sums(rows)
+    table = Table(title=f"{where}: {policy.codec.name}", show_footer=True, title_justify="left", box=SIMPLE_HEAD)
+    ratio = f"{after / before:.2%}" if before else "-"
+    for header, footer, justify in (
+        ("tensor", f"{len(rows)} tensors", "left"),
+        ("dtype", "", "left"),
+        ("shape", "", "right"),
+        ("travels as", ratio, "left"),
+        ("because", "", "left"),
+        ("bytes", f"{before:,}", "right"),
+        ("sent", f"{after:,}", "right"),
+    ):
+        folds = header in ("tensor", "because")
+        table.add_column(header, footer, justify=justify, overflow="fold", no_wrap=not folds)  # type: ignore[arg-type]
+    for row in rows:
+        tensor = row.tensor
+        shape = "x".join(map(str, tensor.shape)) or "-"
+        sizes = f"{tensor.nbytes:,}", f"{row.nbytes:,}"
+        table.add_row(tensor.name, tensor.dtype, shape, row.codec, row.reason, *sizes)
+    return table

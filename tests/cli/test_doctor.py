@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
 from nvflare_rdma.cli import main
-from nvflare_rdma.cli.doctor import Report, examine, roce_packet_bytes, to_json
+from nvflare_rdma.cli.doctor import Report, examine, roce_packet_bytes
 from nvflare_rdma.cli.doctor_text import WIDTH, to_text
 from nvflare_rdma.fabric.verbs import availability, memlock
 from nvflare_rdma.settings import Settings
@@ -162,7 +162,7 @@ def test_a_kit_without_a_configuration_of_its_own_has_the_defaults(sysfs, tmp_pa
 
 
 def test_whoever_has_read_enough_sees_no_traceback():
-    for command in ("doctor", "doctor --json"):
+    for command in ("doctor", "doctor --format json"):
         reader, writer = os.pipe()
         os.close(reader)  # as of a `head` that has ended
         with os.fdopen(writer, "wb") as closed:
@@ -183,8 +183,8 @@ def test_a_bad_setting_is_told_and_the_rest_is_shown_with_defaults(capsys, monke
     assert "ERROR: rdma_ack_timeout=99 is out of range. Allowed: 1 to 31." in out
     assert "Settings, the defaults, because of the error\n" in out
     assert "\ntcp      yes\n" in out
-    assert main(["doctor", "--json"]) == 1
-    report = json.loads(capsys.readouterr().out)
+    assert main(["doctor", "--format", "json"]) == 1
+    report = json.loads(capsys.readouterr().out)["data"]
     assert report["problems"] == ["rdma_ack_timeout=99 is out of range. Allowed: 1 to 31."]
     assert report["settings"]["rdma_ack_timeout"] == Settings().rdma_ack_timeout
 
@@ -407,7 +407,7 @@ def test_huge_pages(sysfs, enabled, shown):
 def test_programs_get_all_of_it(sysfs):
     connectx(sysfs)
     report, _ = look(sysfs)
-    got = json.loads(to_json(report))
+    got = json.loads(json.dumps(asdict(report)))
     assert got["ports"][0]["gids"][2]["address"] == "192.0.2.7"
     assert got["ports"][0]["netdevs"] == {"eth0": 1500, "eth1": None}
     assert set(got["fabrics"]) == {"verbs", "shm", "tcp"}

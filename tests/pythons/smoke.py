@@ -115,7 +115,7 @@ def _doctor(python: Path, work: Path) -> str:
     """In one line, which fabrics `nvflare-rdma doctor` finds usable."""
     command = python.with_name("nvflare-rdma")
     _run([command, "doctor"], RUN_SECONDS, work)
-    report = json.loads(_run([command, "doctor", "--json"], RUN_SECONDS, work))
+    report = json.loads(_run([command, "doctor", "--format", "json"], RUN_SECONDS, work))["data"]
     usable = [name for name, fabric in report["fabrics"].items() if fabric["usable"]]
     if "tcp" not in usable:
         raise StepFailedError(f"doctor finds tcp unusable: {report['fabrics']}")
