@@ -7,7 +7,6 @@ of a job that `nvflare job download` has brought.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -255,7 +254,7 @@ def _metrics(file: Path) -> Iterator[tuple[int, dict[str, float]]]:
         try:
             found = json.loads(line)
             metrics = {str(m["name"]): float(m["value"]) for m in found["aggregated_metrics"]}
-            yield int(found["round"]), {name: value for name, value in metrics.items() if math.isfinite(value)}
+            yield int(found["round"]), {name: value for name, value in metrics.items() if abs(value) < _LARGEST}
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             continue  # it is told elsewhere what of the records is missing; this is not one of them
 

@@ -340,6 +340,26 @@ def test_the_page_is_whole_and_asks_nobody_for_anything(tmp_path):
     assert HEADLINE in text
 
 
+def test_numbers_beyond_all_measure_are_shown(tmp_path):
+    file = records_of(simulated(tmp_path) / "site-1" / "simulate_job")
+    first = json.loads(file.read_text().splitlines()[0])
+    wild = {"time": 9e18, "seconds": 1e-300, "raw_bytes": 1 << 62, "wire_bytes": 1 << 62, "round": 1 << 62}
+    file.write_text(
+        "".join(json.dumps({**first, key: value, "raw_bytes": 1 << 62}) + "\n" for key, value in wild.items())
+    )
+    metrics = tmp_path / "server" / "simulate_job" / "metrics"
+    metrics.mkdir()
+    losses = [1e308, -1e308, float("nan"), 2.5, 10**400]
+    lines = [{"round": n, "aggregated_metrics": [{"name": "loss", "value": v}]} for n, v in enumerate(losses)]
+    (metrics / "round_metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    report = report_of(tmp_path)
+    assert report.damaged_lines == 0
+    assert [each.loss for each in report.rounds if each.loss is not None] == []
+    text = page(report)
+    assert not re.findall(r'"(?:nan|inf|-)[^"]*%"', text)
+    assert max(map(len, to_text(report).splitlines())) <= 80
+
+
 def test_a_page_of_many_transfers_stays_small(tmp_path):
     with RecordedJob({"site-1": tmp_path}) as job:
         job.runs["site-1"].task(0)
