@@ -30,7 +30,8 @@ RequestFunction: TypeAlias = Callable[[dict[str, Any]], Any]
 
 
 class PlainRequests:
-    """Sends the requests of a FLARE `Cell` in one message each, and has their answers in one.
+    """Sends the requests of a FLARE `Cell` in one message each, and has their answers in one. Those that FLARE is to
+    encrypt from end to end (`secure`) go as it sends them: it does not encrypt what is serialized in several parts.
 
     The cell itself makes a byte stream of each, with its threads and buffers, as if it were a model; whoever registers
     for such requests gets plain ones as well. A request is not waited for any longer once its `abort_signal` is
@@ -42,6 +43,8 @@ class PlainRequests:
 
     def send_request(self, abort_signal: Any = None, **request: Any) -> Any:
         """See FLARE's `Cell.send_request`."""
+        if request.get("secure"):
+            return self._cell.send_request(abort_signal=abort_signal, **request)
         send_plain = self._cell.core_cell.send_request
         if abort_signal is None:
             return send_plain(**request)

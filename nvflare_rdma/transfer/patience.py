@@ -88,15 +88,19 @@ class Patience:
                 ended_at = time.monotonic() + _ENDED_EVERY
 
     def _sleep(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
+        deadline, known = time.monotonic() + seconds, self._links.find(self._peer)
         while True:
             if self._aborted():
                 raise AbortedError(f"the transfer from {self._peer} was aborted")
             if self._links.closed:
                 raise TransferError("this side is ending")
-            # Whoever dials this side is back.
-            if self._links.await_open(self._peer, max(min(deadline - time.monotonic(), _LOOK_SECONDS), 0.0)):
-                return
+            left = max(min(deadline - time.monotonic(), _LOOK_SECONDS), 0.0)
+            if known is None:
+                if self._links.await_open(self._peer, left) is not None:
+                    return  # whoever dials this side is back
+            else:  # answers are missing, and not the link
+                time.sleep(left)
+                known = found if (found := self._links.find(self._peer)) is known else None
             if time.monotonic() >= deadline:
                 return
 

@@ -67,6 +67,14 @@ def test_the_channel_serves_what_comes_later_either_way(results, which):
     )
 
 
+def test_what_flare_encrypts_from_end_to_end_comes_directly_too(results, request):
+    if "secure" not in request.node.name:
+        pytest.skip("it takes certificates")
+    assert GOOD.items() <= results["encrypted"].items()
+    assert len(logged(results["encrypted"], "from server directly: ")) == 2
+    assert not logged(results["encrypted"], "FLARE's own path")
+
+
 @pytest.mark.parametrize("topic", ["few", "adapter"])
 def test_over_an_open_link_a_message_takes_one_plain_request_and_flares_last_one(results, topic):
     assert results["asked"][topic] == ["plain", "stream"]

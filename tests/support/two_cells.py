@@ -138,7 +138,8 @@ class Pair:
         self.done.append([status, len(objects)])
         self.finished.set()
 
-    def get(self, abort: Signal | None = None) -> dict:
+    def get(self, abort: Signal | None = None, secure: bool = False) -> dict:
+        """``secure``: as FLARE has it, encrypted from end to end."""
         self.finished.clear()
         reply = self.site.send_request(
             channel="test",
@@ -147,6 +148,7 @@ class Pair:
             request=new_cell_message({}, {}),
             timeout=60.0,
             abort_signal=abort,
+            secure=secure,
         )
         result = {"code": reply.get_header(MessageHeaderKey.RETURN_CODE)}
         if isinstance(reply.payload, dict):
@@ -229,6 +231,8 @@ def main() -> None:
     ]
     pair.site.update_fobs_context({FOBSContextKey.STREAM_PROGRESS_CB: None})
     results["again"] = {**pair.get(), "log": lines.take(), "records": records.take()}
+    if len(sys.argv) > 2 and json.loads(sys.argv[2]):
+        results["encrypted"] = {**pair.get(secure=True), "log": lines.take(), "records": records.take()}
     results["few bits"] = {**pair.get_few_bits(), "records": records.take()}
     results["asked"] = {topic: pair.asked_of_the_sender(topic) for topic in ("few", "adapter")}
     records.take()

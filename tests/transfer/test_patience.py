@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 
 import pytest
 import torch
@@ -263,6 +264,22 @@ def test_a_peer_that_does_not_answer_at_first_is_waited_for(direct, cell):
     gone.is_away.set()
     gone.thread.start()
     assert_equal(gone.come_back(), large(2))
+
+
+def test_a_peer_whose_link_is_there_is_asked_again_after_a_pause(direct, cell, monkeypatch):
+    monkeypatch.setattr(patience, "_FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(patience, "_LONGEST_PAUSE", 1.0)
+    sent = large(3)
+    gone = Away(direct(sent), cell("site-1"))
+    pull(gone.site, "server", gone.it.ask("site-1"), new)  # which opens a link
+    assert gone.site.find("server") is not None
+    gone.is_away.set()
+    began = time.monotonic()
+    gone.thread.start()
+    eventually(lambda: gone.lost > 3, DEADLINE)
+    assert time.monotonic() - began > 0.05 + 0.1 + 0.2  # and not as often as it can
+    gone.is_away.clear()
+    assert_equal(gone.end(), sent)
 
 
 def test_a_way_that_never_was_is_not_waited_for(direct, cell):
