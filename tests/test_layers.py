@@ -28,7 +28,8 @@ ALLOWED = {
     "persistors": set(),
     "plugin": {"driver"},
     "metrics": {"transfer", "flare_compat"},
-    "cli": {"class_list", "codecs", "fabric", "filters", "flare_compat", "runtime", "settings"},
+    "cli": {"class_list", "codecs", "fabric", "filters", "flare_compat", "kits", "runtime", "settings"},
+    "kits": {"class_list", "settings"},
 }
 NO_FLARE_OR_TORCH = ("fabric", "channel")
 NO_FLARE = ("accumulate", "codecs", "transfer")

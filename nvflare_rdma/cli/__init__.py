@@ -1,4 +1,4 @@
-"""The command `nvflare-rdma driver-path | doctor | policy`: its arguments, and which module does what it asks for."""
+"""The command `nvflare-rdma`: its commands, their arguments, and which module does what they ask for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from nvflare_rdma.cli.kit_commands import add_kit_commands
 from nvflare_rdma.cli.output import CommandError, Result, add_output_options, print_error, print_result, print_schema
 from nvflare_rdma.version import __version__
 
@@ -64,6 +65,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     policy = command("policy", _policy, "what each tensor of a model travels as, and the size of the message")
     policy.add_argument("config", metavar="CONFIG", help="an exported job, its config_fed_*.json, or a policy's JSON")
     policy.add_argument("model", metavar="MODEL", help=".safetensors, a torch state dict, or .json of dtype and shape")
+    add_kit_commands(command)
     return parser, dict(commands.choices)
 
 
