@@ -10,6 +10,7 @@ from typing import Any
 
 from nvflare_rdma.kits.errors import KitError
 from nvflare_rdma.kits.find import RELAY, Kit
+from nvflare_rdma.kits.layout import changed
 
 COMM_CONFIG = "comm_config.json"
 DEFAULT = ".default"
@@ -43,6 +44,8 @@ class JsonFile:
         text = (self.data or b"").decode()
         match = re.match(r"\s*\{\s*\n([ \t]+)\S", text)
         indent: str | int = match[1] if match else _INDENT
+        if text and (new := changed(text, content, str(indent) if match else " " * _INDENT)) is not None:
+            return new.encode()
         end = "" if self.data is not None and not text.endswith("\n") else "\n"
         return (json.dumps(content, indent=indent, ensure_ascii=text.isascii()) + end).encode()
 
