@@ -70,11 +70,22 @@ def read(site: Path) -> ClassList:
     """
     file = _file(site)
     resources = _resources(file)
+    return ClassList(file, isinstance(resources.get(KEY), list), missing_in(resources))
+
+
+def missing_in(resources: Mapping[str, Any]) -> list[str]:
+    """The entries that jobs without code of their own need and that are not allowed by what a `resources.json` has."""
     entries: Any = resources.get(KEY)
     enforced = resources.get(_MODE) != _ONLY_WARN
     listed = isinstance(entries, list)
-    missing = [each for each in ENTRIES if enforced and not (listed and _allowed(each, entries))]
-    return ClassList(file, listed, missing)
+    return [each for each in ENTRIES if enforced and not (listed and _allowed(each, entries))]
+
+
+def with_missing(resources: Mapping[str, Any]) -> list[Any]:
+    """The list of a `resources.json`, or FLARE's standard one if it has none, and what is missing in it."""
+    from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
+
+    return [*resources.get(KEY, DEFAULT_CLASS_ALLOW_LIST), *missing_in(resources)]
 
 
 def allow(simulator: Path) -> ClassList:
@@ -93,7 +104,7 @@ def allow(simulator: Path) -> ClassList:
     if not found.missing or not isinstance(entries, list) or not set(DEFAULT_CLASS_ALLOW_LIST) <= set(entries):
         return found
     found.file.parent.mkdir(parents=True, exist_ok=True)
-    resources = {"format_version": 2, **resources, KEY: [*entries, *found.missing]}
+    resources = {"format_version": 2, **resources, KEY: with_missing(resources)}
     found.file.write_text(json.dumps(resources, indent=4))
     return ClassList(found.file, True, [])
 

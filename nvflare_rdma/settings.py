@@ -195,6 +195,15 @@ def load_settings() -> Settings:
     return parse_settings(_present())
 
 
+def settings_in(config: Mapping[str, Any]) -> Settings:
+    """The settings that a `comm_config.json` with this content has, as a process would read them from there.
+
+    Raises:
+        ConfigError: as `parse_settings`.
+    """
+    return parse_settings({name: str(value) for name, value in config.items() if name.startswith(PREFIX)})
+
+
 def wants_upgrade() -> bool:
     """What `rdma_upgrade` is, whatever is wrong with other settings: who uses those says so.
 

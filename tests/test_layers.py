@@ -29,9 +29,10 @@ ALLOWED = {
     "plugin": {"driver"},
     "metrics": {"transfer", "flare_compat"},
     "cli": {
-        *("class_list", "codecs", "fabric", "filters", "flare_compat", "runtime", "settings"),
+        *("class_list", "codecs", "fabric", "filters", "flare_compat", "kits", "runtime", "settings"),
         *("metrics", "transfer"),  # the file of records, and what one is
     },
+    "kits": {"class_list", "settings"},
 }
 NO_FLARE_OR_TORCH = ("fabric", "channel")
 NO_FLARE = ("accumulate", "codecs", "transfer")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from nvflare_rdma.cli.kit_commands import add_kit_commands
 from nvflare_rdma.cli.output import CommandError, Result, add_output_options, print_error, print_result, print_schema
 from nvflare_rdma.version import __version__
 
@@ -82,6 +83,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help="where the page goes (default: report.html; no page with --text or --format json)",
     )
     report.add_argument("--text", action="store_true", help="print the figures, in 80 columns")
+    add_kit_commands(command)
     return parser, dict(commands.choices)
 
 
