@@ -1,4 +1,4 @@
-"""The command `nvflare-rdma driver-path | doctor | policy`: its arguments, and which module does what it asks for."""
+"""The command `nvflare-rdma driver-path | doctor | policy | plan`: its arguments, and which module does what."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from nvflare_rdma.cli.output import CommandError, Result, add_output_options, pr
 from nvflare_rdma.version import __version__
 
 __all__ = ["driver_path", "main"]
+
+_MODEL = ".safetensors, a torch state dict, or .json of dtype and shape"
 
 
 def driver_path() -> str:
@@ -45,6 +47,28 @@ def _policy(args: argparse.Namespace) -> Result:
     return policy_result(args.config, args.model)
 
 
+def _plan(args: argparse.Namespace) -> Result:
+    from nvflare_rdma.cli.plan_text import plan_result
+
+    return plan_result(args.model, args.site, args.codec, args.policy, args.deadline, args.rounds, args.cost_per_gb)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help=_MODEL)
+    site = "a site and its line, as hospital=100Mbit,40ms,0.001: bits a second, round trip, packets lost"
+    add("--site", metavar="NAME=RATE,RTT[,LOSS]", action="extend", nargs="+", required=True, help=site)
+    codecs = "what to compare, exact or a codec (default: exact, and some of 16 to 2 bits)"
+    add("--codec", metavar="TYPE", action="extend", nargs="+", default=[], help=codecs)
+    policy = "a job, its config_fed_*.json, or a policy's JSON, whose rules count (default: add_quantization's)"
+    add("--policy", metavar="CONFIG", help=policy)
+    add(
+        "--deadline", metavar="TIME", help="of a round's traffic, as 60s: say which codecs meet it; exit 1 if none does"
+    )
+    add("--rounds", metavar="N", type=int, default=1, help="of the run, for its time and cost (default: %(default)s)")
+    add("--cost-per-gb", metavar="PRICE", type=float, help="of 10^9 bytes, both ways counted, as 0.09")
+
+
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(prog="nvflare-rdma", description="RDMA-chunked streaming for NVIDIA FLARE")
     parser.add_argument("--version", action="version", version=__version__)
@@ -63,7 +87,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     policy = command("policy", _policy, "what each tensor of a model travels as, and the size of the message")
     policy.add_argument("config", metavar="CONFIG", help="an exported job, its config_fed_*.json, or a policy's JSON")
-    policy.add_argument("model", metavar="MODEL", help=".safetensors, a torch state dict, or .json of dtype and shape")
+    policy.add_argument("model", metavar="MODEL", help=_MODEL)
+    _add_plan(command("plan", _plan, "what rounds will take: bytes, seconds and memory, by codec and site"))
     return parser, dict(commands.choices)
 
 
