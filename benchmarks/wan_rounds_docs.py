@@ -61,6 +61,8 @@ def plot(results: Results, path: Path) -> None:
     )
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="seconds of a round, down and up (logarithmic)")
+    axes.set_xlim(right=1.5 * axes.get_xlim()[1])  # for the label of the longest
+    axes.margins(y=0.01)
     axes.legend()
     figure.savefig(path, metadata={"Date": None})
 

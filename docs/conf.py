@@ -10,7 +10,14 @@ source_suffix = {".md": "markdown"}
 # Links to headings, as on GitHub.
 myst_heading_anchors = 3
 # What other pages include.
-exclude_patterns = ["_build", "controllers-table.md", "controllers-fedrdma.md", "wan-table.md", "convergence-table.md"]
+exclude_patterns = [
+    "_build",
+    "controllers-table.md",
+    "controllers-fedrdma.md",
+    "wan-table.md",
+    "wan-rounds-table.md",
+    "convergence-table.md",
+]
 html_theme = "alabaster"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -174,8 +174,10 @@ def _still_encoded(value: Any) -> Encoded | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether float32 has it, and torch and numpy round it alike."""
-    return type(value) in (int, float) and abs(value) <= (1 << 53 if type(value) is int else _LARGEST)
+    """Whether float32 has it, and torch and numpy round it alike. numpy's float64 is a float."""
+    if type(value) is int:
+        return abs(value) <= 1 << 53
+    return isinstance(value, float) and abs(value) <= _LARGEST
 
 
 def _product(tensor: Any, other: Any) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 
 from nvflare_rdma.codecs.runs import Array
 
+_COMPARED = 1 << 20  # values
 MAX_DIMENSIONS = 64  # what numpy and torch both take
 
 
@@ -159,6 +160,18 @@ def identity(value: Any) -> tuple[Any, ...] | None:
         lazy = value.is_neg(), value.is_conj()  # done when it is read, not in memory
         return ("torch", value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, lazy)
     return ("numpy", value.__array_interface__["data"][0], value.shape, value.strides, value.dtype.str)
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Return whether two encodable tensors of one framework have the same dtype, shape and bits: zeros of different
+    signs differ, and a NaN equals itself."""
+    alike = is_torch(one) == is_torch(other) and is_encodable(one) and is_encodable(other)
+    if not alike or dtype_name(one) != dtype_name(other) or tuple(one.shape) != tuple(other.shape):
+        return False
+    mine, its = to_flat(one), to_flat(other)
+    bits = np.dtype(f"u{mine.itemsize}")
+    runs = range(0, mine.size, _COMPARED)  # for what numpy takes to compare
+    return all(np.array_equal(mine[i : i + _COMPARED].view(bits), its[i : i + _COMPARED].view(bits)) for i in runs)
 
 
 def width(dtype: str, torch: bool) -> int:

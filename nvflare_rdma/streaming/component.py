@@ -38,6 +38,7 @@ from nvflare_rdma.streaming.absence import Absences
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
 from nvflare_rdma.streaming.identity import identifier
 from nvflare_rdma.streaming.parents import meeting_function
+from nvflare_rdma.streaming.ties import Ties
 from nvflare_rdma.streaming.trainer import hand_on, inherited_site, is_trainer, take_back
 from nvflare_rdma.timers import too_short
 from nvflare_rdma.transfer import PeerLinks
@@ -82,6 +83,7 @@ class RdmaTransfer(FLComponent):
         self._handed_on = False
         self._reporter: TransferReporter | None = None
         self._told: set[tuple[str, str]] = set()
+        self._ties = Ties()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """FLARE's hook: links live as long as the run."""
@@ -113,6 +115,7 @@ class RdmaTransfer(FLComponent):
             if self._reporter is not None:
                 self._reporter.close()
         else:
+            self._ties.handle_event(event_type, fl_ctx)
             if event_type in (EventType.BEFORE_TASK_DATA_FILTER, EventType.BEFORE_TASK_RESULT_FILTER):
                 self._say_what_failed_there(fl_ctx)
             if self._reporter is not None:

@@ -85,6 +85,16 @@ def test_flares_aggregation_gets_the_same_bits(name, whole, seed, shape, dtype, 
         assert figures["results_added_bytes"] >= decoded.nbytes
 
 
+@pytest.mark.parametrize("number", [3, 2.5, np.float64(2.5)], ids=["int", "float", "numpy"])
+def test_a_weight_of_either_kind_leaves_it_encoded(number):
+    encoded, decoded, holdings = make()
+    assert torch.equal(encoded.mul(number), decoded.mul(number))
+    total = torch.ones(40, 33).add_(encoded, alpha=number)
+    torch.testing.assert_close(total, torch.ones(40, 33).add_(decoded, alpha=number))
+    assert holdings.take()["results_decoded_bytes"] == 0
+    assert holdings.held > 0
+
+
 def test_what_is_asked_of_a_tensor_leaves_it_encoded():
     encoded, decoded, holdings = make()
     for value in (encoded, encoded.detach(), encoded.cpu(), encoded.contiguous()):
