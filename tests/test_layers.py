@@ -28,7 +28,10 @@ ALLOWED = {
     "persistors": set(),
     "plugin": {"driver"},
     "metrics": {"transfer", "flare_compat"},
-    "cli": {"class_list", "codecs", "fabric", "filters", "flare_compat", "runtime", "settings"},
+    "cli": {
+        *("class_list", "codecs", "fabric", "filters", "flare_compat", "runtime", "settings"),
+        *("metrics", "transfer"),  # the file of records, and what one is
+    },
 }
 NO_FLARE_OR_TORCH = ("fabric", "channel")
 NO_FLARE = ("accumulate", "codecs", "transfer")

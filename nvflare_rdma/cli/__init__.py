@@ -1,4 +1,4 @@
-"""The command `nvflare-rdma driver-path | doctor | policy | plan`: its arguments, and which module does what."""
+"""The command `nvflare-rdma`: its arguments, and which module does what it asks for."""
 
 from __future__ import annotations
 
@@ -69,6 +69,12 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--cost-per-gb", metavar="PRICE", type=float, help="of 10^9 bytes, both ways counted, as 0.09")
 
 
+def _report(args: argparse.Namespace) -> Result:
+    from nvflare_rdma.cli.report import report_result
+
+    return report_result(args.path, args.job, args.output, args.text, args.format)
+
+
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(prog="nvflare-rdma", description="RDMA-chunked streaming for NVIDIA FLARE")
     parser.add_argument("--version", action="version", version=__version__)
@@ -89,6 +95,18 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     policy.add_argument("config", metavar="CONFIG", help="an exported job, its config_fed_*.json, or a policy's JSON")
     policy.add_argument("model", metavar="MODEL", help=_MODEL)
     _add_plan(command("plan", _plan, "what rounds will take: bytes, seconds and memory, by codec and site"))
+    report = command("report", _report, "a page about what a job's transfers did: bytes, seconds, paths, failures")
+    report.add_argument(
+        "path", metavar="WORKSPACE|JOB_DIR", type=Path, help="where the job ran, or what was downloaded"
+    )
+    report.add_argument("--job", metavar="ID", help="which job, or the beginning of its ID (default: the newest)")
+    report.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where the page goes (default: report.html; no page with --text or --format json)",
+    )
+    report.add_argument("--text", action="store_true", help="print the figures, in 80 columns")
     return parser, dict(commands.choices)
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from nvflare_rdma.metrics.names import TRANSFERS_FILE
+
 _MODULES = {"TransferReporter": "reporting"}
-__all__ = ["TransferReporter"]
+__all__ = ["TRANSFERS_FILE", "TransferReporter"]
 
 
 def __getattr__(name: str) -> Any:

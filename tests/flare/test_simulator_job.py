@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from nvflare_rdma.cli.report_figures import Moved, report_on
+from nvflare_rdma.cli.report_records import find_jobs
+from nvflare_rdma.cli.report_words import headline, notes
+
 ROOT = Path(__file__).parents[2]
 TINY = [
     "--rounds",
@@ -57,6 +61,7 @@ def test_job_runs_over_the_chosen_driver_and_counts_its_bytes(tmp_path, driver, 
     if direct:
         transfers_are_recorded(tmp_path / "stdlib_lm", results["model_bytes"])
         receivers_of_analytics_get_them(tmp_path / "stdlib_lm", results["model_bytes"])
+        the_report_tells_of_them(tmp_path / "stdlib_lm", results["model_bytes"])
 
 
 def transfers_are_recorded(folder, model_bytes):
@@ -85,3 +90,15 @@ def receivers_of_analytics_get_them(folder, model_bytes):
                 assert scalars[origin, f"rdma/{direction}_{kind}_bytes"] == (transfers * model_bytes, 0)
             assert scalars[origin, f"rdma/{direction}_goodput"][0] > 0
         assert scalars[origin, "rdma/direct_transfers"] == (2 * transfers, 0)
+
+
+def the_report_tells_of_them(folder, model_bytes):
+    (job,) = find_jobs(folder)
+    report = report_on([job], job, folder)
+    assert (report.job, report.name, report.moved) == ("simulate_job", "stdlib_lm", Moved(4, *[4 * model_bytes] * 2))
+    assert headline(report).startswith("1 round, 2 sites: ")
+    assert "without encoding; all direct, over tcp; the slowest site was site-" in headline(report)
+    assert notes(report) == []
+    (only,) = report.rounds
+    assert only.down == only.up == Moved(2, *[2 * model_bytes] * 2)
+    assert (report.loss_name, 0 < only.loss < 10) == ("train_loss", True)

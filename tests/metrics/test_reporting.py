@@ -2,77 +2,23 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("nvflare")
 
-from nvflare.apis.analytix import AnalyticsData
-from nvflare.apis.dxo import from_shareable
 from nvflare.apis.event_type import EventType
-from nvflare.apis.fl_component import FLComponent
-from nvflare.apis.fl_constant import FLContextKey, ReservedTopic
-from nvflare.apis.fl_context import FLContextManager
-from nvflare.apis.shareable import Shareable
-from nvflare.app_common.app_constant import AppConstants
-from nvflare.app_common.app_event_type import AppEventType
+from nvflare.apis.fl_constant import ReservedTopic
 from nvflare.fuel.data_event.data_bus import DataBus
 from nvflare.fuel.f3.stats_pool import StatsPoolManager
 
 from nvflare_rdma.metrics import pools
-from nvflare_rdma.metrics.reporting import TransferReporter, figures_of
+from nvflare_rdma.metrics.reporting import figures_of
 from nvflare_rdma.transfer.records import Ledger
+from tests.support.reported_run import ReportedRun
 from tests.support.transfer_records import record
 
 ledger = Ledger()
-
-
-class Run:
-    """A run's reporter, in an engine that keeps what is fired."""
-
-    def __init__(self, folder, process_type, cell):
-        self.folder = folder
-        self.fired: list[tuple] = []
-        self._contexts = FLContextManager(self, cell.split(".")[0], "job-1", {}, {})
-        self._cell = cell
-        self.ctx = self.new_context()
-        self.ctx.set_prop(FLContextKey.PROCESS_TYPE, process_type, private=True, sticky=False)
-        self.more: dict[str, float] = {}
-        self.reporter = TransferReporter(FLComponent(), self.ctx, ledger, lambda: self.more)
-
-    def new_context(self):
-        return self._contexts.new_context()
-
-    def get_cell(self):
-        return SimpleNamespace(get_fqcn=lambda: self._cell)
-
-    def get_workspace(self):
-        return SimpleNamespace(get_run_dir=lambda job_id: os.path.join(self.folder, job_id))
-
-    def fire_event(self, event_type, fl_ctx):
-        data = AnalyticsData.from_dxo(from_shareable(fl_ctx.get_prop(FLContextKey.EVENT_DATA)))
-        self.fired.append((event_type, data.tag, data.value, data.step))
-
-    def scalars(self, step):
-        taken, self.fired = self.fired, []
-        assert all((event, at) == ("analytix_log_stats", step) for event, _, _, at in taken)
-        return {tag: value for _, tag, value, _ in taken}
-
-    def round(self, number):
-        self.ctx.set_prop(AppConstants.CURRENT_ROUND, number, private=True, sticky=False)
-        self.reporter.handle_event(AppEventType.ROUND_STARTED, self.ctx)
-
-    def task(self, number):
-        data = Shareable()
-        data.set_header(AppConstants.CURRENT_ROUND, number)
-        self.ctx.set_prop(FLContextKey.TASK_DATA, data, private=True, sticky=False)
-        self.reporter.handle_event(EventType.BEFORE_TASK_DATA_FILTER, self.ctx)
-
-    def lines(self):
-        path = os.path.join(self.folder, "job-1", "nvflare_rdma", "transfers.jsonl")
-        return [json.loads(line) for line in open(path)] if os.path.exists(path) else []
 
 
 @pytest.fixture
@@ -80,7 +26,7 @@ def run(tmp_path):
     made = []
 
     def make(process_type, cell, folder=tmp_path):
-        made.append(Run(str(folder), process_type, cell))
+        made.append(ReportedRun(str(folder), process_type, cell, ledger))
         return made[-1]
 
     yield make
