@@ -46,20 +46,24 @@ LAYERS = 28  # and 9 tensors each, and three more: 255
 console = Console(width=150)
 
 
-def make_model(mib: int) -> dict[str, Any]:
+def model_shapes(mib: int) -> dict[str, tuple[int, ...]]:
     """255 tensors of ``mib`` MiB in all: Llama's projections, norms, embedding and head, narrower. The head has as many
     rows as are left."""
-    import torch
-
     width, values = 8, mib * MIB // 4
     while sum(map(math.prod, _shapes(width + 8))) <= values:
         width += 8
-    torch.manual_seed(0)
     shapes = dict(zip(_names(), _shapes(width), strict=True))
     rows, columns = shapes["head"]
     left = max(values - sum(map(math.prod, shapes.values())), 0)
-    shapes["head"] = rows + -(-left // columns), columns
-    return {name: torch.rand(shape) for name, shape in shapes.items()}
+    return shapes | {"head": (rows + -(-left // columns), columns)}
+
+
+def make_model(mib: int) -> dict[str, Any]:
+    """Tensors of `model_shapes`, with random values."""
+    import torch
+
+    torch.manual_seed(0)
+    return {name: torch.rand(shape) for name, shape in model_shapes(mib).items()}
 
 
 def _names() -> list[str]:

@@ -45,6 +45,7 @@ BEHIND_FACES = {
     "benchmarks/state_dict.py": "installs the transfer without a FLARE job that has the component",
     "benchmarks/containers_files.py": "installs the transfer without a FLARE job that has the component",
     "benchmarks/server_memory.py": "installs the transfer without a FLARE job that has the component",
+    "benchmarks/plan_check.py": "compares what the command plan works out with measurements",
     "benchmarks/verbs_costs.py": "measures what the parts of the verbs fabric cost on their own",
     "benchmarks/channel_peers.py": "sets endpoint.IN_PLACE_BYTES of the verbs fabric, which is no setting",
 }

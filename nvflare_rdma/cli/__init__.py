@@ -15,6 +15,8 @@ from nvflare_rdma.version import __version__
 
 __all__ = ["driver_path", "main"]
 
+_MODEL = ".safetensors, a torch state dict, or .json of dtype and shape"
+
 
 def driver_path() -> str:
     """The folder for FLARE's `comm_driver_path`."""
@@ -46,6 +48,28 @@ def _policy(args: argparse.Namespace) -> Result:
     return policy_result(args.config, args.model)
 
 
+def _plan(args: argparse.Namespace) -> Result:
+    from nvflare_rdma.cli.plan_text import plan_result
+
+    return plan_result(args.model, args.site, args.codec, args.policy, args.deadline, args.rounds, args.cost_per_gb)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help=_MODEL)
+    site = "a site and its line, as hospital=100Mbit,40ms,0.001: bits a second, round trip, packets lost"
+    add("--site", metavar="NAME=RATE,RTT[,LOSS]", action="extend", nargs="+", required=True, help=site)
+    codecs = "what to compare, exact or a codec (default: exact, and some of 16 to 2 bits)"
+    add("--codec", metavar="TYPE", action="extend", nargs="+", default=[], help=codecs)
+    policy = "a job, its config_fed_*.json, or a policy's JSON, whose rules count (default: add_quantization's)"
+    add("--policy", metavar="CONFIG", help=policy)
+    add(
+        "--deadline", metavar="TIME", help="of a round's traffic, as 60s: say which codecs meet it; exit 1 if none does"
+    )
+    add("--rounds", metavar="N", type=int, default=1, help="of the run, for its time and cost (default: %(default)s)")
+    add("--cost-per-gb", metavar="PRICE", type=float, help="of 10^9 bytes, both ways counted, as 0.09")
+
+
 def _report(args: argparse.Namespace) -> Result:
     from nvflare_rdma.cli.report import report_result
 
@@ -70,7 +94,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     policy = command("policy", _policy, "what each tensor of a model travels as, and the size of the message")
     policy.add_argument("config", metavar="CONFIG", help="an exported job, its config_fed_*.json, or a policy's JSON")
-    policy.add_argument("model", metavar="MODEL", help=".safetensors, a torch state dict, or .json of dtype and shape")
+    policy.add_argument("model", metavar="MODEL", help=_MODEL)
+    _add_plan(command("plan", _plan, "what rounds will take: bytes, seconds and memory, by codec and site"))
     report = command("report", _report, "a page about what a job's transfers did: bytes, seconds, paths, failures")
     report.add_argument(
         "path", metavar="WORKSPACE|JOB_DIR", type=Path, help="where the job ran, or what was downloaded"

@@ -146,6 +146,16 @@ class Policy:
         given = [] if rules is None else [*rules, *DEFAULT_RULES]
         self.rules = (*(Rule.parse(raw) for raw in given), Rule(self.codec.name))
 
+    def with_type(self, quantization_type: str) -> Policy:
+        """The same rules, and another codec for whatever none of them fits.
+
+        Raises:
+            ConfigError: an unknown codec.
+        """
+        other = Policy(quantization_type)
+        other.rules = (*self.rules[:-1], *other.rules)
+        return other
+
     @property
     def codecs(self) -> list[Codec]:
         """The codecs that the policy may choose."""

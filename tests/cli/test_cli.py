@@ -64,7 +64,10 @@ def test_an_installation_that_is_not_whole_is_told(capsys, monkeypatch):
     assert "/nowhere has no rdma_driver.py" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["driver-path", "doctor", "policy", "report", "enable", "disable", "status"])
+COMMANDS = ["driver-path", "doctor", "policy", "plan", "report", "enable", "disable", "status"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_what_a_command_takes_is_told_even_if_it_is_missing(command, capsys):
     assert main([command, "--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)

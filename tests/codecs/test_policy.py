@@ -154,3 +154,14 @@ def test_a_decision_says_why():
     decision = Policy("normfloat4", rules).decide("lm_head.weight", "float32", MATRIX)
     assert decision.reason == "name lm_*, min_elements 10"
     assert Policy("normfloat4").decide("x", "float32", MATRIX).reason == "everything else"
+
+
+def test_another_type_leaves_the_rules():
+    rule = {"role": "embedding", "quantization_type": "int8"}
+    policy = Policy("float16", [rule]).with_type("normfloat4")
+    assert decide(policy, "embed.weight") == "int8"
+    assert decide(policy, "norm.weight", shape=(4096,)) == "exact"
+    assert decide(policy, "q_proj.weight") == "normfloat4"
+    assert policy.codec.name == "normfloat4"
+    with pytest.raises(ConfigError, match="int3"):
+        policy.with_type("int3")
