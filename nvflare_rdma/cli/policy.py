@@ -110,7 +110,7 @@ def policy_result(config: str, model: str) -> Result:
     """A table for each direction that has a policy of its own."""
     policies, tensors = read_policies(Path(config)), read_model(Path(model))
     found = {where: (policy, rows_of(policy, tensors)) for where, policy in policies.items()}
-    console = Console(width=max(shutil.get_terminal_size((80, 24)).columns, 60), highlight=False)
+    console = Console(width=max(shutil.get_terminal_size((80, 24)).columns, 60), highlight=False, markup=False)
     with console.capture() as text:
         for where, (policy, rows) in found.items():
             console.print(_table(where, policy, rows))

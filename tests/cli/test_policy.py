@@ -170,6 +170,12 @@ class Evil:
         return (print, ("ran code from a model file",))
 
 
+def test_names_are_shown_as_they_are(show):
+    code, out, _ = show({"quantization_type": "int8"}, {"layers[0].weight [bold]": {"dtype": "int64", "shape": [2]}})
+    assert code == 0
+    assert "layers[0].weight [bold]" in out
+
+
 def test_bad_files_are_errors_that_name_them(show, tmp_path, capsys):
     np.save(tmp_path / "m.npy", np.ones(3))
     (tmp_path / "short.safetensors").write_bytes(b"123")
