@@ -197,11 +197,11 @@ class DirectDecomposer(PrefixedReferences):
                 cancel_download(cell, from_fqcn, ref_id, secure, optional)
                 progress.finish(state="aborted")
                 failure = str(signal.value or error)
-                finish(meter, failure, pull.items)
+                finish(meter, failure, pull.tensors)
                 return failure, None
             except (RdmaError, MemoryError) as error:
                 _say_fallback(from_fqcn, error)
-                if any(item.cut is not None for item in pull.items):
+                if any(item.cut is not None for item in pull.tensors):
                     take = functools.partial(download_object, progress_cb=progress.go_on, abort_signal=signal)
                     meter.fall_back(str(error))
                     return _download_encoded(ask, landing, functools.partial(take, **common), meter)
@@ -209,11 +209,11 @@ class DirectDecomposer(PrefixedReferences):
                 if not failure and items is None:
                     failure = "the sender takes them for delivered"
                 return failure, items
-            shared().tensor_memory.keep_for(map(landing.nbytes, pull.items))
+            shared().tensor_memory.keep_for(map(landing.nbytes, pull.tensors))
             delivered = _Delivered()
             with download_logged_as(meter.wire_bytes, meter.seconds):
                 download_object(consumer=delivered, progress_cb=progress.finish, abort_signal=signal, **common)
-            finish(meter, delivered.error, pull.items)
+            finish(meter, delivered.error, pull.tensors)
             return delivered.error, items
 
     @contextlib.contextmanager

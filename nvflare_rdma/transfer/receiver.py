@@ -111,6 +111,11 @@ class Pull:
         #: Item -> how much of its message had landed before, and is not sent again.
         self._starts: dict[int, int] = {}
 
+    @property
+    def tensors(self) -> list[Item]:
+        """The items, and of bundles what is in them."""
+        return [tensor for item in self.items for tensor in item.tensors]
+
     def run(self, confirmed: bool = False) -> Any:
         """Receive everything, and give what the destination gives.
 

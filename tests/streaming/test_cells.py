@@ -212,6 +212,17 @@ def test_an_aborted_download_fails_as_flares_does(results):
     assert "failed to download from server" in results["aborted"]["error"]
 
 
+@pytest.mark.parametrize(("which", "path"), [("many", "direct"), ("many relayed", "flare")])
+def test_small_tensors_that_travel_together_are_counted_one_by_one(results, which, path):
+    raw = sum(4 * 100 * (100 + i) for i in range(60))
+    assert results[which]["count"] == 60
+    assert 0 < results[which]["error"] < 0.7  # they came in few bits
+    assert len(results[which]["records"]) == 2
+    for record in results[which]["records"]:
+        assert (record["items"], record["raw_bytes"], record["path"]) == (60, raw, path)
+        assert raw // 8 < record["wire_bytes"] < raw // 6
+
+
 @pytest.mark.parametrize("which", ["few bits up, to be added", "few bits relayed, to be added"])
 def test_few_bits_stay_encoded_at_a_server_until_they_are_added(results, which):
     result = results[which]

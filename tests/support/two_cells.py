@@ -54,6 +54,8 @@ WEIGHTS = torch.randn(800, 1000)
 FEW_BITS = {"w": marked(WEIGHTS, get_codec("normfloat4")), "b": torch.ones(3)}
 #: Together no more than a description may have in it.
 ADAPTER = {f"w{i}": torch.full((8, 768), float(i)) for i in range(10)}
+#: Small tensors, which are more than that together.
+MANY = {f"w{i}": marked(torch.randn(100, 100 + i), get_codec("normfloat4")) for i in range(60)}
 #: What the codec can't carry: it is sent exact.
 DIVERGED = torch.randn(400, 1000)
 DIVERGED[399, 999] = torch.nan
@@ -110,6 +112,7 @@ class Pair:
         self.server.register_request_cb(channel="test", topic="get", cb=lambda request: self.reply({"model": MODEL}))
         self.server.register_request_cb(channel="test", topic="few", cb=lambda request: self.reply(FEW_BITS))
         self.server.register_request_cb(channel="test", topic="adapter", cb=lambda request: self.reply(ADAPTER))
+        self.server.register_request_cb(channel="test", topic="many", cb=lambda request: self.reply(MANY))
         self.server.register_request_cb(channel="test", topic="put", cb=self.put)
         self.server.register_request_cb(channel="test", topic="put few", cb=self.put_few_bits)
         self.server.update_fobs_context({FOBSContextKey.DOWNLOAD_COMPLETE_CB: self.complete})
@@ -167,6 +170,13 @@ class Pair:
             result["files"] = sum(len(files) for _, _, files in os.walk(self.folder))
             got = got.materialize()
         return {**result, "error": float((got - WEIGHTS).abs().max())}
+
+    def get_many(self) -> dict:
+        self.finished.clear()
+        request = new_cell_message({}, {})
+        reply = self.site.send_request(channel="test", topic="many", target="server", request=request, timeout=60.0)
+        error = max(float((reply.payload[name] - tensor).abs().max()) for name, tensor in MANY.items())
+        return {"error": error, "count": len(reply.payload), "finished": self.finished.wait(30.0)}
 
     def get_few_bits_to_disk(self) -> dict:
         """As a workflow with ``enable_tensor_disk_offload`` has it."""
@@ -234,6 +244,7 @@ def main() -> None:
     if len(sys.argv) > 2 and json.loads(sys.argv[2]):
         results["encrypted"] = {**pair.get(secure=True), "log": lines.take(), "records": records.take()}
     results["few bits"] = {**pair.get_few_bits(), "records": records.take()}
+    results["many"] = {**pair.get_many(), "records": records.take()}
     results["asked"] = {topic: pair.asked_of_the_sender(topic) for topic in ("few", "adapter")}
     records.take()
     results["few bits on disk"] = {**pair.get_few_bits_to_disk(), "records": records.take(), "log": lines.take()}
@@ -272,6 +283,7 @@ def main() -> None:
     install()
     results["no door on either side"] = {**pair.get(), "log": lines.take(), "records": records.take()}
 
+    results["many relayed"] = {**pair.get_many(), "records": records.take()}
     shared().holdings.start()
     results["few bits relayed, to be added"] = pair.send_few_bits()
     shared().holdings.stop()
