@@ -135,8 +135,9 @@ def _row(item: Item) -> list[Any]:
     return [item.name, item.torch, item.dtype, list(item.shape), item.content, *cut]
 
 
-def unpack(data: Any) -> list[Item]:
-    """Check a peer's manifest, and give the items that `pack` was given there.
+def unpack(data: Any, bundles: bool = False) -> list[Item]:
+    """Check a peer's manifest, and give the items that `pack` was given there. There may be `bundles` among them only
+    where the receiver knows how to take them.
 
     Raises:
         ProtocolError: `data` is malformed.
@@ -147,7 +148,7 @@ def unpack(data: Any) -> list[Item]:
         rows = msgpack.unpackb(data, max_array_len=MAX_ITEMS)
         if type(rows) is not list:
             raise ValueError(f"a list is expected, not {type(rows).__name__}")
-        items = [_bundle(*row) if len(row) == 1 else _item(*row) for row in rows]
+        items = [_bundle(*row) if len(row) == 1 and bundles else _item(*row) for row in rows]
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ProtocolError(f"malformed manifest: {error}") from error
     names = [tensor.name for item in items for tensor in item.tensors]

@@ -371,7 +371,7 @@ class Pull:
             self._asked = asked
             raise
         self._asked, self._seen = asked or "sending" in described, described.get("sees") is True
-        items, known = manifest.unpack(described.get("manifest")), self.items
+        items, known = manifest.unpack(described.get("manifest"), self._destination.bundles), self.items
         # How the items are sent may have changed since, but not what they are.
         if known and list(map(_identity, items)) != list(map(_identity, known)):
             raise ProtocolError("the peer has other tensors than it said before")

@@ -309,6 +309,8 @@ class Destination(ABC):
     """Where a `Pull` puts the items of one message. One thread calls its methods, in the order in which they are here;
     `accept`, `sink` and `check` more than once."""
 
+    bundles = False
+    """Whether it takes bundles: small tensors that come together."""
     durable = False
     """Whether what has come is kept here even if the peer can't be told so, or the transfer fails."""
 
@@ -352,6 +354,8 @@ class Destination(ABC):
 
 class TensorDestination(Destination):
     """Gives what the places of the tensors give, by FLARE's item ids. `land` makes each tensor's place."""
+
+    bundles = True
 
     def __init__(self, land: Land) -> None:
         self._land = land

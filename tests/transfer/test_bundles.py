@@ -16,7 +16,9 @@ from nvflare_rdma.codecs.tensors import to_flat
 from nvflare_rdma.errors import ProtocolError, UnrepresentableError
 from nvflare_rdma.transfer import content, manifest
 from nvflare_rdma.transfer.content import TensorContent
+from nvflare_rdma.transfer.files.transfer import FileDestination
 from nvflare_rdma.transfer.manifest import BUNDLE_BYTES, BUNDLED_BYTES, Item
+from nvflare_rdma.transfer.sinks import TensorDestination
 from tests.support.direct_transfers import assert_equal, new, new_memory
 from tests.support.encoded import as_encoded
 from tests.support.tcp_pair import DEADLINE
@@ -51,7 +53,7 @@ def test_every_item_is_in_one_place_and_no_bundle_is_too_large(sizes):
     alone = sum(not item.members and item.nbytes <= BUNDLED_BYTES for item in found)
     least = min(max(small // 16, MIN_CHUNK_BYTES), BUNDLE_BYTES) - BUNDLED_BYTES
     assert alone <= 1 + small / max(least, BUNDLED_BYTES / 4)
-    assert manifest.unpack(manifest.pack(found)) == found
+    assert manifest.unpack(manifest.pack(found), bundles=True) == found
 
 
 ROW = ["x", True, "float32", [2, 3], None]
@@ -72,16 +74,25 @@ ROW = ["x", True, "float32", [2, 3], None]
 )
 def test_what_is_no_bundle_is_refused(row, reason):
     with pytest.raises(ProtocolError, match=reason):
-        manifest.unpack(msgpack.packb([row]))
+        manifest.unpack(msgpack.packb([row]), bundles=True)
     with pytest.raises(ProtocolError):
-        manifest.unpack(msgpack.packb([row, ["x", *ROW[1:]]]))
+        manifest.unpack(msgpack.packb([row, ["x", *ROW[1:]]]), bundles=True)
+
+
+def test_where_none_may_be_a_bundle_is_refused():
+    good = [[["x", *ROW[1:]], ["y", *ROW[1:]]]]
+    assert manifest.unpack(msgpack.packb([good]), bundles=True)
+    with pytest.raises(ProtocolError, match="malformed manifest"):
+        manifest.unpack(msgpack.packb([good]))
+    assert TensorDestination.bundles
+    assert not FileDestination.bundles
 
 
 def test_a_bundle_counts_with_all_that_is_in_it(monkeypatch):
     monkeypatch.setattr(manifest, "MAX_ITEMS", 6)
     rows = [[[f"{i}{j}", *ROW[1:]] for j in range(4)] for i in range(2)]
     with pytest.raises(ProtocolError, match="it has 8 tensors, 6 are the most"):
-        manifest.unpack(msgpack.packb([[row] for row in rows]))
+        manifest.unpack(msgpack.packb([[row] for row in rows]), bundles=True)
 
 
 @pytest.mark.parametrize("fabrics", [("tcp",), ("shm",)], ids="-".join)

@@ -258,7 +258,7 @@ def test_beside_what_is_large_the_small_tensors_are_bundled_and_for_an_old_peer_
     plain = {"much": torch.randn(600, 800), "few": torch.randn(40, 50), "more": torch.randn(600, 800)}
     plain["less"] = torch.randn(1)
     it = small(in_few_bits(plain))
-    told = manifest.unpack(it.service.answer({"do": "describe", "compact": True}, "x")["manifest"])
+    told = manifest.unpack(it.service.answer({"do": "describe", "compact": True}, "x")["manifest"], bundles=True)
     assert [[tensor.name for tensor in item.tensors] for item in told] == [["much"], ["more"], ["few", "less"]]
     assert all(item.content is None for item in told)
     assert told[2].nbytes == told[2].members[0].sent_nbytes + 4 < 2000
