@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from nvflare_rdma.channel import MAX_UNIT_BYTES, MIN_CHUNK_BYTES
 from nvflare_rdma.codecs import get_codec
@@ -18,7 +19,7 @@ from nvflare_rdma.transfer import content, manifest
 from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.files.transfer import FileDestination
 from nvflare_rdma.transfer.manifest import BUNDLE_BYTES, BUNDLED_BYTES, Item
-from nvflare_rdma.transfer.sinks import TensorDestination
+from nvflare_rdma.transfer.sinks import OnDisk, TensorDestination
 from tests.support.direct_transfers import assert_equal, new, new_memory
 from tests.support.encoded import as_encoded
 from tests.support.tcp_pair import DEADLINE
@@ -117,6 +118,17 @@ def test_tensors_of_all_kinds_are_in_few_messages(fabrics, direct, cell):
     assert len(it.moved) < 30
     assert told[-1].items == len(sent) - 1
     assert told[-1].nbytes == sum(nbytes for _, nbytes, _ in it.moved)
+
+
+def test_members_land_in_files_of_their_own(direct, cell, tmp_path):
+    plain = adapter(40)
+    sent = {name: marked(tensor, NF4) if name == "t7" else tensor for name, tensor in plain.items()}
+    it, site = direct(sent), cell("site-1")
+    got = it.confirmed(site, land=lambda item: OnDisk(item, str(tmp_path / item.name)))
+    assert len(it.moved) < 20
+    for name, (path, key) in got.items():
+        wanted = torch.from_numpy(as_encoded(plain[name], "normfloat4")) if name == "t7" else plain[name]
+        assert torch.equal(load_file(path)[key], wanted)
 
 
 def test_one_that_its_codec_can_not_carry_makes_no_other_exact(direct, cell, caplog):
