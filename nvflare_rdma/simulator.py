@@ -37,6 +37,7 @@ from nvflare_rdma.flare_compat import patch_simulator, require_flare, simulator_
 
 SCHEMES = ("rdma", "tcp", "grpc")
 _DRIVER_PATH_VAR = "NVFLARE_COMM_DRIVER_PATH"
+_GRPC_FORKS_VAR = "GRPC_ENABLE_FORK_SUPPORT"
 _DEFAULT_WORKSPACE = "simulator_workspace"  # that of FLARE's SimulatorRunner
 _STOP_SECONDS = 10
 _WATCH_SECONDS = 1.0
@@ -131,7 +132,10 @@ def _run(command: Sequence[str], console: str | os.PathLike[str] | None) -> int:
     """Run `command` in a session of its own; if this process is interrupted, end that session too."""
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open(console, "ab")) if console else None
-        process = subprocess.Popen(command, start_new_session=True, stdout=out, stderr=out)
+        # The simulator forks for each site, and executes Python there. What gRPC does in between, for those who go on
+        # after a fork, may hang on a busy machine: the site never comes, and the job never ends.
+        environment = {_GRPC_FORKS_VAR: "0", **os.environ}
+        process = subprocess.Popen(command, start_new_session=True, stdout=out, stderr=out, env=environment)
         try:
             return process.wait()
         finally:

@@ -102,6 +102,16 @@ def test_the_simulators_output_goes_to_the_console_file(tmp_path):
     assert sorted((tmp_path / "console.log").read_text().split()) == ["err", "out"]
 
 
+@pytest.mark.parametrize(("own", "seen"), [(None, "0"), ("1", "1")])
+def test_grpc_does_nothing_when_the_simulator_forks_unless_the_user_wants_it(own, seen, tmp_path, monkeypatch):
+    monkeypatch.delenv("GRPC_ENABLE_FORK_SUPPORT", raising=False)
+    if own is not None:
+        monkeypatch.setenv("GRPC_ENABLE_FORK_SUPPORT", own)
+    code = "import os; print(os.environ['GRPC_ENABLE_FORK_SUPPORT'])"
+    assert simulator._run([sys.executable, "-c", code], tmp_path / "console.log") == 0
+    assert (tmp_path / "console.log").read_text().split() == [seen]
+
+
 def test_a_port_for_a_site_is_the_sites_alone():
     get_open_ports = simulator._HeldPorts()
     ports = get_open_ports(2)
