@@ -18,21 +18,21 @@ ALLOWED = {
     "channel": {"fabric"},
     "codecs": set(),
     "accumulate": {"codecs"},
-    "transfer": {"channel", "codecs", "fabric"},  # the last for types only
+    "transfer": {"channel", "codecs", "durable", "fabric"},  # the last for types only
     "streaming": {
         *("accumulate", "transfer", "channel", "codecs", "fabric", "filters"),
         *("metrics", "runtime", "settings", "flare_compat", "timers"),
     },
     "filters": {"accumulate", "codecs", "flare_compat"},
     "driver": {"channel", "fabric", "runtime", "settings", "flare_compat"},
-    "persistors": set(),
+    "persistors": {"durable"},
     "plugin": {"driver"},
     "metrics": {"transfer", "flare_compat"},
     "cli": {
         *("class_list", "codecs", "fabric", "filters", "flare_compat", "kits", "runtime", "settings"),
         *("metrics", "transfer"),  # the file of records, and what one is
     },
-    "kits": {"class_list", "settings"},
+    "kits": {"class_list", "durable", "settings"},
 }
 NO_FLARE_OR_TORCH = ("fabric", "channel")
 NO_FLARE = ("accumulate", "codecs", "transfer")

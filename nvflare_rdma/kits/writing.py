@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvflare_rdma.durable import sync_folder
 from nvflare_rdma.kits.errors import KitError
 
 _NEW_MODE = 0o644
@@ -62,7 +63,7 @@ def write(changes: Sequence[Change]) -> None:
             path = each.change.path
             each.take_effect()
         for folder in {each.path.parent for each in staged}:
-            _sync(folder)
+            sync_folder(folder)
     except OSError as error:
         kept = [left for each in reversed(staged) if (left := each.put_back())]
         told = f", but {', '.join(kept)} could not be put back" if kept else ", and nothing was changed"
@@ -156,11 +157,3 @@ def _make_like(number: int, like: Path | None) -> None:
             os.fchown(number, *owner)
             break
     os.fchmod(number, model.st_mode & 0o7777)
-
-
-def _sync(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

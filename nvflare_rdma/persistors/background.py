@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
 import stat
@@ -17,13 +16,11 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
 
+from nvflare_rdma.durable import sync_folder
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.logs import get_logger
 
 log = get_logger(__name__)
-
-#: What file systems raise that can't sync a folder.
-_NO_FOLDER_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
 class BackgroundSave(FLComponent):
@@ -124,7 +121,7 @@ class _Saver:
             os.fsync(file.fileno())
             os.replace(file.name, path)
             file.close()
-            _sync_folder(path.absolute().parent)
+            sync_folder(path.absolute().parent)
         except Exception as error:  # noqa: BLE001 - who saves next, or waits, gets it
             self._failure = error
             _drop(file)
@@ -143,16 +140,3 @@ def _drop(file: IO[bytes]) -> None:
         file.close()
     with contextlib.suppress(OSError):
         os.remove(file.name)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = None
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
-            raise
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)

@@ -10,13 +10,13 @@ import stat
 import time
 from pathlib import Path
 
+from nvflare_rdma.durable import sync_folder
+
 OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe is not waited for
 CREATE = OPEN | os.O_CREAT
 #: Errors of opening what is somebody else's, or no file.
 FOREIGN = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EISDIR, errno.ENODEV)
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-#: Errors of fsync on a folder, where the file system has no such thing.
-_NO_FSYNC = (errno.EINVAL, errno.EOPNOTSUPP)
 _LOOK_SECONDS = 0.05
 
 
@@ -41,15 +41,14 @@ def is_own(fd: int) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink <= 1
 
 
-def sync_folder(folder: int, path: str) -> None:
+def keep_name(folder: int, path: str) -> None:
     """Make sure that what has just got the name `path` keeps it; if that can't be, remove it and raise OSError."""
     try:
-        os.fsync(folder)
-    except OSError as error:
-        if error.errno not in _NO_FSYNC:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            raise
+        sync_folder(folder)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
 
 
 def release(fd: int) -> None:

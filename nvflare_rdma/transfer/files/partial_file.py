@@ -235,7 +235,7 @@ class PartialFile:
             folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.rename(self._data_path, path)
-                owned.sync_folder(folder, path)
+                owned.keep_name(folder, path)
             finally:
                 os.close(folder)
         except OSError as error:
