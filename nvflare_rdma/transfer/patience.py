@@ -94,13 +94,10 @@ class Patience:
                 raise AbortedError(f"the transfer from {self._peer} was aborted")
             if self._links.closed:
                 raise TransferError("this side is ending")
+            # Whoever dials this side is back. A link that was there before says nothing: answers are missing.
             left = max(min(deadline - time.monotonic(), _LOOK_SECONDS), 0.0)
-            if known is None:
-                if self._links.await_open(self._peer, left) is not None:
-                    return  # whoever dials this side is back
-            else:  # answers are missing, and not the link
-                time.sleep(left)
-                known = found if (found := self._links.find(self._peer)) is known else None
+            if self._links.await_other(self._peer, known, left) is not None:
+                return
             if time.monotonic() >= deadline:
                 return
 

@@ -420,6 +420,16 @@ class PeerLinks:
             )
             return self._find(peer)
 
+    def await_other(self, peer: str, known: Link | None, patience: float) -> Link | None:
+        """Wait up to `patience` seconds for a link to `peer` that is not `known`, and return it."""
+
+        def other() -> Link | None:
+            return found if (found := self._find(peer)) is not known else None
+
+        with self._opened:
+            self._opened.wait_for(lambda: other() or self._closed, patience)
+            return other()
+
     def arriving(self, peer: str) -> int:
         """How many bytes are here of messages that `peer` has not finished. Where this number changes, data moves."""
         with self._lock:

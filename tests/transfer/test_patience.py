@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
 
 import pytest
 import torch
@@ -266,20 +265,26 @@ def test_a_peer_that_does_not_answer_at_first_is_waited_for(direct, cell):
     assert_equal(gone.come_back(), large(2))
 
 
-def test_a_peer_whose_link_is_there_is_asked_again_after_a_pause(direct, cell, monkeypatch):
-    monkeypatch.setattr(patience, "_FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(patience, "_LONGEST_PAUSE", 1.0)
-    sent = large(3)
-    gone = Away(direct(sent), cell("site-1"))
+def test_a_peer_whose_link_is_there_is_asked_again_after_a_pause_only(direct, cell, monkeypatch):
+    monkeypatch.setattr(patience, "_FIRST_PAUSE", HOUR)
+    gone, stop = Away(direct(large(3)), cell("site-1")), threading.Event()
     pull(gone.site, "server", gone.it.ask("site-1"), new)  # which opens a link
     assert gone.site.find("server") is not None
+    looks, look = [], gone.site.await_other
+
+    def noted(*args):
+        looks.append(args)
+        return look(*args)
+
+    monkeypatch.setattr(gone.site, "await_other", noted)
     gone.is_away.set()
-    began = time.monotonic()
+    gone.thread = threading.Thread(target=gone.pull, kwargs={"aborted": stop.is_set})
     gone.thread.start()
-    eventually(lambda: gone.lost > 3, DEADLINE)
-    assert time.monotonic() - began > 0.05 + 0.1 + 0.2  # and not as often as it can
-    gone.is_away.clear()
-    assert_equal(gone.end(), sent)
+    eventually(lambda: len(looks) > 3, DEADLINE)  # each without an answer
+    stop.set()
+    with pytest.raises(AbortedError):
+        gone.end()
+    assert gone.lost == 2  # the first question, and that it is not wanted any more
 
 
 def test_a_way_that_never_was_is_not_waited_for(direct, cell):
