@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -114,22 +115,52 @@ def test_the_file_is_as_flares(run, tmp_path):
     assert [path.name for path in run.file.parent.iterdir()] == [FILE]
 
 
-def test_saves_follow_one_another_and_whoever_reads_waits(run, disk):
+@pytest.fixture
+def waits(run, monkeypatch):
+    """Set when somebody waits for the save before."""
+    waiting, wait = threading.Event(), run.component._saver.wait
+
+    def noted() -> None:
+        waiting.set()
+        wait()
+
+    monkeypatch.setattr(run.component._saver, "wait", noted)
+    return waiting
+
+
+def while_the_disk_is_busy(run, disk, waits, action):
+    """What `action` gives, which has to wait for a save."""
+    disk.reached.clear()
     disk.go_on.clear()
-    run.save(1.0)
-    second = threading.Thread(target=run.save, args=(2.0,))
-    second.start()
-    reading = threading.Thread(target=lambda: read.append(run.persistor.get_model(FILE, run.context)))
-    read: list = []
+    run.save(2.0)
     assert disk.reached.wait(DEADLINE)
-    assert second.is_alive()
-    disk.go_on.set()
-    second.join(DEADLINE)
-    disk.go_on.clear()
-    reading.start()
-    disk.go_on.set()
-    reading.join(DEADLINE)
-    assert np.all(np.asarray(read[0]["weights"]["bias"]) == 2.0)
+    waits.clear()
+    with ThreadPoolExecutor(1) as pool:
+        given = pool.submit(action)
+        assert waits.wait(DEADLINE)
+        assert not given.done()
+        disk.go_on.set()
+        return given.result(DEADLINE)
+
+
+def test_the_next_save_waits(run, disk, waits):
+    run.save(1.0)
+    run.end()
+    while_the_disk_is_busy(run, disk, waits, lambda: run.save(3.0))
+    run.end()
+    assert run.saved() == 3.0
+
+
+@pytest.mark.parametrize("read", ["get_model", "get_model_inventory", "load_model"])
+def test_whoever_reads_through_the_persistor_waits(read, run, disk, waits):
+    run.save(1.0)
+    run.end()
+    given = {"get_model": (FILE,)}.get(read, ())
+    got = while_the_disk_is_busy(run, disk, waits, lambda: getattr(run.persistor, read)(*given, run.context))
+    assert got
+    assert run.saved() == 2.0
+    if read == "get_model":
+        assert np.all(np.asarray(got["weights"]["bias"]) == 2.0)
 
 
 def test_a_disk_that_is_full_fails_the_next_save_and_keeps_the_last_checkpoint(run, disk):

@@ -67,9 +67,8 @@ def test_the_channel_serves_what_comes_later_either_way(results, which):
     )
 
 
-def test_what_flare_encrypts_from_end_to_end_comes_directly_too(results, request):
-    if "secure" not in request.node.name:
-        pytest.skip("it takes certificates")
+@pytest.mark.parametrize("results", ["secure"], indirect=True)  # it takes certificates
+def test_what_flare_encrypts_from_end_to_end_comes_directly_too(results):
     assert GOOD.items() <= results["encrypted"].items()
     assert len(logged(results["encrypted"], "from server directly: ")) == 2
     assert not logged(results["encrypted"], "FLARE's own path")

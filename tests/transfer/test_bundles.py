@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgpack
 import numpy as np
 import pytest
@@ -50,10 +52,13 @@ def test_every_item_is_in_one_place_and_no_bundle_is_too_large(sizes):
         assert all(member.nbytes <= BUNDLED_BYTES for member in bundle.members)
         assert bundle.sent_nbytes == sum(member.nbytes for member in bundle.members) <= BUNDLE_BYTES
         assert MIN_CHUNK_BYTES <= bundle.unit <= MAX_UNIT_BYTES
-    small = sum(size for size in sizes if size <= BUNDLED_BYTES)
-    alone = sum(not item.members and item.nbytes <= BUNDLED_BYTES for item in found)
-    least = min(max(small // 16, MIN_CHUNK_BYTES), BUNDLE_BYTES) - BUNDLED_BYTES
-    assert alone <= 1 + small / max(least, BUNDLED_BYTES / 4)
+    # Small ones are together as long as they fit: none of two neighbours had room for the other's first.
+    small = [item for item in items if item.nbytes <= BUNDLED_BYTES]
+    most = min(max(sum(item.nbytes for item in small) // 16, MIN_CHUNK_BYTES), BUNDLE_BYTES)
+    together = [item.tensors for item in found if item.tensors[0] in small]
+    together.sort(key=lambda tensors: int(tensors[0].name))
+    for one, other in itertools.pairwise(together):
+        assert sum(item.nbytes for item in one) + other[0].nbytes > most
     assert manifest.unpack(manifest.pack(found), bundles=True) == found
 
 
