@@ -2,7 +2,7 @@
 
 All tensors of a message that has no more than `SMALL_TOTAL` as it is sent are in the manifest themselves. Of a larger
 one each tensor is a message of its own on the link, and small ones are bundled in one, since a message costs both sides
-about as much work as a hundred KiB. The bytes are the tensor's values in C order, little-endian, or what a codec makes
+some work, whatever is in it. The bytes are the tensor's values in C order, little-endian, or what a codec makes
 of them piece by piece (see `pieces`); a bundle is those of its members one after the other, and travels as one chunk.
 """
 
