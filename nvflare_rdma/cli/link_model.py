@@ -34,6 +34,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from nvflare_rdma.transfer import SMALL_TOTAL  # tensors of so many bytes together come with their description
+
 HEADERS = 0.06
 _SEGMENT = 1448  # bytes of a full packet
 _FIRST_WINDOW = 10 * _SEGMENT
@@ -42,8 +44,6 @@ _TIMEOUT = 0.2
 FEW_RAILS, MOST_RAILS = 2.0, 16.0
 #: See `nvflare_rdma.fabric.rail_count.rails_for_round_trip`, which rounds it up.
 RAILS_PER_SECOND = 100e6 / 8 / (20 * 1460)
-#: As `nvflare_rdma.transfer.manifest.SMALL_TOTAL`: tensors of so many bytes together come with their description.
-_SMALL = 256 * 1024
 _MESSAGE_TRIPS, _TRANSFER_TRIPS, _SMALL_TRIPS = 1.0, 3.0, 2.0
 _RECOVERY_TRIPS = 3.0
 _OPENING_TRIPS, _OPENING_SECONDS = 10.0, 0.1
@@ -94,7 +94,7 @@ class Seconds:
 def seconds_of(message: Message, line: Line, sites: int) -> Seconds:
     """What it takes to move `message` between the server and one of `sites` that do so at once, over an open link."""
     rate = usable_rate(line)
-    trips = _MESSAGE_TRIPS + (_SMALL_TRIPS if message.sent_bytes <= _SMALL else _TRANSFER_TRIPS)
+    trips = _MESSAGE_TRIPS + (_SMALL_TRIPS if message.sent_bytes <= SMALL_TOTAL else _TRANSFER_TRIPS)
     sending = message.wire_bytes / rate
     ramp = ramp_seconds(message.wire_bytes, rate, line.round_trip)
     work = message.raw_bytes / _MIB * (_MIB_SECONDS + sites * _MIB_SECONDS_OF_A_SITE)

@@ -48,7 +48,7 @@ from nvflare_rdma.transfer.arrays import TensorMemory, raw_bytes
 from nvflare_rdma.transfer.content import Content, TensorContent
 from nvflare_rdma.transfer.encoding import EncodedChunkCache
 from nvflare_rdma.transfer.junction import Junction
-from nvflare_rdma.transfer.manifest import Item, is_sendable
+from nvflare_rdma.transfer.manifest import SMALL_TOTAL, Item, is_sendable
 from nvflare_rdma.transfer.manifest import unpack as unpack_manifest
 from nvflare_rdma.transfer.meetings import Place as MeetingPlace
 from nvflare_rdma.transfer.notices import Notices
@@ -73,6 +73,7 @@ from nvflare_rdma.transfer.sinks import (
 from nvflare_rdma.transfer.waiting import SitePlaces, stream_places, waiting_places
 
 __all__ = [
+    "SMALL_TOTAL",
     "AbortedError",
     "Content",
     "Destination",
