@@ -14,6 +14,7 @@ from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.kits import BACKUP, RECORD
 from nvflare_rdma.provision import RdmaBuilder
 from nvflare_rdma.settings import Settings
+from tests.support.configuration import read_anew
 from tests.support.kits import CERT, SIGNATURE, WORKSPACE, provision, static_file
 
 PLUGIN = "/opt/venv/lib/python3.11/site-packages/nvflare_rdma/plugin"
@@ -31,12 +32,8 @@ def read(file):
 
 @pytest.fixture(autouse=True)
 def own_configuration():
-    yield
-    from nvflare.fuel.f3.comm_config import CommConfigurator
-    from nvflare.fuel.utils.config_service import ConfigService
-
-    ConfigService.reset()
-    CommConfigurator.reset()
+    with read_anew():
+        yield
 
 
 def test_kits_have_the_settings_from_the_beginning(tmp_path, capsys):

@@ -22,19 +22,6 @@ from nvflare_rdma.settings import Settings
 from tests.support.fake_sysfs import FakeSysfs
 
 
-@pytest.fixture(autouse=True)
-def own_configuration(monkeypatch):
-    """FLARE reads its configuration once per process."""
-    for name in [name for name in os.environ if name.startswith("NVFLARE_")]:
-        monkeypatch.delenv(name)
-    yield
-    from nvflare.fuel.f3.comm_config import CommConfigurator
-    from nvflare.fuel.utils.config_service import ConfigService
-
-    ConfigService.reset()
-    CommConfigurator.reset()
-
-
 @pytest.fixture
 def sysfs(tmp_path):
     made = FakeSysfs(tmp_path / "sys")

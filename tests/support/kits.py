@@ -1,4 +1,4 @@
-"""Start-up kits, made by FLARE's own provisioning in this process."""
+"""Start-up kits, made by FLARE's own provisioning in this process, and what tests of the commands for them share."""
 
 from __future__ import annotations
 
@@ -16,6 +16,21 @@ from nvflare.lighter.provision import prepare_project
 from nvflare.lighter.provisioner import Provisioner
 from nvflare.lighter.spec import Builder
 
+from nvflare_rdma.cli import main
+
+ALL = [
+    "--fabrics",
+    "shm,tcp",
+    "--memory-budget",
+    "256MiB",
+    "--data-port",
+    "20000-20010",
+    "--patience",
+    "4h",
+    "--upgrade-driver",
+]
+DOCKER = {"runtime": "docker", "parent": {"docker_image": "image:1"}}
+SERVER, SITE_1, SITE_2 = "server", "site-1", "site-2"
 _IMPL = "nvflare.lighter.impl"
 WORKSPACE = {"path": f"{_IMPL}.workspace.WorkspaceBuilder", "args": {"template_file": ["master_template.yml"]}}
 CERT = {"path": f"{_IMPL}.cert.CertBuilder"}
@@ -77,3 +92,22 @@ class Tenseal(Builder):
     def build(self, project: Project, ctx: ProvisionContext) -> None:
         for participant in project.get_all_participants():
             (Path(ctx.get_kit_dir(participant)) / ProvFileName.CLIENT_CONTEXT_TENSEAL).write_bytes(b"context")
+
+
+def run(*arguments) -> int:
+    return main([str(each) for each in arguments])
+
+
+def config(kit: Path) -> dict:
+    return json.loads((kit / "local/comm_config.json").read_text())
+
+
+def change(file: Path, **values) -> bytes:
+    """Have the operator set something; returns what the file then has."""
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**known, **values}, indent=2))
+    return file.read_bytes()
+
+
+def has_door(file: Path) -> bool:
+    return "nvflare_rdma.streaming.ParentDoor" in [each["path"] for each in json.loads(file.read_text())["components"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.processes import SMALL, environment
+from tests.support.processes import SMALL, found_by
 
 #: As root of a network, and of a view of the file system, of its own.
 APART = ["unshare", "--user", "--map-root-user", "--net", "--mount", "--"]
@@ -29,17 +28,8 @@ def require(commands: str) -> None:
 def run_apart(script: str, folder: Path, timeout: float) -> Any:
     """Run a script of this folder in a network of its own; returns what it writes to results.json in ``folder``. Data
     goes over tcp, to ports from 20000 on."""
-    done = subprocess.run(
-        [*APART, sys.executable, str(SMALL / script), str(folder)],
-        env=environment(NVFLARE_RDMA_DATA_PORTS="20000-20010", NVFLARE_RDMA_FABRICS="tcp"),
-        cwd=SMALL,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
-    return json.loads((folder / "results.json").read_text())
+    command = [*APART, sys.executable, str(SMALL / script), str(folder)]
+    return found_by(command, folder, timeout, NVFLARE_RDMA_DATA_PORTS="20000-20010", NVFLARE_RDMA_FABRICS="tcp")
 
 
 def ip(*commands: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from nvflare_rdma.cli import driver_path
 
@@ -46,6 +48,15 @@ def run(script: Path | Sequence[str], *args: str, timeout: float, **extra: str) 
         check=False,
         stdin=subprocess.DEVNULL,
     )
+
+
+def found_by(command: Sequence[str], folder: Path, timeout: float, cwd: Path = SMALL, **extra: str) -> Any:
+    """Run a command that writes what it finds to results.json in ``folder``, and give that."""
+    done = subprocess.run(
+        command, env=environment(**extra), cwd=cwd, timeout=timeout, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    return json.loads((folder / "results.json").read_text())
 
 
 @contextmanager
