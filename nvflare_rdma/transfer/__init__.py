@@ -53,23 +53,14 @@ from nvflare_rdma.transfer.manifest import unpack as unpack_manifest
 from nvflare_rdma.transfer.meetings import Place as MeetingPlace
 from nvflare_rdma.transfer.notices import Notices
 from nvflare_rdma.transfer.peers import Identify, PeerLinks
+from nvflare_rdma.transfer.places import EncodedInMemory, Land, OnDisk, Place, give, in_memory, store_chunk
 from nvflare_rdma.transfer.receiver import AbortedError, LostError, Progress, Pull, pull
 from nvflare_rdma.transfer.records import Ledger, Meter, Meters, TransferRecord, total
 from nvflare_rdma.transfer.requests import StreamRequestRouter
 from nvflare_rdma.transfer.routes import RouteKey
 from nvflare_rdma.transfer.sender import Relayed
 from nvflare_rdma.transfer.service import Service
-from nvflare_rdma.transfer.sinks import (
-    Destination,
-    EncodedInMemory,
-    Land,
-    OnDisk,
-    Place,
-    TensorDestination,
-    give,
-    in_memory,
-    store_chunk,
-)
+from nvflare_rdma.transfer.sinks import Destination, TensorDestination
 from nvflare_rdma.transfer.waiting import SitePlaces, stream_places, waiting_places
 
 __all__ = [

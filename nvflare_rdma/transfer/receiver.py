@@ -26,8 +26,9 @@ from nvflare_rdma.transfer import manifest
 from nvflare_rdma.transfer.manifest import STARTS, Item
 from nvflare_rdma.transfer.patience import AbortedError, LostError, Patience
 from nvflare_rdma.transfer.peers import PeerLinks
+from nvflare_rdma.transfer.places import Land
 from nvflare_rdma.transfer.records import Meter
-from nvflare_rdma.transfer.sinks import Arrivals, Destination, Land, TensorDestination
+from nvflare_rdma.transfer.sinks import Arrivals, Destination, TensorDestination
 
 log = get_logger(__name__)
 

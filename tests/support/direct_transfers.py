@@ -12,10 +12,11 @@ from nvflare_rdma.transfer import receiver
 from nvflare_rdma.transfer.arrays import to_bytes
 from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.manifest import INLINE_BYTES
+from nvflare_rdma.transfer.places import in_memory
 from nvflare_rdma.transfer.receiver import Pull, pull
 from nvflare_rdma.transfer.records import Meter, Meters
 from nvflare_rdma.transfer.service import Service
-from nvflare_rdma.transfer.sinks import TensorDestination, in_memory
+from nvflare_rdma.transfer.sinks import TensorDestination
 from tests.support.data_channels import ANY_PORT, shared
 from tests.support.tcp_pair import DEADLINE
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.transfer.manifest import Item
-from nvflare_rdma.transfer.sinks import OnDisk
+from nvflare_rdma.transfer.places import OnDisk
 from tests.support.data_channels import Cells
 from tests.support.direct_transfers import Direct, large
 from tests.support.tcp_pair import DEADLINE

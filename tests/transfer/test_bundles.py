@@ -21,7 +21,8 @@ from nvflare_rdma.transfer import content, manifest
 from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.files.transfer import FileDestination
 from nvflare_rdma.transfer.manifest import BUNDLE_BYTES, BUNDLED_BYTES, Item
-from nvflare_rdma.transfer.sinks import OnDisk, TensorDestination
+from nvflare_rdma.transfer.places import OnDisk
+from nvflare_rdma.transfer.sinks import TensorDestination
 from tests.support.direct_transfers import assert_equal, new, new_memory
 from tests.support.encoded import as_encoded
 from tests.support.tcp_pair import DEADLINE

@@ -14,8 +14,9 @@ from nvflare_rdma.errors import FabricUnavailable, ProtocolError, TransferError
 from nvflare_rdma.transfer import patience, service
 from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.patience import AbortedError, LostError
+from nvflare_rdma.transfer.places import EncodedInMemory
 from nvflare_rdma.transfer.receiver import pull
-from nvflare_rdma.transfer.sinks import Beginning, EncodedInMemory
+from nvflare_rdma.transfer.sinks import Beginning
 from tests.support.certificates import Authority
 from tests.support.direct_transfers import assert_equal, large, new, new_memory
 from tests.support.link_process import tls_context

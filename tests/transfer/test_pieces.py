@@ -21,7 +21,7 @@ from nvflare_rdma.streaming.relay import RelayConsumer, produce
 from nvflare_rdma.transfer import manifest, sender
 from nvflare_rdma.transfer.encoding import EncodedChunkCache, Encoding, PieceEncoder, SharedSource, decode_pieces
 from nvflare_rdma.transfer.pieces import PieceLayout
-from nvflare_rdma.transfer.sinks import OnDisk, in_memory
+from nvflare_rdma.transfer.places import OnDisk, in_memory
 from tests.support.direct_transfers import assert_equal
 from tests.support.encoded import as_encoded
 from tests.support.tcp_pair import DEADLINE, in_parallel
