@@ -29,6 +29,7 @@ ALLOWED = {
     "plugin": {"driver"},
     "metrics": {"transfer", "flare_compat"},
     "cli": {
+        "channel",  # what `doctor --peer` and `--listen` check is what a job's links are
         *("class_list", "codecs", "fabric", "filters", "flare_compat", "kits", "runtime", "settings"),
         *("metrics", "transfer"),  # the file of records, and what one is
     },

@@ -146,7 +146,7 @@ def examine(workspace: Path | None = None, sysfs: Path = SYSFS, files: Path = DE
         executable=sys.executable,
         system=f"{platform.system()} {platform.release()}",
         user=os.geteuid(),
-        packages={name: _version(name) for name in PACKAGES},
+        packages={name: installed(name) for name in PACKAGES},
         problems=problems,
         settings_from=settings_from,
         settings={each.name: getattr(settings, each.name) for each in fields(Settings)},
@@ -182,7 +182,7 @@ def _examine_class_list(workspace: Path | None) -> ClassListReport | None:
 def read_settings(workspace: Path | None) -> tuple[Settings, str, list[str]]:
     """The settings of a FLARE process whose workspace that is (None: the current folder, if it looks like one), where
     they are from, and what keeps them from being used (then they are the defaults)."""
-    told = "the environment"
+    told, found = "the environment", None
     try:
         require_flare("the driver")
         from nvflare.fuel.f3.comm_config import CommConfigurator
@@ -196,12 +196,12 @@ def read_settings(workspace: Path | None) -> tuple[Settings, str, list[str]]:
         if found is not None:
             told = f"{found} and the environment"
         elif workspace is None:
-            told += " (of a site: --workspace FOLDER)"
+            told += " (of a site: --kit FOLDER)"
         elif (folder / "startup").is_dir():  # a site's, as FLARE provisions it: without one
             told += f" ({folder} has no comm_config.json)"
         else:
             raise ConfigError(
-                f"--workspace {folder}: that is no folder of a FLARE site. There is no comm_config.json in it, nor in "
+                f"--kit {folder}: that is no folder of a FLARE site. There is no comm_config.json in it, nor in "
                 "local below it, and no startup"
             )
         # FLARE searches a folder with all that is below it; were none given, the current one. The last has none.
@@ -214,7 +214,7 @@ def read_settings(workspace: Path | None) -> tuple[Settings, str, list[str]]:
     except ImportError as error:
         problem = f"NVIDIA FLARE can't be loaded: {error}. Install nvflare-rdma again."
     except Exception as error:  # noqa: BLE001 - FLARE's parsers of files raise what they like
-        problem = f"the configuration can't be read: {error!r}"
+        problem = f"{found or 'the configuration'} can't be read: {error!r}. Correct it, or take it away"
     return Settings(), told, [problem]
 
 
@@ -228,7 +228,8 @@ def _protection(workspace: Path) -> str:
     )
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of a package that is installed here; None if it is not."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -69,7 +69,7 @@ def test_the_settings_in_force_are_shown(sysfs, monkeypatch):
     monkeypatch.setenv("NVFLARE_RDMA_RAILS", "4")
     report, text = look(sysfs)
     assert (report.problems, report.settings_changed) == ([], ["rdma_rails"])
-    assert report.settings_from == "the environment (of a site: --workspace FOLDER)"
+    assert report.settings_from == "the environment (of a site: --kit FOLDER)"
     assert re.search(r"^  rdma_rails +4 \(set\)$", text, re.MULTILINE)
     assert re.search(r"^  rdma_ack_timeout +16$", text, re.MULTILINE)
 
