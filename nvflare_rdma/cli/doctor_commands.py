@@ -44,7 +44,7 @@ def doctor_result(args: argparse.Namespace) -> Result:
     from nvflare_rdma.cli.doctor_text import to_text
 
     report = examine(args.kit)
-    return Result(asdict(report), to_text(report), 1 if report.problems else 0)
+    return Result(asdict(report), to_text(report), 0 if report.is_well else 1)
 
 
 def _peer(args: argparse.Namespace) -> Result:

@@ -19,7 +19,7 @@ _SLOWER = (
 
 def to_text(report: Report) -> str:
     """The report for people."""
-    sections = (_machine, _settings, _class_list, _devices, _needs, _fabrics)
+    sections = (_machine, _settings, _class_list, _checks, _devices, _needs, _fabrics)
     texts = ("\n".join(section(report)) for section in sections)
     return "\n\n".join(text for text in texts if text)
 
@@ -80,7 +80,7 @@ def _class_list(report: Report) -> Iterator[str]:
         return
     yield "Jobs that bring no code of their own"
     if found.advice:
-        yield item("can't use", f"this package: {found.advice}")
+        yield item("can't use", f"this package: {found.advice} (`nvflare-rdma enable` does)")
     else:
         yield item("may use", f"this package: {found.file} allows it")
 
@@ -126,10 +126,13 @@ def _needs(report: Report) -> Iterator[str]:
     yield item("pyverbs", report.pyverbs_reason or f"can be loaded{core}")
     yield item("kernel modules", f"loaded: {', '.join(report.modules_loaded) or 'none'}")
     yield item("", f"not loaded: {', '.join(report.modules_missing) or 'none'}")
-    huge = report.huge_pages or "unknown to this kernel"
-    if report.huge_pages == "never":
-        huge += ": large messages take longer; `echo madvise > /sys/kernel/mm/transparent_hugepage/enabled`"
-    yield item("huge pages", huge)
+
+
+def _checks(report: Report) -> Iterator[str]:
+    yield "This host"
+    for check in report.checks:
+        advice = f". Fix: {check.advice}" if check.advice else ""
+        yield item(f"{check.verdict:<8} {check.name}", f"{check.value}{advice}", 2, 31)
 
 
 def _fabrics(report: Report) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 PROC = Path("/proc")
@@ -12,10 +13,9 @@ _LISTENS = "0A"
 
 def who_listens(port: int, proc: Path = PROC) -> str:
     """The process that listens on a TCP port, as "python3 (process 123)"; "" if there is none, or it is not shown."""
-    inodes = _inodes(port, proc)
-    if not inodes:
+    sockets = {f"socket:[{inode}]" for number, inode in _listening(proc) if number == port}
+    if not sockets:
         return ""
-    sockets = {f"socket:[{inode}]" for inode in inodes}
     for process in sorted((entry for entry in proc.iterdir() if entry.name.isdigit()), key=lambda entry: entry.name):
         with contextlib.suppress(OSError):  # another user's, or it has ended
             if any(_target(entry) in sockets for entry in (process / "fd").iterdir()):
@@ -23,16 +23,19 @@ def who_listens(port: int, proc: Path = PROC) -> str:
     return ""
 
 
-def _inodes(port: int, proc: Path) -> set[str]:
-    """The sockets that listen on a port. /proc/net/tcp has `sl local_address rem_address st ... inode`."""
-    found = set()
+def listening_ports(proc: Path = PROC) -> set[int]:
+    """The TCP ports of this host's network at which somebody listens."""
+    return {port for port, _ in _listening(proc)}
+
+
+def _listening(proc: Path) -> Iterator[tuple[int, str]]:
+    """Ports, and the sockets that listen there. /proc/net/tcp has `sl local_address rem_address st ... inode`."""
     for table in ("net/tcp", "net/tcp6"):
         with contextlib.suppress(OSError):
             for line in (proc / table).read_text().splitlines()[1:]:
                 fields = line.split()
-                if fields[3] == _LISTENS and int(fields[1].rpartition(":")[2], 16) == port:
-                    found.add(fields[9])
-    return found
+                if fields[3] == _LISTENS:
+                    yield int(fields[1].rpartition(":")[2], 16), fields[9]
 
 
 def _target(link: Path) -> str:
