@@ -9,7 +9,7 @@ from pathlib import Path
 from nvflare_rdma.cli.output import Result
 
 LISTEN_FOR = "10m"
-RUNTIMES = ("k8s", "docker", "slurm")
+_RUNTIMES = ("k8s", "docker", "slurm")  # those of `deploy_snippets`, which is imported when it is needed
 
 
 def add_doctor_options(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_doctor_options(parser: argparse.ArgumentParser) -> None:
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--listen", metavar="[HOST:]PORT", help="be there for another host's --peer, for a while")
     one.add_argument("--peer", metavar="HOST:PORT", help="check the way to another host, which runs --listen")
-    one.add_argument("--for", dest="runtime", choices=RUNTIMES, help="print what this site's containers or jobs need")
+    one.add_argument("--for", dest="runtime", choices=_RUNTIMES, help="print what this site's containers or jobs need")
     parser.add_argument(
         "--timeout", metavar="TIME", default=LISTEN_FOR, help="for how long to listen (default: %(default)s)"
     )
@@ -40,6 +40,10 @@ def doctor_result(args: argparse.Namespace) -> Result:
         return listen_result(args.listen, args.kit, parse_time(args.timeout, "--timeout"))
     if args.peer is not None:
         return _peer(args)
+    if args.runtime is not None:
+        from nvflare_rdma.cli.deploy_snippets import snippet_result
+
+        return snippet_result(args.runtime, args.kit)
     from nvflare_rdma.cli.doctor import examine
     from nvflare_rdma.cli.doctor_text import to_text
 
