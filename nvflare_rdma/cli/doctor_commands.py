@@ -35,9 +35,8 @@ def doctor_result(args: argparse.Namespace) -> Result:
     """Do what the options say."""
     if args.listen is not None:
         from nvflare_rdma.cli.peer_listen import listen_result
-        from nvflare_rdma.cli.units import parse_time
 
-        return listen_result(args.listen, args.kit, parse_time(args.timeout, "--timeout"))
+        return listen_result(args.listen, args.kit, args.timeout)
     if args.peer is not None:
         return _peer(args)
     if args.runtime is not None:

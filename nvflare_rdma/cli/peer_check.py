@@ -23,7 +23,7 @@ from nvflare_rdma.cli.output import ENVIRONMENT, CommandError
 from nvflare_rdma.cli.peer_kit import Side, this_side
 from nvflare_rdma.cli.peer_link import Exchange, Goodput, context_for
 from nvflare_rdma.cli.peer_listen import MOST_PORTS, name_of, parse_peer, versions
-from nvflare_rdma.errors import FabricUnavailable, ProtocolError, RdmaError, TlsError
+from nvflare_rdma.errors import ConfigError, FabricUnavailable, ProtocolError, RdmaError, TlsError
 from nvflare_rdma.fabric import connect_tcp, join_address, plain_host
 from nvflare_rdma.logs import escaped
 
@@ -119,10 +119,10 @@ class _Check:
     def run(self) -> PeerReport:
         began = time.monotonic()
         self._resolve()
-        exchange, stream, sock = self._open(self._side.settings.rdma_fabrics)
+        exchange, stream, address = self._open(self._side.settings.rdma_fabrics)
         report = PeerReport(
             peer=self._where,
-            address=plain_host(str(sock.getpeername()[0])),
+            address=address,
             secure=stream.secure,
             site=self._side.name,
             peer_site=name_of(stream),
@@ -171,23 +171,28 @@ class _Check:
                 ENVIRONMENT,
             ) from error
 
-    def _open(self, order: tuple[str, ...]) -> tuple[Exchange, ControlStream, socket.socket]:
-        """An open link, which is the caller's to run and to close."""
+    def _open(self, order: tuple[str, ...]) -> tuple[Exchange, ControlStream, str]:
+        """An open link, which is the caller's to run and to close; and the IP address that it leads to."""
         runtime = self._side.runtime
         try:
             sock, stream = dial((self._host, self._port), self._side.tls(False), Pending(), _DIAL_SECONDS)
         except (OSError, RdmaError) as error:
             raise self._unreachable(error) from error
         stream.site = name_of(stream)
-        tcp = runtime.tcp(functools.partial(connect_tcp, sock.getpeername()[:2], GREETING_TIMEOUT))
-        exchange = Exchange(
-            stream, runtime.fabrics(tcp, sock), context_for(runtime.context, order), f"check {self._where}"
-        )
         try:
+            address = sock.getpeername()[:2]
+            tcp = runtime.tcp(functools.partial(connect_tcp, address, GREETING_TIMEOUT))
+            exchange = Exchange(
+                stream, runtime.fabrics(tcp, sock), context_for(runtime.context, order), f"check {self._where}"
+            )
             exchange.link.open()
+        except ConfigError:  # a setting of this side
+            stream.close()
+            raise
         except (OSError, RdmaError) as error:
+            stream.close()
             raise self._not_opened(error) from error
-        return exchange, stream, sock
+        return exchange, stream, plain_host(str(address[0]))
 
     def _unreachable(self, error: Exception) -> CommandError:
         """Why no connection, or no TLS, came about."""
@@ -220,7 +225,8 @@ class _Check:
         """Why a connection did not become a link."""
         if isinstance(error, ssl.SSLError | TlsError):
             return CommandError("TLS_FAILED", f"{self._where} is reached, but {error}", "see `--kit` on both sides")
-        if isinstance(error, FabricUnavailable):
+        # The peer chooses, and says so when it leaves.
+        if isinstance(error, FabricUnavailable) or "no fabric that both sides allow" in str(error):
             return CommandError("NO_FABRIC", f"{self._where}: {error}", "see rdma_fabrics on both sides")
         if isinstance(error, ProtocolError):
             text = f"{self._where} speaks another protocol: {error}"

@@ -21,7 +21,8 @@ from nvflare_rdma.cli.output import ENVIRONMENT, CommandError, Result
 from nvflare_rdma.cli.peer_kit import Side, this_side
 from nvflare_rdma.cli.peer_link import LINK_SECONDS, Exchange, context_for
 from nvflare_rdma.cli.port_use import who_listens
-from nvflare_rdma.errors import FabricUnavailable
+from nvflare_rdma.cli.units import parse_time
+from nvflare_rdma.errors import ConfigError, FabricUnavailable
 from nvflare_rdma.fabric import TcpFabric, join_address, listen_tcp
 from nvflare_rdma.logs import escaped
 from nvflare_rdma.settings import as_time
@@ -29,6 +30,7 @@ from nvflare_rdma.version import __version__
 
 #: Links at once; others wait so long for one of them to end.
 _MOST_LINKS, _WAIT_SECONDS = 4, 15.0
+_MOST_SECONDS = 24 * 3600.0
 #: Of a range of data ports, so many are opened.
 MOST_PORTS = 64
 #: How a link ends whose peer had no more to ask.
@@ -39,12 +41,19 @@ _CLEAR = (
 )
 
 
-def listen_result(address: str, folder: Path | None, seconds: float) -> Result:
-    """Listen until the time is over, or the user ends it. The exit code is 1 if nobody came.
+def listen_result(address: str, folder: Path | None, timeout: str) -> Result:
+    """Listen until the time (a text such as "10m") is over, or the user ends it. The exit code is 1 if nobody came.
 
     Raises:
         CommandError: the address is wrong or its port in use, or the kit can't be used.
     """
+    try:
+        seconds = parse_time(timeout, "--timeout")
+    except ConfigError as error:
+        raise CommandError("INVALID_INPUT", str(error), "it has a number and a unit") from error
+    if not 0 < seconds <= _MOST_SECONDS:
+        text = f"--timeout {timeout} is out of range: more than 0, and {as_time(_MOST_SECONDS)} at most"
+        raise CommandError("INVALID_INPUT", text, "write it as 10m or 1h")
     side = this_side(folder)
     host, port = parse_listen(address)
     if not side.secure:

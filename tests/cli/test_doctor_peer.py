@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from nvflare_rdma.channel import Pending, dial
-from nvflare_rdma.cli import main
+from nvflare_rdma.cli import main, peer_link
 from nvflare_rdma.cli.peer_kit import this_side
 from nvflare_rdma.cli.peer_link import MOST_AT_ONCE, MOST_BYTES, Exchange, context_for
-from nvflare_rdma.cli.peer_listen import Listening
+from nvflare_rdma.cli.peer_listen import Listening, parse_listen, parse_peer
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.fabric import connect_tcp
 from tests.support import namespaces
@@ -149,15 +149,30 @@ def test_without_a_kit_both_sides_say_that_nobody_is_known(capsys):
         assert f"this host listens at 127.0.0.1:{there.port}" in there.first  # where only this host gets
         assert main(["doctor", "--peer", f"127.0.0.1:{there.port}"]) == 0
         text = capsys.readouterr().out
+        assert re.search(r"^shm +no +left out by rdma_fabrics of the peer$", text, re.MULTILINE)
         assert "CLEAR" in text
         assert "nothing is encrypted and nobody is known" in text
         code, out = there.end()
     assert (code, out.startswith("somebody from 127.0.0.1:")) == (0, True)
 
 
+def test_two_sides_without_a_fabric_in_common(capsys, monkeypatch):
+    with listener("0", NVFLARE_RDMA_FABRICS="tcp") as there:
+        monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "shm")
+        code, message = error_of(capsys, "--peer", f"127.0.0.1:{there.port}")
+    assert (code, "no fabric that both sides allow" in message) == ("NO_FABRIC", True)
+
+
 def test_who_listens_until_nobody_came_says_so(capsys):
     code, answer = check(capsys, "--listen", "0", "--timeout", "10ms")
     assert (code, answer["data"]["peers"]) == (1, [])
+
+
+def test_addresses():
+    assert parse_peer("host.example:8004") == ("host.example", 8004)
+    assert parse_peer("[::1]:8004") == ("::1", 8004)
+    assert parse_listen("8004") == ("", 8004)
+    assert parse_listen("[::]:0") == ("::", 0)
 
 
 # -- what is wrong -----------------------------------------------------------------------------------------
@@ -176,11 +191,13 @@ def error_of(capsys, *options) -> tuple[str, str]:
     [
         *(("--peer", bad) for bad in ("host", "host:", ":8004", "host:0", "host:65536", "host:x", "::1:8004")),
         *(("--listen", bad) for bad in ("host", "host:", "-1", "65536", "::1:8004", "a b")),
+        *(("--timeout", bad) for bad in ("0s", "25h", "10")),
     ],
 )
 def test_what_is_no_address(capsys, option, address):
-    code, message = error_of(capsys, f"{option}={address}")
-    assert (code, repr(address) in message) == ("INVALID_INPUT", True)
+    others = ["--listen=0"] if option == "--timeout" else []
+    code, message = error_of(capsys, f"{option}={address}", *others)
+    assert (code, option in message) == ("INVALID_INPUT", True)
 
 
 def test_a_port_in_use_is_told_with_who_has_it(capsys):
@@ -339,3 +356,32 @@ def test_what_is_asked_for_and_never_sent_is_not_asked_for_again_and_again():
             insist(greedy, *({"what": "receive", "labels": [2 * n + 1, 2 * n + 2], "bytes": 1} for n in range(10)))
         eventually(lambda: not greedy.link.usable)
         assert "before those that it has asked for are over" in greedy.link.failure
+
+
+class Liar(Listening):
+    """Says of itself what a check does not expect."""
+
+    def _about(self, link):
+        return self.lie
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {},
+        {"versions": [], "order": 5, "fabrics": [], "ports": 1, "passed_over": {}, "data_ports": None},
+        {"versions": {"\x1b[2J": "\x1b[2J", "x": 5}, "ports": [5, {"port": 70000, "what": "", "open": True}]},
+        {"ports": [{"port": 1, "what": "\x1b[2J", "open": True}] * 1000, "passed_over": "\x1b[2J" * 10_000},
+    ],
+    ids=["nothing", "other types", "orders to the terminal", "much"],
+)
+def test_what_a_peer_says_is_taken_for_what_it_is(lie, capsys, monkeypatch):
+    monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "tcp")
+    monkeypatch.setattr(peer_link, "_BUDGET_SECONDS", 0.0)  # for a test's sake
+    side = this_side(None)
+    with Liar(side, "127.0.0.1", 0) as liar:
+        liar.lie = lie
+        assert main(["doctor", "--peer", f"127.0.0.1:{liar.port}"]) == 1  # it has another version, if any
+        text = capsys.readouterr().out
+        assert "\x1b" not in text
+        assert len(text) < 10_000
