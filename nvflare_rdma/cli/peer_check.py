@@ -32,7 +32,6 @@ REACHED, REFUSED, SILENT = "reached", "refused", "no answer"
 _DIAL_SECONDS = 5.0
 _PORT_SECONDS, _PORTS_AT_ONCE = 3.0, 16
 _MOST_TEXT = 400
-_OPEN_PORT = "let TCP to this port pass, from this host to that one"
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,7 @@ class _Check:
     def __init__(self, side: Side, host: str, port: int) -> None:
         self._side, self._host, self._port = side, host, port
         self._where = join_address(host, port)
+        self._open_port = f"let TCP port {port} of {host} pass, for this host"
 
     def run(self) -> PeerReport:
         began = time.monotonic()
@@ -201,16 +201,15 @@ class _Check:
             return CommandError("TLS_FAILED", f"{where} is reached, but {error}", "see `--kit` on both sides")
         if isinstance(error, ConnectionRefusedError):
             text = f"{where} refuses the connection: its host answers, but nobody listens at the port"
-            hint = (
-                f"run `nvflare-rdma doctor --listen {self._port}` there; if it runs, a firewall refuses: {_OPEN_PORT}"
-            )
+            listen = f"nvflare-rdma doctor --listen {self._port}"
+            hint = f"run `{listen}` there; if it runs, a firewall refuses: {self._open_port}"
             return CommandError("REFUSED", text, hint, ENVIRONMENT)
         if number in (errno.EHOSTUNREACH, errno.ENETUNREACH):
             text = f"{where} can't be reached: {error.args[-1]}"
             return CommandError("NO_ROUTE", text, "look at `ip route get`, and whether the host is up", ENVIRONMENT)
         if isinstance(error, TimeoutError | FabricUnavailable):
             text = f"{where}: nothing answered within {_DIAL_SECONDS:g} s: a firewall drops it, or the host is down"
-            return CommandError("TIMED_OUT", text, _OPEN_PORT, ENVIRONMENT)
+            return CommandError("TIMED_OUT", text, self._open_port, ENVIRONMENT)
         if isinstance(error, ConnectionError):  # it was there, and is closed
             text = f"{where} is reached, but the connection ends before anything is agreed: {error}"
             return CommandError("NOT_A_PEER", text, self._what_listens())

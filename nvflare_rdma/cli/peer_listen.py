@@ -31,6 +31,7 @@ from nvflare_rdma.version import __version__
 #: Links at once; others wait so long for one of them to end.
 _MOST_LINKS, _WAIT_SECONDS = 4, 15.0
 _MOST_SECONDS = 24 * 3600.0
+_LOOK_SECONDS, _END_SECONDS = 0.5, 2.0
 #: Of a range of data ports, so many are opened.
 MOST_PORTS = 64
 #: How a link ends whose peer had no more to ask.
@@ -70,7 +71,7 @@ def listen_result(address: str, folder: Path | None, timeout: str) -> Result:
             flush=True,
         )
         with _interrupted():
-            time.sleep(seconds)
+            _wait(seconds)
     data = {"site": side.name, "secure": side.secure, "port": listening.port, "peers": listening.served}
     lines = [
         f"{peer['site'] or 'somebody'} from {peer['address']} over {peer['fabric']}: {peer['received_bytes']} bytes "
@@ -78,6 +79,13 @@ def listen_result(address: str, folder: Path | None, timeout: str) -> Result:
         for peer in listening.served
     ]
     return Result(data, "\n".join(lines) or "nobody came", 0 if listening.served else 1)
+
+
+def _wait(seconds: float) -> None:
+    """A signal that another thread gets does not wake this one up, which has to run its handler: look now and then."""
+    ending = time.monotonic() + seconds
+    while (left := ending - time.monotonic()) > 0:
+        time.sleep(min(left, _LOOK_SECONDS))
 
 
 @contextlib.contextmanager
@@ -175,8 +183,10 @@ class Listening:
     def _serve(self, listener: socket.socket) -> None:
         tls = self._server_context if self._side.secure else None
         door = Door(listener, tls, self._fabric, self._on_connection, "the check")
-        threading.Thread(target=door.serve, name="rdma-check-door", daemon=True).start()
-        self._ends.callback(door.close)
+        thread = threading.Thread(target=door.serve, name="rdma-check-door", daemon=True)
+        thread.start()
+        self._ends.callback(thread.join, _END_SECONDS)
+        self._ends.callback(door.close)  # before it, as the last comes first
 
     def _server_context(self) -> Any:
         return self._side.tls(True)

@@ -137,7 +137,7 @@ def test_two_networks_with_and_without_a_firewall(provisioned, tmp_path):
     assert dropped["code"] == 1
     first, hint, code = dropped["err"].splitlines()
     assert "10.9.0.1:8004: nothing answered within 5 s: a firewall drops it" in first
-    assert (hint.startswith("Hint: let TCP to this port pass"), code) == (True, "Code: TIMED_OUT (exit 1)")
+    assert (hint, code) == ("Hint: let TCP port 8004 of 10.9.0.1 pass, for this host", "Code: TIMED_OUT (exit 1)")
 
     assert results["listen"]["code"] == 0
     assert results["listen"]["out"].count("site-1 from 10.9.0.2:") == 2
