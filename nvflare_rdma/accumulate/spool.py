@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import tempfile
 import threading
@@ -128,6 +129,16 @@ class InSpool:
         """Store bytes of the tensor. Raises OSError."""
         write_at(self._fd, data, self._start + offset)
 
+    def map(self, nbytes: int) -> memoryview:
+        """Map the first `nbytes` of what is at the beginning of its file: a view which takes memory where it is written
+        to, which changes nothing on disk (mmap(2), MAP_PRIVATE). Raises OSError."""
+        if self._start:
+            raise OSError(errno.EINVAL, "only what is at the beginning of a file can be mapped")
+        # The mapping has its own descriptor, and outlives this object's.
+        mapped = mmap.mmap(self._fd, nbytes, access=mmap.ACCESS_COPY)
+        weakref.finalize(mapped, _forget, self._spool).atexit = False
+        return memoryview(mapped)
+
     def read(self, start: int, nbytes: int) -> memoryview:
         """See `Bytes.read`."""
         memory = _thread_memory.take(nbytes)
@@ -138,6 +149,10 @@ class InSpool:
         """See `Bytes.read_into`."""
         if read_at(self._fd, out, self._start + start) < len(out):
             raise OSError(errno.EIO, "a result's file ends before the result does")
+
+
+def _forget(spool: Spool) -> None:
+    """The room of a spool is taken for as long as this is to be called with it."""
 
 
 class _ThreadMemory(threading.local):

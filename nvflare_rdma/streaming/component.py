@@ -38,6 +38,7 @@ from nvflare_rdma.settings import Settings, as_time, load_settings, parse_patien
 from nvflare_rdma.streaming.absence import Absences
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
 from nvflare_rdma.streaming.identity import identifier
+from nvflare_rdma.streaming.leftovers import Leftovers
 from nvflare_rdma.streaming.parents import meeting_function
 from nvflare_rdma.streaming.ties import Ties
 from nvflare_rdma.streaming.trainer import hand_on, inherited_site, is_trainer, take_back
@@ -85,6 +86,7 @@ class RdmaTransfer(FLComponent):
         self._reporter: TransferReporter | None = None
         self._told: set[tuple[str, str]] = set()
         self._ties = Ties()
+        self._leftovers: Leftovers | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """FLARE's hook: links live as long as the run."""
@@ -107,6 +109,7 @@ class RdmaTransfer(FLComponent):
             self._reporter = TransferReporter(self, fl_ctx, shared().ledger, more)
         elif event_type == EventType.END_RUN and self._started:
             self._started = False
+            self._leftovers = None
             if self._accumulating:
                 self._accumulating = False
                 shared().holdings.stop()
@@ -117,6 +120,8 @@ class RdmaTransfer(FLComponent):
                 self._reporter.close()
         else:
             self._ties.handle_event(event_type, fl_ctx)
+            if self._leftovers is not None:
+                self._leftovers.handle_event(event_type, fl_ctx)
             if event_type in (EventType.BEFORE_TASK_DATA_FILTER, EventType.BEFORE_TASK_RESULT_FILTER):
                 self._say_what_failed_there(fl_ctx)
             if self._reporter is not None:
@@ -125,6 +130,7 @@ class RdmaTransfer(FLComponent):
     def _keep_results_encoded(self, fl_ctx: FLContext) -> None:
         budget = load_settings().rdma_memory_budget_bytes
         shared().holdings.start(budget)
+        self._leftovers = Leftovers(shared().holdings.disk)
         self._accumulating = True
         fl_ctx.set_prop(ACCUMULATE_PROP, shared().holdings, private=True, sticky=True)
         what = (
