@@ -1,6 +1,7 @@
 """Whole FLARE jobs, in the simulator and in a POC, as FLARE moves tensors over grpc and as `RdmaTransfer` does.
 
-    python benchmarks/jobs.py [--jobs stdlib_lm,gpt2_small] [--in simulator,poc] [--rounds 2] [--quantize normfloat4] [--steps 0]
+    python benchmarks/jobs.py [--jobs stdlib_lm,gpt2_small] [--in simulator,poc] [--rounds 2]
+                              [--quantize normfloat4] [--steps 0]
 
 A server and two sites, each with its processes: one a site in the simulator; in the POC a parent and a job process
 each, with mutual TLS. FLARE's messages go over grpc in every configuration.
@@ -12,9 +13,9 @@ each, with mutual TLS. FLARE's messages go over grpc in every configuration.
 
 ``wall`` of the simulator is from its start to its end, of the POC from the job's submission to its end, by the admin's
 session. A round is from the server's log line that it has started to the next round's, or to that of the workflow's
-end: training is in it (one step of gpt2_small, 16 of stdlib_lm, or as --steps says), and in the first one the sites' start. Bytes are those
-of the loopback device's counter, headers included, over the wall time; in a network namespace of the benchmark's own
-where it may have one, else everybody's on this machine. Peak is VmHWM, looked at every 50 ms.
+end: training is in it (one step of gpt2_small, 16 of stdlib_lm, or as --steps says), and in the first one the sites'
+start. Bytes are those of the loopback device's counter, headers included, over the wall time; in a network namespace
+of the benchmark's own where it may have one, else everybody's on this machine. Peak is VmHWM, looked at every 50 ms.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def export(job: str, configuration: str, arguments: argparse.Namespace, folder: 
     """Write the FLARE job."""
     options = ["--rounds", str(arguments.rounds), "--sites", str(SITES), "--driver", "grpc"]
     options += [] if arguments.steps is None else ["--steps", str(arguments.steps)]
-    options += ["--direct", "--quantize", arguments.quantize] if configuration.startswith("ours") else ["--quantize", "none"]
+    options += (
+        ["--direct", "--quantize", arguments.quantize] if configuration.startswith("ours") else ["--quantize", "none"]
+    )
     options += EMPTY[job] if configuration == "empty" else []
     command = [sys.executable, str(ROOT / "jobs" / job / "job.py"), *options, "--workspace", str(folder / "none")]
     done = subprocess.run(
