@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,25 @@ def multiple_of_64(text: str) -> int:
     return value
 
 
-def parser(description: str, name: str, rounds: int, sites: int) -> argparse.ArgumentParser:
-    """A parser with the options of all jobs; the job's own numbers of rounds and sites are the defaults."""
+def basic_parser(description: str, name: str, sites: int, quantize: str) -> argparse.ArgumentParser:
+    """A parser with the options of all jobs; the job's own number of sites and codec are the defaults."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--quantize", choices=QUANTIZE, default="normfloat4", help="how weights travel")
+    made.add_argument("--quantize", choices=QUANTIZE, default=quantize, help="how weights travel")
+    made.add_argument("--sites", type=positive, default=sites)
+    made.add_argument("--workspace", type=Path, default=Path(f"{name}_workspace"))
+    made.add_argument("--verbose", action="store_true", help="show FLARE's log")
+    made.set_defaults(driver="rdma")
+    return made
+
+
+def parser(description: str, name: str, rounds: int, sites: int) -> argparse.ArgumentParser:
+    """A parser with the options of the jobs that compare what models travel over and as."""
+    made = basic_parser(description, name, sites, "normfloat4")
     made.add_argument("--error-feedback", action="store_true", help="add what a message lost to the next one")
     made.add_argument("--delta", action="store_true", help="send the sites what has changed, not the whole model")
     made.add_argument("--driver", choices=DRIVERS, default="rdma", help="what they travel over")
     made.add_argument("--direct", action="store_true", help="tensors go directly from process to process")
     made.add_argument("--rounds", type=positive, default=rounds)
-    made.add_argument("--sites", type=positive, default=sites)
-    made.add_argument("--workspace", type=Path, default=Path(f"{name}_workspace"))
-    made.add_argument("--verbose", action="store_true", help="show FLARE's log")
     return made
 
 
@@ -91,7 +99,8 @@ def name_script(recipe: Any) -> None:
     recipe._ensure_client_apps_prepared()
     for app in recipe._job._deploy_map.values():
         for executor in (each.executor for each in getattr(app.app_config, "executors", ())):
-            executor._task_script_path = Path(executor._task_script_path).name
+            if hasattr(executor, "_task_script_path"):  # a swarm has one more executor
+                executor._task_script_path = Path(executor._task_script_path).name
 
 
 def simulator(args: argparse.Namespace) -> Any:
@@ -107,15 +116,37 @@ def simulator(args: argparse.Namespace) -> Any:
     )
 
 
+def execute(recipe: Any, args: argparse.Namespace, name: str, **defaults: str) -> Path:
+    """Run the job `name` in the simulator, and return its folder in the workspace. With FLARE's own option ``--export``
+    the job is written instead, and this process ends. ``defaults`` are for variables that aren't set.
+
+    Raises:
+        RuntimeError: the job failed.
+    """
+    env = simulator(args)
+    if EXPORT:
+        recipe.execute(env)
+    workspace = args.workspace.resolve()
+    shutil.rmtree(workspace / name, ignore_errors=True)
+    workspace.mkdir(parents=True, exist_ok=True)
+    (workspace / "console.log").unlink(missing_ok=True)
+    with environment(**defaults):
+        recipe.execute(env)
+    return workspace / name
+
+
+def counted(args: argparse.Namespace) -> dict[str, str]:
+    """What has all bytes go over TCP: all processes are on one host, where they could use shared memory, which no
+    counter of the kernel sees."""
+    return {"NVFLARE_RDMA_FABRICS": "tcp"} if args.driver == "rdma" or args.direct else {}
+
+
 @contextlib.contextmanager
-def environment(args: argparse.Namespace, **defaults: str) -> Iterator[None]:
+def environment(**defaults: str) -> Iterator[None]:
     """What the server's and the sites' processes inherit; ``defaults`` are for variables that aren't set."""
     before = dict(os.environ)
     # A FLARE job finds this package installed; run from a source tree it is found by this path.
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), before.get("PYTHONPATH")) if p)
-    if args.driver == "rdma" or args.direct:
-        # All processes are on one host, where they could use shared memory, which no kernel counter sees.
-        os.environ.setdefault("NVFLARE_RDMA_FABRICS", "tcp")
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     try:
@@ -123,6 +154,16 @@ def environment(args: argparse.Namespace, **defaults: str) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def run_and_tell(job: Callable[[], None], args: argparse.Namespace, name: str) -> int:
+    """Run `job`, and return the exit status: 1 if it failed, after the end of the log."""
+    try:
+        job()
+    except Exception as e:  # noqa: BLE001  a job has failed in whatever way: say where to look
+        print(f"\nThe job failed: {e}\n{last_errors(args.workspace.resolve(), name)}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def last_errors(workspace: Path, name: str, count: int = 8) -> str:
@@ -137,6 +178,15 @@ def last_errors(workspace: Path, name: str, count: int = 8) -> str:
         if errors:
             break
     return "\n".join(found) or f"no log was written under {workspace}"
+
+
+def print_report(folder: Path) -> dict[str, Any]:
+    """Print what `nvflare-rdma report --text` says of the job in `folder`, and return what it has for programs."""
+    from nvflare_rdma.cli.report import report_result
+
+    result = report_result(folder, None, None, text=True, form="txt")
+    print(result.text)
+    return dict(result.data)
 
 
 def print_traffic(folder: Path, title: str, rounds: int) -> None:

@@ -7,7 +7,6 @@ python jobs/gpt2_small/job.py --export --export-dir exported        (FLARE's own
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -62,29 +61,16 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         RuntimeError: the job failed.
     """
-    workspace = args.workspace.resolve()
-    env, recipe = common.simulator(args), build(args)
-    if common.EXPORT:
-        recipe.execute(env)  # exports the job and ends this process
-    shutil.rmtree(workspace / NAME, ignore_errors=True)
-    workspace.mkdir(parents=True, exist_ok=True)
-    (workspace / "console.log").unlink(missing_ok=True)
     start = time.monotonic()
-    with common.environment(args):
-        recipe.execute(env)
-    common.print_traffic(workspace / NAME, f"{args.quantize}{', direct' * args.direct} over {args.driver}", args.rounds)
+    folder = common.execute(build(args), args, NAME, **common.counted(args))
+    common.print_traffic(folder, f"{args.quantize}{', direct' * args.direct} over {args.driver}", args.rounds)
     print(f"{time.monotonic() - start:.0f} s; the logs are in {args.workspace}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; 1 and the end of the log if the job failed."""
     args = parse(argv)
-    try:
-        run(args)
-    except Exception as e:  # noqa: BLE001  a job has failed in whatever way: say where to look
-        print(f"\nThe job failed: {e}\n{common.last_errors(args.workspace.resolve(), NAME)}", file=sys.stderr)
-        return 1
-    return 0
+    return common.run_and_tell(lambda: run(args), args, NAME)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 
-import data
 import nvflare.client as flare
+import stdlib_text
 import torch
 from model import ByteGPT
 from progress import append_progress
 from training import optimizer_for, train
-
-
-def site_number(name: str) -> int:
-    """0 for "site-1", 1 for "site-2" and so on: which part of the text the site has."""
-    match = re.search(r"(\d+)$", name)
-    if match is None or match[1] == "0":
-        raise ValueError(f"site name {name!r} must end in its number, counted from 1, such as site-1")
-    return int(match[1]) - 1
 
 
 def main() -> None:
@@ -34,7 +25,7 @@ def main() -> None:
 
     flare.init()
     name = flare.get_site_name()
-    text = data.read(data.split(args.sites)[site_number(name) % args.sites])
+    text = stdlib_text.of_site(name, args.sites)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.sites))  # the sites share this machine
@@ -54,7 +45,7 @@ def main() -> None:
             args.steps,
             first_step=number * args.steps,
             total_steps=rounds * args.steps,
-            seed=1_000_000_000 * args.seed + 1000 * number + site_number(name),
+            seed=1_000_000_000 * args.seed + 1000 * number + stdlib_text.site_number(name),
             report=lambda step, loss, number=number: append_progress(
                 site=name, round=number, step=step, loss=round(loss, 4)
             ),

@@ -6,7 +6,7 @@ import json
 import os
 import time
 
-import data
+import stdlib_text
 import torch
 from model import ByteGPT
 from nvflare.apis.event_type import EventType
@@ -41,7 +41,7 @@ class HeldOutLoss(FLComponent):
         """FLARE's hook. The model is updated before AFTER_SHAREABLE_TO_LEARNABLE and not sent until later."""
         if event_type == EventType.START_RUN:
             self._model = ByteGPT(self.width, self.layers, heads=self.width // 64)
-            self._rows = data.held_out_sample(ROWS, self._model.context)
+            self._rows = stdlib_text.held_out_sample(ROWS, self._model.context)
         elif event_type == AppEventType.INITIAL_MODEL_LOADED:
             self._record(None, fl_ctx)
         elif event_type == AppEventType.AFTER_SHAREABLE_TO_LEARNABLE:

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     (workspace / "progress").mkdir(parents=True)
     settings = {k: v for k, v in vars(args).items() if k not in ("workspace", "verbose")}
     start = time.monotonic()
-    with common.environment(args, NVFLARE_STREAMING_CHUNK_SIZE=str(FRAME_BYTES)):
+    with common.environment(**common.counted(args), NVFLARE_STREAMING_CHUNK_SIZE=str(FRAME_BYTES)):
         os.environ[FOLDER_VARIABLE] = str(workspace / "progress")
         if args.verbose:
             recipe.execute(env)

@@ -12,11 +12,11 @@ import pytest
 from nvflare.fuel.utils.class_loader import load_class
 
 from nvflare_rdma import streaming
+from tests.support.exported import exported_elsewhere, simulated
 from tests.support.processes import run
 
 #: As FLARE exported it, but for `task_script_path`, which was an absolute one.
 EXPORTED = Path(__file__).parents[1] / "exported" / "linear"
-JOBS = Path(__file__).parents[2] / "jobs"
 TINY = ["--rounds", "1", "--sites", "1", "--steps", "1", "--width", "64", "--layers", "1", "--quantize", "int8"]
 VALUES = 128 * 64
 RAW_BYTES = 4 * (VALUES + 64)
@@ -97,26 +97,10 @@ def test_the_public_classes_of_streaming_say_so():
         assert getattr(streaming, name).__module__ == "nvflare_rdma.streaming", name
 
 
-def exported_elsewhere(folder: Path, name: str, *options: str) -> Path:
-    """The job, exported and then moved; no absolute path is left in it."""
-    here, there = folder / "here", folder / "there"
-    export = ["--workspace", str(folder / "none"), "--export", "--export-dir", str(here)]
-    done = run(JOBS / name / "job.py", *TINY, *options, *export, timeout=120)
-    assert done.returncode == 0, done.stderr
-    configurations = [file.read_text() for file in here.rglob("*.json")]
-    assert len(configurations) == 3
-    for text in configurations:
-        assert not re.findall(r'"(?:[^"]*[\s=:])?/.*"', text)  # an absolute path, alone or among arguments
-    here.rename(there)
-    return there / name
-
-
 @pytest.mark.flare
 def test_an_exported_job_needs_nothing_of_the_machine_it_is_from(tmp_path):
-    job = exported_elsewhere(tmp_path, "stdlib_lm")
-    simulator = ["-m", "nvflare.private.fed.app.simulator.simulator"]
-    done = run(simulator, str(job), "-w", str(tmp_path / "ws"), "-n", "1", "-t", "1", timeout=150)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    job = exported_elsewhere(tmp_path, "stdlib_lm", *TINY)
+    simulated(job, tmp_path / "ws", 1)
     assert f"full path: {tmp_path / 'ws' / 'site-1'}" in (tmp_path / "ws" / "site-1" / "log.txt").read_text()
     assert "Finished FedAvg" in (tmp_path / "ws" / "server" / "log.txt").read_text()
 
@@ -124,7 +108,7 @@ def test_an_exported_job_needs_nothing_of_the_machine_it_is_from(tmp_path):
 @pytest.mark.flare
 def test_all_that_an_exported_job_names_is_in_it(tmp_path):
     """Without a run: its classes, and its script with all that this imports, are found in the job and the package."""
-    job = exported_elsewhere(tmp_path, "gpt2_small", "--direct", "--vocab", "256")
+    job = exported_elsewhere(tmp_path, "gpt2_small", *TINY, "--direct", "--vocab", "256")
     text = "".join(file.read_text() for file in (job / "app" / "config").glob("*.json"))
     classes = set(re.findall(r'"path": "(.+)"', text))
     assert "model.GPT2" in classes

@@ -6,7 +6,6 @@ import sys
 
 import job
 import pytest
-from client import site_number
 from progress import FOLDER_VARIABLE, ProgressView, append_progress
 
 
@@ -24,13 +23,6 @@ def test_bad_arguments_are_named(args, message, capsys):
     with pytest.raises(SystemExit):
         job.parse(args)
     assert message in capsys.readouterr().err
-
-
-def test_site_numbers():
-    assert [site_number(name) for name in ("site-1", "site-12")] == [0, 11]
-    for name in ("hospital", "site-0"):
-        with pytest.raises(ValueError, match=name):
-            site_number(name)
 
 
 def test_a_failed_run_shows_its_log_and_last_errors(tmp_path, monkeypatch, capsys):
@@ -128,7 +120,7 @@ def test_the_exported_job_leaves_the_package_to_the_installation(tmp_path):
     job.build(args).export(str(tmp_path))
     custom = tmp_path / "stdlib_lm" / "app" / "custom"
     names = {p.name for p in custom.rglob("*.py")}
-    assert {"client.py", "data.py", "evaluate.py", "model.py", "progress.py", "training.py"} <= names
+    assert {"client.py", "evaluate.py", "model.py", "progress.py", "stdlib_text.py", "training.py"} <= names
     assert not (custom / "nvflare_rdma").exists()
     server = json.loads((tmp_path / "stdlib_lm" / "app" / "config" / "config_fed_server.json").read_text())
     assert "traffic.recorder.TrafficRecorder" in {c["path"] for c in server["components"]}

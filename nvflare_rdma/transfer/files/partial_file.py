@@ -244,8 +244,11 @@ class PartialFile:
         self.discard()
 
     def keep(self) -> None:
-        """Leave what is here for another transfer, if it can be taken up; otherwise discard it."""
+        """Leave what is here for another transfer, if it can be taken up; otherwise discard it. A file that is finished
+        has nothing left here."""
         self._stop_writing()
+        if self._data < 0:
+            return
         if not (self._resumable and self.error is None and self.whole and self._give_back()):
             self.discard()
             return

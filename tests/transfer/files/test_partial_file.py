@@ -413,6 +413,15 @@ def test_a_file_system_without_holes(whole, kept, tmp_path, monkeypatch, caplog)
     assert ("is not kept: it takes" in caplog.text) == (not kept)
 
 
+def test_nothing_is_said_of_what_is_kept_of_a_file_that_has_its_name(tmp_path, caplog):
+    file = partial(tmp_path, identity())
+    receive(file, 0, 1, 2)
+    file.finish(str(tmp_path / "whole"))
+    file.keep()  # who receives it ends every transfer so
+    assert caplog.text == ""
+    assert (tmp_path / "whole").read_bytes() == CONTENT
+
+
 def test_room_is_for_one_senders_files_together(tmp_path, monkeypatch):
     monkeypatch.setattr(PartialFile, "_free", lambda self: PARTS * PART * 3 // 2)
     first = partial(tmp_path, large(), sender="site-1")

@@ -7,6 +7,7 @@ run and every process on a machine.
 from __future__ import annotations
 
 import hashlib
+import re
 import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator
@@ -91,6 +92,19 @@ def split(n_sites: int, root: Path | None = None) -> list[list[Source]]:
 def held_out(root: Path | None = None) -> list[Source]:
     """The files that no site trains on."""
     return [s for s in sources(root) if s.held_out]
+
+
+def site_number(name: str) -> int:
+    """0 for "site-1", 1 for "site-2" and so on: which part of the text the site has."""
+    match = re.search(r"(\d+)$", name)
+    if match is None or match[1] == "0":
+        raise ValueError(f"site name {name!r} must end in its number, counted from 1, such as site-1")
+    return int(match[1]) - 1
+
+
+def of_site(name: str, n_sites: int) -> torch.Tensor:
+    """The text that the site `name` trains on, one of `n_sites`, as bytes."""
+    return read(split(n_sites)[site_number(name) % n_sites])
 
 
 def read(files: list[Source]) -> torch.Tensor:
