@@ -27,6 +27,7 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
     delta: bool = False,
     stochastic_rounding: bool = False,
     clients: Sequence[str] | None = None,
+    max_relative_error: float | None = None,
 ) -> None:
     """Send models in few bits both ways: add the four filters that this takes to a recipe or job.
 
@@ -48,11 +49,13 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
             without is on with it: `delta` with `exact_delta`, `delta` and `error_feedback` with `topk2`.
         clients: the sites that get it, None for all. To and from the others models travel in full, and they need not
             have this package. It takes a job with an app for each site (`Recipe.set_per_site_config`).
+        max_relative_error: how much of a tensor may be lost, such as 0.05; what would lose more travels in a better
+            type. See `nvflare_rdma.filters.ModelQuantizer`.
 
     Raises:
-        ConfigError: an unknown type or rule, a bad list of tasks or clients, a target that is neither recipe nor job,
-            one that has quantization filters already, or one in which nothing would be quantized. Nothing has been
-            added then.
+        ConfigError: an unknown type or rule, a bad list of tasks or clients, a bad largest error, a target that is
+            neither recipe nor job, one that has quantization filters already, or one in which nothing would be
+            quantized. Nothing has been added then.
     """
     names = ["train"] if tasks is None else tasks
     if isinstance(names, str) or not names or any(not isinstance(t, str) or t in ("", "*") for t in names):
@@ -69,7 +72,7 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
     options = with_needed(quantization_type, rules, given)
 
     def quantizer(**more: Any) -> ModelQuantizer:
-        return ModelQuantizer(quantization_type, policy=rules, **options, **more)
+        return ModelQuantizer(quantization_type, policy=rules, max_relative_error=max_relative_error, **options, **more)
 
     from_server, from_client = quantizer(clients=only), quantizer()
     prepare_client_apps(target, "add_quantization")
@@ -84,7 +87,7 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
     peers = sites_with_peers(apps, sites)
     if peers:
         _refuse_between_sites(given)
-        between_sites = [(site, PeerQuantizer(quantization_type, policy=rules)) for site in peers]
+        between_sites = [(site, PeerQuantizer(quantization_type, rules, max_relative_error)) for site in peers]
         for site, component in between_sites:
             job.to(component, site, id="peer_quantizer")
     concerned = set(peers)

@@ -104,15 +104,19 @@ class MessageEncoder:
         error_feedback: add to each message what the last one of its stream lacked.
         delta: send WEIGHTS as differences from a model that the receiver holds.
         stochastic: round the codecs that can do so at random.
+        limit: the largest relative error that a tensor may have; None for any.
     """
 
-    def __init__(self, policy: Policy, error_feedback: bool, delta: bool, stochastic: bool) -> None:
+    def __init__(
+        self, policy: Policy, error_feedback: bool, delta: bool, stochastic: bool, limit: float | None = None
+    ) -> None:
         self.residuals = Residuals()
         self.codecs = policy.codecs
         self._policy = policy
         self._error_feedback = error_feedback
         self._delta = delta
         self._stochastic = stochastic
+        self._limit = limit
         # Held while a message is encoded. Whoever comes meanwhile is mostly another site that wants the same one.
         self._lock = threading.Lock()
         self._shared: dict[str, Shared] = {}
@@ -127,7 +131,7 @@ class MessageEncoder:
             results = self._shared_results(message) if message.point.on_server else {}
             forgetful = not (self._error_feedback or self._delta or self._stochastic)
             if message.direct and forgetful and all(is_plain(v) for v in message.values.values() if is_tensor(v)):
-                return EncodedMessage(encode_params(message.values, self._policy, MarkingEncoder(results)))
+                return EncodedMessage(encode_params(message.values, self._policy, MarkingEncoder(results, self._limit)))
             if self._error_feedback and message.folder is not None:
                 self.residuals.restore(message.point.stream, message.folder)
             if message.point.on_server:
@@ -180,7 +184,7 @@ class MessageEncoder:
         # A stream of differences from its own last message makes up for errors by itself: they are in the difference.
         feedback = remember and self._error_feedback and not leaves_base
         if not (leaves_base or feedback or base or self._stochastic):
-            return EncodedMessage(encode_params(message.values, self._policy, TensorEncoder()))
+            return EncodedMessage(encode_params(message.values, self._policy, TensorEncoder(self._limit)))
 
         encoder = CorrectingEncoder(
             # Taken once: a result that comes meanwhile may commit what is staged.
@@ -188,6 +192,7 @@ class MessageEncoder:
             whole=message.whole,
             base=base,
             noise=f"{message.round}\0{stream}" if self._stochastic else None,
+            limit=self._limit,
         )
         params = encode_params(message.values, self._policy, encoder)
         based = encoder.based & params.codecs.keys()

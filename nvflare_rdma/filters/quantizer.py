@@ -18,9 +18,9 @@ from nvflare_rdma.accumulate import plain
 from nvflare_rdma.codecs import Policy, is_plain, is_tensor, warm_up
 from nvflare_rdma.filters import points
 from nvflare_rdma.filters.delta_base import answer_clients
-from nvflare_rdma.filters.encoding import MIB, TensorEncoder, encode_params
+from nvflare_rdma.filters.encoding import MIB, Replacements, TensorEncoder, encode_params
 from nvflare_rdma.filters.message_encoder import EncodedMessage, MessageEncoder, ModelMessage
-from nvflare_rdma.filters.options import check_options, check_whole
+from nvflare_rdma.filters.options import check_limit, check_options, check_whole
 from nvflare_rdma.filters.points import FilterPoint, require_decoding_site, require_dequantizer, tell_what_is_decoded
 from nvflare_rdma.filters.quant_filter import (
     OURS,
@@ -69,14 +69,17 @@ class ModelQuantizer(QuantFilter):
         stochastic_rounding: round `int8` up or down at random, so that the mean error is zero. The noise follows from
             job, site, task and round: a job that is run again makes the same.
         clients: on the server, the sites to which models go in few bits; None: all. Those to others pass unchanged.
+        max_relative_error: how much of a tensor may be lost (`nvflare_rdma.codecs.fidelity` says what the relative
+            error is), a number above 0 and up to 1; None for any. A tensor of which its type would lose more travels
+            in the next better one, and exact if there is none; the log names it once. Estimates decide beforehand, and
+            what is encoded is measured: a receiver of this package gets no tensor whose error is larger.
 
     Raises:
-        ConfigError: an unknown type or rule, a type without the option that it needs, or random rounding where there
-            is none; when used, a missing
-            ModelDequantizer for the other direction.
+        ConfigError: an unknown type or rule, a type without the option that it needs, random rounding where there
+            is none, or a bad largest error; when used, a missing ModelDequantizer for the other direction.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a filter's arguments are its config
         self,
         quantization_type: str = "float16",
         one_way: bool = False,
@@ -85,9 +88,11 @@ class ModelQuantizer(QuantFilter):
         delta: bool = False,
         stochastic_rounding: bool = False,
         clients: Sequence[str] | None = None,
+        max_relative_error: float | None = None,
     ) -> None:
         parsed = Policy(quantization_type, policy)
         check_options(parsed, error_feedback, delta, stochastic_rounding)
+        limit = check_limit(parsed, max_relative_error)
         super().__init__(clients)
         # FLARE writes arguments into an exported job config from attributes of the same names.
         self.quantization_type = parsed.codec.name
@@ -96,8 +101,10 @@ class ModelQuantizer(QuantFilter):
         self.error_feedback = error_feedback
         self.delta = delta
         self.stochastic_rounding = stochastic_rounding
+        self.max_relative_error = limit
         self._policy = parsed
-        self._encoder = MessageEncoder(parsed, error_feedback, delta, stochastic_rounding)
+        self._encoder = MessageEncoder(parsed, error_feedback, delta, stochastic_rounding, limit)
+        self._replacements = Replacements(limit)
         self._checked: set[tuple[str | None, str | None, str]] = set()
         self._doubted: set[tuple[str, str]] = set()
         self._warned = False
@@ -185,7 +192,7 @@ class ModelQuantizer(QuantFilter):
         Returns:
             Codes in place of the tensors, and FLARE's `quant_state` and `source_datatype`, by name.
         """
-        encoded = encode_params(flatten(params), self._policy, TensorEncoder())
+        encoded = encode_params(flatten(params), self._policy, TensorEncoder(self.max_relative_error))
         self._report(EncodedMessage(encoded), fl_ctx)
         return rebuild(params, encoded.values), encoded.quant_state, encoded.source_datatype
 
@@ -215,6 +222,8 @@ class ModelQuantizer(QuantFilter):
         self.log_info(fl_ctx, escaped(f"Quantized to {encoded.algorithm}{how}: {encoded.summary()}"))
         if what := encoded.exact_summary():
             self.log_warning(fl_ctx, escaped(what), fire_event=False)
+        if what := self._replacements.news(encoded):
+            self.log_info(fl_ctx, escaped(what))
 
 
 def _metadata(message: EncodedMessage) -> dict[str, Any]:
