@@ -24,7 +24,7 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
     tasks: Sequence[str] | None = None,
     policy: Sequence[Any] = (),
     error_feedback: bool = False,
-    delta: bool = False,
+    delta: bool | None = None,
     stochastic_rounding: bool = False,
     clients: Sequence[str] | None = None,
     max_relative_error: float | None = None,
@@ -46,7 +46,8 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
         policy: rules that say which codec each tensor gets, before the default ones (norms, biases and tensors of
             less than 1024 elements travel exact). See `nvflare_rdma.codecs.policy`.
         error_feedback, delta, stochastic_rounding: see `nvflare_rdma.filters.ModelQuantizer`. What a type can't do
-            without is on with it: `delta` with `exact_delta`, `delta` and `error_feedback` with `topk2`.
+            without is on with it: `delta` with `exact_delta`, `delta` and `error_feedback` with `topk2`. With
+            `error_feedback` so is `delta`, unless it is False.
         clients: the sites that get it, None for all. To and from the others models travel in full, and they need not
             have this package. It takes a job with an app for each site (`Recipe.set_per_site_config`).
         max_relative_error: how much of a tensor may be lost, such as 0.05; what would lose more travels in a better
@@ -203,7 +204,7 @@ def _refuse_second_use(present: bool, what: str, advice: str) -> None:
         raise ConfigError(f"the job already has {what}: {advice}")
 
 
-def _refuse_between_sites(options: Mapping[str, bool]) -> None:
+def _refuse_between_sites(options: Mapping[str, Any]) -> None:
     if used := [name for name, value in options.items() if value]:
         raise ConfigError(
             f"{', '.join(used)} can't be used in a workflow that the sites control: models go from site to site there, "

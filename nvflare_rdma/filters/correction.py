@@ -93,7 +93,7 @@ class CorrectingEncoder(TensorEncoder):
         if not codec.needs_feedback or not self.whole:
             return codec
         flat = to_flat(value)
-        known = self.base.tensor(name, flat) if self.base is not None else None
+        known = self._known(name, flat, value)
         residual = fitting(self.before, name, tuple(value.shape))
         if known is not None and difference_is_smaller(flat, residual, known):
             return codec
@@ -110,7 +110,7 @@ class CorrectingEncoder(TensorEncoder):
             return None if whole is None else np.concatenate([whole[run] for run in runs])
 
         values = np.concatenate([flat[run] for run in runs])
-        known = self.base.tensor(name, flat) if self.base is not None else None
+        known = self._known(name, flat, value)
         residual = fitting(self.before, name, tuple(value.shape))
         corrected, _ = self._corrected(name, codec, values, sample(residual), sample(known))
         return RelativeError(corrected.lost.relative, values.size < flat.size)
@@ -124,7 +124,7 @@ class CorrectingEncoder(TensorEncoder):
             self.arrived[name] = values.flatten()
             return super().encode(name, codec, values)
         flat = np.ascontiguousarray(values).reshape(-1)
-        known = self.base.tensor(name, flat) if self.base is not None else None
+        known = self._known(name, flat, value)
         if isinstance(codec, ExactDelta):
             self.arrived[name] = values.flatten()
             return self._exactly(name, codec, flat, known)
@@ -133,6 +133,9 @@ class CorrectingEncoder(TensorEncoder):
         if based:
             self.based.add(name)
         return corrected.encoded, RelativeError(corrected.lost.relative)
+
+    def _known(self, name: str, flat: Array, value: Any) -> Array | None:
+        return self.base.for_sending(name, flat, tuple(value.shape)) if self.base is not None else None
 
     def _corrected(
         self, name: str, codec: Codec, flat: Array, residual: Array | None, known: Array | None

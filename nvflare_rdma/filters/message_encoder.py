@@ -200,8 +200,10 @@ class MessageEncoder:
             params.quant_state[name]["delta"] = True
         if feedback:
             self.residuals.stage(stream, {k: v for k, v in encoder.lacking.items() if k in params.codecs})
-        left = Base.of({k: v for k, v in encoder.arrived.items() if k in params.codecs}) if leaves_base else None
-        if left is not None:
+        left = None
+        if leaves_base:
+            arrived = {k: v for k, v in encoder.arrived.items() if k in params.codecs}
+            left = Base.of(arrived, {name: tuple(message.values[name].shape) for name in arrived})
             bases_of(fl_ctx).set(stream, left)
         return EncodedMessage(
             params,

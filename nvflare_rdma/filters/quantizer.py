@@ -65,7 +65,7 @@ class ModelQuantizer(QuantFilter):
             all that can be encoded is, as with FLARE's filter.
         error_feedback: add to each message what the last one of its task lacked. `topk2` needs it.
         delta: send WEIGHTS as differences from a model that the receiver holds, when both sides have the same one.
-            `exact_delta` needs it.
+            `exact_delta` needs it. None: only with error_feedback, which makes whole WEIGHTS worse.
         stochastic_rounding: round `int8` up or down at random, so that the mean error is zero. The noise follows from
             job, site, task and round: a job that is run again makes the same.
         clients: on the server, the sites to which models go in few bits; None: all. Those to others pass unchanged.
@@ -85,13 +85,14 @@ class ModelQuantizer(QuantFilter):
         one_way: bool = False,
         policy: Sequence[Any] | None = None,
         error_feedback: bool = False,
-        delta: bool = False,
+        delta: bool | None = None,
         stochastic_rounding: bool = False,
         clients: Sequence[str] | None = None,
         max_relative_error: float | None = None,
     ) -> None:
         parsed = Policy(quantization_type, policy)
-        check_options(parsed, error_feedback, delta, stochastic_rounding)
+        with_base = error_feedback if delta is None else delta
+        check_options(parsed, error_feedback, with_base, stochastic_rounding)
         limit = check_limit(parsed, max_relative_error)
         super().__init__(clients)
         # FLARE writes arguments into an exported job config from attributes of the same names.
@@ -102,8 +103,9 @@ class ModelQuantizer(QuantFilter):
         self.delta = delta
         self.stochastic_rounding = stochastic_rounding
         self.max_relative_error = limit
+        self._with_base = with_base
         self._policy = parsed
-        self._encoder = MessageEncoder(parsed, error_feedback, delta, stochastic_rounding, limit)
+        self._encoder = MessageEncoder(parsed, error_feedback, with_base, stochastic_rounding, limit)
         self._replacements = Replacements(limit)
         self._checked: set[tuple[str | None, str | None, str]] = set()
         self._doubted: set[tuple[str, str]] = set()
@@ -117,7 +119,7 @@ class ModelQuantizer(QuantFilter):
             tell_what_is_decoded(fl_ctx)
             self._idle = True
             warm_up(self._encoder.codecs)
-            if self.delta and self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
+            if self._with_base and self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
                 answer_clients(fl_ctx)
         elif event_type == EventType.END_RUN and self._idle:
             self._idle = None
@@ -157,7 +159,7 @@ class ModelQuantizer(QuantFilter):
             self.log_info(fl_ctx, "The message is quantized already and stays as it is")
             return None
         if dxo.data_kind == DataKind.WEIGHTS:
-            check_whole(self._policy, self.delta)
+            check_whole(self._policy, self._with_base)
         self._warn_of_feedback(dxo, fl_ctx)
         self._tell_of_meta(dxo, fl_ctx)
         root_id = shareable.get_header(ReservedHeaderKey.MSG_ROOT_ID) or ""
@@ -197,12 +199,12 @@ class ModelQuantizer(QuantFilter):
         return rebuild(params, encoded.values), encoded.quant_state, encoded.source_datatype
 
     def _warn_of_feedback(self, dxo: DXO, fl_ctx: FLContext) -> None:
-        if self.error_feedback and not self.delta and dxo.data_kind == DataKind.WEIGHTS and not self._warned:
+        if self.error_feedback and not self._with_base and dxo.data_kind == DataKind.WEIGHTS and not self._warned:
             self._warned = True
             self.log_warning(
                 fl_ctx,
-                "error_feedback on whole WEIGHTS makes each round's model worse than without it: set delta=true as "
-                "well, or leave out error_feedback",
+                "error_feedback on whole WEIGHTS makes each round's model worse than without it: leave out "
+                "delta=false, or error_feedback",
                 fire_event=False,
             )
 
