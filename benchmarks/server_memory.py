@@ -8,8 +8,11 @@ all sites, which send their results, of the model's size, at the same time, or o
 shapes of Llama-3.2-1B's layers, float32, in 255 tensors. Every line has fresh processes.
 
     flare     FLARE alone, raw            offload   the same with FLARE's tensors on disk
-    raw       RdmaTransfer, raw           nf4       RdmaTransfer, normfloat4: results stay encoded until they are added
-    decoded   the same with `accumulate=False`: results are decoded as they come
+    raw       RdmaTransfer, raw           nf4       RdmaTransfer, normfloat4
+    memory    raw, and decoded, nf4, with `accumulate=False`: results are tensors in memory as they come
+
+Without `accumulate=False` results wait as they came until they are added, and on disk what the memory budget (64 MiB)
+has no room for.
 
 The peak is what the server's VmHWM grew by since it was ready and had no model, in models: the global model and the sum
 are two of them. A workflow's own copies (FLARE deep-copies a task's data, and its persistor has a model) are not in it.
@@ -29,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from state_dict import make_model
 
-CONFIGURATIONS = ("flare", "offload", "raw", "decoded", "nf4")
+CONFIGURATIONS = ("flare", "offload", "memory", "raw", "decoded", "nf4")
 ENCODED = ("decoded", "nf4")
 CODEC = "normfloat4"
 TIMEOUT = 600.0
@@ -51,11 +54,12 @@ def prepare(configuration: str) -> None:
         return
     from nvflare_rdma.codecs import get_codec, warm_up
     from nvflare_rdma.runtime import shared
+    from nvflare_rdma.settings import load_settings
     from nvflare_rdma.streaming.component import install
 
     install()
-    if configuration == "nf4":
-        shared().holdings.start()  # as `RdmaTransfer` does at a server
+    if configuration in ("raw", "nf4"):
+        shared().holdings.start(load_settings().rdma_memory_budget_bytes)  # as `RdmaTransfer` does at a server
     warm_up([get_codec(CODEC)]).join()
 
 
@@ -119,7 +123,7 @@ class Sites:
         self._cells = [open_cell(f"site-{i + 1}", url) for i in range(count)]
         for cell in self._cells:
             cell.start()
-        prepare(configuration.replace("nf4", "decoded"))
+        prepare(configuration.replace("nf4", "decoded").replace("raw", "memory"))
         for cell in self._cells:
             wait_until(lambda c=cell: c.core_cell.is_cell_connected("server"), f"a connection over {url}")
 

@@ -24,7 +24,7 @@ _KNOWN = (2, 9)
 
 #: Public context property of a run on a side that has `nvflare_rdma.streaming.RdmaTransfer`.
 TRANSFER_PROP = "nvflare_rdma.transfer"
-#: Private context property of a server's run whose results stay encoded until they are added: the `Holdings`.
+#: Private context property of a server's run whose results wait until they are added: the `Holdings`.
 ACCUMULATE_PROP = "nvflare_rdma.accumulate"
 
 

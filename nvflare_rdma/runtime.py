@@ -144,7 +144,7 @@ class Shared:
         ledger: takes the record of each transfer to those who want to know.
         notices: what was said in the log of transfers with each peer.
         environment: what is handed on to the processes that FLARE starts.
-        holdings: what is held of results that stay encoded until they are added.
+        holdings: what is held of results that wait until they are added.
         services: those that serve what the process sends.
         blob_memory: the memory in which FLARE puts together large blobs.
         ports: the ports that FLARE's connections come to by the driver, for other connections of this package.

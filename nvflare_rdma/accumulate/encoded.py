@@ -1,4 +1,4 @@
-"""Encoded values of one tensor, which can be decoded, or added to a sum, run by run."""
+"""Values of one tensor that are no tensor yet: they can be decoded, or added to a sum, run by run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from nvflare_rdma.codecs import NUMPY_DTYPES, TILE, Array, FixedSizeCodec, Float32
+import numpy as np
+
+from nvflare_rdma.accumulate.spool import Bytes, InSpool
+from nvflare_rdma.codecs import NUMPY_DTYPES, TILE, Array, FixedSizeCodec, Float32, add_scaled, float32_runs
 
 
 class Encoded(ABC):
@@ -19,12 +22,14 @@ class Encoded(ABC):
         dtype: the name of the tensor's: float32, float16 or bfloat16.
         run: values of a run. Runs begin at multiples of it.
         nbytes: the memory that it keeps.
+        nbytes_on_disk: what it keeps on disk.
     """
 
     n: int
     dtype: str
     run: int
     nbytes: int
+    nbytes_on_disk: int = 0
 
     @abstractmethod
     def decode(self, start: int, out: Array) -> None:
@@ -38,13 +43,15 @@ class Encoded(ABC):
 
 
 class Pieces(Encoded):
-    """Pieces of `values` values each, one after the other in `memory`, as a transfer brings them."""
+    """Pieces of `values` values each, one after the other in `where`, as a transfer brings them."""
 
-    def __init__(self, codec: FixedSizeCodec, values: int, n: int, dtype: str, memory: memoryview) -> None:
-        self.n, self.dtype, self.run, self.nbytes = n, dtype, values, len(memory)
+    def __init__(self, codec: FixedSizeCodec, values: int, n: int, dtype: str, where: Bytes) -> None:
+        self.n, self.dtype, self.run = n, dtype, values
         self._codec = codec
         self._unit = codec.encoded_nbytes(values)
-        self._memory = memory
+        self._where = where
+        whole, rest = divmod(n, values)
+        _keep(self, where, whole * self._unit + (codec.encoded_nbytes(rest) if rest else 0))
 
     def decode(self, start: int, out: Array) -> None:
         """See `Encoded.decode`."""
@@ -55,8 +62,33 @@ class Pieces(Encoded):
         self._codec.add_into(self._piece(start, out.size), weight, out)
 
     def _piece(self, start: int, n: int) -> memoryview:
-        first = start // self.run * self._unit
-        return self._memory[first : first + self._codec.encoded_nbytes(n)]
+        return self._where.read(start // self.run * self._unit, self._codec.encoded_nbytes(n))
+
+
+class Plain(Encoded):
+    """Values as they are in the tensor, one after the other in `where`."""
+
+    run = 4 * TILE
+
+    def __init__(self, n: int, dtype: str, where: Bytes) -> None:
+        self.n, self.dtype = n, dtype
+        self._dtype = NUMPY_DTYPES[dtype]
+        self._where = where
+        _keep(self, where, n * self._dtype.itemsize)
+
+    def decode(self, start: int, out: Array) -> None:
+        """See `Encoded.decode`."""
+        first = start * self._dtype.itemsize
+        if out.dtype == self._dtype:
+            self._where.read_into(first, out.view(np.uint8).data)
+            return
+        own = np.frombuffer(self._where.read(first, out.size * self._dtype.itemsize), self._dtype)
+        for at, values in float32_runs(own):
+            out[at : at + values.size] = values
+
+    def add(self, start: int, weight: float, out: Float32) -> None:
+        """See `Encoded.add`."""
+        add_scaled(np.frombuffer(self._where.read(start * 4, out.nbytes), np.float32), weight, out)
 
 
 class EncodedParts(Encoded):
@@ -81,6 +113,6 @@ class EncodedParts(Encoded):
         return self._codec.parts_of_run(self._parts, start, start + n)
 
 
-def numpy_dtype(encoded: Encoded) -> Any:
-    """Return numpy's dtype for the values: uint16 stands for bfloat16."""
-    return NUMPY_DTYPES[encoded.dtype]
+def _keep(encoded: Encoded, where: Bytes, nbytes: int) -> None:
+    """Note where an encoded tensor's bytes are."""
+    encoded.nbytes, encoded.nbytes_on_disk = (0, nbytes) if isinstance(where, InSpool) else (nbytes, 0)

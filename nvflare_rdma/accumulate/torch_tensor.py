@@ -31,7 +31,7 @@ class State:
         self._encoded: Encoded | None = encoded
         self._decoded: torch.Tensor | None = None
         self.lock = threading.Lock()
-        self._release = holdings.hold(self, encoded.nbytes)
+        self._release = holdings.hold(self, encoded.nbytes, encoded.nbytes_on_disk)
 
     @property
     def encoded(self) -> Encoded | None:

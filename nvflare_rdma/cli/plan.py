@@ -91,7 +91,8 @@ class Memory:
     Attributes:
         model: at the server the global model, at a site the one that it has received.
         result: at the server the sum of the results, at a site its own result.
-        waiting: results that have come and were not added yet: one of each site, as they travelled where they stay so.
+        waiting: results that have come and were not added yet: one of each site, as they travelled where they stay so,
+            and no more than the budget, beyond which they are on disk.
         budget: `rdma_memory_budget_bytes`, which all transfers of a process share.
     """
 
@@ -210,7 +211,8 @@ def plan(model: Sequence[Tensor], sites: Sequence[Site], choices: Sequence[Choic
             )
             for site in sites
         }
-        server, at_site = Memory(size, size, len(sites) * up.held_bytes, budget), Memory(size, size, 0, budget)
+        waiting = min(len(sites) * up.held_bytes, budget)
+        server, at_site = Memory(size, size, waiting, budget), Memory(size, size, 0, budget)
         plans.append(CodecPlan(choice.name, down, up, times, server, at_site))
     return plans
 

@@ -8,6 +8,7 @@ import functools
 import json
 import ssl
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -60,9 +61,9 @@ class RdmaTransfer(FLComponent):
     line for each peer and reason says why. A site without this package can't load it: leave it out there.
 
     Args:
-        accumulate: at the server, keep torch tensors that come in few bits encoded until an aggregator adds them. It
-            gets tensors that do this by themselves, and that become plain ones when anything else is done with them.
-            At a site it means nothing.
+        accumulate: at the server, keep torch tensors as they came until an aggregator adds them: in few bits where they
+            came so, and on disk where they are more than the memory budget. The aggregator gets tensors that do this
+            by themselves, and that become plain ones when anything else is done with them. At a site it means nothing.
         patience: how long a transfer whose link is gone waits for its peer: seconds, or a text such as "4h"; None for
             what the setting `rdma_patience` says. `add_transfer(recipe, patience=...)` lengthens FLARE's timers, too.
 
@@ -122,10 +123,16 @@ class RdmaTransfer(FLComponent):
                 self._reporter.handle_event(event_type, fl_ctx)
 
     def _keep_results_encoded(self, fl_ctx: FLContext) -> None:
-        shared().holdings.start()
+        budget = load_settings().rdma_memory_budget_bytes
+        shared().holdings.start(budget)
         self._accumulating = True
         fl_ctx.set_prop(ACCUMULATE_PROP, shared().holdings, private=True, sticky=True)
-        self.log_info(fl_ctx, "Results that come in few bits stay encoded here until an aggregator adds them")
+        what = (
+            "Results that come in few bits stay encoded here until an aggregator adds them; what is beyond "
+            f"{budget} bytes (rdma_memory_budget_bytes) waits on disk, "
+            f"in {tempfile.gettempdir()}"
+        )
+        self.log_info(fl_ctx, escaped(what))
 
     def _install(self, fl_ctx: FLContext) -> None:
         """Call `install`. If it fails, the other side is told why: its log is read where this one's is not."""

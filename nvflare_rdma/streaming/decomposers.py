@@ -199,7 +199,10 @@ class DirectDecomposer(PrefixedReferences):
         meter.budget = links.budget.watch()
 
         progress = DirectProgress(ref_id, progress_cb)
-        with abortable_download(cell, from_fqcn, ref_id, abort_signal) as signal, self.landing(cell, others) as landing:
+        with (
+            abortable_download(cell, from_fqcn, ref_id, abort_signal) as signal,
+            self.landing(cell, from_fqcn, others) as landing,
+        ):
             ask = _download_request_function(signal, **common)
             destination = TensorDestination(landing.land)
             pull = Pull(links, from_fqcn, ask, destination, lambda: signal.triggered, progress.moved, meter)
@@ -231,8 +234,8 @@ class DirectDecomposer(PrefixedReferences):
             return delivered.error, items
 
     @contextlib.contextmanager
-    def landing(self, cell: Any, others: dict[str, Any]) -> Iterator[Landing]:
-        """Where the tensors of one message are received: in memory, unless a subclass says otherwise."""
+    def landing(self, cell: Any, sender: str, others: dict[str, Any]) -> Iterator[Landing]:
+        """Where the tensors of one message of `sender` are received: in memory, unless a subclass says otherwise."""
         yield Landing(in_memory(shared().tensor_memory.take))
 
 

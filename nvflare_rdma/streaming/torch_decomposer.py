@@ -14,12 +14,13 @@ from nvflare.app_opt.pt.lazy_tensor_dict import LazyTensorDict
 from nvflare.app_opt.pt.tensor_downloader import DiskTensorConsumer, TensorDownloadable
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 
-from nvflare_rdma.accumulate import Pieces, encoded_tensor, plain
+from nvflare_rdma.accumulate import plain
 from nvflare_rdma.errors import TransferError
 from nvflare_rdma.flare_compat import offload_folder
 from nvflare_rdma.runtime import shared
 from nvflare_rdma.streaming.decomposers import DirectDecomposer, Landing, Served, known_as
-from nvflare_rdma.transfer import EncodedInMemory, Item, OnDisk, Place, in_memory
+from nvflare_rdma.streaming.results import Results
+from nvflare_rdma.transfer import Item, OnDisk, Place
 
 
 class ServedTensors(Served, TensorDownloadable):
@@ -37,16 +38,17 @@ class RdmaTensorDecomposer(DirectDecomposer, TensorDecomposer):
         return super().decompose(plain(target), manager)
 
     @contextlib.contextmanager
-    def landing(self, cell: Any, others: dict[str, Any]) -> Iterator[Landing]:
+    def landing(self, cell: Any, sender: str, others: dict[str, Any]) -> Iterator[Landing]:
         """Where the tensors of one message are received: in files if the workflow has FLARE put them on disk (the
-        application then gets a `LazyTensorDict`), else in memory. A server whose results stay encoded until they
-        are added keeps tensors that come in few bits as they come."""
+        application then gets a `LazyTensorDict`), else in memory. A server whose results wait until they are added
+        keeps them as they come, and on disk what memory has no room for."""
         root = offload_folder((others.get("fobs_ctx") or {}, cell.get_fobs_context()))
         if root is None:
             if shared().holdings.wanted and FQCN.get_root(cell.get_fqcn()) == FQCN.ROOT_SERVER:
-                yield Landing(_land, nbytes=lambda item: item.sent_nbytes)
+                results = Results(shared(), sender)
+                yield Landing(results.land, nbytes=results.nbytes)
                 return
-            with super().landing(cell, others) as landing:
+            with super().landing(cell, sender, others) as landing:
                 yield landing
             return
         folder = _Folder(root)
@@ -54,20 +56,6 @@ class RdmaTensorDecomposer(DirectDecomposer, TensorDecomposer):
             yield Landing(folder.land, folder.give)
         finally:
             folder.close()
-
-
-def _land(item: Item) -> Place:
-    """The place of a tensor at the server: one that comes in few bits stays encoded until it is added."""
-    memory = shared().tensor_memory
-    if item.torch and item.cut is not None:
-        return EncodedInMemory(item, memory.take(item.sent_nbytes), _encoded)
-    return in_memory(memory.take)(item)
-
-
-def _encoded(item: Item, memory: memoryview) -> Any:
-    assert item.cut is not None
-    pieces = Pieces(item.cut.codec, item.cut.values, item.cut.n, item.dtype, memory)
-    return encoded_tensor(pieces, item.shape, shared().holdings)
 
 
 class _Folder:

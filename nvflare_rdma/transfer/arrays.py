@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ class TensorMemory(SlotPool):
 
     def __init__(self) -> None:
         super().__init__(keep_bytes=0)
+        self._lock = threading.Lock()
 
     def keep_for(self, sizes: Iterable[int]) -> None:
         """Keep enough idle memory for a message with tensors of these sizes."""
@@ -33,6 +35,11 @@ class TensorMemory(SlotPool):
     def take(self, nbytes: int) -> memoryview:
         """Give memory for a tensor; small ones get memory that is not taken back. See `SlotPool.take`."""
         return super().take(nbytes) if nbytes >= _GRAIN else np.empty(nbytes, np.uint8).data
+
+    def take_within(self, nbytes: int, limit: int) -> memoryview | None:
+        """Give memory for a tensor if no more than `limit` bytes are out then, small tensors not counted; else None."""
+        with self._lock:
+            return None if self.used_bytes + self.cost(nbytes) > limit else self.take(nbytes)
 
     def cost(self, nbytes: int) -> int:
         """Bytes that a tensor takes. They are not rounded to huge pages, as slots are: a model has many tensors."""

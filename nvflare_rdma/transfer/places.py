@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from nvflare_rdma.codecs import is_storable, is_tensor, make_header, note_decoded
+from nvflare_rdma.disk import write_at
 from nvflare_rdma.transfer.arrays import from_bytes
-from nvflare_rdma.transfer.disk import write_at
 from nvflare_rdma.transfer.encoding import decode_pieces
 from nvflare_rdma.transfer.manifest import Item
 

@@ -18,7 +18,7 @@ from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 from safetensors.torch import load, save
 
-from nvflare_rdma.accumulate import EncodedParts, Holdings, Pieces, encoded_tensor, is_encoded_tensor, plain
+from nvflare_rdma.accumulate import EncodedParts, Holdings, InMemory, Pieces, encoded_tensor, is_encoded_tensor, plain
 from nvflare_rdma.accumulate.torch_tensor import EncodedTensor
 from nvflare_rdma.codecs import CODEC_NAMES, FixedSizeCodec, get_codec, is_tensor, to_array
 
@@ -47,7 +47,7 @@ def make(name="normfloat4", shape=(40, 33), dtype="float32", seed=0, pieces=4096
             codec.encode_into(flat[start:stop], encoded)
             codec.decode_into(encoded, out[start:stop])
             memory += encoded.tobytes()
-        made = Pieces(codec, pieces, n, dtype, memoryview(bytes(memory)))
+        made = Pieces(codec, pieces, n, dtype, InMemory(memoryview(bytes(memory))))
     return encoded_tensor(made, tuple(shape), holdings), decoded, holdings
 
 
@@ -225,6 +225,7 @@ def test_it_is_freed_and_counted():
     assert 0 < held < decoded.nbytes / 6
     assert holdings.take() == {
         "results_held_peak_bytes": held,
+        "results_on_disk_peak_bytes": 0,
         "results_added_bytes": 0,
         "results_decoded_bytes": 0,
     }
@@ -283,6 +284,6 @@ def test_an_error_of_another_operation_is_torchs():
 def test_a_damaged_piece_is_no_reason_to_crash():
     codec = get_codec("normfloat4")
     memory = memoryview(np.random.default_rng(0).integers(0, 256, codec.encoded_nbytes(1000), np.uint8))
-    encoded = encoded_tensor(Pieces(codec, 4096, 1000, "float32", memory), (1000,), Holdings())
+    encoded = encoded_tensor(Pieces(codec, 4096, 1000, "float32", InMemory(memory)), (1000,), Holdings())
     total = torch.zeros(1000).add_(encoded, alpha=2)
     torch.testing.assert_close(total, torch.zeros(1000).add_(plain(encoded), alpha=2), rtol=0, atol=0, equal_nan=True)

@@ -254,14 +254,16 @@ def test_the_slowest_site_decides():
 
 
 def test_memory_is_the_sum_of_its_parts():
-    found = plan_of(MODEL, SLOW, FAST, codecs=["exact", "normfloat4", "lossless"], budget=7)
+    found = plan_of(MODEL, SLOW, FAST, codecs=["exact", "normfloat4", "lossless"], budget=1 << 40)
     raw = found["exact"].down.message.raw_bytes
     for one in found.values():
-        assert (one.server_memory.model, one.server_memory.result, one.server_memory.budget) == (raw, raw, 7)
-        assert one.site_memory.total == 2 * raw + 7
+        assert (one.server_memory.model, one.server_memory.result, one.server_memory.budget) == (raw, raw, 1 << 40)
+        assert one.site_memory.total == 2 * raw + (1 << 40)
     assert found["exact"].server_memory.waiting == 2 * raw
     assert found["normfloat4"].server_memory.waiting == 2 * found["normfloat4"].up.message.sent_bytes < raw
     assert found["lossless"].server_memory.waiting == 2 * raw  # it is decoded as it comes
+    for one in plan_of(MODEL, SLOW, FAST, codecs=["exact", "normfloat4"], budget=7).values():
+        assert one.server_memory.waiting == 7  # the rest is on disk
     assert found["lossless"].down.is_most
     assert not found["normfloat4"].down.is_most
 

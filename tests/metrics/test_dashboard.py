@@ -14,8 +14,13 @@ from nvflare_rdma.metrics.reporting import figures_of
 from tests.support.transfer_records import record
 
 ROOT = Path(__file__).resolve().parents[2]
-#: What a server adds whose results stay encoded (`accumulate.holdings`).
-OF_THE_SERVER = {"results_held_peak_bytes", "results_added_bytes", "results_decoded_bytes"}
+#: What a server adds whose results wait until they are added (`accumulate.holdings`).
+OF_THE_SERVER = {
+    "results_held_peak_bytes",
+    "results_on_disk_peak_bytes",
+    "results_added_bytes",
+    "results_decoded_bytes",
+}
 WIDTH = 24
 
 

@@ -234,6 +234,14 @@ def test_few_bits_stay_encoded_at_a_server_until_they_are_added(results, which):
     assert result["figures"]["results_decoded_bytes"] == 0
 
 
+def test_what_a_server_has_no_memory_for_waits_on_disk_until_it_is_added(results):
+    result = results["full precision up, to be added"]
+    assert result["encoded"] == {"w": True, "b": False, "diverged": True}
+    assert result["sum"] is result["exact"] is True
+    assert result["on disk"] == 800 * 1000 * 4 + 400 * 1000 * 4
+    assert (result["held"], result["figures"]["results_added_bytes"]) == (0, 800 * 1000 * 4)
+
+
 def test_nothing_stays_encoded_where_nobody_wants_it(results):
     result = results["few bits up"]
     assert not any(result["encoded"].values())

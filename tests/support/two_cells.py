@@ -53,6 +53,8 @@ MODEL = {
 #: To be encoded on its way.
 WEIGHTS = torch.randn(800, 1000)
 FEW_BITS = {"w": marked(WEIGHTS, get_codec("normfloat4")), "b": torch.ones(3)}
+#: What comes of them, in full precision.
+RAW = torch.from_numpy(as_encoded(WEIGHTS, "normfloat4")).reshape(WEIGHTS.shape)
 #: Together no more than a description may have in it.
 ADAPTER = {f"w{i}": torch.full((8, 768), float(i)) for i in range(10)}
 #: Small tensors, which are more than that together.
@@ -136,13 +138,14 @@ class Pair:
     def put_few_bits(self, request):
         """What the server has got, and what it adds of it, as an aggregator does."""
         got, wanted = request.payload, torch.ones_like(WEIGHTS)
-        wanted.add_(torch.from_numpy(as_encoded(WEIGHTS, "normfloat4")).reshape(WEIGHTS.shape), alpha=0.5)
+        wanted.add_(RAW, alpha=0.5)
         result = {
             "encoded": {name: is_encoded_tensor(value) for name, value in got.items()},
             "held": shared().holdings.held,
+            "on disk": shared().holdings.on_disk,
             "noted": was_decoded(got["w"]),
             "sum": torch.equal(torch.ones_like(WEIGHTS).add_(got["w"], alpha=0.5), wanted),
-            "exact": bool(torch.equal(got["diverged"].nan_to_num(), DIVERGED.nan_to_num())),
+            "exact": bool(torch.equal(got["diverged"].clone().nan_to_num(), DIVERGED.nan_to_num())),
         }
         return self.reply({**result, "figures": shared().holdings.take()})
 
@@ -248,7 +251,14 @@ class Pair:
         return reply.payload
 
     def send_few_bits(self) -> dict:
-        payload = {**FEW_BITS, "diverged": marked(DIVERGED, get_codec("normfloat4"))}
+        return self.send_result({**FEW_BITS, "diverged": marked(DIVERGED, get_codec("normfloat4"))})
+
+    def send_large(self) -> dict:
+        """More than a server has memory for whose budget is a MiB, in full precision."""
+        shared().holdings.start(1 << 20)
+        return self.send_result({"w": RAW, "b": torch.ones(3), "diverged": DIVERGED})
+
+    def send_result(self, payload: dict) -> dict:
         request = new_cell_message({}, payload)
         reply = self.site.send_request(channel="test", topic="put few", target="server", request=request, timeout=60.0)
         return reply.payload
@@ -283,11 +293,13 @@ def main() -> None:
     results["narrow"], results["narrow on disk"] = pair.get_narrow(), pair.to_disk(pair.get_narrow)
     lines.take(), records.take()
     results["few bits up"] = pair.send_few_bits()
-    shared().holdings.start()
+    shared().holdings.start(1 << 26)
     results["few bits up, to be added"] = pair.send_few_bits()
+    results["full precision up, to be added"] = pair.send_large()
     results["few bits to a site"] = pair.get_few_bits()
     gc.collect()
-    results["held afterwards"] = shared().holdings.held
+    results["held afterwards"] = shared().holdings.held + shared().holdings.on_disk
+    shared().holdings.stop()
     shared().holdings.stop()
     lines.take(), records.take()
     results["up"] = {**pair.send(), "log": lines.take(), "records": records.take()}
@@ -320,7 +332,7 @@ def main() -> None:
     results["no door on either side"] = {**pair.get(), "log": lines.take(), "records": records.take()}
 
     results["many relayed"] = {**pair.get_many(), "records": records.take()}
-    shared().holdings.start()
+    shared().holdings.start(1 << 26)
     results["few bits relayed, to be added"] = pair.send_few_bits()
     shared().holdings.stop()
     records.take()

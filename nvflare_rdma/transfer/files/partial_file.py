@@ -21,9 +21,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from nvflare_rdma.disk import punch_hole, read_at, write_at
 from nvflare_rdma.errors import StorageError, TransferError
 from nvflare_rdma.logs import get_logger
-from nvflare_rdma.transfer.disk import punch_hole, read_at, write_at
 from nvflare_rdma.transfer.files import hidden_files as hidden
 from nvflare_rdma.transfer.files import owned_files as owned
 from nvflare_rdma.transfer.files.layout import Layout

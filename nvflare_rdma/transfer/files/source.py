@@ -16,8 +16,8 @@ from typing import Any
 import xxhash
 
 from nvflare_rdma.codecs import CODEC_NAMES, FixedSizeCodec, StoredTensor, get_codec, read_header
+from nvflare_rdma.disk import read_at
 from nvflare_rdma.errors import ConfigError, ProtocolError, SourceError
-from nvflare_rdma.transfer.disk import read_at
 from nvflare_rdma.transfer.manifest import MAX_ITEMS
 from nvflare_rdma.transfer.pieces import PIECE_VALUES
 
