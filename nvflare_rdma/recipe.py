@@ -28,6 +28,7 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
     stochastic_rounding: bool = False,
     clients: Sequence[str] | None = None,
     max_relative_error: float | None = None,
+    round_seconds: float | None = None,
 ) -> None:
     """Send models in few bits both ways: add the four filters that this takes to a recipe or job.
 
@@ -52,6 +53,8 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
             have this package. It takes a job with an app for each site (`Recipe.set_per_site_config`).
         max_relative_error: how much of a tensor may be lost, such as 0.05; what would lose more travels in a better
             type. See `nvflare_rdma.filters.ModelQuantizer`.
+        round_seconds: with quantization_type `auto`, how long a round's traffic may take, down and up together. Each
+            site gets, and sends, the best type that its link allows. It takes `add_transfer`, which measures that.
 
     Raises:
         ConfigError: an unknown type or rule, a bad list of tasks or clients, a bad largest error, a target that is
@@ -73,7 +76,8 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
     options = with_needed(quantization_type, rules, given)
 
     def quantizer(**more: Any) -> ModelQuantizer:
-        return ModelQuantizer(quantization_type, policy=rules, max_relative_error=max_relative_error, **options, **more)
+        limits: dict[str, Any] = {"max_relative_error": max_relative_error, "round_seconds": round_seconds}
+        return ModelQuantizer(quantization_type, policy=rules, **limits, **options, **more)
 
     from_server, from_client = quantizer(clients=only), quantizer()
     prepare_client_apps(target, "add_quantization")

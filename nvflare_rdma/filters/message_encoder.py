@@ -30,6 +30,7 @@ class ModelMessage:
         round: of this site and job, unlike all others; random rounding follows from it.
         folder: where residuals are saved, None if nowhere.
         direct: whether the transfer of both sides encodes and decodes what is marked.
+        policy: the codec of each tensor, if it is another one than the quantizer's.
     """
 
     values: Mapping[str, Any]
@@ -39,6 +40,7 @@ class ModelMessage:
     round: str
     folder: str | None
     direct: bool
+    policy: Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,12 @@ class MessageEncoder:
         """
         with self._lock:
             results = self._shared_results(message) if message.point.on_server else {}
+            policy = message.policy or self._policy
+            if message.policy is not None:  # sites that get the same type share what was made of it
+                results = results.setdefault(policy.codec.name, {})
             forgetful = not (self._error_feedback or self._delta or self._stochastic)
             if message.direct and forgetful and all(is_plain(v) for v in message.values.values() if is_tensor(v)):
-                return EncodedMessage(encode_params(message.values, self._policy, MarkingEncoder(results, self._limit)))
+                return EncodedMessage(encode_params(message.values, policy, MarkingEncoder(results, self._limit)))
             if self._error_feedback and message.folder is not None:
                 self.residuals.restore(message.point.stream, message.folder)
             if message.point.on_server:
@@ -184,7 +189,8 @@ class MessageEncoder:
         # A stream of differences from its own last message makes up for errors by itself: they are in the difference.
         feedback = remember and self._error_feedback and not leaves_base
         if not (leaves_base or feedback or base or self._stochastic):
-            return EncodedMessage(encode_params(message.values, self._policy, TensorEncoder(self._limit)))
+            policy = message.policy or self._policy
+            return EncodedMessage(encode_params(message.values, policy, TensorEncoder(self._limit)))
 
         encoder = CorrectingEncoder(
             # Taken once: a result that comes meanwhile may commit what is staged.

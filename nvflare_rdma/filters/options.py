@@ -8,6 +8,7 @@ from typing import Any
 
 from nvflare_rdma.codecs import LOSSLESS, Policy
 from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.filters.autopilot import AUTO
 from nvflare_rdma.filters.dither import DITHERED
 
 _LEFT_OUT = {"error_feedback": "it leaves most values out, and they have to be sent later on"}
@@ -25,6 +26,8 @@ def with_needed(quantization_type: str, policy: Sequence[Any], options: Mapping[
     Raises:
         ConfigError: an unknown type or rule.
     """
+    if isinstance(quantization_type, str) and quantization_type.lower() == AUTO:
+        return dict(options)
     codecs = Policy(quantization_type, policy).codecs
     needed = {option: True for codec in codecs for option in _NEEDED.get(codec.name, {})}
     if any(codec.needs_feedback for codec in codecs):

@@ -14,6 +14,7 @@ from nvflare.apis.shareable import Shareable
 
 from nvflare_rdma.codecs import FixedSizeCodec, Policy, is_plain, is_tensor, warm_up
 from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.filters.autopilot import AUTO
 from nvflare_rdma.filters.encoding import EncodedParams, MarkingEncoder, Replacements, encode_params
 from nvflare_rdma.filters.options import check_limit
 from nvflare_rdma.filters.quant_filter import QuantFilter
@@ -45,6 +46,8 @@ class PeerQuantizer(FLComponent):
         policy: Sequence[Any] | None = None,
         max_relative_error: float | None = None,
     ) -> None:
+        if isinstance(quantization_type, str) and quantization_type.lower() == AUTO:
+            raise ConfigError(f"'{AUTO}' can't be used between sites; name a quantization_type")
         parsed = Policy(quantization_type, policy)
         if late := [codec.name for codec in parsed.codecs if not isinstance(codec, FixedSizeCodec)]:
             raise ConfigError(

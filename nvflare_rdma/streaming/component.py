@@ -25,6 +25,7 @@ from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.filters import tell_what_is_decoded
 from nvflare_rdma.flare_compat import (
     ACCUMULATE_PROP,
+    RATES_PROP,
     TRANSFER_PROP,
     cell_connections,
     replace_decomposer,
@@ -39,6 +40,7 @@ from nvflare_rdma.streaming.absence import Absences
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
 from nvflare_rdma.streaming.identity import identifier
 from nvflare_rdma.streaming.parents import meeting_function
+from nvflare_rdma.streaming.rates import LinkRates
 from nvflare_rdma.streaming.ties import Ties
 from nvflare_rdma.streaming.trainer import hand_on, inherited_site, is_trainer, take_back
 from nvflare_rdma.timers import too_short
@@ -83,6 +85,7 @@ class RdmaTransfer(FLComponent):
         self._accumulating = False
         self._handed_on = False
         self._reporter: TransferReporter | None = None
+        self._rates: LinkRates | None = None
         self._told: set[tuple[str, str]] = set()
         self._ties = Ties()
 
@@ -101,12 +104,16 @@ class RdmaTransfer(FLComponent):
             fl_ctx.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
             tell_what_is_decoded(fl_ctx)
             self._started = True
+            self._rates = LinkRates(shared().ledger)
+            fl_ctx.set_prop(RATES_PROP, self._rates, private=True, sticky=True)
             if self.accumulate and FQCN.get_root(fl_ctx.get_engine().get_cell().get_fqcn()) == FQCN.ROOT_SERVER:
                 self._keep_results_encoded(fl_ctx)
             more = shared().holdings.take if self._accumulating else dict
             self._reporter = TransferReporter(self, fl_ctx, shared().ledger, more)
         elif event_type == EventType.END_RUN and self._started:
             self._started = False
+            if self._rates is not None:
+                self._rates.stop()
             if self._accumulating:
                 self._accumulating = False
                 shared().holdings.stop()

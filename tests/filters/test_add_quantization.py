@@ -80,6 +80,14 @@ def test_the_largest_error_is_for_both_sides(recipe, tmp_path):
     assert found["client"]["task_result_filters"] == [(["train"], PUBLIC + QUANTIZE, args)]
 
 
+def test_the_type_may_follow_the_links(recipe, tmp_path):
+    add_quantization(recipe, "auto", round_seconds=60)
+    found = exported(recipe._job, tmp_path / "out")
+    args = {"quantization_type": "auto", "policy": [], "round_seconds": 60.0}
+    assert found["server"]["task_data_filters"] == [(["train"], PUBLIC + QUANTIZE, args)]
+    assert found["client"]["task_result_filters"] == [(["train"], PUBLIC + QUANTIZE, args)]
+
+
 def test_a_job_with_an_app_per_site(tmp_path):
     job = FedJob(name="q")
     for site in ("site-1", "site-2"):

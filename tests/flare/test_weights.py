@@ -75,6 +75,17 @@ def test_weights_arrive_within_the_bound_in_both_directions(quantization_type, h
     assert ("diverged: normfloat4 can't carry NaN or Inf" in log) == (codec.bits == 4)
 
 
+@pytest.mark.flare
+def test_both_sides_look_at_what_transfers_have_told(tmp_path):
+    """This model is too small to tell of a rate."""
+    done = run(JOB, str(tmp_path), "auto", "direct", timeout=200)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    server, site = (next((tmp_path / "ws").rglob(f"{name}/log.txt")).read_text() for name in ("server", "site-1"))
+    for log, peer in ((server, "site-1"), (server, "site-2"), (site, "server")):
+        why = "no transfer has told yet how fast this link is, and it is the smallest"
+        assert f"Messages of task 'train' to {peer} go in normfloat4_e4m3: {why}" in log
+
+
 def check_direct(log: str, transfers: Path) -> None:
     """Results have come directly, and stay encoded until they are added. What was sent is signed off."""
     lines = list(map(json.loads, transfers.read_text().splitlines()))
