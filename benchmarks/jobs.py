@@ -1,6 +1,6 @@
 """Whole FLARE jobs, in the simulator and in a POC, as FLARE moves tensors over grpc and as `RdmaTransfer` does.
 
-    python benchmarks/jobs.py [--jobs stdlib_lm,gpt2_small] [--in simulator,poc] [--rounds 2] [--quantize normfloat4]
+    python benchmarks/jobs.py [--jobs stdlib_lm,gpt2_small] [--in simulator,poc] [--rounds 2] [--quantize normfloat4] [--steps 0]
 
 A server and two sites, each with its processes: one a site in the simulator; in the POC a parent and a job process
 each, with mutual TLS. FLARE's messages go over grpc in every configuration.
@@ -12,7 +12,7 @@ each, with mutual TLS. FLARE's messages go over grpc in every configuration.
 
 ``wall`` of the simulator is from its start to its end, of the POC from the job's submission to its end, by the admin's
 session. A round is from the server's log line that it has started to the next round's, or to that of the workflow's
-end: training is in it (one step of gpt2_small, 16 of stdlib_lm), and in the first one the sites' start. Bytes are those
+end: training is in it (one step of gpt2_small, 16 of stdlib_lm, or as --steps says), and in the first one the sites' start. Bytes are those
 of the loopback device's counter, headers included, over the wall time; in a network namespace of the benchmark's own
 where it may have one, else everybody's on this machine. Peak is VmHWM, looked at every 50 ms.
 """
@@ -63,10 +63,11 @@ class Run:
     used: dict[str, Used] = field(default_factory=dict)
 
 
-def export(job: str, configuration: str, rounds: int, quantize: str, folder: Path) -> Path:
+def export(job: str, configuration: str, arguments: argparse.Namespace, folder: Path) -> Path:
     """Write the FLARE job."""
-    options = ["--rounds", str(rounds), "--sites", str(SITES), "--driver", "grpc"]
-    options += ["--direct", "--quantize", quantize] if configuration.startswith("ours") else ["--quantize", "none"]
+    options = ["--rounds", str(arguments.rounds), "--sites", str(SITES), "--driver", "grpc"]
+    options += [] if arguments.steps is None else ["--steps", str(arguments.steps)]
+    options += ["--direct", "--quantize", arguments.quantize] if configuration.startswith("ours") else ["--quantize", "none"]
     options += EMPTY[job] if configuration == "empty" else []
     command = [sys.executable, str(ROOT / "jobs" / job / "job.py"), *options, "--workspace", str(folder / "none")]
     done = subprocess.run(
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(CONFIGURATIONS), help="of " + ",".join(CONFIGURATIONS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--quantize", default="normfloat4", help="of ours; none: full precision")
+    parser.add_argument("--steps", type=int, help="of training, a round; 0: sites send back what they got")
     parser.add_argument("--keep", type=Path, help="a folder for the workspaces and logs, in place of a temporary one")
     args = parser.parse_args()
     jobs, places = chosen(parser, args.jobs, JOBS), chosen(parser, args.where, WHERE)
@@ -194,7 +196,7 @@ def main() -> None:
                 for configuration in configurations:
                     folder = (args.keep or Path(temporary)).resolve() / f"{job}-{where}-{configuration}"
                     folder.mkdir(parents=True)
-                    exported = export(job, configuration, args.rounds, args.quantize, folder)
+                    exported = export(job, configuration, args, folder)
                     run = in_simulator if where == "simulator" else in_poc
                     runs[configuration] = run(exported, environment(configuration), folder)
                     console.print(f"{folder.name}: {runs[configuration]}", style="dim", highlight=False)

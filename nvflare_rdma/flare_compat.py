@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 from nvflare_rdma.errors import UnsupportedVersionError
 
 _KNOWN = (2, 9)
+#: The releases of it with which this package's tests have passed.
+TRIED = ("2.9.0",)
 
 #: Public context property of a run on a side that has `nvflare_rdma.streaming.RdmaTransfer`.
 TRANSFER_PROP = "nvflare_rdma.transfer"

@@ -247,7 +247,7 @@ def _say_what_to_allow(apps: Mapping[str, Any], concerned: Set[str], job: Any, e
         log.warning(
             "the job '%s' brings no code of its own so far for %s, so FLARE refuses classes there that are not in the "
             "list %s of local/resources.json (or resources.json.default). Add %s to it; `nvflare-rdma doctor "
-            "--workspace SITE` shows what is missing, and RdmaSimEnv adds it in its own workspace",
+            "--kit SITE` shows what is missing, and RdmaSimEnv adds it in its own workspace",
             job.name,
             where,
             class_list.KEY,

@@ -235,12 +235,18 @@ def this_runtime() -> Runtime:
     settings = load_settings()
     with _lock:
         if settings not in _runtimes:
-            available = probe(settings.fabric_options)
-            made = Runtime(
-                settings, make_context(settings, available), factories(settings.fabric_options, available), shared()
-            )
-            _runtimes[settings] = made
+            _runtimes[settings] = runtime_of(settings)
         return _runtimes[settings]
+
+
+def runtime_of(settings: Settings) -> Runtime:
+    """A runtime of its own for these settings, but for what all of them share.
+
+    Raises:
+        ConfigError: this kernel has nothing of what a setting names.
+    """
+    available = probe(settings.fabric_options)
+    return Runtime(settings, make_context(settings, available), factories(settings.fabric_options, available), shared())
 
 
 def make_context(settings: Settings, available: Mapping[str, Availability]) -> LinkContext:

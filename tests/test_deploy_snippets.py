@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+
+from nvflare_rdma.cli import main
+from nvflare_rdma.cli.deploy_snippets import RUNTIMES, Site, commands, site_in, snippets
+from tests.support.configuration import read_anew
+from tests.support.kits import CERT, SIGNATURE, WORKSPACE, change, provision, static_file
 
 DEPLOY = Path(__file__).resolve().parents[1] / "docs" / "deploy"
 JOB = {
@@ -72,3 +78,60 @@ def test_the_image_has_what_the_package_says():
     words = {line.split()[0] for line in lines if line and not line.startswith("#")}
     assert words <= {"FROM", "RUN", "ARG", "ENV"}
     assert "nvflare>=2.9,<2.10" in text
+
+
+def told_in(page: str) -> str:
+    """What a page says, in one line, without marks of code."""
+    return re.sub(r"[\s\\`]+", " ", page)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_doctor_prints_what_the_page_shows(runtime):
+    for name, text in snippets(runtime, Site()).items():
+        assert (DEPLOY / name.removeprefix("local/")).read_text() == text, f"docs/deploy and deploy_snippets.py: {name}"
+    page = told_in((DEPLOY.parent / "containers.md").read_text())
+    prepare, *steps = commands(runtime, Site(kit="server"))
+    assert f"# {prepare.replace('server', 'KIT')}\n" in (DEPLOY / f"{runtime}.yaml").read_text()
+    for step in steps:
+        assert told_in(step) in page, f"docs/containers.md does not say: {step}"
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_what_doctor_prints_is_a_file_that_flare_takes(runtime, tmp_path, capsys):
+    """With the commands behind it, which are comments."""
+    from nvflare.tool.deploy import docker_deploy, k8s_deploy, slurm_deploy
+
+    assert main(["doctor", "--for", runtime]) == 0
+    config, *others = yaml.safe_load_all(capsys.readouterr().out)
+    {"docker": docker_deploy, "k8s": k8s_deploy, "slurm": slurm_deploy}[runtime].validate_config(config)
+    assert others == [] or site_in(None).devices
+
+
+def doctor_for(runtime: str, kit: Path, capsys) -> dict:
+    assert main(["doctor", "--for", runtime, "--kit", str(kit), "--format", "json"]) == 0
+    return json.loads(capsys.readouterr().out)["data"]
+
+
+def test_a_snippet_is_for_a_site(tmp_path, capsys):
+    with read_anew():
+        kits = provision(tmp_path / "my kits", [WORKSPACE, static_file("http"), CERT, SIGNATURE])
+        server, site = kits / "server", kits / "site-1"
+        change(server / "local/comm_config.json", rdma_data_ports="9000-9010")
+        capsys.readouterr()
+        said = doctor_for("k8s", server, capsys)["commands"]
+        assert said[0] == f"nvflare deploy prepare '{server}' --config k8s.yaml"
+        assert "--data-port 9000" in said[1]
+        assert "patch service nvflare-server" in said[2]
+        assert '"port": 9000' in said[2]
+        said = doctor_for("docker", site, capsys)["commands"]
+        assert len(said) == 2  # nobody has to reach a site, unless it is told so
+        assert "--data-port" not in said[1]
+        assert main(["doctor", "--for", "docker", "--kit", str(kits)]) == 1
+        assert "has 3 kits of a server or site" in capsys.readouterr().err
+
+
+def test_a_host_without_rdma_devices_gives_none_to_its_jobs(tmp_path):
+    assert site_in(None, tmp_path) == Site(devices=False)
+    (text,) = snippets("docker", Site(devices=False)).values()
+    assert "infiniband" not in text
+    assert list(snippets("k8s", Site(devices=False))) == ["k8s.yaml"]

@@ -29,6 +29,8 @@ ALLOWED = {
     "plugin": {"driver"},
     "metrics": {"transfer", "flare_compat"},
     "cli": {
+        "channel",  # what `doctor --peer` and `--listen` check is what a job's links are
+        "timers",  # what of FLARE's ends a transfer at a site before its patience does
         *("class_list", "codecs", "fabric", "filters", "flare_compat", "kits", "runtime", "settings"),
         *("metrics", "transfer"),  # the file of records, and what one is
     },

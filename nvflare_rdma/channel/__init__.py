@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         Pending,
         address_of,
         dial,
-        explain_tls,
     )
     from nvflare_rdma.channel.link import Link
     from nvflare_rdma.channel.outbox import Sending
@@ -59,7 +58,6 @@ __all__ = [
     "Taker",
     "address_of",
     "dial",
-    "explain_tls",
     "whole_units",
 ]
 
@@ -68,9 +66,7 @@ _MODULES = {
     "LinkContext": "context",
     "ControlStream": "control",
     "Delivery": "deferred",
-    **dict.fromkeys(
-        ("GREETING_TIMEOUT", "MAGIC_BYTES", "Door", "Listener", "Pending", "address_of", "dial", "explain_tls"), "door"
-    ),
+    **dict.fromkeys(("GREETING_TIMEOUT", "MAGIC_BYTES", "Door", "Listener", "Pending", "address_of", "dial"), "door"),
     "Link": "link",
     "Sending": "outbox",
     **dict.fromkeys(("MAX_UNIT_BYTES", "MIN_CHUNK_BYTES", "ChannelLimits", "whole_units"), "protocol.limits"),

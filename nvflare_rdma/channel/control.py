@@ -16,11 +16,13 @@ import time
 from collections.abc import Iterable
 from typing import Any, cast
 
-from nvflare_rdma.errors import RdmaError
+from nvflare_rdma.errors import RdmaError, TlsError
 from nvflare_rdma.fabric import keep_alive
 
 _RECEIVE_BYTES = 256 * 1024
 _SEND_BYTES = 256 * 1024
+#: What OpenSSL says of a certificate by its dates (X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED).
+_DATES = {9: "is not valid yet", 10: "has expired"}
 NO_GOODBYE = "the peer closed the connection without a goodbye, as when its process ends"
 
 
@@ -38,6 +40,7 @@ class ControlStream:
         self.through = ""
         """Whose port joins it with its peer's, for people; "" if it comes straight from there."""
         self._tls: ssl.SSLObject | None = None
+        self._server_side = server_side
         self._tls_lock = threading.Lock()
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._readable = select.poll()
@@ -143,7 +146,7 @@ class ControlStream:
     def receive(self, timeout: float) -> bytes | None:
         """Return what has come, waiting up to `timeout` seconds for it: b"" when the peer has closed the stream, None
         if nothing came (parts of a TLS record do not put that off). Raises OSError if the stream is broken, or was
-        closed here.
+        closed here: a TlsError if the peer refuses TLS, as it may do when the handshake of this side is over (TLS 1.3).
 
         One thread at a time. Unlike a socket's timeout, this one leaves `send` alone.
         """
@@ -203,8 +206,7 @@ class ControlStream:
                     raise TimeoutError(f"the peer took nothing for {timeout:g} s") from None
         return len(part)
 
-    @staticmethod
-    def _decrypt_into(tls: ssl.SSLObject, buffer: memoryview) -> tuple[int, bool]:
+    def _decrypt_into(self, tls: ssl.SSLObject, buffer: memoryview) -> tuple[int, bool]:
         """How much could be decrypted, and whether the peer has ended the stream."""
         got = 0
         try:
@@ -218,10 +220,11 @@ class ControlStream:
             return got, False
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             return got, True
+        except ssl.SSLError as error:
+            raise TlsError(explain_tls(error, self._server_side)) from error
         return got, False
 
-    @staticmethod
-    def _decrypt(tls: ssl.SSLObject) -> tuple[bytes, bool]:
+    def _decrypt(self, tls: ssl.SSLObject) -> tuple[bytes, bool]:
         """Everything that can be decrypted now, and whether the peer has ended the stream."""
         plain = bytearray()
         try:
@@ -231,6 +234,8 @@ class ControlStream:
             return bytes(plain), False
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             pass
+        except ssl.SSLError as error:
+            raise TlsError(explain_tls(error, self._server_side)) from error
         return bytes(plain), True
 
     def close(self) -> None:
@@ -249,3 +254,32 @@ def explain_loss(error: Exception, written: str) -> str:
         return f"{NO_GOODBYE} ({error.strerror})"
     ours = isinstance(error, RdmaError) or not isinstance(error, OSError)
     return str(error) if ours or not written else f"{NO_GOODBYE} ({written})"
+
+
+def explain_tls(error: ssl.SSLError, server_side: bool) -> str:
+    """Say what an operator can change about a TLS failure."""
+    this, other = ("server", "client") if server_side else ("client", "server")
+    if isinstance(error, ssl.SSLCertVerificationError):
+        if date := _DATES.get(error.verify_code):
+            return (
+                f"the {other}'s certificate {date}, by this side's clock: it needs a {other}.crt of now (`nvflare "
+                "provision` issues one), or one of the two clocks is wrong"
+            )
+        return (
+            f"the {other}'s certificate is not trusted here ({error.verify_message}): its {other}.crt and rootCA.pem "
+            "must come from the same provisioning as this side's"
+        )
+    reason = (error.reason or str(error)).lower().replace("_", " ")
+    if "alert certificate expired" in reason:
+        return (
+            f"the {other} does not take this side's certificate ({reason}): it has expired by the {other}'s clock; "
+            f"this side needs a {this}.crt of now (`nvflare provision` issues one), or one of the two clocks is wrong"
+        )
+    if "alert unknown ca" in reason or "bad certificate" in reason or "certificate required" in reason:
+        return (
+            f"the {other} does not trust this side's certificate ({reason}): both must come from one provisioning, and "
+            "be valid now"
+        )
+    if "peer did not return a certificate" in reason:
+        return f"the {other} shows no certificate, but this connection requires mutual TLS (connection_security=mtls)"
+    return f"TLS with the {other} failed: {reason}"

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from types import TracebackType
 from typing import Any, Protocol
 
-from nvflare_rdma.channel.control import ControlStream
+from nvflare_rdma.channel.control import ControlStream, explain_tls
 from nvflare_rdma.channel.guests import Complaints, Guests
 from nvflare_rdma.channel.protocol import CONTROL_MAGIC
 from nvflare_rdma.errors import ProtocolError, RdmaError, TlsError, UnreachableError
@@ -308,22 +308,6 @@ def address_of(sock: socket.socket, peer: bool) -> str:
     except OSError:
         return "N/A"
     return join_address(plain_host(host), port)
-
-
-def explain_tls(error: ssl.SSLError, server_side: bool) -> str:
-    """Say what an operator can change about a TLS failure."""
-    other, files = ("client", "client.crt and rootCA.pem") if server_side else ("server", "server.crt and rootCA.pem")
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return (
-            f"the {other}'s certificate is not trusted here ({error.verify_message}): its {files} must come from "
-            "the same provisioning as this side's"
-        )
-    reason = (error.reason or str(error)).lower().replace("_", " ")
-    if "alert unknown ca" in reason or "bad certificate" in reason or "certificate required" in reason:
-        return f"the {other} does not trust this side's certificate ({reason}): both must come from one provisioning"
-    if "peer did not return a certificate" in reason:
-        return f"the {other} shows no certificate, but this connection requires mutual TLS (connection_security=mtls)"
-    return f"TLS with the {other} failed: {reason}"
 
 
 def _greet(sock: socket.socket, tls: ssl.SSLContext | None, server_side: bool, timeout: float) -> ControlStream:

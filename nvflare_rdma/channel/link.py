@@ -65,7 +65,8 @@ class Link:
         place: Callable[[int, Callable[[], None]], Sink | Later | None] = lambda label, again: None,
     ) -> None:
         self.name = name
-        self.fabric = self.way = ""  # `way` is for people: the fabric, whether there is TLS, and the door's port
+        # For people: the fabric, whether there is TLS, and the door's port; and why there is no better fabric.
+        self.fabric = self.way = self.passed_over = ""
         self._stream = stream
         site = stream.site or name
         self._context = context
@@ -584,7 +585,7 @@ class Link:
                 self._pump_locked()
 
     def _adopt_locked(self, opening: Opening, peer: wire.Hello) -> None:
-        self._rails, self.fabric = opening.rails, opening.rails.fabric
+        self._rails, self.fabric, self.passed_over = opening.rails, opening.rails.fabric, self._opener.passed_over
         self.way = f"{self.fabric}, {self._stream.way(self._core.role is Role.ACTIVE)}"
         self._core.set_controller(opening.controller)
         self._inbox.set_controller(opening.controller, opening.same_host)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from nvflare_rdma.cli.doctor_commands import add_doctor_options
 from nvflare_rdma.cli.kit_commands import add_kit_commands
 from nvflare_rdma.cli.output import CommandError, Result, add_output_options, print_error, print_result, print_schema
 from nvflare_rdma.version import __version__
@@ -33,13 +34,9 @@ def _driver_path(args: argparse.Namespace) -> Result:
 
 
 def _doctor(args: argparse.Namespace) -> Result:
-    from dataclasses import asdict
+    from nvflare_rdma.cli.doctor_commands import doctor_result
 
-    from nvflare_rdma.cli.doctor import examine
-    from nvflare_rdma.cli.doctor_text import to_text
-
-    report = examine(args.workspace)
-    return Result(asdict(report), to_text(report), 1 if report.problems else 0)
+    return doctor_result(args)
 
 
 def _policy(args: argparse.Namespace) -> Result:
@@ -88,9 +85,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         return made
 
     command("driver-path", _driver_path, "print the folder for FLARE's comm_driver_path")
-    doctor = command("doctor", _doctor, "what this machine can use, and why not the rest")
-    doctor.add_argument(
-        "--workspace", type=Path, metavar="FOLDER", help="a FLARE site's folder, whose settings count (default: here)"
+    add_doctor_options(
+        command("doctor", _doctor, "what this machine can use, why not the rest, and how others are reached")
     )
     policy = command("policy", _policy, "what each tensor of a model travels as, and the size of the message")
     policy.add_argument("config", metavar="CONFIG", help="an exported job, its config_fed_*.json, or a policy's JSON")

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nvflare_rdma import class_list
+from nvflare_rdma.cli.doctor_host import PROBLEM, Check, check_host
+from nvflare_rdma.cli.port_use import PROC
 from nvflare_rdma.errors import ConfigError, FabricUnavailable, UnsupportedVersionError
 from nvflare_rdma.fabric import DEVICE_FILES, SYSFS, probe
 from nvflare_rdma.fabric.verbs import (
@@ -131,22 +133,31 @@ class Report:
     fabrics: dict[str, FabricReport] = field(default_factory=dict)
     class_list: ClassListReport | None = None
     """None unless the folder of a site was given."""
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing is wrong that has to be mended."""
+        return not self.problems and all(check.verdict != PROBLEM for check in self.checks)
 
 
-def examine(workspace: Path | None = None, sysfs: Path = SYSFS, files: Path = DEVICE_FILES) -> Report:
+def examine(
+    workspace: Path | None = None, sysfs: Path = SYSFS, files: Path = DEVICE_FILES, proc: Path = PROC
+) -> Report:
     """Look at this machine and process. `workspace` is the folder of a FLARE site: see `read_settings`."""
     settings, settings_from, problems = read_settings(workspace)
     budget = settings.rdma_memory_budget_bytes
     loaded = [name for name in MODULES if (sysfs / "module" / name).is_dir()]
     fabrics = probe(replace(settings.fabric_options, sysfs=sysfs, device_files=files))
     no_pyverbs = pyverbs_reason()
+    huge_pages, packages = _huge_pages(sysfs), {name: installed(name) for name in PACKAGES}
     return Report(
         nvflare_rdma=__version__,
         python=platform.python_version(),
         executable=sys.executable,
         system=f"{platform.system()} {platform.release()}",
         user=os.geteuid(),
-        packages={name: _version(name) for name in PACKAGES},
+        packages=packages,
         problems=problems,
         settings_from=settings_from,
         settings={each.name: getattr(settings, each.name) for each in fields(Settings)},
@@ -160,12 +171,13 @@ def examine(workspace: Path | None = None, sysfs: Path = SYSFS, files: Path = DE
         modules_missing=[name for name in MODULES if name not in loaded],
         pyverbs_reason=no_pyverbs,
         rdma_core="" if no_pyverbs else _rdma_core(),
-        huge_pages=_huge_pages(sysfs),
+        huge_pages=huge_pages,
         fabrics={
             name: FabricReport(state.usable, name in settings.rdma_fabrics, state.reason, state.detail)
             for name, state in fabrics.items()
         },
         class_list=_examine_class_list(workspace),
+        checks=check_host(settings, workspace, packages["nvflare"], huge_pages, proc),
     )
 
 
@@ -182,7 +194,7 @@ def _examine_class_list(workspace: Path | None) -> ClassListReport | None:
 def read_settings(workspace: Path | None) -> tuple[Settings, str, list[str]]:
     """The settings of a FLARE process whose workspace that is (None: the current folder, if it looks like one), where
     they are from, and what keeps them from being used (then they are the defaults)."""
-    told = "the environment"
+    told, found = "the environment", None
     try:
         require_flare("the driver")
         from nvflare.fuel.f3.comm_config import CommConfigurator
@@ -196,12 +208,12 @@ def read_settings(workspace: Path | None) -> tuple[Settings, str, list[str]]:
         if found is not None:
             told = f"{found} and the environment"
         elif workspace is None:
-            told += " (of a site: --workspace FOLDER)"
+            told += " (of a site: --kit FOLDER)"
         elif (folder / "startup").is_dir():  # a site's, as FLARE provisions it: without one
             told += f" ({folder} has no comm_config.json)"
         else:
             raise ConfigError(
-                f"--workspace {folder}: that is no folder of a FLARE site. There is no comm_config.json in it, nor in "
+                f"--kit {folder}: that is no folder of a FLARE site. There is no comm_config.json in it, nor in "
                 "local below it, and no startup"
             )
         # FLARE searches a folder with all that is below it; were none given, the current one. The last has none.
@@ -214,7 +226,7 @@ def read_settings(workspace: Path | None) -> tuple[Settings, str, list[str]]:
     except ImportError as error:
         problem = f"NVIDIA FLARE can't be loaded: {error}. Install nvflare-rdma again."
     except Exception as error:  # noqa: BLE001 - FLARE's parsers of files raise what they like
-        problem = f"the configuration can't be read: {error!r}"
+        problem = f"{found or 'the configuration'} can't be read: {error!r}. Correct it, or take it away"
     return Settings(), told, [problem]
 
 
@@ -228,7 +240,8 @@ def _protection(workspace: Path) -> str:
     )
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of a package that is installed here; None if it is not."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -19,12 +19,12 @@ _SLOWER = (
 
 def to_text(report: Report) -> str:
     """The report for people."""
-    sections = (_machine, _settings, _class_list, _devices, _needs, _fabrics)
+    sections = (_machine, _settings, _class_list, _checks, _devices, _needs, _fabrics)
     texts = ("\n".join(section(report)) for section in sections)
     return "\n\n".join(text for text in texts if text)
 
 
-def _item(label: str, text: str, indent: int = 2, column: int = 18) -> str:
+def item(label: str, text: str, indent: int = 2, column: int = 18) -> str:
     """One entry: a label, and its text in a column of its own."""
     start = f"{' ' * indent}{label:<{column - indent}}"
     start += "" if start.endswith(" ") else " "
@@ -45,7 +45,7 @@ def _machine(report: Report) -> Iterator[str]:
     yield f"Python {report.python}, {report.executable}"
     yield ", ".join(f"{name} {number or 'not installed'}" for name, number in report.packages.items())
     for problem in report.problems:
-        yield _item("ERROR:", problem, 0, 7)
+        yield item("ERROR:", problem, 0, 7)
 
 
 def _settings(report: Report) -> Iterator[str]:
@@ -53,13 +53,13 @@ def _settings(report: Report) -> Iterator[str]:
     yield from textwrap.wrap(f"Settings, {told}", WIDTH, subsequent_indent="  ", break_long_words=False)
     for name, value in report.settings.items():
         changed = " (set)" if name in report.settings_changed else ""
-        yield _item(name, f"{_setting(name, value) or '-'}{changed}", column=28)
+        yield item(name, f"{_setting(name, value) or '-'}{changed}", column=28)
     yield from _links(report)
 
 
 def _links(report: Report) -> Iterator[str]:
     if report.links:
-        yield _item("links of RdmaTransfer", report.links, column=28)
+        yield item("links of RdmaTransfer", report.links, column=28)
 
 
 def _setting(name: str, value: Any) -> str:
@@ -80,9 +80,9 @@ def _class_list(report: Report) -> Iterator[str]:
         return
     yield "Jobs that bring no code of their own"
     if found.advice:
-        yield _item("can't use", f"this package: {found.advice}")
+        yield item("can't use", f"this package: {found.advice} (`nvflare-rdma enable` does)")
     else:
-        yield _item("may use", f"this package: {found.file} allows it")
+        yield item("may use", f"this package: {found.file} allows it")
 
 
 def _devices(report: Report) -> Iterator[str]:
@@ -91,7 +91,7 @@ def _devices(report: Report) -> Iterator[str]:
         software = "software " if port.software else ""
         used = ", chosen" if port.chosen else ""
         yield f"  {port.device} port {port.port}: {port.state}, {software}{port.transport}, {port.rate}{used}"
-        yield from (_item(label, text, 4) for label, text in _port_lines(port))
+        yield from (item(label, text, 4) for label, text in _port_lines(port))
 
 
 def _port_lines(port: PortReport) -> Iterator[tuple[str, str]]:
@@ -121,15 +121,18 @@ def _needs(report: Report) -> Iterator[str]:
     yield "What RDMA needs"
     limit = "no limit" if report.locked_memory_limit is None else f"up to {report.locked_memory_limit // 1024} KiB"
     enough = f"{limit} for this process; {report.locked_memory_needed // 1024} KiB are needed"
-    yield _item("locked memory", report.locked_memory_reason or enough)
+    yield item("locked memory", report.locked_memory_reason or enough)
     core = f", rdma-core {report.rdma_core}" if report.rdma_core else ""
-    yield _item("pyverbs", report.pyverbs_reason or f"can be loaded{core}")
-    yield _item("kernel modules", f"loaded: {', '.join(report.modules_loaded) or 'none'}")
-    yield _item("", f"not loaded: {', '.join(report.modules_missing) or 'none'}")
-    huge = report.huge_pages or "unknown to this kernel"
-    if report.huge_pages == "never":
-        huge += ": large messages take longer; `echo madvise > /sys/kernel/mm/transparent_hugepage/enabled`"
-    yield _item("huge pages", huge)
+    yield item("pyverbs", report.pyverbs_reason or f"can be loaded{core}")
+    yield item("kernel modules", f"loaded: {', '.join(report.modules_loaded) or 'none'}")
+    yield item("", f"not loaded: {', '.join(report.modules_missing) or 'none'}")
+
+
+def _checks(report: Report) -> Iterator[str]:
+    yield "This host"
+    for check in report.checks:
+        advice = f". Fix: {check.advice}" if check.advice else ""
+        yield item(f"{check.verdict:<8} {check.name}", f"{check.value}{advice}", 2, 31)
 
 
 def _fabrics(report: Report) -> Iterator[str]:
@@ -139,4 +142,4 @@ def _fabrics(report: Report) -> Iterator[str]:
         if not fabric.allowed:
             left_out = f"left out by rdma_fabrics={','.join(report.settings['rdma_fabrics'])}"
             text = f"{left_out}; {text}" if text else left_out
-        yield _item(f"{name:<8} {'yes' if fabric.usable else 'no'}", text, 0, 17)
+        yield item(f"{name:<8} {'yes' if fabric.usable else 'no'}", text, 0, 17)

@@ -32,7 +32,6 @@ from nvflare_rdma.channel import (
     Role,
     address_of,
     dial,
-    explain_tls,
 )
 from nvflare_rdma.driver.blob_memory import use_huge_pages
 from nvflare_rdma.driver.connection import RdmaConnection
@@ -280,9 +279,5 @@ class RdmaDriver(BaseDriver):
         fabrics = prepared.runtime.fabrics(fabric, sock)
         stream.site = site_of(properties)
         connection.link = Link(stream, role, fabrics, prepared.runtime.context, connection.receive, connection.name)
-        try:
-            connection.link.open()
-        except ssl.SSLError as error:
-            # TLS 1.3: the server judges the client's certificate when the client's handshake is over already.
-            raise TlsError(explain_tls(error, role is Role.PASSIVE)) from error
+        connection.link.open()
         return connection

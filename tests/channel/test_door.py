@@ -377,6 +377,28 @@ def test_peers_of_two_authorities_are_told_so_on_both_sides(contexts, tmp_path, 
         assert_lets_in(it, contexts[True][0])
 
 
+@pytest.mark.parametrize(
+    ("age", "why"), [(400, "has expired"), (-2, "is not valid yet")], ids=["expired", "of tomorrow"]
+)
+@pytest.mark.parametrize("whose", ["server", "client"])
+def test_a_certificate_of_another_time_is_told_as_such(tmp_path, caplog, age, why, whose):
+    authority = Authority(tmp_path)
+    server = authority.issue("server", "server", age=age if whose == "server" else 0)
+    client = authority.issue("client", "client", age=age if whose == "client" else 0)
+    if whose == "server":
+        with open_door(tls_context(server, True)) as it:
+            with pytest.raises(TlsError, match=f"^the server's certificate {why}, by this side's clock: "):
+                dial(it.door.address, tls_context(client, False), Pending(), DEADLINE)
+            eventually(lambda: "this side's certificate" in caplog.text, DEADLINE)
+        return
+    with open_door(tls_context(server, True)) as it:
+        _, near = dial(it.door.address, tls_context(client, False), Pending(), DEADLINE)
+        with pytest.raises(TlsError, match=r"the server does not (take|trust) this side's certificate"):
+            near.receive(DEADLINE)  # TLS 1.3: the server judges it when the client's handshake is over
+        near.close()
+        eventually(lambda: f"the client's certificate {why}, by this side's clock: " in caplog.text, DEADLINE)
+
+
 def test_dialling_gives_up_on_a_silent_listener(contexts):
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TimeoutError):
         dial(silent.getsockname(), contexts[True][0], Pending(), 0.2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
@@ -37,11 +38,13 @@ class Authority:
         os.chmod(path, 0o600)
         return str(path)
 
-    def issue(self, role: str, common_name: str, cells: Sequence[str] = ()) -> dict[str, str]:
+    def issue(self, role: str, common_name: str, cells: Sequence[str] = (), age: int = 0) -> dict[str, str]:
         """FLARE's connection parameters for a participant of ``role`` (``server`` or ``client``). ``cells``: for those
-        only, as FLARE 2.10 issues a certificate for each job."""
+        only, as FLARE 2.10 issues a certificate for each job. It is valid for 360 days from ``age`` days ago on."""
         key, public = generate_keys()
-        certificate = generate_cert(Identity(common_name, "org", role), self._identity, self._key, public)
+        since = datetime.now(UTC) - timedelta(days=age)
+        identity = Identity(common_name, "org", role)
+        certificate = generate_cert(identity, self._identity, self._key, public, not_valid_before=since)
         if cells:
             certificate = self._for_cells(certificate, [f"https://nvidia.com/nvflare/v1/{cell}" for cell in cells])
         # FLARE takes other roles' files that lie beside these.

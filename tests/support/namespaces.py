@@ -25,10 +25,10 @@ def require(commands: str) -> None:
         pytest.skip(f"networks as this test needs them can't be made here: {done.stderr.strip()}")
 
 
-def run_apart(script: str, folder: Path, timeout: float) -> Any:
+def run_apart(script: str, folder: Path, timeout: float, *args: str) -> Any:
     """Run a script of this folder in a network of its own; returns what it writes to results.json in ``folder``. Data
     goes over tcp, to ports from 20000 on."""
-    command = [*APART, sys.executable, str(SMALL / script), str(folder)]
+    command = [*APART, sys.executable, str(SMALL / script), str(folder), *args]
     return found_by(command, folder, timeout, NVFLARE_RDMA_DATA_PORTS="20000-20010", NVFLARE_RDMA_FABRICS="tcp")
 
 

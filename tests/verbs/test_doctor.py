@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,25 @@ def test_a_software_device_that_is_named_is_used_if_enough_memory_can_be_locked(
     reason = line(as_nobody, "verbs ")
     assert reason.startswith("verbs    no      this process may lock 64 KiB of memory (RLIMIT_MEMLOCK)")
     assert "`ulimit -l unlimited`" in reason
+
+
+@pytest.mark.usefixtures("guest")
+def test_two_hosts_see_what_their_devices_carry() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("NVFLARE_")}
+    command = [sys.executable, "-m", "nvflare_rdma.cli", "doctor", "--listen", "0"]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    environment |= {"NVFLARE_RDMA_DEVICE": "rxb"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as listener:
+        try:
+            told = ""
+            while " listens at " not in told:
+                told = listener.stderr.readline()
+                assert told
+            address = re.search(r"listens at (\S+)", told)[1]
+            text = run("-m", "nvflare_rdma.cli", "doctor", "--peer", address, NVFLARE_RDMA_DEVICE="rxa")
+        finally:
+            listener.kill()
+    assert line(text, "  a job's link") == f"  a job's link    verbs, no TLS, port {address.rpartition(':')[2]}"
+    for fabric in ("verbs", "shm", "tcp"):
+        assert re.search(rf"^{fabric} +yes +\d\S* .B/s .* \d\S* .B/s ", text, re.MULTILINE), text
+    assert "All is well." in text
