@@ -12,6 +12,9 @@ beyond input and output.
 ``add`` is what a server does with results that stay encoded: each piece is decoded into a sum. Beside it is what that
 takes when all pieces are decoded first, and added then by torch's `add_`; both with one core and touched memory.
 
+``measured`` is what it takes to encode each piece, and then to measure what was lost of it, as a sender does under a
+largest error; ``digest`` to take the digest of its bytes.
+
 Where torch has a CUDA device, the same tensors are encoded there as well, each as a whole, beside what it takes to copy
 them to the CPU and encode them with one core; seconds on the clock until the codes are in CPU memory. The codes must be
 equal.
@@ -30,9 +33,10 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import xxhash
 from measuring import MIB, Meter, command_line, machine, versions
 
-from nvflare_rdma.codecs import CODEC_NAMES, Codec, FixedSizeCodec, get_codec
+from nvflare_rdma.codecs import CODEC_NAMES, Codec, FixedSizeCodec, get_codec, lost_by
 
 PIECE = MIB  # elements
 SHAPES = [
@@ -96,6 +100,13 @@ class Work:
 
     def decode(self, codec: Codec, i: int) -> None:
         codec.decode_into(self._room[i, : self._used[i]], self._out[i])
+
+    def encode_measured(self, codec: Codec, i: int) -> None:
+        self.encode(codec, i)
+        lost_by(codec, self._room[i, : self._used[i]], self._pieces[i])
+
+    def digest(self, i: int) -> None:
+        xxhash.xxh3_128(self._room[i, : self._used[i]]).digest()
 
     def add(self, codec: FixedSizeCodec, i: int) -> None:
         codec.add_into(self._room[i, : self._used[i]], 0.5, self._sum[i])
@@ -192,6 +203,25 @@ def report_adding(rates: Rates) -> None:
         added, decoded = median(rates, name, "add"), median(rates, name, "decode, add")
         met = "met" if added >= rate and added >= times * decoded else "NOT met"
         print(f"{name}: adding at {rate:g} GB/s and {times:g} times decoding first: {met}")
+
+
+def report_measuring(work: Work, repeats: int, core: int) -> None:
+    """Nanoseconds a value of encoding, of encoding and measuring what was lost, and of a digest of what was made."""
+    print(f"{'1 core, ns':16} {'encode':>8} {'measured':>9} {'digest':>8}")
+    values = work.nbytes / 4
+    with pinned([core]):
+        for name in CODEC_NAMES:
+            codec = get_codec(name)
+            if not isinstance(codec, FixedSizeCodec):
+                continue
+            steps = (
+                lambda i, c=codec: work.encode(c, i),
+                lambda i, c=codec: work.encode_measured(c, i),
+                work.digest,
+            )
+            seconds = [[work.on_one_core(step) for step in steps] for _ in range(-1, repeats)][1:]  # type: ignore[arg-type]
+            figures = [statistics.median(each) / values * 1e9 for each in zip(*seconds, strict=True)]
+            print(f"{name:16} {figures[0]:8.2f} {figures[1]:9.2f} {figures[2]:8.3f}")
 
 
 @contextlib.contextmanager
@@ -365,6 +395,8 @@ def main() -> None:
     )
     work = Work(model)
     measured = measure_codecs(work, arguments.repeats, cores)
+    report_measuring(work, arguments.repeats, cores[0])
+    print()
     adding = measure_adding(work, arguments.repeats, cores[0])
     few = tensors(arguments.reference_mib)
     report_cuda(model, arguments.repeats)

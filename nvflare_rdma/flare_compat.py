@@ -28,6 +28,8 @@ TRIED = ("2.9.0",)
 TRANSFER_PROP = "nvflare_rdma.transfer"
 #: Private context property of a server's run whose results wait until they are added: the `Holdings`.
 ACCUMULATE_PROP = "nvflare_rdma.accumulate"
+#: Private context property of a run on a side that has `RdmaTransfer`: how fast messages go to each site (`LinkRates`).
+RATES_PROP = "nvflare_rdma.rates"
 
 
 @functools.cache

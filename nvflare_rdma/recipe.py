@@ -24,9 +24,11 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
     tasks: Sequence[str] | None = None,
     policy: Sequence[Any] = (),
     error_feedback: bool = False,
-    delta: bool = False,
+    delta: bool | None = None,
     stochastic_rounding: bool = False,
     clients: Sequence[str] | None = None,
+    max_relative_error: float | None = None,
+    round_seconds: float | None = None,
 ) -> None:
     """Send models in few bits both ways: add the four filters that this takes to a recipe or job.
 
@@ -45,14 +47,19 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
         policy: rules that say which codec each tensor gets, before the default ones (norms, biases and tensors of
             less than 1024 elements travel exact). See `nvflare_rdma.codecs.policy`.
         error_feedback, delta, stochastic_rounding: see `nvflare_rdma.filters.ModelQuantizer`. What a type can't do
-            without is on with it: `delta` with `exact_delta`, `delta` and `error_feedback` with `topk2`.
+            without is on with it: `delta` with `exact_delta`, `delta` and `error_feedback` with `topk2`. With
+            `error_feedback` so is `delta`, unless it is False.
         clients: the sites that get it, None for all. To and from the others models travel in full, and they need not
             have this package. It takes a job with an app for each site (`Recipe.set_per_site_config`).
+        max_relative_error: how much of a tensor may be lost, such as 0.05; what would lose more travels in a better
+            type. See `nvflare_rdma.filters.ModelQuantizer`.
+        round_seconds: with quantization_type `auto`, how long a round's traffic may take, down and up together. Each
+            site gets, and sends, the best type that its link allows. It takes `add_transfer`, which measures that.
 
     Raises:
-        ConfigError: an unknown type or rule, a bad list of tasks or clients, a target that is neither recipe nor job,
-            one that has quantization filters already, or one in which nothing would be quantized. Nothing has been
-            added then.
+        ConfigError: an unknown type or rule, a bad list of tasks or clients, a bad largest error, a target that is
+            neither recipe nor job, one that has quantization filters already, or one in which nothing would be
+            quantized. Nothing has been added then.
     """
     names = ["train"] if tasks is None else tasks
     if isinstance(names, str) or not names or any(not isinstance(t, str) or t in ("", "*") for t in names):
@@ -69,7 +76,8 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
     options = with_needed(quantization_type, rules, given)
 
     def quantizer(**more: Any) -> ModelQuantizer:
-        return ModelQuantizer(quantization_type, policy=rules, **options, **more)
+        limits: dict[str, Any] = {"max_relative_error": max_relative_error, "round_seconds": round_seconds}
+        return ModelQuantizer(quantization_type, policy=rules, **limits, **options, **more)
 
     from_server, from_client = quantizer(clients=only), quantizer()
     prepare_client_apps(target, "add_quantization")
@@ -84,7 +92,7 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
     peers = sites_with_peers(apps, sites)
     if peers:
         _refuse_between_sites(given)
-        between_sites = [(site, PeerQuantizer(quantization_type, policy=rules)) for site in peers]
+        between_sites = [(site, PeerQuantizer(quantization_type, rules, max_relative_error)) for site in peers]
         for site, component in between_sites:
             job.to(component, site, id="peer_quantizer")
     concerned = set(peers)
@@ -200,7 +208,7 @@ def _refuse_second_use(present: bool, what: str, advice: str) -> None:
         raise ConfigError(f"the job already has {what}: {advice}")
 
 
-def _refuse_between_sites(options: Mapping[str, bool]) -> None:
+def _refuse_between_sites(options: Mapping[str, Any]) -> None:
     if used := [name for name, value in options.items() if value]:
         raise ConfigError(
             f"{', '.join(used)} can't be used in a workflow that the sites control: models go from site to site there, "

@@ -267,6 +267,7 @@ PROCESS_WIDE = {
     "codecs/runs.py: _scratch": "memory of each thread, which nobody shares",
     "transfer/encoding.py: _thread_memory": "memory of each thread, which nobody shares",
     "codecs/marks.py: _marks": "weak entries by tensor: the mark goes with an object, whoever has it",
+    "codecs/marks.py: _codes": "the same",
     "codecs/marks.py: _decoded": "the same",
     "filters/metadata.py: _tables": "constants, made once per framework; FLARE makes filters without arguments",
     "fabric/shm/process_memory.py: TRACER": "the kernel has one tracer per process (prctl)",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,9 @@ def _record(line: Any) -> tuple[int | None, TransferRecord]:
     """
     if not isinstance(line, dict):
         raise ValueError("no object")
-    values = {each.name: _value(each.name, each.type, line) for each in fields(TransferRecord)}
+    # What older versions did not write has a default.
+    known = [each for each in fields(TransferRecord) if each.name in line or each.default is MISSING]
+    values = {each.name: _value(each.name, each.type, line) for each in known}
     if values["direction"] not in ("sent", "received"):
         raise ValueError("no direction")
     at = line.get("round")
@@ -205,6 +207,8 @@ def _record(line: Any) -> tuple[int | None, TransferRecord]:
 def _value(name: str, kind: Any, line: Mapping[str, Any]) -> Any:
     """What a line has in a field; text, or a number that is neither negative nor endless. Raises ValueError."""
     value = line.get(name)
+    if kind == "float | None":
+        return None if value is None else _value(name, "float", line)
     if kind in ("int", "float"):
         numbers = int if kind == "int" else (int, float)
         if isinstance(value, bool) or not isinstance(value, numbers) or not 0 <= value < _LARGEST:

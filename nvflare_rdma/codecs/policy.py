@@ -37,6 +37,10 @@ DEFAULT_RULES: tuple[Mapping[str, Any], ...] = (
     {"max_elements": EXACT_BELOW - 1, "quantization_type": EXACT},
 )
 
+#: What takes a type's place where that would lose too much of a tensor: from few bits to many, and each of them loses
+#: less than the ones of fewer bits on most tensors.
+BETTER = ("ternary", "int2", "normfloat4_e4m3", "blockwise8", "int8", "float8_e4m3", "bfloat16", "float16")
+
 _NORM = re.compile(r"(?:^|_)(?:norm|ln|bn|gn)(?:\d|_|$)|norm\d*$|^(?:batch|layer|group|instance|rms)norm")
 _RUNNING = ("running_mean", "running_var")
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$")
@@ -176,6 +180,14 @@ class Policy:
         if isinstance(codec, FixedSizeCodec) and codec.encoded_nbytes(n) * 8 >= n * float_bits(dtype):
             return Decision(None, f"{codec.name} would not be smaller")
         return Decision(codec, str(rule))
+
+
+def better_types(codec: Codec, dtype: str, n: int) -> list[Codec]:
+    """Return what a tensor of `n` values of this dtype may travel in if `codec` loses too much of it, the smallest
+    first: types that take at least as many bytes, and fewer than the tensor itself."""
+    others = [get_codec(name) for name in BETTER if name != codec.name]
+    least, most = codec.estimate_ratio(), n * float_bits(dtype) // 8
+    return [each for each in others if each.estimate_ratio() >= least and each.encoded_nbytes(n) < most]
 
 
 def role_of(name: str, shape: Sequence[int]) -> str:

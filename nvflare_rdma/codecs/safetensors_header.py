@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from nvflare_rdma.codecs.tensors import MAX_DIMENSIONS, SAFETENSORS_DTYPES, width
+from nvflare_rdma.codecs.tensors import MAX_DIMENSIONS, SAFETENSORS_DTYPES, packed, width
 
-_NAMES = {code: name for name, code in SAFETENSORS_DTYPES.items()}
+#: Those whose elements the files count as torch does.
+_NAMES = {code: name for name, code in SAFETENSORS_DTYPES.items() if packed(name) == 1}
 #: Not the name of a tensor.
 _METADATA = "__metadata__"
 #: The format's own limit.
@@ -80,14 +81,15 @@ def _check_places(tensors: list[StoredTensor], end: int, size: int) -> None:
         raise ValueError(f"its tensors end at {end}, the file at {size}")
 
 
-def is_storable(name: str, dtype: str) -> bool:
-    """Whether the format has a place for a tensor of that name and dtype (this package's name of it)."""
-    return dtype in SAFETENSORS_DTYPES and name != _METADATA
+def is_storable(name: str, dtype: str, shape: Sequence[int]) -> bool:
+    """Whether the format has a place for a tensor of that name, dtype (this package's name of it) and shape."""
+    return dtype in SAFETENSORS_DTYPES and name != _METADATA and (packed(dtype) == 1 or len(shape) > 0)
 
 
 def make_header(name: str, dtype: str, shape: Sequence[int], nbytes: int) -> bytes:
     """The beginning of a file with one tensor, whose bytes are to follow it. It is a multiple of 8 bytes long."""
-    entry = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [0, nbytes]}
+    sizes = [*shape[:-1], shape[-1] * packed(dtype)] if shape else []
+    entry = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": sizes, "data_offsets": [0, nbytes]}
     text = json.dumps({name: entry}).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

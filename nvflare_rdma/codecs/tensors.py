@@ -20,11 +20,17 @@ MAX_DIMENSIONS = 64  # what numpy and torch both take
 
 @dataclass(frozen=True, slots=True)
 class _DType:
-    """One dtype of plain numbers: bytes of a value, whether numpy has it too, and what safetensors files call it."""
+    """One dtype of plain numbers: bytes of an element, whether numpy has it too, and what safetensors files call it.
+
+    `packed` is how many values are in an element, which the files count in the last dimension. `loadable` says whether
+    the library, which writes all of them, makes tensors of bytes in memory, as FLARE has it do.
+    """
 
     nbytes: int
     in_numpy: bool
     safetensors: str = ""
+    packed: int = 1
+    loadable: bool = True
 
 
 _DTYPES = {
@@ -45,8 +51,10 @@ _DTYPES = {
     "bfloat16": _DType(2, False, "BF16"),
     "float8_e4m3fn": _DType(1, False, "F8_E4M3"),
     "float8_e5m2": _DType(1, False, "F8_E5M2"),
-    "float8_e4m3fnuz": _DType(1, False),
-    "float8_e5m2fnuz": _DType(1, False),
+    "float8_e4m3fnuz": _DType(1, False, "F8_E4M3FNUZ"),
+    "float8_e5m2fnuz": _DType(1, False, "F8_E5M2FNUZ"),
+    "float8_e8m0fnu": _DType(1, False, "F8_E8M0", loadable=False),
+    "float4_e2m1fn_x2": _DType(1, False, "F4", packed=2, loadable=False),
 }
 #: What the safetensors format calls dtypes, by this package's names.
 SAFETENSORS_DTYPES = {name: dtype.safetensors for name, dtype in _DTYPES.items() if dtype.safetensors}
@@ -175,6 +183,18 @@ def same_bits(one: Any, other: Any) -> bool:
 
 
 def width(dtype: str, torch: bool) -> int:
-    """Return the bytes of one value, or 0 if tensors (torch's or numpy's) of that dtype can't be sent."""
+    """Return the bytes of one element, or 0 if tensors (torch's or numpy's) of that dtype can't be sent."""
     found = _DTYPES.get(dtype)
     return found.nbytes if found is not None and (torch or found.in_numpy) else 0
+
+
+def packed(dtype: str) -> int:
+    """Return how many values are in one element of that dtype."""
+    found = _DTYPES.get(dtype)
+    return found.packed if found is not None else 1
+
+
+def is_loadable(dtype: str) -> bool:
+    """Return whether FLARE's own path can bring torch tensors of that dtype."""
+    found = _DTYPES.get(dtype)
+    return found is not None and found.loadable and bool(found.safetensors)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from nvflare_rdma.codecs.base import Codec, FixedSizeCodec
+from nvflare_rdma.codecs.fidelity import squares_of
 
 
 def warm_up(codecs: Iterable[Codec]) -> threading.Thread:
@@ -21,6 +22,7 @@ def warm_up(codecs: Iterable[Codec]) -> threading.Thread:
             codec.decode_into(encoded[: codec.encode_into(values, encoded)], values)
             if isinstance(codec, FixedSizeCodec):
                 codec.add_into(encoded, 1.0, values)
+        squares_of(values, values)
 
     thread = threading.Thread(target=use, name="rdma-codecs", daemon=True)
     thread.start()

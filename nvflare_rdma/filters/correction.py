@@ -18,14 +18,19 @@ import numpy as np
 
 from nvflare_rdma.accumulate import Encoded
 from nvflare_rdma.codecs import (
+    LOSSLESS,
     Array,
     Codec,
     ExactDelta,
     FixedSizeCodec,
     Float32,
+    RelativeError,
+    Squares,
     add_scaled,
     float32_runs,
     output_runs,
+    sample_runs,
+    squares_of,
     to_array,
     to_flat,
 )
@@ -50,11 +55,13 @@ class Corrected:
         encoded: the bytes that count.
         arrived: what the receiver gets, flat, in the tensor's own dtype (uint16 for bfloat16).
         residual: what it lacks, flat, bfloat16 bits; zero where the value is not finite.
+        lost: how far `arrived` is from the tensor, in which no residual is.
     """
 
     encoded: Array
     arrived: Array
     residual: Array
+    lost: Squares
 
 
 @dataclass
@@ -69,6 +76,7 @@ class CorrectingEncoder(TensorEncoder):
         arrived: what the receiver gets, by name, flat.
         lacking: what it lacks, by name, in the tensor's shape.
         based: names of the tensors that are differences from `base`.
+        limit: the largest relative error that a tensor may have; None for any.
     """
 
     before: Mapping[str, Array]
@@ -78,50 +86,77 @@ class CorrectingEncoder(TensorEncoder):
     arrived: dict[str, Array] = field(default_factory=dict)
     lacking: dict[str, Array] = field(default_factory=dict)
     based: set[str] = field(default_factory=set)
+    limit: float | None = None
 
     def choose(self, name: str, codec: Codec, value: Any) -> Codec:
         """Return the policy's codec, unless that is for differences and this would be none, or none that is smaller."""
         if not codec.needs_feedback or not self.whole:
             return codec
         flat = to_flat(value)
-        known = self.base.tensor(name, flat) if self.base is not None else None
+        known = self._known(name, flat, value)
         residual = fitting(self.before, name, tuple(value.shape))
         if known is not None and difference_is_smaller(flat, residual, known):
             return codec
         return super().choose(name, codec, value)
 
-    def encode(self, name: str, codec: Codec, value: Any) -> Array:
-        """Encode the sum or difference if the codec can carry it, or else the values themselves."""
+    def estimate(self, name: str, codec: Codec, value: Any) -> RelativeError:
+        """Return what would be lost of the tensor, from a sample of it and of what the past says about it."""
+        if codec.name in LOSSLESS:
+            return RelativeError(0.0)
+        flat = to_flat(value)
+        runs = sample_runs(flat.size)
+
+        def sample(whole: Array | None) -> Array | None:
+            return None if whole is None else np.concatenate([whole[run] for run in runs])
+
+        values = np.concatenate([flat[run] for run in runs])
+        known = self._known(name, flat, value)
+        residual = fitting(self.before, name, tuple(value.shape))
+        corrected, _ = self._corrected(name, codec, values, sample(residual), sample(known))
+        return RelativeError(corrected.lost.relative, values.size < flat.size)
+
+    def encode(self, name: str, codec: Codec, value: Any) -> tuple[Array, RelativeError]:
+        """Encode the sum or difference if the codec can carry it, or else the values themselves. What was lost is
+        measured."""
+        self.based.discard(name)  # another codec may have been tried
         values = to_array(value)
         if codec.name == "lossless":
             self.arrived[name] = values.flatten()
             return super().encode(name, codec, values)
         flat = np.ascontiguousarray(values).reshape(-1)
-        known = self.base.tensor(name, flat) if self.base is not None else None
+        known = self._known(name, flat, value)
         if isinstance(codec, ExactDelta):
             self.arrived[name] = values.flatten()
             return self._exactly(name, codec, flat, known)
-        residual = fitting(self.before, name, values.shape)
+        corrected, based = self._corrected(name, codec, flat, fitting(self.before, name, values.shape), known)
+        self.arrived[name], self.lacking[name] = corrected.arrived, corrected.residual.reshape(values.shape)
+        if based:
+            self.based.add(name)
+        return corrected.encoded, RelativeError(corrected.lost.relative)
+
+    def _known(self, name: str, flat: Array, value: Any) -> Array | None:
+        return self.base.for_sending(name, flat, tuple(value.shape)) if self.base is not None else None
+
+    def _corrected(
+        self, name: str, codec: Codec, flat: Array, residual: Array | None, known: Array | None
+    ) -> tuple[Corrected, bool]:
+        """Encode with residual and base if that helps, and say whether it is a difference from the base."""
         if known is not None and not codec.needs_feedback and not difference_is_smaller(flat, residual, known):
             known = None
+        dither = self._dither(name, codec)
         try:
-            corrected = encode_corrected(codec, flat, residual, known, self._dither(name, codec))
+            return encode_corrected(codec, flat, residual, known, dither), known is not None
         except UnrepresentableError:
             if codec.needs_feedback or (residual is None and known is None):
                 raise
-            known = None
-            corrected = encode_corrected(codec, flat, None, None, self._dither(name, codec))
-        self.arrived[name], self.lacking[name] = corrected.arrived, corrected.residual.reshape(values.shape)
-        if known is not None:
-            self.based.add(name)
-        return corrected.encoded
+            return encode_corrected(codec, flat, None, None, self._dither(name, codec)), False
 
-    def _exactly(self, name: str, codec: ExactDelta, flat: Array, known: Array | None) -> Array:
+    def _exactly(self, name: str, codec: ExactDelta, flat: Array, known: Array | None) -> tuple[Array, RelativeError]:
         if known is None:
             return super().encode(name, codec, flat)
         self.based.add(name)
         encoded = np.empty(codec.encoded_nbytes(flat.size), np.uint8)
-        return encoded[: codec.encode_against(flat, known, encoded)]
+        return encoded[: codec.encode_against(flat, known, encoded)], RelativeError(0.0)
 
     def _dither(self, name: str, codec: Codec) -> Dither | None:
         at_random = self.noise is not None and codec.name in DITHERED
@@ -166,7 +201,7 @@ def encode_corrected(
     fixed = isinstance(codec, FixedSizeCodec) and codec.splits
     step = max(PIECE // codec.block_size, 1) * codec.block_size if fixed else max(n, 1)
     encoded = np.empty(codec.encoded_nbytes(n), np.uint8)
-    written = 0
+    written, gone = 0, Squares()
     for start in range(0, n, step):
         stop = min(start + step, n)
         target = to_float32(values[start:stop])
@@ -182,6 +217,7 @@ def encode_corrected(
         decoded = np.empty(stop - start, np.float32)
         codec.decode_into(piece[:written], decoded)
         add_base(decoded, offset, arrived[start:stop])
+        gone += squares_of(values[start:stop], arrived[start:stop])
         finite = np.isfinite(target)
         with np.errstate(invalid="ignore"):
             target -= to_float32(arrived[start:stop])
@@ -190,7 +226,7 @@ def encode_corrected(
             raise UnrepresentableError(f"{codec.name} can't carry its largest values: they would arrive as infinite")
         target[lost] = 0
         from_float32(target, left[start:stop])
-    return Corrected(encoded[:written] if step >= n else encoded, arrived, left)
+    return Corrected(encoded[:written] if step >= n else encoded, arrived, left, gone)
 
 
 def _difference(codec: Codec, target: Float32, offset: Float32) -> Float32:

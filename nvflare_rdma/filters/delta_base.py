@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
@@ -32,20 +32,22 @@ class Base:
     Attributes:
         digest: tells it from all other models.
         tensors: flat arrays by name (uint16 for bfloat16), not to be changed.
+        shapes: the tensors' own shapes, of which this side knows them.
     """
 
     digest: str
     tensors: Mapping[str, Array]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Array]) -> Base:
+    def of(cls, tensors: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Base:
         """Return the base of these tensors. The digest is xxh3-128 over names, dtypes, sizes and values."""
         state = xxhash.xxh3_128()
         for name in sorted(tensors):
             array = tensors[name]
             state.update(f"{name}\0{array.dtype.str}\0{array.size}\0".encode())
             state.update(array.data.cast("B"))
-        return cls(state.hexdigest(), tensors)
+        return cls(state.hexdigest(), tensors, {} if shapes is None else shapes)
 
     def sized(self, name: str) -> int:
         """Return how many values the tensor called `name` has, 0 if there is none."""
@@ -56,6 +58,11 @@ class Base:
         """Return the tensor called `name` if it has the dtype and size of `like`."""
         found = self.tensors.get(name)
         return found if found is not None and found.dtype == like.dtype and found.size == like.size else None
+
+    def for_sending(self, name: str, like: Array, shape: tuple[int, ...]) -> Array | None:
+        """Return the tensor called `name` to send another one of this shape as the difference from: an adapter that has
+        got another shape is another one, even if it has as many values."""
+        return self.tensor(name, like) if self.shapes.get(name, shape) == shape else None
 
 
 class Bases:

@@ -13,9 +13,9 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
 from nvflare_rdma.accumulate import is_encoded_tensor
-from nvflare_rdma.codecs import Array, is_tensor, was_decoded
+from nvflare_rdma.codecs import is_tensor, was_decoded
 from nvflare_rdma.errors import CodecError, ConfigError
-from nvflare_rdma.filters.decoding import Metadata, decode_params
+from nvflare_rdma.filters.decoding import DecodedParams, Metadata, decode_params
 from nvflare_rdma.filters.delta_base import Base, bases_of, tell_held
 from nvflare_rdma.filters.expected import expected_of, sizes_of
 from nvflare_rdma.filters.points import FilterPoint, tell_what_is_decoded
@@ -100,7 +100,7 @@ class ModelDequantizer(QuantFilter):
         else:
             sizes = sizes_of({name: value for name, value in decoded.values.items() if name not in decoded.views})
             expected_of(fl_ctx).note(point.task, point.peer, point.path, sizes)
-            self._keep(decoded.arrays, ours.get("leaves"), point, fl_ctx)
+            self._keep(decoded, ours.get("leaves"), point, fl_ctx)
         for key in QUANT_META:
             meta.pop(key, None)
         return decoded.values, meta
@@ -134,14 +134,16 @@ class ModelDequantizer(QuantFilter):
             )
         return base
 
-    def _keep(self, arrays: dict[str, Array], leaves: Any, point: FilterPoint, fl_ctx: FLContext) -> None:
+    def _keep(self, decoded: DecodedParams, leaves: Any, point: FilterPoint, fl_ctx: FLContext) -> None:
         """Keep what was received as the base of what is sent and received next, if the server does so too."""
         bases = bases_of(fl_ctx)
         if leaves is None and bases.current(point.stream) is None:
             return
         base = None
         if leaves is not None:
-            base = Base.of({name: array.copy() for name, array in arrays.items()})  # training changes its own
+            shapes = {name: tuple(decoded.values[name].shape) for name in decoded.arrays}
+            own = {name: array.copy() for name, array in decoded.arrays.items()}  # training changes its own
+            base = Base.of(own, shapes)
             if not isinstance(leaves, str) or base.digest != leaves:
                 what = f"{point.message} decoded to other bits than at the server; the next message will be whole"
                 self.log_warning(fl_ctx, escaped(what))

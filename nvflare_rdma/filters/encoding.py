@@ -15,13 +15,20 @@ from typing import Any
 import numpy as np
 
 from nvflare_rdma.codecs import (
+    EXACT,
     FLOAT_NAMES,
+    LOSSLESS,
     Array,
     Codec,
+    Codes,
     Decision,
     FixedSizeCodec,
+    PieceNotes,
     Policy,
+    RelativeError,
+    better_types,
     dtype_name,
+    estimate_error,
     float_bits,
     get_codec,
     identity,
@@ -30,6 +37,8 @@ from nvflare_rdma.codecs import (
     is_plain,
     is_tensor,
     marked,
+    measure_error,
+    note_codes,
     to_array,
 )
 from nvflare_rdma.errors import UnrepresentableError
@@ -38,6 +47,8 @@ from nvflare_rdma.filters.metadata import to_message
 EXACT_DTYPE = "bool"  # the source_datatype that makes FLARE's dequantizer skip a tensor
 MIXED = "mixed"  # the algorithm of a message whose tensors name their codecs themselves
 MIB = 1 << 20
+#: An estimate has to be below the largest relative error by as much as samples of one tensor differ.
+_SPARE = 0.95
 
 
 class TensorEncoder:
@@ -47,22 +58,45 @@ class TensorEncoder:
     (`MarkingEncoder`).
     """
 
-    def mark(self, name: str, codec: FixedSizeCodec, value: Any) -> Any:
-        """Return a view of the tensor that is marked (`nvflare_rdma.codecs.marks`), or None to encode it now."""
-        return None
+    #: Whether `mark` leaves the encoding to the transfer.
+    marks = False
+
+    def __init__(self, limit: float | None = None) -> None:
+        """`limit` is the largest relative error that a tensor may have; None for any."""
+        self.limit = limit
+
+    def mark(self, name: str, codec: FixedSizeCodec, value: Any, error: RelativeError) -> Any:
+        """Return a view of the tensor that is marked (`nvflare_rdma.codecs.marks`); `error` was estimated."""
+        raise NotImplementedError
+
+    def estimate(self, name: str, codec: Codec, value: Any) -> RelativeError:
+        """Return what the codec would lose of the tensor, from a sample.
+
+        Raises:
+            UnrepresentableError: the codec can't carry what is in the sample.
+        """
+        return RelativeError(0.0) if codec.name in LOSSLESS else estimate_error(codec, value)
 
     def choose(self, name: str, codec: Codec, value: Any) -> Codec:
         """Return the codec that the tensor gets: the policy's, or `lossless` if nothing would make up for the loss."""
         return get_codec("lossless") if codec.needs_feedback else codec
 
-    def encode(self, name: str, codec: Codec, value: Any) -> Array:
-        """Return the encoded bytes that count, uint8, in CPU memory.
+    def encode(self, name: str, codec: Codec, value: Any) -> tuple[Array, RelativeError]:
+        """Return the encoded bytes that count, uint8, in CPU memory, and what was lost: measured if there is a limit to
+        it, or nothing of the encoded size says what the codec does to a sample (`adaquant`); else estimated.
 
         A tensor in a GPU's memory is encoded there, with the same result, and only the codes come to the CPU.
 
         Raises:
             UnrepresentableError: the codec can't carry the tensor's values.
         """
+        encoded = self._encode(codec, value)
+        if self.limit is None and isinstance(codec, FixedSizeCodec):
+            return encoded, self.estimate(name, codec, value)
+        return encoded, measure_error(codec, encoded, value)
+
+    @staticmethod
+    def _encode(codec: Codec, value: Any) -> Array:
         if is_on_gpu(value):
             from nvflare_rdma.codecs import can_encode_on_device, encode_on_device
 
@@ -81,24 +115,51 @@ class MarkingEncoder(TensorEncoder):
     that are encoded now are kept.
     """
 
-    def __init__(self, results: dict[str, Any]) -> None:
-        """`results` is where what sites share is kept: those of `Shared`, or an empty dict."""
-        self._views: dict[str, Callable[[], Any]] = results.setdefault("views", {})
-        self._codes: dict[str, Array] = results.setdefault("codes", {})
+    marks = True
 
-    def mark(self, name: str, codec: FixedSizeCodec, value: Any) -> Any:
+    def __init__(self, results: dict[str, Any], limit: float | None = None) -> None:
+        """`results` is where what sites share is kept: those of `Shared`, or an empty dict."""
+        super().__init__(limit)
+        self._views: dict[str, Callable[[], Any]] = results.setdefault("views", {})
+        self._codes: dict[tuple[str, str], tuple[Array, RelativeError]] = results.setdefault("codes", {})
+        self._estimates: dict[tuple[str, str], RelativeError] = results.setdefault("estimates", {})
+
+    def mark(self, name: str, codec: FixedSizeCodec, value: Any, error: RelativeError) -> Any:
         """Return the view that another site has, or a new one."""
         view = self._views[name]() if name in self._views else None
         if view is None:
-            view = marked(value, codec)
+            view = marked(value, codec, PieceNotes(error, self.limit))
             self._views[name] = weakref.ref(view)
         return view
 
-    def encode(self, name: str, codec: Codec, value: Any) -> Array:
+    def estimate(self, name: str, codec: Codec, value: Any) -> RelativeError:
+        """Return what was estimated for another site, or a new estimate."""
+        key = name, codec.name
+        if key not in self._estimates:
+            self._estimates[key] = super().estimate(name, codec, value)
+        return self._estimates[key]
+
+    def encode(self, name: str, codec: Codec, value: Any) -> tuple[Array, RelativeError]:
         """Return the codes that another site got, or new ones."""
-        if name not in self._codes:
-            self._codes[name] = super().encode(name, codec, value)
-        return self._codes[name]
+        key = name, codec.name
+        if key not in self._codes:
+            self._codes[key] = super().encode(name, codec, value)
+        return self._codes[key]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Says that a tensor travels in another type, because its codec would have lost too much of it.
+
+    Attributes:
+        codec: what the policy said.
+        error: what that would have lost.
+        by: the codec's name that took its place, or `exact`.
+    """
+
+    codec: str
+    error: RelativeError
+    by: str
 
 
 @dataclass
@@ -115,6 +176,8 @@ class EncodedParams:
         exact: tensors that travel exact for a reason worth a warning, and the reason.
         marked: the codec of each tensor that is encoded only when it is sent (`nvflare_rdma.codecs.marks`). For
             FLARE's metadata it is one that travels exact.
+        errors: the relative error of each tensor that was encoded, or is to be.
+        replaced: tensors that travel in another type than the policy's, which would have lost too much of them.
     """
 
     algorithm: str
@@ -125,27 +188,56 @@ class EncodedParams:
     codecs: dict[str, Codec] = field(default_factory=dict)
     exact: dict[str, str] = field(default_factory=dict)
     marked: dict[str, FixedSizeCodec] = field(default_factory=dict)
+    errors: dict[str, RelativeError] = field(default_factory=dict)
+    replaced: dict[str, Replaced] = field(default_factory=dict)
     before: int = 0
     after: int = 0
     meta: int = 0
 
     def summary(self) -> str:
-        """Return one line for the log: how many tensors, and bytes before and after. Tied tensors count once."""
+        """Return one line for the log: how many tensors, bytes before and after, and the largest relative error. Tied
+        tensors count once."""
         if self.marked:
             return (
                 f"{len(self.marked)}/{len(self.quant_state)} params are encoded as they are sent, "
                 f"{len(self.codecs)} were encoded now. Before quantization: {self.before / MIB:.2f} MB. "
-                f"After quantization: {self.after / MIB:.2f} MB."
+                f"After quantization: {self.after / MIB:.2f} MB.{self._largest_error()}"
             )
         return (
             f"{len(self.codecs)}/{len(self.quant_state)} params. Before quantization: {self.before / MIB:.2f} MB. "
             f"After quantization: {self.after / MIB:.2f} MB with meta: {self.meta / MIB:.2f} MB."
+            f"{self._largest_error()}"
         )
+
+    def _largest_error(self) -> str:
+        if not self.errors:
+            return ""
+        name = max(self.errors, key=lambda each: self.errors[each].value)
+        return f" Largest relative error: {self.errors[name]}, of {name}."
 
     def exact_summary(self) -> str:
         """Return one line for the log that names each tensor of `exact`, and why; "" if there is none."""
         listed = "; ".join(f"{name}: {reason}" for name, reason in self.exact.items())
         return f"{len(self.exact)} tensor(s) sent exact: {listed}" if self.exact else ""
+
+
+class Replacements:
+    """Knows which replaced tensors the log has named, so that each is named once, and again only if it is replaced
+    otherwise."""
+
+    def __init__(self, limit: float | None) -> None:
+        self._limit = limit
+        self._named: dict[str, tuple[str, str]] = {}
+
+    def news(self, params: EncodedParams) -> str:
+        """Return one line for the log that names the tensors of a message that were not named before; "" if none."""
+        new = {name: each for name, each in params.replaced.items() if self._named.get(name) != (each.codec, each.by)}
+        self._named |= {name: (each.codec, each.by) for name, each in new.items()}
+        if not new:
+            return ""
+        listed = "; ".join(f"{name}: {each.by}, as {each.codec} would lose {each.error}" for name, each in new.items())
+        why = f"max_relative_error={self._limit:g}"
+        return f"{len(new)} tensor(s) travel in a better type than the policy's because of {why}: {listed}"
 
 
 def encode_params(values: Mapping[str, Any], policy: Policy, encoder: TensorEncoder) -> EncodedParams:
@@ -168,23 +260,62 @@ def encode_params(values: Mapping[str, Any], policy: Policy, encoder: TensorEnco
             continue
         result.values[name], result.quant_state[name], result.source_datatype[name] = value, {}, EXACT_DTYPE
         decision, warning = _decide(name, value, policy)
-        codec = decision.codec
-        view = encoder.mark(name, codec, value) if isinstance(codec, FixedSizeCodec) else None
-        if isinstance(codec, FixedSizeCodec) and view is not None:
-            result.values[name] = view
-            result.marked[name] = codec
-            result.before += value.nbytes
-            result.after += codec.encoded_nbytes(math.prod(value.shape))
-        elif codec is not None:
-            try:
-                codec = encoder.choose(name, codec, value)
-                _add_codes(name, value, codec, encoder.encode(name, codec, value), result)
-            except UnrepresentableError as error:
-                warning = str(error)
+        if decision.codec is not None:
+            warning = _encode(name, value, decision.codec, encoder, result)
         if warning:
             result.exact[name] = warning
     _name_codecs(result, values, policy)
     return result
+
+
+def _encode(name: str, value: Any, codec: Codec, encoder: TensorEncoder, result: EncodedParams) -> str | None:
+    """Encode or mark a tensor with `codec` or, if that loses more of it than it may, with the next better type. Returns
+    why it travels exact if the codec can't carry it."""
+    lost: RelativeError | None = None
+    others = [] if encoder.limit is None else better_types(codec, dtype_name(value), math.prod(value.shape))
+    for candidate in (codec, *others):
+        try:
+            error = _encode_with(name, value, candidate, encoder, result)
+        except UnrepresentableError as reason:
+            if candidate is codec:
+                return str(reason)
+            continue
+        if error is None:
+            if lost is not None:
+                result.replaced[name] = Replaced(codec.name, lost, candidate.name)
+            return None
+        lost = lost or error
+    if lost is not None:
+        result.replaced[name] = Replaced(codec.name, lost, EXACT)
+    return None
+
+
+def _encode_with(
+    name: str, value: Any, codec: Codec, encoder: TensorEncoder, result: EncodedParams
+) -> RelativeError | None:
+    """Encode or mark a tensor and put that into `result`, or return the relative error that is beyond the limit."""
+    if isinstance(codec, FixedSizeCodec) and encoder.marks:
+        error = encoder.estimate(name, codec, value)
+        if _is_beyond(error, encoder.limit):
+            return error
+        result.values[name] = encoder.mark(name, codec, value, error)
+        result.marked[name] = codec
+        result.errors[name] = error
+        result.before += value.nbytes
+        result.after += codec.encoded_nbytes(math.prod(value.shape))
+        return None
+    codec = encoder.choose(name, codec, value)
+    if encoder.limit is not None and _is_beyond(error := encoder.estimate(name, codec, value), encoder.limit):
+        return error
+    encoded, error = encoder.encode(name, codec, value)
+    if _is_beyond(error, encoder.limit):
+        return error
+    _add_codes(name, value, codec, encoded, error, result)
+    return None
+
+
+def _is_beyond(error: RelativeError, limit: float | None) -> bool:
+    return limit is not None and not error.value <= (limit * _SPARE if error.estimated else limit)
 
 
 def _decide(name: str, value: Any, policy: Policy) -> tuple[Decision, str | None]:
@@ -202,7 +333,9 @@ def _decide(name: str, value: Any, policy: Policy) -> tuple[Decision, str | None
     return policy.decide(name, dtype, tuple(value.shape)), None
 
 
-def _add_codes(name: str, value: Any, codec: Codec, encoded: Array, result: EncodedParams) -> None:
+def _add_codes(
+    name: str, value: Any, codec: Codec, encoded: Array, error: RelativeError, result: EncodedParams
+) -> None:
     """Put `value`'s codes into `result`. What did not get smaller stays exact."""
     if not isinstance(codec, FixedSizeCodec) and encoded.nbytes >= value.nbytes:
         return
@@ -211,6 +344,9 @@ def _add_codes(name: str, value: Any, codec: Codec, encoded: Array, result: Enco
     result.quant_state[name] = state
     result.source_datatype[name] = dtype_name(value)
     result.codecs[name] = codec
+    result.errors[name] = error
+    if codes is not value:
+        note_codes(codes, Codes(codec.name, error))
     result.before += value.nbytes
     result.after += codes.nbytes
     result.meta += sum(v.nbytes for v in state.values() if is_tensor(v))

@@ -30,6 +30,7 @@ class ModelMessage:
         round: of this site and job, unlike all others; random rounding follows from it.
         folder: where residuals are saved, None if nowhere.
         direct: whether the transfer of both sides encodes and decodes what is marked.
+        policy: the codec of each tensor, if it is another one than the quantizer's.
     """
 
     values: Mapping[str, Any]
@@ -39,6 +40,7 @@ class ModelMessage:
     round: str
     folder: str | None
     direct: bool
+    policy: Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -104,15 +106,19 @@ class MessageEncoder:
         error_feedback: add to each message what the last one of its stream lacked.
         delta: send WEIGHTS as differences from a model that the receiver holds.
         stochastic: round the codecs that can do so at random.
+        limit: the largest relative error that a tensor may have; None for any.
     """
 
-    def __init__(self, policy: Policy, error_feedback: bool, delta: bool, stochastic: bool) -> None:
+    def __init__(
+        self, policy: Policy, error_feedback: bool, delta: bool, stochastic: bool, limit: float | None = None
+    ) -> None:
         self.residuals = Residuals()
         self.codecs = policy.codecs
         self._policy = policy
         self._error_feedback = error_feedback
         self._delta = delta
         self._stochastic = stochastic
+        self._limit = limit
         # Held while a message is encoded. Whoever comes meanwhile is mostly another site that wants the same one.
         self._lock = threading.Lock()
         self._shared: dict[str, Shared] = {}
@@ -125,9 +131,12 @@ class MessageEncoder:
         """
         with self._lock:
             results = self._shared_results(message) if message.point.on_server else {}
+            policy = message.policy or self._policy
+            if message.policy is not None:  # sites that get the same type share what was made of it
+                results = results.setdefault(policy.codec.name, {})
             forgetful = not (self._error_feedback or self._delta or self._stochastic)
             if message.direct and forgetful and all(is_plain(v) for v in message.values.values() if is_tensor(v)):
-                return EncodedMessage(encode_params(message.values, self._policy, MarkingEncoder(results)))
+                return EncodedMessage(encode_params(message.values, policy, MarkingEncoder(results, self._limit)))
             if self._error_feedback and message.folder is not None:
                 self.residuals.restore(message.point.stream, message.folder)
             if message.point.on_server:
@@ -180,7 +189,8 @@ class MessageEncoder:
         # A stream of differences from its own last message makes up for errors by itself: they are in the difference.
         feedback = remember and self._error_feedback and not leaves_base
         if not (leaves_base or feedback or base or self._stochastic):
-            return EncodedMessage(encode_params(message.values, self._policy, TensorEncoder()))
+            policy = message.policy or self._policy
+            return EncodedMessage(encode_params(message.values, policy, TensorEncoder(self._limit)))
 
         encoder = CorrectingEncoder(
             # Taken once: a result that comes meanwhile may commit what is staged.
@@ -188,6 +198,7 @@ class MessageEncoder:
             whole=message.whole,
             base=base,
             noise=f"{message.round}\0{stream}" if self._stochastic else None,
+            limit=self._limit,
         )
         params = encode_params(message.values, self._policy, encoder)
         based = encoder.based & params.codecs.keys()
@@ -195,8 +206,10 @@ class MessageEncoder:
             params.quant_state[name]["delta"] = True
         if feedback:
             self.residuals.stage(stream, {k: v for k, v in encoder.lacking.items() if k in params.codecs})
-        left = Base.of({k: v for k, v in encoder.arrived.items() if k in params.codecs}) if leaves_base else None
-        if left is not None:
+        left = None
+        if leaves_base:
+            arrived = {k: v for k, v in encoder.arrived.items() if k in params.codecs}
+            left = Base.of(arrived, {name: tuple(message.values[name].shape) for name in arrived})
             bases_of(fl_ctx).set(stream, left)
         return EncodedMessage(
             params,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nvflare_rdma.codecs import Policy
+from nvflare_rdma.codecs import LOSSLESS, Policy
 from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.filters.autopilot import AUTO
 from nvflare_rdma.filters.dither import DITHERED
 
 _LEFT_OUT = {"error_feedback": "it leaves most values out, and they have to be sent later on"}
@@ -24,6 +26,8 @@ def with_needed(quantization_type: str, policy: Sequence[Any], options: Mapping[
     Raises:
         ConfigError: an unknown type or rule.
     """
+    if isinstance(quantization_type, str) and quantization_type.lower() == AUTO:
+        return dict(options)
     codecs = Policy(quantization_type, policy).codecs
     needed = {option: True for codec in codecs for option in _NEEDED.get(codec.name, {})}
     if any(codec.needs_feedback for codec in codecs):
@@ -53,6 +57,28 @@ def check_options(policy: Policy, error_feedback: bool, delta: bool, stochastic_
             f"stochastic_rounding has an effect on {', '.join(DITHERED)} only, which the policy doesn't use; set "
             "quantization_type to it or leave out stochastic_rounding"
         )
+
+
+def check_limit(policy: Policy, limit: Any) -> float | None:
+    """Return `max_relative_error` as a number, None for no limit.
+
+    Raises:
+        ConfigError: it is no number above 0 and up to 1, or no type of the policy loses anything.
+    """
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or math.isnan(limit) or not 0 < limit <= 1:
+        raise ConfigError(
+            f"max_relative_error must be a number above 0 and up to 1, such as 0.05, but is {limit!r}; leave it out "
+            "for no limit, or use the quantization_type 'lossless' if nothing may be lost"
+        )
+    if all(codec.name in LOSSLESS for codec in policy.codecs):
+        names = ", ".join(dict.fromkeys(codec.name for codec in policy.codecs))
+        raise ConfigError(
+            f"max_relative_error={limit!r} has no effect with {names}, which loses nothing; leave it out or use "
+            "another quantization_type"
+        )
+    return float(limit)
 
 
 def check_whole(policy: Policy, delta: bool) -> None:

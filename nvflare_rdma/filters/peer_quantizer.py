@@ -14,7 +14,9 @@ from nvflare.apis.shareable import Shareable
 
 from nvflare_rdma.codecs import FixedSizeCodec, Policy, is_plain, is_tensor, warm_up
 from nvflare_rdma.errors import ConfigError
-from nvflare_rdma.filters.encoding import EncodedParams, MarkingEncoder, encode_params
+from nvflare_rdma.filters.autopilot import AUTO
+from nvflare_rdma.filters.encoding import EncodedParams, MarkingEncoder, Replacements, encode_params
+from nvflare_rdma.filters.options import check_limit
 from nvflare_rdma.filters.quant_filter import QuantFilter
 from nvflare_rdma.flare_compat import TRANSFER_PROP
 from nvflare_rdma.logs import escaped
@@ -32,13 +34,20 @@ class PeerQuantizer(FLComponent):
     Args:
         quantization_type: a codec's name, in any case. Not `lossless`, `exact_delta` or `adaquant`, whose sizes
             show only when all is encoded.
-        policy: see `ModelQuantizer`.
+        policy, max_relative_error: see `ModelQuantizer`.
 
     Raises:
-        ConfigError: an unknown type or rule, or a codec that can't encode as it sends.
+        ConfigError: an unknown type or rule, a codec that can't encode as it sends, or a bad largest error.
     """
 
-    def __init__(self, quantization_type: str = "float16", policy: Sequence[Any] | None = None) -> None:
+    def __init__(
+        self,
+        quantization_type: str = "float16",
+        policy: Sequence[Any] | None = None,
+        max_relative_error: float | None = None,
+    ) -> None:
+        if isinstance(quantization_type, str) and quantization_type.lower() == AUTO:
+            raise ConfigError(f"'{AUTO}' can't be used between sites; name a quantization_type")
         parsed = Policy(quantization_type, policy)
         if late := [codec.name for codec in parsed.codecs if not isinstance(codec, FixedSizeCodec)]:
             raise ConfigError(
@@ -50,12 +59,14 @@ class PeerQuantizer(FLComponent):
                 f"{', '.join(lossy)} can't be used between sites, where nothing is known of earlier messages that "
                 "would make up for what it leaves out; use another quantization_type"
             )
+        limit = check_limit(parsed, max_relative_error)
         super().__init__()
         # FLARE writes arguments into an exported job config from attributes of the same names.
         self.quantization_type = parsed.codec.name
         self.policy = None if policy is None else list(policy)
+        self.max_relative_error = limit
         self._codecs = parsed.codecs
-        self._marker = _Marker(parsed)
+        self._marker = _Marker(parsed, limit)
         self._idle = False
         self._warned = False
 
@@ -96,16 +107,18 @@ class PeerQuantizer(FLComponent):
 class _Marker(QuantFilter):
     """Marks the tensors of a message, and leaves all else as it is: what arrives is decoded."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, limit: float | None) -> None:
         super().__init__()
         self._policy = policy
+        self._limit = limit
+        self._replacements = Replacements(limit)
 
     def process_values(
         self, values: Mapping[str, Any], dxo: DXO, shareable: Shareable, fl_ctx: FLContext
     ) -> tuple[Mapping[str, Any], dict[str, Any]]:
         """Return marked views in place of the tensors that the policy has a codec for."""
         plain = {name: value for name, value in values.items() if is_tensor(value) and is_plain(value)}
-        params = encode_params(plain, self._policy, MarkingEncoder({}))
+        params = encode_params(plain, self._policy, MarkingEncoder({}, self._limit))
         self._report(params, len(values) - len(plain), fl_ctx)
         return {**values, **params.values}, self._meta_for_new_dxo(dxo)
 
@@ -115,6 +128,8 @@ class _Marker(QuantFilter):
         self.log_info(fl_ctx, escaped(what))
         if what := params.exact_summary():
             self.log_warning(fl_ctx, escaped(what), fire_event=False)
+        if what := self._replacements.news(params):
+            self.log_info(fl_ctx, escaped(what))
 
 
 def _has_come(fl_ctx: FLContext) -> bool:

@@ -13,14 +13,16 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.fuel.f3.cellnet.fqcn import FQCN
 
 from nvflare_rdma.accumulate import plain
 from nvflare_rdma.codecs import Policy, is_plain, is_tensor, warm_up
 from nvflare_rdma.filters import points
+from nvflare_rdma.filters.autopilot import AUTO, TYPES, Autopilot, checked_seconds
 from nvflare_rdma.filters.delta_base import answer_clients
-from nvflare_rdma.filters.encoding import MIB, TensorEncoder, encode_params
+from nvflare_rdma.filters.encoding import MIB, Replacements, TensorEncoder, encode_params
 from nvflare_rdma.filters.message_encoder import EncodedMessage, MessageEncoder, ModelMessage
-from nvflare_rdma.filters.options import check_options, check_whole
+from nvflare_rdma.filters.options import check_limit, check_options, check_whole
 from nvflare_rdma.filters.points import FilterPoint, require_decoding_site, require_dequantizer, tell_what_is_decoded
 from nvflare_rdma.filters.quant_filter import (
     OURS,
@@ -57,7 +59,8 @@ class ModelQuantizer(QuantFilter):
     once.
 
     Args:
-        quantization_type: a codec's name, in any case.
+        quantization_type: a codec's name, in any case; or `auto`: of `bfloat16`, `int8` and `normfloat4_e4m3` the best
+            one that is there in time, by how fast the last transfers went (`nvflare_rdma.streaming.RdmaTransfer`).
         one_way: messages the other way intentionally travel unquantized. Without it a side that quantizes what it
             sends must also have a ModelDequantizer for what it receives of the same task.
         policy: which codec each tensor gets, a list of rules (`nvflare_rdma.codecs.policy`) followed by the default
@@ -65,39 +68,54 @@ class ModelQuantizer(QuantFilter):
             all that can be encoded is, as with FLARE's filter.
         error_feedback: add to each message what the last one of its task lacked. `topk2` needs it.
         delta: send WEIGHTS as differences from a model that the receiver holds, when both sides have the same one.
-            `exact_delta` needs it.
+            `exact_delta` needs it. None: only with error_feedback, which makes whole WEIGHTS worse.
         stochastic_rounding: round `int8` up or down at random, so that the mean error is zero. The noise follows from
             job, site, task and round: a job that is run again makes the same.
         clients: on the server, the sites to which models go in few bits; None: all. Those to others pass unchanged.
+        max_relative_error: how much of a tensor may be lost (`nvflare_rdma.codecs.fidelity` says what the relative
+            error is), a number above 0 and up to 1; None for any. A tensor of which its type would lose more travels
+            in the next better one, and exact if there is none; the log names it once. Estimates decide beforehand, and
+            what is encoded is measured: a receiver of this package gets no tensor whose error is larger.
+        round_seconds: with `auto`, how long a round's traffic may take, down and up together.
 
     Raises:
-        ConfigError: an unknown type or rule, a type without the option that it needs, or random rounding where there
-            is none; when used, a missing
-            ModelDequantizer for the other direction.
+        ConfigError: an unknown type or rule, a type without the option that it needs, random rounding where there
+            is none, or a bad largest error; when used, a missing ModelDequantizer for the other direction.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a filter's arguments are its config
         self,
         quantization_type: str = "float16",
         one_way: bool = False,
         policy: Sequence[Any] | None = None,
         error_feedback: bool = False,
-        delta: bool = False,
+        delta: bool | None = None,
         stochastic_rounding: bool = False,
         clients: Sequence[str] | None = None,
+        max_relative_error: float | None = None,
+        round_seconds: float | None = None,
     ) -> None:
-        parsed = Policy(quantization_type, policy)
-        check_options(parsed, error_feedback, delta, stochastic_rounding)
+        of_one_type = {"error_feedback": error_feedback, "delta": delta, "stochastic_rounding": stochastic_rounding}
+        seconds = checked_seconds(quantization_type, round_seconds, of_one_type)
+        parsed = Policy(quantization_type if seconds is None else next(iter(TYPES)), policy)
+        with_base = error_feedback if delta is None else delta
+        check_options(parsed, error_feedback, with_base, stochastic_rounding)
+        limit = check_limit(parsed, max_relative_error)
         super().__init__(clients)
         # FLARE writes arguments into an exported job config from attributes of the same names.
-        self.quantization_type = parsed.codec.name
+        self.quantization_type = parsed.codec.name if seconds is None else AUTO
         self.one_way = one_way
         self.policy = None if policy is None else list(policy)
         self.error_feedback = error_feedback
         self.delta = delta
         self.stochastic_rounding = stochastic_rounding
+        self.max_relative_error = limit
+        self.round_seconds = seconds
+        self._autopilot = None if seconds is None else Autopilot(parsed, seconds, limit)
+        self._with_base = with_base
         self._policy = parsed
-        self._encoder = MessageEncoder(parsed, error_feedback, delta, stochastic_rounding)
+        self._encoder = MessageEncoder(parsed, error_feedback, with_base, stochastic_rounding, limit)
+        self._replacements = Replacements(limit)
         self._checked: set[tuple[str | None, str | None, str]] = set()
         self._doubted: set[tuple[str, str]] = set()
         self._warned = False
@@ -109,8 +127,9 @@ class ModelQuantizer(QuantFilter):
         if event_type == EventType.START_RUN:
             tell_what_is_decoded(fl_ctx)
             self._idle = True
-            warm_up(self._encoder.codecs)
-            if self.delta and self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
+            policies = [] if self._autopilot is None else self._autopilot.policies.values()
+            warm_up([*self._encoder.codecs, *(codec for policy in policies for codec in policy.codecs)])
+            if self._with_base and self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
                 answer_clients(fl_ctx)
         elif event_type == EventType.END_RUN and self._idle:
             self._idle = None
@@ -150,9 +169,10 @@ class ModelQuantizer(QuantFilter):
             self.log_info(fl_ctx, "The message is quantized already and stays as it is")
             return None
         if dxo.data_kind == DataKind.WEIGHTS:
-            check_whole(self._policy, self.delta)
+            check_whole(self._policy, self._with_base)
         self._warn_of_feedback(dxo, fl_ctx)
         self._tell_of_meta(dxo, fl_ctx)
+        chosen = self._choose(values, point, fl_ctx)
         root_id = shareable.get_header(ReservedHeaderKey.MSG_ROOT_ID) or ""
         message = self._encoder.encode(
             ModelMessage(
@@ -163,11 +183,22 @@ class ModelQuantizer(QuantFilter):
                 round=_round(root_id, shareable, fl_ctx),
                 folder=_state_folder(fl_ctx),
                 direct=_goes_directly(point.task, fl_ctx),
+                policy=chosen,
             ),
             fl_ctx,
         )
         self._report(message, fl_ctx)
         return message.params.values, self._meta_for_new_dxo(dxo) | _metadata(message)
+
+    def _choose(self, values: Mapping[str, Any], point: FilterPoint, fl_ctx: FLContext) -> Policy | None:
+        """Return the policy with the type that the link allows; None where the type is given."""
+        if self._autopilot is None:
+            return None
+        peer = point.peer if point.on_server else FQCN.ROOT_SERVER
+        choice = self._autopilot.choose(values, peer, fl_ctx)
+        if what := self._autopilot.news(point.task, peer, choice):
+            self.log_info(fl_ctx, escaped(what))
+        return self._autopilot.policies[choice.quantization_type]
 
     def _check_site(self, point: FilterPoint, fl_ctx: FLContext) -> None:
         warning = require_decoding_site(point, fl_ctx)
@@ -185,17 +216,17 @@ class ModelQuantizer(QuantFilter):
         Returns:
             Codes in place of the tensors, and FLARE's `quant_state` and `source_datatype`, by name.
         """
-        encoded = encode_params(flatten(params), self._policy, TensorEncoder())
+        encoded = encode_params(flatten(params), self._policy, TensorEncoder(self.max_relative_error))
         self._report(EncodedMessage(encoded), fl_ctx)
         return rebuild(params, encoded.values), encoded.quant_state, encoded.source_datatype
 
     def _warn_of_feedback(self, dxo: DXO, fl_ctx: FLContext) -> None:
-        if self.error_feedback and not self.delta and dxo.data_kind == DataKind.WEIGHTS and not self._warned:
+        if self.error_feedback and not self._with_base and dxo.data_kind == DataKind.WEIGHTS and not self._warned:
             self._warned = True
             self.log_warning(
                 fl_ctx,
-                "error_feedback on whole WEIGHTS makes each round's model worse than without it: set delta=true as "
-                "well, or leave out error_feedback",
+                "error_feedback on whole WEIGHTS makes each round's model worse than without it: leave out "
+                "delta=false, or error_feedback",
                 fire_event=False,
             )
 
@@ -215,6 +246,8 @@ class ModelQuantizer(QuantFilter):
         self.log_info(fl_ctx, escaped(f"Quantized to {encoded.algorithm}{how}: {encoded.summary()}"))
         if what := encoded.exact_summary():
             self.log_warning(fl_ctx, escaped(what), fire_event=False)
+        if what := self._replacements.news(encoded):
+            self.log_info(fl_ctx, escaped(what))
 
 
 def _metadata(message: EncodedMessage) -> dict[str, Any]:

@@ -121,8 +121,8 @@ class TransferReporter:
 
 
 def figures_of(records: Sequence[TransferRecord]) -> dict[str, float]:
-    """The figures of several transfers together, by name: bytes, seconds, bytes a second, and numbers of chunks and
-    transfers."""
+    """The figures of several transfers together, by name: bytes, seconds, bytes a second, numbers of chunks and
+    transfers, and the largest relative error of a tensor that was sent."""
     values: dict[str, float] = {}
     for direction in ("sent", "received"):
         sums = total(record for record in records if record.direction == direction)
@@ -134,6 +134,9 @@ def figures_of(records: Sequence[TransferRecord]) -> dict[str, float]:
                 f"{direction}_goodput": round(sums.goodput),
                 f"{direction}_resent_chunks": sums.resent_chunks,
             }
+    errors = [record.relative_error for record in records if record.relative_error is not None]
+    if errors:
+        values["sent_relative_error"] = max(errors)
     return {
         **values,
         "direct_transfers": sum(record.path == "direct" for record in records),

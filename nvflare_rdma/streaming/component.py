@@ -25,6 +25,7 @@ from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.filters import tell_what_is_decoded
 from nvflare_rdma.flare_compat import (
     ACCUMULATE_PROP,
+    RATES_PROP,
     TRANSFER_PROP,
     cell_connections,
     replace_decomposer,
@@ -40,6 +41,7 @@ from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomp
 from nvflare_rdma.streaming.identity import identifier
 from nvflare_rdma.streaming.leftovers import Leftovers
 from nvflare_rdma.streaming.parents import meeting_function
+from nvflare_rdma.streaming.rates import LinkRates
 from nvflare_rdma.streaming.ties import Ties
 from nvflare_rdma.streaming.trainer import hand_on, inherited_site, is_trainer, take_back
 from nvflare_rdma.timers import too_short
@@ -84,6 +86,7 @@ class RdmaTransfer(FLComponent):
         self._accumulating = False
         self._handed_on = False
         self._reporter: TransferReporter | None = None
+        self._rates: LinkRates | None = None
         self._told: set[tuple[str, str]] = set()
         self._ties = Ties()
         self._leftovers: Leftovers | None = None
@@ -103,13 +106,19 @@ class RdmaTransfer(FLComponent):
             fl_ctx.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
             tell_what_is_decoded(fl_ctx)
             self._started = True
-            if self.accumulate and FQCN.get_root(fl_ctx.get_engine().get_cell().get_fqcn()) == FQCN.ROOT_SERVER:
-                self._keep_results_encoded(fl_ctx)
+            self._rates = LinkRates(shared().ledger)
+            fl_ctx.set_prop(RATES_PROP, self._rates, private=True, sticky=True)
+            if FQCN.get_root(fl_ctx.get_engine().get_cell().get_fqcn()) == FQCN.ROOT_SERVER:
+                self._leftovers = Leftovers(shared().holdings.disk)
+                if self.accumulate:
+                    self._keep_results_encoded(fl_ctx)
             more = shared().holdings.take if self._accumulating else dict
             self._reporter = TransferReporter(self, fl_ctx, shared().ledger, more)
         elif event_type == EventType.END_RUN and self._started:
             self._started = False
             self._leftovers = None
+            if self._rates is not None:
+                self._rates.stop()
             if self._accumulating:
                 self._accumulating = False
                 shared().holdings.stop()
@@ -130,7 +139,6 @@ class RdmaTransfer(FLComponent):
     def _keep_results_encoded(self, fl_ctx: FLContext) -> None:
         budget = load_settings().rdma_memory_budget_bytes
         shared().holdings.start(budget)
-        self._leftovers = Leftovers(shared().holdings.disk)
         self._accumulating = True
         fl_ctx.set_prop(ACCUMULATE_PROP, shared().holdings, private=True, sticky=True)
         what = (

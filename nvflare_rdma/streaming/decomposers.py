@@ -25,6 +25,7 @@ from nvflare.fuel.f3.streaming.download_service import ProduceRC, download_objec
 from nvflare.fuel.f3.streaming.transfer_outcome import DownloadStatus
 from nvflare.fuel.utils.fobs import FOBSContextKey
 
+from nvflare_rdma.codecs import dtype_name, is_loadable, is_torch
 from nvflare_rdma.errors import RdmaError, TransferError
 from nvflare_rdma.flare_compat import (
     PrefixedReferences,
@@ -68,6 +69,8 @@ class Served:
     def serve(self, tensors: Mapping[str, Any], cell: Any) -> None:
         """Answer requests for `tensors` (FLARE's item id -> tensor) that reach `cell`. To be called first."""
         self._ref_id = ""
+        names = {dtype_name(each) for each in tensors.values() if is_torch(each)}
+        self._not_loadable = sorted(name for name in names if not is_loadable(name))
         ours = shared()
         meters = Meters(cell.get_fqcn() if cell is not None else "", ledger=ours.ledger)
         content = TensorContent(tensors, cache=ours.encoded_chunks)
@@ -100,10 +103,21 @@ class Served:
         else:
             if not state:
                 self._service.say_what_is_not_encoded(requester)
+                self._say_what_can_not_be_loaded(requester)
             answer = super().produce(state, requester)  # type: ignore[misc]
         if (meter := meters.find(requester)) is not None:
             meter.wire_bytes += sum(map(len, answer[1] or ()))
         return answer
+
+    def _say_what_can_not_be_loaded(self, requester: str) -> None:
+        """Log which tensors FLARE's own path doesn't bring: what the receiver says of it names no tensor."""
+        if self._not_loadable:
+            log.error(
+                "tensors of dtype %s will not reach %s: it takes FLARE's own path, where the safetensors library can't "
+                "load them; give its part of the job RdmaTransfer, or send them as uint8 (tensor.view(torch.uint8))",
+                ", ".join(self._not_loadable),
+                requester,
+            )
 
     def downloaded_to_one(self, to_receiver: str, status: str) -> None:
         """FLARE's hook: a receiver has everything, or will not have it."""
@@ -204,7 +218,7 @@ class DirectDecomposer(PrefixedReferences):
                 return failure, None
             except (RdmaError, MemoryError) as error:
                 _say_fallback(from_fqcn, error)
-                if any(item.cut is not None for item in pull.tensors):
+                if any(item.needs_relay for item in pull.tensors):
                     take = functools.partial(download_object, progress_cb=progress.go_on, abort_signal=signal)
                     meter.fall_back(str(error))
                     return _download_encoded(ask, landing, functools.partial(take, **common), meter)
@@ -234,7 +248,8 @@ def _say_fallback(peer: str, reason: object) -> None:
 def _download_encoded(
     ask: RequestFunction, landing: Landing, take: Callable[..., None], meter: Meter
 ) -> tuple[str | None, Any]:
-    """Download tensors that the sender was to encode through FLARE's messages, encoded; `take` is FLARE's download."""
+    """Download tensors through FLARE's messages as they would come over a link, encoded or not; `take` is FLARE's
+    download."""
     failure: str | None = None
     items, result = [], None
     try:

@@ -74,7 +74,9 @@ class Bundle(SharedChunks):
                 chunk[start:end] = source.read(0, member.nbytes, lambda nbytes: memoryview(bytearray(nbytes)))
                 continue
             try:
-                PieceEncoder(tensor, member.cut).fill(0, chunk[start:end])
+                encoder = PieceEncoder(tensor, member.cut)
+                encoder.fill(0, chunk[start:end])
+                encoder.check()
             except UnrepresentableError as error:
                 # The others are tried, too: a receiver asks again, but not for ever.
                 self._note_exact(member.name, str(error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from nvflare_rdma.transfer.bundles import Bundle, TensorSource
 from nvflare_rdma.transfer.encoding import EncodedChunkCache, SharedSource
 from nvflare_rdma.transfer.manifest import INLINE_BYTES, INLINE_TOTAL, SMALL_TOTAL, Item
 from nvflare_rdma.transfer.pieces import piece_layout
+from nvflare_rdma.transfer.receipt import Receipt, Receipts
 
 log = get_logger(__name__)
 
@@ -59,6 +60,11 @@ class Content(ABC):
         """How many items are marked to be encoded on their way."""
         return 0
 
+    def receipt(self, items: Sequence[Item] | None) -> Receipt | None:
+        """What to record of a receiver that has got these items or, if that is None, the tensors as FLARE sends them.
+        None if nothing is encoded."""
+        return None
+
 
 class TensorContent(Content):
     """Sends the tensors of one message.
@@ -81,6 +87,7 @@ class TensorContent(Content):
         self._lock = threading.Lock()
         self._groups: list[Item] | None = None
         self._bundles: weakref.WeakValueDictionary[str, Bundle] = weakref.WeakValueDictionary()
+        self._receipts = Receipts(self._tensors)
         #: Marked tensors that their codec can't carry.
         self._exact: set[str] = set()
         #: The items that receivers are told of, compact or not, and which tensors were exact when these were made.
@@ -100,6 +107,7 @@ class TensorContent(Content):
             except _NotEncodableError as error:
                 self._note_exact(error.name, str(error))
             else:
+                self._receipts.prepare((tensor for item in items for tensor in item.tensors), self._tensors)
                 self._described[compact] = exact, items
 
     def _with_encoded_content(self, items: list[Item]) -> list[Item]:
@@ -160,6 +168,11 @@ class TensorContent(Content):
             if name not in self._exact:
                 log.warning("tensor %s is sent exact: %s", name, reason)
             self._exact.add(name)
+
+    def receipt(self, items: Sequence[Item] | None) -> Receipt | None:
+        """See `Content.receipt`."""
+        sent = None if items is None else [tensor for item in items for tensor in item.tensors]
+        return self._receipts.make(sent, self._tensors)
 
     def count_marked(self) -> int:
         """See `Content.count_marked`."""

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from nvflare_rdma.channel import Source, Take
-from nvflare_rdma.codecs import NUMPY_DTYPES, Array, is_on_gpu, read_run, to_array
+from nvflare_rdma.codecs import NUMPY_DTYPES, Array, is_on_gpu, lost_by, piece_notes, read_run, to_array
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.transfer.pieces import PieceLayout
 
@@ -223,16 +223,29 @@ class Encoding(SharedChunks):
         self.layout = layout
         self._encoder = PieceEncoder(tensor, layout)
 
+    def read(self, offset: int, length: int, take: Take) -> memoryview:
+        """See `Source.read`. Whoever reads the last chunk hears if the tensor has lost too much: others may have had
+        the chunks made that this one reads."""
+        chunk = super().read(offset, length, take)
+        try:
+            self._encoder.check()
+        except UnrepresentableError as error:
+            self.unrepresentable = str(error)
+            raise
+        return chunk
+
     def _fill(self, offset: int, chunk: memoryview) -> None:
         self._encoder.fill(offset, chunk)
 
 
 class PieceEncoder:
-    """Encodes pieces of one tensor, where it is: on the CPU, or on a GPU."""
+    """Encodes pieces of one marked tensor, where it is: on the CPU, or on a GPU. Notes what became of each
+    (`nvflare_rdma.codecs.piece_notes`)."""
 
     def __init__(self, tensor: Any, layout: PieceLayout) -> None:
         self._tensor = tensor
         self._layout = layout
+        self._notes = piece_notes(tensor)
         self._flat: Any = None
         self._array = None if is_on_gpu(tensor) else to_array(tensor)
 
@@ -245,6 +258,25 @@ class PieceEncoder:
         for first, last, place in self._layout.pieces(offset, len(chunk)):
             self._encode(first, last, chunk[place])
 
+    def check(self) -> None:
+        """Look at what was lost, if there is a limit to that and all of the tensor has been encoded.
+
+        Raises:
+            UnrepresentableError: it is too much.
+        """
+        if (error := self._notes.excess(self._layout.count)) is not None:
+            raise UnrepresentableError(
+                f"{self._layout.codec.name} loses {error:.3g} of it, and max_relative_error is {self._notes.limit:g}"
+            )
+
+    def _note(self, first: int, values: Any, encoded: memoryview) -> None:
+        """Note an encoded piece, once: other receivers, or the same one once more, get the same bytes."""
+        notes = self._notes
+        if not notes.knows(first):
+            # What lies on a GPU comes here for this.
+            measured = None if notes.limit is None else lost_by(self._layout.codec, encoded, to_array(values))
+            notes.note(first, encoded, measured)
+
     def _encode(self, first: int, last: int, out: memoryview) -> None:
         codec, array = self._layout.codec, self._array
         if array is None:
@@ -255,6 +287,7 @@ class PieceEncoder:
             piece = self._flat[first:last]
             if can_encode_on_device(codec):
                 out[:] = encode_on_device(codec, piece).data
+                self._note(first, piece, out)
                 return
             values = to_array(piece)
         elif array.flags.c_contiguous:
@@ -263,3 +296,4 @@ class PieceEncoder:
             values = np.frombuffer(thread_scratch(self._layout.values * array.itemsize), array.dtype, last - first)
             read_run(array, first, values)
         codec.encode_into(values, out)
+        self._note(first, values, out)

@@ -17,7 +17,7 @@ from typing import Any
 import msgpack
 
 from nvflare_rdma.channel import MAX_UNIT_BYTES, MIN_CHUNK_BYTES
-from nvflare_rdma.codecs import FLOAT_NAMES, MAX_DIMENSIONS, dtype_name, is_plain, is_torch, width
+from nvflare_rdma.codecs import FLOAT_NAMES, MAX_DIMENSIONS, dtype_name, is_loadable, is_plain, is_torch, width
 from nvflare_rdma.errors import ProtocolError, TransferError
 from nvflare_rdma.transfer.pieces import PieceLayout
 
@@ -66,6 +66,11 @@ class Item:
     def sent_nbytes(self) -> int:
         """Bytes of its content, or of its message on the link."""
         return self.cut.nbytes if self.cut is not None else self.nbytes
+
+    @property
+    def needs_relay(self) -> bool:
+        """Whether FLARE's own messages can't bring it: it is encoded, or of a dtype that they can't make tensors of."""
+        return self.cut is not None or (self.torch and not is_loadable(self.dtype))
 
     @property
     def unit(self) -> int:

@@ -76,6 +76,11 @@ class PieceLayout:
         whole, rest = divmod(self.n, self.values)
         return whole * self.unit + (_encoded_nbytes(self.codec, rest) if rest else 0)
 
+    @property
+    def count(self) -> int:
+        """How many pieces there are."""
+        return -(-self.n // self.values)
+
     def pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, slice]]:
         """The pieces in `length` bytes of the message that begin at `offset`: the first value of each, the one after
         its last, and where its bytes are among those."""

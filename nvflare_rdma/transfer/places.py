@@ -102,7 +102,7 @@ class OnDisk(Place):
     @staticmethod
     def takes(item: Item) -> bool:
         """Whether a safetensors file can have the tensor."""
-        return item.torch and is_storable(item.name, item.dtype)
+        return item.torch and is_storable(item.name, item.dtype, item.shape)
 
     def write(self, offset: int, data: memoryview) -> None:
         """See `Place.write`."""

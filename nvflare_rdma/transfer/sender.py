@@ -31,6 +31,12 @@ class Relayed:
         self._lock = threading.Lock()
         self._open: tuple[int, Source] | None = None
 
+    @property
+    def items(self) -> list[Item]:
+        """The items as they were given so far; what its codec could not carry is not encoded."""
+        with self._lock:
+            return list(self._items)
+
     def piece(self, number: int, offset: int, exact: bool, most: int) -> tuple[int, int, bool, bytes] | None:
         """Give the bytes that follow `offset` bytes of an item: at most `most` of them, but one unit at least.
 

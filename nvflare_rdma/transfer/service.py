@@ -19,7 +19,7 @@ from nvflare_rdma.transfer.content import Content
 from nvflare_rdma.transfer.manifest import STARTS, Item
 from nvflare_rdma.transfer.notices import Notices
 from nvflare_rdma.transfer.peers import PeerLinks
-from nvflare_rdma.transfer.records import Meters
+from nvflare_rdma.transfer.records import Meter, Meters
 from nvflare_rdma.transfer.sender import OfferedItem, OfferThread, Relayed
 
 log = get_logger(__name__)
@@ -163,7 +163,17 @@ class Service:
     def ended(self, receiver: str, failure: str = "") -> None:
         """Record that `receiver` has everything, whichever way it came; or that it will not, and why."""
         items, nbytes = self._size if not failure else (0, 0)
+        if not failure and (content := self._content) is not None and (meter := self.meters.find(receiver)) is not None:
+            meter.receipt = content.receipt(self._sent_to(receiver, meter))
         self.meters.end(receiver, items, nbytes, failure)
+
+    def _sent_to(self, receiver: str, meter: Meter) -> list[Item] | None:
+        """The items as `receiver` has got them; None if it took them as FLARE sends them."""
+        with self._lock:
+            relayed, items = self._relayed.get(receiver), self._items.get(receiver)
+        if relayed is not None:
+            return relayed.items
+        return None if meter.fell_back else items
 
     def close(self) -> None:
         """Stop sending, and let go of the content."""

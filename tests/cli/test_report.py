@@ -227,6 +227,7 @@ DAMAGED = [
         for line in [{**line, "reason": "", "outcome": "done"}]
         for wrong in (
             *({"time": value} for value in (float("nan"), float("inf"), 1e300, "now", None, [])),
+            *({"relative_error": value} for value in (-1, "much", float("nan"))),
             *({"raw_bytes": value} for value in (-1, 10**400, 1.5, True, {})),
             *({"peer": 7}, {"direction": "up"}, {"round": "x"}, {"round": -1}),
         )
@@ -264,6 +265,14 @@ def test_where_no_line_is_whole_that_is_the_error(tmp_path):
     file.write_bytes(b'{"round": 0, "ti')
     with pytest.raises(CommandError, match="no record of job simulate_job is whole: 1 damaged lines"):
         report_of(tmp_path)
+
+
+def test_what_an_earlier_release_did_not_write_is_no_damage(tmp_path):
+    file = records_of(simulated(tmp_path) / "site-1" / "simulate_job")
+    new = ("codecs", "relative_error", "error_from", "digest")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("\n".join(json.dumps({k: v for k, v in line.items() if k not in new}) for line in lines) + "\n")
+    assert report_of(tmp_path).damaged_lines == 0
 
 
 def test_what_a_later_release_adds_to_records_is_no_damage(tmp_path):

@@ -72,6 +72,22 @@ def test_what_a_type_can_not_do_without_is_on(recipe, tmp_path, kind, options):
     assert found["client"]["task_result_filters"] == [(["train"], PUBLIC + QUANTIZE, args)]
 
 
+def test_the_largest_error_is_for_both_sides(recipe, tmp_path):
+    add_quantization(recipe, "normfloat4", max_relative_error=0.05)
+    found = exported(recipe._job, tmp_path / "out")
+    args = {"quantization_type": "normfloat4", "policy": [], "max_relative_error": 0.05}
+    assert found["server"]["task_data_filters"] == [(["train"], PUBLIC + QUANTIZE, args)]
+    assert found["client"]["task_result_filters"] == [(["train"], PUBLIC + QUANTIZE, args)]
+
+
+def test_the_type_may_follow_the_links(recipe, tmp_path):
+    add_quantization(recipe, "auto", round_seconds=60)
+    found = exported(recipe._job, tmp_path / "out")
+    args = {"quantization_type": "auto", "policy": [], "round_seconds": 60.0}
+    assert found["server"]["task_data_filters"] == [(["train"], PUBLIC + QUANTIZE, args)]
+    assert found["client"]["task_result_filters"] == [(["train"], PUBLIC + QUANTIZE, args)]
+
+
 def test_a_job_with_an_app_per_site(tmp_path):
     job = FedJob(name="q")
     for site in ("site-1", "site-2"):
@@ -174,6 +190,7 @@ def test_what_sites_send_each_other_is_no_filters_matter(workflow):
     add_quantization(recipe, "NormFloat4", policy=[{"name": "head", "quantization_type": "exact"}])
     made = components(recipe, "@ALL")["peer_quantizer"]
     assert type(made) is PeerQuantizer
+    assert made.max_relative_error is None
     assert (made.quantization_type, len(made.policy)) == ("normfloat4", 1)
     assert not filters(recipe, "@ALL")
     assert not filters(recipe, "server"), "they would never have a model"

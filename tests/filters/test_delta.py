@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -361,6 +362,41 @@ def test_a_sites_results_use_both(federation):
     residual = fed.sites["site-1"].quantizer._encoder.residuals.committed("train").get("layer0.weight")
     left = (residual.astype(np.uint32) << 16).view(np.float32).reshape(40, 50)
     np.testing.assert_allclose(total + left, wanted, atol=2e-3)
+
+
+@pytest.mark.parametrize("delta", [None, False])
+def test_error_feedback_on_whole_models_is_with_differences_unless_told_otherwise(federation, delta):
+    fed, w = federation("int2", error_feedback=True, delta=delta), model(0)
+    for round_ in range(3):
+        meta, got = fed.task(w)("site-1")
+        assert bool(ours(meta).get("base")) == (delta is None and round_ > 0)
+        meta, _ = fed.result("site-1", stepped(got, round_, 1e-2))
+        assert bool(ours(meta).get("base")) == (delta is None)
+
+
+@pytest.mark.parametrize("name", ["int8", "int2", "exact_delta", "topk2"])
+@pytest.mark.parametrize("shape", [(100, 20), (20, 100), (40, 25)])
+def test_an_adapter_of_another_rank_or_shape_starts_anew_and_the_others_go_on(federation, name, shape):
+    """Also one of as many values: they are others."""
+    options = {"error_feedback": True} if name in ("int2", "topk2") else {}
+    fed, w = federation(name, **options), {name: value + 100 for name, value in model(0).items()}
+    for round_ in range(2):
+        _, got = fed.task(w)("site-1")
+        fed.result("site-1", stepped(got, round_, 1e-2))
+    w["layer1.weight"] = (100 + model(5)["layer1.weight"].ravel()[: math.prod(shape)]).reshape(shape)
+    before = fed.sites["site-1"].quantizer._encoder.residuals.committed("train")
+    meta, got = fed.task(w)("site-1")
+    anew = "layer1.weight"
+    assert {k for k, s in meta["quant_state"].items() if s.get("delta")} == w.keys() - {anew}
+    assert got[anew].shape == shape
+    _, back = fed.result("site-1", got)  # with what was lacking of the others alone
+    after = fed.sites["site-1"].quantizer._encoder.residuals.committed("train")
+    if options:
+        assert before[anew].shape != shape
+        assert after[anew].shape == shape
+    assert back[anew].shape == shape
+    meta, got = fed.task(w)("site-1")
+    assert meta["quant_state"][anew].get("delta"), "it has a base again"
 
 
 @pytest.mark.parametrize("name", ["topk2", "topk2_128"])

@@ -320,7 +320,12 @@ def test_a_result_that_comes_while_the_next_message_is_encoded_changes_nothing_i
 
 @pytest.mark.parametrize(
     ("kind", "delta", "warned"),
-    [(DataKind.WEIGHTS, False, True), (DataKind.WEIGHTS, True, False), (DataKind.WEIGHT_DIFF, False, False)],
+    [
+        (DataKind.WEIGHTS, False, True),
+        (DataKind.WEIGHTS, True, False),
+        (DataKind.WEIGHTS, None, False),
+        (DataKind.WEIGHT_DIFF, False, False),
+    ],
 )
 def test_whole_weights_without_differences_are_warned_of_once(job, caplog, kind, delta, warned):
     quantizer = ModelQuantizer("int8", error_feedback=True, delta=delta)
@@ -328,4 +333,4 @@ def test_whole_weights_without_differences_are_warned_of_once(job, caplog, kind,
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             stream.send({"w": torch.randn(4096)}, kind)
-    assert caplog.text.count("set delta=true") == int(warned)
+    assert caplog.text.count("leave out delta=false") == int(warned)

@@ -121,7 +121,7 @@ def test_the_model_is_not_kept_alive_and_its_codes_go_with_it(at):
 
 
 def test_error_feedback_counts_a_broadcast_once(encodings, at):
-    quantizer = ModelQuantizer("ternary", one_way=True, error_feedback=True)
+    quantizer = ModelQuantizer("ternary", one_way=True, error_feedback=True, delta=False)
     a, b, c = to_sites(quantizer, message(params()), at)
     assert a.data["w0"] is b.data["w0"] is c.data["w0"]
     (staged,) = quantizer._encoder.residuals._staged.values()

@@ -72,13 +72,33 @@ def test_weights_arrive_within_the_bound_in_both_directions(quantization_type, h
     if how == ["streamed"]:
         check_streaming(load["initial"], done.stdout + done.stderr)
     assert "data goes over shm" in log
-    assert ("diverged: normfloat4 can't carry NaN or Inf" in log) == (codec.bits == 4 and how != ["direct"])
+    assert ("diverged: normfloat4 can't carry NaN or Inf" in log) == (codec.bits == 4)
+
+
+@pytest.mark.flare
+def test_both_sides_look_at_what_transfers_have_told(tmp_path):
+    """This model is too small to tell of a rate."""
+    done = run(JOB, str(tmp_path), "auto", "direct", timeout=200)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    server, site = (next((tmp_path / "ws").rglob(f"{name}/log.txt")).read_text() for name in ("server", "site-1"))
+    for log, peer in ((server, "site-1"), (server, "site-2"), (site, "server")):
+        why = "no transfer has told yet how fast this link is, and it is the smallest"
+        assert f"Messages of task 'train' to {peer} go in normfloat4_e4m3: {why}" in log
 
 
 def check_direct(log: str, transfers: Path) -> None:
-    """Results have come directly, and stay encoded until they are added."""
-    came = [line for line in map(json.loads, transfers.read_text().splitlines()) if line["direction"] == "received"]
+    """Results have come directly, and stay encoded until they are added. What was sent is signed off."""
+    lines = list(map(json.loads, transfers.read_text().splitlines()))
+    came = [line for line in lines if line["direction"] == "received"]
     assert [line["path"] for line in came] == ["direct"] * 2
+    sent = [line for line in lines if line["direction"] == "sent"]
+    assert len(sent) == 2
+    for line in sent:
+        assert "normfloat4" in line["codecs"]
+        assert 0.05 < line["relative_error"] < 0.2
+        assert len(line["digest"]) == 32
+        assert f"digest {line['digest']}" in log
+    assert sent[0]["digest"] == sent[1]["digest"], "both sites got the same"
     assert log.count("Results that come in few bits stay encoded here until an aggregator adds them") == 1
     assert log.count("that were to be encoded on their way came so, and stay encoded until they are added") == 2
 

@@ -37,7 +37,10 @@ if __name__ == "__main__":
         server_expected_format=ExchangeFormat.PYTORCH,
     )
     everything = [{"quantization_type": sys.argv[2]}]  # small tensors too
-    add_quantization(recipe, sys.argv[2], policy=everything)
+    if sys.argv[2] == "auto":
+        add_quantization(recipe, "auto", round_seconds=60)
+    else:
+        add_quantization(recipe, sys.argv[2], policy=everything)
     if sys.argv[3:] == ["streamed"]:
         recipe.enable_tensor_streaming()
         add_transfer(recipe)

@@ -147,6 +147,12 @@ def test_flares_data_bus_has_a_rounds_totals_as_job_metrics(run):
     assert sent["tags"] == {"job_id": "job-1", "site": "server"}
 
 
+def test_the_largest_relative_error_of_what_was_sent_is_a_figure():
+    values = figures_of([record(relative_error=0.02), record(relative_error=0.09), record()])
+    assert values["sent_relative_error"] == 0.09
+    assert "sent_relative_error" not in figures_of([record()])
+
+
 def test_only_directions_that_were_used_have_figures():
     values = figures_of([record()])
     assert values["sent_goodput"] == 2000

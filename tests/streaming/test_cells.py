@@ -249,3 +249,19 @@ def test_nothing_stays_encoded_where_nobody_wants_it(results):
     assert result["held"] == 0
     assert results["few bits to a site"]["kind"] == "Tensor"
     assert results["held afterwards"] == 0
+
+
+@pytest.mark.parametrize("which", ["narrow", "narrow on disk", "narrow relayed", "narrow relayed to disk"])
+def test_tensors_of_8_and_4_bits_travel_as_they_are(results, which):
+    result = results[which]
+    assert "same" in result, result
+    assert all(result["same"].values()), result["same"]
+    assert result["kind"] == ("_LazyRef" if "disk" in which else "Tensor")
+
+
+def test_where_flares_own_path_can_not_bring_them_the_sender_says_so(results):
+    result = results["narrow without a direct way"]
+    assert "same" not in result
+    (line,) = logged(result, "will not reach site-1")
+    assert "tensors of dtype float4_e2m1fn_x2, float8_e8m0fnu" in line
+    assert "give its part of the job RdmaTransfer, or send them as uint8" in line

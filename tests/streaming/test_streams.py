@@ -13,7 +13,7 @@ from tests.support.processes import SMALL, run
 
 OWN = "on FLARE's own path"
 THANKS = {"site-1": "thanks from site-1", "site-2": "thanks from site-2"}
-CONTAINERS = ("dict", "ordered", "list", "deque", "set", "tensors", "many", "large texts")
+CONTAINERS = ("dict", "ordered", "list", "deque", "set", "tensors", "many", "narrow", "large texts")
 
 
 @pytest.fixture(scope="module")

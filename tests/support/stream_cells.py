@@ -52,6 +52,10 @@ CONTAINERS = {
     "set": {1, "two", 3.0},
     "tensors": [torch.full((20_000,), float(i)) for i in range(10)],
     "many": list(range(10_000)),
+    "narrow": {
+        name: torch.randint(0, 256, (300, 400), dtype=torch.uint8).view(getattr(torch, name))
+        for name in ("float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2")
+    },
     "large texts": {str(i): "x" * 400_000 for i in range(8)},
 }
 
@@ -60,6 +64,8 @@ def same(a, b) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
+        if a.element_size() == 1 and a.dtype == b.dtype:  # torch compares not all types of 8 bits
+            a, b = a.view(torch.uint8), b.view(torch.uint8)
         return torch.equal(a, b)
     if isinstance(a, np.ndarray):
         return bool(np.array_equal(a, b))

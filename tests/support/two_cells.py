@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,13 @@ MANY = {f"w{i}": marked(torch.randn(100, 100 + i), get_codec("normfloat4")) for 
 #: What the codec can't carry: it is sent exact.
 DIVERGED = torch.randn(400, 1000)
 DIVERGED[399, 999] = torch.nan
+
+
+#: Of 8 and 4 bits, not encoded by anybody here.
+NARROW = {
+    name: torch.randint(0, 256, (300, 400), dtype=torch.uint8).view(getattr(torch, name))
+    for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2")
+}
 
 
 def same(got: dict) -> bool:
@@ -115,6 +123,7 @@ class Pair:
         self.server.register_request_cb(channel="test", topic="few", cb=lambda request: self.reply(FEW_BITS))
         self.server.register_request_cb(channel="test", topic="adapter", cb=lambda request: self.reply(ADAPTER))
         self.server.register_request_cb(channel="test", topic="many", cb=lambda request: self.reply(MANY))
+        self.server.register_request_cb(channel="test", topic="narrow", cb=lambda request: self.reply(NARROW))
         self.server.register_request_cb(channel="test", topic="put", cb=self.put)
         self.server.register_request_cb(channel="test", topic="put few", cb=self.put_few_bits)
         self.server.update_fobs_context({FOBSContextKey.DOWNLOAD_COMPLETE_CB: self.complete})
@@ -181,13 +190,36 @@ class Pair:
         error = max(float((reply.payload[name] - tensor).abs().max()) for name, tensor in MANY.items())
         return {"error": error, "count": len(reply.payload), "finished": self.finished.wait(30.0)}
 
+    def get_narrow(self) -> dict:
+        request = new_cell_message({}, {})
+        try:
+            reply = self.site.send_request(
+                channel="test", topic="narrow", target="server", request=request, timeout=60.0
+            )
+        except Exception as error:  # noqa: BLE001 - whatever FLARE makes of it
+            return {"failed": str(error)}
+
+        def equal(name: str, tensor: torch.Tensor) -> bool:
+            got = reply.payload[name]
+            got = got.materialize() if type(got).__name__ == "_LazyRef" else got
+            as_it_was = got.dtype == tensor.dtype and got.shape == tensor.shape
+            return as_it_was and torch.equal(got.view(torch.uint8), tensor.view(torch.uint8))
+
+        return {
+            "same": {name: equal(name, tensor) for name, tensor in NARROW.items()},
+            "kind": type(reply.payload["float8_e4m3fn"]).__name__,
+        }
+
     def get_few_bits_to_disk(self) -> dict:
+        return self.to_disk(self.get_few_bits)
+
+    def to_disk(self, get: Callable[[], dict]) -> dict:
         """As a workflow with ``enable_tensor_disk_offload`` has it."""
         self.folder = tempfile.mkdtemp(dir=sys.argv[1])
         to_disk = {FOBSContextKey.TENSOR_DISK_OFFLOAD: True, _TENSOR_DISK_OFFLOAD_ROOT_DIR: self.folder}
         self.site.update_fobs_context(to_disk)
         try:
-            result = self.get_few_bits()
+            result = get()
             gc.collect()
             return {**result, "left": os.listdir(self.folder)}
         finally:
@@ -258,6 +290,8 @@ def main() -> None:
     results["asked"] = {topic: pair.asked_of_the_sender(topic) for topic in ("few", "adapter")}
     records.take()
     results["few bits on disk"] = {**pair.get_few_bits_to_disk(), "records": records.take(), "log": lines.take()}
+    results["narrow"], results["narrow on disk"] = pair.get_narrow(), pair.to_disk(pair.get_narrow)
+    lines.take(), records.take()
     results["few bits up"] = pair.send_few_bits()
     shared().holdings.start(1 << 26)
     results["few bits up, to be added"] = pair.send_few_bits()
@@ -289,6 +323,8 @@ def main() -> None:
     known["site-1"] = own
     known["server"] = None
     results["a sender that has ended its channels"] = {**pair.get(), "log": lines.take(), "records": records.take()}
+    results["narrow without a direct way"] = {**pair.get_narrow(), "log": lines.take()}
+    records.take()
     known["server"] = theirs
     shared().links.stop()
     os.environ["NVFLARE_RDMA_DATA_PORTS"] = "none"
@@ -303,6 +339,7 @@ def main() -> None:
     results["few bits relayed"] = {**pair.get_few_bits(), "records": records.take()}
     results["few bits relayed to disk"] = {**pair.get_few_bits_to_disk(), "records": records.take()}
 
+    results["narrow relayed"], results["narrow relayed to disk"] = pair.get_narrow(), pair.to_disk(pair.get_narrow)
     (Path(sys.argv[1]) / "results.json").write_text(json.dumps(results))
 
 

@@ -13,4 +13,4 @@ Only `nvflare_rdma.codecs` imports from here: a codec imports the module of its 
 
 from __future__ import annotations
 
-__all__ = ["adaquant", "blockwise", "differences", "fourbit", "halves", "linear", "planes", "sums", "topk"]
+__all__ = ["adaquant", "blockwise", "differences", "errors", "fourbit", "halves", "linear", "planes", "sums", "topk"]

@@ -31,6 +31,7 @@ float32_value, float64_value, uint32_value = types.float32, types.float64, types
 boolean = types.boolean
 nothing = types.void
 float32, float32_out = _array(types.float32), _array(types.float32, True)
+float64_out = _array(types.float64, True)
 uint8, uint8_out = _array(types.uint8), _array(types.uint8, True)
 int8, int8_out = _array(types.int8), _array(types.int8, True)
 uint16, uint16_out = _array(types.uint16), _array(types.uint16, True)
