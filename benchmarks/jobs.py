@@ -8,7 +8,8 @@ each, with mutual TLS. FLARE's messages go over grpc in every configuration.
 
     empty     FLARE alone, and a model of a few kB: what the processes need without a model
     flare     FLARE alone, tensors in full precision
-    ours      RdmaTransfer and quantization, over the fabric that is chosen by itself: shared memory, on one host
+    ours      RdmaTransfer and quantization, over the fabric that is chosen by itself: shared memory, on one host;
+              gpt2_small's checkpoints are saved in the background
     ours-tcp  the same with NVFLARE_RDMA_FABRICS=tcp, so that the bytes can be counted
 
 ``wall`` of the simulator is from its start to its end, of the POC from the job's submission to its end, by the admin's

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from model import folder_of, header_digest
+from model import folder_of, header_digest, is_file_name
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.fl_constant import ReturnCode
@@ -43,7 +43,12 @@ class FetchModel(Executor):
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """The one task of this job."""
-        path, note = self._folder / shareable["file"], self._folder / f".{shareable['file']}.stamp"
+        name = shareable["file"]
+        if not is_file_name(name):
+            return _reply(
+                ReturnCode.BAD_TASK_DATA, f"was told of {name!r}, which is no name of a file, but leads elsewhere"
+            )
+        path, note = self._folder / name, self._folder / f".{name}.stamp"
         if path.is_file() and note.is_file() and note.read_text() == shareable["stamp"]:
             return _reply(ReturnCode.OK, f"has had {path.name} since an earlier run")
         began = time.monotonic()

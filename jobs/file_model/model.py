@@ -21,10 +21,18 @@ def folder_of(fl_ctx: FLContext, folder: str) -> Path:
     return Path(workspace.get_root_dir(), folder, workspace.site_name if os.path.isabs(folder) else "")
 
 
+def is_file_name(name: object) -> bool:
+    """Whether this is the name of a file, without a folder: what another side says may lead anywhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
 def header_digest(file: Path) -> str:
-    """SHA-256 of a safetensors file's header: names, dtypes, shapes and places of all its tensors."""
+    """SHA-256 of a safetensors file's header: names, dtypes, shapes and places of all its tensors. "" if the file is
+    none."""
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(HEADER_LENGTH), "little")
+        if length > os.stat(file).st_size - HEADER_LENGTH:
+            return ""
         return hashlib.sha256(opened.read(length)).hexdigest()
 
 

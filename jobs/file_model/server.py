@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from model import folder_of, header_digest, make_model, stamp
 from nvflare.apis.controller_spec import Task
@@ -18,6 +19,22 @@ from nvflare_rdma.streaming import FileRetriever
 TASK = "fetch_model"
 
 
+class OneFile(FileRetriever):
+    """Sends one file, and no other of its folder."""
+
+    def __init__(self, path: Path, quantization_type: str | None) -> None:
+        super().__init__(str(path.parent), FileRetriever.__name__, quantization_type=quantization_type)
+        self.stream_channel = FileRetriever.__name__  # as the sites' has it; FLARE takes the name of the class
+        self._name = path.name
+
+    def validate_request(self, request: Shareable, fl_ctx: FLContext) -> tuple[str, Any]:
+        """FLARE's hook: whether who asks may have it."""
+        if request.get("file_name") != self._name:
+            self.log_error(fl_ctx, f"bad request: only {self._name} is to be had here")
+            return ReturnCode.BAD_REQUEST_DATA, None
+        return super().validate_request(request, fl_ctx)
+
+
 class Distribute(Controller):
     """Has every site fetch a file from this server.
 
@@ -26,7 +43,7 @@ class Distribute(Controller):
         folder: where the server keeps models; see `folder_of`.
         quantization_type: the codec of what travels; "" for the file as it is.
         width, layers, vocab: sizes of the model that is made.
-        sites: how many there have to be.
+        sites: how many have to get it. All that there are get it, and the job fails if one of them does not.
         timeout: seconds that all of it may take.
     """
 
@@ -46,7 +63,7 @@ class Distribute(Controller):
         self.width, self.layers, self.vocab = width, layers, vocab
         self.sites, self.timeout = sites, timeout
         self._path = Path()
-        self._lacking: list[str] = []
+        self._said: dict[str, bool] = {}
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         """Find the file, or make it, and be ready to send it to the sites that ask for it."""
@@ -57,9 +74,7 @@ class Distribute(Controller):
         if not self._path.is_file():
             self.system_panic(f"there is no file {self._path}: put the model there, or name another one", fl_ctx)
             return
-        # Sites get it from the same folder, and nothing else: the retriever refuses paths that lead out of it.
-        retriever = FileRetriever(str(self._path.parent), quantization_type=self.quantization_type or None)
-        retriever.handle_event(EventType.START_RUN, fl_ctx)
+        OneFile(self._path, self.quantization_type or None).handle_event(EventType.START_RUN, fl_ctx)
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """One task for all sites."""
@@ -73,17 +88,21 @@ class Distribute(Controller):
         )
         self.log_info(fl_ctx, f"sites are to have {self._path.name}, of {wanted['size']} bytes")
         task = Task(TASK, wanted, timeout=self.timeout, result_received_cb=self._came)
-        self.broadcast_and_wait(task, fl_ctx, min_responses=self.sites, abort_signal=abort_signal)
-        if self._lacking:
-            self.system_panic(f"{', '.join(self._lacking)}: no model. Run the job again, and it goes on", fl_ctx)
+        there = {client.name for client in fl_ctx.get_engine().get_clients()}
+        self.broadcast_and_wait(task, fl_ctx, min_responses=0, abort_signal=abort_signal)  # 0: of all of them
+        have = {site for site, well in self._said.items() if well}
+        if lacking := sorted((there | self._said.keys()) - have):
+            self.system_panic(f"{', '.join(lacking)}: no model. Run the job again, and it goes on", fl_ctx)
+        elif len(have) < self.sites:
+            self.system_panic(f"{len(have)} sites have the model, and {self.sites} were to get it", fl_ctx)
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
         """Nothing is left to stop."""
 
     def _came(self, client_task: object, fl_ctx: FLContext) -> None:
         site, result = client_task.client.name, client_task.result  # type: ignore[attr-defined]
-        if result.get_return_code() == ReturnCode.OK:
+        self._said[site] = result.get_return_code() == ReturnCode.OK
+        if self._said[site]:
             self.log_info(fl_ctx, f"{site} {result['said']}")
         else:
             self.log_error(fl_ctx, f"{site} has no model: {result.get('said', result.get_return_code())}")
-            self._lacking.append(site)

@@ -19,6 +19,8 @@ import common  # noqa: E402  before FLARE
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe  # noqa: E402
 from nvflare.client.config import ExchangeFormat  # noqa: E402
 
+from nvflare_rdma.recipe import save_in_background  # noqa: E402
+
 NAME = "gpt2_small"
 CLIENT_OPTIONS = ("sites", "steps", "width", "layers", "vocab")
 
@@ -51,6 +53,8 @@ def build(args: argparse.Namespace) -> FedAvgRecipe:
         key_metric="",  # no best model is chosen
     )
     common.add_parts(recipe, args)
+    if args.direct:
+        save_in_background(recipe)  # half of what is left of a round is the checkpoint on its way to the disk
     common.name_script(recipe)
     return recipe
 

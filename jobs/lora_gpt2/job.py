@@ -59,6 +59,10 @@ def build(args: argparse.Namespace) -> FedAvgRecipe:
     if args.checkpoint:
         # Sites elsewhere have it under the path that was given, those of the simulator where it is.
         path = args.checkpoint if common.EXPORT else Path(args.checkpoint).resolve()
+        if len(str(path).split()) != 1:
+            raise ValueError(
+                f"--checkpoint {str(path)!r} has blanks, at which FLARE parts a script's arguments: move it"
+            )
         client_args.append(f"--checkpoint {path}")
     recipe = FedAvgRecipe(
         name=NAME,

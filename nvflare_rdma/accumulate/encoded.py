@@ -11,6 +11,8 @@ import numpy as np
 from nvflare_rdma.accumulate.spool import Bytes, InSpool
 from nvflare_rdma.codecs import NUMPY_DTYPES, TILE, Array, FixedSizeCodec, Float32, add_scaled, float32_runs
 
+_READ = 1 << 18
+
 
 class Encoded(ABC):
     """The values of one tensor, flat.
@@ -22,7 +24,7 @@ class Encoded(ABC):
         dtype: the name of the tensor's: float32, float16 or bfloat16.
         run: values of a run. Runs begin at multiples of it.
         nbytes: the memory that it keeps.
-        nbytes_on_disk: what it keeps on disk.
+        nbytes_on_disk: what it keeps on disk, at `where`.
     """
 
     n: int
@@ -30,6 +32,13 @@ class Encoded(ABC):
     run: int
     nbytes: int
     nbytes_on_disk: int = 0
+    where: Bytes | None = None
+
+    def check(self) -> None:
+        """Look whether what is on disk can be read. Raises OSError."""
+        for start in range(0, self.nbytes_on_disk, _READ):
+            assert self.where is not None
+            self.where.read(start, min(_READ, self.nbytes_on_disk - start))
 
     @abstractmethod
     def decode(self, start: int, out: Array) -> None:
@@ -115,4 +124,5 @@ class EncodedParts(Encoded):
 
 def _keep(encoded: Encoded, where: Bytes, nbytes: int) -> None:
     """Note where an encoded tensor's bytes are."""
+    encoded.where = where
     encoded.nbytes, encoded.nbytes_on_disk = (0, nbytes) if isinstance(where, InSpool) else (nbytes, 0)

@@ -56,6 +56,12 @@ class DiskRoom:
         self._lock = threading.RLock()  # a spool may die in any allocation, also in one under the lock
         self._taken: Counter[str] = Counter()
 
+    @property
+    def taken(self) -> int:
+        """Bytes that are taken now."""
+        with self._lock:
+            return self._taken.total()
+
     def take(self, site: str, nbytes: int, free: int) -> None:
         """Take room for a site, where `free` bytes are free now.
 
@@ -111,8 +117,13 @@ class Spool:
             fd = self._file.fileno()
             disk = os.fstatvfs(fd)
             self._room.take(self._site, nbytes, disk.f_bavail * disk.f_frsize)
+            try:
+                os.posix_fallocate(fd, self._end, nbytes)
+            except OSError:
+                os.ftruncate(fd, self._end)
+                self._room.give_back(self._site, nbytes)
+                raise
             weakref.finalize(self, self._room.give_back, self._site, nbytes).atexit = False
-            os.posix_fallocate(fd, self._end, nbytes)
             start, self._end = self._end, self._end + nbytes
             return InSpool(self, fd, start)
 

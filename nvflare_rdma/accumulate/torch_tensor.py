@@ -69,7 +69,9 @@ class State:
         return out
 
     def add_to(self, total: torch.Tensor, encoded: Encoded, weight: float) -> None:
-        """Add `weight` times the values to a contiguous plain tensor of the same shape and dtype."""
+        """Add `weight` times the values to a contiguous plain tensor of the same shape and dtype. If they can't be
+        read, it stays as it was or, if that shows in the middle only, becomes NaN: no model may be made of it."""
+        encoded.check()
         with torch.no_grad():
             flat = total.detach().view(-1)
             sums: Array = to_array(flat)
@@ -82,7 +84,11 @@ class State:
                 encoded.decode(start, to_array(values))
                 flat[start:stop].add_(values, alpha=weight)
 
-            _in_runs(encoded, run)
+            try:
+                _in_runs(encoded, run)
+            except BaseException:
+                flat.fill_(float("nan"))
+                raise
         self.holdings.note_added(flat.numel() * flat.element_size())
 
 
@@ -180,14 +186,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) and abs(value) <= _LARGEST
 
 
-def _product(tensor: Any, other: Any) -> Any:
+def _product(*args: Any, **options: Any) -> Any:
+    if options or len(args) != 2:
+        return NotImplemented
+    tensor, other = args
     if not _is_number(other):
         tensor, other = other, tensor
     encoded = _still_encoded(tensor)
     return tensor.state.copy(encoded, other) if encoded is not None and _is_number(other) else NotImplemented
 
 
-def _add_in_place(total: Any, other: Any, *, alpha: Any = 1) -> Any:
+def _add_in_place(*args: Any, alpha: Any = 1, **options: Any) -> Any:
+    if options or len(args) != 2:
+        return NotImplemented
+    total, other = args
     encoded = _still_encoded(other)
     if encoded is None or not _is_number(alpha):
         return NotImplemented
@@ -200,17 +212,22 @@ def _add_in_place(total: Any, other: Any, *, alpha: Any = 1) -> Any:
     return total
 
 
-def _copied(tensor: Any, *others: Any, **options: Any) -> Any:
+def _copied(*args: Any, **options: Any) -> Any:
+    if not args:
+        return NotImplemented
+    tensor = args[0]
     encoded = _still_encoded(tensor)
     return tensor.state.copy(encoded) if encoded is not None and not options else NotImplemented
 
 
-def _itself(tensor: Any, *others: Any, **options: Any) -> Any:
-    return tensor if _still_encoded(tensor) is not None and not others and not options else NotImplemented
+def _itself(*args: Any, **options: Any) -> Any:
+    return args[0] if len(args) == 1 and not options and _still_encoded(args[0]) is not None else NotImplemented
 
 
-def _detached(tensor: Any) -> Any:
-    return tensor.detached()  # also when it is decoded: what makes a parameter of a tensor wants its class
+def _detached(*args: Any, **options: Any) -> Any:
+    return (
+        args[0].detached() if len(args) == 1 and not options else NotImplemented
+    )  # also when it is decoded: what makes a parameter of a tensor wants its class
 
 
 def _requires_grad(tensor: Any, requires_grad: bool = True) -> Any:

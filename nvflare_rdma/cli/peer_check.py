@@ -21,7 +21,7 @@ from typing import Any
 from nvflare_rdma.channel import GREETING_TIMEOUT, ControlStream, Pending, dial
 from nvflare_rdma.cli.output import ENVIRONMENT, CommandError
 from nvflare_rdma.cli.peer_kit import Side, this_side
-from nvflare_rdma.cli.peer_link import Exchange, Goodput, context_for
+from nvflare_rdma.cli.peer_link import BUSY, Exchange, Goodput, context_for
 from nvflare_rdma.cli.peer_listen import MOST_PORTS, name_of, parse_peer, versions
 from nvflare_rdma.errors import ConfigError, FabricUnavailable, ProtocolError, RdmaError, TlsError
 from nvflare_rdma.fabric import connect_tcp, join_address, plain_host
@@ -234,10 +234,14 @@ class _Check:
 
     def _first_answer(self, exchange: Exchange) -> dict[str, Any]:
         try:
-            return exchange.ask("about")
+            answer = exchange.ask("about")
         except (OSError, RdmaError) as error:
             text = f"{self._where} opens a link, but does not answer: {error}"
             raise CommandError("NOT_A_PEER", text, self._what_listens()) from error
+        if isinstance(busy := answer.get(BUSY), str):
+            text = f"{self._where} can't be checked now: {escaped(busy[:200])}"
+            raise CommandError("BUSY", text, "try again when they are over", ENVIRONMENT)
+        return answer
 
     # -- fabrics -------------------------------------------------------------------------------------------
 

@@ -35,6 +35,8 @@ MOST_BYTES, MOST_AT_ONCE = 32 * 1024 * 1024, 2
 #: How long one link may last, and how long either side waits for an answer.
 LINK_SECONDS, ANSWER_SECONDS = 90.0, 10.0
 _MOST_QUESTIONS = 1000
+#: The answer's field if the passive side can't check now, and how long it waits for the question.
+BUSY, _REFUSED_SECONDS = "busy", 5.0
 #: A round of messages that took at least so long counts, and the median of so many of them. No more is begun after
 #: `_BUDGET_SECONDS`; a round that takes longer than the last one is given up.
 _FIRST_BYTES, _GROWTH, _ROUND_SECONDS, _ROUNDS = 256 * 1024, 4, 0.25, 3
@@ -48,12 +50,6 @@ def _noise() -> memoryview:
     return memoryview(os.urandom(1024 * 1024) * (MOST_BYTES // (1024 * 1024)))
 
 
-@functools.cache
-def _waste() -> memoryview:
-    """Where all that comes lands, as in a tensor's memory."""
-    return memoryview(bytearray(MOST_BYTES))
-
-
 class _Noise(Source):
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
@@ -64,14 +60,15 @@ class _Noise(Source):
 
 
 class _Waste(Sink):
-    def __init__(self, nbytes: int, over: Callable[[str], None]) -> None:
-        self.nbytes = nbytes
+    def __init__(self, memory: memoryview, over: Callable[[str], None]) -> None:
+        self.nbytes = len(memory)
+        self._memory = memory
         self._over = over
 
     @property
     def buffer(self) -> memoryview:
         """See `Sink.buffer`."""
-        return _waste()[: self.nbytes]
+        return self._memory
 
     def done(self) -> None:
         """See `Sink.done`."""
@@ -115,11 +112,21 @@ class Exchange:
         self._lock = threading.Lock()
         self._sinks: dict[int, _Waste] = {}
         self._landing = 0
+        self._memory: memoryview | None = None
         self._landed: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._sending: list[Sending] = []
         self._questions = 0
         role = Role.ACTIVE if about is None else Role.PASSIVE
         self.link = Link(stream, role, fabrics, context, self._deliver, name, self._place)
+
+    def refuse(self, why: str) -> None:
+        """On the passive side: answer the first question with why there will be no check, and end the link."""
+        self._about = lambda link: {BUSY: why}
+        ending = threading.Timer(_REFUSED_SECONDS, self.link.close)
+        ending.daemon = True
+        ending.start()
+        self.link.run()
+        ending.cancel()
 
     # -- the active side -----------------------------------------------------------------------------------
 
@@ -203,7 +210,11 @@ class Exchange:
     def _expect(self, labels: list[int], nbytes: int) -> None:
         with self._lock:
             self._landing += len(labels)
-            self._sinks.update((label, _Waste(nbytes, functools.partial(self._over, nbytes))) for label in labels)
+            if self._memory is None:
+                self._memory = memoryview(bytearray(MOST_BYTES * MOST_AT_ONCE))
+            for i, label in enumerate(labels):  # each has its own, as tensors have: chunks are compared where they land
+                memory = self._memory[i * MOST_BYTES :][:nbytes]
+                self._sinks[label] = _Waste(memory, functools.partial(self._over, nbytes))
 
     def _over(self, nbytes: int, failure: str) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,14 +23,16 @@ from nvflare_rdma.cli.peer_kit import Side, this_side
 from nvflare_rdma.cli.peer_link import LINK_SECONDS, Exchange, context_for
 from nvflare_rdma.cli.port_use import who_listens
 from nvflare_rdma.cli.units import parse_time
-from nvflare_rdma.errors import ConfigError, FabricUnavailable
+from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.fabric import TcpFabric, join_address, listen_tcp
 from nvflare_rdma.logs import escaped
 from nvflare_rdma.settings import as_time
 from nvflare_rdma.version import __version__
 
 #: Links at once; others wait so long for one of them to end.
-_MOST_LINKS, _WAIT_SECONDS = 4, 15.0
+_MOST_LINKS, _WAIT_SECONDS = 4, 5.0
+#: So many links are told of, the last ones.
+_MOST_TOLD = 1000
 _MOST_SECONDS = 24 * 3600.0
 _LOOK_SECONDS, _END_SECONDS = 0.5, 2.0
 #: Of a range of data ports, so many are opened.
@@ -72,7 +75,7 @@ def listen_result(address: str, folder: Path | None, timeout: str) -> Result:
         )
         with _interrupted():
             _wait(seconds)
-    data = {"site": side.name, "secure": side.secure, "port": listening.port, "peers": listening.served}
+    data = {"site": side.name, "secure": side.secure, "port": listening.port, "peers": list(listening.served)}
     lines = [
         f"{peer['site'] or 'somebody'} from {peer['address']} over {peer['fabric']}: {peer['received_bytes']} bytes "
         f"came, {peer['sent_bytes']} went" + (f"; {peer['failure']}" if peer["failure"] else "")
@@ -143,7 +146,7 @@ class Listening:
     them it can reach. All lead to the same."""
 
     def __init__(self, side: Side, host: str, port: int) -> None:
-        self.served: list[dict[str, Any]] = []
+        self.served: deque[dict[str, Any]] = deque(maxlen=_MOST_TOLD)
         """Who came, link by link."""
         self.data_ports: list[int] = []
         """Where it listens besides."""
@@ -206,20 +209,21 @@ class Listening:
     def _on_connection(self, sock: socket.socket, stream: ControlStream, admitted: Callable[[], None]) -> None:
         """Serve one link until the peer goes."""
         stream.site = name_of(stream)
-        if not self._places.acquire(timeout=_WAIT_SECONDS):
-            stream.close()
-            raise FabricUnavailable(f"{_MOST_LINKS} links of checks are open; try again when they are over")
+        runtime = self._side.runtime
+        context = context_for(runtime.context, runtime.settings.rdma_fabrics)
+        address = address_of(sock, peer=True)
+        exchange = Exchange(stream, runtime.fabrics(self._fabric, sock), context, f"check {address}", self._about)
+        exchange.link.open()
+        admitted()
+        if not self._places.acquire(timeout=_WAIT_SECONDS):  # after the handshake, which may be put off
+            exchange.refuse(f"{_MOST_LINKS} checks are going on there, which is the most")
+            return
         try:
-            runtime = self._side.runtime
-            context = context_for(runtime.context, runtime.settings.rdma_fabrics)
-            address = address_of(sock, peer=True)
-            exchange = Exchange(stream, runtime.fabrics(self._fabric, sock), context, f"check {address}", self._about)
-            exchange.link.open()
-            admitted()
             ending = threading.Timer(LINK_SECONDS, exchange.link.close, (0.0,))
             ending.daemon = True
             ending.start()
-            print(f"{stream.site or 'somebody'} from {address}: {exchange.link.way}", file=sys.stderr, flush=True)
+            if len(self.served) < _MOST_TOLD:
+                print(f"{stream.site or 'somebody'} from {address}: {exchange.link.way}", file=sys.stderr, flush=True)
             with self._lock:
                 self._links.add(exchange.link)
             exchange.link.run()

@@ -129,8 +129,8 @@ class RdmaTransfer(FLComponent):
                 self._reporter.close()
         else:
             self._ties.handle_event(event_type, fl_ctx)
-            if self._leftovers is not None:
-                self._leftovers.handle_event(event_type, fl_ctx)
+            if (leftovers := self._leftovers) is not None:  # another thread may end the run meanwhile
+                leftovers.handle_event(event_type, fl_ctx)
             if event_type in (EventType.BEFORE_TASK_DATA_FILTER, EventType.BEFORE_TASK_RESULT_FILTER):
                 self._say_what_failed_there(fl_ctx)
             if self._reporter is not None:

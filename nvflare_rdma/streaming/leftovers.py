@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,9 +87,14 @@ def put_on_disk(module: Any, room: DiskRoom) -> int:
 
 
 def _large(module: Any) -> Iterator[Any]:
-    """The parameters that are worth it: plain ones of the module's own, each once."""
+    """The parameters that are worth it: plain ones that share their memory with nothing, each once."""
     import torch
 
+    owners = Counter(
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*module.parameters(), *module.buffers())
+        if type(tensor) in (torch.nn.Parameter, torch.Tensor) and tensor.layout is torch.strided
+    )
     for parameter in module.parameters():
         plain = type(parameter) is torch.nn.Parameter and parameter.layout is torch.strided
         if (
@@ -97,6 +103,8 @@ def _large(module: Any) -> Iterator[Any]:
             and parameter.dtype in (torch.float32, torch.float16, torch.bfloat16)
         ):
             whole = parameter.is_contiguous() and not parameter.is_neg()
-            own = parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
+            storage = parameter.untyped_storage()
+            own = storage.nbytes() == parameter.numel() * parameter.element_size() and not parameter.is_shared()
+            own = own and owners[storage.data_ptr()] == 1
             if whole and own and parameter.numel() * parameter.element_size() >= _SMALL:
                 yield parameter

@@ -92,7 +92,7 @@ class _OnDisk(Place):
             log.log(
                 self._shared.notices.level("kept", self._spool.folder, error.strerror),
                 "results that wait to be added are in memory beyond the budget: %d bytes can't be on disk in %s: %s; "
-                "free disk space there, or set TMPDIR for the server's process",
+                "free disk space there, or set TMPDIR for the server's process (too many open files: raise ulimit -n)",
                 *(nbytes, self._spool.folder, error),
             )
             self._instead = self._shared.tensor_memory.take(nbytes)

@@ -281,6 +281,16 @@ def test_an_error_of_another_operation_is_torchs():
             use(encoded)
 
 
+def test_torchs_other_ways_to_call_are_understood():
+    encoded, decoded, _ = make()
+    out = torch.empty(40, 33)
+    assert torch.mul(encoded, 2.0, out=out) is out
+    assert torch.equal(out, decoded * 2)
+    assert torch.equal(torch.mul(input=encoded, other=2), decoded * 2)
+    assert torch.equal(torch.clone(input=encoded), decoded)
+    assert torch.equal(torch.zeros(40, 33).add_(other=encoded, alpha=2), decoded * 2)
+
+
 def test_a_damaged_piece_is_no_reason_to_crash():
     codec = get_codec("normfloat4")
     memory = memoryview(np.random.default_rng(0).integers(0, 256, codec.encoded_nbytes(1000), np.uint8))

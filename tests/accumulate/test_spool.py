@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -58,6 +59,23 @@ def test_what_is_gone_has_given_its_room_back(tmp_path):
     del kept
     gc.collect()
     room.take("site-1", free // 4, free)
+
+
+def test_what_the_disk_refuses_is_not_counted(tmp_path):
+    room = DiskRoom()
+    made = Spool(room, "site-1", str(tmp_path))
+    made.reserve(1000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            made.reserve(10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert room.taken == 1000
+    place = made.reserve(10_000)
+    place.write(0, memoryview(b"x" * 10_000))
+    assert bytes(place.read(9_999, 1)) == b"x"
 
 
 def test_a_folder_that_is_not_there_is_said_when_something_comes(tmp_path):

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from nvflare_rdma.channel import Pending, dial
-from nvflare_rdma.cli import main, peer_link
+from nvflare_rdma.cli import main, peer_link, peer_listen
 from nvflare_rdma.cli.peer_kit import this_side
 from nvflare_rdma.cli.peer_link import MOST_AT_ONCE, MOST_BYTES, Exchange, context_for
 from nvflare_rdma.cli.peer_listen import Listening, parse_listen, parse_peer
@@ -356,6 +356,32 @@ def test_what_is_asked_for_and_never_sent_is_not_asked_for_again_and_again():
             insist(greedy, *({"what": "receive", "labels": [2 * n + 1, 2 * n + 2], "bytes": 1} for n in range(10)))
         eventually(lambda: not greedy.link.usable)
         assert "before those that it has asked for are over" in greedy.link.failure
+
+
+def test_a_listener_that_has_no_place_left_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(peer_listen, "_WAIT_SECONDS", 0.1)
+    monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "tcp")
+    side = this_side(None)
+    with Listening(side, "127.0.0.1", 0) as listening, contextlib.ExitStack() as held:
+        for _ in range(4):
+            assert "versions" in held.enter_context(exchange_with(listening, side)).ask("about")
+        assert main(["doctor", "--peer", f"127.0.0.1:{listening.port}"]) != 0
+        assert "can't be checked now: 4 checks are going on there" in capsys.readouterr().err
+
+
+def test_checks_at_once_do_not_land_in_each_others_memory():
+    side = this_side(None)
+    with (
+        Listening(side, "127.0.0.1", 0) as listening,
+        exchange_with(listening, side) as one,
+        exchange_with(listening, side) as other,
+    ):
+        for each in (one, other):
+            each._expect([101, 102], 1000)
+        places = [each._place(label, lambda: None).buffer for each in (one, other) for label in (101, 102)]
+    for i, place in enumerate(places):
+        place[:] = bytes([i]) * 1000
+    assert [bytes(place) for place in places] == [bytes([i]) * 1000 for i in range(4)]
 
 
 class Liar(Listening):

@@ -7,6 +7,8 @@ import re
 
 import numpy as np
 import pytest
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_context import FLContext
 from safetensors.numpy import load_file
 
 from tests.support.exported import JOBS, exported_elsewhere, load, records, simulated
@@ -25,6 +27,29 @@ def test_the_model_that_is_made_is_a_gpt2(tmp_path):
     base = theirs.base_model(sizes, 0, tmp_path / "made.safetensors")  # all of its weights, and no others
     assert base.transformer.ln_f.weight.min() == 1
     assert base.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../startup/sub_start.sh", "/etc/passwd", "a/b", "a\0b", 5, None])
+def test_what_leads_elsewhere_is_no_name_of_a_file(name):
+    assert not load("file_model", "model").is_file_name(name)
+
+
+def test_a_header_is_no_longer_than_its_file(tmp_path):
+    file = tmp_path / "short.safetensors"
+    file.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+    assert load("file_model", "model").header_digest(file) == ""
+    file.write_bytes((2).to_bytes(8, "little") + b"{}")
+    assert load("file_model", "model").header_digest(file)
+
+
+def test_a_server_sends_the_one_file_and_no_other(tmp_path):
+    (tmp_path / "base.safetensors").write_bytes(b"x")
+    (tmp_path / "server.key").write_bytes(b"x")
+    retriever = load("file_model", "server").OneFile(tmp_path / "base.safetensors", None)
+    answers = [
+        retriever.validate_request({"file_name": name}, FLContext())[0] for name in ("base.safetensors", "server.key")
+    ]
+    assert answers == [ReturnCode.OK, ReturnCode.BAD_REQUEST_DATA]
 
 
 @pytest.mark.flare

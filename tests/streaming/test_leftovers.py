@@ -96,6 +96,19 @@ def test_a_model_that_the_disk_has_no_room_for_stays_in_memory():
     assert module.narrow.weight.data_ptr() == memory
 
 
+def test_what_shares_its_memory_goes_on_sharing_it():
+    module = torch.nn.Sequential(*(torch.nn.Linear(600, 600, bias=False) for _ in range(4)))
+    module[1].weight.data = module[0].weight.data  # one memory, and two parameters
+    module[2].share_memory()
+    places = [layer.weight.data_ptr() for layer in module]
+    assert put_on_disk(module, DiskRoom()) == 600 * 600 * 4
+    assert [layer.weight.data_ptr() == place for layer, place in zip(module, places, strict=True)] == [
+        *[True] * 3,
+        False,
+    ]
+    assert module[2].weight.is_shared()
+
+
 @pytest.mark.parametrize("thing", [None, "model.pt", {"w": 1}, torch.nn.Linear(2, 2)])
 def test_what_is_no_large_module_is_left_alone(thing):
     assert put_on_disk(thing, DiskRoom()) == 0

@@ -172,8 +172,23 @@ def test_a_result_that_its_disk_has_lost_is_an_error_and_no_other_values():
     tensor = arrive(results, item, sent)
     (fd,) = [fd for fd in map(int, os.listdir("/proc/self/fd")) if _is_spool(fd)]
     os.truncate(f"/proc/self/fd/{fd}", len(sent) // 2)
+    total = torch.zeros(SHAPE)
     with pytest.raises(OSError, match="ends before the result does"):
-        torch.zeros(SHAPE).add_(tensor)
+        total.add_(tensor)
+    assert not total.any()  # nor is a part of it added
+
+
+def test_a_result_that_breaks_off_while_it_is_added_leaves_no_sum_to_be_taken_for_one(monkeypatch):
+    results, _ = new(budget=0)
+    item, sent, _ = message()
+    tensor = arrive(results, item, sent)
+    monkeypatch.setattr(type(tensor.state.encoded), "check", lambda self: None)  # it breaks after it was looked at
+    (fd,) = [fd for fd in map(int, os.listdir("/proc/self/fd")) if _is_spool(fd)]
+    os.truncate(f"/proc/self/fd/{fd}", len(sent) // 2)
+    total = torch.zeros(SHAPE)
+    with pytest.raises(OSError, match="ends before the result does"):
+        total.add_(tensor)
+    assert total.isnan().all()
 
 
 def _is_spool(fd):

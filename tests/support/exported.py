@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ def load(job: str, name: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    before, sys.path[:0] = sys.modules.pop("model", None), [str(JOBS / job)]  # which its own `import model` means
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(JOBS / job))
+        sys.modules.pop("model", None)
+        if before is not None:
+            sys.modules["model"] = before
     return module
 
 

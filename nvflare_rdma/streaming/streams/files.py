@@ -207,6 +207,8 @@ class FileRetriever(flare_retriever.FileRetriever):
     """Gets a file from another site's `source_dir` into this one's `dest_dir`; as FLARE's.
 
     Args:
+        source_dir: whose files others may ask for, also those in its subfolders; "" if this site only receives. FLARE
+            takes that for the current folder, which in a job is that of the site's kit, with its keys.
         quantization_type: how this site sends files: see `FileStreamer.stream_file`.
 
     Raises:
@@ -239,6 +241,9 @@ class FileRetriever(flare_retriever.FileRetriever):
 
     def validate_request(self, request: Shareable, fl_ctx: FLContext) -> tuple[str, Any]:
         """See FLARE's. A file that can't be encoded is refused here, or who asks would wait for it."""
+        if not self.source_dir:
+            self.log_error(fl_ctx, "bad request: this site sends no files, as its source_dir is empty")
+            return ReturnCode.BAD_REQUEST_DATA, None
         code, path = super().validate_request(request, fl_ctx)
         if code == ReturnCode.OK and self.quantization_type:
             file = OpenFile(path, self.quantization_type)

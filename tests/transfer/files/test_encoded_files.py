@@ -10,6 +10,8 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_context import FLContext
 
 from nvflare_rdma.codecs import get_codec
 from nvflare_rdma.errors import ConfigError, IntegrityError, ProtocolError, SourceError, TransferError
@@ -220,6 +222,15 @@ def test_types_that_files_are_not_sent_as(kind, why, tmp_path):
         OpenFile(str(tmp_path), kind)
     with pytest.raises(ConfigError, match=why):
         FileRetriever(str(tmp_path), quantization_type=kind)
+
+
+def test_who_only_receives_gives_nobody_what_lies_in_its_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "startup").mkdir()
+    (tmp_path / "startup" / "client.key").write_text("secret")
+    monkeypatch.chdir(tmp_path)  # as a job's process is in the folder of its site's kit
+    asked = {"file_name": "startup/client.key"}
+    assert FileRetriever("").validate_request(asked, FLContext()) == (ReturnCode.BAD_REQUEST_DATA, None)
+    assert FileRetriever(str(tmp_path)).validate_request(asked, FLContext())[0] == ReturnCode.OK
 
 
 def test_machines_of_another_byte_order_send_files_as_they_are(tmp_path, monkeypatch):
