@@ -98,8 +98,8 @@ def test_a_first_transfer_opens_the_link_between_two_requests(direct, cell):
 
 
 def test_nothing_is_sent_into_a_link_that_only_the_sender_has_still(direct, cell):
-    it, site = direct(large(2), ports=None), cell("site-1")
-    it.channels.dial("site-1", site.invite("server"))
+    it, before, site = direct(large(2), ports=None), cell("site-1"), cell("site-1")
+    it.channels.dial("site-1", before.invite("server"))  # the site's last process
     stale = it.channels.find("site-1")
     told = []
 
