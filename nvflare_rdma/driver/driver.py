@@ -206,7 +206,12 @@ class RdmaDriver(BaseDriver):
 
     def _tls_context(self, params: dict[str, Any], ssl_server: bool) -> ssl.SSLContext | None:
         """FLARE's context for TLS as a connector's parameters say; None for no TLS."""
-        return cast("ssl.SSLContext | None", get_ssl_context(params, ssl_server))
+        context = cast("ssl.SSLContext | None", get_ssl_context(params, ssl_server))
+        if context is not None and ssl_server:
+            # No session is taken up again here. FLARE's own client reads and writes its `SSLSocket` in two threads, and
+            # may lose its first frame where it meets a ticket meanwhile.
+            context.num_tickets = 0
+        return context
 
     def _prepare(self, connector: ConnectorInfo, ssl_server: bool) -> Prepared:
         """What a connector's parameters and the settings say.

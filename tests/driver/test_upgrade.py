@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import queue
 import shutil
 import socket
 import ssl
 import struct
 import subprocess
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -101,22 +99,6 @@ def greet(client: Running, it: Running) -> None:
     assert it.monitor.frames.get(timeout=DEADLINE) == HELLO
 
 
-@contextmanager
-def greeted(it: Running, dialler, **params) -> Iterator[Running]:
-    """A client that has said HELLO. FLARE's own with TLS is tried anew if that was lost: two threads use its one
-    `SSLSocket`, so its first frame is now and then, also between FLARE and FLARE (2 of 150 under load, Python 3.11)."""
-    for attempt in range(3):
-        with running(it.url, Mode.ACTIVE, dialler, **params) as client:
-            try:
-                greet(client, it)
-            except queue.Empty:
-                if dialler is not FLARES_OWN or not params or attempt == 2:
-                    raise
-                continue
-            yield client
-            return
-
-
 def send_on_and_on(connection) -> None:
     while True:
         connection.send_frame(frame(1024 * 1024))
@@ -132,7 +114,8 @@ def test_frames_of_all_sizes_arrive_both_ways(listener, dialler, secure, pki, ca
     caplog.set_level(logging.INFO, "nvflare_rdma")
     both = listener is dialler
     with server(listener, **(pki["server"] if secure else {})) as it:
-        with greeted(it, dialler, **(pki["site"] if secure else {})) as client:
+        with running(it.url, Mode.ACTIVE, dialler, **(pki["site"] if secure else {})) as client:
+            greet(client, it)
             exchange(client, it)
             kind = RdmaConnection if both else FlareConnection
             for side, driver in ((it, listener), (client, dialler)):
