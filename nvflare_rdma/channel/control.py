@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, cast
 
+from nvflare_rdma.channel.sealing import Sealer, derive_key
 from nvflare_rdma.errors import RdmaError, TlsError
 from nvflare_rdma.fabric import keep_alive
 
@@ -83,6 +84,10 @@ class ControlStream:
         certificates. Somebody in between who speaks TLS with each end has another one with each.
         """
         return (self._tls.get_channel_binding("tls-unique") or b"") if self._tls is not None else b""
+
+    def sealer(self, key: bytes) -> Sealer:
+        """What seals, or opens, chunks with the key that one side has given the other."""
+        return Sealer(derive_key(key, self.ticket, self.binding()))
 
     def handshake(self, timeout: float) -> None:
         """Do the TLS handshake (nothing in clear mode).

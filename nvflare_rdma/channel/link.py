@@ -336,6 +336,11 @@ class Link:
         return self._failure is None and not self._closing
 
     @property
+    def rails(self) -> int:
+        """How many rails were opened last; 0 for the control stream."""
+        return self._rails.endpoint.rails if self._rails is not None else 0
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is being sent or received."""
         with self._lock:
@@ -373,9 +378,8 @@ class Link:
                         if intact:
                             self._core.landed(notification, length, now)
                         else:
-                            log.warning(
-                                "%s: a chunk of %d bytes arrived damaged; asking for it again", self.name, length
-                            )
+                            text = "%s: a chunk of %d bytes arrived damaged; asking for it again"
+                            log.warning(text, self.name, length)
                             self._core.damaged(notification, now)
                         self._pump_locked()
             finally:
@@ -409,8 +413,7 @@ class Link:
                 self._start_locked(transfer, length)
 
         def revoked(reason: str) -> None:
-            # Another link's thread says so, and to end this one takes a while.
-            error = TransferError(f"its memory is needed: {reason}")
+            error = TransferError(f"its memory is needed: {reason}")  # another link says so; to end this one takes long
             threading.Thread(target=self.failed, args=(error,), name="rdma-end", daemon=True).start()
 
         refused = functools.partial(self._no_memory, transfer, length)
@@ -589,11 +592,8 @@ class Link:
         self.way = f"{self.fabric}, {self._stream.way(self._core.role is Role.ACTIVE)}"
         self._core.set_controller(opening.controller)
         self._inbox.set_controller(opening.controller, opening.same_host)
-        self._outbox.set_protection(self._sealer(self._key) if opening.sealed else None, opening.checked)
-        self._inbox.set_protection(self._sealer(peer.seal_key) if opening.sealed else None, opening.checked)
-
-    def _sealer(self, key: bytes) -> sealing.Sealer:
-        return sealing.Sealer(sealing.derive_key(key, self._stream.ticket, self._stream.binding()))
+        self._outbox.set_protection(self._stream.sealer(self._key) if opening.sealed else None, opening.checked)
+        self._inbox.set_protection(self._stream.sealer(peer.seal_key) if opening.sealed else None, opening.checked)
 
     def _report_broken_locked(self, rails: RailSet, new: Iterable[int]) -> None:
         for rail in [rail for rail in new if rail in rails.broken]:  # before the connection knew of it

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from nvflare_rdma.cli.bench_commands import add_bench_options
 from nvflare_rdma.cli.doctor_commands import add_doctor_options
 from nvflare_rdma.cli.kit_commands import add_kit_commands
 from nvflare_rdma.cli.output import CommandError, Result, add_output_options, print_error, print_result, print_schema
@@ -37,6 +38,12 @@ def _doctor(args: argparse.Namespace) -> Result:
     from nvflare_rdma.cli.doctor_commands import doctor_result
 
     return doctor_result(args)
+
+
+def _bench(args: argparse.Namespace) -> Result:
+    from nvflare_rdma.cli.bench_commands import bench_result
+
+    return bench_result(args)
 
 
 def _policy(args: argparse.Namespace) -> Result:
@@ -88,6 +95,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     add_doctor_options(
         command("doctor", _doctor, "what this machine can use, why not the rest, and how others are reached")
     )
+    add_bench_options(command("bench", _bench, "what links carry between two processes or hosts, beside plain TCP"))
     policy = command("policy", _policy, "what each tensor of a model travels as, and the size of the message")
     policy.add_argument("config", metavar="CONFIG", help="an exported job, its config_fed_*.json, or a policy's JSON")
     policy.add_argument("model", metavar="MODEL", help=_MODEL)

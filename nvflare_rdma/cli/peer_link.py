@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 import queue
 import statistics
 import threading
@@ -26,15 +25,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nvflare_rdma.channel import ControlStream, Delivery, Link, LinkContext, Role, Sending, Sink, Source, Take
+from nvflare_rdma.channel import ControlStream, Delivery, Later, Link, LinkContext, Role, Sending, Sink
+from nvflare_rdma.cli.peer_bodies import Landing, Room, item_of, source_of
 from nvflare_rdma.errors import ProtocolError, TransferError
 from nvflare_rdma.fabric import Fabric
+from nvflare_rdma.transfer import Item
 
 #: The largest message, and how many of them are on their way at once.
 MOST_BYTES, MOST_AT_ONCE = 32 * 1024 * 1024, 2
 #: How long one link may last, and how long either side waits for an answer.
 LINK_SECONDS, ANSWER_SECONDS = 90.0, 10.0
-_MOST_QUESTIONS = 1000
 #: The answer's field if the passive side can't check now, and how long it waits for the question.
 BUSY, _REFUSED_SECONDS = "busy", 5.0
 #: A round of messages that took at least so long counts, and the median of so many of them. No more is begun after
@@ -42,41 +42,24 @@ BUSY, _REFUSED_SECONDS = "busy", 5.0
 _FIRST_BYTES, _GROWTH, _ROUND_SECONDS, _ROUNDS = 256 * 1024, 4, 0.25, 3
 _BUDGET_SECONDS, _MOST_SECONDS = 4.0, 15.0
 _PINGS, _PING_SECONDS = 10, 3.0
+_LOOK_SECONDS = 0.2
 
 
-@functools.cache
-def _noise() -> memoryview:
-    """What is sent: nothing on the way can make it smaller."""
-    return memoryview(os.urandom(1024 * 1024) * (MOST_BYTES // (1024 * 1024)))
+@dataclass(frozen=True)
+class Bounds:
+    """What a link may be asked for, in either direction.
 
+    Attributes:
+        message_bytes: the largest message.
+        at_once: how many have memory to land in at a time.
+        asked_at_once: how many one question may be about.
+        questions: how many there may be.
+    """
 
-class _Noise(Source):
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-
-    def read(self, offset: int, length: int, take: Take) -> memoryview:
-        """See `Source.read`."""
-        return _noise()[offset : offset + length]
-
-
-class _Waste(Sink):
-    def __init__(self, memory: memoryview, over: Callable[[str], None]) -> None:
-        self.nbytes = len(memory)
-        self._memory = memory
-        self._over = over
-
-    @property
-    def buffer(self) -> memoryview:
-        """See `Sink.buffer`."""
-        return self._memory
-
-    def done(self) -> None:
-        """See `Sink.done`."""
-        self._over("")
-
-    def failed(self, reason: str) -> None:
-        """See `Sink.failed`."""
-        self._over(reason or "it will not come")
+    message_bytes: int = MOST_BYTES
+    at_once: int = MOST_AT_ONCE
+    asked_at_once: int = MOST_AT_ONCE
+    questions: int = 1000
 
 
 @dataclass(frozen=True)
@@ -88,14 +71,16 @@ class Goodput:
     moved_bytes: int
 
 
-def context_for(context: LinkContext, order: tuple[str, ...]) -> LinkContext:
-    """The context of a check's links, which take nothing but small messages and what they have asked for."""
+def context_for(context: LinkContext, order: tuple[str, ...], chunk_bytes: int | None = None) -> LinkContext:
+    """The context of a check's links, which take nothing but small messages and what they have asked for. Chunks are of
+    so many bytes, or as the settings say."""
     limits = replace(context.limits, max_message_bytes=MOST_BYTES)
-    return replace(context, limits=limits, order=order, labels_only=True)
+    chunk = context.chunk_bytes if chunk_bytes is None else chunk_bytes
+    return replace(context, limits=limits, order=order, labels_only=True, chunk_bytes=chunk)
 
 
 class Exchange:
-    """One end of a check, on one link. With `about` this is the passive side, which answers."""
+    """One end of a check, on one link. With `about` this is the passive side, which answers within `bounds`."""
 
     def __init__(
         self,
@@ -104,15 +89,17 @@ class Exchange:
         context: LinkContext,
         name: str,
         about: Callable[[Link], dict[str, Any]] | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
+        self.bounds = bounds or Bounds()
         self.received_bytes = self.sent_bytes = 0
         self._about = about
         self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._labels = itertools.count(1)
         self._lock = threading.Lock()
-        self._sinks: dict[int, _Waste] = {}
+        self._expected: dict[int, Item] = {}
         self._landing = 0
-        self._memory: memoryview | None = None
+        self._room = Room(self.bounds.message_bytes, self.bounds.at_once)
         self._landed: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._sending: list[Sending] = []
         self._questions = 0
@@ -140,7 +127,7 @@ class Exchange:
         deadline = time.monotonic() + ANSWER_SECONDS
         while True:
             try:
-                return self._answers.get(timeout=0.2)
+                return self._answers.get(timeout=_LOOK_SECONDS)
             except queue.Empty:
                 if not self.link.usable:
                     raise TransferError(f"the link has ended: {self.link.failure}") from None
@@ -163,13 +150,11 @@ class Exchange:
         Raises:
             RdmaError, OSError: nothing has come through in time, or the link has ended.
         """
-        move = self._send_round if to_peer else self._receive_round
         rates: list[float] = []
         size, moved, last = _FIRST_BYTES, 0, 0.0
         began = time.monotonic()
         while len(rates) < _ROUNDS and (not moved or time.monotonic() - began < _BUDGET_SECONDS):
-            count = -(-size // MOST_BYTES)
-            seconds = move(count, size // count)
+            seconds = self.move(to_peer, size)
             moved += size
             last = size / seconds
             if seconds >= _ROUND_SECONDS or size == MOST_BYTES * MOST_AT_ONCE:
@@ -179,42 +164,56 @@ class Exchange:
                 size = min(size, MOST_BYTES * MOST_AT_ONCE)
         return Goodput(statistics.median(rates or [last]), max(len(rates), 1), moved)
 
-    def _send_round(self, count: int, nbytes: int) -> float:
+    def move(self, to_peer: bool, size: int, codec: str = "", most_seconds: float = _MOST_SECONDS) -> float:
+        """Move about `size` bytes to the peer, or from it, in as few messages as that takes. Returns the seconds.
+
+        Raises:
+            RdmaError, OSError: they are not there in time, or the link has ended.
+        """
+        count = -(-size // self.bounds.message_bytes)
+        nbytes = size // count // 4 * 4  # whole values
         labels = [next(self._labels) for _ in range(count)]
-        self.ask("receive", labels=labels, bytes=nbytes)
+        asked: dict[str, Any] = {"labels": labels, "bytes": nbytes, **({"codec": codec} if codec else {})}
+        if to_peer:
+            self.ask("receive", **asked)
+            began = time.perf_counter()
+            for each in [self._offer(label, nbytes, codec) for label in labels]:
+                each.wait(max(most_seconds - (time.perf_counter() - began), 0.0))
+            return time.perf_counter() - began
+        self._expect(labels, item_of(nbytes, codec))
         began = time.perf_counter()
-        sending = [self.link.offer(_Noise(nbytes), label) for label in labels]
-        for each in sending:
-            each.wait(max(_MOST_SECONDS - (time.perf_counter() - began), 0.0))
+        self.ask("send", **asked)
+        for _ in labels:
+            self._await_landing(size, began, most_seconds)
         return time.perf_counter() - began
 
-    def _receive_round(self, count: int, nbytes: int) -> float:
-        labels = [next(self._labels) for _ in range(count)]
-        self._expect(labels, nbytes)
-        began = time.perf_counter()
-        self.ask("send", labels=labels, bytes=nbytes)
-        for _ in labels:
+    def _await_landing(self, size: int, began: float, most_seconds: float) -> None:
+        while True:
+            left = most_seconds - (time.perf_counter() - began)
             try:
-                failure = self._landed.get(timeout=max(_MOST_SECONDS - (time.perf_counter() - began), 0.001))
+                failure = self._landed.get(timeout=min(max(left, 0.001), _LOOK_SECONDS))
             except queue.Empty:
-                raise TimeoutError(f"{count * nbytes} bytes were not here within {_MOST_SECONDS:g} s") from None
+                if not self.link.usable:
+                    raise TransferError(f"the link has ended: {self.link.failure}") from None
+                if left <= 0:
+                    raise TimeoutError(f"{size} bytes were not here within {most_seconds:g} s") from None
+                continue
             if failure:
                 raise TransferError(failure)
-        return time.perf_counter() - began
+            return
 
     # -- both sides ----------------------------------------------------------------------------------------
 
     def _post(self, message: dict[str, Any]) -> None:
         self.link.send(json.dumps(message).encode(), ANSWER_SECONDS)
 
-    def _expect(self, labels: list[int], nbytes: int) -> None:
+    def _offer(self, label: int, nbytes: int, codec: str) -> Sending:
+        return self.link.offer(source_of(nbytes, codec, self.bounds.message_bytes), label)
+
+    def _expect(self, labels: list[int], item: Item) -> None:
         with self._lock:
             self._landing += len(labels)
-            if self._memory is None:
-                self._memory = memoryview(bytearray(MOST_BYTES * MOST_AT_ONCE))
-            for i, label in enumerate(labels):  # each has its own, as tensors have: chunks are compared where they land
-                memory = self._memory[i * MOST_BYTES :][:nbytes]
-                self._sinks[label] = _Waste(memory, functools.partial(self._over, nbytes))
+            self._expected |= dict.fromkeys(labels, item)
 
     def _over(self, nbytes: int, failure: str) -> None:
         with self._lock:
@@ -223,9 +222,14 @@ class Exchange:
         if self._about is None:
             self._landed.put(failure)
 
-    def _place(self, label: int, again: Callable[[], None]) -> Sink | None:
+    def _place(self, label: int, again: Callable[[], None]) -> Sink | Later | None:
         with self._lock:
-            return self._sinks.pop(label, None)
+            if (item := self._expected.get(label)) is None:
+                return None
+            if (place := self._room.take(again)) is None:
+                return Later()
+            del self._expected[label]
+        return Landing(item, place, self._room, functools.partial(self._over, item.nbytes))
 
     def _deliver(self, message: Delivery) -> None:
         try:
@@ -240,30 +244,37 @@ class Exchange:
             self._answers.put(told)
             return
         self._questions += 1
-        if self._questions > _MOST_QUESTIONS:
-            raise ProtocolError(f"it asks more than {_MOST_QUESTIONS} times")
-        self._post(self._answer(told, self._about))
+        if self._questions > self.bounds.questions:
+            raise ProtocolError(f"it asks more than {self.bounds.questions} times")
+        self._post(self.answer(told, self._about))
 
-    def _answer(self, told: dict[str, Any], about: Callable[[Link], dict[str, Any]]) -> dict[str, Any]:
+    def answer(self, told: dict[str, Any], about: Callable[[Link], dict[str, Any]]) -> dict[str, Any]:
+        """On the passive side: the answer to a question. Raises ProtocolError: it is none that may be asked."""
         match told:
             case {"ask": "about"}:
                 return about(self.link)
             case {"ask": "ping"}:
                 return {}
             case {"ask": "receive" | "send" as what, "labels": list(labels), "bytes": int(nbytes)} if (
-                0 < len(labels) <= MOST_AT_ONCE
+                0 < len(labels) <= self.bounds.asked_at_once
                 and all(type(label) is int and 0 < label < 1 << 63 for label in labels)
                 and len(set(labels)) == len(labels)
-                and 0 < nbytes <= MOST_BYTES
+                and 0 < nbytes <= self.bounds.message_bytes
+                and self.knows(codec := told.get("codec", ""))
+                and not (codec and nbytes % 4)
             ):
                 # The peer may know that a round is over a moment before this side does.
                 self._sending = [sending for sending in self._sending if not sending.ended]
-                if max(self._landing, len(self._sending)) > MOST_AT_ONCE:
+                if max(self._landing, len(self._sending)) > self.bounds.asked_at_once:
                     raise ProtocolError("it asks for messages before those that it has asked for are over")
                 if what == "receive":
-                    self._expect(labels, nbytes)
+                    self._expect(labels, item_of(nbytes, codec))
                 else:
-                    self._sending += [self.link.offer(_Noise(nbytes), label) for label in labels]
+                    self._sending += [self._offer(label, nbytes, codec) for label in labels]
                     self.sent_bytes += len(labels) * nbytes
                 return {}
         raise ProtocolError("it asks for what a check does not have")
+
+    def knows(self, codec: Any) -> bool:
+        """Whether messages may be in this codec; "" is exact."""
+        return bool(codec == "")

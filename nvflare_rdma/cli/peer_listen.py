@@ -45,11 +45,11 @@ _CLEAR = (
 )
 
 
-def listen_result(address: str, folder: Path | None, timeout: str) -> Result:
-    """Listen until the time (a text such as "10m") is over, or the user ends it. The exit code is 1 if nobody came.
+def parse_timeout(timeout: str) -> float:
+    """Seconds, from a text such as "10m".
 
     Raises:
-        CommandError: the address is wrong or its port in use, or the kit can't be used.
+        CommandError: it is no time, or out of range.
     """
     try:
         seconds = parse_time(timeout, "--timeout")
@@ -58,23 +58,36 @@ def listen_result(address: str, folder: Path | None, timeout: str) -> Result:
     if not 0 < seconds <= _MOST_SECONDS:
         text = f"--timeout {timeout} is out of range: more than 0, and {as_time(_MOST_SECONDS)} at most"
         raise CommandError("INVALID_INPUT", text, "write it as 10m or 1h")
+    return seconds
+
+
+def listen_result(
+    address: str, folder: Path | None, timeout: str, make: Callable[[Side, str, int], Listening] | None = None
+) -> Result:
+    """Listen until the time (a text such as "10m") is over, or the user ends it. The exit code is 1 if nobody came.
+
+    Raises:
+        CommandError: the address is wrong or its port in use, or the kit can't be used.
+    """
+    seconds = parse_timeout(timeout)
     side = this_side(folder)
     host, port = parse_listen(address)
     if not side.secure:
         host = host or "127.0.0.1"  # anybody who gets there is let in, so that has to be asked for by its address
         print(_CLEAR, file=sys.stderr)
-    with Listening(side, host, port) as listening:
+    with (make or Listening)(side, host, port) as listening:
+        listening.ending = time.monotonic() + seconds
         where = join_address(host or platform.node(), listening.port)
         kit = " --kit FOLDER" if side.secure else ""
         others = f" and {len(listening.data_ports)} data ports" if listening.data_ports else ""
         print(
             f"{side.name or 'this host'} listens at {where}{others} for {as_time(round(seconds))}; end it with Ctrl-C. "
-            f"On the other host: nvflare-rdma doctor --peer {where}{kit}",
+            f"On the other host: nvflare-rdma {listening.counterpart} {where}{kit}",
             file=sys.stderr,
             flush=True,
         )
         with _interrupted():
-            _wait(seconds)
+            _wait(listening)
     data = {"site": side.name, "secure": side.secure, "port": listening.port, "peers": list(listening.served)}
     lines = [
         f"{peer['site'] or 'somebody'} from {peer['address']} over {peer['fabric']}: {peer['received_bytes']} bytes "
@@ -84,11 +97,11 @@ def listen_result(address: str, folder: Path | None, timeout: str) -> Result:
     return Result(data, "\n".join(lines) or "nobody came", 0 if listening.served else 1)
 
 
-def _wait(seconds: float) -> None:
+def _wait(listening: Listening) -> None:
     """A signal that another thread gets does not wake this one up, which has to run its handler: look now and then."""
-    ending = time.monotonic() + seconds
-    while (left := ending - time.monotonic()) > 0:
-        time.sleep(min(left, _LOOK_SECONDS))
+    while (left := listening.ending - time.monotonic()) > 0:
+        if listening.over.wait(min(left, _LOOK_SECONDS)):
+            return
 
 
 @contextlib.contextmanager
@@ -116,15 +129,17 @@ def parse_listen(address: str) -> tuple[str, int]:
     return _parse(address, "--listen [HOST:]PORT", 0)
 
 
-def parse_peer(address: str) -> tuple[str, int]:
+def parse_peer(address: str, option: str = "--peer") -> tuple[str, int]:
     """Host and port of HOST:PORT.
 
     Raises:
         CommandError: it is none.
     """
-    host, port = _parse(address, "--peer HOST:PORT", 1)
+    host, port = _parse(address, f"{option} HOST:PORT", 1)
     if not host:
-        raise CommandError("INVALID_INPUT", f"--peer {address!r} names no host", "write it as host:8004 or [::1]:8004")
+        raise CommandError(
+            "INVALID_INPUT", f"{option} {address!r} names no host", "write it as host:8004 or [::1]:8004"
+        )
     return host, port
 
 
@@ -145,11 +160,20 @@ class Listening:
     """Doors for checks: at the port that was asked for, and at this side's data ports, so that a peer sees which of
     them it can reach. All lead to the same."""
 
+    counterpart = "doctor --peer"
+    """What is run on the other host."""
+    link_seconds = LINK_SECONDS
+    """How long a link may last."""
+
     def __init__(self, side: Side, host: str, port: int) -> None:
         self.served: deque[dict[str, Any]] = deque(maxlen=_MOST_TOLD)
         """Who came, link by link."""
         self.data_ports: list[int] = []
         """Where it listens besides."""
+        self.ending = float("inf")
+        """When it is to end, as `time.monotonic` has it."""
+        self.over = threading.Event()
+        """Whether there is nothing more to listen for."""
         self._side = side
         self._fabric: TcpFabric = side.runtime.tcp()
         self._places = threading.BoundedSemaphore(_MOST_LINKS)
@@ -186,10 +210,20 @@ class Listening:
     def _serve(self, listener: socket.socket) -> None:
         tls = self._server_context if self._side.secure else None
         door = Door(listener, tls, self._fabric, self._on_connection, "the check")
+        door.takers = self._takers()
         thread = threading.Thread(target=door.serve, name="rdma-check-door", daemon=True)
         thread.start()
         self._ends.callback(thread.join, _END_SECONDS)
         self._ends.callback(door.close)  # before it, as the last comes first
+
+    def _takers(self) -> dict[bytes, Callable[[socket.socket, float, Callable[[], None]], None]]:
+        """See `Door.takers`."""
+        return {}
+
+    def _exchange(self, stream: ControlStream, sock: socket.socket, name: str) -> Exchange:
+        runtime = self._side.runtime
+        context = context_for(runtime.context, runtime.settings.rdma_fabrics)
+        return Exchange(stream, runtime.fabrics(self._fabric, sock), context, name, self._about)
 
     def _server_context(self) -> Any:
         return self._side.tls(True)
@@ -209,17 +243,15 @@ class Listening:
     def _on_connection(self, sock: socket.socket, stream: ControlStream, admitted: Callable[[], None]) -> None:
         """Serve one link until the peer goes."""
         stream.site = name_of(stream)
-        runtime = self._side.runtime
-        context = context_for(runtime.context, runtime.settings.rdma_fabrics)
         address = address_of(sock, peer=True)
-        exchange = Exchange(stream, runtime.fabrics(self._fabric, sock), context, f"check {address}", self._about)
+        exchange = self._exchange(stream, sock, f"check {address}")
         exchange.link.open()
         admitted()
         if not self._places.acquire(timeout=_WAIT_SECONDS):  # after the handshake, which may be put off
             exchange.refuse(f"{_MOST_LINKS} checks are going on there, which is the most")
             return
         try:
-            ending = threading.Timer(LINK_SECONDS, exchange.link.close, (0.0,))
+            ending = threading.Timer(self.link_seconds, exchange.link.close, (0.0,))
             ending.daemon = True
             ending.start()
             if len(self.served) < _MOST_TOLD:

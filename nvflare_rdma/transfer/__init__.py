@@ -53,6 +53,7 @@ from nvflare_rdma.transfer.manifest import unpack as unpack_manifest
 from nvflare_rdma.transfer.meetings import Place as MeetingPlace
 from nvflare_rdma.transfer.notices import Notices
 from nvflare_rdma.transfer.peers import Identify, PeerLinks
+from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.places import EncodedInMemory, InMemory, Land, OnDisk, Place, give, in_memory, store_chunk
 from nvflare_rdma.transfer.receiver import AbortedError, LostError, Progress, Pull, pull
 from nvflare_rdma.transfer.records import Ledger, Meter, Meters, TransferRecord, total
@@ -83,6 +84,7 @@ __all__ = [
     "Notices",
     "OnDisk",
     "PeerLinks",
+    "PieceLayout",
     "Place",
     "Progress",
     "Pull",

@@ -64,7 +64,7 @@ def test_an_installation_that_is_not_whole_is_told(capsys, monkeypatch):
     assert "/nowhere has no rdma_driver.py" in capsys.readouterr().err
 
 
-COMMANDS = ["driver-path", "doctor", "policy", "plan", "report", "enable", "disable", "status"]
+COMMANDS = ["driver-path", "doctor", "bench", "policy", "plan", "report", "enable", "disable", "status"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -19,6 +19,7 @@ import pytest
 
 from nvflare_rdma.channel import Pending, dial
 from nvflare_rdma.cli import main, peer_link, peer_listen
+from nvflare_rdma.cli.peer_bodies import item_of
 from nvflare_rdma.cli.peer_kit import this_side
 from nvflare_rdma.cli.peer_link import MOST_AT_ONCE, MOST_BYTES, Exchange, context_for
 from nvflare_rdma.cli.peer_listen import Listening, parse_listen, parse_peer
@@ -377,7 +378,7 @@ def test_checks_at_once_do_not_land_in_each_others_memory():
         exchange_with(listening, side) as other,
     ):
         for each in (one, other):
-            each._expect([101, 102], 1000)
+            each._expect([101, 102], item_of(1000, ""))
         places = [each._place(label, lambda: None).buffer for each in (one, other) for label in (101, 102)]
     for i, place in enumerate(places):
         place[:] = bytes([i]) * 1000

@@ -1,0 +1,393 @@
+"""The command `bench`: between two processes, and what a peer may ask of one that listens."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import pty
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from nvflare_rdma.channel import Pending, dial
+from nvflare_rdma.cli import main
+from nvflare_rdma.cli.bench_link import LEAST_CHUNK, MOST_CHUNK, BenchExchange, bounds_of
+from nvflare_rdma.cli.bench_listen import BenchListening
+from nvflare_rdma.cli.bench_progress import steps_on
+from nvflare_rdma.cli.bench_raw import MAGIC, MOST_CONNECTIONS, RawPeer
+from nvflare_rdma.cli.bench_report import MIB, RAW, BenchReport, Figure
+from nvflare_rdma.cli.bench_text import line_of, to_data, to_svg, to_text
+from nvflare_rdma.cli.peer_kit import this_side
+from nvflare_rdma.cli.peer_link import context_for
+from nvflare_rdma.errors import RdmaError
+from nvflare_rdma.fabric import TICKET_BYTES, connect_tcp
+from nvflare_rdma.settings import Settings
+from tests.support.processes import SMALL, environment
+from tests.support.waiting import PATIENCE, eventually
+
+DEADLINE = 60.0 * PATIENCE
+RUN = "0123456789abcdef"
+
+
+def measured(capsys, *options) -> tuple[int, dict]:
+    """What `bench` says to a program."""
+    code = main(["bench", *(str(each) for each in options), "--format", "json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@contextlib.contextmanager
+def listener(*options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """`bench --listen` in a process of its own, and its port."""
+    command = [sys.executable, "-m", "nvflare_rdma.cli", "bench", "--listen", *options]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment(), cwd=SMALL, **pipes) as process:
+        try:
+            while not (found := re.search(r"listens at \S+:(\d+)", line := process.stderr.readline())):
+                assert line
+            assert "On the other host: nvflare-rdma bench --connect" in line
+            yield process, int(found[1])
+        finally:
+            process.kill()
+
+
+# -- what is found -----------------------------------------------------------------------------------------
+
+
+def test_two_processes_of_this_host(capsys, tmp_path):
+    picture = tmp_path / "bench.svg"
+    options = ["--sizes", "1,17", "--repeat", 1, "--codecs", "exact,int8", "--rails", 1, "--chunk-mib", "0.5"]
+    code, answer = measured(capsys, *options, "--plot", picture)
+    found = answer["data"]
+    assert (code, found["same_host"], found["secure"], found["line"]) == (0, True, False, None)
+    rows = [(each["fabric"], each["rails"], each["codec"], each["size_bytes"]) for each in found["figures"]]
+    links = [(fabric, 1, codec, n * MIB) for fabric in ("shm", "tcp") for codec in ("exact", "int8") for n in (1, 17)]
+    assert rows == [(RAW, 1, "exact", 1 * MIB), (RAW, 1, "exact", 17 * MIB), *links]
+    for each in found["figures"]:
+        assert min(each["to_peer"], each["from_peer"], each["cpu_seconds"], each["peer_cpu_seconds"]) > 0
+        assert min(each["peak_bytes"], each["peer_peak_bytes"]) > 10 * MIB
+        assert each["chunk_bytes"] == (None if each["fabric"] == RAW else MIB // 2)
+    assert found["round_trip_seconds"] > 0
+    assert found["versions"] == found["peer_versions"]
+    assert [each.partition(":")[0] for each in found["left_out"]] == ["verbs"]
+    drawn = ElementTree.fromstring(picture.read_text())
+    assert len([each for each in drawn.iter() if each.tag.endswith("rect")]) == 1 + 2 * len(rows)
+
+
+def test_a_site_measures_the_way_to_the_server(provisioned, capsys):
+    with listener("127.0.0.1:0", "--kit", str(provisioned / "server"), "--runs", "1") as (process, port):
+        options = ["--sizes", 1, "--repeat", 1, "--fabrics", "tcp", "--kit", provisioned / "site-1"]
+        code, answer = measured(capsys, "--connect", f"localhost:{port}", *options)
+        out, err = process.communicate(timeout=DEADLINE)  # one run is all that it was to have
+    found = answer["data"]
+    assert (code, found["secure"], found["site"], found["peer_site"]) == (0, True, "site-1", "server")
+    # More rails are dialled while a link is in use.
+    assert [(each["fabric"], each["size_bytes"]) for each in found["figures"]][:2] == [(RAW, MIB), ("tcp", MIB)]
+    assert "site-1 from 127.0.0.1:" in err
+    assert process.returncode == 0
+    assert "site-1 from" in out
+
+
+def test_one_deadline_for_all_of_it(capsys):
+    code, answer = measured(capsys, "--sizes", "1,4096", "--repeat", 50, "--fabrics", "tcp", "--timeout", "3s")
+    assert code in (0, 1)
+    assert any("of --timeout are left" in each for each in answer["data"]["left_out"])
+
+
+def test_a_bar_is_on_a_terminal_only(tmp_path):
+    here, there = pty.openpty()
+    with open(there, "w") as terminal, steps_on(terminal) as steps:
+        steps.begin(2)
+        steps.step("tcp, exact, 1 MiB to the peer")
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(here, 4096):
+            shown += part
+    os.close(here)
+    assert b"1 MiB to the peer" in shown
+    with (tmp_path / "log").open("w+") as file:
+        with steps_on(file) as steps:
+            steps.begin(2)
+            steps.step("tcp")
+        assert file.tell() == 0
+
+
+FIGURE = Figure(
+    fabric=RAW, rails=1, most_rails=1, chunk_bytes=None, codec="exact", size_bytes=24 * MIB, repeat=3, to_peer=12e6,
+    from_peer=11e6, cpu_seconds=0.1, peer_cpu_seconds=0.2, peak_bytes=10**8, peer_peak_bytes=10**8,
+)  # fmt: skip
+
+
+def report_of(*figures: Figure, same_host: bool = False) -> BenchReport:
+    report = BenchReport(
+        peer="far:1", same_host=same_host, secure=True, site="a", peer_site="b", left_out=["verbs: no"]
+    )
+    report.figures += figures
+    report.round_trip_seconds = 0.04
+    return report
+
+
+def test_what_plan_says_of_the_line_stands_beside_what_was_measured():
+    link = Figure(**{**vars(FIGURE), "fabric": "tcp", "rails": 2, "to_peer": 10e6, "from_peer": 10e6})
+    report = report_of(FIGURE, link)
+    assert line_of(report).rate == 11e6 * 1.06 * 8  # with headers
+    text = " ".join(to_text(report).split())
+    assert "--site NAME=93.3Mbit,40ms" in text
+    assert re.search(r"It says 2\.\d+ s for 24 MiB each way over such a line \(93.3 Mbit/s\); measured 2.52 s", text)
+    assert 2.3 < to_data(report)["figures"][1]["planned_seconds"] < 3
+    assert "not measured: verbs: no" in text
+    assert line_of(report_of(FIGURE, same_host=True)) is None
+
+
+def test_the_table_has_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    link = Figure(**{**vars(FIGURE), "codec": "normfloat4_e4m3", "chunk_bytes": MIB // 4, "size_bytes": 4096 * MIB})
+    text = to_text(report_of(FIGURE, link))
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"^ raw x1 +256 +normfloat4_e4m3 +4096 ", text, re.MULTILINE)
+
+
+def test_names_of_peers_are_no_markup():
+    report = report_of(FIGURE)
+    report.peer_site = "<script>"
+    assert "<script>" not in to_svg(report)
+
+
+# -- what is wrong -----------------------------------------------------------------------------------------
+
+
+def error_of(capsys, *options) -> tuple[str, str]:
+    code, answer = measured(capsys, *options)
+    assert (code, answer["status"]) == (1, "error")
+    assert answer["hint"]
+    assert "\n" not in answer["message"]
+    return answer["error_code"], answer["message"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--sizes", "0"], "--sizes '0' is no number of 1 to 4096"),
+        (["--sizes", "x"], "--sizes 'x'"),
+        (["--sizes", "nan"], "--sizes 'nan'"),
+        (["--rails", "1,1000"], "--rails '1000'"),
+        (["--chunk-mib", "0.01"], "--chunk-mib '0.01'"),
+        (["--codecs", "exact,zip"], "--codecs 'zip' is unknown"),
+        (["--fabrics", "fax"], "--fabrics 'fax' is unknown"),
+        (["--repeat", "0"], "--repeat 0"),
+        (["--timeout", "0s"], "--timeout 0s"),
+        (["--plot", "x.png"], "--plot x.png is no .svg file"),
+        (["--plot", "nowhere/x.svg"], "there is no folder nowhere"),
+        (["--runs", "1"], "--runs is for the side that listens"),
+        (["--listen", "0", "--runs", "0"], "--runs 0"),
+        (["--listen", "0", "--fabrics", "tcp"], "--fabrics is for the side that connects"),
+        (["--connect", "host"], "--connect 'host' is not HOST:PORT"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_can_not_be_asked_for(capsys, options, says):
+    code, message = error_of(capsys, *options)
+    assert (code, says in message) == ("INVALID_INPUT", True), message
+
+
+def test_a_fabric_that_this_host_has_not(capsys):
+    code, message = error_of(capsys, "--fabrics", "verbs")
+    assert (code, message.startswith("--fabrics verbs can't be used here: ")) == ("NO_FABRIC", True)
+
+
+def test_sizes_are_within_the_budget(capsys, monkeypatch):
+    monkeypatch.setenv("NVFLARE_RDMA_MEMORY_BUDGET_BYTES", str(MIB))
+    code, message = error_of(capsys, "--sizes", "256")
+    assert (code, "64 MiB are the most with this side's memory budget" in message) == ("INVALID_INPUT", True)
+
+
+def test_nobody_listens(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    assert main(["bench", "--connect", f"127.0.0.1:{port}"]) == 1
+    err = capsys.readouterr().err
+    assert f"127.0.0.1:{port} refuses the connection" in err
+    assert f"Hint: run `nvflare-rdma bench --listen {port}` there" in err
+
+
+# -- what a peer may ask for -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def side(monkeypatch):
+    monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "tcp")
+    return this_side(None)
+
+
+@contextlib.contextmanager
+def link_to(listening: BenchListening, side) -> Iterator[BenchExchange]:
+    sock, stream = dial(("127.0.0.1", listening.port), side.tls(False), Pending())
+    tcp = side.runtime.tcp(functools.partial(connect_tcp, sock.getpeername()[:2], DEADLINE))
+    context = context_for(side.runtime.context, ("tcp",))
+    made = BenchExchange(stream, side.runtime.fabrics(tcp, sock), context, "asks", bounds=bounds_of(side.settings))
+    made.link.open()
+    runner = threading.Thread(target=made.link.run, daemon=True)
+    runner.start()
+    try:
+        yield made
+    finally:
+        made.link.close(0.0)
+        runner.join(DEADLINE)
+
+
+def insist(exchange: BenchExchange, question: dict) -> None:
+    exchange.ask(**question)
+    exchange.ask("ping")
+
+
+MOST = bounds_of(Settings()).message_bytes
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        {"what": "receive", "labels": [1], "bytes": MOST + 1},
+        {"what": "send", "labels": [*range(1, 300)], "bytes": 1},
+        {"what": "send", "labels": [1], "bytes": 4, "codec": "zip"},
+        {"what": "send", "labels": [1], "bytes": 4, "codec": ["int8"]},
+        {"what": "send", "labels": [1], "bytes": 3, "codec": "int8"},
+        {"what": "use", "chunk": LEAST_CHUNK - 1},
+        {"what": "use", "chunk": MOST_CHUNK + 1},
+        {"what": "use", "chunk": "1"},
+        {"what": "leave"},
+    ],
+    ids=str,
+)
+def test_who_asks_for_too_much_loses_its_link_and_nobody_else_does(side, question):
+    with BenchListening(side, "127.0.0.1", 0) as listening:
+        with link_to(listening, side) as greedy:
+            greedy.ask("about", run=RUN)
+            with pytest.raises((RdmaError, OSError)):
+                insist(greedy, question)
+            eventually(lambda: not greedy.link.usable)
+        eventually(lambda: listening.served)
+        assert "it asks for" in listening.served[0]["failure"]
+        with link_to(listening, side) as other:
+            assert "bench" in other.ask("about", run=RUN[::-1])
+
+
+@pytest.mark.parametrize("run", [None, 5, "", "x" * 1000])
+def test_who_does_not_say_of_which_run_it_is_gets_nothing(side, run):
+    with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as nameless:
+        with pytest.raises((RdmaError, OSError)):
+            nameless.ask("about", run=run)
+        eventually(lambda: listening.served)
+        assert "it does not say of which run it is" in listening.served[0]["failure"]
+
+
+def test_before_that_nothing_is_answered(side):
+    with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as hasty:
+        with pytest.raises((RdmaError, OSError)):
+            hasty.ask("used")
+        eventually(lambda: listening.served)
+        assert "before it has said of which run it is" in listening.served[0]["failure"]
+
+
+def test_one_run_at_a_time_and_as_many_as_were_asked_for(side, capsys):
+    with BenchListening(side, "127.0.0.1", 0, runs=1) as listening:
+        with link_to(listening, side) as first, link_to(listening, side) as other:
+            first.ask("about", run=RUN)
+            assert other.ask("about", run=RUN[::-1]) == {"busy": "another run is going on there"}
+            assert main(["bench", "--connect", f"127.0.0.1:{listening.port}", "--fabrics", "tcp"]) == 1
+            assert "another run is going on there" in capsys.readouterr().err
+        assert listening.over.wait(DEADLINE)
+        with link_to(listening, side) as late:
+            assert late.ask("about", run=RUN) == {"busy": "it has had as many runs as it was to have"}
+
+
+def test_a_bench_of_its_own_process_is_for_nobody_else(side):
+    with BenchListening(side, "127.0.0.1", 0, only=RUN) as listening, link_to(listening, side) as other:
+        assert other.ask("about", run=RUN[::-1]) == {"busy": "it is there for its own process only"}
+
+
+def test_what_waits_for_memory_comes_when_there_is_some(side):
+    """More messages at once than there are places."""
+    with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as one:
+        one.ask("about", run=RUN)
+        count = 3 * one.bounds.at_once
+        labels = [*range(1, count + 1)]
+        one.ask("receive", labels=labels, bytes=256 * 1024)
+        for each in [one._offer(label, 256 * 1024, "") for label in labels]:
+            each.wait(DEADLINE)
+    eventually(lambda: listening.served)
+    assert listening.served[0]["received_bytes"] == count * 256 * 1024
+
+
+# -- plain connections -------------------------------------------------------------------------------------
+
+
+def plain(port: int, *data: bytes) -> bytes:
+    """What a stranger gets."""
+    with socket.create_connection(("127.0.0.1", port), DEADLINE) as sock:
+        for each in data:
+            sock.sendall(each)
+        with contextlib.suppress(ConnectionError):
+            return sock.recv(1)
+    return b""
+
+
+def test_a_plain_connection_needs_a_ticket_which_works_once(side):
+    with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as one:
+        one.ask("about", run=RUN)
+        question = b"\x00" + (1000).to_bytes(8, "big")
+        assert plain(listening.port, MAGIC, bytes(TICKET_BYTES), question) == b""
+        ticket = bytes.fromhex(one.ask("raw")["ticket"])
+        assert plain(listening.port, MAGIC, ticket, question) != b""
+        assert plain(listening.port, MAGIC, ticket, question) == b""
+
+
+def test_with_certificates_it_needs_one_as_well(provisioned):
+    server = this_side(provisioned / "server")
+    with BenchListening(server, "127.0.0.1", 0) as listening:
+        assert plain(listening.port, MAGIC, bytes(TICKET_BYTES), b"\x00" + (1000).to_bytes(8, "big")) == b""
+
+
+def test_plain_connections_have_bounds(side):
+    with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as one:
+        one.ask("about", run=RUN)
+        address = ("127.0.0.1", listening.port)
+        raw = RawPeer(address, [one.ask("raw")["ticket"]])
+        with contextlib.closing(raw):
+            assert raw.move(True, MIB, DEADLINE) > 0
+            assert raw.move(False, MIB, DEADLINE) > 0
+            with pytest.raises((RdmaError, OSError)):
+                raw.move(False, 1 << 50, DEADLINE)
+        eventually(lambda: not listening._raw._open)
+        for _ in range(MOST_CONNECTIONS):
+            one.ask("raw")
+        with pytest.raises((RdmaError, OSError)):
+            one.ask("raw")
+
+
+def test_a_plain_peer_that_stops_is_given_up(side):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        raw = RawPeer(silent.getsockname()[:2], ["00" * TICKET_BYTES])
+        with contextlib.closing(raw), pytest.raises((RdmaError, OSError)):
+            raw.move(False, MIB, 0.2)
+
+
+def test_who_says_nothing_has_no_link_for_long(side, monkeypatch):
+    monkeypatch.setattr("nvflare_rdma.cli.bench_listen._JOIN_SECONDS", 0.1)
+    with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as silent:
+        eventually(lambda: not silent.link.usable)
+        assert not listening.over.is_set()
+
+
+def test_a_picture_goes_where_it_can(capsys, tmp_path):
+    folder = tmp_path / "x.svg"
+    folder.mkdir()
+    assert error_of(capsys, "--plot", folder)[0] == "INVALID_INPUT"
+    assert Path(folder).is_dir()
