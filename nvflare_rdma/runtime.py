@@ -38,6 +38,7 @@ from nvflare_rdma.settings import Settings, load_settings
 from nvflare_rdma.transfer import (
     EncodedChunkCache,
     Ledger,
+    LongWaits,
     Notices,
     PeerLinks,
     Service,
@@ -142,6 +143,7 @@ class Shared:
         tensor_memory: the memory in which tensors arrive.
         encoded_chunks: chunks that were encoded for one receiver and that others are about to want.
         ledger: takes the record of each transfer to those who want to know.
+        long_waits: tells people how far transfers are.
         notices: what was said in the log of transfers with each peer.
         environment: what is handed on to the processes that FLARE starts.
         holdings: what is held of results that wait until they are added.
@@ -157,6 +159,7 @@ class Shared:
     tensor_memory: TensorMemory = field(default_factory=TensorMemory)
     encoded_chunks: EncodedChunkCache = field(default_factory=EncodedChunkCache)
     ledger: Ledger = field(default_factory=Ledger)
+    long_waits: LongWaits = field(default_factory=LongWaits)
     notices: Notices = field(default_factory=Notices)
     environment: EnvironmentChanges = field(default_factory=EnvironmentChanges)
     holdings: Holdings = field(default_factory=Holdings)
@@ -184,6 +187,11 @@ class Runtime:
     def ledger(self) -> Ledger:
         """Where the records of transfers go."""
         return self.shared.ledger
+
+    @property
+    def long_waits(self) -> LongWaits:
+        """Which tells people how far transfers are."""
+        return self.shared.long_waits
 
     @property
     def waiting_places(self) -> SitePlaces:

@@ -48,6 +48,7 @@ from nvflare_rdma.transfer.arrays import TensorMemory, raw_bytes
 from nvflare_rdma.transfer.content import Content, TensorContent
 from nvflare_rdma.transfer.encoding import EncodedChunkCache
 from nvflare_rdma.transfer.junction import Junction
+from nvflare_rdma.transfer.long_waits import LongWaits
 from nvflare_rdma.transfer.manifest import SMALL_TOTAL, Item, is_sendable
 from nvflare_rdma.transfer.manifest import unpack as unpack_manifest
 from nvflare_rdma.transfer.meetings import Place as MeetingPlace
@@ -77,6 +78,7 @@ __all__ = [
     "Junction",
     "Land",
     "Ledger",
+    "LongWaits",
     "LostError",
     "MeetingPlace",
     "Meter",

@@ -65,6 +65,7 @@ from nvflare_rdma.transfer.dialling import (
     unexpected,
 )
 from nvflare_rdma.transfer.expected import ExpectedMessages
+from nvflare_rdma.transfer.long_waits import LongWaits
 from nvflare_rdma.transfer.meetings import Meetings, Place
 from nvflare_rdma.transfer.records import Ledger
 from nvflare_rdma.transfer.waiting import SitePlaces
@@ -86,7 +87,6 @@ _MAX_TENSOR_BYTES = 1 << 48
 #: sending, if it has to be staged (as from a GPU).
 _SAME_HOST_FACTOR = 6
 
-
 #: Called with a peer's cell name and the certificate that was shown, as `ssl.SSLSocket.getpeercert` gives it. Raises
 #: TlsError unless the certificate is the peer's.
 Identify: TypeAlias = Callable[[str, Mapping[str, Any]], None]
@@ -102,6 +102,10 @@ class SharedByLinks(Protocol):
     @property
     def ledger(self) -> Ledger:
         """Where the records of transfers go."""
+
+    @property
+    def long_waits(self) -> LongWaits:
+        """Which tells people how far transfers are."""
 
     @property
     def waiting_places(self) -> SitePlaces:
@@ -359,6 +363,11 @@ class PeerLinks:
     def ledger(self) -> Ledger:
         """The process's, which the records of transfers over these links go to."""
         return self._shared.ledger
+
+    @property
+    def long_waits(self) -> LongWaits:
+        """The process's, which tells people how far transfers are."""
+        return self._shared.long_waits
 
     @property
     def waiting_places(self) -> SitePlaces:

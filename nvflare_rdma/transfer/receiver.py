@@ -23,6 +23,7 @@ from nvflare_rdma.channel import Link, Sink
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer import manifest
+from nvflare_rdma.transfer.long_waits import Wait
 from nvflare_rdma.transfer.manifest import STARTS, Item
 from nvflare_rdma.transfer.patience import AbortedError, LostError, Patience
 from nvflare_rdma.transfer.peers import PeerLinks
@@ -102,6 +103,7 @@ class Pull:
         self.items: list[Item] = []
         self._whole: set[int] = set()
         self._whole_bytes = 0
+        self._began = time.monotonic()
         self._asked = False
         self._seen = False
         #: The first of the labels that are reserved for what the peer sends with its description.
@@ -294,6 +296,11 @@ class Pull:
 
     def _wait(self, arrivals: Arrivals, link: Link | None) -> None:
         """Wait until everything is here, or something is wrong. `link` is what the items are to come over."""
+        with self._links.long_waits.wait(self._peer, self._began) as wait:
+            self._wait_for(arrivals, link, wait)
+
+    def _wait_for(self, arrivals: Arrivals, link: Link | None, wait: Wait) -> None:
+        total = sum(item.sent_nbytes for item in self.items if item.content is None)
         now = time.monotonic()
         report_at, moved_at, known, moved, asked_why = now + REPORT_SECONDS, now, -1, (0, 0), False
         while True:
@@ -313,6 +320,7 @@ class Pull:
             now = time.monotonic()
             if (moving := (nbytes, self._links.arriving(self._peer))) != moved:
                 moved, moved_at = moving, now
+            self._links.long_waits.look(wait, self._whole_bytes + sum(moving), total, now)
             if self._links.find(self._peer) is None:
                 arrivals.fail(
                     f"the link broke: {link.failure}" if link is not None and link.failure else "the link broke"

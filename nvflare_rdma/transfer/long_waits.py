@@ -1,0 +1,152 @@
+"""Tells people how far transfers are that take long: in lines of the log, or by a bar where stderr is a terminal.
+
+One line is about all of them together, and none comes sooner than `LINE_SECONDS` after the last one. A transfer that is
+over before that has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TextIO
+
+from nvflare_rdma.logs import escaped, get_logger
+
+log = get_logger(__name__)
+
+LINE_SECONDS = 10.0
+#: A bar is there after so long, and drawn anew so often.
+_BAR_SECONDS, _DRAW_SECONDS = 2.0, 0.5
+#: Characters of the bar, and of all that is drawn: less than a log line has, so that one of another process covers it.
+_WIDTH, _MOST = 24, 78
+_MB = 1e6
+
+
+@dataclass(eq=False)
+class Wait:
+    """One transfer that is waited for. Times are as `time.monotonic` has them."""
+
+    peer: str
+    began: float
+    nbytes: int = 0
+    total: int = 0
+
+    def left(self, now: float) -> float:
+        """Seconds that it takes from now on, at the pace that it has had."""
+        return (self.total - self.nbytes) * (now - self.began) / self.nbytes if self.nbytes else float("inf")
+
+
+class LongWaits:
+    """Knows what a process waits for. Any number of threads may use it at once. `terminal` is where the bar goes; None
+    for stderr, if that is a terminal of this process's own."""
+
+    def __init__(self, terminal: TextIO | None = None) -> None:
+        self._lock = threading.Lock()
+        self._waits: list[Wait] = []
+        self._said_at = self._drawn_at = float("-inf")
+        self._terminal = terminal
+        self._bar: _Bar | None = None
+
+    @contextlib.contextmanager
+    def wait(self, peer: str, now: float) -> Iterator[Wait]:
+        """Wait for a transfer from `peer`; `look` is to be called meanwhile."""
+        wait = Wait(peer, now)
+        with self._lock:
+            self._waits.append(wait)
+        try:
+            yield wait
+        finally:
+            with self._lock:
+                self._waits.remove(wait)
+                if self._bar is not None and not self._waits:
+                    self._bar.end()
+                    self._bar = None
+
+    def look(self, wait: Wait, nbytes: int, total: int, now: float) -> None:
+        """`nbytes` of `total` are here: say so if it is time."""
+        text = ""
+        with self._lock:
+            wait.nbytes, wait.total = min(nbytes, total), total
+            terminal = self._terminal or own_terminal()
+            if terminal is not None:
+                if now - self._drawn_at >= _DRAW_SECONDS and (long := self._longer_than(_BAR_SECONDS, now)):
+                    self._drawn_at = now
+                    self._bar = self._bar or _Bar(terminal)
+                    self._bar.draw(_bar(long) + " " + describe(long, now))
+            elif now - self._said_at >= LINE_SECONDS and (long := self._longer_than(LINE_SECONDS, now)):
+                self._said_at = now
+                text = describe(long, now)
+        if text:
+            log.info("%s", text)
+
+    def _longer_than(self, seconds: float, now: float) -> list[Wait]:
+        return [wait for wait in self._waits if now - wait.began >= seconds and wait.total]
+
+
+def describe(waits: list[Wait], now: float) -> str:
+    """How far transfers are: in a line for people."""
+    nbytes, total = _sum(waits)
+    slowest = max(waits, key=lambda wait: wait.left(now))
+    left, seconds = slowest.left(now), max(now - wait.began for wait in waits)
+    more = f", at this pace {left:.0f} s more" if left < float("inf") else ""
+    far = f"{nbytes / _MB:,.1f} of {total / _MB:,.1f} MB ({nbytes / total:.0%})"
+    if len(waits) == 1:
+        return f"{far} from {slowest.peer} are here after {seconds:.0f} s{more}"
+    return f"{far} of {len(waits)} transfers are here after {seconds:.0f} s; from {slowest.peer}{more}"
+
+
+def _sum(waits: list[Wait]) -> tuple[int, int]:
+    return sum(wait.nbytes for wait in waits), sum(wait.total for wait in waits)
+
+
+def _bar(waits: list[Wait]) -> str:
+    nbytes, total = _sum(waits)
+    done = _WIDTH * nbytes // total
+    return f"[{'#' * done}{'.' * (_WIDTH - done)}]"
+
+
+def own_terminal() -> TextIO | None:
+    """stderr, if it is a terminal in whose foreground this process is; else None: FLARE's job processes write to files,
+    or share a terminal with others."""
+    try:
+        if sys.stderr.isatty() and os.tcgetpgrp(sys.stderr.fileno()) == os.getpgrp():
+            return sys.stderr
+    except (OSError, ValueError, AttributeError):  # it is closed, no file, or not there
+        pass
+    return None
+
+
+class _Bar(logging.Handler):
+    """A line on a terminal that is not there when something is logged: as the first of the handlers it wipes it away
+    before the others write. The cursor stands at its beginning, so that whatever else is written covers it."""
+
+    def __init__(self, terminal: TextIO) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def draw(self, text: str) -> None:
+        """Draw it, in place of what was drawn before."""
+        root = logging.root
+        if root.handlers and root.handlers[0] is not self:  # without any, Python has a way of its own
+            root.removeHandler(self)
+            root.handlers.insert(0, self)
+        self._write(f"\r{escaped(text)[:_MOST]}\x1b[K\r")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        self._write("\r\x1b[K")
+
+    def end(self) -> None:
+        """Wipe it away."""
+        logging.root.removeHandler(self)
+        self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody looks any more
+            self._terminal.write(text)
+            self._terminal.flush()
