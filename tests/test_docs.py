@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from nvflare_rdma.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -62,14 +65,30 @@ def test_the_files_in_the_design_exist():
 
 
 def user_guide():
+    """All groups but the last one."""
     index = (DOCS / "index.md").read_text()
-    block = re.search(r":caption: User guide\n\n(.*?)```", index, re.DOTALL)
-    return [DOCS / f"{name}.md" for name in block[1].split()]
+    groups = dict(re.findall(r":caption: ([^\n]+)\n\n(.*?)```", index, re.DOTALL))
+    assert list(groups)[-1] == "Contributing"
+    return [DOCS / f"{name}.md" for group, names in groups.items() if group != "Contributing" for name in names.split()]
 
 
 @pytest.mark.parametrize("page", user_guide(), ids=lambda page: page.stem)
 def test_a_page_of_the_user_guide_is_short(page):
     assert len(page.read_text().splitlines()) <= USER_GUIDE_LINES
+
+
+def commands():
+    """What pages, and the README, have for a shell."""
+    for page in (*PAGES, ROOT / "README.md"):
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.strip().startswith("nvflare-rdma "):
+                    yield pytest.param(line.strip(), id=f"{page.stem}: {line.strip()}")
+
+
+@pytest.mark.parametrize("command", list(commands()))
+def test_the_commands_are_those_that_there_are(command):
+    _parser()[0].parse_args(shlex.split(command, comments=True)[1:])
 
 
 def test_every_page_is_in_the_index():
