@@ -1,4 +1,4 @@
-"""torch takes the memory of large tensors in huge pages in a process that has loaded the driver before its first one."""
+"""torch takes large tensors' memory in huge pages in a process that has loaded the driver before its first one."""
 
 from __future__ import annotations
 
