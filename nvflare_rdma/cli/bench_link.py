@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nvflare_rdma.channel import Link
+from nvflare_rdma.cli.peer_bodies import Room
 from nvflare_rdma.cli.peer_link import BUSY, Bounds, Exchange
 from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.settings import Settings
@@ -73,6 +74,10 @@ def used() -> Used:
 class Host(Protocol):
     """What serves the links of a run."""
 
+    @property
+    def room(self) -> Room:
+        """Where what comes lands, over all links of a run."""
+
     def join(self, run: Any, link: Link) -> str:
         """Whether a link is of the present run, or begins one: "" if so, else why not."""
 
@@ -102,7 +107,7 @@ class BenchExchange(Exchange):
         if told.get("ask") == "about":
             if refusal := self._refusal or self.host.join(told.get("run"), self.link):
                 return {BUSY: refusal}
-            self.joined = True
+            self.joined, self.room = True, self.host.room
             return dict(about(self.link))
         if not self.joined:
             raise ProtocolError("it asks for something before it has said of which run it is")

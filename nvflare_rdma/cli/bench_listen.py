@@ -16,6 +16,7 @@ from nvflare_rdma.channel import ControlStream, Link
 from nvflare_rdma.cli.bench_link import MOST_MESSAGES, BenchExchange, bounds_of, usable_codecs
 from nvflare_rdma.cli.bench_raw import MAGIC, RawDoor
 from nvflare_rdma.cli.output import CommandError, Result
+from nvflare_rdma.cli.peer_bodies import Room
 from nvflare_rdma.cli.peer_kit import Side, this_side
 from nvflare_rdma.cli.peer_link import Exchange, context_for
 from nvflare_rdma.cli.peer_listen import Listening, listen_result
@@ -47,12 +48,17 @@ class BenchListening(Listening):
         self._run_lock = threading.Lock()
         self._chunk = 0
         self._bounds = bounds_of(side.settings)
+        self.room = self._new_room()
+        """See `Host.room`."""
         self._raw = RawDoor(self._bounds.message_bytes * MOST_MESSAGES)
         super().__init__(side, host, port)
 
     def __exit__(self, *error: object) -> None:
         self._raw.end()
         super().__exit__(*error)
+
+    def _new_room(self) -> Room:
+        return Room(self._bounds.message_bytes, self._bounds.at_once)
 
     @property
     def link_seconds(self) -> float:  # type: ignore[override]
@@ -89,6 +95,7 @@ class BenchListening(Listening):
                 if self._runs_left == 0:
                     return "it has had as many runs as it was to have"
                 self._run, self._lead = run, link
+                self.room = self._new_room()  # what another run has left half done may still be written
         return ""
 
     def use_chunk(self, nbytes: int) -> None:

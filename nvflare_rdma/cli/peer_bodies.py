@@ -83,6 +83,12 @@ class Room:
             self._waiting.append(again)
         return None
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no place left."""
+        with self._lock:
+            return self._free == []
+
     def give_back(self, place: memoryview) -> None:
         """Let others have it."""
         with self._lock:

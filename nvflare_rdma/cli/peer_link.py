@@ -99,7 +99,8 @@ class Exchange:
         self._lock = threading.Lock()
         self._expected: dict[int, Item] = {}
         self._landing = 0
-        self._room = Room(self.bounds.message_bytes, self.bounds.at_once)
+        self.room = Room(self.bounds.message_bytes, self.bounds.at_once)
+        """Where what comes lands."""
         self._landed: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._sending: list[Sending] = []
         self._questions = 0
@@ -226,10 +227,10 @@ class Exchange:
         with self._lock:
             if (item := self._expected.get(label)) is None:
                 return None
-            if (place := self._room.take(again)) is None:
+            if (place := self.room.take(again)) is None:
                 return Later()
             del self._expected[label]
-        return Landing(item, place, self._room, functools.partial(self._over, item.nbytes))
+        return Landing(item, place, self.room, functools.partial(self._over, item.nbytes))
 
     def _deliver(self, message: Delivery) -> None:
         try:

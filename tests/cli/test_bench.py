@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nvflare_rdma.channel import Pending, dial
+from nvflare_rdma.channel import Pending, Source, dial
 from nvflare_rdma.cli import main
 from nvflare_rdma.cli.bench_link import LEAST_CHUNK, MOST_CHUNK, BenchExchange, bounds_of
 from nvflare_rdma.cli.bench_listen import BenchListening
@@ -28,6 +28,7 @@ from nvflare_rdma.cli.bench_report import MIB, RAW, BenchReport, Figure
 from nvflare_rdma.cli.bench_text import line_of, to_data, to_svg, to_text
 from nvflare_rdma.cli.peer_kit import this_side
 from nvflare_rdma.cli.peer_link import context_for
+from nvflare_rdma.cli.peer_listen import Listening
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.fabric import TICKET_BYTES, connect_tcp
 from nvflare_rdma.settings import Settings
@@ -324,6 +325,81 @@ def test_what_waits_for_memory_comes_when_there_is_some(side):
             each.wait(DEADLINE)
     eventually(lambda: listening.served)
     assert listening.served[0]["received_bytes"] == count * 256 * 1024
+
+
+class Held(Source):
+    """A message that is not sent until it may be."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def read(self, offset, length, take):
+        self.begun.set()
+        assert self.go_on.wait(DEADLINE)
+        return memoryview(bytes(length))
+
+
+def test_all_links_of_a_run_have_the_memory_of_one(side):
+    nbytes = 256 * 1024
+    with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as greedy:
+        greedy.ask("about", run=RUN)
+        labels = [*range(1, greedy.bounds.at_once + 1)]
+        greedy.ask("receive", labels=labels, bytes=nbytes)
+        held = [Held(nbytes) for _ in labels]
+        sending = [greedy.link.offer(each, label) for each, label in zip(held, labels, strict=True)]
+        with link_to(listening, side) as other:
+            other.ask("about", run=RUN)
+            eventually(lambda: listening.room.is_full)
+            other.ask("receive", labels=[1], bytes=nbytes)
+            late = other._offer(1, nbytes, "")
+            other.ask("ping")
+            assert not late.ended
+            for each in held:
+                each.go_on.set()
+            late.wait(DEADLINE)
+        for each in sending:
+            each.wait(DEADLINE)
+
+
+class Liar(BenchListening):
+    """Says of itself what a bench does not expect."""
+
+    lie: dict = {}
+
+    def _about(self, link):
+        return {**super()._about(link), **self.lie}
+
+    def raw_ticket(self):
+        return self.lie.get("ticket", super().raw_ticket())
+
+
+@pytest.mark.parametrize(
+    ("lie", "says"),
+    [
+        ({"bench": {"message_bytes": True, "codecs": []}}, "listens for `doctor --peer`, and not"),
+        ({"bench": []}, "listens for `doctor --peer`, and not"),
+        ({"bench": {"message_bytes": 4096, "codecs": []}}, "moves no more than 1 MiB at once"),
+        ({"ticket": "\x1b[2J", "order": 5, "fabrics": "\x1b[2J", "versions": {"\x1b[2J": "\x1b[2J"}}, ""),
+    ],
+    ids=["no number", "no object", "little", "orders to the terminal"],
+)
+def test_what_a_listener_says_is_taken_for_what_it_is(side, capsys, lie, says):
+    with Liar(side, "127.0.0.1", 0) as liar:
+        liar.lie = lie
+        assert main(["bench", "--connect", f"127.0.0.1:{liar.port}", "--sizes", "2", "--repeat", "1"]) == 1
+        out, err = capsys.readouterr()
+    assert says in err
+    assert "\x1b" not in out + err
+    assert says or "not measured: raw tcp: " in out
+
+
+def test_doctors_listener_is_no_bench(side, capsys):
+    with Listening(side, "127.0.0.1", 0) as listening:
+        assert main(["bench", "--connect", f"127.0.0.1:{listening.port}"]) == 1
+    err = capsys.readouterr().err
+    assert "listens for `doctor --peer`, and not for `bench --connect`" in err
+    assert "Hint: run `nvflare-rdma bench --listen` there" in err
 
 
 # -- plain connections -------------------------------------------------------------------------------------
