@@ -46,7 +46,6 @@ def show_auto(where: str, pilot: Autopilot, tensors: list[Tensor], console: Cons
     console.print(_table(where, found, tensors))
     for one in found:
         console.print(f"{one.mbit} Mbit/s: {one.reason}.")
-    limits = _limits(pilot)
     smallest = list(sizes)[-1]
     if pilot.limits.seconds is not None:
         console.print(
@@ -54,7 +53,8 @@ def show_auto(where: str, pilot: Autopilot, tensors: list[Tensor], console: Cons
         )
     return {
         "quantization_type": "auto",
-        **limits,
+        "round_seconds": pilot.limits.seconds,
+        "round_bytes": pilot.limits.nbytes,
         "bytes": sum(tensor.nbytes for tensor in tensors if tensor.tied is None),
         "before_a_rate_is_known": smallest if pilot.limits.seconds is not None else found[0].name,
         "rates": [
@@ -69,10 +69,6 @@ def show_auto(where: str, pilot: Autopilot, tensors: list[Tensor], console: Cons
             for one in found
         ],
     }
-
-
-def _limits(pilot: Autopilot) -> dict[str, float | int | None]:
-    return {"round_seconds": pilot.limits.seconds, "round_bytes": pilot.limits.nbytes}
 
 
 def _table(where: str, found: list[_Chosen], tensors: list[Tensor]) -> Table:
