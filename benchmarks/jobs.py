@@ -1,7 +1,7 @@
 """Whole FLARE jobs, in the simulator and in a POC, as FLARE moves tensors over grpc and as `RdmaTransfer` does.
 
     python benchmarks/jobs.py [--jobs stdlib_lm,gpt2_small] [--in simulator,poc] [--rounds 2] [--steps 0]
-                              [--quantize normfloat4] [--sites 2] [--at-once 2]
+                              [--quantize normfloat4] [--sites 2] [--at-once 2] [--task-interval 0.2]
 
 A server and some sites, each with its processes: one a site in the simulator; in the POC a parent and a job process
 each, with mutual TLS. FLARE's messages go over grpc in every configuration. gpt2_large is the job gpt2_small with the
@@ -83,6 +83,10 @@ def export(job: str, configuration: str, arguments: argparse.Namespace, folder: 
     )
     if done.returncode:
         raise RuntimeError(f"{job} could not be exported: {done.stderr[-2000:]}")
+    if arguments.task_interval is not None:
+        (config,) = (folder / job).glob("app*/config/config_fed_server.json")
+        settings = json.loads(config.read_text()) | {"server": {"task_request_interval": arguments.task_interval}}
+        config.write_text(json.dumps(settings))
     return folder / job
 
 
@@ -191,6 +195,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, help="of the sites, in the simulator; else all")
     parser.add_argument("--quantize", default="normfloat4", help="of ours; none: full precision")
     parser.add_argument("--steps", type=int, help="of training, a round; 0: sites send back what they got")
+    parser.add_argument("--task-interval", type=float, help="seconds after which sites ask for a task; else FLARE's 2")
     parser.add_argument("--keep", type=Path, help="a folder for the workspaces and logs, in place of a temporary one")
     args = parser.parse_args()
     jobs, places = chosen(parser, args.jobs, JOBS), chosen(parser, args.where, WHERE)
