@@ -45,12 +45,11 @@ def show_auto(where: str, pilot: Autopilot, tensors: list[Tensor], console: Cons
         found.append(_Chosen(mbit, name, choice.reason, rows[name], sizes[name]))
     console.print(_table(where, found, tensors))
     for one in found:
-        console.print(f"{one.mbit} Mbit/s: {one.reason}.")
+        console.print(f"{one.mbit} Mbit/s: {one.reason}.", soft_wrap=True)
     smallest = list(sizes)[-1]
     if pilot.limits.seconds is not None:
-        console.print(
-            f"Rates are those that transfers get, less than a line's own. Before one has told, {smallest} is sent."
-        )
+        told = f"Rates are those that transfers get, less than a line's own. Before one has told, {smallest} is sent."
+        console.print(told, soft_wrap=True)
     return {
         "quantization_type": "auto",
         "round_seconds": pilot.limits.seconds,

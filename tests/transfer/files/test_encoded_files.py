@@ -371,7 +371,7 @@ def test_answers_that_lie(lie, encoded, cell):
                 replace(item, cut=item.cut and PieceLayout.choose(get_codec("int8"), item.cut.n)) for item in items
             ]
         elif lie == "other parts later" and len(described) == 2:
-            items = [*items[1:], items[0]]
+            items = [replace(item, position=n) for n, item in enumerate([*items[1:], items[0]])]
         elif lie == "other file":
             answer["file"] = {**answer["file"], "quantization_type": "int8"}
         return {**answer, "manifest": manifest.pack(items)}
