@@ -12,6 +12,7 @@ myst_heading_anchors = 3
 # What other pages include.
 exclude_patterns = [
     "_build",
+    "auto-table.md",
     "controllers-table.md",
     "controllers-fedrdma.md",
     "wan-table.md",
