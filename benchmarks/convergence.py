@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measuring import command_line, versions
+from convergence_figure import draw
+from measuring import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = ROOT / "jobs" / "stdlib_lm" / "job.py"
@@ -188,7 +189,7 @@ def table(finals: dict[str, Final]) -> list[str]:
         both = [seed for seed in end.losses if seed in full.losses]
         differences = [100 * (end.losses[seed] / full.losses[seed] - 1) for seed in both]
         equal = [end.digests[seed] == full.digests[seed] for seed in both]
-        same = "fp32's, every bit" if equal and all(equal) else "others" if not any(equal) else "fp32's in some"
+        same = "fp32's, every bit" if equal and all(equal) else "its own" if not any(equal) else "fp32's in some"
         cells = [
             name,
             str(len(end.losses)),
@@ -267,16 +268,23 @@ def main() -> None:
     if not found[FULL]:
         sys.exit("there is no table without a run of fp32")
     finals = {name: final(each) for name, each in found.items() if each}
+    changed = [
+        f" --{name} {value}"
+        for name, value in {"seeds": args.seeds, **settings}.items()
+        if value != parser.get_default(name)
+    ]
     lines = [
         f"{args.sites} sites, {args.rounds} rounds of {args.steps} steps; "
         f"{next(iter(found[FULL].values()))['model_bytes'] // 4:,} parameters. "
-        f"{versions('nvflare', 'torch', 'numpy')}. `{command_line()}`",
+        f"{versions('nvflare', 'torch', 'numpy')}. `python benchmarks/convergence.py {args.table}{''.join(changed)}`",
         "",
         *table(finals),
     ]
     print("\n".join(lines))
     (args.docs / f"convergence-{args.table}.md").write_text("\n".join(lines) + "\n")
     plot(finals, args.docs / f"convergence-{args.table}.svg")
+    tables = {name: args.docs / f"convergence-{name}.md" for name in TABLES}
+    draw({name: path for name, path in tables.items() if path.exists()}, args.docs / "convergence-quality.svg")
     sys.exit(failed)
 
 

@@ -12,6 +12,7 @@ rounded away.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -124,11 +125,16 @@ def loss_of(model: Any, rows: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
-def batches(site: str, seed: int) -> Iterator[Tensor]:
+@functools.cache
+def text_of(site: str) -> Tensor:
     sys.path[:0] = [str(JOBS)]
     import stdlib_text
 
-    text, generator = stdlib_text.of_site(site, 3), torch.Generator().manual_seed(seed)
+    return stdlib_text.of_site(site, 3)
+
+
+def batches(site: str, seed: int) -> Iterator[Tensor]:
+    text, generator = text_of(site), torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(text) - CONTEXT - 1, (BATCH,), generator=generator)
         yield torch.stack([text[s : s + CONTEXT + 1] for s in starts.tolist()]).long()
