@@ -17,7 +17,8 @@ exclude_patterns = [
     "controllers-fedrdma.md",
     "wan-table.md",
     "wan-rounds-table.md",
-    "convergence-table.md",
+    "convergence-rounding.md",
+    "convergence-differences.md",
 ]
 html_theme = "alabaster"
 autodoc_member_order = "bysource"
