@@ -1,4 +1,4 @@
-# make demo | tour | test | test-sites | test-outages | test-verbs | test-verbs-all | test-pythons | chaos | fuzz | coverage | lint | format | docs | clean
+# make demo | tour | test | test-sites | test-outages | test-verbs | test-verbs-all | test-pythons | compat | chaos | fuzz | coverage | lint | format | docs | clean
 # (Debian 12 / Ubuntu 24.04, Python >= 3.11)
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?= -n 3 --dist worksteal
 
-.PHONY: demo tour test test-sites test-outages test-verbs test-verbs-all test-pythons chaos fuzz coverage lint format docs clean setup
+.PHONY: demo tour test test-sites test-outages test-verbs test-verbs-all test-pythons compat chaos fuzz coverage lint format docs clean setup
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -59,6 +59,20 @@ test-verbs-all: $(STAMP)
 PYTHONS_STEPS ?= all
 test-pythons: $(STAMP)
 	$(BIN)/python tests/pythons/smoke.py --steps $(PYTHONS_STEPS) -- $(PIP_ARGS)
+
+# Tests with the newest release of FLARE 2.9 that the index has, in an environment of its own. What they pass with can be
+# added to TRIED in nvflare_rdma/flare_compat.py.
+COMPAT := build/compat
+COMPAT_TESTS ?= tests/test_flare_compat.py tests/test_provision.py tests/cli tests/driver tests/filters tests/flare tests/kits \
+  tests/persistors tests/streaming
+compat:
+	rm -rf $(COMPAT)
+	$(PYTHON) -m venv $(COMPAT)
+	grep -v '^nvflare' constraints.txt > $(COMPAT)/constraints.txt
+	$(COMPAT)/bin/pip install -q $(PIP_ARGS) -c $(COMPAT)/constraints.txt --upgrade -e '.[test]'
+	@$(COMPAT)/bin/python -c 'from importlib.metadata import version; from nvflare_rdma.flare_compat import TRIED; \
+	  found = version("nvflare"); print("NVIDIA FLARE", found, "was tried" if found in TRIED else "is new here")'
+	$(COMPAT)/bin/python -m pytest $(PYTEST_ARGS) $(COMPAT_TESTS)
 
 # Processes that pull from each other while they are killed and stopped, and their connections cut, stalled and flipped.
 # CHAOS_ARGS="--seed 7" plays a run again.
