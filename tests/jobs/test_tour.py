@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import tour
 from tour import StepFailedError, Tour, data_of, main, project
 
+from tests.support.processes import ROOT
 from tests.support.waiting import eventually
 
 
@@ -89,3 +91,13 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):
     assert ended.value.code == 2
     assert "not empty: name another one" in capsys.readouterr().err
     assert [each.name for each in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_tour_runs_the_commands_of_the_quick_start():
+    page = (ROOT / "docs/quickstart.md").read_text().partition("## A server and its sites")[2]
+    commands = re.findall(r"^(nvflare|nvflare-rdma) (\w+) (\w+)?", page, re.MULTILINE)
+    assert len(commands) > 6
+    run = (ROOT / "jobs/tour.py").read_text()
+    for program, first, second in commands:
+        words = f'"{first}", "{second}"' if program == "nvflare" else f'"{first}", "poc"'
+        assert words in run, (program, first, second)
