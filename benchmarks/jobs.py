@@ -1,10 +1,11 @@
 """Whole FLARE jobs, in the simulator and in a POC, as FLARE moves tensors over grpc and as `RdmaTransfer` does.
 
     python benchmarks/jobs.py [--jobs stdlib_lm,gpt2_small] [--in simulator,poc] [--rounds 2] [--steps 0]
-                              [--quantize normfloat4]
+                              [--quantize normfloat4] [--sites 2] [--at-once 2] [--task-interval 0.2]
 
-A server and two sites, each with its processes: one a site in the simulator; in the POC a parent and a job process
-each, with mutual TLS. FLARE's messages go over grpc in every configuration.
+A server and some sites, each with its processes: one a site in the simulator; in the POC a parent and a job process
+each, with mutual TLS. FLARE's messages go over grpc in every configuration. gpt2_large is the job gpt2_small with the
+sizes of GPT-2 Large. Where the simulator has fewer sites at once than there are, they take turns in its processes.
 
     empty     FLARE alone, and a model of a few kB: what the processes need without a model
     flare     FLARE alone, tensors in full precision
@@ -43,9 +44,11 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-SITES = 2
 DEADLINE = 400.0
-JOBS = {"stdlib_lm": 12_713_984, "gpt2_small": 124_439_808}  # float32 parameters
+#: Of float32 parameters.
+JOBS = {"stdlib_lm": 12_713_984, "gpt2_small": 124_439_808, "gpt2_large": 774_030_080}
+#: Jobs that are another's, with other sizes.
+OF_OTHER_SIZE = {"gpt2_large": ("gpt2_small", ["--width", "1280", "--layers", "36"])}
 EMPTY = {
     "stdlib_lm": ["--width", "64", "--layers", "1"],
     "gpt2_small": ["--width", "64", "--layers", "1", "--vocab", "256"],
@@ -67,18 +70,23 @@ class Run:
 
 def export(job: str, configuration: str, arguments: argparse.Namespace, folder: Path) -> Path:
     """Write the FLARE job."""
-    options = ["--rounds", str(arguments.rounds), "--sites", str(SITES), "--driver", "grpc"]
+    job, sizes = OF_OTHER_SIZE.get(job, (job, []))
+    options = ["--rounds", str(arguments.rounds), "--sites", str(arguments.sites), "--driver", "grpc"]
     options += [] if arguments.steps is None else ["--steps", str(arguments.steps)]
     options += (
         ["--direct", "--quantize", arguments.quantize] if configuration.startswith("ours") else ["--quantize", "none"]
     )
-    options += EMPTY[job] if configuration == "empty" else []
+    options += EMPTY[job] if configuration == "empty" else sizes
     command = [sys.executable, str(ROOT / "jobs" / job / "job.py"), *options, "--workspace", str(folder / "none")]
     done = subprocess.run(
         [*command, "--export", "--export-dir", str(folder)], capture_output=True, text=True, timeout=120
     )
     if done.returncode:
         raise RuntimeError(f"{job} could not be exported: {done.stderr[-2000:]}")
+    if arguments.task_interval is not None:
+        (config,) = (folder / job).glob("app*/config/config_fed_server.json")
+        settings = json.loads(config.read_text()) | {"server": {"task_request_interval": arguments.task_interval}}
+        config.write_text(json.dumps(settings))
     return folder / job
 
 
@@ -91,9 +99,9 @@ def environment(configuration: str) -> dict[str, str]:
     return chosen
 
 
-def in_simulator(job: Path, variables: dict[str, str], folder: Path) -> Run:
+def in_simulator(job: Path, variables: dict[str, str], folder: Path, sites: int, at_once: int) -> Run:
     command = [sys.executable, "-m", "nvflare_rdma.simulator", str(job), "-w", str(folder / "workspace")]
-    command += ["-n", str(SITES), "-t", str(SITES), "--scheme", "grpc"]
+    command += ["-n", str(sites), "-t", str(at_once), "--scheme", "grpc"]
     before = loopback_bytes()
     with open(folder / "console.log", "wb") as out:
         server = subprocess.Popen(
@@ -111,8 +119,8 @@ def in_simulator(job: Path, variables: dict[str, str], folder: Path) -> Run:
     return Run(wall, read_rounds((folder / "workspace" / "server" / "log.json").read_text()), moved, tree.used)
 
 
-def in_poc(job: Path, variables: dict[str, str], folder: Path) -> Run:
-    kits = poc.prepare(folder, SITES, "grpc", variables)
+def in_poc(job: Path, variables: dict[str, str], folder: Path, sites: int) -> Run:
+    kits = poc.prepare(folder, sites, "grpc", variables)
     with ProcessTree(poc.start(kits, variables)) as tree:
         arguments = [str(Path(poc.__file__)), str(kits / poc.ADMIN), str(job), str(DEADLINE)]
         before, start = loopback_bytes(), time.monotonic()
@@ -139,12 +147,12 @@ def read_rounds(log: str) -> list[float]:
     return [(after - before).total_seconds() for before, after in itertools.pairwise(times)]
 
 
-def show(job: str, where: str, rounds: int, runs: dict[str, Run], alone: bool) -> None:
+def show(job: str, where: str, rounds: int, sites: int, runs: dict[str, Run], alone: bool) -> None:
     """One table: what the job took, then each process."""
     model = JOBS[job] * 4
     title = (
-        f"{job} ({model / MIB:.0f} MiB), {where}: {rounds} rounds x {SITES} sites, "
-        f"{2 * rounds * SITES * model / 1e9:.2f} GB of model to move"
+        f"{job} ({model / MIB:.0f} MiB), {where}: {rounds} rounds x {sites} sites, "
+        f"{2 * rounds * sites * model / 1e9:.2f} GB of model to move"
     )
     table = Table(title=title, title_justify="left", min_width=len(title) + 2)
     table.add_column("")
@@ -179,12 +187,15 @@ def chosen(parser: argparse.ArgumentParser, text: str, known: Any) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", default=",".join(JOBS), help="of " + ",".join(JOBS))
+    parser.add_argument("--jobs", default="stdlib_lm,gpt2_small", help="of " + ",".join(JOBS))
     parser.add_argument("--in", dest="where", default=",".join(WHERE), help="of " + ",".join(WHERE))
     parser.add_argument("--only", default=",".join(CONFIGURATIONS), help="of " + ",".join(CONFIGURATIONS))
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--sites", type=int, default=2)
+    parser.add_argument("--at-once", type=int, help="of the sites, in the simulator; else all")
     parser.add_argument("--quantize", default="normfloat4", help="of ours; none: full precision")
     parser.add_argument("--steps", type=int, help="of training, a round; 0: sites send back what they got")
+    parser.add_argument("--task-interval", type=float, help="seconds after which sites ask for a task; else FLARE's 2")
     parser.add_argument("--keep", type=Path, help="a folder for the workspaces and logs, in place of a temporary one")
     args = parser.parse_args()
     jobs, places = chosen(parser, args.jobs, JOBS), chosen(parser, args.where, WHERE)
@@ -201,10 +212,14 @@ def main() -> None:
                     folder = (args.keep or Path(temporary)).resolve() / f"{job}-{where}-{configuration}"
                     folder.mkdir(parents=True)
                     exported = export(job, configuration, args, folder)
-                    run = in_simulator if where == "simulator" else in_poc
-                    runs[configuration] = run(exported, environment(configuration), folder)
+                    variables = environment(configuration)
+                    if where == "simulator":
+                        run = in_simulator(exported, variables, folder, args.sites, args.at_once or args.sites)
+                    else:
+                        run = in_poc(exported, variables, folder, args.sites)
+                    runs[configuration] = run
                     console.print(f"{folder.name}: {runs[configuration]}", style="dim", highlight=False)
-                show(job, where, args.rounds, runs, alone)
+                show(job, where, args.rounds, args.sites, runs, alone)
 
 
 if __name__ == "__main__":

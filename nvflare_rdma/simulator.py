@@ -34,6 +34,7 @@ from nvflare.recipe.sim_env import SimEnv
 from nvflare_rdma.class_list import allow_for
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.flare_compat import patch_simulator, require_flare, simulator_entry, use_installed_package
+from nvflare_rdma.runtime import large_tensors_in_huge_pages
 
 SCHEMES = ("rdma", "tcp", "grpc")
 _DRIVER_PATH_VAR = "NVFLARE_COMM_DRIVER_PATH"
@@ -186,6 +187,7 @@ class _HeldPorts:
 def use_scheme(scheme: str) -> None:
     """Make the simulator of this process, and the sites it will start, use `scheme`."""
     check_scheme(scheme)
+    large_tensors_in_huge_pages()
     patch_simulator(scheme, _HeldPorts())
     if scheme == "rdma":
         # Read by FLARE when a cell starts; the sites' processes inherit it.

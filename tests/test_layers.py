@@ -26,7 +26,7 @@ ALLOWED = {
     "filters": {"accumulate", "codecs", "flare_compat"},
     "driver": {"channel", "fabric", "runtime", "settings", "flare_compat"},
     "persistors": {"durable"},
-    "plugin": {"driver"},
+    "plugin": {"driver", "runtime"},
     "metrics": {"transfer", "flare_compat"},
     "cli": {
         "channel",  # what `doctor --peer` and `--listen` check is what a job's links are

@@ -34,7 +34,7 @@ from nvflare_rdma.flare_compat import (
 )
 from nvflare_rdma.logs import escaped
 from nvflare_rdma.metrics import TransferReporter
-from nvflare_rdma.runtime import shared, this_runtime
+from nvflare_rdma.runtime import large_tensors_in_huge_pages, shared, this_runtime
 from nvflare_rdma.settings import Settings, as_time, load_settings, parse_patience
 from nvflare_rdma.streaming.absence import Absences
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
@@ -79,6 +79,7 @@ class RdmaTransfer(FLComponent):
 
     def __init__(self, accumulate: bool = True, patience: str | float | None = None) -> None:
         super().__init__()
+        large_tensors_in_huge_pages()
         # FLARE writes arguments into an exported job config from attributes of their names.
         self.accumulate = accumulate
         self.patience = None if patience is None else parse_patience(patience, "patience")

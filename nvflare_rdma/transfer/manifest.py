@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgpack
@@ -40,7 +40,8 @@ class Item:
     """Describes one tensor, one part of a file, or a bundle of tensors.
 
     `name` is its id in its message. `content` has its bytes, or is None if they come apart; `cut` tells how they are
-    encoded, and is None if they are not. A bundle has its `members`, and the name of the first of them.
+    encoded, and is None if they are not. `position` is its place among the tensors of its message, in whose order they
+    are given to who receives them. A bundle has its `members`, and the name of the first of them.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Item:
     content: bytes | None = None
     cut: PieceLayout | None = None
     members: tuple[Item, ...] = ()
+    position: int = field(default=0, compare=False)
 
     @classmethod
     def bundle(cls, members: Sequence[Item]) -> Item:
@@ -91,7 +93,7 @@ def describe(tensors: Mapping[str, Any]) -> list[Item]:
     Raises:
         TransferError: one of them is no plain dense tensor, and is left to the fallback.
     """
-    return [_describe(name, tensor) for name, tensor in tensors.items()]
+    return [_describe(position, name, tensor) for position, (name, tensor) in enumerate(tensors.items())]
 
 
 def bundled(items: list[Item]) -> list[Item]:
@@ -122,16 +124,27 @@ def is_sendable(tensor: Any) -> bool:
     return plain and sys.byteorder == "little"
 
 
-def _describe(name: str, tensor: Any) -> Item:
+def in_order(items: Iterable[Item]) -> list[Item]:
+    """The tensors of the items, those of bundles among them, in the order that they have in their message."""
+    return sorted((tensor for item in items for tensor in item.tensors), key=lambda tensor: tensor.position)
+
+
+def _describe(position: int, name: str, tensor: Any) -> Item:
     if not is_sendable(tensor):
         what = f"{type(tensor).__name__} of dtype {getattr(tensor, 'dtype', None)}"
         raise TransferError(f"{name} is a {what}, which is no plain dense tensor")
-    return Item(name, is_torch(tensor), dtype_name(tensor), tuple(tensor.shape))
+    return Item(name, is_torch(tensor), dtype_name(tensor), tuple(tensor.shape), position=position)
 
 
 def pack(items: list[Item]) -> bytes:
-    """Make bytes of a manifest, for `unpack`."""
-    packed: bytes = msgpack.packb([[list(map(_row, i.members))] if i.members else _row(i) for i in items])
+    """Make bytes of a manifest, for `unpack`. It has the tensors in their order; before one that is in a bundle is the
+    bundle's number. Bundles follow the other items, as `bundled` gives them."""
+    bundles = [item for item in items if item.members]
+    numbers = {member.name: number for number, bundle in enumerate(bundles) for member in bundle.members}
+    rows = [
+        [numbers[tensor.name], *_row(tensor)] if tensor.name in numbers else _row(tensor) for tensor in in_order(items)
+    ]
+    packed: bytes = msgpack.packb(rows)
     return packed
 
 
@@ -153,22 +166,34 @@ def unpack(data: Any, bundles: bool = False) -> list[Item]:
         rows = msgpack.unpackb(data, max_array_len=MAX_ITEMS)
         if type(rows) is not list:
             raise ValueError(f"a list is expected, not {type(rows).__name__}")
-        items = [_bundle(*row) if len(row) == 1 and bundles else _item(*row) for row in rows]
+        items = _items(rows, bundles)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ProtocolError(f"malformed manifest: {error}") from error
-    names = [tensor.name for item in items for tensor in item.tensors]
-    if len(names) > MAX_ITEMS:
-        raise ProtocolError(f"malformed manifest: it has {len(names)} tensors, {MAX_ITEMS} are the most")
-    if len(set(names)) != len(names):
+    names = {tensor.name for item in items for tensor in item.tensors}
+    if len(names) != len(rows):
         raise ProtocolError("malformed manifest: a name comes twice")
     return items
 
 
-def _bundle(rows: Any) -> Item:
-    if type(rows) is not list or not rows:
-        raise ValueError("a bundle is a list of items")
-    bundle = Item.bundle([_item(*row) for row in rows])
-    if any(member.content is not None for member in bundle.members):
+def _items(rows: list[Any], bundles: bool) -> list[Item]:
+    alone: list[Item] = []
+    bundled: list[list[Item]] = []
+    for position, row in enumerate(rows):
+        if not (bundles and type(row) is list and row and type(row[0]) is int):
+            alone.append(replace(_item(*row), position=position))
+            continue
+        # Numbers follow each other, so that one that a peer makes up takes no memory.
+        if row[0] == len(bundled):
+            bundled.append([])
+        elif not bundled or row[0] != len(bundled) - 1:
+            raise ValueError(f"an item is in bundle {row[0]} after {len(bundled)} bundles")
+        bundled[-1].append(replace(_item(*row[1:]), position=position))
+    return alone + [_bundle(members) for members in bundled]
+
+
+def _bundle(members: list[Item]) -> Item:
+    bundle = Item.bundle(members)
+    if any(member.content is not None for member in members):
         raise ValueError("a bundle has an item with content")
     if bundle.nbytes > MAX_UNIT_BYTES:
         raise ValueError(f"a bundle has {bundle.nbytes} bytes, {MAX_UNIT_BYTES} are the most")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from nvflare_rdma.channel import Sink
-from nvflare_rdma.transfer.manifest import Item
+from nvflare_rdma.transfer.manifest import Item, in_order
 from nvflare_rdma.transfer.places import Land, Place, give, store_chunk
 
 
@@ -241,7 +241,7 @@ class TensorDestination(Destination):
 
     def finish(self) -> dict[str, Any]:
         """See `Destination.finish`."""
-        return {tensor.name: self._finish(tensor) for item in self._items for tensor in item.tensors}
+        return {tensor.name: self._finish(tensor) for tensor in in_order(self._items)}
 
     def close(self) -> None:
         """See `Destination.close`."""

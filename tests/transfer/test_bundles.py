@@ -45,7 +45,7 @@ def adapter(count: int = 100, size: int = 5000) -> dict[str, torch.Tensor]:
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(1, 3 * BUNDLED_BYTES) | st.integers(1, 500), max_size=80))
 def test_every_item_is_in_one_place_and_no_bundle_is_too_large(sizes):
-    items = [Item(str(i), False, "uint8", (size,)) for i, size in enumerate(sizes)]
+    items = [Item(str(i), False, "uint8", (size,), position=i) for i, size in enumerate(sizes)]
     found = manifest.bundled(items)
     assert sorted((tensor for item in found for tensor in item.tensors), key=lambda item: int(item.name)) == items
     for bundle in (item for item in found if item.members):
@@ -60,46 +60,64 @@ def test_every_item_is_in_one_place_and_no_bundle_is_too_large(sizes):
     together.sort(key=lambda tensors: int(tensors[0].name))
     for one, other in itertools.pairwise(together):
         assert sum(item.nbytes for item in one) + other[0].nbytes > most
-    assert manifest.unpack(manifest.pack(found), bundles=True) == found
+    known = manifest.unpack(manifest.pack(found), bundles=True)
+    assert known == found
+    assert manifest.in_order(known) == items
 
 
 ROW = ["x", True, "float32", [2, 3], None]
+OTHER = ["y", *ROW[1:]]
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    ("rows", "reason"),
     [
-        ([[]], "a bundle is a list of items"),
-        ([5], "a bundle is a list of items"),
-        ([[5]], "malformed"),
-        ([[[[ROW]]]], "malformed"),
-        ([[[*ROW[:4], bytes(24)]]], "a bundle has an item with content"),
-        ([[[*ROW[:3], [MAX_UNIT_BYTES], None]]], "4194304 bytes, 1048576 are the most"),
-        ([[ROW, ROW]], "a name comes twice"),
+        ([[0, 0, *ROW]], "malformed"),
+        ([[0]], "malformed"),
+        ([[0, ROW]], "malformed"),
+        ([[True, *ROW]], "malformed"),
+        ([[0, *ROW[:4], bytes(24)]], "a bundle has an item with content"),
+        ([[0, *ROW[:3], [MAX_UNIT_BYTES], None]], "4194304 bytes, 1048576 are the most"),
+        ([[0, *ROW], [0, *ROW]], "a name comes twice"),
+        ([[0, *ROW], ROW], "a name comes twice"),
+        ([[1, *ROW]], "in bundle 1 after 0 bundles"),
+        ([[-1, *ROW]], "in bundle -1 after 0 bundles"),
+        ([[0, *ROW], [2, *OTHER]], "in bundle 2 after 1 bundles"),
+        ([[0, *ROW], [1 << 60, *OTHER]], "after 1 bundles"),
+        ([[0, *ROW], [1, *OTHER], [0, "z", *ROW[1:]]], "in bundle 0 after 2 bundles"),
     ],
-    ids=["none", "number", "numbers", "bundle", "content", "too large", "twice"],
+    ids=str,
 )
-def test_what_is_no_bundle_is_refused(row, reason):
+def test_what_is_no_bundle_is_refused(rows, reason):
     with pytest.raises(ProtocolError, match=reason):
-        manifest.unpack(msgpack.packb([row]), bundles=True)
-    with pytest.raises(ProtocolError):
-        manifest.unpack(msgpack.packb([row, ["x", *ROW[1:]]]), bundles=True)
+        manifest.unpack(msgpack.packb(rows), bundles=True)
 
 
 def test_where_none_may_be_a_bundle_is_refused():
-    good = [[["x", *ROW[1:]], ["y", *ROW[1:]]]]
-    assert manifest.unpack(msgpack.packb([good]), bundles=True)
+    good = [[0, *ROW], [0, *OTHER]]
+    assert manifest.unpack(msgpack.packb(good), bundles=True)
     with pytest.raises(ProtocolError, match="malformed manifest"):
-        manifest.unpack(msgpack.packb([good]))
+        manifest.unpack(msgpack.packb(good))
     assert TensorDestination.bundles
     assert not FileDestination.bundles
 
 
 def test_a_bundle_counts_with_all_that_is_in_it(monkeypatch):
     monkeypatch.setattr(manifest, "MAX_ITEMS", 6)
-    rows = [[[f"{i}{j}", *ROW[1:]] for j in range(4)] for i in range(2)]
-    with pytest.raises(ProtocolError, match="it has 8 tensors, 6 are the most"):
-        manifest.unpack(msgpack.packb([[row] for row in rows]), bundles=True)
+    rows = [[i, f"{i}{j}", *ROW[1:]] for i in range(2) for j in range(4)]
+    with pytest.raises(ProtocolError, match="8 exceeds max_array_len"):
+        manifest.unpack(msgpack.packb(rows), bundles=True)
+
+
+def test_tensors_are_given_in_the_order_that_they_were_sent_in(direct, cell):
+    large = {f"large{i}": torch.randn(100_000 + i) for i in range(3)}
+    small = adapter()
+    names = [*small, *large, "empty"]
+    np.random.default_rng(0).shuffle(names)
+    sent = {name: {**small, **large, "empty": torch.zeros(0)}[name] for name in names}
+    sent = {name: marked(tensor, NF4) if name in small else tensor for name, tensor in sent.items()}
+    assert any(item.members for item in TensorContent(sent).items(compact=True))
+    assert list(direct(sent).confirmed(cell("site-1"))) == names
 
 
 @pytest.mark.parametrize("fabrics", [("tcp",), ("shm",)], ids="-".join)
