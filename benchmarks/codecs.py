@@ -17,7 +17,8 @@ largest error; ``digest`` to take the digest of its bytes.
 
 Where torch has a CUDA device, the same tensors are encoded there as well, each as a whole, beside what it takes to copy
 them to the CPU and encode them with one core; seconds on the clock until the codes are in CPU memory. The codes must be
-equal.
+equal. A rate's share is of what the device's memory moves when a tensor is copied in it, read and written.
+`--cuda-only` does only this.
 """
 
 from __future__ import annotations
@@ -294,9 +295,21 @@ def report_cuda(model: list[np.ndarray], repeats: int) -> None:
         encoded = np.empty(codec.encoded_nbytes(values.size), np.uint8)
         return encoded[: codec.encode_into(values, encoded)]
 
-    print(f"CUDA: {torch.cuda.get_device_name(0)}")
-    print(f"{'':16} {'encode there':>12} {'copy, encode':>12} {'extra':>13}  codes")
+    def seconds_of(do: Callable[[], object]) -> float:
+        taken = []
+        for _ in range(repeats):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            do()
+            torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken)
+
     tensors = [torch.from_numpy(t).to("cuda:0") for t in model]
+    moved = torch.ones((2, 64 * MIB), device="cuda:0")
+    memory = moved.nbytes / seconds_of(lambda: moved[0].copy_(moved[1])) / 1e9
+    print(f"CUDA: {torch.cuda.get_device_name(0)}, whose memory moves {memory:.0f} GB/s")
+    print(f"{'':16} {'encode there':>12} {'of memory':>9} {'copy, encode':>12} {'extra':>13}  codes")
     nbytes = sum(t.nbytes for t in model)
     for name in CODEC_NAMES:
         codec = get_codec(name)
@@ -306,18 +319,18 @@ def report_cuda(model: list[np.ndarray], repeats: int) -> None:
         torch.cuda.reset_peak_memory_stats()
         before, rates = torch.cuda.memory_allocated(), {}
         for encode in (encode_on_device, on_cpu):
-            seconds = []
-            for _ in range(repeats):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
+
+            def all_of_them(encode=encode, codec=codec) -> None:  # type: ignore[no-untyped-def]
                 for tensor in tensors:
                     encode(codec, tensor)
-                torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - start)
-            rates[encode] = nbytes / statistics.median(seconds) / 1e9
+
+            rates[encode] = nbytes / seconds_of(all_of_them) / 1e9
         extra = (torch.cuda.max_memory_allocated() - before) / MIB
         there, copied = rates[encode_on_device], rates[on_cpu]
-        print(f"{name:16} {there:12.2f} {copied:12.2f} {extra:9.1f} MiB  {'equal' if equal else 'NOT EQUAL'}")
+        share = f"{there / memory:.2%}"
+        print(
+            f"{name:16} {there:12.2f} {share:>9} {copied:12.2f} {extra:9.1f} MiB  {'equal' if equal else 'NOT EQUAL'}"
+        )
 
 
 def torch_int8(values):  # type: ignore[no-untyped-def]
@@ -384,6 +397,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--reference-mib", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cuda-only", action="store_true", help="only the part that needs a CUDA device")
     arguments = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[:2]
     print(
@@ -393,6 +407,9 @@ def main() -> None:
     print(
         f"{len(model)} tensors, {sum(t.nbytes for t in model) / MIB:.0f} MiB of float32; {arguments.repeats} repeats\n"
     )
+    if arguments.cuda_only:
+        report_cuda(model, arguments.repeats)
+        return
     work = Work(model)
     measured = measure_codecs(work, arguments.repeats, cores)
     report_measuring(work, arguments.repeats, cores[0])

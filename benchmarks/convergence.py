@@ -1,10 +1,12 @@
 """How far training comes when models travel in few bits: jobs/stdlib_lm with each kind of message, several seeds each.
 
-    python benchmarks/convergence.py [--seeds 3] [--rounds 48] [--at-once 2] [--workspace build/convergence]
+    python benchmarks/convergence.py [differences|rounding] [--seeds 3] [--rounds 48] [--at-once 2] [--kinds int2 ...]
 
-Every cell is a job of its own in FLARE's simulator, server and sites each a process, of which `results.json` is kept:
-what is there already, with the same settings, is not run again. Writes docs/convergence-table.md and
-docs/convergence.svg, and prints the former.
+Every cell is a job of its own in FLARE's simulator, server and sites each a process, of which `results.json` is kept in
+`--workspace`: what is there already, with the same settings, is not run again. All kinds with the first seed come
+first, and the table tells of how many seeds each kind has. When this is ended, the jobs that it has started end, too.
+`--kinds` runs some kinds only, or none if no name follows; the table has all that is kept. Writes table and figure to
+docs, and prints the former.
 """
 
 from __future__ import annotations
@@ -12,17 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measuring import command_line, versions
+from convergence_figure import draw
+from measuring import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = ROOT / "jobs" / "stdlib_lm" / "job.py"
@@ -42,26 +47,44 @@ class Message:
 
 
 FEEDBACK, DELTA = "--error-feedback", "--delta"
-MESSAGES = (
-    Message(FULL, "none"),
-    Message("fp16", "float16"),
-    Message("int8", "int8"),
-    Message("blockwise8", "blockwise8"),
-    Message("fp4", "float4"),
-    Message("nf4", "normfloat4"),
-    Message("nf4 + error feedback", "normfloat4", (FEEDBACK,)),
-    Message("nf4 + error feedback + delta", "normfloat4", (FEEDBACK, DELTA)),
-    Message("2-bit + error feedback", "int2", (FEEDBACK,)),
-    Message("2-bit + error feedback + delta", "int2", (FEEDBACK, DELTA)),
-)
+_BOTH = (FEEDBACK, DELTA)
+_FP32 = Message(FULL, "none")
+#: By table: models that are rounded, with and without what makes up for that; and differences alone.
+TABLES = {
+    "rounding": (
+        _FP32,
+        Message("fp16", "float16"),
+        Message("int8", "int8"),
+        Message("blockwise8", "blockwise8"),
+        Message("fp4", "float4"),
+        Message("nf4", "normfloat4"),
+        Message("nf4 + error feedback", "normfloat4", (FEEDBACK,)),
+        Message("nf4 + error feedback + delta", "normfloat4", _BOTH),
+        Message("2-bit + error feedback", "int2", (FEEDBACK,)),
+        Message("2-bit + error feedback + delta", "int2", _BOTH),
+    ),
+    "differences": (
+        _FP32,
+        Message("topk2_128", "topk2_128", _BOTH),
+        Message("exact_delta", "exact_delta", (DELTA,)),
+        Message("topk2", "topk2", _BOTH),
+        Message("normfloat4_e4m3", "normfloat4_e4m3", _BOTH),
+        Message("int2", "int2", _BOTH),
+        Message("normfloat4", "normfloat4", _BOTH),
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Final:
-    """The end of one message's runs, in nats per byte, one value a seed."""
+    """The end of one message's runs, in nats per byte, by seed."""
 
-    losses: list[float]
+    losses: dict[int, float]
+    #: of the final weights
+    digests: dict[int, str]
     bytes_per_round: float
+    #: without the first round, in which the sites hold nothing yet that a difference could be taken from
+    bytes_later: float
     #: by how much of itself the loss fell in the last `TAIL` rounds
     tail: float
     #: (loss of the untrained model, after round 1, ...), mean over the seeds
@@ -69,59 +92,122 @@ class Final:
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.losses)
+        return statistics.fmean(self.losses.values())
 
     @property
-    def spread(self) -> float:
-        """Standard deviation of a seed."""
-        return statistics.stdev(self.losses) if len(self.losses) > 1 else 0.0
+    def spread(self) -> float | None:
+        """Standard deviation of a seed; None for a single one."""
+        return statistics.stdev(self.losses.values()) if len(self.losses) > 1 else None
 
 
-def run(message: Message, seed: int, settings: dict[str, int], workspace: Path) -> dict[str, Any]:
-    """One job. Raises RuntimeError with the end of its log if it failed."""
-    kept = workspace / f"{message.name.replace(' + ', '-').replace(' ', '_')}-{seed}.json"
-    wanted = {**settings, "seed": seed, "quantize": message.codec}
-    wanted |= {option[2:].replace("-", "_"): option in message.options for option in (FEEDBACK, DELTA)}
-    if kept.exists():
-        found: dict[str, Any] = json.loads(kept.read_text())
-        if wanted.items() <= found.items():
-            return found
-    with tempfile.TemporaryDirectory(prefix="convergence-") as folder:
-        command = [sys.executable, str(JOB), "--quantize", message.codec, *message.options, "--workspace", folder]
-        command += [text for name, value in {**settings, "seed": seed}.items() for text in (f"--{name}", str(value))]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{message.name}, seed {seed}: {' '.join(command)}\n{done.stderr}")
-        shutil.copy(Path(folder) / "results.json", kept)
-    print(f"{message.name}, seed {seed}: done", file=sys.stderr, flush=True)
-    return dict(json.loads(kept.read_text()))
+class Jobs:
+    """Runs jobs, and ends those that run when it is told to."""
+
+    def __init__(self, settings: dict[str, int], workspace: Path) -> None:
+        self._settings = settings
+        self._workspace = workspace
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[str]] = set()
+        self._ended = False
+
+    def kept(self, message: Message, seed: int) -> dict[str, Any] | None:
+        """What a run with these settings has left."""
+        path = self._path(message, seed)
+        if not path.exists():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text())
+        wanted = {**self._settings, "seed": seed, "quantize": message.codec, "in_order": True}
+        wanted |= {option[2:].replace("-", "_"): option in message.options for option in _BOTH}
+        return found if wanted.items() <= found.items() else None
+
+    def run(self, message: Message, seed: int) -> None:
+        """One job, unless its results are there. Raises RuntimeError with the end of its log if it failed."""
+        if self.kept(message, seed) is not None:
+            return
+        with tempfile.TemporaryDirectory(prefix="convergence-") as folder:
+            command = [sys.executable, str(JOB), "--quantize", message.codec, *message.options, "--in-order"]
+            numbers = {**self._settings, "seed": seed}
+            command += [text for name, value in numbers.items() for text in (f"--{name}", str(value))]
+            command += ["--workspace", folder]
+            with self._lock:
+                if self._ended:
+                    return
+                pipe = subprocess.PIPE
+                job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
+                self._running.add(job)
+            try:
+                _, said = job.communicate(timeout=DEADLINE)
+            finally:
+                job.kill()  # the simulator and the sites end with the job's process
+                job.wait()
+                with self._lock:
+                    self._running.discard(job)
+            if self._ended:
+                return
+            if job.returncode:
+                raise RuntimeError(f"{message.name}, seed {seed}: {' '.join(command)}\n{said}")
+            shutil.copy(Path(folder) / "results.json", self._path(message, seed))
+        seconds = (self.kept(message, seed) or {}).get("wall_seconds")
+        print(f"{message.name}, seed {seed}: done in {seconds} s", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Start no more jobs, and end those that run."""
+        with self._lock:
+            self._ended = True
+            for job in self._running:
+                job.kill()
+
+    def _path(self, message: Message, seed: int) -> Path:
+        options = "".join(option[1:] for option in message.options)
+        return self._workspace / f"{message.codec}{options}-{seed}.json"
 
 
-def final(runs: Iterable[dict[str, Any]]) -> Final:
-    runs = list(runs)
-    curves = [[r["initial_loss"], *(row["held_out_loss"] for row in r["rounds_table"])] for r in runs]
+def final(runs: dict[int, dict[str, Any]]) -> Final:
+    """What the runs of one message, by seed, came to."""
+    curves = [[r["initial_loss"], *(row["held_out_loss"] for row in r["rounds_table"])] for r in runs.values()]
     curve = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-    tail = 1 - curve[-1] / curve[-1 - min(TAIL, len(curve) - 1)]
-    moved = statistics.fmean(r["bytes_per_round"] for r in runs)
-    return Final([c[-1] for c in curves], moved, tail, curve)
+    moved = [[row["bytes_down"] + row["bytes_up"] for row in r["rounds_table"]] for r in runs.values()]
+    return Final(
+        losses={seed: r["final_loss"] for seed, r in runs.items()},
+        digests={seed: r["final_digest"] for seed, r in runs.items()},
+        bytes_per_round=statistics.fmean(statistics.fmean(rounds) for rounds in moved),
+        bytes_later=statistics.fmean(statistics.fmean(rounds[1:] or rounds) for rounds in moved),
+        tail=1 - curve[-1] / curve[-1 - min(TAIL, len(curve) - 1)],
+        curve=curve,
+    )
 
 
 def table(finals: dict[str, Final]) -> list[str]:
+    """A row a message, as Markdown."""
     full = finals[FULL]
-    lines = [
-        "| messages | bytes a round | final held-out loss | spread | against fp32 | by seed "
-        f"| fell in the last {TAIL} rounds |",
-        "|---" * 7 + "|",
-    ]
+    columns = (
+        *("messages", "seeds", "MB a round", "times fewer", "after the first round", "final held-out loss"),
+        *("spread", "against fp32", "by seed", f"fell in the last {TAIL} rounds", "final weights"),
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, end in finals.items():
-        differences = [100 * (loss / other - 1) for loss, other in zip(end.losses, full.losses, strict=True)]
-        listed = ", ".join(f"{d:+.2f}" for d in differences)
-        against = "" if name == FULL else f"{100 * (end.mean / full.mean - 1):+.2f} %"
-        lines.append(
-            f"| {name} | {100 * end.bytes_per_round / full.bytes_per_round:.2f} % | {end.mean:.4f} "
-            f"| {end.spread:.4f} | {against} | {'' if name == FULL else listed} | {100 * end.tail:.2f} % |"
-        )
+        both = [seed for seed in end.losses if seed in full.losses]
+        differences = [100 * (end.losses[seed] / full.losses[seed] - 1) for seed in both]
+        equal = [end.digests[seed] == full.digests[seed] for seed in both]
+        same = "fp32's, every bit" if equal and all(equal) else "its own" if not any(equal) else "fp32's in some"
+        cells = [
+            name,
+            str(len(end.losses)),
+            f"{end.bytes_per_round / 1e6:.3f}",
+            f"{full.bytes_per_round / end.bytes_per_round:.1f}",
+            f"{full.bytes_later / end.bytes_later:.1f}",
+            f"{end.mean:.4f}",
+            "-" if end.spread is None else f"{end.spread:.4f}",
+            *(("", "") if name == FULL else (_percent(differences), ", ".join(f"{d:+.2f}" for d in differences))),
+            f"{100 * end.tail:.2f} %",
+            "" if name == FULL else same,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _percent(differences: Sequence[float]) -> str:
+    return f"{statistics.fmean(differences):+.2f} %" if differences else "-"
 
 
 def plot(finals: dict[str, Final], path: Path) -> None:
@@ -136,9 +222,10 @@ def plot(finals: dict[str, Final], path: Path) -> None:
     for i, (name, end) in enumerate(finals.items()):
         style = "-" if i < 5 else "--"
         curves.plot(range(len(end.curve)), end.curve, style, color=f"C{i}", label=name, linewidth=1)
-        ends.plot(end.losses, [i] * len(end.losses), ".", color=f"C{i}")
+        ends.plot(list(end.losses.values()), [i] * len(end.losses), ".", color=f"C{i}")
         ends.plot(end.mean, i, "|", markersize=14, color=f"C{i}")
-    ends.axvspan(full.mean - full.spread, full.mean + full.spread, color="grey", alpha=0.2, label="fp32's spread")
+    spread = full.spread or 0.0
+    ends.axvspan(full.mean - spread, full.mean + spread, color="grey", alpha=0.2, label="fp32's spread")
     curves.set(xlabel="round", ylabel="held-out loss, nats per byte, mean of the seeds", yscale="log")
     curves.legend()
     ends.set(xlabel="final held-out loss; a dot a seed", yticks=range(len(finals)))
@@ -150,27 +237,55 @@ def plot(finals: dict[str, Final], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", nargs="?", choices=TABLES, default="differences")
     for name, default in {"seeds": 3, "rounds": 48, "sites": 3, "steps": 16, "width": 128, "layers": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--at-once", type=int, default=2, help="jobs that run side by side")
+    parser.add_argument("--kinds", nargs="*", help="names of the table's messages to run; without a name, none")
     parser.add_argument("--workspace", type=Path, default=ROOT / "build" / "convergence")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
+    messages = TABLES[args.table]
+    if unknown := set(args.kinds or ()) - {message.name for message in messages}:
+        parser.error(f"{args.table} has no {', '.join(unknown)}, but {', '.join(m.name for m in messages)}")
     settings = {name: getattr(args, name) for name in ("rounds", "sites", "steps", "width", "layers")}
     args.workspace.mkdir(parents=True, exist_ok=True)
-    cells = [(message, seed) for seed in range(args.seeds) for message in MESSAGES]
+    jobs = Jobs(settings, args.workspace)
+    wanted = [m for m in messages if args.kinds is None or m.name in args.kinds]
+    cells = [(message, seed) for seed in range(args.seeds) for message in wanted]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    failed = False
     with ThreadPoolExecutor(args.at_once) as pool:
-        done = list(pool.map(lambda cell: run(*cell, settings, args.workspace), cells))
-    finals = {m.name: final(r for cell, r in zip(cells, done, strict=True) if cell[0] == m) for m in MESSAGES}
+        try:
+            for cell in [pool.submit(jobs.run, *cell) for cell in cells]:
+                if error := cell.exception():
+                    failed = True
+                    print(error, file=sys.stderr, flush=True)
+        finally:
+            jobs.end()
+    runs = {m.name: {seed: jobs.kept(m, seed) for seed in range(args.seeds)} for m in messages}
+    found = {name: {seed: run for seed, run in each.items() if run} for name, each in runs.items()}
+    if not found[FULL]:
+        sys.exit("there is no table without a run of fp32")
+    finals = {name: final(each) for name, each in found.items() if each}
+    changed = [
+        f" --{name} {value}"
+        for name, value in {"seeds": args.seeds, **settings}.items()
+        if value != parser.get_default(name)
+    ]
     lines = [
-        f"{args.sites} sites, {args.seeds} seeds, {args.rounds} rounds of {args.steps} steps; "
-        f"{done[0]['model_bytes'] // 4:,} parameters. {versions('nvflare', 'torch', 'numpy')}. `{command_line()}`",
+        f"{args.sites} sites, {args.rounds} rounds of {args.steps} steps; "
+        f"{next(iter(found[FULL].values()))['model_bytes'] // 4:,} parameters. "
+        f"{versions('nvflare', 'torch', 'numpy')}. `python benchmarks/convergence.py {args.table}{''.join(changed)}`",
         "",
         *table(finals),
     ]
     print("\n".join(lines))
-    (args.docs / "convergence-table.md").write_text("\n".join(lines) + "\n")
-    plot(finals, args.docs / "convergence.svg")
+    (args.docs / f"convergence-{args.table}.md").write_text("\n".join(lines) + "\n")
+    plot(finals, args.docs / f"convergence-{args.table}.svg")
+    tables = {name: args.docs / f"convergence-{name}.md" for name in TABLES}
+    draw({name: path for name, path in tables.items() if path.exists()}, args.docs / "convergence-quality.svg")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

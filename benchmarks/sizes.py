@@ -1,6 +1,7 @@
 """How large a message of Llama-3.2-1B is, by codec: its shapes (from the public config) with random weights.
 
     python benchmarks/sizes.py
+    python benchmarks/sizes.py fine-tune      (of small models that it trains: what `exact_delta` takes a round)
 
 Every tensor is made, encoded and dropped before the next, so this takes little memory. "Eager" is what FLARE's filter
 and the paper's table count: every tensor is encoded. "Policy" leaves norms exact, as `add_quantization` does. "Tied"
@@ -10,6 +11,8 @@ which counts the embedding twice.
 
 from __future__ import annotations
 
+import argparse
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,6 +32,8 @@ CODECS = (
 PAPER = {"float16": 50.0, "bfloat16": 50.0, "blockwise8": 25.03, "float4": 14.06, "normfloat4": 14.06}
 #: Percent, eager unless it says tied.
 GOALS = {"float16": 50.0, "int8": 25.1, "normfloat4": 14.07, "normfloat4_dq": 12.95, "normfloat4_dq tied": 10.7}
+#: Percent of bfloat16, of a round of a fine-tune in it.
+EXACT_GOAL = 30.0
 
 
 def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -49,8 +54,50 @@ def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["codecs", "fine-tune"], default="codecs")
+    for name, default in {"width": 128, "layers": 4, "before": 400, "rounds": 4, "steps": 16}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="of the models that are fine-tuned")
+    args = parser.parse_args()
     console = Console(width=120, color_system=None)
-    console.print(f"$ {command_line()}\n{machine()}\n{versions('nvflare-rdma', 'numpy')}", highlight=False)
+    console.print(f"$ {command_line()}\n{machine()}\n{versions('nvflare-rdma', 'numpy', 'torch')}", highlight=False)
+    if args.what == "codecs":
+        of_codecs(console)
+    else:
+        of_fine_tunes(console, args)
+
+
+def of_fine_tunes(console: Console, args: argparse.Namespace) -> None:
+    """A row for each model, way to keep its weights, and learning rate: a message a round."""
+    import fine_tunes
+    import torch
+
+    torch.set_num_threads(1)
+    table = Table(
+        title=f"exact_delta: a round of {args.steps} steps, percent of bfloat16", title_justify="left", box=box.MARKDOWN
+    )
+    for heading in ("model", "weights", "rate"):
+        table.add_column(heading)
+    for heading in (*(f"round {i + 1}" for i in range(args.rounds)), "changed"):
+        table.add_column(heading, justify="right")
+    largest: dict[str, float] = {}
+    for name in fine_tunes.MODELS:
+        trained = fine_tunes.trained(name, args.width, args.layers, args.before)
+        for stored in fine_tunes.STORED:
+            for rate in fine_tunes.RATES:
+                tuned = copy.deepcopy(trained)
+                found = list(fine_tunes.rounds(tuned, stored, rate, args.rounds, args.steps))
+                changed = sum(each.changed for each in found) / len(found)
+                sizes = [each.of_bfloat16 for each in found]
+                table.add_row(name, stored, f"{rate:.0e}", *map(percent, sizes), percent(changed))
+                largest[stored] = max(largest.get(stored, 0.0), *sizes)
+    console.print(table)
+    for stored, share in largest.items():
+        state = "met    " if 100 * share <= EXACT_GOAL else "NOT met"
+        console.print(f"  {state}  {stored}: at most {percent(share)} (goal <= {EXACT_GOAL:.0f} %)")
+
+
+def of_codecs(console: Console) -> None:
     random = np.random.default_rng(0)
     full, tied = 0, 0
     eager, policy, once = (dict.fromkeys(CODECS, 0) for _ in range(3))

@@ -12,11 +12,13 @@ myst_heading_anchors = 3
 # What other pages include.
 exclude_patterns = [
     "_build",
+    "auto-table.md",
     "controllers-table.md",
     "controllers-fedrdma.md",
     "wan-table.md",
     "wan-rounds-table.md",
-    "convergence-table.md",
+    "convergence-rounding.md",
+    "convergence-differences.md",
 ]
 html_theme = "alabaster"
 autodoc_member_order = "bysource"

@@ -29,6 +29,7 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
     clients: Sequence[str] | None = None,
     max_relative_error: float | None = None,
     round_seconds: float | None = None,
+    round_bytes: int | None = None,
 ) -> None:
     """Send models in few bits both ways: add the four filters that this takes to a recipe or job.
 
@@ -53,8 +54,11 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
             have this package. It takes a job with an app for each site (`Recipe.set_per_site_config`).
         max_relative_error: how much of a tensor may be lost, such as 0.05; what would lose more travels in a better
             type. See `nvflare_rdma.filters.ModelQuantizer`.
-        round_seconds: with quantization_type `auto`, how long a round's traffic may take, down and up together. Each
-            site gets, and sends, the best type that its link allows. It takes `add_transfer`, which measures that.
+        round_seconds: with quantization_type `auto`, how long a round's traffic at a site may take, down and up
+            together. Each site gets, and sends, the best type that its link allows. It takes `add_transfer`, which
+            measures that.
+        round_bytes: with quantization_type `auto`, how many bytes a round's traffic at a site may have, down and up
+            together; in place of `round_seconds`, or besides it.
 
     Raises:
         ConfigError: an unknown type or rule, a bad list of tasks or clients, a bad largest error, a target that is
@@ -76,7 +80,11 @@ def add_quantization(  # noqa: PLR0913 - one call for what is one filter's argum
     options = with_needed(quantization_type, rules, given)
 
     def quantizer(**more: Any) -> ModelQuantizer:
-        limits: dict[str, Any] = {"max_relative_error": max_relative_error, "round_seconds": round_seconds}
+        limits: dict[str, Any] = {
+            "max_relative_error": max_relative_error,
+            "round_seconds": round_seconds,
+            "round_bytes": round_bytes,
+        }
         return ModelQuantizer(quantization_type, policy=rules, **limits, **options, **more)
 
     from_server, from_client = quantizer(clients=only), quantizer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -22,9 +23,18 @@ FILE_NAME = "held_out_loss.jsonl"
 ROWS = 48
 
 
+def digest_of(model: torch.nn.Module) -> str:
+    """SHA-256 of the weights' names and bytes."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class HeldOutLoss(FLComponent):
-    """Server component; appends `{"round": n, "held_out_loss": x, "seconds": s}` to `held_out_loss.jsonl` in the
-    job's run folder, with round null for the initial model.
+    """Server component; appends `{"round": n, "held_out_loss": x, "seconds": s, "digest": d}` to `held_out_loss.jsonl`
+    in the job's run folder, with round null for the initial model. The digest is of every bit of the weights.
 
     What it evaluates is the server's own model in full precision, before any filter, on the same 48 windows in every
     run.
@@ -59,7 +69,8 @@ class HeldOutLoss(FLComponent):
             loss = evaluate(self._model, self._rows)
         finally:
             torch.set_num_threads(threads)
-        line = {"round": number, "held_out_loss": loss, "seconds": round(time.perf_counter() - start, 3)}
+        seconds = round(time.perf_counter() - start, 3)
+        line = {"round": number, "held_out_loss": loss, "seconds": seconds, "digest": digest_of(self._model)}
         folder = fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())
         with open(os.path.join(folder, FILE_NAME), "a") as out:
             out.write(json.dumps(line) + "\n")

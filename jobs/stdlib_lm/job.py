@@ -37,12 +37,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=common.multiple_of_64, default=512, help="of the model; 64 a head")
     parser.add_argument("--layers", type=common.positive, default=4)
     parser.add_argument("--seed", type=common.natural, default=0, help="of the initial weights and of the training")
+    parser.add_argument("--in-order", action="store_true", help="a seed gives the same bits in each run")
     return common.check(parser, parser.parse_args(argv))
 
 
 def build(args: argparse.Namespace) -> FedAvgRecipe:
     """The FLARE recipe of this job."""
     from evaluate import HeldOutLoss
+    from in_order import InOrder
     from model import ByteGPT
 
     recipe = FedAvgRecipe(
@@ -56,6 +58,7 @@ def build(args: argparse.Namespace) -> FedAvgRecipe:
         # Sites send what they changed: the server keeps full precision, and what few bits lose is a part of one
         # update and not of the model.
         params_transfer_type=TransferType.DIFF,
+        aggregator=InOrder() if args.in_order else None,
         key_metric="",  # no best model is chosen: held-out loss is recorded instead
     )
     recipe.add_server_config({"tensor_download_chunk_size": DOWNLOAD_CHUNK_BYTES})

@@ -19,7 +19,8 @@ def collect(workspace: Path, settings: dict[str, Any]) -> dict[str, Any]:
         RuntimeError: a round has no bytes or no loss: the run did not get there.
     """
     traffic = summarize(read_lines(workspace))
-    losses = _losses(workspace)
+    lines = _lines(workspace)
+    losses = {number: line["held_out_loss"] for number, line in lines.items()}
     rows = [{**asdict(row), "held_out_loss": losses.get(row.round)} for row in traffic.rounds]
     missing = set(range(settings["rounds"])) - {row["round"] for row in rows if row["held_out_loss"] is not None}
     if missing:
@@ -28,19 +29,16 @@ def collect(workspace: Path, settings: dict[str, Any]) -> dict[str, Any]:
         **settings,
         "initial_loss": losses.get(None),
         "final_loss": rows[-1]["held_out_loss"],
+        "final_digest": lines[rows[-1]["round"]]["digest"],
         "bytes_per_round": round(sum(r["bytes_down"] + r["bytes_up"] for r in rows) / len(rows)),
         "bytes_outside_rounds": traffic.outside_down + traffic.outside_up,
         "rounds_table": rows,
     }
 
 
-def _losses(workspace: Path) -> dict[int | None, float]:
-    losses = {}
-    for path in Path(workspace).rglob(LOSS_FILE):
-        for text in path.read_text().splitlines():
-            line = json.loads(text)
-            losses[line["round"]] = line["held_out_loss"]
-    return losses
+def _lines(workspace: Path) -> dict[int | None, dict[str, Any]]:
+    lines = [json.loads(text) for path in Path(workspace).rglob(LOSS_FILE) for text in path.read_text().splitlines()]
+    return {line["round"]: line for line in lines}
 
 
 def print_table(results: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -18,6 +18,16 @@ from nvflare_rdma.cli.output import Result
 from nvflare_rdma.codecs import Policy, role_of
 from nvflare_rdma.errors import ConfigError
 
+if TYPE_CHECKING:
+    from nvflare_rdma.filters import Autopilot
+
+_AUTO = "auto"
+#: Of a quantizer, what decides how tensors travel; and with `auto`.
+_ARGUMENTS = ("quantization_type", "policy")
+_AUTO_ARGUMENTS = (
+    *("max_relative_error", "round_seconds", "round_bytes"),
+    *("error_feedback", "delta", "stochastic_rounding"),  # which it refuses
+)
 _SIDES = {"config_fed_server.json": "server to sites", "config_fed_client.json": "sites to server"}
 
 
@@ -55,8 +65,22 @@ def read_policies(path: Path) -> dict[str, Policy]:
             ModelQuantizer (`quantization_type`, `policy`).
 
     Raises:
-        ConfigError: no such file, no JSON, sections that are not as FLARE has them, or no quantizer in it.
+        ConfigError: no such file, no JSON, sections that are not as FLARE has them, no quantizer in it, or one whose
+            type each link chooses.
     """
+    found: dict[str, Policy] = {}
+    for where, policy in read_quantizers(path).items():
+        if not isinstance(policy, Policy):
+            raise ConfigError(
+                f"{path} has quantization_type 'auto' ({where}), which is another type for each link: `nvflare-rdma "
+                "policy` says which, by rate; to compare types, give a policy that names one"
+            )
+        found[where] = policy
+    return found
+
+
+def read_quantizers(path: Path) -> dict[str, Policy | Autopilot]:
+    """As `read_policies`, with what chooses where quantization_type is `auto`."""
     files = sorted(p for name in _SIDES for p in path.rglob(name)) if path.is_dir() else [path]
     found: dict[str, dict[str, Any]] = {}
     for file in files:
@@ -67,15 +91,27 @@ def read_policies(path: Path) -> dict[str, Policy]:
             found["both directions"] = config
         for where, args in _quantizers(file, config):
             app = "" if len(files) <= len(_SIDES) else f" ({file.parent.parent.name})"
-            found[where + app] = {key: args[key] for key in ("quantization_type", "policy") if key in args}
+            keys = (*_ARGUMENTS, *_AUTO_ARGUMENTS) if _is_auto(args) else _ARGUMENTS
+            found[where + app] = {key: args[key] for key in keys if key in args}
     if not found:
         looked = f"no {' or '.join(_SIDES)}" if not files else "no ModelQuantizer and no quantization_type"
         raise ConfigError(f"{path} has {looked}: give an exported job, its config file, or a small policy JSON")
     if len(found) > 1 and all(args == next(iter(found.values())) for args in found.values()):
         found = {"both directions": next(iter(found.values()))}
-    return {
-        where: Policy(args.get("quantization_type", "float16"), args.get("policy")) for where, args in found.items()
-    }
+    return {where: _quantizer(args) for where, args in found.items()}
+
+
+def _is_auto(args: dict[str, Any]) -> bool:
+    return str(args.get("quantization_type")).lower() == _AUTO
+
+
+def _quantizer(args: dict[str, Any]) -> Policy | Autopilot:
+    if _is_auto(args):
+        from nvflare_rdma.filters import autopilot_of  # with FLARE, which takes a while
+
+        if (pilot := autopilot_of(args)) is not None:
+            return pilot
+    return Policy(args.get("quantization_type", "float16"), args.get("policy"))
 
 
 def _quantizers(file: Path, config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -108,13 +144,20 @@ def _expect(kind: type[Any], value: Any, file: Path, key: str) -> Any:
 
 def policy_result(config: str, model: str) -> Result:
     """A table for each direction that has a policy of its own."""
-    policies, tensors = read_policies(Path(config)), read_model(Path(model))
-    found = {where: (policy, rows_of(policy, tensors)) for where, policy in policies.items()}
+    quantizers, tensors = read_quantizers(Path(config)), read_model(Path(model))
     console = Console(width=max(shutil.get_terminal_size((80, 24)).columns, 60), highlight=False, markup=False)
+    data = {}
     with console.capture() as text:
-        for where, (policy, rows) in found.items():
-            console.print(_table(where, policy, rows))
-    return Result({where: _data(policy, rows) for where, (policy, rows) in found.items()}, text.get().rstrip("\n"))
+        for where, quantizer in quantizers.items():
+            if isinstance(quantizer, Policy):
+                rows = rows_of(quantizer, tensors)
+                data[where] = _data(quantizer, rows)
+                console.print(_table(where, quantizer, rows))
+            else:
+                from nvflare_rdma.cli.policy_auto import show_auto
+
+                data[where] = show_auto(where, quantizer, tensors, console)
+    return Result(data, text.get().rstrip("\n"))
 
 
 def _data(policy: Policy, rows: list[Row]) -> dict[str, Any]:

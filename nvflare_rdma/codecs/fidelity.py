@@ -135,9 +135,14 @@ def estimate_error(codec: Codec, tensor: Any) -> RelativeError:
         UnrepresentableError: the codec can't carry a value of the sample.
     """
     values = sample_of(tensor)
+    return RelativeError(_lost_of(codec, values).relative, values.size < math.prod(tensor.shape))
+
+
+def _lost_of(codec: Codec, values: Array) -> Squares:
+    """Encode some flat values, decode that, and compare."""
     encoded, arrived = np.empty(codec.encoded_nbytes(values.size), np.uint8), np.empty_like(values)
     codec.decode_into(encoded[: codec.encode_into(values, encoded)], arrived)
-    return RelativeError(squares_of(values, arrived).relative, values.size < math.prod(tensor.shape))
+    return squares_of(values, arrived)
 
 
 def measure_error(codec: Codec, encoded: Any, tensor: Any) -> RelativeError:
@@ -175,6 +180,33 @@ def _decoded_runs(codec: Codec, encoded: Any, n: int, dtype: Any) -> Iterator[tu
             codes = parts["codes"][start:stop]
             codec.decode_into(np.concatenate([parts["header"].view(np.uint8), codes.view(np.uint8)]), out)
         yield start, out
+
+
+class SampledLoss:
+    """Estimates the relative error of a tensor that is never whole in memory, from the values that `estimate_error`
+    would take, as they come by. Several threads may show it values at once, and the same ones several times."""
+
+    def __init__(self, codec: Codec, n: int) -> None:
+        """The tensor has `n` values."""
+        self._codec = codec
+        self._n = n
+        self._runs = sample_runs(n)
+        self._lost: dict[int, Squares] = {}
+
+    def note(self, first: int, values: Array) -> None:
+        """Look at the flat values that begin with the tensor's value `first`. None of them is unrepresentable."""
+        for run in self._runs:
+            start = run.start - first
+            if start < 0 or run.stop - first > values.size or run.start in self._lost:
+                continue
+            self._lost[run.start] = _lost_of(self._codec, values[start : run.stop - first])
+
+    @property
+    def error(self) -> RelativeError | None:
+        """The relative error; None if nothing of the sample has come by."""
+        if not self._lost:
+            return None
+        return RelativeError(sum(tuple(self._lost.values()), Squares()).relative, self._n > SAMPLED)
 
 
 class PieceNotes:

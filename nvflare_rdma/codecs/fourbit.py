@@ -28,16 +28,20 @@ class _FourBit(AbsmaxCodec):
         self.table: Float32 = table
         ascending = np.argsort(table, kind="stable")
         self.order: NDArray[np.uint8] = ascending.astype(np.uint8)
+        byte = np.arange(256)
+        #: The two codes for each byte of two ranks; empty where ranks are codes.
+        self.orders: NDArray[np.uint8] = self.order[byte >> 4] << 4 | self.order[byte & 15]
+        if (self.orders == byte).all():
+            self.orders = self.orders[:0]
         entries = table[ascending]
         self.half_gap = np.float32(np.diff(entries).max() / 2)
         self.middles: Float32 = (entries[:-1] + entries[1:]) / np.float32(2)
-        byte = np.arange(256)
         self.pairs: Float32 = np.stack([table[byte >> 4], table[byte & 15]], axis=1).reshape(512)
 
     def _encode_run(self, values: Float32, parts: Parts) -> None:
         from nvflare_rdma.codecs.kernels import fourbit
 
-        if not fourbit.encode(values, self.middles, self.order, parts["scales"], parts["codes"]):
+        if not fourbit.encode(values, self.middles, self.orders, parts["scales"], parts["codes"]):
             self._refuse_not_finite()
 
     def _decode_run(self, parts: Parts, out: Float32) -> None:
@@ -104,7 +108,7 @@ class DoubleQuantized(FixedSizeCodec):
     block_size = 64
     bits = 4
     splits = False
-    longest_run = TILE  # the scales of a run have to fit into scratch memory
+    longest_run = TILE * block_size  # the scales of a run have to fit into scratch memory
     longest_sum = MOST_AT_ONCE
 
     def __init__(self, inner: _FourBit) -> None:
@@ -138,8 +142,20 @@ class DoubleQuantized(FixedSizeCodec):
     def _encode(self, src: Array, out: Bytes) -> int:
         from nvflare_rdma.codecs.kernels import fourbit
 
+        parts = self.parts(out, src.size)
+        if parts["scales"].size <= TILE:
+            absmax = scratch("scales", np.float32, parts["scales"].size)
+            for start, values in float32_runs(src):
+                stop = start + values.size
+                self._encode_codes(
+                    values,
+                    absmax[start // self.block_size :][: -(-values.size // self.block_size)],
+                    parts["codes"][start // 2 : -(-stop // 2)],
+                )
+            self.encode_scales(absmax, parts, src.dtype)
+            return out.size
         # Twice over the values, because memory for all scales would grow with the tensor.
-        total, parts = 0.0, self.parts(out, src.size)
+        total = 0.0
         for _, values in float32_runs(src, TILE):
             absmax = scratch("scales", np.float32, -(-values.size // self.block_size))
             fourbit.absmax(values, absmax)
@@ -194,12 +210,15 @@ class DoubleQuantized(FixedSizeCodec):
             self._encode_run(values, self._slice(parts, start, start + values.size))
 
     def _encode_run(self, values: Float32, parts: Parts) -> None:
+        absmax = scratch("scales", np.float32, parts["scales"].size)
+        self._encode_codes(values, absmax, parts["codes"])
+        self._nest(absmax, parts)
+
+    def _encode_codes(self, values: Float32, absmax: Float32, codes: Bytes) -> None:
         from nvflare_rdma.codecs.kernels import fourbit
 
-        absmax = scratch("scales", np.float32, parts["scales"].size)
-        if not fourbit.encode(values, self.inner.middles, self.inner.order, absmax, parts["codes"]):
+        if not fourbit.encode(values, self.inner.middles, self.inner.orders, absmax, codes):
             self._refuse_not_finite()
-        self._nest(absmax, parts)
 
     def _nest(self, absmax: Float32, parts: Parts) -> None:
         """Encode scales less the offset, which is in `parts` already. `absmax` is used up."""

@@ -135,6 +135,7 @@ class Int2(_FewLevels):
 
     name = "int2"
     bits = 2
+    longest_sum = MOST_AT_ONCE
     per_byte = 4
     levels = 3
 
@@ -146,6 +147,16 @@ class Int2(_FewLevels):
 
         if not linear.encode_int2(values, parts["scales"], parts["codes"]):
             self._refuse_not_finite()
+
+    def _decode_run(self, parts: Parts, out: Float32) -> None:
+        from nvflare_rdma.codecs.kernels import blockwise
+
+        blockwise.decode_fours(parts["codes"], parts["scales"], self.table, out)
+
+    def _add_run(self, parts: Parts, weight: np.float32, out: Float32) -> None:
+        from nvflare_rdma.codecs.kernels import blockwise
+
+        blockwise.add_fours(parts["codes"], parts["scales"], self.table, weight, out)
 
 
 class Ternary(_FewLevels):

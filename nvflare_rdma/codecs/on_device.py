@@ -7,7 +7,7 @@ Each formula here is that of the kernel of the same name in `nvflare_rdma.codecs
 
 - one torch op per rounding, so that nothing can become a fused multiply-add;
 - divisors and dividends are tensors on the device: by a Python number torch multiplies with its reciprocal on CUDA;
-- sums are of integers, for which order doesn't matter;
+- sums are of integers, for which order doesn't matter, or are made one value after the other;
 - the device has to do float32 and, once per block, float64 as IEEE 754 has it, denormals included. CUDA does.
 
 torch is imported with this module, so import it where a torch tensor is at hand.
@@ -34,6 +34,7 @@ PIECE = 1 << 20  # values, a multiple of every block size; 4 MiB of float32
 #: A piece's float32 values and the codec's tables -> the piece's parts, flat or in rows of a block.
 Run = Callable[..., dict[str, Tensor]]
 
+_CHUNK = 4096  # of which topk2 takes the largest
 _FLOOR = float(np.float32(1e-38))  # what 4-bit codecs raise an absmax to before they divide by it
 
 
@@ -42,8 +43,7 @@ class _NotFiniteError(Exception):
 
 
 def can_encode_on_device(codec: Codec) -> bool:
-    """Return whether `encode_on_device` takes this codec: all but `adaquant`, `lossless`,
-    `exact_delta` and `topk2`."""
+    """Return whether `encode_on_device` takes this codec: all but `adaquant`, `lossless` and `exact_delta`."""
     return codec.name in _RUNS
 
 
@@ -242,6 +242,62 @@ def _ternary(values: Tensor) -> dict[str, Tensor]:
     return {"scales": scales, "codes": d[..., 0] + d[..., 1] * 3 + d[..., 2] * 9 + d[..., 3] * 27 + d[..., 4] * 81}
 
 
+def _topk(most: int) -> Run:
+    def run(values: Tensor) -> dict[str, Tensor]:
+        rows, _ = _blocks(values, _CHUNK)
+        keys = rows.abs().view(torch.int32)
+        count = torch.full((rows.shape[0], 1), most, dtype=torch.int64, device=rows.device)
+        count[-1] = -(-(values.numel() - (rows.shape[0] - 1) * _CHUNK) * most // _CHUNK)
+        place, magnitude, found = _largest_of(rows, keys, count, most)
+        total = _in_order(magnitude)
+        mean = total / found
+        is_large = magnitude > mean
+        above, of_large = is_large.sum(1, keepdim=True), _in_order(magnitude.masked_fill(~is_large, 0))
+        large = torch.where(above > 0, of_large / above, mean).masked_fill_(found == 0, 0).float()
+        small = ((total - of_large) / (found - above)).masked_fill_(found == above, 0)
+        low = ((small / large.double()).clamp_(0, 1) * 65535 + 0.5).masked_fill_(large == 0, 0).to(torch.int32)
+        there = torch.arange(most, device=rows.device) < torch.where(found > 0, count, 0)
+        # What is missing is filled up with the last one that is there.
+        last = torch.minimum(torch.arange(most, device=rows.device).expand_as(place), (found - 1).clamp_(min=0))
+        negative = torch.signbit(rows).gather(1, place).gather(1, last)
+        code = (negative * 2 + (is_large | (above == 0)).gather(1, last)).masked_fill_(~there, 0).view(-1, 4)
+        p = place.gather(1, last).masked_fill_(~there, 0).view(-1, 2)
+        both = p[:, 0] | p[:, 1] << 12
+        return {
+            "high": large,
+            "low": torch.where(low > 32767, low - 65536, low).to(torch.int16),  # the bits of uint16
+            "places": torch.stack([both & 255, both >> 8 & 255, both >> 16], 1).to(torch.uint8),
+            "signs": (code[:, 0] | code[:, 1] << 2 | code[:, 2] << 4 | code[:, 3] << 6).to(torch.uint8),
+        }
+
+    return run
+
+
+def _largest_of(rows: Tensor, keys: Tensor, count: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the places of the `count` largest of each row by their `keys`, ascending, and of equal ones the first;
+    their magnitudes in float64, 0 where there is none; and how many there are, without zeros."""
+    ranked = keys.topk(most, dim=1).values  # of equal ones it may take any, so it only tells how large they are
+    threshold = ranked.gather(1, count - 1)
+    ties = count - (keys > threshold).sum(1, keepdim=True)
+    equal = keys == threshold
+    chosen = (keys > threshold) | (equal & (equal.cumsum(1) <= ties))
+    chosen &= keys > 0
+    found = chosen.sum(1, keepdim=True)
+    row, column = chosen.nonzero(as_tuple=True)
+    place = torch.zeros((rows.shape[0], most), dtype=torch.int64, device=rows.device)
+    place[row, (chosen.cumsum(1) - 1)[row, column]] = column
+    there = torch.arange(most, device=rows.device) < found
+    return place, rows.abs().gather(1, place).double().masked_fill_(~there, 0), found
+
+
+def _in_order(values: Tensor) -> Tensor:
+    """The sum of each row, one value after the other: where float64 rounds, the order decides how."""
+    total = torch.zeros_like(values[:, :1])
+    for k in range(values.shape[1]):
+        total += values[:, k : k + 1]
+    return total
+
+
 _RUNS: dict[str, Run] = {
     "float16": _half(torch.float16),
     "bfloat16": _half(torch.bfloat16),
@@ -255,6 +311,8 @@ _RUNS: dict[str, Run] = {
     "normfloat4_e4m3": _fourbit_e4m3,
     "int2": _int2,
     "ternary": _ternary,
+    "topk2": _topk(64),
+    "topk2_128": _topk(128),
 }
 #: The attributes of the codec that a run takes as tensors on the device.
 _TABLES: dict[Run, tuple[str, ...]] = {

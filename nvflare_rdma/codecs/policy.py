@@ -150,14 +150,20 @@ class Policy:
         given = [] if rules is None else [*rules, *DEFAULT_RULES]
         self.rules = (*(Rule.parse(raw) for raw in given), Rule(self.codec.name))
 
+    @property
+    def default(self) -> str:
+        """What a tensor gets that no rule fits: a codec's name, or `exact`."""
+        return self.rules[-1].quantization_type
+
     def with_type(self, quantization_type: str) -> Policy:
-        """The same rules, and another codec for whatever none of them fits.
+        """The same rules, and another codec, or `exact`, for whatever none of them fits.
 
         Raises:
             ConfigError: an unknown codec.
         """
-        other = Policy(quantization_type)
-        other.rules = (*self.rules[:-1], *other.rules)
+        default = known_type(quantization_type)
+        other = Policy(self.codec.name if default == EXACT else default)
+        other.rules = (*self.rules[:-1], Rule(default))
         return other
 
     @property

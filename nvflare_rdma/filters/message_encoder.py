@@ -133,7 +133,7 @@ class MessageEncoder:
             results = self._shared_results(message) if message.point.on_server else {}
             policy = message.policy or self._policy
             if message.policy is not None:  # sites that get the same type share what was made of it
-                results = results.setdefault(policy.codec.name, {})
+                results = results.setdefault(policy.default, {})
             forgetful = not (self._error_feedback or self._delta or self._stochastic)
             if message.direct and forgetful and all(is_plain(v) for v in message.values.values() if is_tensor(v)):
                 return EncodedMessage(encode_params(message.values, policy, MarkingEncoder(results, self._limit)))

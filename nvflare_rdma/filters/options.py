@@ -8,7 +8,7 @@ from typing import Any
 
 from nvflare_rdma.codecs import LOSSLESS, Policy
 from nvflare_rdma.errors import ConfigError
-from nvflare_rdma.filters.autopilot import AUTO
+from nvflare_rdma.filters.autopilot import AUTO, NAMED, Autopilot, checked_limits
 from nvflare_rdma.filters.dither import DITHERED
 
 _LEFT_OUT = {"error_feedback": "it leaves most values out, and they have to be sent later on"}
@@ -79,6 +79,21 @@ def check_limit(policy: Policy, limit: Any) -> float | None:
             "another quantization_type"
         )
     return float(limit)
+
+
+def autopilot_of(arguments: Mapping[str, Any]) -> Autopilot | None:
+    """Return what chooses the types of a ModelQuantizer with these arguments; None if its type is given.
+
+    Raises:
+        ConfigError: one of them is bad, or of no use with `auto`.
+    """
+    of_one_type = {name: arguments.get(name) for name in ("error_feedback", "delta", "stochastic_rounding")}
+    quantization_type, seconds, nbytes = map(arguments.get, ("quantization_type", "round_seconds", "round_bytes"))
+    limits = checked_limits(quantization_type, seconds, nbytes, of_one_type)
+    if limits is None:
+        return None
+    policy = Policy(NAMED, arguments.get("policy"))
+    return Autopilot(policy, limits, check_limit(policy, arguments.get("max_relative_error")))
 
 
 def check_whole(policy: Policy, delta: bool) -> None:

@@ -18,7 +18,7 @@ from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare_rdma.accumulate import plain
 from nvflare_rdma.codecs import Policy, is_plain, is_tensor, warm_up
 from nvflare_rdma.filters import points
-from nvflare_rdma.filters.autopilot import AUTO, TYPES, Autopilot, checked_seconds
+from nvflare_rdma.filters.autopilot import AUTO, NAMED, Autopilot, checked_limits
 from nvflare_rdma.filters.delta_base import answer_clients
 from nvflare_rdma.filters.encoding import MIB, Replacements, TensorEncoder, encode_params
 from nvflare_rdma.filters.message_encoder import EncodedMessage, MessageEncoder, ModelMessage
@@ -33,7 +33,7 @@ from nvflare_rdma.filters.quant_filter import (
     flatten,
     rebuild,
 )
-from nvflare_rdma.flare_compat import TRANSFER_PROP, streams_tensors
+from nvflare_rdma.flare_compat import RATES_PROP, TRANSFER_PROP, streams_tensors
 from nvflare_rdma.logs import escaped
 
 _HANDED_OVER = (EventType.AFTER_SEND_TASK_RESULT, EventType.AFTER_PROCESS_SUBMISSION)
@@ -59,8 +59,8 @@ class ModelQuantizer(QuantFilter):
     once.
 
     Args:
-        quantization_type: a codec's name, in any case; or `auto`: of `bfloat16`, `int8` and `normfloat4_e4m3` the best
-            one that is there in time, by how fast the last transfers went (`nvflare_rdma.streaming.RdmaTransfer`).
+        quantization_type: a codec's name, in any case; or `auto`: of exact, `bfloat16`, `int8` and `normfloat4_e4m3`
+            the best one that is within `round_seconds` and `round_bytes`.
         one_way: messages the other way intentionally travel unquantized. Without it a side that quantizes what it
             sends must also have a ModelDequantizer for what it receives of the same task.
         policy: which codec each tensor gets, a list of rules (`nvflare_rdma.codecs.policy`) followed by the default
@@ -76,7 +76,9 @@ class ModelQuantizer(QuantFilter):
             error is), a number above 0 and up to 1; None for any. A tensor of which its type would lose more travels
             in the next better one, and exact if there is none; the log names it once. Estimates decide beforehand, and
             what is encoded is measured: a receiver of this package gets no tensor whose error is larger.
-        round_seconds: with `auto`, how long a round's traffic may take, down and up together.
+        round_seconds: with `auto`, how long a round's traffic at a site may take, down and up together, by how fast
+            the last transfers went (`nvflare_rdma.streaming.RdmaTransfer` measures that).
+        round_bytes: with `auto`, how many bytes a round's traffic at a site may have, down and up together.
 
     Raises:
         ConfigError: an unknown type or rule, a type without the option that it needs, random rounding where there
@@ -94,24 +96,26 @@ class ModelQuantizer(QuantFilter):
         clients: Sequence[str] | None = None,
         max_relative_error: float | None = None,
         round_seconds: float | None = None,
+        round_bytes: int | None = None,
     ) -> None:
         of_one_type = {"error_feedback": error_feedback, "delta": delta, "stochastic_rounding": stochastic_rounding}
-        seconds = checked_seconds(quantization_type, round_seconds, of_one_type)
-        parsed = Policy(quantization_type if seconds is None else next(iter(TYPES)), policy)
+        limits = checked_limits(quantization_type, round_seconds, round_bytes, of_one_type)
+        parsed = Policy(quantization_type if limits is None else NAMED, policy)
         with_base = error_feedback if delta is None else delta
         check_options(parsed, error_feedback, with_base, stochastic_rounding)
         limit = check_limit(parsed, max_relative_error)
         super().__init__(clients)
         # FLARE writes arguments into an exported job config from attributes of the same names.
-        self.quantization_type = parsed.codec.name if seconds is None else AUTO
+        self.quantization_type = parsed.codec.name if limits is None else AUTO
         self.one_way = one_way
         self.policy = None if policy is None else list(policy)
         self.error_feedback = error_feedback
         self.delta = delta
         self.stochastic_rounding = stochastic_rounding
         self.max_relative_error = limit
-        self.round_seconds = seconds
-        self._autopilot = None if seconds is None else Autopilot(parsed, seconds, limit)
+        self.round_seconds = None if limits is None else limits.seconds
+        self.round_bytes = None if limits is None else limits.nbytes
+        self._autopilot = None if limits is None else Autopilot(parsed, limits, limit)
         self._with_base = with_base
         self._policy = parsed
         self._encoder = MessageEncoder(parsed, error_feedback, with_base, stochastic_rounding, limit)
@@ -195,8 +199,10 @@ class ModelQuantizer(QuantFilter):
         if self._autopilot is None:
             return None
         peer = point.peer if point.on_server else FQCN.ROOT_SERVER
-        choice = self._autopilot.choose(values, peer, fl_ctx)
-        if what := self._autopilot.news(point.task, peer, choice):
+        to = point.task, point.path, peer
+        choice, news = self._autopilot.choose(values, to, fl_ctx.get_prop(RATES_PROP), point.count)
+        if news:
+            what = f"Messages of task '{point.task}' to {peer or 'the other side'} go in {choice.reason}"
             self.log_info(fl_ctx, escaped(what))
         return self._autopilot.policies[choice.quantization_type]
 
@@ -243,7 +249,8 @@ class ModelQuantizer(QuantFilter):
     def _report(self, message: EncodedMessage, fl_ctx: FLContext) -> None:
         encoded = message.params
         how = f", {message.based} params as the difference from {message.base}" if message.base else ""
-        self.log_info(fl_ctx, escaped(f"Quantized to {encoded.algorithm}{how}: {encoded.summary()}"))
+        into = encoded.algorithm if encoded.codecs or encoded.marked else "nothing, as all of it travels exact"
+        self.log_info(fl_ctx, escaped(f"Quantized to {into}{how}: {encoded.summary()}"))
         if what := encoded.exact_summary():
             self.log_warning(fl_ctx, escaped(what), fire_event=False)
         if what := self._replacements.news(encoded):

@@ -1,4 +1,8 @@
-"""How fast messages go to each site, as the transfers of a run tell."""
+"""How fast messages go to each site, as the transfers of a run tell.
+
+All figures are this side's own: its clock, and the bytes that it has sent or asked for. Nothing that a peer says about
+itself counts.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import statistics
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from nvflare_rdma.transfer import Ledger, TransferRecord, site_of
 
@@ -16,26 +21,60 @@ _KEPT = 3
 _MOST_SITES = 4096
 
 
+@dataclass(frozen=True, slots=True)
+class _Busy:
+    """A time in which one or more transfers shared a link, from `begin` to `end`, and their bytes."""
+
+    begin: float
+    end: float
+    nbytes: int
+
+    @property
+    def rate(self) -> float:
+        return self.nbytes / (self.end - self.begin)
+
+    def overlaps(self, later: _Busy) -> bool:
+        """Whether `later`, which ended later, began before this ended. A clock that was set back says no."""
+        return later.begin < self.end <= later.end
+
+    def __add__(self, later: _Busy) -> _Busy:
+        return _Busy(min(self.begin, later.begin), later.end, self.nbytes + later.nbytes)
+
+
 class LinkRates:
-    """Bytes a second to each site: the median of the last transfers to it or, while there is none, from it."""
+    """Bytes a second to each site: the median of the last transfers to it or, while there is none, from it. Transfers
+    of one direction that shared the link count as one. The very first one has opened the link, and began slowly: it
+    counts only while there is no other in either direction."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._lock = threading.Lock()
-        self._found: dict[tuple[str, str], deque[float]] = {}
+        self._opened: dict[str, tuple[str, _Busy]] = {}
+        self._found: dict[tuple[str, str], deque[_Busy]] = {}
         self.stop: Callable[[], None] = ledger.subscribe(self._ended)
 
     def to(self, site: str) -> float | None:
         """Bytes a second on the way to `site` ("" or "server" at a site: the server). None if that is not known."""
         with self._lock:
             for direction in ("sent", "received"):
-                if rates := self._found.get((direction, site)):
-                    return statistics.median(rates)
-        return None
+                if found := self._found.get((direction, site)):
+                    return statistics.median(each.rate for each in found)
+            return self._opened[site][1].rate if site in self._opened else None
 
     def _ended(self, record: TransferRecord) -> None:
         if record.failed or record.wire_bytes < _LEAST_BYTES or record.seconds <= 0:
             return
-        key = record.direction, site_of(record.peer)
+        site = site_of(record.peer)
+        busy = _Busy(record.time - record.seconds, record.time, record.wire_bytes)
         with self._lock:
-            if key in self._found or len(self._found) < _MOST_SITES:
-                self._found.setdefault(key, deque(maxlen=_KEPT)).append(record.wire_bytes / record.seconds)
+            if site not in self._opened:
+                if len(self._opened) < _MOST_SITES:
+                    self._opened[site] = record.direction, busy
+                return
+            found = self._found.setdefault((record.direction, site), deque(maxlen=_KEPT))
+            direction, first = self._opened[site]
+            if not found and direction == record.direction and first.overlaps(busy):
+                self._opened[site] = direction, first + busy
+                return
+            if found and found[-1].overlaps(busy):
+                busy = found.pop() + busy
+            found.append(busy)

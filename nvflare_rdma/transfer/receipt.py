@@ -11,12 +11,11 @@ from typing import Any
 
 import xxhash
 
-from nvflare_rdma.codecs import LOSSLESS, RelativeError, codec_of, codes_in, is_torch, piece_notes
+from nvflare_rdma.codecs import EXACT, LOSSLESS, RelativeError, codec_of, codes_in, is_torch, piece_notes
 from nvflare_rdma.transfer.arrays import to_bytes
 from nvflare_rdma.transfer.manifest import Item
 
 _RUN = 1 << 22
-_EXACT = "exact"
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,13 @@ class Receipt:
             loss.
         digest: xxh3, 128 bits, of all that left, in hexadecimal digits; "" if that is not known. It tells messages
             apart, and is no signature.
+        file: the name of the file that left; "" if it was none.
     """
 
     codecs: Mapping[str, int]
     error: RelativeError | None
     digest: str
+    file: str = ""
 
     def as_fields(self) -> dict[str, Any]:
         """The fields of a record (`nvflare_rdma.transfer.records.TransferRecord`) that say this."""
@@ -48,7 +49,7 @@ class Receipt:
 
     def __str__(self) -> str:
         codecs = ", ".join(
-            f"{count} in {name}" if name != _EXACT else f"{count} exact" for name, count in self.codecs.items()
+            f"{count} in {name}" if name != EXACT else f"{count} exact" for name, count in self.codecs.items()
         )
         error = f"relative error at most {self.error}" if self.error is not None else "nothing lost"
         return f"{codecs}; {error}; digest {self.digest or 'not known'}"
@@ -90,22 +91,22 @@ class Receipts:
                 digest = piece_notes(tensor).digest(item.cut.count)
             else:
                 codes = codes_in(tensor)
-                codec, error = (codes.codec, codes.error) if codes is not None else (_EXACT, None)
+                codec, error = (codes.codec, codes.error) if codes is not None else (EXACT, None)
                 digest = self._digests.get(item.name)
             codecs[codec] += 1
             errors.append((codec, error))
             known = known and digest is not None
             whole.update(f"{item.name}\0{item.dtype}\0{item.shape}\0{codec}\0".encode() + (digest or b""))
-        return Receipt(dict(codecs), _largest(errors), whole.hexdigest() if known else "")
+        return Receipt(dict(codecs), largest(errors), whole.hexdigest() if known else "")
 
     @staticmethod
     def _as_they_are(tensors: Mapping[str, Any]) -> Receipt:
         found = [codes_in(tensor) for tensor in tensors.values()]
-        codecs = Counter(_EXACT if codes is None else codes.codec for codes in found)
-        return Receipt(dict(codecs), _largest([(each.codec, each.error) for each in found if each is not None]), "")
+        codecs = Counter(EXACT if codes is None else codes.codec for codes in found)
+        return Receipt(dict(codecs), largest([(each.codec, each.error) for each in found if each is not None]), "")
 
 
-def _largest(errors: Iterable[tuple[str, RelativeError | None]]) -> RelativeError | None:
+def largest(errors: Iterable[tuple[str, RelativeError | None]]) -> RelativeError | None:
     """The largest of the relative errors that codecs have made, those without loss left out."""
     found = [error for codec, error in errors if error is not None and codec not in LOSSLESS]
     if not found:

@@ -194,11 +194,15 @@ class Meter:
             )
         )
 
+    @property
+    def _things(self) -> str:
+        return {"container": "entries of a container"}.get(self._kind, self._kind)
+
     def _sign_off(self, receipt: Receipt, items: int, raw_bytes: int) -> None:
         """One line for each message that left in few bits: what an officer of security asks for."""
         log.info(
-            "sent %d tensors to %s: %d bytes, %d on the way; %s",
-            items,
+            "sent %s to %s: %d bytes, %d on the way; %s",
+            f"the file {receipt.file}" if receipt.file else f"{items} {self._things}",
             self._peer,
             raw_bytes,
             self.wire_bytes,
@@ -207,11 +211,10 @@ class Meter:
 
     def _say_received(self, items: int, raw_bytes: int) -> None:
         """One line for each transfer that came directly; what takes the fallback has a line that says why."""
-        what = {"tensors": "tensors", "container": "entries of a container", "file": "file"}.get(self._kind, self._kind)
         log.info(
             "received %d %s from %s directly: %d bytes, %d on the way, in %.2f s over %s",
             items,
-            what,
+            self._things,
             self._peer,
             raw_bytes,
             self.wire_bytes,

@@ -366,6 +366,13 @@ def test_the_rules_of_a_config_count_and_its_own_choice_is_compared(run, tmp_pat
 QUANTIZER = {"path": "nvflare_rdma.filters.ModelQuantizer", "args": {"quantization_type": "int8"}}
 
 
+def test_a_type_that_each_link_chooses_is_nothing_to_compare(run, tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps({"quantization_type": "auto", "round_seconds": 60}))
+    code, _, err = run(*TWO, "--policy", "p.json")
+    assert code == 1
+    assert "has quantization_type 'auto' (both directions), which is another type for each link" in err
+
+
 def test_a_config_of_one_way_leaves_the_other_exact(run, tmp_path):
     config = {"task_result_filters": [{"filters": [QUANTIZER]}]}
     (tmp_path / "config_fed_client.json").write_text(json.dumps(config))

@@ -248,3 +248,67 @@ def test_sections_that_are_left_empty_are_none(show):
 def test_a_folder_without_a_job_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"no config_fed_server\.json or config_fed_client\.json"):
         read_policies(tmp_path)
+
+
+AUTO = {"quantization_type": "auto", "policy": [{"role": "embedding", "quantization_type": "int8"}]}
+#: 40 MB of float32, of which 20 are an embedding.
+LARGE = {
+    "embed.weight": {"dtype": "float32", "shape": [1000, 5000]},
+    "layers.0.weight": {"dtype": "float32", "shape": [1000, 5000]},
+    "norm.weight": {"dtype": "float32", "shape": [1000]},
+}
+
+
+def test_auto_says_what_each_tensor_would_be_at_which_rate(show, tmp_path):
+    code, out, err = show({**AUTO, "round_seconds": 16}, LARGE)
+    assert (code, err) == (0, "")
+    assert "both directions: auto" in out
+    rows = lines(out)
+    assert rows["embed.weight"] == ["float32", "1000x5000", "20,000,000", "int8", "int8", "int8"]
+    assert rows["layers.0.weight"] == ["float32", "1000x5000", "20,000,000", "normfloat4_e4m3", "exact", "exact"]
+    assert rows["norm.weight"][-3:] == ["exact"] * 3
+    assert "10 Mbit/s: normfloat4_e4m3 (7.67 MB in 6.14 s, relative error about 0.088), not exact (25 MB in 20" in out
+    assert "each way has 8 s at 1.25 MB/s, and it is the best one within that." in out
+    assert "Before one has told, normfloat4_e4m3 is sent." in out
+
+
+def test_auto_as_data(tmp_path, capsys):
+    (tmp_path / "policy.json").write_text(json.dumps({**AUTO, "round_bytes": 30_000_000}))
+    (tmp_path / "model.json").write_text(json.dumps(LARGE))
+    assert main(["policy", str(tmp_path / "policy.json"), str(tmp_path / "model.json"), "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)["data"]["both directions"]
+    assert (found["quantization_type"], found["round_seconds"], found["round_bytes"]) == ("auto", None, 30_000_000)
+    assert found["bytes"] == 40_004_000
+    assert [one["mbit_per_second"] for one in found["rates"]] == [10, 100, 1000]
+    for one in found["rates"]:
+        assert one["quantization_type"] == "int8", "bytes are the same over all links"
+        assert one["tensors"] == {"embed.weight": "int8", "layers.0.weight": "int8", "norm.weight": "exact"}
+        assert one["sent_bytes"] == 2 * (5_000_000 + -(-5_000_000 // 2048) * 4) + 4000
+    assert found["before_a_rate_is_known"] == "int8"
+
+
+def test_auto_of_an_exported_job(show, tmp_path):
+    from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
+
+    from nvflare_rdma.recipe import add_quantization
+
+    (tmp_path / "client.py").write_text("import nvflare.client\n")
+    recipe = NumpyFedAvgRecipe(
+        name="q", model=[[0.0]], min_clients=1, num_rounds=1, train_script=str(tmp_path / "client.py")
+    )
+    add_quantization(recipe, "auto", round_seconds=16, max_relative_error=0.05)
+    recipe._job.export_job(str(tmp_path / "jobs"))
+    code, out, _ = show(tmp_path / "jobs", LARGE)
+    assert code == 0
+    assert out.count("both directions: auto") == 1
+    assert lines(out)["layers.0.weight"][-3:] == ["int8", "exact", "exact"], "normfloat4_e4m3 loses more than may be"
+    assert "it is the smallest, and still too much" in out, "two times 5 MB take 8.01 s"
+
+
+def test_auto_that_can_not_be(show):
+    code, out, err = show(AUTO)
+    assert (code, out) == (1, "")
+    assert "'auto' needs round_seconds" in err
+    code, _, err = show({**AUTO, "round_seconds": 16, "delta": True})
+    assert code == 1
+    assert "delta can't be used with quantization_type 'auto'" in err

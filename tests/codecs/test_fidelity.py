@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvflare_rdma.codecs import CODEC_NAMES, FixedSizeCodec, estimate_error, get_codec, measure_error, to_flat
-from nvflare_rdma.codecs.fidelity import SAMPLED, PieceNotes, RelativeError, Squares, sample_of, sample_runs, squares_of
+from nvflare_rdma.codecs.fidelity import (
+    SAMPLED,
+    PieceNotes,
+    RelativeError,
+    SampledLoss,
+    Squares,
+    sample_of,
+    sample_runs,
+    squares_of,
+)
 from nvflare_rdma.codecs.policy import BETTER, better_types
 from nvflare_rdma.codecs.runs import TILE
 from nvflare_rdma.errors import UnrepresentableError
@@ -168,6 +177,20 @@ def test_each_better_type_loses_less():
 )
 def test_better_types_are_no_smaller_and_save_something(name, dtype, expected):
     assert [codec.name for codec in better_types(get_codec(name), dtype, 100_000)] == expected
+
+
+@pytest.mark.parametrize("n", [1000, SAMPLED, 5 * SAMPLED + 123])
+@pytest.mark.parametrize("name", ["normfloat4", "int8", "normfloat4_dq"])
+def test_values_that_come_by_are_estimated_as_those_at_hand(name, n):
+    """In any order, and more than once."""
+    codec, tensor = get_codec(name), random(n)
+    loss, values = SampledLoss(codec, n), tensor.numpy()
+    assert loss.error is None
+    for first in [*range(0, n, SAMPLED)[::-1], 0]:
+        loss.note(first, values[first : first + SAMPLED])
+    found, expected = loss.error, estimate_error(codec, tensor)
+    assert found.estimated == expected.estimated == (n > SAMPLED)
+    assert found.value == pytest.approx(expected.value, rel=0.02)
 
 
 def test_pieces_are_measured_when_all_of_them_are_known():

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 from nvflare_rdma.codecs import on_device  # noqa: E402
 from nvflare_rdma.codecs.on_device import can_encode_on_device, encode_on_device  # noqa: E402
 
-NAMES = [name for name in CODEC_NAMES if name not in ("adaquant", "lossless", "exact_delta", "topk2", "topk2_128")]
+NAMES = [name for name in CODEC_NAMES if name not in ("adaquant", "lossless", "exact_delta")]
 SETTINGS = settings(
     deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
@@ -263,7 +263,7 @@ def test_a_device_without_memory_leaves_it_to_the_cpu(name, device, monkeypatch)
 
 
 def test_other_codecs_and_dtypes_are_refused():
-    for name in ("adaquant", "lossless", "exact_delta", "topk2"):
+    for name in ("adaquant", "lossless", "exact_delta"):
         assert not can_encode_on_device(get_codec(name))
         with pytest.raises(CodecError, match=name):
             encode_on_device(get_codec(name), torch.zeros(5))

@@ -81,9 +81,9 @@ def test_the_largest_error_is_for_both_sides(recipe, tmp_path):
 
 
 def test_the_type_may_follow_the_links(recipe, tmp_path):
-    add_quantization(recipe, "auto", round_seconds=60)
+    add_quantization(recipe, "auto", round_seconds=60, round_bytes=10_000_000)
     found = exported(recipe._job, tmp_path / "out")
-    args = {"quantization_type": "auto", "policy": [], "round_seconds": 60.0}
+    args = {"quantization_type": "auto", "policy": [], "round_seconds": 60.0, "round_bytes": 10_000_000}
     assert found["server"]["task_data_filters"] == [(["train"], PUBLIC + QUANTIZE, args)]
     assert found["client"]["task_result_filters"] == [(["train"], PUBLIC + QUANTIZE, args)]
 

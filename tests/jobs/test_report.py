@@ -27,7 +27,7 @@ def workspace(tmp_path):
     (site / "traffic.jsonl").write_text("".join(json.dumps({**task, "round": r}) + "\n" for r in (0, 1)))
     losses = [(None, 5.5), (0, 3.0), (1, 2.0)]
     (server / "held_out_loss.jsonl").write_text(
-        "".join(json.dumps({"round": r, "held_out_loss": x}) + "\n" for r, x in losses)
+        "".join(json.dumps({"round": r, "held_out_loss": x, "digest": f"of {r}"}) + "\n" for r, x in losses)
     )
     return tmp_path
 
@@ -36,6 +36,7 @@ def test_collect_brings_losses_bytes_and_seconds_together(workspace):
     results = collect(workspace, SETTINGS)
     assert results["initial_loss"] == 5.5
     assert results["final_loss"] == 2.0
+    assert results["final_digest"] == "of 1"
     assert results["bytes_per_round"] == 7_000_000
     assert results["bytes_outside_rounds"] == 33
     assert results["rounds_table"][0] == {

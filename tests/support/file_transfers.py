@@ -15,8 +15,9 @@ from nvflare_rdma.transfer.files.source import BLOCK_BYTES, FileIdentity, OpenFi
 from nvflare_rdma.transfer.files.transfer import FileContent, FileTarget, pull_file
 from nvflare_rdma.transfer.manifest import INLINE_BYTES
 from nvflare_rdma.transfer.pieces import PIECE_VALUES
+from nvflare_rdma.transfer.records import Meters
 from nvflare_rdma.transfer.service import Service
-from tests.support.data_channels import ANY_PORT
+from tests.support.data_channels import ANY_PORT, shared
 from tests.support.encoded import as_encoded
 
 PART = 8 * BLOCK_BYTES
@@ -59,7 +60,8 @@ class Files:
         self.file = OpenFile(str(self.source), self.quantization_type)
         self.file.identity = FileIdentity(**{**self.file.identity.pack(), "part_bytes": PART})
         self.sent = FileContent(self.file)
-        self.service = Service(self.sent, lambda: self.channels)
+        meters = Meters("server", "file", shared.ledger)
+        self.service = Service(self.sent, lambda: self.channels, meters=meters)
 
     def ask(self, receiver: str):
         def ask(request: dict) -> dict:

@@ -91,9 +91,13 @@ class Federation:
         said = json.loads(done.stdout.splitlines()[-1])
         return Job(said["id"], said["status"], Path(said["results"]))
 
+    def run_folder(self, site: str, job: Job) -> Path:
+        """The run folder of a site's job process."""
+        return self.kits / site / job.id
+
     def log(self, site: str, job: Job) -> str:
         """What a site's job process has logged."""
-        return (self.kits / site / job.id / "log.txt").read_text()
+        return (self.run_folder(site, job) / "log.txt").read_text()
 
     def console(self, name: str) -> str:
         """What a participant's parent has printed since it was started."""

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 
 from nvflare_rdma.channel import MAX_UNIT_BYTES, Sink, Source, Take
-from nvflare_rdma.codecs import NUMPY_DTYPES
+from nvflare_rdma.codecs import NUMPY_DTYPES, RelativeError, SampledLoss
 from nvflare_rdma.errors import UnrepresentableError
 from nvflare_rdma.transfer.encoding import Scratch, decode_pieces, pieces_in, thread_scratch
+from nvflare_rdma.transfer.files.layout import Layout, plan
 from nvflare_rdma.transfer.files.partial_file import PartialFile
-from nvflare_rdma.transfer.files.source import BLOCK_BYTES, OpenFile, PartDigests
+from nvflare_rdma.transfer.files.source import BLOCK_BYTES, OpenFile, PartDigests, codec_for_files
 from nvflare_rdma.transfer.manifest import Item
 from nvflare_rdma.transfer.sinks import Arrivals
 
 #: Large chunks are asked for if so many of them fit into the budget.
 _ROOMY = 4
+
+
+@dataclass(frozen=True, slots=True)
+class OfTensor:
+    """Says of which tensor a part has values: its name, "" if of none; which of them is the first, and what is known of
+    what the tensor loses, None if it is not encoded."""
+
+    name: str = ""
+    first: int = 0
+    loss: SampledLoss | None = None
 
 
 class PartSource(Source):
@@ -23,7 +39,8 @@ class PartSource(Source):
     ready = False
     unrepresentable: str = ""
 
-    def __init__(self, file: OpenFile, start: int, item: Item) -> None:
+    def __init__(self, file: OpenFile, start: int, item: Item, of: OfTensor) -> None:
+        self._of = of
         self.nbytes = item.sent_nbytes
         self._file = file
         self._start = start
@@ -65,24 +82,32 @@ class PartSource(Source):
                 except UnrepresentableError as error:
                     self.unrepresentable = str(error)
                     raise
+                if (loss := self._of.loss) is not None:
+                    loss.note(self._of.first + piece.first, np.frombuffer(values, piece.dtype))
         if not self.digests.add(offset, out):
             raise self._file.failure("changed while it was sent: it reads differently the second time")
 
 
 class FilePart:
-    """A part for all its receivers. `tensor` is the name of the tensor whose values it has."""
+    """A part for all its receivers."""
 
-    def __init__(self, file: OpenFile, start: int, item: Item, tensor: str) -> None:
-        self.tensor = tensor
+    def __init__(self, file: OpenFile, start: int, item: Item, of: OfTensor) -> None:
+        self.tensor = of.name
+        self._loss = of.loss
         self.item = item
         self.exact_item = Item(item.name, item.torch, item.dtype, item.shape)
-        self._exact = PartSource(file, start, self.exact_item)
-        self._encoded = PartSource(file, start, item) if item.cut is not None else self._exact
+        self._exact = PartSource(file, start, self.exact_item, of)
+        self._encoded = PartSource(file, start, item, of) if item.cut is not None else self._exact
 
     @property
     def unrepresentable(self) -> str:
         """Why it has to travel exact; "" as long as nothing that was read says so."""
         return self._encoded.unrepresentable
+
+    @property
+    def error(self) -> RelativeError | None:
+        """The relative error of the tensor whose values it has, as far as it was encoded; None if that is unknown."""
+        return self._loss.error if self._loss is not None else None
 
     def source(self, exact: bool) -> PartSource:
         """The source of the part, exact or encoded, with the digests of what it has sent."""
@@ -91,6 +116,23 @@ class FilePart:
     def current(self) -> PartSource:
         """The source that is sent, as far as is known now."""
         return self.source(bool(self.unrepresentable))
+
+
+def parts_of(file: OpenFile) -> dict[str, FilePart]:
+    """The parts of a file, by the names of their items."""
+    planned = plan(file.identity, file.tensors)
+    layout = Layout(file.identity, [item for item, _ in planned])
+    counts = {tensor.name: math.prod(tensor.shape) for tensor in file.tensors}
+    losses: dict[str, SampledLoss] = {}
+    firsts: Counter[str] = Counter()
+    parts = {}
+    for n, (item, name) in enumerate(planned):
+        if name and name not in losses:
+            losses[name] = SampledLoss(codec_for_files(file.identity.quantization_type), counts[name])
+        of = OfTensor(name, firsts[name], losses[name]) if name else OfTensor()
+        firsts[name] += item.shape[0]
+        parts[item.name] = FilePart(file, layout.start(n), item, of)
+    return parts
 
 
 class PartSink(Sink):

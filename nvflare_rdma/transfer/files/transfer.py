@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,14 @@ from nvflare_rdma.errors import IntegrityError, ProtocolError, RdmaError, Transf
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.transfer.addresses import site_of
 from nvflare_rdma.transfer.content import Content
-from nvflare_rdma.transfer.files.layout import Layout, plan
+from nvflare_rdma.transfer.files.layout import Layout
 from nvflare_rdma.transfer.files.partial_file import PartialFile, is_begun
-from nvflare_rdma.transfer.files.parts import FilePart, PartSink, PartSource
+from nvflare_rdma.transfer.files.parts import FilePart, PartSink, PartSource, parts_of
+from nvflare_rdma.transfer.files.receipt import receipt_of
 from nvflare_rdma.transfer.files.source import FileIdentity, OpenFile
 from nvflare_rdma.transfer.manifest import Item
 from nvflare_rdma.transfer.peers import PeerLinks
+from nvflare_rdma.transfer.receipt import Receipt
 from nvflare_rdma.transfer.receiver import AbortedError, LostError, Pull, ask_for
 from nvflare_rdma.transfer.records import Meter
 from nvflare_rdma.transfer.sinks import Arrivals, Destination
@@ -36,7 +38,7 @@ class FileContent(Content):
 
     def __init__(self, file: OpenFile) -> None:
         self.size = 1, file.identity.size
-        self.parts = _parts(file)
+        self.parts = parts_of(file)
         self._file = file
         self._lock = threading.Lock()
         #: Names of parts of which it is logged that they are sent exact.
@@ -70,6 +72,10 @@ class FileContent(Content):
 
     def send_exact(self, item: Item, reason: str) -> None:
         """Do nothing: the part knows it, and had to before its receiver could ask again."""
+
+    def receipt(self, items: Sequence[Item] | None) -> Receipt | None:
+        """See `Content.receipt`."""
+        return None if items is None else receipt_of(self._file, self.parts, items)
 
     def answer(self, request: Any, receiver: str) -> dict[str, Any] | None:
         """See `Content.answer`."""
@@ -108,12 +114,6 @@ class FileContent(Content):
         if not isinstance(numbers, list | tuple) or any(str(n) not in self.parts for n in numbers):
             raise ProtocolError("request for digests of what is not being sent")
         return [self.parts[str(n)] for n in numbers]
-
-
-def _parts(file: OpenFile) -> dict[str, FilePart]:
-    planned = plan(file.identity, file.tensors)
-    layout = Layout(file.identity, [item for item, _ in planned])
-    return {item.name: FilePart(file, layout.start(n), item, name) for n, (item, name) in enumerate(planned)}
 
 
 @dataclass(frozen=True, slots=True)

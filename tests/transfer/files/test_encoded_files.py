@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -24,8 +25,10 @@ from nvflare_rdma.transfer.files.transfer import pull_file
 from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.receiver import AbortedError
 from nvflare_rdma.transfer.records import Meter
+from tests.support.data_channels import shared
 from tests.support.file_transfers import as_received
-from tests.support.tcp_pair import in_parallel
+from tests.support.tcp_pair import DEADLINE, in_parallel
+from tests.support.waiting import eventually
 
 MIB = 1 << 20
 
@@ -124,6 +127,80 @@ def test_what_can_not_be_carried_travels_exact(value, encoded, cell, caplog):
     ]
 
 
+# -- what is signed off -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def records():
+    found = []
+    unsubscribe = shared.ledger.subscribe(found.append)
+    yield found
+    unsubscribe()
+
+
+def sent(records, count=1):
+    eventually(lambda: sum(each.direction == "sent" for each in records) == count, DEADLINE)
+    return [each for each in records if each.direction == "sent"]
+
+
+def error_of(path, content: bytes) -> float:
+    """The largest relative error of a tensor of a file as it arrived."""
+    got, had = safetensors.torch.load_file(path), safetensors.torch.load(content)
+    errors = [
+        (tensor.double() - got[name].double()).norm() / tensor.double().norm()
+        for name, tensor in had.items()
+        if tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) and tensor.numel() and name != "scalar"
+    ]
+    return float(max(errors))
+
+
+def test_the_record_says_what_left(encoded, cell, records, caplog):
+    caplog.set_level(logging.INFO)
+    it = encoded()
+    for number in (1, 2):
+        path = it.pull(cell(f"site-{number}"), name=f"whole-{number}")
+    one, other = sent(records, 2)
+    assert (one.peer, one.kind, one.items) == ("site-1", "file", 1)
+    encoded_ones = {part.tensor for part in it.sent.parts.values() if part.item.cut}
+    assert one.codecs == f"{len(encoded_ones)} normfloat4, {len(tensors()) - len(encoded_ones)} exact"
+    assert one.relative_error == pytest.approx(error_of(path, it.source.read_bytes()), rel=0.1)
+    assert one.error_from == "sample"
+    assert len(one.digest) == 32
+    assert other.digest == one.digest
+    line = next(line for line in caplog.messages if line.startswith("sent the file model.bin to site-1: "))
+    assert f"{len(encoded_ones)} in normfloat4" in line
+    assert "relative error at most 0.0" in line
+    assert line.endswith(f"digest {one.digest}")
+
+
+def test_another_file_another_type_or_none_is_another_receipt(encoded, files, cell, records):
+    found = set()
+    changed = tensors() | {"steps": tensors()["steps"] + 1}  # which travels exact
+    kinds = [
+        ({}, "normfloat4"),
+        ({"codec": "int8"}, "int8"),
+        ({"content": safetensors.torch.save(changed)}, "normfloat4"),
+    ]
+    for number, (kind, name) in enumerate(kinds):
+        encoded(**kind).pull(cell(f"site-{number}"), name=f"whole-{number}")
+        record = sent(records, number + 1)[-1]
+        assert name in record.codecs
+        found.add(record.digest)
+    assert len(found) == len(kinds)
+    files(stored()).pull(cell("site-9"), name="as it is")
+    record = sent(records, len(kinds) + 1)[-1]
+    assert (record.codecs, record.relative_error, record.digest) == ("", None, "")
+
+
+def test_small_tensors_are_measured(encoded, cell, records):
+    values = torch.randn(8192, generator=torch.Generator().manual_seed(1))
+    it = encoded(content=safetensors.torch.save({"w": values}))
+    path = it.pull(cell("site-1"))
+    (record,) = sent(records)
+    assert record.relative_error == pytest.approx(error_of(path, it.source.read_bytes()), rel=1e-6)
+    assert record.error_from == "whole"
+
+
 # -- going on ------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +231,18 @@ def test_an_interrupted_transfer_goes_on_from_what_is_there(interrupted):
     it.pull(site)
     assert it.asked() == []
     assert [part for parts in it.asked("compare") for part in parts] == list(range(len(it.sent.parts)))
+
+
+def test_what_goes_on_is_signed_off_as_a_whole(interrupted, cell, records):
+    it, site = interrupted()
+    it.open()  # streamed again
+    records.clear()
+    it.pull(site)
+    it.pull(cell("site-2"), name="at once")
+    resumed, at_once = sent(records, 2)
+    assert resumed.digest == at_once.digest != ""
+    assert resumed.codecs == at_once.codecs
+    assert resumed.wire_bytes < at_once.wire_bytes
 
 
 def test_what_is_here_is_compared_on_both_sides(interrupted, monkeypatch):
@@ -282,7 +371,7 @@ def test_answers_that_lie(lie, encoded, cell):
                 replace(item, cut=item.cut and PieceLayout.choose(get_codec("int8"), item.cut.n)) for item in items
             ]
         elif lie == "other parts later" and len(described) == 2:
-            items = [*items[1:], items[0]]
+            items = [replace(item, position=n) for n, item in enumerate([*items[1:], items[0]])]
         elif lie == "other file":
             answer["file"] = {**answer["file"], "quantization_type": "int8"}
         return {**answer, "manifest": manifest.pack(items)}
