@@ -1,4 +1,4 @@
-# make demo | test | test-sites | test-outages | test-verbs | test-verbs-all | test-pythons | chaos | fuzz | coverage | lint | format | docs | clean
+# make demo | tour | test | test-sites | test-outages | test-verbs | test-verbs-all | test-pythons | compat | chaos | fuzz | coverage | lint | format | docs | clean
 # (Debian 12 / Ubuntu 24.04, Python >= 3.11)
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?= -n 3 --dist worksteal
 
-.PHONY: demo test test-sites test-outages test-verbs test-verbs-all test-pythons chaos fuzz coverage lint format docs clean setup
+.PHONY: demo tour test test-sites test-outages test-verbs test-verbs-all test-pythons compat chaos fuzz coverage lint format docs clean setup
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -28,12 +28,17 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python jobs/stdlib_lm/demo.py
 
+# From start-up kits to reports, with FLARE's own commands: a server and three sites on this machine, and three jobs.
+# TOUR_ARGS="--folder FOLDER" keeps what they leave.
+tour: $(STAMP)
+	$(BIN)/python jobs/tour.py $(TOUR_ARGS)
+
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # A provisioned federation with a network for each host. Where namespaces or TUN devices are not allowed, it fails.
 test-sites: $(STAMP)
-	$(BIN)/python tests/wan/wire.py $(BIN)/python -m pytest tests/wan/sites.py tests/wan/upgraded.py
+	$(BIN)/python tests/wan/wire.py $(BIN)/python -m pytest tests/wan/sites.py tests/wan/upgraded.py tests/wan/provisioned.py
 
 # Jobs whose site is out of reach for up to a quarter of an hour. OUTAGES="cut-down move-up" chooses.
 OUTAGES_FOLDER ?= /tmp/outages
@@ -54,6 +59,20 @@ test-verbs-all: $(STAMP)
 PYTHONS_STEPS ?= all
 test-pythons: $(STAMP)
 	$(BIN)/python tests/pythons/smoke.py --steps $(PYTHONS_STEPS) -- $(PIP_ARGS)
+
+# Tests with the newest release of FLARE 2.9 that the index has, in an environment of its own. What they pass with can be
+# added to TRIED in nvflare_rdma/flare_compat.py.
+COMPAT := build/compat
+COMPAT_TESTS ?= tests/test_flare_compat.py tests/test_provision.py tests/cli tests/driver tests/filters tests/flare tests/kits \
+  tests/persistors tests/streaming
+compat:
+	rm -rf $(COMPAT)
+	$(PYTHON) -m venv $(COMPAT)
+	grep -v '^nvflare' constraints.txt > $(COMPAT)/constraints.txt
+	$(COMPAT)/bin/pip install -q $(PIP_ARGS) -c $(COMPAT)/constraints.txt --upgrade -e '.[test]'
+	@$(COMPAT)/bin/python -c 'from importlib.metadata import version; from nvflare_rdma.flare_compat import TRIED; \
+	  found = version("nvflare"); print("NVIDIA FLARE", found, "was tried" if found in TRIED else "is new here")'
+	$(COMPAT)/bin/python -m pytest $(PYTEST_ARGS) $(COMPAT_TESTS)
 
 # Processes that pull from each other while they are killed and stopped, and their connections cut, stalled and flipped.
 # CHAOS_ARGS="--seed 7" plays a run again.

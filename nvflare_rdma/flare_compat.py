@@ -19,6 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 from nvflare_rdma.errors import UnsupportedVersionError
+from nvflare_rdma.logs import get_logger
+from nvflare_rdma.version import __version__
 
 _KNOWN = (2, 9)
 #: The releases of it with which this package's tests have passed.
@@ -34,7 +36,8 @@ RATES_PROP = "nvflare_rdma.rates"
 
 @functools.cache
 def require_flare(feature: str) -> None:
-    """Raise `UnsupportedVersionError` unless FLARE 2.9 is installed; `feature` is what needs it."""
+    """Raise `UnsupportedVersionError` unless FLARE 2.9 is installed, which `feature` needs; warn of one of its releases
+    that was not tried."""
     try:
         installed = version("nvflare")
     except PackageNotFoundError:
@@ -47,6 +50,20 @@ def require_flare(feature: str) -> None:
             f"{feature} uses internals of NVIDIA FLARE 2.9, but {installed} is installed. "
             "Install a matching one (pip install 'nvflare>=2.9,<2.10') or a newer nvflare-rdma."
         )
+    if installed not in TRIED:
+        _warn_of(installed)
+
+
+@functools.cache
+def _warn_of(installed: str) -> None:
+    """Once in a process, whatever needs FLARE."""
+    get_logger(__name__).warning(
+        "NVIDIA FLARE %s was not tried with nvflare-rdma %s, which was tried with %s. It is used nevertheless; if "
+        "something goes wrong, install one of these, or a newer nvflare-rdma",
+        installed,
+        __version__,
+        ", ".join(TRIED),
+    )
 
 
 # -- serialization -------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ class RdmaBuilder(Builder):
     Args:
         fabrics: `rdma_fabrics`.
         memory_budget: bytes, or a text such as "4GiB": `rdma_memory_budget_bytes`.
-        data_port: the port, or the range, of the server's `ParentDoor`.
+        data_port: the port, or the range, of the server's `ParentDoor`; FLARE's own port takes `upgrade_driver`.
         patience: `rdma_patience`.
         upgrade_driver: whether the driver takes over FLARE's schemes tcp and stcp; takes `driver_path`.
         driver_path: the driver's folder on the hosts, or in the images, of the federation; None leaves the driver out.

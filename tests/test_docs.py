@@ -91,9 +91,19 @@ def test_the_commands_are_those_that_there_are(command):
     _parser()[0].parse_args(shlex.split(command, comments=True)[1:])
 
 
+def included_pages():
+    return {name for page in PAGES for name in re.findall(r"\{include\} (\S+)\.md", page.read_text())}
+
+
+def test_a_page_begins_with_its_title():
+    """What stands before it would be above it in the page, and without it the page has no name in the index."""
+    first = {page.stem: page.read_text().partition("\n")[0] for page in PAGES if page.stem not in included_pages()}
+    assert {name: line for name, line in first.items() if not line.startswith("# ")} == {}
+
+
 def test_every_page_is_in_the_index():
     index = (DOCS / "index.md").read_text()
-    included = {name for page in PAGES for name in re.findall(r"\{include\} (\S+)\.md", page.read_text())}
+    included = included_pages()
     listed = set(re.findall(r"^([a-z-]+)$", index, re.MULTILINE))
     assert {page.stem for page in PAGES} - included - {"index"} == listed
 

@@ -54,6 +54,16 @@ def test_kits_have_the_settings_from_the_beginning(tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_direct_tensors_can_share_flares_own_port(tmp_path, capsys):
+    args = {"data_port": 8002, "upgrade_driver": True, "driver_path": PLUGIN}
+    kits = provision(tmp_path, [WORKSPACE, builder(**args), static_file(), CERT, SIGNATURE])
+    assert "rdma_data_ports" not in read(kits / "server/local/comm_config.json")
+    assert "nvflare_rdma.streaming.ParentDoor" in (kits / "server/local/resources.json.default").read_text()
+    kits = provision(tmp_path / "grpc", [WORKSPACE, builder(**args), static_file("grpc"), CERT, SIGNATURE])
+    assert not kits.exists()
+    assert "for FLARE's own connections, over grpc" in "".join(capsys.readouterr())
+
+
 def test_what_flare_writes_into_comm_config_stays(tmp_path):
     builders = [WORKSPACE, builder(patience="4h"), static_file(), CERT, SIGNATURE]
     kits = provision(tmp_path, builders, listening_host=LISTENING)

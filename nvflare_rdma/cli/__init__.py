@@ -12,7 +12,15 @@ from pathlib import Path
 from nvflare_rdma.cli.bench_commands import add_bench_options
 from nvflare_rdma.cli.doctor_commands import add_doctor_options
 from nvflare_rdma.cli.kit_commands import add_kit_commands
-from nvflare_rdma.cli.output import CommandError, Result, add_output_options, print_error, print_result, print_schema
+from nvflare_rdma.cli.output import (
+    ENVIRONMENT,
+    CommandError,
+    Result,
+    add_output_options,
+    print_error,
+    print_result,
+    print_schema,
+)
 from nvflare_rdma.version import __version__
 
 __all__ = ["driver_path", "main"]
@@ -142,3 +150,9 @@ def _run(args: argparse.Namespace) -> int:
         return print_error(error, args.format, args.command)
     except ConfigError as error:  # which says what to do about it
         return print_error(CommandError("INVALID_INPUT", str(error)), args.format, args.command)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of a file that was named, or is below a folder that was
+        text = f"{error.filename or 'a file'} can't be used: {error.strerror or error}"
+        found = CommandError("NO_ACCESS", text, "run this as whoever owns it", ENVIRONMENT)
+        return print_error(found, args.format, args.command)

@@ -131,7 +131,7 @@ def site_in(folder: Path | None, sysfs: Path = SYSFS) -> Site:
     devices = any(not port.software and not port.refusal for port in list_ports(sysfs))
     if folder is None:
         return Site(devices=devices)
-    from nvflare_rdma.cli.doctor import read_settings
+    from nvflare_rdma.cli.doctor import settings_of
 
     with told():
         kits = [kit for kit in find_kits(folder) if kit.role != ADMIN]
@@ -139,9 +139,7 @@ def site_in(folder: Path | None, sysfs: Path = SYSFS) -> Site:
         what = f"{len(kits)} kits of a server or site" if kits else "no kit of a server or site"
         raise CommandError("NO_KIT", f"{folder} has {what}", "name the folder of one")
     (kit,) = kits
-    settings, _, problems = read_settings(kit.folder)
-    if problems:
-        raise CommandError("INVALID_INPUT", problems[0], "`nvflare-rdma doctor` shows what is set")
+    settings = settings_of(kit.folder)
     ports = settings.rdma_data_ports
     port = ports[0] if isinstance(ports, tuple) else _PORT if kit.role == SERVER else None
     # As FLARE's chart names it; another name than one of DNS is made into one there.

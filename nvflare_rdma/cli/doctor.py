@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from nvflare_rdma import class_list
-from nvflare_rdma.cli.doctor_host import PROBLEM, Check, check_host
+from nvflare_rdma.cli.doctor_host import OK, PROBLEM, Check, check_host
+from nvflare_rdma.cli.kit_certificates import certificate_in
+from nvflare_rdma.cli.output import CommandError
 from nvflare_rdma.cli.port_use import PROC
 from nvflare_rdma.errors import ConfigError, FabricUnavailable, UnsupportedVersionError
 from nvflare_rdma.fabric import DEVICE_FILES, SYSFS, probe
@@ -177,8 +181,23 @@ def examine(
             for name, state in fabrics.items()
         },
         class_list=_examine_class_list(workspace),
-        checks=check_host(settings, workspace, packages["nvflare"], huge_pages, proc),
+        checks=[
+            *_certificate(workspace),
+            *check_host(settings, None if problems else workspace, packages["nvflare"], huge_pages, proc),
+        ],
     )
+
+
+def _certificate(workspace: Path | None) -> Iterator[Check]:
+    """Whether a site's certificate can be used: without it, its processes get no connection at all."""
+    if workspace is None or not (workspace / "startup" / "rootCA.pem").is_file():
+        return
+    try:
+        name, until = certificate_in(workspace / "startup")
+    except CommandError as error:
+        yield Check("certificate", PROBLEM, str(error), error.hint)
+    else:
+        yield Check("certificate", OK, f"of {name!r}, until {until:%Y-%m-%d}")
 
 
 def _examine_class_list(workspace: Path | None) -> ClassListReport | None:
@@ -207,6 +226,7 @@ def read_settings(workspace: Path | None) -> tuple[Settings, str, list[str]]:
         found = next((path for path in paths if path.is_file()), None)
         if found is not None:
             told = f"{found} and the environment"
+            _check_json(found)
         elif workspace is None:
             told += " (of a site: --kit FOLDER)"
         elif (folder / "startup").is_dir():  # a site's, as FLARE provisions it: without one
@@ -225,9 +245,40 @@ def read_settings(workspace: Path | None) -> tuple[Settings, str, list[str]]:
         problem = str(error)
     except ImportError as error:
         problem = f"NVIDIA FLARE can't be loaded: {error}. Install nvflare-rdma again."
+    except OSError as error:
+        problem = f"{error.filename or workspace} can't be read: {error.strerror}. Run this as whoever owns it"
     except Exception as error:  # noqa: BLE001 - FLARE's parsers of files raise what they like
         problem = f"{found or 'the configuration'} can't be read: {error!r}. Correct it, or take it away"
     return Settings(), told, [problem]
+
+
+def has_configuration(folder: Path) -> bool:
+    """Whether a folder, which need not be a kit, has a comm_config of its own."""
+    return any(path.is_file() for path in folder.glob("comm_config.*"))
+
+
+def _check_json(file: Path) -> None:
+    """Refuse what is no JSON, of which FLARE would speak on stderr besides."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{file} can't be read: {error.strerror}. Run this as whoever owns it") from None
+    except ValueError as error:
+        raise ConfigError(f"{file} is no JSON: {error}. Correct it, or take it away") from None
+
+
+def settings_of(folder: Path | None) -> Settings:
+    """The settings of a FLARE process whose workspace that is, as `read_settings`.
+
+    Raises:
+        CommandError: they can't be used.
+    """
+    settings, told, problems = read_settings(folder)
+    if problems:
+        problem = problems[0] if folder is None or str(folder) in problems[0] else f"{told}: {problems[0]}"
+        raise CommandError("INVALID_INPUT", problem, "mend it; `nvflare-rdma doctor` shows what is set")
+    return settings
 
 
 def _protection(workspace: Path) -> str:

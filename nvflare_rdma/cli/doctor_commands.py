@@ -43,9 +43,13 @@ def doctor_result(args: argparse.Namespace) -> Result:
         from nvflare_rdma.cli.deploy_snippets import snippet_result
 
         return snippet_result(args.runtime, args.kit)
-    from nvflare_rdma.cli.doctor import examine
+    from nvflare_rdma.cli.doctor import examine, has_configuration
     from nvflare_rdma.cli.doctor_text import to_text
 
+    if args.kit is not None and not has_configuration(args.kit):
+        from nvflare_rdma.cli.enable import kit_of
+
+        kit_of(args.kit)  # a kit as it was made, or nothing that can be looked at
     report = examine(args.kit)
     return Result(asdict(report), to_text(report), 0 if report.is_well else 1)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nvflare_rdma.cli.output import BY_CONFIG, ENVIRONMENT, CommandError, Result
+from nvflare_rdma.cli.port_use import who_has_all
 from nvflare_rdma.kits import (
     ADMIN,
     BACKUP,
@@ -57,6 +58,20 @@ def kits_of(targets: Sequence[Path]) -> list[Kit]:
     return list({kit.folder.resolve(): kit for kit in found}.values())
 
 
+def kit_of(folder: Path) -> Kit:
+    """The one kit in a folder.
+
+    Raises:
+        CommandError: there is none, there are several, or it is not whole.
+    """
+    with told():
+        kits = find_kits(folder)
+    if len(kits) > 1:
+        names = ", ".join(each.name for each in kits)
+        raise CommandError("NO_KIT", f"{folder} has several kits: {names}", "name the folder of one of them")
+    return kits[0]
+
+
 def enable_result(args: argparse.Namespace) -> Result:
     """Put in what the arguments say."""
     with told():
@@ -66,8 +81,21 @@ def enable_result(args: argparse.Namespace) -> Result:
         )
         door = SERVER if any(kit.role == SERVER for kit in kits) else CLIENT
         plans = [enable(kit, what, bool(what.ports) and kit.role == door) for kit in kits]
+        for plan in plans:
+            if what.ports and plan.kit.role == door and what.ports not in map(str, plan.kit.ports):
+                plan.notes.extend(_taken(what.ports))
         _carry_out(plans, args)
     return _result(plans, args)
+
+
+def _taken(ports: str) -> Iterator[str]:
+    """What is to be said of ports of which none is free here: the kit may be another host's, or its FLARE runs."""
+    first, _, last = ports.partition("-")
+    if who := who_has_all(range(int(first), int(last or first) + 1)):
+        yield (
+            f"port {ports} is in use on this host, by {who}: right, if that is this site's FLARE, or if the kit is for "
+            "another host; else end that process, or name another --data-port"
+        )
 
 
 def disable_result(args: argparse.Namespace) -> Result:

@@ -20,7 +20,7 @@ def add_kit_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--data-port",
         metavar="PORT",
         help="one port for the direct tensors of all jobs, or a range: at the servers among the kits; without one, at "
-        "every site of them",
+        "every site of them. With --upgrade-driver it may be FLARE's own",
     )
     enable.add_argument(
         "--patience", metavar="TIME", help="how long a transfer waits for a peer that is gone, such as 90s, 30m or 4h"

@@ -11,6 +11,9 @@ from typing import Any
 
 from nvflare_rdma.errors import ConfigError
 
+_FORMATS = "a .safetensors file, a torch state dict, or a .json of dtype and shape"
+_ENTRIES = 'entries such as {"layer.weight": {"dtype": "float32", "shape": [768, 768]}}'
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -35,7 +38,8 @@ def read_model(path: Path) -> list[Tensor]:
             opened with `weights_only=True`, so that nothing in it runs.
     """
     if not path.is_file():
-        raise ConfigError(f"there is no model file {path}")
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigError(f"there is no model file {path}: it {found}. Name {_FORMATS}")
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
@@ -43,11 +47,17 @@ def read_model(path: Path) -> list[Tensor]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path} can't be read as a model: {type(error).__name__}: {error}") from None
+        raise ConfigError(f"{path} can't be read as a model: {error}. Name {_FORMATS}") from None
 
 
 def _read_json_model(path: Path) -> list[Tensor]:
-    return [_tensor(name, str(item["dtype"]), item["shape"]) for name, item in read_json(path).items()]
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} has a {type(content).__name__}, and no model: {_ENTRIES} are expected")
+    for name, item in content.items():
+        if not (isinstance(item, dict) and {"dtype", "shape"} <= item.keys() and isinstance(item["shape"], list)):
+            raise ConfigError(f"{path}: '{name}' is {json.dumps(item)[:60]}, and no tensor: {_ENTRIES} are expected")
+    return [_tensor(name, str(item["dtype"]), item["shape"]) for name, item in content.items()]
 
 
 def _read_safetensors(path: Path) -> list[Tensor]:
@@ -66,18 +76,26 @@ def _read_safetensors(path: Path) -> list[Tensor]:
 
 def _read_torch(path: Path) -> list[Tensor]:
     import pickle
+    import zipfile
 
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        how = "`pip install nvflare-rdma[torch]`, or name a .safetensors or .json file"
+        raise ConfigError(f"{path} can't be read without torch: {error}. {how}") from None
+    if not zipfile.is_zipfile(path):
+        raise ConfigError(f"{path} is no file that torch.save writes. Name {_FORMATS}")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ConfigError(f"{path} can't be read as a torch state dict: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"{path} can't be read as a torch state dict: {str(error).splitlines()[0]}. Name {_FORMATS}"
+        ) from None
     from nvflare_rdma.codecs import dtype_name, identity
 
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else None  # FLARE's persistor adds a level
     if not isinstance(state, dict):
-        raise ConfigError(f"{path} holds a {type(loaded).__name__}, not a state dict")
+        raise ConfigError(f"{path} holds a {type(loaded).__name__}, not a state dict: save `model.state_dict()`")
     first: dict[Any, str] = {}
     model = []
     for name, value in state.items():
@@ -97,9 +115,11 @@ def _tensor(name: str, dtype: str, shape: Any) -> Tensor:
 def read_json(path: Path) -> Any:
     """What a JSON file has. Raises ConfigError."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} can't be read as JSON: {error}") from None
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read as JSON: {error.strerror}. Name another file") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no JSON: {error}. Correct it, or name another file") from None
 
 
 def _bits(dtype: str) -> int:

@@ -23,6 +23,13 @@ def who_listens(port: int, proc: Path = PROC) -> str:
     return ""
 
 
+def who_has_all(ports: range, proc: Path = PROC) -> str:
+    """The process that listens on the first of these ports, if none of them is free on this host; "" else."""
+    if not set(ports) <= listening_ports(proc):
+        return ""
+    return who_listens(ports[0], proc) or "a process that this user may not see"
+
+
 def listening_ports(proc: Path = PROC) -> set[int]:
     """The TCP ports of this host's network at which somebody listens."""
     return {port for port, _ in _listening(proc)}

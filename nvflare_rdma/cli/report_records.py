@@ -28,6 +28,7 @@ _NO_RUNS = {"site-packages", "node_modules", "__pycache__"}
 #: A line is a few hundred bytes; a reason may be longer.
 _LONGEST_LINE = 1 << 20
 _LARGEST = 1 << 63
+_WHAT = "name a workspace, or a job's folder"
 _HOW_TO_GET_THEM = (
     "processes of jobs with add_transfer(recipe) write them; the server's of a finished job come with "
     "`nvflare job download JOB_ID`, into the folder that you name here"
@@ -88,8 +89,10 @@ def find_jobs(path: Path) -> list[Job]:
         CommandError: there is no such folder, it can't be read, or no records are in it.
     """
     if not os.path.exists(path):
-        raise CommandError("NOT_FOUND", f"{path} does not exist", "name a workspace or a job's folder")
+        raise CommandError("NOT_FOUND", f"{path} does not exist", _WHAT)
     files, unreadable = _find(path)
+    if not files and os.path.isfile(path):
+        raise CommandError("NO_RECORDS", f"{path} is a file and no folder", _WHAT)
     jobs: dict[tuple[str, str], Job] = {}
     for file in files:
         try:

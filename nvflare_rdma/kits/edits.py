@@ -20,7 +20,8 @@ _COMPONENTS = "components"
 _OWN_FOLDER = os.path.join("nvflare_rdma", "plugin")
 #: Components by which FLARE starts jobs in images.
 _IN_IMAGES = ("docker_launcher", "k8s_launcher")
-_TCP = ("tcp", "stcp")
+#: Schemes that the driver takes over.
+TCP = ("tcp", "stcp")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def put_in_comm_config(
         )
     elif in_images and not config.content.get(DRIVER_PATH):
         notes.append("the driver is not set, since processes start in images: --driver-path FOLDER sets it")
-    if wanted.upgrades and kit.scheme not in _TCP:
+    if wanted.upgrades and kit.scheme not in TCP:
         notes.append(
             f"it speaks {kit.scheme or 'an unknown scheme'} with the server, which stays FLARE's; the driver takes "
             "over the connections between its own processes"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nvflare_rdma.errors import ConfigError
-from nvflare_rdma.kits.edits import Put, put_in_comm_config, put_in_resources, take_out
+from nvflare_rdma.kits.edits import TCP, Put, put_in_comm_config, put_in_resources, take_out
 from nvflare_rdma.kits.errors import KitError
 from nvflare_rdma.kits.files import COMM_CONFIG, JsonFile, comm_config, read, resources
 from nvflare_rdma.kits.find import ADMIN, Kit
@@ -85,15 +85,12 @@ def enable(kit: Kit, wanted: Wanted, door: bool = False, new: bool = False) -> K
     plan = KitPlan(kit)
     found = resources(kit)
     config = comm_config(kit)
-    content, put, notes = put_in_comm_config(kit, config, found, wanted, door, new)
+    shared = door and wanted.ports in map(str, kit.ports)
+    content, put, notes = put_in_comm_config(kit, config, found, wanted, door and not shared, new)
     plan.notes.extend(notes)
     _check_settings(config.path, content)
-    if door and wanted.ports in map(str, kit.ports):
-        raise KitError(
-            "INVALID_VALUE",
-            f"data_port='{wanted.ports}': {kit.folder} has that port for FLARE's own connections",
-            "take another port; the driver can share FLARE's port, as the page about one port says",
-        )
+    if shared:
+        _check_shared(kit, config.path, content, wanted.ports)
     edited = [(config, content, put)]
     if found is not None:
         edited.append((found, *put_in_resources(found, door)))
@@ -168,6 +165,23 @@ def _check_settings(path: Path, content: Mapping[str, Any]) -> None:
         settings_in(content)
     except ConfigError as error:
         raise KitError("INVALID_SETTING", f"{path}: {error}", "mend it there, and try again") from None
+
+
+def _check_shared(kit: Kit, path: Path, content: Mapping[str, Any], port: str) -> None:
+    """Refuse a door at FLARE's own port where the driver is not going to have that port."""
+    if not (content.get("rdma_upgrade") and kit.scheme in TCP):
+        scheme = f"over {kit.scheme}" if kit.scheme else "by a scheme that is not told"
+        raise KitError(
+            "INVALID_VALUE",
+            f"data_port='{port}': {kit.folder} has that port for FLARE's own connections, {scheme}",
+            "take another port; with --upgrade-driver, a server whose scheme is tcp shares it",
+        )
+    if (known := content.get("rdma_data_ports")) is not None:
+        raise KitError(
+            "INVALID_VALUE",
+            f"data_port='{port}': FLARE's own port is shared only without rdma_data_ports, and {path} has {known!r}",
+            "take it out there, or with `nvflare-rdma disable`",
+        )
 
 
 def _keep_original(file: JsonFile, known: _Entry | None) -> list[Change]:

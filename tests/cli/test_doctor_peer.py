@@ -25,6 +25,7 @@ from nvflare_rdma.cli.peer_link import MOST_AT_ONCE, MOST_BYTES, Exchange, conte
 from nvflare_rdma.cli.peer_listen import Listening, parse_listen, parse_peer
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.fabric import connect_tcp
+from nvflare_rdma.version import __version__
 from tests.support import namespaces
 from tests.support.certificates import Authority
 from tests.support.kits import change
@@ -56,9 +57,17 @@ class Listener:
         return self.process.returncode, out
 
 
+CLI = ("-m", "nvflare_rdma.cli")
+OTHER_RELEASE = (
+    "-c",
+    "import sys; from nvflare_rdma import version; version.__version__ = '99.0'\n"
+    "from nvflare_rdma.cli import main; sys.exit(main(sys.argv[1:]))",
+)
+
+
 @contextlib.contextmanager
-def listener(*options: str, **extra: str) -> Iterator[Listener]:
-    command = [sys.executable, "-m", "nvflare_rdma.cli", "doctor", "--listen", *options]
+def listener(*options: str, program: tuple[str, str] = CLI, **extra: str) -> Iterator[Listener]:
+    command = [sys.executable, *program, "doctor", "--listen", *options]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, env=environment(**extra), cwd=SMALL, **pipes) as process:
         try:
@@ -162,6 +171,14 @@ def test_two_sides_without_a_fabric_in_common(capsys, monkeypatch):
         monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "shm")
         code, message = error_of(capsys, "--peer", f"127.0.0.1:{there.port}")
     assert (code, "no fabric that both sides allow" in message) == ("NO_FABRIC", True)
+
+
+def test_another_release_at_the_peer_is_told_with_the_fix(capsys):
+    with listener("0", program=OTHER_RELEASE) as other:
+        code, told = check(capsys, "--peer", f"127.0.0.1:{other.port}")
+    (problem,) = told["data"]["problems"]
+    assert code == 1
+    assert problem == f"nvflare-rdma is {__version__} here and 99.0 there: install the same on both sides"
 
 
 def test_who_listens_until_nobody_came_says_so(capsys):

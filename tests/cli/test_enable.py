@@ -17,15 +17,20 @@ from nvflare_rdma.kits import BACKUP, RECORD
 from nvflare_rdma.settings import Settings
 from tests.support.kits import (
     ALL,
+    CERT,
     DOCKER,
     SERVER,
+    SIGNATURE,
     SITE_1,
     SITE_2,
+    WORKSPACE,
     change,
     config,
     has_door,
     prepared,
+    provision,
     run,
+    static_file,
     tree,
 )
 
@@ -55,6 +60,19 @@ def test_without_options_the_driver_is_there_and_jobs_without_code_may_use_the_p
     assert config(kits / SITE_1) == {"comm_driver_path": driver_path()}
     assert class_list.read(kits / SITE_1).missing == []
     assert not (kits / SERVER / "local/comm_config.json").exists()
+
+
+def test_direct_tensors_can_share_flares_own_port(tmp_path):
+    kits = provision(tmp_path, [WORKSPACE, static_file("tcp"), CERT, SIGNATURE])
+    before = tree(kits)
+    for _ in range(2):
+        assert run("enable", kits, "--upgrade-driver", "--data-port", "8002") == 0
+    assert config(kits / SERVER) == {"comm_driver_path": driver_path(), "rdma_upgrade": True}
+    assert has_door(kits / SERVER / "local/resources.json.default")
+    assert not has_door(kits / SITE_1 / "local/resources.json.default")
+    assert run("enable", kits, "--data-port", "8002") == 0  # the driver has it already
+    assert run("disable", kits) == 0
+    assert tree(kits) == before
 
 
 def test_what_flare_set_stays(kits):

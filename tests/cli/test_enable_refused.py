@@ -15,10 +15,15 @@ import pytest
 from nvflare_rdma.kits import RECORD
 from tests.support.kits import (
     ALL,
+    CERT,
     SERVER,
+    SIGNATURE,
     SITE_2,
+    WORKSPACE,
     change,
+    provision,
     run,
+    static_file,
     tree,
 )
 
@@ -157,6 +162,32 @@ def test_a_bad_value_is_told_and_nothing_is_changed(workspace, capsys, option, v
     assert says.format(workspace / "example_project/prod_00/server") in envelope["message"]
     assert envelope["hint"]
     assert tree(workspace) == before
+
+
+@pytest.mark.parametrize(
+    ("scheme", "known", "options", "says", "hint"),
+    [
+        (
+            "http",
+            {},
+            ["--upgrade-driver"],
+            "for FLARE's own connections, over http",
+            "--upgrade-driver, a server whose",
+        ),
+        ("tcp", {}, [], "for FLARE's own connections, over tcp", "with --upgrade-driver"),
+        ("tcp", {"rdma_data_ports": "8004"}, ["--upgrade-driver"], "has '8004'", "nvflare-rdma disable"),
+    ],
+)
+def test_flares_own_port_is_shared_where_the_driver_has_it(tmp_path, capsys, scheme, known, options, says, hint):
+    kits = provision(tmp_path, [WORKSPACE, static_file(scheme), CERT, SIGNATURE])
+    change(kits / SERVER / "local/comm_config.json", **known)
+    before = tree(kits)
+    assert run("enable", kits, "--data-port", "8002", *options) == 1
+    message, advice, last = capsys.readouterr().err.splitlines()
+    assert says in message
+    assert hint in advice
+    assert last == "Code: INVALID_VALUE (exit 1)"
+    assert tree(kits) == before
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
 
 For each interpreter, in an environment that is made anew:
 
-    plain    install the wheel, without torch; `nvflare-rdma doctor`; the driver can be loaded
+    plain    install the wheel, without torch; `nvflare-rdma --version` and `doctor`; the driver can be loaded
     torch    install torch as well; `nvflare-rdma doctor`; run an exported job in FLARE's simulator, over `rdma://`,
              with 4-bit messages that go directly between the server's process and the site's
 
@@ -130,6 +130,9 @@ def _plain(python: Path, wheel: Path, work: Path, pip_args: Sequence[str]) -> st
         "from nvflare_rdma.streaming import RdmaTransfer; RdmaTransfer()"
     )
     _run([python, "-c", code], RUN_SECONDS, work)
+    told = _run([python.with_name("nvflare-rdma"), "--version"], RUN_SECONDS, work).strip()
+    if told != wheel.name.split("-")[1]:
+        raise StepFailedError(f"nvflare-rdma --version says {told!r}, and the wheel is {wheel.name}")
     return _doctor(python, work)
 
 

@@ -10,7 +10,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import sysconfig
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ class Job:
 class Federation:
     """Starts a server and sites that wait for jobs; they end with the namespaces that they are in. `extra` is for their
     environment, `configured` for the `comm_config.json` of each; `one_port` has the `rdma_data_ports` of participants
-    whose parents join connections, "" for FLARE's own port."""
+    whose parents join connections, "" for FLARE's own port. `builder` has the arguments of `RdmaBuilder`, which is part
+    of the project only then; `without` names the participants on whose hosts this package is not installed."""
 
     def __init__(
         self,
@@ -48,6 +50,8 @@ class Federation:
         scheme: str,
         one_port: Mapping[str, str] | None = None,
         configured: Mapping[str, Mapping[str, Any]] | None = None,
+        builder: Mapping[str, Any] | None = None,
+        without: Sequence[str] = (),
         **extra: str,
     ) -> None:
         self._star = star
@@ -57,11 +61,12 @@ class Federation:
         self._environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SMALL / "without_torch")])
         self._environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self._environment |= extra
-        self._kits = self._provision(sites, scheme)
+        self._others = dict.fromkeys(without, self._without_package() if without else {})
+        self.kits = self._provision(sites, scheme, builder)
         for name, settings in (configured or {}).items():
             self._configure(name, settings)
         for name, ports in (one_port or {}).items():
-            add_parent_door(self._kits / name / "local", ports)
+            add_parent_door(self.kits / name / "local", ports)
         self._processes = {name: self._start(name) for name in [SERVER, *sites]}
 
     def wait_for_sites(self) -> None:
@@ -76,7 +81,7 @@ class Federation:
 
     def run(self, job: Path, seconds: float) -> Job:
         """Submit a job from the server's host, and wait for its end."""
-        arguments = [str(self._kits / ADMIN), str(job), str(seconds)]
+        arguments = [str(self.kits / ADMIN), str(job), str(seconds)]
         command = self._star.on(SERVER, sys.executable, "-m", "tests.wan.federation", *arguments)
         done = subprocess.run(
             command, env=self._environment, cwd=ROOT, capture_output=True, text=True, timeout=seconds + 60, check=False
@@ -88,7 +93,7 @@ class Federation:
 
     def run_folder(self, site: str, job: Job) -> Path:
         """The run folder of a site's job process."""
-        return self._kits / site / job.id
+        return self.kits / site / job.id
 
     def log(self, site: str, job: Job) -> str:
         """What a site's job process has logged."""
@@ -96,7 +101,7 @@ class Federation:
 
     def console(self, name: str) -> str:
         """What a participant's parent has printed since it was started."""
-        return (self._kits / name / "console.log").read_text()
+        return (self.kits / name / "console.log").read_text()
 
     def restart(self, name: str, configured: Mapping[str, Any]) -> None:
         """End a participant that runs no job, and start it again with another `comm_config.json`."""
@@ -106,9 +111,28 @@ class Federation:
         self._processes[name] = self._start(name)
 
     def _configure(self, name: str, configured: Mapping[str, Any]) -> None:
-        (self._kits / name / "local" / "comm_config.json").write_text(json.dumps(configured))
+        (self.kits / name / "local" / "comm_config.json").write_text(json.dumps(configured))
 
-    def _provision(self, sites: list[str], scheme: str) -> Path:
+    def environment(self, name: str) -> dict[str, str]:
+        """That of a participant's processes."""
+        return self._environment | self._others.get(name, {})
+
+    def _without_package(self) -> dict[str, str]:
+        """For the environment of a host that has what this one has, but for this package: another Python's
+        installation is shown it, entry by entry."""
+        installed, programs = self._folder / "installed", self._folder / "programs"
+        for folder in (installed, programs):
+            folder.mkdir(parents=True)
+        for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+            if "nvflare_rdma" not in entry.name and entry.suffix != ".pth":
+                (installed / entry.name).symlink_to(entry)
+        (programs / "python3").symlink_to(Path(sys.executable).resolve())
+        return {
+            "PYTHONPATH": os.pathsep.join([str(SMALL / "without_torch"), str(installed)]),
+            "PATH": os.pathsep.join([str(programs), os.environ["PATH"]]),
+        }
+
+    def _provision(self, sites: list[str], scheme: str, builder: Mapping[str, Any] | None) -> Path:
         participants: list[dict[str, object]] = [
             {"name": SERVER, "type": "server", "org": "nvidia", "fed_learn_port": PORT},
             {"name": ADMIN, "type": "admin", "org": "nvidia", "role": "project_admin"},
@@ -117,12 +141,13 @@ class Federation:
         templates = ["master_template.yml", "aws_template.yml", "azure_template.yml"]
         builders: list[dict[str, object]] = [
             {"path": f"{_IMPL}.workspace.WorkspaceBuilder", "args": {"template_file": templates}},
+            *([] if builder is None else [{"path": "nvflare_rdma.provision.RdmaBuilder", "args": dict(builder)}]),
             {"path": f"{_IMPL}.static_file.StaticFileBuilder", "args": {"config_folder": "config", "scheme": scheme}},
             {"path": f"{_IMPL}.cert.CertBuilder"},
             {"path": f"{_IMPL}.signature.SignatureBuilder"},
         ]
         project = {"api_version": 3, "name": _PROJECT, "participants": participants, "builders": builders}
-        self._folder.mkdir(parents=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / "project.yml"
         file.write_text(json.dumps(project))  # JSON is YAML
         command = ["nvflare", "provision", "-p", str(file), "-w", str(self._folder / "workspace"), "--force"]
@@ -144,12 +169,12 @@ class Federation:
         return kits
 
     def _start(self, name: str) -> subprocess.Popen[bytes]:
-        kit = self._kits / name
+        kit = self.kits / name
         command = self._star.on(name, "bash", str(kit / "startup" / "sub_start.sh"), "--once")
         with open(kit / "console.log", "ab") as out:
             return subprocess.Popen(
                 *(command,),
-                env=self._environment,
+                env=self.environment(name),
                 cwd=kit,
                 stdin=subprocess.DEVNULL,
                 stdout=out,

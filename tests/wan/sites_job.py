@@ -52,18 +52,22 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--values", type=int, default=VALUES)
     parser.add_argument("--patience", help="how long a site may be out of reach; FLARE's timers stay without it")
+    parser.add_argument("--sites", type=int, default=SITES)
+    parser.add_argument("--clients", nargs="+", help="the sites that have this package; all without it")
     given = parser.parse_args()
     folder = given.folder
     np.save(folder / "model.npy", first_model(given.values))
     recipe = NumpyFedAvgRecipe(
         name=NAME,
         initial_ckpt=str(folder / "model.npy"),
-        min_clients=SITES,
+        min_clients=given.sites,
         num_rounds=ROUNDS,
         train_script=CLIENT,
     )
-    for each in (recipe, swarm(str(folder / "model.npy"))):
-        add_transfer(each, patience=given.patience)
+    if given.clients:
+        recipe.set_per_site_config({f"site-{number + 1}": {} for number in range(given.sites)})
+    for each in (recipe,) if given.clients else (recipe, swarm(str(folder / "model.npy"))):
+        add_transfer(each, given.clients, patience=given.patience)
         each.export(job_dir=str(folder))
 
 
