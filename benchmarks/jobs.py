@@ -10,7 +10,7 @@ sizes of GPT-2 Large. Where the simulator has fewer sites at once than there are
     empty     FLARE alone, and a model of a few kB: what the processes need without a model
     flare     FLARE alone, tensors in full precision
     ours      RdmaTransfer and quantization, over the fabric that is chosen by itself: shared memory, on one host;
-              gpt2_small's checkpoints are saved in the background
+              gpt2_small's checkpoints are saved in the background. A POC's kits are those of `nvflare-rdma enable`
     ours-tcp  the same with NVFLARE_RDMA_FABRICS=tcp, so that the bytes can be counted
 
 ``wall`` of the simulator is from its start to its end, of the POC from the job's submission to its end, by the admin's
@@ -119,8 +119,12 @@ def in_simulator(job: Path, variables: dict[str, str], folder: Path, sites: int,
     return Run(wall, read_rounds((folder / "workspace" / "server" / "log.json").read_text()), moved, tree.used)
 
 
-def in_poc(job: Path, variables: dict[str, str], folder: Path, sites: int) -> Run:
+def in_poc(job: Path, variables: dict[str, str], folder: Path, sites: int, enabled: bool) -> Run:
     kits = poc.prepare(folder, sites, "grpc", variables)
+    if enabled:
+        targets = [str(kit) for kit in kits.iterdir() if (kit / "local").is_dir() and kit.name != poc.ADMIN]
+        command = [sys.executable, "-m", "nvflare_rdma.cli", "enable", *targets]
+        subprocess.run(command, env=variables, cwd=folder, check=True, capture_output=True, timeout=60)
     with ProcessTree(poc.start(kits, variables)) as tree:
         arguments = [str(Path(poc.__file__)), str(kits / poc.ADMIN), str(job), str(DEADLINE)]
         before, start = loopback_bytes(), time.monotonic()
@@ -216,7 +220,7 @@ def main() -> None:
                     if where == "simulator":
                         run = in_simulator(exported, variables, folder, args.sites, args.at_once or args.sites)
                     else:
-                        run = in_poc(exported, variables, folder, args.sites)
+                        run = in_poc(exported, variables, folder, args.sites, configuration.startswith("ours"))
                     runs[configuration] = run
                     console.print(f"{folder.name}: {runs[configuration]}", style="dim", highlight=False)
                 show(job, where, args.rounds, args.sites, runs, alone)
