@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from nvflare_rdma.transfer import Ledger, TransferRecord, site_of
 
-#: Smaller transfers tell of round trips, and not of a rate.
+#: Smaller transfers tell of round trips more than of a rate: the link is as fast as they were, or faster.
 _LEAST_BYTES = 256 * 1024
 #: So many transfers of each direction count: the link of an hour ago may have been another one.
 _KEPT = 3
@@ -44,37 +44,55 @@ class _Busy:
 class LinkRates:
     """Bytes a second to each site: the median of the last transfers to it or, while there is none, from it. Transfers
     of one direction that shared the link count as one. The very first one has opened the link, and began slowly: it
-    counts only while there is no other in either direction."""
+    counts only while there is no other in either direction. Where all of them were small, the link is said to be as
+    fast as the fastest of the last ones."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._lock = threading.Lock()
         self._opened: dict[str, tuple[str, _Busy]] = {}
         self._found: dict[tuple[str, str], deque[_Busy]] = {}
+        self._small: dict[tuple[str, str], deque[_Busy]] = {}
         self.stop: Callable[[], None] = ledger.subscribe(self._ended)
 
     def to(self, site: str) -> float | None:
         """Bytes a second on the way to `site` ("" or "server" at a site: the server). None if that is not known."""
+        directions = ("sent", site), ("received", site)
         with self._lock:
-            for direction in ("sent", "received"):
-                if found := self._found.get((direction, site)):
+            for key in directions:
+                if found := self._found.get(key):
                     return statistics.median(each.rate for each in found)
-            return self._opened[site][1].rate if site in self._opened else None
+            if site in self._opened:
+                return self._opened[site][1].rate
+            for key in directions:
+                if found := self._small.get(key):
+                    return max(each.rate for each in found)
+            return None
 
     def _ended(self, record: TransferRecord) -> None:
-        if record.failed or record.wire_bytes < _LEAST_BYTES or record.seconds <= 0:
+        if record.failed or record.wire_bytes <= 0 or record.seconds <= 0:
             return
         site = site_of(record.peer)
+        key = record.direction, site
         busy = _Busy(record.time - record.seconds, record.time, record.wire_bytes)
         with self._lock:
+            if record.wire_bytes < _LEAST_BYTES:
+                if key in self._small or len(self._small) < _MOST_SITES:
+                    _add(self._small.setdefault(key, deque(maxlen=_KEPT)), busy)
+                return
             if site not in self._opened:
                 if len(self._opened) < _MOST_SITES:
                     self._opened[site] = record.direction, busy
                 return
-            found = self._found.setdefault((record.direction, site), deque(maxlen=_KEPT))
+            found = self._found.setdefault(key, deque(maxlen=_KEPT))
             direction, first = self._opened[site]
             if not found and direction == record.direction and first.overlaps(busy):
                 self._opened[site] = direction, first + busy
                 return
-            if found and found[-1].overlaps(busy):
-                busy = found.pop() + busy
-            found.append(busy)
+            _add(found, busy)
+
+
+def _add(found: deque[_Busy], busy: _Busy) -> None:
+    """Add a time to the last ones; where it overlaps with one of them, as one."""
+    if found and found[-1].overlaps(busy):
+        busy = found.pop() + busy
+    found.append(busy)

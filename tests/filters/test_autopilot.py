@@ -119,6 +119,17 @@ def test_a_link_that_changes_gets_another_type(at, rates, caplog):
     assert len([text for text in caplog.messages if "Messages of task 'train' to site-1" in text]) == 3
 
 
+def test_a_small_model_gets_better_types_though_all_its_transfers_are_small(at, rates):
+    """300,000 values take 160 kB in 4 bits, and 1.2 MB exact: 0.3 s at 32 Mbit/s."""
+    params, quantizer, types = {"w": torch.randn(300, 1000)}, auto(4.0), []
+    for number in range(4):
+        made = send(quantizer, at, rates, params=params, root=f"task-{number}")
+        dxo = from_shareable(made)
+        types.append(dxo.meta[MetaKey.PROCESSED_ALGORITHM] if dxo.data["w"].dtype != torch.float32 else EXACT)
+        moved(rates, "site-1.job", 32, wire_bytes=1_200_000 if types[-1] == EXACT else 160_000)
+    assert types == ["normfloat4_e4m3", EXACT, EXACT, EXACT]
+
+
 def test_a_rate_that_differs_a_little_does_not_change_the_type(at, rates, caplog):
     """int8 takes a whole second at 16.06 Mbit/s."""
     caplog.set_level(logging.INFO)
@@ -207,6 +218,17 @@ def test_rates_are_medians_of_what_was_large_enough_and_went_well(rates):
     rates.stop()
     moved(rates, "site-2.job", 8)
     assert rates.to("site-2") is None
+
+
+def test_small_transfers_say_how_fast_a_link_is_at_least(rates):
+    moved(rates, "site-1.job", 8, wire_bytes=1000, direction="received")
+    assert rates.to("site-1") == pytest.approx(1e6)
+    for mbit in (80, 16, 24, 8):
+        moved(rates, "site-1.job", mbit, wire_bytes=1000)
+    moved(rates, "site-1.job", 800, wire_bytes=0)
+    assert rates.to("site-1") == pytest.approx(3e6), "the fastest of the last three, and what takes nothing says nothing"
+    moved(rates, "site-1.job", 0.8)
+    assert rates.to("site-1") == pytest.approx(1e5), "a large one tells more"
 
 
 def test_transfers_that_share_the_link_count_as_one(rates):
