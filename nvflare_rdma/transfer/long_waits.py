@@ -131,10 +131,9 @@ class _Bar(logging.Handler):
 
     def draw(self, text: str) -> None:
         """Draw it, in place of what was drawn before."""
-        root = logging.root
-        if root.handlers and root.handlers[0] is not self:  # without any, Python has a way of its own
-            root.removeHandler(self)
-            root.handlers.insert(0, self)
+        handlers = logging.root.handlers
+        if handlers and handlers[0] is not self:  # without any, Python has a way of its own
+            self._put(first=True)
         self._write(f"\r{escaped(text)[:_MOST]}\x1b[K\r")
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -143,8 +142,17 @@ class _Bar(logging.Handler):
 
     def end(self) -> None:
         """Wipe it away."""
-        logging.root.removeHandler(self)
+        self._put(first=False)
         self._write("\r\x1b[K")
+
+    def _put(self, first: bool) -> None:
+        """Become the first of the root logger's handlers, or none of them. They get a new list: whoever logs in this
+        moment goes through the old one, and would skip a handler, or come to one twice, if that changed. The lock is
+        the one that `logging` itself adds and removes handlers under."""
+        root = logging.root
+        with logging._lock:  # type: ignore[attr-defined]
+            others = [handler for handler in root.handlers if handler is not self]
+            root.handlers = [self, *others] if first else others
 
     def _write(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # nobody looks any more

@@ -124,6 +124,48 @@ def test_a_bar_on_a_terminal_gives_way_to_log_lines(said):
     assert lines(said) == []
 
 
+def test_a_bar_comes_and_goes_while_a_record_is_on_its_way(said):
+    """Each handler gets it once, whatever becomes of the bar meanwhile."""
+
+    class Drawing(logging.Handler):
+        def emit(self, record):
+            got.append(self.name)
+            waits.look(one, MB, 100 * MB, 10.0)
+
+    class Ending(logging.Handler):
+        def emit(self, record):
+            got.append(self.name)
+            waiting.close()
+
+    def handlers(*kinds):
+        for number, kind in enumerate(kinds):
+            made = kind()
+            made.set_name(f"{kind.__name__} {number}")
+            yield made
+
+    class Other(logging.Handler):
+        def emit(self, record):
+            got.append(self.name)
+
+    root = logging.getLogger()
+    for kind in (Drawing, Ending):
+        got: list[str] = []
+        added = list(handlers(kind, Other, Other))
+        with terminal() as (file, _), contextlib.ExitStack() as waiting:
+            waits = LongWaits(file)
+            one = waiting.enter_context(waits.wait("site-1", 0.0))
+            if kind is Ending:
+                waits.look(one, MB, 100 * MB, 10.0)
+            for handler in added:
+                root.addHandler(handler)
+            try:
+                root.warning("a line")
+            finally:
+                for handler in added:
+                    root.removeHandler(handler)
+        assert got == [handler.name for handler in added]
+
+
 SCRIPT = """
 import sys
 from nvflare_rdma.transfer.long_waits import own_terminal
