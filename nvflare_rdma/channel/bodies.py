@@ -44,6 +44,8 @@ class Sink(ABC):
     unit: int = 1
     resent_chunks: int = 0
     """Chunks that were asked for again, in whatever sizes. The link counts them."""
+    landed_bytes: int = 0
+    """Bytes of the message that are here, verified. The link counts them."""
 
     @property
     def buffer(self) -> memoryview | None:

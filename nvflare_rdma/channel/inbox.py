@@ -225,6 +225,12 @@ class Inbox:
                 sink.landed(chunk.offset, chunk.length)
         return True
 
+    @staticmethod
+    def count(landing: _Landing) -> None:
+        """Count a chunk that was verified for its sink."""
+        if (sink := landing.arriving.sink) is not None and not landing.revoked:
+            sink.landed_bytes += landing.chunk.length
+
     def closed(self, landing: _Landing) -> None:
         """Free what a chunk was exposed in: nothing will be written there any more."""
         if landing.slot is not None:

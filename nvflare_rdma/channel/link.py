@@ -376,6 +376,8 @@ class Link:
                     if rails is self._rails and self._core.state is Phase.OPEN:
                         now = time.monotonic()
                         if intact:
+                            if length:
+                                self._inbox.count(landing)
                             self._core.landed(notification, length, now)
                         else:
                             text = "%s: a chunk of %d bytes arrived damaged; asking for it again"

@@ -29,16 +29,21 @@ _MB = 1e6
 
 @dataclass(eq=False)
 class Wait:
-    """One transfer that is waited for. Times are as `time.monotonic` has them."""
+    """One transfer that is waited for. Times are as `time.monotonic` has them. `paced_from` is when the bytes that came
+    after `paced_nbytes` began to come: what an earlier attempt brought, and what passed until this one, say nothing of
+    its pace."""
 
     peer: str
     began: float
+    paced_from: float
+    paced_nbytes: int = 0
     nbytes: int = 0
     total: int = 0
 
     def left(self, now: float) -> float:
         """Seconds that it takes from now on, at the pace that it has had."""
-        return (self.total - self.nbytes) * (now - self.began) / self.nbytes if self.nbytes else float("inf")
+        came = self.nbytes - self.paced_nbytes
+        return (self.total - self.nbytes) * (now - self.paced_from) / came if came > 0 else float("inf")
 
 
 class LongWaits:
@@ -53,9 +58,10 @@ class LongWaits:
         self._bar: _Bar | None = None
 
     @contextlib.contextmanager
-    def wait(self, peer: str, now: float) -> Iterator[Wait]:
-        """Wait for a transfer from `peer`; `look` is to be called meanwhile."""
-        wait = Wait(peer, now)
+    def wait(self, peer: str, began: float, now: float | None = None, nbytes: int = 0) -> Iterator[Wait]:
+        """Wait for a transfer from `peer`; `look` is to be called meanwhile. Of a transfer that goes on, `nbytes` are
+        here already `now`, and it `began` before."""
+        wait = Wait(peer, began, began if now is None else now, nbytes)
         with self._lock:
             self._waits.append(wait)
         try:

@@ -102,6 +102,8 @@ class Pull:
         self._meter = meter
         self.items: list[Item] = []
         self._whole: set[int] = set()
+        #: Of these, what an earlier transfer had brought.
+        self._begun: Set[int] = frozenset()
         self._whole_bytes = 0
         self._began = time.monotonic()
         self._asked = False
@@ -149,7 +151,8 @@ class Pull:
         try:
             described, _ = self._patience.ask(self._describe, self._probe)
             self._meter.wire_bytes += sum(len(item.content or b"") for item in self.items)
-            self._whole |= self._destination.begin()
+            self._begun = self._destination.begin()
+            self._whole |= self._begun
             self._land(described)
             return self._destination.finish()
         finally:
@@ -232,7 +235,7 @@ class Pull:
                 self._seen = ask_for(self._ask_peer, request).get("sees") is True
             if invitation is None or self._peer_has_dialled(arrivals):
                 link = self._links.find(self._peer) or link
-                self._wait(arrivals, link)
+                self._wait(arrivals, sinks, link)
         finally:
             self._link = self._links.find(self._peer) or link
             self._count(sinks, arrivals, link)
@@ -294,13 +297,15 @@ class Pull:
         except FabricUnavailable as error:
             raise FabricUnavailable(f"neither side has a door: {error}; {described.get('closed')}") from error
 
-    def _wait(self, arrivals: Arrivals, link: Link | None) -> None:
+    def _wait(self, arrivals: Arrivals, sinks: Sequence[Sink], link: Link | None) -> None:
         """Wait until everything is here, or something is wrong. `link` is what the items are to come over."""
-        with self._links.long_waits.wait(self._peer, self._began) as wait:
-            self._wait_for(arrivals, link, wait)
+        now, nbytes = time.monotonic(), self._whole_bytes
+        with self._links.long_waits.wait(self._peer, self._began, now, nbytes) as wait:
+            self._wait_for(arrivals, sinks, link, wait)
 
-    def _wait_for(self, arrivals: Arrivals, link: Link | None, wait: Wait) -> None:
-        total = sum(item.sent_nbytes for item in self.items if item.content is None)
+    def _wait_for(self, arrivals: Arrivals, sinks: Sequence[Sink], link: Link | None, wait: Wait) -> None:
+        coming = (item for number, item in enumerate(self.items) if number not in self._begun)
+        total = sum(item.sent_nbytes for item in coming if item.content is None)
         now = time.monotonic()
         report_at, moved_at, known, moved, asked_why = now + REPORT_SECONDS, now, -1, (0, 0), False
         while True:
@@ -320,7 +325,9 @@ class Pull:
             now = time.monotonic()
             if (moving := (nbytes, self._links.arriving(self._peer))) != moved:
                 moved, moved_at = moving, now
-            self._links.long_waits.look(wait, self._whole_bytes + sum(moving), total, now)
+            # What else the peer sends says that data moves, but not how far this is.
+            landed = sum(min(sink.landed_bytes, sink.nbytes) for sink in sinks)
+            self._links.long_waits.look(wait, self._whole_bytes + landed, total, now)
             if self._links.find(self._peer) is None:
                 arrivals.fail(
                     f"the link broke: {link.failure}" if link is not None and link.failure else "the link broke"

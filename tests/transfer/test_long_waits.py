@@ -10,12 +10,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TextIO
 
 import pytest
 
 from nvflare_rdma.transfer import LongWaits, long_waits
+from nvflare_rdma.transfer.files.source import BLOCK_BYTES, PartDigests
 from tests.support.direct_transfers import assert_equal, large
+from tests.support.file_transfers import PART, Files
 from tests.support.processes import environment
 from tests.support.tcp_pair import DEADLINE
 from tests.support.waiting import eventually
@@ -47,6 +50,18 @@ def terminal() -> Iterator[tuple[TextIO, list[bytes]]]:
     os.close(here)
 
 
+def looks_at(site, monkeypatch) -> list[tuple[long_waits.Wait, int, int]]:
+    """What the transfers of a cell tell of themselves: how many bytes are here, of how many."""
+    told, look = [], site.long_waits.look
+
+    def note(wait, nbytes, total, now):
+        told.append((wait, nbytes, total))
+        look(wait, nbytes, total, now)
+
+    monkeypatch.setattr(site.long_waits, "look", note)
+    return told
+
+
 def lines(said) -> list[str]:
     return [record.getMessage() for record in said.records if record.name == long_waits.__name__]
 
@@ -70,6 +85,81 @@ def test_a_fast_one_is_not(direct, cell, said, no_terminal):
     it, site = direct(large(3)), cell("site-1")
     it.pull(site)
     assert lines(said) == []
+
+
+def test_what_an_earlier_transfer_has_brought_is_neither_here_nor_to_come(files, cell, monkeypatch):
+    it, site = files(os.urandom(4 * PART)), cell("site-1")
+    found = it.partial(site.name)
+    for part in (0, 2):
+        data = memoryview(it.content)[part * PART : (part + 1) * PART]
+        digests = PartDigests(PART)
+        digests.add(0, data)
+        found.write(part, 0, data)
+        found.add(part, digests.whole(), digests.whole())
+    found.keep()
+    told, go_on, read = looks_at(site, monkeypatch), threading.Event(), it.file.read_into
+    it.file.read_into = lambda memory, at: (at < 3 * PART or go_on.wait(DEADLINE)) and read(memory, at)
+    with ThreadPoolExecutor(1) as pool:
+        pulling = pool.submit(it.pull, site)
+        eventually(lambda: (PART, 2 * PART) in {(nbytes, total) for _, nbytes, total in told})
+        go_on.set()
+        pulling.result(DEADLINE)
+    assert {total for _, _, total in told} == {2 * PART}
+
+
+def test_one_of_two_transfers_does_not_count_the_bytes_of_the_other(files, cell, tmp_path, monkeypatch):
+    """They come from one peer. One of them stops before its last block, the other one before its first."""
+    (tmp_path / "other").mkdir()
+    one, other = files(os.urandom(PART)), Files(cell, tmp_path / "other", os.urandom(2 * PART))
+    other.channels = one.channels
+    site, go_on = cell("site-1", fabrics=("tcp",), budget=1 << 20), threading.Event()
+    told = looks_at(site, monkeypatch)
+
+    def stop_at(it, place):
+        read = it.file.read_into
+        it.file.read_into = lambda memory, at: (at < place or go_on.wait(DEADLINE)) and read(memory, at)
+
+    stop_at(one, PART - BLOCK_BYTES)
+    stop_at(other, 0)
+    with ThreadPoolExecutor(2) as pool:
+        pulling = [pool.submit(one.pull, site)]
+        try:
+            eventually(lambda: any(nbytes for _, nbytes, _ in told))
+            pulling.append(pool.submit(other.pull, site))
+            eventually(lambda: any(total == 2 * PART for *_, total in told))
+            assert {nbytes for _, nbytes, total in told if total == 2 * PART} == {0}
+        finally:
+            go_on.set()
+        for each in pulling:
+            each.result(DEADLINE)
+    other.service.close()
+
+
+def test_the_pace_is_that_of_this_attempt(direct, cell, monkeypatch):
+    """Not of an earlier one, nor of the time until the link was there again."""
+    sent = large(200, 20_000)
+    it, site = direct(sent), cell("site-1")
+    waits, wait = list[long_waits.Wait](), site.long_waits.wait
+
+    @contextlib.contextmanager
+    def note(*what):
+        with wait(*what) as made:
+            waits.append(made)
+            yield made
+
+    monkeypatch.setattr(site.long_waits, "wait", note)
+    progress = it.once_some_are_here(lambda: it.channels.find("site-1").close(0.0))
+    assert_equal(it.pull(site, progress=progress), sent)
+    first, *_, last = waits
+    assert first.paced_nbytes == 0 < last.paced_nbytes
+    assert first.began == last.began < last.paced_from
+
+
+def test_what_is_left_is_told_at_the_pace_of_what_came_since(said, no_terminal):
+    waits = LongWaits()
+    with waits.wait("site-1", 0.0, 100.0, 50 * MB) as one:
+        waits.look(one, 75 * MB, 100 * MB, 105.0)
+    assert lines(said) == ["75.0 of 100.0 MB (75%) from site-1 are here after 105 s, at this pace 5 s more"]
 
 
 def test_a_line_comes_every_ten_seconds_at_most_whatever_is_waited_for(said, no_terminal):
