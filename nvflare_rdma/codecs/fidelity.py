@@ -16,6 +16,7 @@ full run. The same tensor always gives the same estimate.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ import xxhash
 from nvflare_rdma.codecs.base import Codec, FixedSizeCodec
 from nvflare_rdma.codecs.runs import TILE, Array, Float32, read_run, scratch
 from nvflare_rdma.codecs.tensors import is_on_gpu, to_array
+from nvflare_rdma.errors import UnrepresentableError
 
 #: So many values an estimate is made of at most, in runs that all codecs can begin with.
 SAMPLED = 1 << 16
@@ -191,22 +193,36 @@ class SampledLoss:
         self._codec = codec
         self._n = n
         self._runs = sample_runs(n)
-        self._lost: dict[int, Squares] = {}
+        self._lock = threading.Lock()
+        #: By where a run begins; None of one that is left out.
+        self._lost: dict[int, Squares | None] = {}
 
     def note(self, first: int, values: Array) -> None:
-        """Look at the flat values that begin with the tensor's value `first`. None of them is unrepresentable."""
-        for run in self._runs:
-            start = run.start - first
-            if start < 0 or run.stop - first > values.size or run.start in self._lost:
+        """Look at the flat values that begin with the tensor's value `first`. None of them is unrepresentable; what a
+        codec can't carry for all that, if it is encoded without the values around it, is left out."""
+        for run in self._within(first, values.size):
+            if run.start in self._lost:
                 continue
-            self._lost[run.start] = _lost_of(self._codec, values[start : run.stop - first])
+            lost = None
+            with contextlib.suppress(UnrepresentableError):  # two levels of scales depend on more values than a run's
+                lost = _lost_of(self._codec, values[run.start - first : run.stop - first])
+            with self._lock:
+                self._lost.setdefault(run.start, lost)
+
+    def leave_out(self, first: int, count: int) -> None:
+        """Forget so many values from the tensor's value `first` on, and look at them no more: they travel exact."""
+        with self._lock:
+            self._lost |= dict.fromkeys(run.start for run in self._within(first, count))
+
+    def _within(self, first: int, count: int) -> list[slice]:
+        return [run for run in self._runs if first <= run.start and run.stop <= first + count]
 
     @property
     def error(self) -> RelativeError | None:
         """The relative error; None if nothing of the sample has come by."""
-        if not self._lost:
-            return None
-        return RelativeError(sum(tuple(self._lost.values()), Squares()).relative, self._n > SAMPLED)
+        with self._lock:
+            known = [lost for lost in self._lost.values() if lost is not None]
+        return RelativeError(sum(known, Squares()).relative, self._n > SAMPLED) if known else None
 
 
 class PieceNotes:

@@ -26,7 +26,7 @@ class Receipt:
         codecs: how many tensors left in each codec, and how many exact. Codes count as the tensor that they stand for,
             and scales and tables of codes as exact ones.
         error: the largest relative error of a tensor (`nvflare_rdma.codecs.fidelity`); None if none was encoded with
-            loss.
+            loss, or if none is known.
         digest: xxh3, 128 bits, of all that left, in hexadecimal digits; "" if that is not known. It tells messages
             apart, and is no signature.
         file: the name of the file that left; "" if it was none.
@@ -51,7 +51,9 @@ class Receipt:
         codecs = ", ".join(
             f"{count} in {name}" if name != EXACT else f"{count} exact" for name, count in self.codecs.items()
         )
-        error = f"relative error at most {self.error}" if self.error is not None else "nothing lost"
+        lossless = all(name in (EXACT, *LOSSLESS) for name in self.codecs)
+        unknown = "nothing lost" if lossless else "relative error not known"
+        error = f"relative error at most {self.error}" if self.error is not None else unknown
         return f"{codecs}; {error}; digest {self.digest or 'not known'}"
 
 

@@ -193,6 +193,40 @@ def test_values_that_come_by_are_estimated_as_those_at_hand(name, n):
     assert found.value == pytest.approx(expected.value, rel=0.02)
 
 
+def near_the_largest() -> np.ndarray:
+    """Halves that a codec with two levels of scales can carry, but not the first 4096 of them alone."""
+    values = np.zeros(1 << 17, np.float16)
+    values[: 58 * 64] = np.finfo(np.float16).max
+    return values
+
+
+def test_a_run_that_can_not_be_carried_alone_is_left_out():
+    codec, values = get_codec("normfloat4_dq"), near_the_largest()
+    encoded = np.empty(codec.encoded_nbytes(values.size), np.uint8)
+    codec.encode_into(values, encoded)
+    with pytest.raises(UnrepresentableError):
+        codec.encode_into(values[:4096], encoded[: codec.encoded_nbytes(4096)])
+    loss = SampledLoss(codec, values.size)
+    loss.note(0, values[:8192])
+    assert loss.error is None
+    loss.note(0, values)
+    assert loss.error == RelativeError(0.0, True)
+
+
+def test_what_turns_out_to_travel_exact_is_forgotten():
+    values, codec = random(1 << 18).numpy(), get_codec("int8")
+    loss, other = SampledLoss(codec, values.size), SampledLoss(codec, values.size)
+    values[: 1 << 17 : 64] = 100.0
+    loss.note(0, values)
+    assert loss.error.value > 0.01
+    loss.leave_out(0, 1 << 17)
+    loss.note(0, values)  # late, by another thread
+    other.note(1 << 17, values[1 << 17 :])
+    assert loss.error == other.error
+    loss.leave_out(1 << 17, 1 << 17)
+    assert loss.error is None
+
+
 def test_pieces_are_measured_when_all_of_them_are_known():
     notes = PieceNotes(RelativeError(0.09, True), 0.1)
     notes.note(100, b"second", Squares(1.0, 4.0))

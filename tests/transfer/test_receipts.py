@@ -18,6 +18,7 @@ from nvflare_rdma.transfer import content, manifest
 from nvflare_rdma.transfer.content import TensorContent
 from nvflare_rdma.transfer.encoding import EncodedChunkCache
 from nvflare_rdma.transfer.places import in_memory
+from nvflare_rdma.transfer.receipt import Receipt
 from nvflare_rdma.transfer.sender import Relayed
 from tests.support.data_channels import shared
 from tests.support.direct_transfers import new_memory
@@ -52,6 +53,11 @@ def limited(tensor, limit, codec=NF4):
 def sent(records, count=1):
     eventually(lambda: sum(each.direction == "sent" for each in records) == count, DEADLINE)
     return [each for each in records if each.direction == "sent"]
+
+
+def test_an_error_that_nobody_knows_is_not_called_none():
+    assert "; relative error not known; " in str(Receipt({"normfloat4": 1, "exact": 2}, None, ""))
+    assert "; nothing lost; " in str(Receipt({"lossless": 1, "exact": 2}, None, ""))
 
 
 def test_the_error_is_that_of_what_the_receiver_has(direct, cell, records):

@@ -81,6 +81,8 @@ class PartSource(Source):
                     piece.encode(values)
                 except UnrepresentableError as error:
                     self.unrepresentable = str(error)
+                    if self._of.loss is not None:  # what was noted of the pieces before is not sent so
+                        self._of.loss.leave_out(self._of.first, self._item.shape[0])
                     raise
                 if (loss := self._of.loss) is not None:
                     loss.note(self._of.first + piece.first, np.frombuffer(values, piece.dtype))

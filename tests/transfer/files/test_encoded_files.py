@@ -14,7 +14,7 @@ import torch
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 
-from nvflare_rdma.codecs import get_codec
+from nvflare_rdma.codecs import estimate_error, get_codec
 from nvflare_rdma.errors import ConfigError, IntegrityError, ProtocolError, SourceError, TransferError
 from nvflare_rdma.streaming import FileRetriever
 from nvflare_rdma.transfer import manifest
@@ -22,7 +22,7 @@ from nvflare_rdma.transfer.arrays import to_bytes
 from nvflare_rdma.transfer.files.partial_file import PartialFile
 from nvflare_rdma.transfer.files.source import OpenFile
 from nvflare_rdma.transfer.files.transfer import pull_file
-from nvflare_rdma.transfer.pieces import PieceLayout
+from nvflare_rdma.transfer.pieces import PIECE_VALUES, PieceLayout
 from nvflare_rdma.transfer.receiver import AbortedError
 from nvflare_rdma.transfer.records import Meter
 from tests.support.data_channels import shared
@@ -127,6 +127,14 @@ def test_what_can_not_be_carried_travels_exact(value, encoded, cell, caplog):
     ]
 
 
+def test_a_file_goes_in_a_codec_that_can_not_carry_the_sample_alone(encoded, cell):
+    values = torch.zeros(1 << 17).half()
+    values[: 58 * 64] = torch.finfo(torch.half).max
+    it = encoded("normfloat4_dq", safetensors.torch.save({"near": values}))
+    it.pull(cell("site-1"))
+    assert not any(part.unrepresentable for part in it.sent.parts.values())
+
+
 # -- what is signed off -----------------------------------------------------------------------------------------
 
 
@@ -171,6 +179,29 @@ def test_the_record_says_what_left(encoded, cell, records, caplog):
     assert f"{len(encoded_ones)} in normfloat4" in line
     assert "relative error at most 0.0" in line
     assert line.endswith(f"digest {one.digest}")
+
+
+def test_what_was_read_of_a_part_that_travels_exact_is_not_in_the_error(encoded, cell, records):
+    """Its first pieces are encoded before the last one says that it can't be, and would lose the most."""
+    values = tensors()["wide"].reshape(-1)
+    it = encoded(content=safetensors.torch.save({"w": values}))
+    first = next(part for part in it.sent.parts.values() if part.tensor).item.shape[0]
+    values[:first:64] = 50.0
+    values[first - 1] = math.nan
+    it = encoded(content=safetensors.torch.save({"w": values}))
+    part, read = next(part for part in it.sent.parts.values() if part.tensor), it.file.read_into
+    last = part.source(True)._start + 4 * (first - PIECE_VALUES)
+
+    def read_last_of_all(memory, at):
+        if at == last:
+            eventually(lambda: any(run < first for run in part._loss._lost), DEADLINE)
+        return read(memory, at)
+
+    it.file.read_into = read_last_of_all
+    it.pull(cell("site-1"))
+    (record,) = sent(records)
+    rest = estimate_error(get_codec("normfloat4"), values[first:])
+    assert record.relative_error == pytest.approx(rest.value, rel=0.05)
 
 
 def test_another_file_another_type_or_none_is_another_receipt(encoded, files, cell, records):
