@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -55,6 +56,8 @@ class LongWaits:
         self._waits: list[Wait] = []
         self._said_at = self._drawn_at = float("-inf")
         self._terminal = terminal
+        #: Who writes to the terminal holds this one, and not `_lock`, which all transfers need: it may take long.
+        self._drawing = threading.Lock()
         self._bar: _Bar | None = None
 
     @contextlib.contextmanager
@@ -69,26 +72,46 @@ class LongWaits:
         finally:
             with self._lock:
                 self._waits.remove(wait)
-                if self._bar is not None and not self._waits:
-                    self._bar.end()
-                    self._bar = None
+                over = not self._waits
+            if over:
+                self._show(None)
 
     def look(self, wait: Wait, nbytes: int, total: int, now: float) -> None:
         """`nbytes` of `total` are here: say so if it is time."""
-        text = ""
+        terminal, text = self._find_terminal(), ""
         with self._lock:
             wait.nbytes, wait.total = min(nbytes, total), total
-            terminal = self._terminal or own_terminal()
             if terminal is not None:
                 if now - self._drawn_at >= _DRAW_SECONDS and (long := self._longer_than(_BAR_SECONDS, now)):
                     self._drawn_at = now
-                    self._bar = self._bar or _Bar(terminal)
-                    self._bar.draw(_bar(long) + " " + describe(long, now))
+                    text = _bar(long) + " " + describe(long, now)
             elif now - self._said_at >= LINE_SECONDS and (long := self._longer_than(LINE_SECONDS, now)):
                 self._said_at = now
                 text = describe(long, now)
-        if text:
-            log.info("%s", text)
+        if terminal is None:
+            self._show(None)
+            if text:
+                log.info("%s", text)
+        elif text:
+            self._show(terminal, text)
+
+    def _find_terminal(self) -> TextIO | None:
+        return self._terminal or own_terminal()
+
+    def _show(self, terminal: TextIO | None, text: str = "") -> None:
+        """Draw the bar on `terminal`; if that is None, end it. Does nothing while another thread does so: that one may
+        have to wait for the terminal, and no other transfer waits with it."""
+        if not self._drawing.acquire(blocking=False):
+            return
+        try:
+            if self._bar is not None and not self._bar.is_on(terminal):
+                self._bar.end()
+                self._bar = None
+            if terminal is not None:
+                self._bar = self._bar or _Bar(terminal, self._find_terminal)
+                self._bar.draw(text)
+        finally:
+            self._drawing.release()
 
     def _longer_than(self, seconds: float, now: float) -> list[Wait]:
         return [wait for wait in self._waits if now - wait.began >= seconds and wait.total]
@@ -131,16 +154,23 @@ class _Bar(logging.Handler):
     """A line on a terminal that is not there when something is logged: as the first of the handlers it wipes it away
     before the others write. The cursor stands at its beginning, so that whatever else is written covers it."""
 
-    def __init__(self, terminal: TextIO) -> None:
+    def __init__(self, terminal: TextIO, find: Callable[[], TextIO | None]) -> None:
+        """`find` gives the terminal on which bars may be drawn now."""
         super().__init__()
         self._terminal = terminal
+        self._find = find
+        self._process = os.getpid()
+
+    def is_on(self, terminal: TextIO | None) -> bool:
+        """Whether it is drawn there."""
+        return self._terminal is terminal
 
     def draw(self, text: str) -> None:
         """Draw it, in place of what was drawn before."""
         handlers = logging.root.handlers
         if handlers and handlers[0] is not self:  # without any, Python has a way of its own
             self._put(first=True)
-        self._write(f"\r{escaped(text)[:_MOST]}\x1b[K\r")
+        self._write(f"\r{escaped(text)[: self._most()]}\x1b[K\r")
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler.emit`."""
@@ -160,7 +190,22 @@ class _Bar(logging.Handler):
             others = [handler for handler in root.handlers if handler is not self]
             root.handlers = [self, *others] if first else others
 
+    def _most(self) -> int:
+        """How many characters the terminal has room for, so that none of them goes to another line."""
+        try:
+            columns = os.get_terminal_size(self._terminal.fileno()).columns
+        except (OSError, ValueError):
+            return _MOST
+        return min(_MOST, columns - 1) if columns else _MOST  # it may not know
+
     def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody looks any more
-            self._terminal.write(text)
-            self._terminal.flush()
+        """Write, unless that is another's terminal now: that of a process forked from this one, or of what is in the
+        foreground; or it takes nothing."""
+        if os.getpid() != self._process or self._find() is not self._terminal:
+            return
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # nobody looks, or this thread writes already
+            ready = select.poll()
+            ready.register(self._terminal, select.POLLOUT)
+            if any(events & select.POLLOUT for _, events in ready.poll(0)):
+                self._terminal.write(text)
+                self._terminal.flush()

@@ -226,7 +226,9 @@ def test_small_transfers_say_how_fast_a_link_is_at_least(rates):
     for mbit in (80, 16, 24, 8):
         moved(rates, "site-1.job", mbit, wire_bytes=1000)
     moved(rates, "site-1.job", 800, wire_bytes=0)
-    assert rates.to("site-1") == pytest.approx(3e6), "the fastest of the last three, and what takes nothing says nothing"
+    assert rates.to("site-1") == pytest.approx(3e6), (
+        "the fastest of the last three, and what takes nothing says nothing"
+    )
     moved(rates, "site-1.job", 0.8)
     assert rates.to("site-1") == pytest.approx(1e5), "a large one tells more"
 

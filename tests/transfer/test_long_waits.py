@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import pty
+import select
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -254,6 +258,100 @@ def test_a_bar_comes_and_goes_while_a_record_is_on_its_way(said):
                 for handler in added:
                     root.removeHandler(handler)
         assert got == [handler.name for handler in added]
+
+
+def test_a_bar_fits_on_a_narrow_terminal():
+    with terminal() as (file, shown):
+        fcntl.ioctl(file, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+        waits = LongWaits(file)
+        with waits.wait("site-1", 0.0) as one:
+            waits.look(one, 3 * MB, 100 * MB, 3.0)
+    (bar,) = [part for part in b"".join(shown).split(b"\r") if part.startswith(b"[")]
+    assert bar == b"[" + b"." * 24 + b"] 3.0 of 100.0\x1b[K"  # 39 characters
+
+
+def test_a_terminal_that_takes_nothing_stops_no_transfer():
+    here, there = pty.openpty()
+    os.set_blocking(there, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:  # nobody reads at the other end
+            os.write(there, b"x" * 1000)
+    os.set_blocking(there, True)
+    with open(there, "w") as file, ThreadPoolExecutor(2) as pool:
+        waits = LongWaits(file)
+
+        def transfer(name):
+            with waits.wait(name, 0.0) as one:
+                waits.look(one, 3 * MB, 100 * MB, 3.0 + len(name))
+
+        try:
+            for name in ("one", "the other"):
+                pool.submit(transfer, name).result(5)
+        finally:
+            os.set_blocking(there, False)
+            while select.select([here], [], [], 0)[0]:
+                os.read(here, 4096)
+    os.close(here)
+
+
+def test_what_a_forked_process_logs_leaves_the_bar_to_its_parent(said):
+    with terminal() as (file, shown):
+        waits = LongWaits(file)
+        with waits.wait("site-1", 0.0) as one:
+            waits.look(one, 3 * MB, 100 * MB, 3.0)
+            if not (child := os.fork()):
+                logging.getLogger("somebody").warning("a line")
+                os._exit(0)
+            os.waitpid(child, 0)
+    written = b"".join(shown)
+    assert written.count(b"\r\x1b[K") == 1, "it is wiped away at its end only"
+
+
+BACKGROUND = """
+import logging, os, sys
+from nvflare_rdma.transfer import LongWaits
+waits = LongWaits()
+def is_there(): return any("Bar" in type(handler).__name__ for handler in logging.root.handlers)
+logging.root.addHandler(logging.NullHandler())
+with waits.wait("site-1", 0.0) as one:
+    waits.look(one, 3, 100, 3.0)
+    assert is_there()
+    ends = os.pipe()
+    if not (other := os.fork()):  # what is in the foreground from now on
+        os.setpgid(0, 0)
+        os.close(ends[1])
+        os.read(ends[0], 1)
+        os._exit(0)
+    try:
+        os.setpgid(other, other)
+    except PermissionError:
+        pass
+    os.tcsetpgrp(2, other)
+    os.write(2, b"|")
+    logging.warning("a line")
+    waits.look(one, 4, 100, 4.0)
+    assert not is_there()
+os.close(ends[1])
+os.waitpid(other, 0)
+sys.exit(17)
+"""
+
+
+def test_a_process_that_has_gone_to_the_background_leaves_the_terminal_alone():
+    here, there = pty.openpty()
+    command = ["setsid", "--ctty", "--wait", sys.executable, "-c", BACKGROUND]
+    kinds = {"stdin": there, "stderr": there, "env": environment(), "timeout": DEADLINE, "check": False}
+    done = subprocess.run(command, **kinds)
+    os.close(there)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(here, 4096):
+            shown += part
+    os.close(here)
+    assert done.returncode == 17, shown
+    before, after = shown.split(b"|")
+    assert b"[......" in before
+    assert after == b""
 
 
 SCRIPT = """
