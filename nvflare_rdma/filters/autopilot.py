@@ -177,6 +177,8 @@ def checked_limits(quantization_type: Any, seconds: Any, nbytes: Any, options: M
         )
     for name, value in given.items():
         number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        if number and name == "round_bytes" and value != int(value):
+            raise ConfigError(f"{name}={value!r} is no limit for '{AUTO}': give a whole number of bytes, at least 1")
         if value is not None and not number:
             raise ConfigError(
                 f"{name}={value!r} is no limit for '{AUTO}': give a number above 0, such as "

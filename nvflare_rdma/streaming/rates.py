@@ -19,6 +19,7 @@ _LEAST_BYTES = 256 * 1024
 #: So many transfers of each direction count: the link of an hour ago may have been another one.
 _KEPT = 3
 _MOST_SITES = 4096
+_MOST_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +32,21 @@ class _Busy:
 
     @property
     def rate(self) -> float:
-        return self.nbytes / (self.end - self.begin)
+        return self.nbytes / self._seconds
 
-    def overlaps(self, later: _Busy) -> bool:
-        """Whether `later`, which ended later, began before this ended. A clock that was set back says no."""
-        return later.begin < self.end <= later.end
+    def joins(self, other: _Busy) -> bool:
+        """Whether they count as one: they overlap, and the time that both take is no longer than `_MOST_SECONDS`, or
+        not much more than either took. A chain of transfers would have no end else, and one rate for all of it."""
+        both = self + other
+        longest = max(_MOST_SECONDS, 1.5 * self._seconds, other._seconds)
+        return self.begin < other.end and other.begin < self.end and both._seconds <= longest
 
-    def __add__(self, later: _Busy) -> _Busy:
-        return _Busy(min(self.begin, later.begin), later.end, self.nbytes + later.nbytes)
+    @property
+    def _seconds(self) -> float:
+        return self.end - self.begin
+
+    def __add__(self, other: _Busy) -> _Busy:
+        return _Busy(min(self.begin, other.begin), max(self.end, other.end), self.nbytes + other.nbytes)
 
 
 class LinkRates:
@@ -85,14 +93,15 @@ class LinkRates:
                 return
             found = self._found.setdefault(key, deque(maxlen=_KEPT))
             direction, first = self._opened[site]
-            if not found and direction == record.direction and first.overlaps(busy):
+            if not found and direction == record.direction and busy.joins(first):
                 self._opened[site] = direction, first + busy
                 return
             _add(found, busy)
 
 
 def _add(found: deque[_Busy], busy: _Busy) -> None:
-    """Add a time to the last ones; where it overlaps with one of them, as one."""
-    if found and found[-1].overlaps(busy):
-        busy = found.pop() + busy
+    """Add a time to the last ones; where it overlaps with some of them, as one."""
+    while (shared := next((each for each in found if busy.joins(each)), None)) is not None:
+        found.remove(shared)
+        busy = shared + busy
     found.append(busy)

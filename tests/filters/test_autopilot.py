@@ -246,6 +246,34 @@ def test_transfers_that_share_the_link_count_as_one(rates):
     assert rates.to("site-1") == pytest.approx(1e6, rel=0.9)
 
 
+def ended(rates, begin, end, nbytes=1_000_000):
+    rates.ledger.record(record(peer="site-1.job", wire_bytes=nbytes, seconds=end - begin, time=end))
+
+
+def test_transfers_that_overlap_count_as_one_in_whatever_order_they_are_told_of(rates):
+    ended(rates, -9.0, -8.0)
+    for begin in (0.0, 10.0, 20.0):
+        ended(rates, begin, begin + 2.1)
+        ended(rates, begin, begin + 2.0)
+    assert rates.to("site-1") == pytest.approx(2e6 / 2.1)
+
+
+def test_a_long_transfer_shares_the_link_with_all_that_ended_meanwhile(rates):
+    ended(rates, -9.0, -8.0)
+    for begin, end in ((0.0, 1.0), (1.0, 2.0), (2.0, 3.0)):
+        ended(rates, begin, end)
+    ended(rates, 0.0, 4.0, 3_000_000)
+    assert rates.to("site-1") == pytest.approx(6e6 / 4.0)
+
+
+def test_a_chain_of_transfers_is_not_one_for_ever(rates):
+    """Each begins before the last one has ended. The link becomes ten times as fast."""
+    ended(rates, -9.0, -8.0)
+    for number in range(200):
+        ended(rates, number * 10.0, number * 10.0 + 10.1, 10_000_000 if number < 100 else 100_000_000)
+    assert rates.to("site-1") == pytest.approx(1e7, rel=0.1)
+
+
 def test_the_size_is_that_of_what_travels(at):
     values = {**MODEL, "tied": MODEL["w"], "steps": torch.tensor(3), "text": "x"}
     for name in TYPES:
@@ -260,6 +288,13 @@ def test_the_size_is_that_of_what_travels(at):
 def test_a_limit_that_is_none_is_refused(limit, value):
     with pytest.raises(ConfigError, match=f"{limit}={value!r} is no limit for 'auto'"):
         ModelQuantizer("auto", **{limit: value})
+
+
+@pytest.mark.parametrize("value", [0.5, 1.5])
+def test_a_part_of_a_byte_is_no_limit(value):
+    with pytest.raises(ConfigError, match=f"round_bytes={value} is no limit for 'auto': give a whole number of bytes"):
+        ModelQuantizer("auto", round_bytes=value)
+    assert ModelQuantizer("auto", round_bytes=2e8)._autopilot.limits.nbytes == 200_000_000
 
 
 def test_without_a_limit_it_is_refused():
