@@ -225,14 +225,11 @@ class Inbox:
                 sink.landed(chunk.offset, chunk.length)
         return True
 
-    @staticmethod
-    def count(landing: _Landing) -> None:
-        """Count a chunk that was verified for its sink."""
-        if (sink := landing.arriving.sink) is not None and not landing.revoked:
+    def closed(self, landing: _Landing, landed: bool = False) -> None:
+        """Free what a chunk was exposed in: nothing will be written there any more. If it has `landed`, verified, its
+        sink has it."""
+        if landed and not landing.revoked and (sink := landing.arriving.sink) is not None:
             sink.landed_bytes += landing.chunk.length
-
-    def closed(self, landing: _Landing) -> None:
-        """Free what a chunk was exposed in: nothing will be written there any more."""
         if landing.slot is not None:
             landing.region.close()
             # The next chunk takes a slot before whoever calls this is done with `landing`.

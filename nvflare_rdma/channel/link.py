@@ -371,13 +371,11 @@ class Link:
                     self.refuse(landing.chunk.transfer, f"what came can't be used: {error}")
                     length = 0
                 with self._lock:
-                    self._inbox.closed(landing)
+                    self._inbox.closed(landing, landed=intact and length > 0)
                     closed = True
                     if rails is self._rails and self._core.state is Phase.OPEN:
                         now = time.monotonic()
                         if intact:
-                            if length:
-                                self._inbox.count(landing)
                             self._core.landed(notification, length, now)
                         else:
                             text = "%s: a chunk of %d bytes arrived damaged; asking for it again"
