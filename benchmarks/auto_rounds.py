@@ -187,7 +187,7 @@ def brief(rounds: list[Round]) -> list[list[str]]:
     """A row for each site: medians of all rounds but the first."""
     found = []
     for site, rate in SITES.items():
-        later = [one for one in rounds if one.site == site and one.number]
+        later = [one for one in rounds if one.site == site and (one.number or len(rounds) == len(SITES))]
         ways = [[one.down for one in later], [one.up for one in later]]
         cells = [
             cell

@@ -11,6 +11,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,8 +32,9 @@ def main() -> int:
     args = parser.parse_args()
     if not is_apart():
         go_apart(sys.executable, *sys.argv)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         star = Star(Path(folder), "server")
+        stack.callback(star.close)
         star.join("site", Link(rate=args.rate, delay=args.rtt / 2, loss=args.loss))
         where = star.address("server")
         listen = star.on("server", *BENCH, "--listen", f"{where}:{PORT}", "--runs", "1")
@@ -46,7 +48,6 @@ def main() -> int:
             if code:
                 listener.terminate()
             listener.communicate(timeout=60)
-        star.close()
     return code
 
 

@@ -28,6 +28,7 @@ import contextlib
 import io
 import os
 import statistics
+import sys
 import threading
 import time
 import warnings
@@ -278,16 +279,17 @@ def measure_references(model: list[np.ndarray], repeats: int, core: int) -> Rate
     return rates
 
 
-def report_cuda(model: list[np.ndarray], repeats: int) -> None:
-    """Rates of encoding tensors where they are, on the first CUDA device, or a line that says why there are none."""
+def report_cuda(model: list[np.ndarray], repeats: int) -> bool:
+    """Rates of encoding tensors where they are, on the first CUDA device, or a line that says why there are none.
+    Returns whether all codes were looked at, and equal to those made on the CPU."""
     try:
         import torch
     except ImportError:
         print("CUDA: not run: no torch")
-        return
+        return False
     if not torch.cuda.is_available():
         print("CUDA: not run: no CUDA device")
-        return
+        return False
     from nvflare_rdma.codecs import can_encode_on_device, encode_on_device, to_array
 
     def on_cpu(codec: Codec, tensor: torch.Tensor) -> np.ndarray:
@@ -310,12 +312,13 @@ def report_cuda(model: list[np.ndarray], repeats: int) -> None:
     memory = moved.nbytes / seconds_of(lambda: moved[0].copy_(moved[1])) / 1e9
     print(f"CUDA: {torch.cuda.get_device_name(0)}, whose memory moves {memory:.0f} GB/s")
     print(f"{'':16} {'encode there':>12} {'of memory':>9} {'copy, encode':>12} {'extra':>13}  codes")
-    nbytes = sum(t.nbytes for t in model)
+    nbytes, all_equal = sum(t.nbytes for t in model), True
     for name in CODEC_NAMES:
         codec = get_codec(name)
         if not can_encode_on_device(codec):
             continue
         equal = all(np.array_equal(encode_on_device(codec, t), on_cpu(codec, t)) for t in tensors)
+        all_equal = all_equal and equal
         torch.cuda.reset_peak_memory_stats()
         before, rates = torch.cuda.memory_allocated(), {}
         for encode in (encode_on_device, on_cpu):
@@ -331,6 +334,7 @@ def report_cuda(model: list[np.ndarray], repeats: int) -> None:
         print(
             f"{name:16} {there:12.2f} {share:>9} {copied:12.2f} {extra:9.1f} MiB  {'equal' if equal else 'NOT EQUAL'}"
         )
+    return all_equal
 
 
 def torch_int8(values):  # type: ignore[no-untyped-def]
@@ -408,8 +412,7 @@ def main() -> None:
         f"{len(model)} tensors, {sum(t.nbytes for t in model) / MIB:.0f} MiB of float32; {arguments.repeats} repeats\n"
     )
     if arguments.cuda_only:
-        report_cuda(model, arguments.repeats)
-        return
+        sys.exit(not report_cuda(model, arguments.repeats))
     work = Work(model)
     measured = measure_codecs(work, arguments.repeats, cores)
     report_measuring(work, arguments.repeats, cores[0])

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import signal
 import statistics
 import subprocess
@@ -34,6 +33,8 @@ JOB = ROOT / "jobs" / "stdlib_lm" / "job.py"
 FULL = "fp32"
 #: Rounds at the end over which the loss is to have become flat.
 TAIL = 5
+#: Of what makes the figures: a run that others have made is made again.
+VERSIONS = versions("nvflare-rdma", "nvflare", "torch", "numpy")
 DEADLINE = 1800.0
 
 
@@ -116,7 +117,7 @@ class Jobs:
         if not path.exists():
             return None
         found: dict[str, Any] = json.loads(path.read_text())
-        wanted = {**self._settings, "seed": seed, "quantize": message.codec, "in_order": True}
+        wanted = {**self._settings, "made_with": VERSIONS, "seed": seed, "quantize": message.codec, "in_order": True}
         wanted |= {option[2:].replace("-", "_"): option in message.options for option in _BOTH}
         return found if wanted.items() <= found.items() else None
 
@@ -146,7 +147,8 @@ class Jobs:
                 return
             if job.returncode:
                 raise RuntimeError(f"{message.name}, seed {seed}: {' '.join(command)}\n{said}")
-            shutil.copy(Path(folder) / "results.json", self._path(message, seed))
+            results = json.loads((Path(folder) / "results.json").read_text())
+            self._path(message, seed).write_text(json.dumps({**results, "made_with": VERSIONS}))
         seconds = (self.kept(message, seed) or {}).get("wall_seconds")
         print(f"{message.name}, seed {seed}: done in {seconds} s", file=sys.stderr, flush=True)
 
@@ -276,7 +278,7 @@ def main() -> None:
     lines = [
         f"{args.sites} sites, {args.rounds} rounds of {args.steps} steps; "
         f"{next(iter(found[FULL].values()))['model_bytes'] // 4:,} parameters. "
-        f"{versions('nvflare', 'torch', 'numpy')}. `python benchmarks/convergence.py {args.table}{''.join(changed)}`",
+        f"{VERSIONS}. `python benchmarks/convergence.py {args.table}{''.join(changed)}`",
         "",
         *table(finals),
     ]

@@ -281,6 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--folder {args.folder} is there and not empty: name another one")
     folder = (args.folder or Path(tempfile.mkdtemp(prefix="tour-"))).resolve()
     tour, failed, status = Tour(folder), "", 0
+    # As Ctrl-C: else what was started goes on.
+    before = {ending: signal.signal(ending, signal.default_int_handler) for ending in (signal.SIGTERM, signal.SIGHUP)}
     try:
         run(tour)
     except StepFailedError as error:
@@ -289,6 +291,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         failed, status = "interrupted", 130
     finally:
         left = tour.end_processes()
+        for ending, handler in before.items():
+            signal.signal(ending, handler)
+    if tour.processes():
+        failed, status = failed or "some of its processes could not be ended", status or 1
     print(f"\n{'step':40} {'seconds':>8}")
     for number, (name, seconds) in enumerate(tour.steps, 1):
         print(f"{name:40} {seconds:8.1f}{'  FAILED' if failed and number == len(tour.steps) else ''}")

@@ -18,7 +18,7 @@ from nvflare_rdma.kits.edits import TCP, Put, put_in_comm_config, put_in_resourc
 from nvflare_rdma.kits.errors import KitError
 from nvflare_rdma.kits.files import COMM_CONFIG, JsonFile, comm_config, read, resources
 from nvflare_rdma.kits.find import ADMIN, Kit
-from nvflare_rdma.kits.wanted import Wanted
+from nvflare_rdma.kits.wanted import Wanted, port_range
 from nvflare_rdma.kits.writing import Change
 from nvflare_rdma.settings import settings_in
 
@@ -85,7 +85,7 @@ def enable(kit: Kit, wanted: Wanted, door: bool = False, new: bool = False) -> K
     plan = KitPlan(kit)
     found = resources(kit)
     config = comm_config(kit)
-    shared = door and wanted.ports in map(str, kit.ports)
+    shared = door and _is_flares_port(kit, wanted.ports)
     content, put, notes = put_in_comm_config(kit, config, found, wanted, door and not shared, new)
     plan.notes.extend(notes)
     _check_settings(config.path, content)
@@ -167,9 +167,22 @@ def _check_settings(path: Path, content: Mapping[str, Any]) -> None:
         raise KitError("INVALID_SETTING", f"{path}: {error}", "mend it there, and try again") from None
 
 
+def _is_flares_port(kit: Kit, ports: str) -> bool:
+    """Whether a door is asked for at FLARE's own port, and at no other."""
+    first, last = port_range(ports)
+    within = [port for port in kit.ports if first <= port <= last]
+    if within and first < last:
+        raise KitError(
+            "INVALID_VALUE",
+            f"data_port='{ports}': {kit.folder} has {within[0]} for FLARE's own connections",
+            "take a range without it; with --upgrade-driver that port alone can be shared",
+        )
+    return bool(within)
+
+
 def _check_shared(kit: Kit, path: Path, content: Mapping[str, Any], port: str) -> None:
     """Refuse a door at FLARE's own port where the driver is not going to have that port."""
-    if not (content.get("rdma_upgrade") and kit.scheme in TCP):
+    if not (settings_in(content).rdma_upgrade and kit.scheme in TCP):
         scheme = f"over {kit.scheme}" if kit.scheme else "by a scheme that is not told"
         raise KitError(
             "INVALID_VALUE",

@@ -24,7 +24,7 @@ class Wanted:
 
     Attributes:
         settings: for `comm_config.json`, by their names.
-        ports: `rdma_data_ports` of those whose parent is to have a `ParentDoor`; "" for nobody's.
+        ports: a port or a range, `rdma_data_ports` of those whose parent is to have a `ParentDoor`; "" for nobody's.
         driver: the driver's folder; "" for this installation's where processes start on this host, and for none
             where they start in images.
     """
@@ -79,9 +79,17 @@ def wanted(
         ports = _checked("data_port", "rdma_data_ports", str(data_port))
         if not ports[0].isdigit():  # "auto" and "none" are no ports, and need no door
             raise _bad("data_port", data_port, "a port (8004) or a range (8004-8010) is expected")
+        first, last = port_range(ports)
+        ports = f"{first}-{last}" if last > first else f"{first}"
     if driver_path is not None and not driver_path.startswith("/"):
         raise _bad("driver_path", driver_path, "an absolute path is expected, as the site's processes see it")
     return Wanted(settings, ports, driver_path or "")
+
+
+def port_range(ports: str) -> tuple[int, int]:
+    """The first and the last port of `Wanted.ports`."""
+    first, _, last = ports.partition("-")
+    return int(first), int(last or first)
 
 
 def _bad(what: str, value: Any, reason: str) -> KitError:

@@ -175,7 +175,10 @@ def test_a_bad_value_is_told_and_nothing_is_changed(workspace, capsys, option, v
             "--upgrade-driver, a server whose",
         ),
         ("tcp", {}, [], "for FLARE's own connections, over tcp", "with --upgrade-driver"),
+        ("tcp", {"rdma_upgrade": "false"}, [], "for FLARE's own connections, over tcp", "with --upgrade-driver"),
         ("tcp", {"rdma_data_ports": "8004"}, ["--upgrade-driver"], "has '8004'", "nvflare-rdma disable"),
+        ("tcp", {}, ["--data-port", "8002-8002"], "over tcp", "with --upgrade-driver"),
+        ("tcp", {}, ["--upgrade-driver", "--data-port", "8000-8010"], "has 8002 for", "take a range without it"),
     ],
 )
 def test_flares_own_port_is_shared_where_the_driver_has_it(tmp_path, capsys, scheme, known, options, says, hint):
