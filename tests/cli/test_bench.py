@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nvflare_rdma.channel import Pending, Source, dial
+from nvflare_rdma.channel import Link, Pending, Source, dial
 from nvflare_rdma.cli import main
 from nvflare_rdma.cli.bench_link import LEAST_CHUNK, MOST_CHUNK, BenchExchange, bounds_of
 from nvflare_rdma.cli.bench_listen import BenchListening
@@ -511,6 +511,32 @@ def test_a_link_that_is_not_let_in_leaves_out_one_case_only(side, capsys):
     assert code == 0
     assert [each["fabric"] for each in answer["data"]["figures"]] == [RAW]
     assert any("tcp: " in each and "no more of them" in each for each in answer["data"]["left_out"])
+
+
+class NoCodec(BenchListening):
+    """Ends a link that asks for a codec, which it has said to have."""
+
+    def _exchange(self, stream, sock, name):
+        made = super()._exchange(stream, sock, name)
+        made.knows = lambda codec: codec == ""
+        return made
+
+
+def test_what_breaks_off_takes_no_other_codec_with_it(side, capsys):
+    with NoCodec(side, "127.0.0.1", 0) as listening:
+        code, answer = measured_at(capsys, listening, "--codecs", "int8,exact")
+    assert code == 0
+    assert ("tcp", "exact") in [(each["fabric"], each["codec"]) for each in answer["data"]["figures"]]
+    assert any(each.startswith("tcp, int8, 1 MiB: ") for each in answer["data"]["left_out"])
+
+
+def test_there_are_no_more_plain_connections_than_there_may_be(side, capsys, monkeypatch):
+    monkeypatch.setattr(Link, "rails", MOST_CONNECTIONS + 1)  # as over a long path, if --rails allows it
+    with BenchListening(side, "127.0.0.1", 0) as listening:
+        code, answer = measured_at(capsys, listening)
+    assert code == 0
+    rows = [(each["fabric"], each["rails"]) for each in answer["data"]["figures"]]
+    assert rows == [(RAW, 1), ("tcp", MOST_CONNECTIONS + 1), (RAW, MOST_CONNECTIONS)]
 
 
 def test_all_questions_are_within_the_deadline(side, capsys):

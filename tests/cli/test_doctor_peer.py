@@ -389,6 +389,7 @@ def test_a_listener_that_has_no_place_left_says_so(monkeypatch, capsys):
 
 def test_so_many_links_wait_for_a_place_and_others_are_closed(monkeypatch):
     monkeypatch.setattr(peer_listen, "_MOST_WAITING", 1, raising=False)
+    monkeypatch.setattr(peer_listen, "_WAIT_SECONDS", DEADLINE)
     monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "tcp")
     side = this_side(None)
     with Listening(side, "127.0.0.1", 0) as listening, contextlib.ExitStack() as held:
