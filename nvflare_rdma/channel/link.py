@@ -338,7 +338,7 @@ class Link:
     @property
     def rails(self) -> int:
         """How many rails were opened last; 0 for the control stream."""
-        return self._rails.endpoint.rails if self._rails is not None else 0
+        return 0 if (rails := self._rails) is None else rails.endpoint.rails
 
     @property
     def idle(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -25,6 +26,15 @@ from nvflare_rdma.version import __version__
 
 __all__ = ["driver_path", "main"]
 
+#: What to do about errors of the system, where that is known.
+_HINTS = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room on the disk, within the user's quota",
+    errno.ENOENT: "look at how it is written",
+    errno.EMFILE: "allow more descriptors: `ulimit -n`",
+    errno.ENFILE: "allow more descriptors: `sysctl fs.file-max`",
+    errno.ENOMEM: "leave more memory free",
+}
 _MODEL = ".safetensors, a torch state dict, or .json of dtype and shape"
 
 
@@ -145,7 +155,8 @@ def _run(args: argparse.Namespace) -> int:
     from nvflare_rdma.errors import ConfigError
 
     try:
-        return print_result(args.run(args), args.format)
+        result = _done(args)
+        return print_result(result, args.format)
     except CommandError as error:
         return print_error(error, args.format, args.command)
     except ConfigError as error:  # which says what to do about it
@@ -153,6 +164,22 @@ def _run(args: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:  # of a file that was named, or is below a folder that was
-        text = f"{error.filename or 'a file'} can't be used: {error.strerror or error}"
-        found = CommandError("NO_ACCESS", text, "run this as whoever owns it", ENVIRONMENT)
-        return print_error(found, args.format, args.command)
+        return print_error(_unusable(error), args.format, args.command)
+
+
+def _done(args: argparse.Namespace) -> Result:
+    """What the command has found. A pipe that it has used is none that this is read from: it is told as an error."""
+    try:
+        found: Result = args.run(args)
+    except BrokenPipeError as error:
+        raise _unusable(error) from error
+    return found
+
+
+def _unusable(error: OSError) -> CommandError:
+    what = f"{error.filename} can't be used" if error.filename else "this system refuses something"
+    text = f"{what}: {error.strerror or str(error) or type(error).__name__}"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return CommandError("NO_ACCESS", text, "run this as whoever owns it", ENVIRONMENT)
+    hint = _HINTS.get(error.errno or 0, "mend what it says, and try again")
+    return CommandError("NO_ACCESS" if error.filename else "SYSTEM_ERROR", text, hint, ENVIRONMENT)

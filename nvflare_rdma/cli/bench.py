@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import functools
-import json
 import secrets
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nvflare_rdma.cli.bench_link import EXACT, MOST_MESSAGES, BenchExchange, Used, bounds_of, used
-from nvflare_rdma.cli.bench_raw import RawPeer
+from nvflare_rdma.cli.bench_process import own_process
+from nvflare_rdma.cli.bench_raw import MOST_CONNECTIONS, RawPeer
 from nvflare_rdma.cli.bench_report import MIB, RAW, Asked, BenchReport, Figure, Steps
 from nvflare_rdma.cli.output import ENVIRONMENT, CommandError
 from nvflare_rdma.cli.peer_kit import Side, this_side
-from nvflare_rdma.cli.peer_link import Exchange
+from nvflare_rdma.cli.peer_link import ANSWER_SECONDS, BUSY, Exchange
 from nvflare_rdma.cli.peer_listen import name_of, parse_peer, versions
 from nvflare_rdma.cli.peer_reach import Running, Way, as_told
 from nvflare_rdma.errors import RdmaError
@@ -41,7 +37,7 @@ def bench(address: str | None, folder: Path | None, asked: Asked, seconds: float
     if address is not None:
         host, port = parse_peer(address, "--connect")
         return _Bench(Way(side, host, port, "bench"), port, run, asked, ending, steps).run()
-    with _own_process(folder, run, seconds) as port:
+    with own_process(folder, run, ending) as port:
         return _Bench(Way(side, "127.0.0.1", port, "bench"), port, run, asked, ending, steps).run()
 
 
@@ -57,33 +53,15 @@ def _check(asked: Asked, side: Side) -> None:
         raise CommandError("INVALID_INPUT", text, "name a smaller size, or raise rdma_memory_budget_bytes")
 
 
-@contextmanager
-def _own_process(folder: Path | None, run: str, seconds: float) -> Iterator[int]:
-    """The port of a peer of this process's own, on this host."""
-    command = [sys.executable, "-c", "from nvflare_rdma.cli.bench_listen import serve_own_process as s; s()"]
-    asked = {"kit": None if folder is None else str(folder), "run": run, "seconds": seconds}
-    with tempfile.TemporaryFile(mode="w+") as errors:
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
-        with subprocess.Popen(command, text=True, **pipes) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            try:
-                print(json.dumps(asked), file=process.stdin, flush=True)
-                if not (line := process.stdout.readline()):
-                    errors.seek(0)
-                    why = (errors.read().strip().splitlines() or ["it says nothing"])[-1]
-                    raise CommandError("NO_PEER", f"the other process of the bench has ended: {why}", "", ENVIRONMENT)
-                yield int(json.loads(line)["port"])
-            finally:
-                process.stdin.close()
-                try:
-                    process.wait(10.0)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-
-
-class _OutOfTimeError(Exception):
+class _OutOfTimeError(CommandError):
     """The next measurement would not be over in time."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("TIMED_OUT", text, "give it a longer --timeout", ENVIRONMENT)
+
+
+class _LeadGoneError(Exception):
+    """The link that leads the run has ended, and the run with it."""
 
 
 class _Bench:
@@ -95,8 +73,7 @@ class _Bench:
     def run(self) -> BenchReport:
         self._way.resolve()
         lead, stream, address = self._open(self._side.settings.rdma_fabrics)
-        with ExitStack() as ends:
-            ends.enter_context(Running(lead))
+        with Running(lead):
             about = self._about(lead)
             self._lead, self._address = lead, (address, self._port)
             self._report = report = BenchReport(
@@ -108,33 +85,44 @@ class _Bench:
                 versions=versions(),
                 peer_versions=_texts(about.get("versions")),
             )
-            report.round_trip_seconds = self._told(lead.round_trip)
-            cases = list(self._cases(about))
-            sizes, codecs = len(self._asked.sizes), len(self._asked.codecs)
-            self._steps.begin(2 * self._asked.repeat * sizes * (1 + len(cases) * codecs))
-            self._measure_raw(1)
-            for fabric, order, rails, chunk in cases:
-                self._measure_link(fabric, order, rails, chunk)
-            most = max((each.rails for each in report.figures if each.fabric == "tcp"), default=1)
-            if most > 1:
-                self._steps.begin(2 * self._asked.repeat * sizes)
-                self._measure_raw(most)
+            try:
+                report.round_trip_seconds = lead.round_trip(self._most(ANSWER_SECONDS))
+                self._measure(about)
+            except (OSError, RdmaError, _LeadGoneError) as error:
+                if not report.figures:
+                    text = f"{self._way.where}: the bench broke off: {error}"
+                    raise CommandError("BENCH_BROKE_OFF", text, "see what the listener says, and try again") from error
+                report.broke_off = str(error)
         return report
 
-    def _told(self, what: Any) -> Any:
-        try:
-            return what()
-        except (OSError, RdmaError) as error:
-            raise CommandError("BENCH_BROKE_OFF", f"{self._way.where}: the bench broke off: {error}", "") from error
+    def _measure(self, about: dict[str, Any]) -> None:
+        cases = list(self._cases(about))
+        sizes, codecs = len(self._asked.sizes), len(self._asked.codecs)
+        self._steps.begin(2 * self._asked.repeat * sizes * (1 + len(cases) * codecs))
+        self._measure_raw(1)
+        for fabric, order, rails, chunk in cases:
+            self._measure_link(fabric, order, rails, chunk)
+        most = max((each.rails for each in self._report.figures if each.fabric == "tcp"), default=1)
+        if most > 1:
+            self._steps.begin(2 * self._asked.repeat * sizes)
+            self._measure_raw(min(most, MOST_CONNECTIONS))
+
+    def _most(self, seconds: float) -> float:
+        """So many seconds, or those that are left. Raises _OutOfTimeError: there are none."""
+        if (left := self._ending - time.monotonic()) <= 0:
+            raise _OutOfTimeError("0 s of --timeout are left")
+        return min(seconds, left)
 
     def _open(
         self, order: tuple[str, ...], rails: int | None = None, chunk: int | None = None
-    ) -> tuple[Exchange, Any, str]:
+    ) -> tuple[BenchExchange, Any, str]:
         make = functools.partial(BenchExchange, bounds=self._bounds)
-        return self._way.open(order, make, rails, chunk)
+        exchange, stream, address = self._way.open(order, make, rails, chunk, self._most(float("inf")))
+        assert isinstance(exchange, BenchExchange)
+        return exchange, stream, address
 
     def _about(self, exchange: Exchange) -> dict[str, Any]:
-        about = self._way.first_answer(exchange, run=self._run)
+        about = self._way.first_answer(exchange, most_seconds=self._most(ANSWER_SECONDS), run=self._run)
         match about.get("bench"):
             case {"message_bytes": int(most), "codecs": list(codecs)} if most >= 4:
                 self._bounds = replace(self._bounds, message_bytes=min(self._bounds.message_bytes, most))
@@ -163,59 +151,89 @@ class _Bench:
     # -- one kind of link ----------------------------------------------------------------------------------
 
     def _measure_link(self, fabric: str, order: tuple[str, ...], rails: int | None, chunk: int | None) -> None:
+        codecs = self._asked.codecs
+        while codecs:
+            codecs = self._measure_codecs(fabric, order, rails, chunk, codecs)
+
+    def _measure_codecs(
+        self, fabric: str, order: tuple[str, ...], rails: int | None, chunk: int | None, codecs: tuple[str, ...]
+    ) -> tuple[str, ...]:
+        """Measure codecs over one link. Where one breaks off, those after it are returned, which need another link:
+        over this one something may still be on its way."""
         what = f"{fabric}{f', {rails} rails' if rails else ''}{f', chunks of {chunk // 1024} KiB' if chunk else ''}"
+        rest = what if codecs == self._asked.codecs else f"{what}, {', '.join(codecs)}"
         try:
             self._ask_lead("use", chunk=chunk or 0)
             exchange, _, _ = self._open(order, rails, chunk)
         except CommandError as error:
-            self._leave_out(what, self._way.without(error))
-            return
+            self._leave_out(rest, self._way.without(error))
+            return ()
         with Running(exchange):
             if exchange.link.fabric != fabric:
                 reason = escaped(exchange.link.passed_over).removeprefix(f"{fabric}: ")
-                self._leave_out(what, reason)
-                return
-            self._way.first_answer(exchange, run=self._run)
-            for codec in self._asked.codecs:
+                self._leave_out(rest, reason)
+                return ()
+            try:
+                self._way.first_answer(exchange, most_seconds=self._most(ANSWER_SECONDS), run=self._run)
+            except CommandError as error:
+                self._leave_out(rest, self._way.without(error))
+                return ()
+            for number, codec in enumerate(codecs):
                 name = "" if codec == EXACT else codec
 
                 def move(to_peer: bool, size: int, left: float, name: str = name) -> float:
                     return exchange.move(to_peer, size, name, left)
 
-                for figure in self._sizes(f"{what}, {codec}", move):
+                def add(found: dict[str, Any], codec: str = codec) -> None:
                     kind: dict[str, Any] = {"fabric": fabric, "most_rails": rails, "chunk_bytes": chunk, "codec": codec}
-                    self._report.figures.append(Figure(**kind, rails=exchange.link.rails, **figure))
+                    self._report.figures.append(Figure(**kind, rails=exchange.link.rails, **found))
+
+                if not self._sizes(f"{what}, {codec}", move, add):
+                    return codecs[number + 1 :]
+        return ()
 
     def _measure_raw(self, connections: int) -> None:
         try:
-            tickets = [as_told(self._ask_lead("raw").get("ticket")) for _ in range(connections)]
-            raw = RawPeer(self._address, tickets)
+            tickets = [self._ticket() for _ in range(connections)]
+            raw = RawPeer(self._address, tickets, self._most(float("inf")))
         except (CommandError, OSError, ValueError) as error:
-            self._leave_out(RAW, str(error))
+            self._leave_out(RAW, self._way.without(error) if isinstance(error, CommandError) else str(error))
             return
+
+        def add(found: dict[str, Any]) -> None:
+            kind: dict[str, Any] = {"fabric": RAW, "most_rails": connections, "chunk_bytes": None, "codec": EXACT}
+            self._report.figures.append(Figure(**kind, rails=connections, **found))
+
         try:
-            for figure in self._sizes(f"{RAW}, {connections} connections", raw.move):
-                kind: dict[str, Any] = {"fabric": RAW, "most_rails": connections, "chunk_bytes": None, "codec": EXACT}
-                self._report.figures.append(Figure(**kind, rails=connections, **figure))
+            self._sizes(f"{RAW}, {connections} connections", raw.move, add)
         finally:
             raw.close()
 
-    def _sizes(self, what: str, move: Any) -> Iterator[dict[str, Any]]:
-        """The figures of all sizes, the smallest first. What would not be over in time is left out."""
+    def _ticket(self) -> str:
+        answer = self._ask_lead("raw")
+        if reason := as_told(answer.get(BUSY)):
+            raise CommandError("BUSY", reason)
+        return as_told(answer.get("ticket"))
+
+    def _sizes(self, what: str, move: Any, add: Callable[[dict[str, Any]], None]) -> bool:
+        """Add the figures of all sizes, the smallest first. What would not be over in time is left out, and what comes
+        after something that fails. Returns whether `move` can be used any further."""
         rates: dict[bool, float] = {}
-        for number, size in enumerate(sorted(self._asked.sizes)):
+        sizes = sorted(self._asked.sizes)
+        for number, size in enumerate(sizes):
+            rest = f"{what}, {', '.join(str(each // MIB) for each in sizes[number:])} MiB"
             try:
                 if not number:  # once for slow starts, and for what is compiled
                     for to_peer in (True, False):
                         self._one(move, to_peer, min(size, self._bounds.message_bytes), rates)
-                yield self._one_size(what, move, size, rates)
-            except _OutOfTimeError as error:
-                rest = ", ".join(str(each // MIB) for each in sorted(self._asked.sizes)[number:])
-                self._leave_out(f"{what}, {rest} MiB", str(error))
-                return
+                add(self._one_size(what, move, size, rates))
+            except CommandError as error:  # it would take too long, or the peer does not say what it has used
+                self._leave_out(rest, self._way.without(error))
+                return True
             except (OSError, RdmaError) as error:
-                self._leave_out(f"{what}, {size // MIB} MiB", str(error))
-                return
+                self._leave_out(rest, str(error))
+                return False
+        return True
 
     def _one_size(self, what: str, move: Any, size: int, rates: dict[bool, float]) -> dict[str, Any]:
         took: dict[bool, list[float]] = {True: [], False: []}
@@ -250,10 +268,23 @@ class _Bench:
         match self._ask_lead("used"):
             case {"cpu_seconds": float(cpu), "peak_bytes": int(peak)} if 0 <= cpu < 1e9 and 0 <= peak < 1 << 50:
                 return Used(cpu, peak)
-        raise CommandError("NOT_A_PEER", f"{self._way.where} does not say what it has used", "")
+        raise CommandError(
+            "NOT_A_PEER", f"{self._way.where} does not say what it has used", "install the same on both sides"
+        )
 
     def _ask_lead(self, what: str, **fields: Any) -> dict[str, Any]:
-        return dict(self._told(functools.partial(self._lead.ask, what, **fields)))
+        """The answer of the peer over the link that leads the run.
+
+        Raises:
+            CommandError: there is none in time. _LeadGoneError: there will be none any more.
+        """
+        try:
+            return self._lead.ask(what, self._most(ANSWER_SECONDS), **fields)
+        except (OSError, RdmaError) as error:
+            if not self._lead.link.usable:
+                raise _LeadGoneError(f"{self._way.where}: {error}") from error
+            text = f"{self._way.where}: the peer does not answer: {error}"
+            raise CommandError("BENCH_BROKE_OFF", text, "see what the listener says") from error
 
     def _leave_out(self, what: str, why: str) -> None:
         self._report.left_out.append(f"{what}: {why}")

@@ -78,7 +78,7 @@ def _measure(args: argparse.Namespace) -> Result:
             args.plot.write_text(to_svg(report))
         except OSError as error:
             raise _unwritable(args.plot, error) from error
-    return Result(to_data(report), to_text(report), 0 if report.figures else 1)
+    return Result(to_data(report), to_text(report), 0 if report.figures and not report.broke_off else 1)
 
 
 def _check_plot(path: Path) -> None:

@@ -6,9 +6,10 @@ of plain TCP besides.
     about      run: a key of the run's own            a JSON object; for another run than the present one: busy
     use        chunk: of links that open from now on  {}
     used       nothing                                CPU seconds so far, and the peak of memory since the last time
-    raw        nothing                                a ticket for a connection of `bench_raw`
+    raw        nothing                                a ticket for a connection of `bench_raw`; or busy
 
-One run at a time is served. What it may ask for is bounded by the listener's own settings: messages of a quarter of its
+One run at a time is served, and ends with its first link: then its other links end as well, and what they ask is not
+answered. What it may ask for is bounded by the listener's own settings: messages of a quarter of its
 memory budget at most, chunks as its links allow, rails and fabrics as its settings say, until its time is over.
 """
 
@@ -19,8 +20,6 @@ import resource
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nvflare_rdma.channel import Link
-from nvflare_rdma.cli.peer_bodies import Room
 from nvflare_rdma.cli.peer_link import BUSY, Bounds, Exchange
 from nvflare_rdma.errors import ProtocolError
 from nvflare_rdma.settings import Settings
@@ -74,43 +73,46 @@ def used() -> Used:
 class Host(Protocol):
     """What serves the links of a run."""
 
-    @property
-    def room(self) -> Room:
-        """Where what comes lands, over all links of a run."""
+    def join(self, key: Any, exchange: BenchExchange) -> str:
+        """Have a link be one of the present run, if that has this key, or begin one: "" if so, else why not."""
 
-    def join(self, run: Any, link: Link) -> str:
-        """Whether a link is of the present run, or begins one: "" if so, else why not."""
+    def is_member(self, exchange: BenchExchange) -> bool:
+        """Whether a link is of the present run."""
 
     def use_chunk(self, nbytes: int) -> None:
         """Have the links that open from now on ask for such chunks; 0 is what the settings say."""
 
-    def raw_ticket(self) -> str:
-        """See `bench_raw.RawDoor.ticket`."""
+    def raw_ticket(self, exchange: BenchExchange) -> str | None:
+        """A ticket for a plain connection of this link's run; None if there are as many as there may be."""
 
 
 class BenchExchange(Exchange):
     """One end of a bench, on one link; `host` is on the passive side."""
 
     host: Host | None = None
-    joined = False
-    """Whether it is of the present run."""
-    _refusal = ""
+    run: object | None = None
+    """The one that it has joined, which may be over."""
 
-    def refuse(self, why: str) -> None:
-        """See `Exchange.refuse`."""
-        self._refusal = why
-        super().refuse(why)
+    def let_in(self) -> None:
+        """It has joined a run, and waits no more. Whoever serves it may replace this."""
+
+    def progress(self) -> tuple[int, ...]:
+        """Other numbers than before if something was asked, or bytes came or went."""
+        landed = sum(came for came, _ in self.link.incoming().values())
+        granted = sum(each.reached for each in list(self._sending))
+        return self._questions, self.received_bytes, landed, granted
 
     def answer(self, told: dict[str, Any], about: Any) -> dict[str, Any]:
         """See `Exchange.answer`."""
         assert self.host is not None
         if told.get("ask") == "about":
-            if refusal := self._refusal or self.host.join(told.get("run"), self.link):
+            if refusal := self.host.join(told.get("run"), self):
                 return {BUSY: refusal}
-            self.joined, self.room = True, self.host.room
             return dict(about(self.link))
-        if not self.joined:
+        if self.run is None:
             raise ProtocolError("it asks for something before it has said of which run it is")
+        if not self.host.is_member(self):
+            raise ProtocolError("it asks for something after its run is over")
         match told:
             case {"ask": "use", "chunk": int(nbytes)} if nbytes == 0 or LEAST_CHUNK <= nbytes <= MOST_CHUNK:
                 self.host.use_chunk(nbytes)
@@ -119,7 +121,9 @@ class BenchExchange(Exchange):
                 now = used()
                 return {"cpu_seconds": now.cpu_seconds, "peak_bytes": now.peak_bytes}
             case {"ask": "raw"}:
-                return {"ticket": self.host.raw_ticket()}
+                if (ticket := self.host.raw_ticket(self)) is None:
+                    return {BUSY: "there are as many plain connections as there may be"}
+                return {"ticket": ticket}
         return super().answer(told, about)
 
     def knows(self, codec: Any) -> bool:

@@ -27,22 +27,26 @@ _PIECE, _MEMORY_BYTES = 1024 * 1024, 4 * 1024 * 1024
 _CONNECT_SECONDS = 5.0
 
 
-def _send(sock: socket.socket, nbytes: int) -> None:
+def _send(sock: socket.socket, nbytes: int, count: Callable[[int], None] = lambda nbytes: None) -> None:
     data, left = noise(_MEMORY_BYTES), nbytes
     while left:
         at = (nbytes - left) % _MEMORY_BYTES
         piece = data[at : at + min(_PIECE, left)]
         sock.sendall(piece)
         left -= len(piece)
+        count(len(piece))
 
 
-def _receive(sock: socket.socket, memory: memoryview, nbytes: int) -> None:
+def _receive(
+    sock: socket.socket, memory: memoryview, nbytes: int, count: Callable[[int], None] = lambda nbytes: None
+) -> None:
     left = nbytes
     while left:
         at = (nbytes - left) % _MEMORY_BYTES
         piece = memory[at : at + min(_PIECE, left)]
         receive_exactly(sock, piece)
         left -= len(piece)
+        count(len(piece))
 
 
 class RawDoor:
@@ -53,17 +57,15 @@ class RawDoor:
         self._lock = threading.Lock()
         self._tickets: set[bytes] = set()
         self._open: set[socket.socket] = set()
+        self.moved_bytes = 0
+        """What all connections have moved so far, in either direction."""
 
-    def ticket(self) -> str:
-        """A ticket for one connection.
-
-        Raises:
-            ProtocolError: there are as many as there may be.
-        """
+    def ticket(self) -> str | None:
+        """A ticket for one connection; None if there are as many as there may be."""
         ticket = secrets.token_bytes(TICKET_BYTES)
         with self._lock:
             if len(self._tickets) + len(self._open) >= MOST_CONNECTIONS:
-                raise ProtocolError(f"it asks for more than {MOST_CONNECTIONS} plain connections at once")
+                return None
             self._tickets.add(ticket)
         return ticket.hex()
 
@@ -101,10 +103,14 @@ class RawDoor:
             if nbytes > self._most_bytes:
                 raise ProtocolError(f"it asks for {nbytes} bytes at once, and {self._most_bytes} are the most")
             if comes:
-                _receive(sock, memory, nbytes)
+                _receive(sock, memory, nbytes, self._count)
                 sock.sendall(_ANSWER)
             else:
-                _send(sock, nbytes)
+                _send(sock, nbytes, self._count)
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self.moved_bytes += nbytes
 
     def end(self) -> None:
         """End all connections, and let no tickets be used any more."""
@@ -119,17 +125,19 @@ class RawDoor:
 class RawPeer:
     """The active side: one connection for each of the tickets that the peer has given."""
 
-    def __init__(self, address: tuple[str, int], tickets: Sequence[str]) -> None:
+    def __init__(
+        self, address: tuple[str, int], tickets: Sequence[str], connect_seconds: float = _CONNECT_SECONDS
+    ) -> None:
         self._ends = contextlib.ExitStack()
         self._pool = concurrent.futures.ThreadPoolExecutor(len(tickets), "rdma-bench-raw")
         self._sockets: list[tuple[socket.socket, memoryview]] = []
         try:
             for ticket in tickets:
-                sock = self._ends.enter_context(connect_tcp(address, _CONNECT_SECONDS))
+                sock = self._ends.enter_context(connect_tcp(address, min(connect_seconds, _CONNECT_SECONDS)))
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.sendall(MAGIC + bytes.fromhex(ticket))
                 self._sockets.append((sock, memoryview(bytearray(_MEMORY_BYTES))))
-        except OSError:
+        except BaseException:
             self.close()
             raise
 

@@ -64,7 +64,8 @@ class Figure:
 
 @dataclass(kw_only=True)
 class BenchReport:
-    """What a bench has found. `left_out` says what could not be measured, and why."""
+    """What a bench has found. `left_out` says what could not be measured, and why; `broke_off`, why nothing more was
+    measured, or ""."""
 
     peer: str
     same_host: bool
@@ -74,6 +75,7 @@ class BenchReport:
     round_trip_seconds: float = 0.0
     figures: list[Figure] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    broke_off: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     peer_versions: dict[str, str] = field(default_factory=dict)
 

@@ -118,6 +118,8 @@ def _of_raw(figure: Figure, figures: Sequence[Figure]) -> float | None:
 def _notes(report: BenchReport) -> Iterator[str]:
     for each in report.left_out:
         yield f"not measured: {each}"
+    if report.broke_off:
+        yield f"The bench broke off, and nothing more was measured: {report.broke_off}"
     if (line := line_of(report)) is None:
         return
     yield f"For `nvflare-rdma plan`: --site NAME={line.rate / 1e6:.3g}Mbit,{1e3 * line.round_trip:.3g}ms"

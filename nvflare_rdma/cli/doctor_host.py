@@ -192,7 +192,7 @@ def _gpu(proc: Path) -> Iterator[Check]:
         yield Check("GPU", OK, "none of NVIDIA's here: models are encoded by the processor")
         return
     try:  # in a process of its own: torch takes seconds, and memory of the GPU
-        command = [sys.executable, "-c", _ASK_GPU]
+        command = [sys.executable, "-P", "-c", _ASK_GPU]  # nothing comes from the folder that the user is in
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_ASK_SECONDS, check=True, stdin=subprocess.DEVNULL
         )

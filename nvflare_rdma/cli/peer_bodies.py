@@ -68,18 +68,21 @@ class Room:
     """Memory for so many messages at once. Each has its own, as tensors have: chunks are compared where they land."""
 
     def __init__(self, place_bytes: int, places: int) -> None:
-        self._place_bytes, self._places = place_bytes, places
+        self._place_bytes = place_bytes
         self._lock = threading.Lock()
-        self._free: list[memoryview] | None = None
+        self._free: list[memoryview] = []
+        self._unmade = places
         self._waiting: deque[Callable[[], None]] = deque()
 
     def take(self, again: Callable[[], None]) -> memoryview | None:
         """A place; None if there is none, and `again` is called when there is."""
         with self._lock:
-            if self._free is None:
-                self._free = [memoryview(bytearray(self._place_bytes)) for _ in range(self._places)]
             if self._free:
                 return self._free.pop()
+            if self._unmade:
+                place = memoryview(bytearray(self._place_bytes))
+                self._unmade -= 1
+                return place
             self._waiting.append(again)
         return None
 
@@ -87,15 +90,27 @@ class Room:
     def is_full(self) -> bool:
         """Whether there is no place left."""
         with self._lock:
-            return self._free == []
+            return not self._free and not self._unmade
 
     def give_back(self, place: memoryview) -> None:
         """Let others have it."""
         with self._lock:
-            assert self._free is not None
             self._free.append(place)
-            again = self._waiting.popleft() if self._waiting else None
-        if again is not None:
+        self._wake()
+
+    def lose(self) -> None:
+        """A place can't be given back, as it may still be written: there is another one instead."""
+        with self._lock:
+            self._unmade += 1
+        self._wake()
+
+    def _wake(self) -> None:
+        """Ask those who wait until nothing is left: one whose link has ended takes nothing."""
+        while True:
+            with self._lock:
+                if not self._waiting or not (self._free or self._unmade):
+                    return
+                again = self._waiting.popleft()
             again()
 
 
@@ -124,3 +139,4 @@ class Landing(Sink):
     def failed(self, reason: str) -> None:
         """See `Sink.failed`. Its place may still be written, and is used no more."""
         self._over(reason or "it will not come")
+        self._room.lose()

@@ -71,10 +71,13 @@ class Goodput:
     moved_bytes: int
 
 
-def context_for(context: LinkContext, order: tuple[str, ...], chunk_bytes: int | None = None) -> LinkContext:
+def context_for(
+    context: LinkContext, order: tuple[str, ...], chunk_bytes: int | None = None, open_seconds: float = float("inf")
+) -> LinkContext:
     """The context of a check's links, which take nothing but small messages and what they have asked for. Chunks are of
-    so many bytes, or as the settings say."""
-    limits = replace(context.limits, max_message_bytes=MOST_BYTES)
+    so many bytes, or as the settings say. To open takes so long at most, or as a job's links have it."""
+    seconds = min(context.limits.handshake_timeout, open_seconds)
+    limits = replace(context.limits, max_message_bytes=MOST_BYTES, handshake_timeout=seconds)
     chunk = context.chunk_bytes if chunk_bytes is None else chunk_bytes
     return replace(context, limits=limits, order=order, labels_only=True, chunk_bytes=chunk)
 
@@ -94,14 +97,16 @@ class Exchange:
         self.bounds = bounds or Bounds()
         self.received_bytes = self.sent_bytes = 0
         self._about = about
-        self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        # By number, as they come in the order of the questions: nobody waits any more for one that is late.
+        self._answers: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
+        self._asked = self._answered = 0
         self._labels = itertools.count(1)
         self._lock = threading.Lock()
         self._expected: dict[int, Item] = {}
         self._landing = 0
         self.room = Room(self.bounds.message_bytes, self.bounds.at_once)
         """Where what comes lands."""
-        self._landed: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._landed: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         self._sending: list[Sending] = []
         self._questions = 0
         role = Role.ACTIVE if about is None else Role.PASSIVE
@@ -118,30 +123,40 @@ class Exchange:
 
     # -- the active side -----------------------------------------------------------------------------------
 
-    def ask(self, what: str, **fields: Any) -> dict[str, Any]:
-        """The answer to one question.
+    def ask(self, what: str, most_seconds: float = ANSWER_SECONDS, **fields: Any) -> dict[str, Any]:
+        """The answer to one question, which is waited for so long.
 
         Raises:
             TransferError: the link has ended. TimeoutError: there is no answer in time.
         """
-        self._post({"ask": what, **fields})
-        deadline = time.monotonic() + ANSWER_SECONDS
+        deadline = time.monotonic() + most_seconds
+        self._asked += 1
+        number = self._asked
+        try:
+            self._post({"ask": what, **fields}, most_seconds)
+        except BaseException:
+            self._asked -= 1  # it has not gone
+            raise
         while True:
+            left = deadline - time.monotonic()
             try:
-                return self._answers.get(timeout=_LOOK_SECONDS)
+                answered, told = self._answers.get(timeout=min(max(left, 0.001), _LOOK_SECONDS))
             except queue.Empty:
                 if not self.link.usable:
                     raise TransferError(f"the link has ended: {self.link.failure}") from None
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"no answer to {what!r} within {ANSWER_SECONDS:g} s") from None
+                if left <= 0:
+                    raise TimeoutError(f"no answer to {what!r} within {most_seconds:.3g} s") from None
+                continue
+            if answered == number:
+                return told
 
-    def round_trip(self) -> float:
-        """Seconds from a small message to its answer: the median of a few."""
+    def round_trip(self, most_seconds: float = ANSWER_SECONDS) -> float:
+        """Seconds from a small message to its answer: the median of a few, each of which is waited for so long."""
         took: list[float] = []
         ending = time.monotonic() + _PING_SECONDS
         while len(took) < _PINGS and (not took or time.monotonic() < ending):
             began = time.perf_counter()
-            self.ask("ping")
+            self.ask("ping", most_seconds)
             took.append(time.perf_counter() - began)
         return statistics.median(took)
 
@@ -175,38 +190,45 @@ class Exchange:
         nbytes = size // count // 4 * 4  # whole values
         labels = [next(self._labels) for _ in range(count)]
         asked: dict[str, Any] = {"labels": labels, "bytes": nbytes, **({"codec": codec} if codec else {})}
+        answer_seconds = min(most_seconds, ANSWER_SECONDS)
         if to_peer:
-            self.ask("receive", **asked)
+            self.ask("receive", answer_seconds, **asked)
             began = time.perf_counter()
             for each in [self._offer(label, nbytes, codec) for label in labels]:
                 each.wait(max(most_seconds - (time.perf_counter() - began), 0.0))
             return time.perf_counter() - began
         self._expect(labels, item_of(nbytes, codec))
-        began = time.perf_counter()
-        self.ask("send", **asked)
-        for _ in labels:
-            self._await_landing(size, began, most_seconds)
-        return time.perf_counter() - began
+        try:
+            began = time.perf_counter()
+            self.ask("send", answer_seconds, **asked)
+            self._await_landing(set(labels), size, began, most_seconds)
+            return time.perf_counter() - began
+        except BaseException:
+            self._forget(labels)
+            raise
 
-    def _await_landing(self, size: int, began: float, most_seconds: float) -> None:
-        while True:
+    def _await_landing(self, labels: set[int], size: int, began: float, most_seconds: float) -> None:
+        """Wait for these; what a round before has left behind is none of them."""
+        while labels:
             left = most_seconds - (time.perf_counter() - began)
             try:
-                failure = self._landed.get(timeout=min(max(left, 0.001), _LOOK_SECONDS))
+                label, failure = self._landed.get(timeout=min(max(left, 0.001), _LOOK_SECONDS))
             except queue.Empty:
                 if not self.link.usable:
                     raise TransferError(f"the link has ended: {self.link.failure}") from None
                 if left <= 0:
                     raise TimeoutError(f"{size} bytes were not here within {most_seconds:g} s") from None
                 continue
+            if label not in labels:
+                continue
             if failure:
                 raise TransferError(failure)
-            return
+            labels.discard(label)
 
     # -- both sides ----------------------------------------------------------------------------------------
 
-    def _post(self, message: dict[str, Any]) -> None:
-        self.link.send(json.dumps(message).encode(), ANSWER_SECONDS)
+    def _post(self, message: dict[str, Any], most_seconds: float = ANSWER_SECONDS) -> None:
+        self.link.send(json.dumps(message).encode(), most_seconds)
 
     def _offer(self, label: int, nbytes: int, codec: str) -> Sending:
         return self.link.offer(source_of(nbytes, codec, self.bounds.message_bytes), label)
@@ -216,12 +238,19 @@ class Exchange:
             self._landing += len(labels)
             self._expected |= dict.fromkeys(labels, item)
 
-    def _over(self, nbytes: int, failure: str) -> None:
+    def _forget(self, labels: list[int]) -> None:
+        """Let nothing land for these any more."""
+        with self._lock:
+            for label in labels:
+                if self._expected.pop(label, None) is not None:
+                    self._landing -= 1
+
+    def _over(self, label: int, nbytes: int, failure: str) -> None:
         with self._lock:
             self._landing -= 1
             self.received_bytes += 0 if failure else nbytes
         if self._about is None:
-            self._landed.put(failure)
+            self._landed.put((label, failure))
 
     def _place(self, label: int, again: Callable[[], None]) -> Sink | Later | None:
         with self._lock:
@@ -230,7 +259,7 @@ class Exchange:
             if (place := self.room.take(again)) is None:
                 return Later()
             del self._expected[label]
-        return Landing(item, place, self.room, functools.partial(self._over, item.nbytes))
+        return Landing(item, place, self.room, functools.partial(self._over, label, item.nbytes))
 
     def _deliver(self, message: Delivery) -> None:
         try:
@@ -240,9 +269,10 @@ class Exchange:
         if not isinstance(told, dict):
             raise ProtocolError("it says what is no message of a check")
         if self._about is None:
-            if self._answers.qsize():
+            self._answered += 1
+            if self._answered > self._asked:
                 raise ProtocolError("it answers what it was not asked")
-            self._answers.put(told)
+            self._answers.put((self._answered, told))
             return
         self._questions += 1
         if self._questions > self.bounds.questions:

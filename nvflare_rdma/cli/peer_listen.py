@@ -23,7 +23,7 @@ from nvflare_rdma.cli.peer_kit import Side, this_side
 from nvflare_rdma.cli.peer_link import LINK_SECONDS, Exchange, context_for
 from nvflare_rdma.cli.port_use import who_listens
 from nvflare_rdma.cli.units import parse_time
-from nvflare_rdma.errors import ConfigError
+from nvflare_rdma.errors import ConfigError, ProtocolError
 from nvflare_rdma.fabric import TcpFabric, join_address, listen_tcp
 from nvflare_rdma.logs import escaped
 from nvflare_rdma.settings import as_time
@@ -31,6 +31,8 @@ from nvflare_rdma.version import __version__
 
 #: Links at once; others wait so long for one of them to end.
 _MOST_LINKS, _WAIT_SECONDS = 4, 5.0
+#: So many links wait for their turn, or are told that it will not come; others are closed at once.
+_MOST_WAITING = 16
 #: So many links are told of, the last ones.
 _MOST_TOLD = 1000
 _MOST_SECONDS = 24 * 3600.0
@@ -64,7 +66,8 @@ def parse_timeout(timeout: str) -> float:
 def listen_result(
     address: str, folder: Path | None, timeout: str, make: Callable[[Side, str, int], Listening] | None = None
 ) -> Result:
-    """Listen until the time (a text such as "10m") is over, or the user ends it. The exit code is 1 if nobody came.
+    """Listen until the time (a text such as "10m") is over, or the user ends it. The exit code is 1 if nobody came,
+    as `Listening.was_of_use` has it.
 
     Raises:
         CommandError: the address is wrong or its port in use, or the kit can't be used.
@@ -94,7 +97,7 @@ def listen_result(
         f"came, {peer['sent_bytes']} went" + (f"; {peer['failure']}" if peer["failure"] else "")
         for peer in listening.served
     ]
-    return Result(data, "\n".join(lines) or "nobody came", 0 if listening.served else 1)
+    return Result(data, "\n".join(lines) or "nobody came", 0 if listening.was_of_use else 1)
 
 
 def _wait(listening: Listening) -> None:
@@ -177,7 +180,9 @@ class Listening:
         self._side = side
         self._fabric: TcpFabric = side.runtime.tcp()
         self._places = threading.BoundedSemaphore(_MOST_LINKS)
+        self._waiting = threading.BoundedSemaphore(_MOST_WAITING)
         self._lock = threading.Lock()
+        self._gone = threading.Condition(self._lock)
         self._links: set[Link] = set()
         self._ends = ExitStack()
         listener = _listen(host, port)
@@ -237,37 +242,61 @@ class Listening:
             links = list(self._links)
         for link in links:
             link.close(0.0)
-        for _ in range(_MOST_LINKS):  # each is told of when its place is free
-            self._places.acquire(timeout=1.0)
+        with self._gone:  # each is told of before
+            self._gone.wait_for(lambda: not self._links, _END_SECONDS)
 
     def _on_connection(self, sock: socket.socket, stream: ControlStream, admitted: Callable[[], None]) -> None:
         """Serve one link until the peer goes."""
         stream.site = name_of(stream)
         address = address_of(sock, peer=True)
         exchange = self._exchange(stream, sock, f"check {address}")
-        exchange.link.open()
-        admitted()
-        if not self._places.acquire(timeout=_WAIT_SECONDS):  # after the handshake, which may be put off
+        exchange.link.open()  # as a guest, whose place others may get: the handshake may be put off
+        if not self._waiting.acquire(blocking=False):
+            exchange.link.close(0.0)
+            raise ProtocolError(f"{_MOST_WAITING} links wait for their turn already, which is the most")
+        with ExitStack() as waits:
+            waits.callback(self._waiting.release)
+            admitted()
+            with self._lock:
+                self._links.add(exchange.link)
+            try:
+                self._attend(exchange, stream.site, address, waits)
+            finally:
+                with self._gone:
+                    self._links.discard(exchange.link)
+                    self._gone.notify_all()
+
+    def _attend(self, exchange: Exchange, site: str, address: str, waits: ExitStack) -> None:
+        """Serve a link when its turn has come, which ends `waits`; or say why it does not come."""
+        if not self._places.acquire(timeout=_WAIT_SECONDS):
             exchange.refuse(f"{_MOST_LINKS} checks are going on there, which is the most")
             return
         try:
-            ending = threading.Timer(self.link_seconds, exchange.link.close, (0.0,))
-            ending.daemon = True
-            ending.start()
-            if len(self.served) < _MOST_TOLD:
-                print(f"{stream.site or 'somebody'} from {address}: {exchange.link.way}", file=sys.stderr, flush=True)
-            with self._lock:
-                self._links.add(exchange.link)
-            exchange.link.run()
-            ending.cancel()
-            self._note(exchange, stream.site, address)
+            waits.close()
+            self._run(exchange, site, address)
         finally:
             self._places.release()
+
+    def _run(self, exchange: Exchange, site: str, address: str) -> None:
+        ending = threading.Timer(self.link_seconds, exchange.link.close, (0.0,))
+        ending.daemon = True
+        ending.start()
+        try:
+            if len(self.served) < _MOST_TOLD:
+                print(f"{site or 'somebody'} from {address}: {exchange.link.way}", file=sys.stderr, flush=True)
+            exchange.link.run()
+        finally:
+            ending.cancel()
+            self._note(exchange, site, address)
+
+    @property
+    def was_of_use(self) -> bool:
+        """Whether anybody came."""
+        return bool(self.served)
 
     def _note(self, exchange: Exchange, site: str, address: str) -> None:
         link, told = exchange.link, exchange.link.failure
         with self._lock:
-            self._links.discard(link)
             self.served.append(
                 {
                     "site": site,

@@ -7,6 +7,7 @@ import functools
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,23 +53,27 @@ class Way:
         make: Callable[[ControlStream, Mapping[str, Fabric], LinkContext, str], Exchange] = Exchange,
         most_rails: int | None = None,
         chunk_bytes: int | None = None,
+        most_seconds: float = float("inf"),
     ) -> tuple[Exchange, ControlStream, str]:
         """An open link, which is the caller's to run and to close; and the IP address that it leads to. It has at most
-        so many tcp rails, and asks for chunks of so many bytes, or as this side's settings say.
+        so many tcp rails, and asks for chunks of so many bytes, or as this side's settings say. All of it takes
+        no longer than `most_seconds`, or as a job's links have it.
 
         Raises:
             CommandError: there is no way, or no link.
         """
-        runtime = self.side.runtime
+        runtime, deadline = self.side.runtime, time.monotonic() + most_seconds
+        dial_seconds = min(_DIAL_SECONDS, most_seconds)
         try:
-            sock, stream = dial((self._host, self._port), self.side.tls(False), Pending(), _DIAL_SECONDS)
+            sock, stream = dial((self._host, self._port), self.side.tls(False), Pending(), dial_seconds)
         except (OSError, RdmaError) as error:
-            raise self._unreachable(error) from error
+            raise self._unreachable(error, dial_seconds) from error
         stream.site = name_of(stream)
         try:
             address = sock.getpeername()[:2]
-            tcp = runtime.tcp(functools.partial(connect_tcp, address, GREETING_TIMEOUT), most_rails)
-            context = context_for(runtime.context, order, chunk_bytes)
+            left = max(deadline - time.monotonic(), 0.001)
+            tcp = runtime.tcp(functools.partial(connect_tcp, address, min(GREETING_TIMEOUT, left)), most_rails)
+            context = context_for(runtime.context, order, chunk_bytes, left)
             exchange = make(stream, runtime.fabrics(tcp, sock), context, f"{self._command} {self.where}")
             exchange.link.open()
         except ConfigError:  # a setting of this side
@@ -79,7 +84,7 @@ class Way:
             raise self._not_opened(error) from error
         return exchange, stream, plain_host(str(address[0]))
 
-    def _unreachable(self, error: Exception) -> CommandError:
+    def _unreachable(self, error: Exception, dial_seconds: float) -> CommandError:
         """Why no connection, or no TLS, came about."""
         where, number = self.where, getattr(error, "errno", None)
         if isinstance(error, TlsError):
@@ -93,7 +98,7 @@ class Way:
             text = f"{where} can't be reached: {error.args[-1]}"
             return CommandError("NO_ROUTE", text, "look at `ip route get`, and whether the host is up", ENVIRONMENT)
         if isinstance(error, TimeoutError | FabricUnavailable):
-            text = f"{where}: nothing answered within {_DIAL_SECONDS:g} s: a firewall drops it, or the host is down"
+            text = f"{where}: nothing answered within {dial_seconds:.3g} s: a firewall drops it, or the host is down"
             return CommandError("TIMED_OUT", text, self._open_port, ENVIRONMENT)
         if isinstance(error, ConnectionError):  # it was there, and is closed
             text = f"{where} is reached, but the connection ends before anything is agreed: {error}"

@@ -211,7 +211,7 @@ def test_a_port_in_use(kits, capsys):
         assert "name another port" in hint
         assert run("enable", kits, "--data-port", f"{port}-{port}") == 0
         (said,) = (line for line in capsys.readouterr().out.splitlines() if "in use" in line)
-        assert said.startswith(f"server: port {port}-{port} is in use on this host, by python")
+        assert said.startswith(f"server: port {port} is in use on this host, by python")
         assert "name another --data-port" in said
         assert run("doctor", "--kit", kits / SERVER) == 1
         assert f"data ports          {port}: in use by python" in capsys.readouterr().out

@@ -12,13 +12,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from nvflare_rdma.channel import Pending, Source, dial
+from nvflare_rdma.channel import Link, Pending, Source, dial
 from nvflare_rdma.cli import main
 from nvflare_rdma.cli.bench_link import LEAST_CHUNK, MOST_CHUNK, BenchExchange, bounds_of
 from nvflare_rdma.cli.bench_listen import BenchListening
@@ -26,6 +27,7 @@ from nvflare_rdma.cli.bench_progress import steps_on
 from nvflare_rdma.cli.bench_raw import MAGIC, MOST_CONNECTIONS, RawPeer
 from nvflare_rdma.cli.bench_report import MIB, RAW, BenchReport, Figure
 from nvflare_rdma.cli.bench_text import line_of, to_data, to_svg, to_text
+from nvflare_rdma.cli.peer_bodies import Room, item_of
 from nvflare_rdma.cli.peer_kit import this_side
 from nvflare_rdma.cli.peer_link import context_for
 from nvflare_rdma.cli.peer_listen import Listening
@@ -58,6 +60,12 @@ def listener(*options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
             yield process, int(found[1])
         finally:
             process.kill()
+
+
+@pytest.fixture
+def side(monkeypatch):
+    monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "tcp")
+    return this_side(None)
 
 
 # -- what is found -----------------------------------------------------------------------------------------
@@ -97,8 +105,10 @@ def test_a_site_measures_the_way_to_the_server(provisioned, capsys):
     assert "site-1 from" in out
 
 
-def test_one_deadline_for_all_of_it(capsys):
-    code, answer = measured(capsys, "--sizes", "1,4096", "--repeat", 50, "--fabrics", "tcp", "--timeout", "3s")
+def test_one_deadline_for_all_of_it(side, capsys):
+    with BenchListening(side, "127.0.0.1", 0) as listening:
+        options = ["--sizes", "1,4096", "--repeat", 50, "--timeout", "3s"]
+        code, answer = measured(capsys, "--connect", f"127.0.0.1:{listening.port}", *options)
     assert code in (0, 1)
     assert any("of --timeout are left" in each for each in answer["data"]["left_out"])
 
@@ -222,12 +232,6 @@ def test_nobody_listens(capsys):
 # -- what a peer may ask for -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def side(monkeypatch):
-    monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "tcp")
-    return this_side(None)
-
-
 @contextlib.contextmanager
 def link_to(listening: BenchListening, side) -> Iterator[BenchExchange]:
     sock, stream = dial(("127.0.0.1", listening.port), side.tls(False), Pending())
@@ -304,6 +308,7 @@ def test_one_run_at_a_time_and_as_many_as_were_asked_for(side, capsys):
             assert other.ask("about", run=RUN[::-1]) == {"busy": "another run is going on there"}
             assert main(["bench", "--connect", f"127.0.0.1:{listening.port}", "--fabrics", "tcp"]) == 1
             assert "another run is going on there" in capsys.readouterr().err
+            first.move(False, 4096)
         assert listening.over.wait(DEADLINE)
         with link_to(listening, side) as late:
             assert late.ask("about", run=RUN) == {"busy": "it has had as many runs as it was to have"}
@@ -350,7 +355,7 @@ def test_all_links_of_a_run_have_the_memory_of_one(side):
         sending = [greedy.link.offer(each, label) for each, label in zip(held, labels, strict=True)]
         with link_to(listening, side) as other:
             other.ask("about", run=RUN)
-            eventually(lambda: listening.room.is_full)
+            eventually(lambda: listening._present.room.is_full)
             other.ask("receive", labels=[1], bytes=nbytes)
             late = other._offer(1, nbytes, "")
             other.ask("ping")
@@ -362,6 +367,245 @@ def test_all_links_of_a_run_have_the_memory_of_one(side):
             each.wait(DEADLINE)
 
 
+def test_a_link_that_has_ended_gives_back_its_memory(side):
+    nbytes = 256 * 1024
+    with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as lead:
+        lead.ask("about", run=RUN)
+        with link_to(listening, side) as broken:
+            broken.ask("about", run=RUN)
+            labels = [*range(1, broken.bounds.at_once + 3)]  # and two that wait
+            broken.ask("receive", labels=labels, bytes=nbytes)
+            held = [Held(nbytes) for _ in labels]
+            for each, label in zip(held, labels, strict=True):
+                broken.link.offer(each, label)
+            eventually(lambda: listening._present.room.is_full)
+        for each in held:
+            each.go_on.set()
+        assert lead.move(True, 2 * lead.bounds.at_once * nbytes, most_seconds=10.0 * PATIENCE) > 0
+
+
+def test_who_waits_for_memory_is_asked_after_one_that_has_gone():
+    room, got = Room(4, 1), []
+    place = room.take(lambda: None)
+    assert room.take(lambda: None) is None  # has gone when there is some
+    assert room.take(lambda: got.append(room.take(lambda: None))) is None
+    room.give_back(place)
+    assert got == [place]
+
+
+def test_a_run_takes_all_its_links_with_it(side):
+    with BenchListening(side, "127.0.0.1", 0) as listening, contextlib.ExitStack() as links:
+        with link_to(listening, side) as lead:
+            lead.ask("about", run=RUN)
+            other = links.enter_context(link_to(listening, side))
+            other.ask("about", run=RUN)
+        eventually(lambda: not other.link.usable, 10.0 * PATIENCE)
+        with link_to(listening, side) as honest:
+            assert "bench" in honest.ask("about", run=RUN)
+
+
+def test_a_run_that_does_not_go_on_is_ended(side, monkeypatch):
+    monkeypatch.setattr("nvflare_rdma.cli.bench_listen._IDLE_SECONDS", 0.2, raising=False)
+    with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as silent:
+        silent.ask("about", run=RUN)
+        eventually(lambda: not silent.link.usable, 10.0 * PATIENCE)
+        with link_to(listening, side) as other:
+            assert "bench" in other.ask("about", run=RUN[::-1])
+
+
+def test_a_run_that_goes_on_is_not_ended(side, monkeypatch):
+    monkeypatch.setattr("nvflare_rdma.cli.bench_listen._IDLE_SECONDS", 1.0 * PATIENCE, raising=False)
+    ending = time.monotonic() + 2.0 * PATIENCE
+    with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as slow:
+        slow.ask("about", run=RUN)
+        while time.monotonic() < ending:
+            slow.move(False, 4096)
+        assert slow.ask("ping") == {}
+
+
+def test_who_is_told_that_it_is_busy_has_no_place(side):
+    with BenchListening(side, "127.0.0.1", 0) as listening, contextlib.ExitStack() as links:
+        lead, *others = (links.enter_context(link_to(listening, side)) for _ in range(6))
+        lead.ask("about", run=RUN)
+        for each in others:
+            assert each.ask("about", run=RUN[::-1]) == {"busy": "another run is going on there"}
+        second = links.enter_context(link_to(listening, side))
+        assert "bench" in second.ask("about", run=RUN)
+
+
+def test_a_run_has_so_many_links(side):
+    with BenchListening(side, "127.0.0.1", 0) as listening, contextlib.ExitStack() as links:
+        five = [links.enter_context(link_to(listening, side)) for _ in range(5)]
+        told = [each.ask("about", run=RUN) for each in five]
+        assert ["bench" in each for each in told] == [True] * 4 + [False]
+        assert told[4] == {"busy": "this run has 4 links already, which is the most"}
+
+
+def test_so_many_links_wait(side, monkeypatch):
+    monkeypatch.setattr("nvflare_rdma.cli.peer_listen._MOST_WAITING", 1, raising=False)
+    with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as silent:
+        with link_to(listening, side) as other:
+            eventually(lambda: not other.link.usable, 10.0 * PATIENCE)
+        silent.ask("about", run=RUN)
+        with link_to(listening, side) as third:
+            assert "bench" in third.ask("about", run=RUN)
+
+
+def test_nothing_waits_for_a_link_that_has_ended(side, monkeypatch):
+    monkeypatch.setattr("nvflare_rdma.cli.bench_listen._JOIN_SECONDS", 1234.0)
+    with BenchListening(side, "127.0.0.1", 0) as listening:
+        with link_to(listening, side) as one:
+            one.ask("about", run=RUN)
+        timers = (each for each in threading.enumerate() if isinstance(each, threading.Timer))
+        eventually(lambda: listening.served)
+        for each in [each for each in timers if each.interval == 1234.0]:
+            each.join(10.0 * PATIENCE)
+            assert not each.is_alive()
+
+
+def test_a_run_that_has_moved_nothing_does_not_count(side):
+    with BenchListening(side, "127.0.0.1", 0, runs=1) as listening:
+        for moves in (False, True):
+            with link_to(listening, side) as one:
+                one.ask("about", run=RUN)
+                if moves:
+                    one.move(False, 4096)
+            eventually(lambda: listening._present is None)
+            assert (listening.over.is_set(), listening.was_of_use) == (moves, moves)
+
+
+# -- what breaks off ---------------------------------------------------------------------------------------
+
+
+class Odd(BenchListening):
+    """Does something else than a bench expects: `on_use` when it is asked for chunks, and `busy` for later links."""
+
+    on_use, busy = staticmethod(lambda listening: None), ""
+
+    def use_chunk(self, nbytes):
+        self.on_use(self)
+
+    def join(self, key, exchange):
+        if self._present is not None and self.busy:
+            return self.busy
+        return super().join(key, exchange)
+
+
+def measured_at(capsys, listening, *options) -> tuple[int, dict]:
+    return measured(capsys, "--connect", f"127.0.0.1:{listening.port}", "--sizes", 1, "--repeat", 1, *options)
+
+
+def test_what_was_measured_is_told_if_the_run_ends_early(side, capsys):
+    with Odd(side, "127.0.0.1", 0) as listening:
+        listening.on_use = lambda listening: listening._present.lead.link.close(0.0)
+        code, answer = measured_at(capsys, listening)
+    assert (code, answer["status"]) == (1, "ok")
+    assert [each["fabric"] for each in answer["data"]["figures"]] == [RAW]
+    assert "the link has ended" in answer["data"]["broke_off"]
+
+
+def test_a_link_that_is_not_let_in_leaves_out_one_case_only(side, capsys):
+    with Odd(side, "127.0.0.1", 0) as listening:
+        listening.busy = "no more of them"
+        code, answer = measured_at(capsys, listening)
+    assert code == 0
+    assert [each["fabric"] for each in answer["data"]["figures"]] == [RAW]
+    assert any("tcp: " in each and "no more of them" in each for each in answer["data"]["left_out"])
+
+
+class NoCodec(BenchListening):
+    """Ends a link that asks for a codec, which it has said to have."""
+
+    def _exchange(self, stream, sock, name):
+        made = super()._exchange(stream, sock, name)
+        made.knows = lambda codec: codec == ""
+        return made
+
+
+def test_what_breaks_off_takes_no_other_codec_with_it(side, capsys):
+    with NoCodec(side, "127.0.0.1", 0) as listening:
+        code, answer = measured_at(capsys, listening, "--codecs", "int8,exact")
+    assert code == 0
+    assert ("tcp", "exact") in [(each["fabric"], each["codec"]) for each in answer["data"]["figures"]]
+    assert any(each.startswith("tcp, int8, 1 MiB: ") for each in answer["data"]["left_out"])
+
+
+def test_there_are_no_more_plain_connections_than_there_may_be(side, capsys, monkeypatch):
+    monkeypatch.setattr(Link, "rails", MOST_CONNECTIONS + 1)  # as over a long path, if --rails allows it
+    with BenchListening(side, "127.0.0.1", 0) as listening:
+        code, answer = measured_at(capsys, listening)
+    assert code == 0
+    rows = [(each["fabric"], each["rails"]) for each in answer["data"]["figures"]]
+    assert rows == [(RAW, 1), ("tcp", MOST_CONNECTIONS + 1), (RAW, MOST_CONNECTIONS)]
+
+
+def test_all_questions_are_within_the_deadline(side, capsys):
+    go_on = threading.Event()
+    with Odd(side, "127.0.0.1", 0) as listening:
+        listening.on_use = lambda listening: go_on.wait(DEADLINE)
+        try:
+            _, answer = measured_at(capsys, listening, "--chunk-mib", "1,2", "--timeout", f"{3 * PATIENCE}s")
+        finally:
+            go_on.set()
+    told = answer["data"]["left_out"]
+    assert any("chunks of 1024 KiB: " in each and "does not answer" in each for each in told)
+    assert any("chunks of 2048 KiB: 0 s of --timeout are left" in each for each in told)
+
+
+def test_an_answer_that_comes_late_is_none_to_the_next_question(side):
+    go_on = threading.Event()
+    with Odd(side, "127.0.0.1", 0) as listening, link_to(listening, side) as one:
+        listening.on_use = lambda listening: go_on.wait(DEADLINE)
+        one.ask("about", run=RUN)
+        with pytest.raises(TimeoutError):
+            one.ask("use", 0.1, chunk=0)
+        go_on.set()
+        assert "cpu_seconds" in one.ask("used")
+        assert one.ask("ping") == {}
+
+
+def test_what_lands_late_is_none_of_the_next_round(side):
+    with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as one:
+        one.ask("about", run=RUN)
+        one._expect([10**6], item_of(4, ""))
+        one._place(10**6, lambda: None).failed("of a round before")
+        assert one.move(False, 4096) > 0
+
+
+@pytest.fixture
+def python(tmp_path, monkeypatch):
+    """Has something else run in place of Python."""
+
+    def put(script: str) -> None:
+        other = tmp_path / "python"
+        other.write_text(f"#!/bin/sh\n{script}\n")
+        other.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(other))
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("script", "timeout", "says"),
+    [
+        ("echo why it has ended >&2; exit 3", "60s", "has ended: why it has ended"),
+        ("exec 0<&-; echo gone >&2; exit 3", "60s", "has ended: gone"),
+        ("exec sleep 50", "500ms", "did not start within --timeout"),
+    ],
+    ids=["ends", "hears nothing", "says nothing"],
+)
+def test_another_process_that_does_not_come(capsys, python, script, timeout, says):
+    python(script)
+    code, message = error_of(capsys, "--timeout", timeout)
+    assert (code, says in message) == ("NO_PEER", True), message
+
+
+def test_nothing_comes_from_the_folder_that_the_user_is_in(capsys, tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit('this is another json')")
+    monkeypatch.chdir(tmp_path)
+    assert measured(capsys, "--fabrics", "tcp", "--sizes", 1, "--repeat", 1)[0] == 0
+
+
 class Liar(BenchListening):
     """Says of itself what a bench does not expect."""
 
@@ -370,8 +614,8 @@ class Liar(BenchListening):
     def _about(self, link):
         return {**super()._about(link), **self.lie}
 
-    def raw_ticket(self):
-        return self.lie.get("ticket", super().raw_ticket())
+    def raw_ticket(self, exchange):
+        return self.lie.get("ticket", super().raw_ticket(exchange))
 
 
 @pytest.mark.parametrize(
@@ -444,8 +688,18 @@ def test_plain_connections_have_bounds(side):
         eventually(lambda: not listening._raw._open)
         for _ in range(MOST_CONNECTIONS):
             one.ask("raw")
-        with pytest.raises((RdmaError, OSError)):
-            one.ask("raw")
+        assert one.ask("raw") == {"busy": "there are as many plain connections as there may be"}
+        assert one.ask("ping") == {}
+
+
+def test_a_ticket_that_is_none_leaves_no_connection_open():
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        with pytest.raises(ValueError, match="hex") as found:
+            RawPeer(there.getsockname()[:2], ["no ticket"])
+        sock, _ = there.accept()
+        with sock:
+            sock.settimeout(10.0 * PATIENCE)
+            assert sock.recv(1) == b"", found
 
 
 def test_a_plain_peer_that_stops_is_given_up(side):

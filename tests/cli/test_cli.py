@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 
@@ -62,6 +63,26 @@ def test_an_installation_that_is_not_whole_is_told(capsys, monkeypatch):
     monkeypatch.setattr("nvflare_rdma.cli.driver_path", lambda: "/nowhere")
     assert main(["driver-path"]) == 1
     assert "/nowhere has no rdma_driver.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "says", "hint"),
+    [
+        (errno.ENOSPC, "No space left on device", "make room on the disk"),
+        (errno.EMFILE, "Too many open files", "ulimit -n"),
+        (errno.EACCES, "Permission denied", "run this as whoever owns it"),
+        (errno.EPIPE, "Broken pipe", "try again"),
+    ],
+)
+def test_what_the_system_refuses_is_told_with_what_to_do_about_it(capsys, monkeypatch, number, says, hint):
+    def refused():
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("nvflare_rdma.cli.driver_path", refused)
+    assert main(["driver-path"]) == 1
+    _, told, advice, _ = "\n".join(["", *capsys.readouterr().err.splitlines()]).split("\n")
+    assert says in told
+    assert hint in advice
 
 
 COMMANDS = ["driver-path", "doctor", "bench", "policy", "plan", "report", "enable", "disable", "status"]

@@ -202,6 +202,17 @@ def test_a_gpu_is_what_torch_says_of_it(host, tmp_path, monkeypatch, torch, verd
         assert [(each.verdict, each.value) for each in others] == [(NOTE, "RuntimeError('no CUDA')")]
 
 
+def test_torch_is_not_asked_with_what_is_in_the_folder_that_the_user_is_in(host, tmp_path, monkeypatch):
+    host.say({"driver/nvidia/version": "NVRM version: driver 550.54\nGCC version: gcc 12\n"})
+    for name in ("here", "installed"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "here" / "json.py").write_text("raise SystemExit('this is another json')")
+    (tmp_path / "installed" / "torch.py").write_text("raise ImportError('the one that is installed')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "installed"))
+    monkeypatch.chdir(tmp_path / "here")
+    assert "the one that is installed" in host.one("GPU").value
+
+
 # -- time-outs ---------------------------------------------------------------------------------------------
 
 

@@ -387,6 +387,19 @@ def test_a_listener_that_has_no_place_left_says_so(monkeypatch, capsys):
         assert "can't be checked now: 4 checks are going on there" in capsys.readouterr().err
 
 
+def test_so_many_links_wait_for_a_place_and_others_are_closed(monkeypatch):
+    monkeypatch.setattr(peer_listen, "_MOST_WAITING", 1, raising=False)
+    monkeypatch.setattr(peer_listen, "_WAIT_SECONDS", DEADLINE)
+    monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "tcp")
+    side = this_side(None)
+    with Listening(side, "127.0.0.1", 0) as listening, contextlib.ExitStack() as held:
+        for _ in range(4):
+            assert "versions" in held.enter_context(exchange_with(listening, side)).ask("about")
+        waits, other = (held.enter_context(exchange_with(listening, side)) for _ in range(2))
+        eventually(lambda: not (waits.link.usable and other.link.usable), 10.0 * PATIENCE)
+        assert waits.link.usable or other.link.usable
+
+
 def test_checks_at_once_do_not_land_in_each_others_memory():
     side = this_side(None)
     with (
