@@ -29,7 +29,7 @@ PUBLIC = [
     getattr(package, name)
     for package in (nvflare_rdma.filters, nvflare_rdma.streaming, nvflare_rdma.persistors)
     for name in package.__all__
-    if name[0].isupper()
+    if name[0].isupper() and name != "Autopilot"  # which no job names
 ]
 
 

@@ -75,8 +75,8 @@ def _fire(component: RdmaTransfer, event: str) -> None:
 
 
 def test_the_last_of_several_runs_takes_it_back(environment):
-    before = dict(environment)
     first, second = RdmaTransfer(), RdmaTransfer()
+    before = dict(environment)
     _fire(first, EventType.ABOUT_TO_START_RUN)
     handed = dict(environment)
     assert handed != before

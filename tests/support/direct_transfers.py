@@ -44,6 +44,11 @@ class Direct:
         meters = Meters("", ledger=shared.ledger)
         self.service = Service(TensorContent(tensors), lambda: self.channels, self._moved, meters)
 
+    @property
+    def asked(self) -> list[str]:
+        """The requests, but for those that look whether all is well, as receivers do where it takes a second."""
+        return [request for request in self.requests if request != "report"]
+
     def _moved(self, *what) -> None:
         self.moved.append(what)
         assert self.go_on.wait(DEADLINE)

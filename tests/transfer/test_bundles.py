@@ -166,7 +166,7 @@ def test_one_that_its_codec_can_not_carry_makes_no_other_exact(direct, cell, cap
     assert it.requests.count("describe") == 2
     it.requests.clear()
     it.confirmed(site)
-    assert it.requests == ["describe"]  # it is known now
+    assert it.asked == ["describe"]  # it is known now
 
 
 def test_a_bundle_whose_members_are_all_exact_is_the_same_bundle(direct, cell):

@@ -85,7 +85,7 @@ def test_tensors_of_all_kinds(make, fabrics, direct, cell):
         tensor[...] = 0  # the receiver's own
     assert {name: bytes(to_bytes(t)) for name, t in sent.items()} == {name: b for name, (b, _) in before.items()}
     assert site.find("server").fabric == fabrics[0]
-    assert it.requests == ["describe", "send", "done"]
+    assert it.asked == ["describe", "send", "done"]
     assert it.service.has_served("site-1")
     apart = [t for t in sent.values() if len(to_bytes(t))]
     eventually(lambda: sorted(it.moved) == sorted(("site-1", len(to_bytes(t)), 1) for t in apart), DEADLINE)
@@ -96,7 +96,7 @@ def test_small_tensors_alone_need_no_channel(direct, cell, monkeypatch):
     sent = {"a": torch.ones(3), "b": np.zeros((2, 2))}
     it = direct(sent, ports=None)
     assert_equal(it.pull(cell("site-1", ports=None)), sent)
-    assert it.requests == ["describe", "done"]
+    assert it.asked == ["describe", "done"]
 
 
 def test_many_small_tensors_do_not_swell_the_manifest(direct, cell, monkeypatch):
@@ -133,7 +133,7 @@ def test_without_any_door_both_reasons_are_given(direct, cell):
         it.pull(cell("site-1", ports=None))
     assert "site-1 does not listen for data" in str(caught.value)
     assert "server does not listen for data" in str(caught.value)
-    assert it.requests == ["describe"]
+    assert it.asked == ["describe"]
 
 
 def test_three_receivers_at_once(direct, cell):
@@ -177,7 +177,7 @@ def test_a_channel_that_its_dialler_saw_open_first_is_waited_for(dialler, direct
     monkeypatch.setattr(Link, "open", slow)
     monkeypatch.setattr(passive, "await_open", asked)
     assert_equal(it.pull(site), sent)
-    assert it.requests == ["describe", "send", "done"]
+    assert it.asked == ["describe", "send", "done"]
 
 
 @pytest.mark.parametrize("blind", ["receiver", "sender"])
@@ -259,7 +259,7 @@ def test_a_sender_sees_for_itself_what_has_arrived(direct, cell):
     it, site = direct(sent), cell("site-1")
     assert not it.service.has_served("site-1")
     assert_equal(it.confirmed(site), sent)
-    assert it.requests == ["describe", "send"]
+    assert it.asked == ["describe", "send"]
     assert it.service.has_served("site-1")
     assert len(it.moved) == 201
     it.ask("site-1")({"do": "describe"})
@@ -279,7 +279,7 @@ def test_a_sender_that_can_not_see_it_is_told(direct, cell):
             eventually(lambda: site.find("server") is None, DEADLINE)
 
     assert_equal(it.confirmed(site, progress=break_it), large(200))
-    assert it.requests == ["describe", "send", "done"]
+    assert it.asked == ["describe", "send", "done"]
     assert it.service.has_served("site-2")
 
 

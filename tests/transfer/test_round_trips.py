@@ -55,7 +55,7 @@ def said(link, into: list[str]) -> None:
 def test_over_an_open_link_one_request_brings_everything(count, joined):
     it, site = joined(large(count))
     assert_equal(it.confirmed(site), large(count))
-    assert it.requests == ["describe"]
+    assert it.asked == ["describe"]
     assert it.service.has_served("site-1")
     eventually(lambda: len(it.moved) == count, DEADLINE)
     assert not it.senders
@@ -84,17 +84,17 @@ def test_offers_that_come_before_the_description_wait_and_nothing_is_granted(joi
         return answer
 
     assert_equal(it.confirmed(site, late), large(100))
-    assert it.requests == ["describe"]
+    assert it.asked == ["describe"]
     assert words[0].startswith("Grant")
 
 
 def test_a_first_transfer_opens_the_link_between_two_requests(direct, cell):
     it, site = direct(large(2)), cell("site-1")
     assert_equal(it.confirmed(site), large(2))
-    assert it.requests == ["describe", "send"]
+    assert it.asked == ["describe", "send"]
     it.requests.clear()
     assert_equal(it.confirmed(site), large(2))
-    assert it.requests == ["describe"]
+    assert it.asked == ["describe"]
 
 
 def test_nothing_is_sent_into_a_link_that_only_the_sender_has_still(direct, cell):
@@ -110,7 +110,7 @@ def test_nothing_is_sent_into_a_link_that_only_the_sender_has_still(direct, cell
         return told[-1]
 
     assert_equal(it.confirmed(site, ask), large(2))
-    assert it.requests == ["describe", "send"]
+    assert it.asked == ["describe", "send"]
     assert told[0]["channel"] is True  # as far as the sender knows
     assert "sending" not in told[0]
     assert it.channels.find("site-1") is not stale
@@ -129,7 +129,7 @@ def test_a_peer_of_the_last_release_asks_and_answers_as_it_did(old, joined):
     got = it.confirmed(site, answer)
     assert_equal({name: got[name] for name in large(3)}, large(3))
     assert bytes(to_flat(got["small"])) == bytes(to_flat(torch.ones(3000)))
-    assert it.requests == ["describe", "send"]
+    assert it.asked == ["describe", "send"]
     described = ask({"do": "describe", "channel": True})
     assert {"sending", "sees"}.isdisjoint(described)
     assert [item.cut for item in manifest.unpack(described["manifest"])] == [None] * 4
@@ -151,7 +151,7 @@ def test_an_answer_that_was_lost_is_given_again_and_what_it_began_goes_on(joined
     assert_equal(it.confirmed(site, twice), large(100))
     assert answers[0] == answers[1]
     assert answers[0]["sending"] == 100
-    assert it.requests == ["describe"] * 2
+    assert it.asked == ["describe"] * 2
     assert it.service.has_served("site-1")
 
 
@@ -184,7 +184,7 @@ def test_a_receiver_that_does_not_want_what_is_described_refuses_what_was_offere
 
     with pytest.raises({"no memory": MemoryError, "wrong": ProtocolError, "lost": TransferError}[how]):
         it.confirmed(site, answer, land=no_memory if how == "no memory" else new)
-    assert it.requests == ["describe", "give up"]
+    assert it.asked == ["describe", "give up"]
     assert not it.service.has_served("site-1")
     eventually(lambda: not it.senders and site.find("server").idle, DEADLINE)
     assert not site.expected
@@ -195,7 +195,7 @@ def test_a_refusal_needs_no_giving_up(joined):
     it, site = joined({"x": np.array([None])})
     with pytest.raises(TransferError, match="the peer refused"):
         it.confirmed(site)
-    assert it.requests == ["describe"]
+    assert it.asked == ["describe"]
 
 
 # -- what is small -----------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_what_is_small_together_is_in_the_description_and_takes_one_request(smal
     it = small(sent, ports=None)
     assert not it.service.has_served("site-1")
     assert_equal(it.confirmed(cell("site-1", ports=None)), sent)
-    assert it.requests == ["describe"]
+    assert it.asked == ["describe"]
     assert it.service.has_served("site-1")
     it.ask("site-1")({"do": "give up"})
     assert not it.service.has_served("site-1")
@@ -224,7 +224,7 @@ def test_what_is_a_little_more_is_not(small, cell):
     sent = {f"a{i}": torch.randn(8, 1000) for i in range(9)}
     it = small(sent)
     assert_equal(it.confirmed(cell("site-1")), sent)
-    assert it.requests == ["describe", "send"]
+    assert it.asked == ["describe", "send"]
 
 
 def test_a_receiver_that_falls_back_is_not_taken_for_served(small, cell):
@@ -235,7 +235,7 @@ def test_a_receiver_that_falls_back_is_not_taken_for_served(small, cell):
 
     with pytest.raises(MemoryError):
         it.confirmed(cell("site-1"), land=no_memory)
-    assert it.requests == ["describe", "give up"]
+    assert it.asked == ["describe", "give up"]
     assert not it.service.has_served("site-1")
 
 
@@ -247,7 +247,7 @@ def test_the_content_of_a_description_is_encoded_as_it_would_travel(small, cell)
     plain = {"much": torch.randn(500, 800), "few": torch.randn(40, 50), "tiny": torch.randn(1)}
     it = small(in_few_bits(plain), ports=None)
     got = it.confirmed(cell("site-1", ports=None))
-    assert it.requests == ["describe"]
+    assert it.asked == ["describe"]
     for name in ("much", "few"):
         assert np.array_equal(to_flat(got[name]), as_encoded(plain[name], "normfloat4"))
         assert was_decoded(got[name])
@@ -271,7 +271,7 @@ def test_content_that_its_codec_can_not_carry_is_exact(small, cell, caplog):
     bad = torch.tensor([float("nan")] * 3000)
     it = small({"bad": marked(bad, get_codec("int8")), "good": marked(torch.ones(3000), get_codec("int8"))}, ports=None)
     got = it.confirmed(cell("site-1", ports=None))
-    assert it.requests == ["describe"]
+    assert it.asked == ["describe"]
     assert bytes(to_flat(got["bad"])) == bytes(to_flat(bad))
     assert was_decoded(got["good"])
     assert not was_decoded(got["bad"])
@@ -365,7 +365,7 @@ def test_a_wrong_number_of_what_is_being_sent_is_no_number(sending, joined):
         return ask(request) | ({"sending": sending} if request["do"] == "describe" else {})
 
     assert_equal(it.confirmed(site, answer), large(3))
-    assert it.requests == ["describe", "send"]
+    assert it.asked == ["describe", "send"]
 
 
 @pytest.mark.parametrize("first", [0, -1, True, "1", 1 << 63, [1], {"a": 1}], ids=str)
