@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nvflare_rdma.cli.peer_kit import this_side
 from tests.support.configuration import read_anew
 from tests.support.kits import CERT, SIGNATURE, WORKSPACE, poc, provision, static_file
 
@@ -40,3 +41,10 @@ def kits(workspace):
 def provisioned(made, tmp_path):
     """Kits as they come, with scheme http and without a resources.json."""
     return Path(shutil.copytree(made / "provisioned/project/prod_00", tmp_path / "provisioned"))
+
+
+@pytest.fixture
+def side(monkeypatch):
+    """This side of a check, over tcp, without a kit."""
+    monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "tcp")
+    return this_side(None)

@@ -28,6 +28,7 @@ from nvflare_rdma.fabric import connect_tcp
 from nvflare_rdma.version import __version__
 from tests.support import namespaces
 from tests.support.certificates import Authority
+from tests.support.commands import error_of, told
 from tests.support.kits import change
 from tests.support.processes import SMALL, environment
 from tests.support.waiting import PATIENCE, eventually
@@ -83,8 +84,7 @@ def listener(*options: str, program: tuple[str, str] = CLI, **extra: str) -> Ite
 
 def check(capsys, *options) -> tuple[int, dict]:
     """What `doctor` says to a program."""
-    code = main(["doctor", *(str(each) for each in options), "--format", "json"])
-    return code, json.loads(capsys.readouterr().out)
+    return told(capsys, "doctor", *options)
 
 
 def certify(kit: Path, authority: Authority, **how) -> None:
@@ -169,7 +169,7 @@ def test_without_a_kit_both_sides_say_that_nobody_is_known(capsys):
 def test_two_sides_without_a_fabric_in_common(capsys, monkeypatch):
     with listener("0", NVFLARE_RDMA_FABRICS="tcp") as there:
         monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "shm")
-        code, message = error_of(capsys, "--peer", f"127.0.0.1:{there.port}")
+        code, message = error_of(*check(capsys, "--peer", f"127.0.0.1:{there.port}"))
     assert (code, "no fabric that both sides allow" in message) == ("NO_FABRIC", True)
 
 
@@ -196,14 +196,6 @@ def test_addresses():
 # -- what is wrong -----------------------------------------------------------------------------------------
 
 
-def error_of(capsys, *options) -> tuple[str, str]:
-    code, answer = check(capsys, *options)
-    assert (code, answer["status"]) == (1, "error")
-    assert answer["hint"]
-    assert "\n" not in answer["message"]
-    return answer["error_code"], answer["message"]
-
-
 @pytest.mark.parametrize(
     ("option", "address"),
     [
@@ -214,14 +206,14 @@ def error_of(capsys, *options) -> tuple[str, str]:
 )
 def test_what_is_no_address(capsys, option, address):
     others = ["--listen=0"] if option == "--timeout" else []
-    code, message = error_of(capsys, f"{option}={address}", *others)
+    code, message = error_of(*check(capsys, f"{option}={address}", *others))
     assert (code, option in message) == ("INVALID_INPUT", True)
 
 
 def test_a_port_in_use_is_told_with_who_has_it(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        code, message = error_of(capsys, "--listen", f"127.0.0.1:{port}")
+        code, message = error_of(*check(capsys, "--listen", f"127.0.0.1:{port}"))
     assert code == "PORT_IN_USE"
     assert re.match(rf"port {port} is in use by \S.* \(process \d+\), so nothing can listen", message)
 
@@ -229,13 +221,13 @@ def test_a_port_in_use_is_told_with_who_has_it(capsys):
 def test_nobody_listens(capsys):
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
-    code, message = error_of(capsys, "--peer", f"127.0.0.1:{port}")
+    code, message = error_of(*check(capsys, "--peer", f"127.0.0.1:{port}"))
     assert (code, message.startswith(f"127.0.0.1:{port} refuses the connection")) == ("REFUSED", True)
 
 
 def test_a_name_that_nobody_has(capsys):
     name = "x" * 64  # no name server is asked for it
-    code, message = error_of(capsys, "--peer", f"{name}:8004")
+    code, message = error_of(*check(capsys, "--peer", f"{name}:8004"))
     assert (code, f"the name '{name}' is unknown here" in message) == ("NAME_UNKNOWN", True)
 
 
@@ -251,25 +243,25 @@ def test_something_else_listens(provisioned, capsys, secure):
 
         threading.Thread(target=answer, daemon=True).start()
         kit = ["--kit", provisioned / "site-1"] if secure else []
-        code, message = error_of(capsys, "--peer", f"127.0.0.1:{other.getsockname()[1]}", *kit)
+        code, message = error_of(*check(capsys, "--peer", f"127.0.0.1:{other.getsockname()[1]}", *kit))
     assert (code, "is reached" in message or "protocol" in message) == ("TLS_FAILED" if secure else "NOT_A_PEER", True)
 
 
 def test_one_side_with_a_kit_and_the_other_without(provisioned, capsys):
     with listener("127.0.0.1:0", "--kit", str(provisioned / "server")) as there:
-        code, message = error_of(capsys, "--peer", f"127.0.0.1:{there.port}")
+        code, message = error_of(*check(capsys, "--peer", f"127.0.0.1:{there.port}"))
         assert (code, "no link opens" in message) == ("NOT_A_PEER", True)
         there.end()
         assert any("it does not speak TLS, which this listener requires" in line for line in there.lines)
     with listener("0") as there:
-        code, message = error_of(capsys, "--peer", f"127.0.0.1:{there.port}", "--kit", provisioned / "site-1")
+        code, message = error_of(*check(capsys, "--peer", f"127.0.0.1:{there.port}", "--kit", provisioned / "site-1"))
         assert (code, "the connection ends before anything is agreed" in message) == ("NOT_A_PEER", True)
 
 
 def test_a_certificate_of_another_project_is_refused_on_both_sides(provisioned, tmp_path, capsys):
     certify(provisioned / "site-1", Authority(tmp_path / "other", "other"))
     with listener("127.0.0.1:0", "--kit", str(provisioned / "server")) as there:
-        code, message = error_of(capsys, "--peer", f"127.0.0.1:{there.port}", "--kit", provisioned / "site-1")
+        code, message = error_of(*check(capsys, "--peer", f"127.0.0.1:{there.port}", "--kit", provisioned / "site-1"))
         assert code == "TLS_FAILED"
         assert "the server's certificate is not trusted here" in message
         assert "must come from the same provisioning" in message
@@ -287,7 +279,7 @@ def test_an_own_certificate_of_another_time_is_told_before_anything_is_tried(
 ):
     kit = provisioned / "site-1"
     certify(kit, Authority(tmp_path / "pki"), age=age)
-    found, message = error_of(capsys, *option, "--kit", kit)
+    found, message = error_of(*check(capsys, *option, "--kit", kit))
     assert (found, f"{kit}/startup/client.crt, the certificate of 'site-1'," in message) == (code, True)
     assert says in message
 
@@ -308,12 +300,12 @@ def test_an_own_certificate_of_another_time_is_told_before_anything_is_tried(
 def test_a_kit_that_cannot_be_used(provisioned, capsys, spoil, code):
     kit = provisioned / "site-1"
     spoil(kit)
-    found, message = error_of(capsys, "--peer", "127.0.0.1:8004", "--kit", kit)
+    found, message = error_of(*check(capsys, "--peer", "127.0.0.1:8004", "--kit", kit))
     assert (found, str(kit) in message or "rdma_rails" in message or "comm_config" in message) == (code, True)
 
 
 def test_several_kits_are_not_one(provisioned, capsys):
-    code, message = error_of(capsys, "--listen", "0", "--kit", provisioned)
+    code, message = error_of(*check(capsys, "--listen", "0", "--kit", provisioned))
     assert (code, "several kits: " in message) == ("NO_KIT", True)
 
 

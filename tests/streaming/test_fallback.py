@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from nvflare_rdma.codecs import get_codec
@@ -16,18 +15,10 @@ from nvflare_rdma.transfer.manifest import INLINE_BYTES, SMALL_TOTAL
 from nvflare_rdma.transfer.receiver import Pull
 from nvflare_rdma.transfer.records import Meter
 from nvflare_rdma.transfer.sinks import TensorDestination
-from tests.support.data_channels import ANY_PORT, shared
+from tests.support.data_channels import ANY_PORT
 from tests.support.direct_transfers import large, new
 from tests.support.tcp_pair import DEADLINE
 from tests.support.waiting import eventually
-
-
-@pytest.fixture
-def records():
-    found = []
-    unsubscribe = shared.ledger.subscribe(found.append)
-    yield found
-    unsubscribe()
 
 
 def pull(it, site, progress=lambda done: None) -> None:

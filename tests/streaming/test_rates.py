@@ -20,14 +20,6 @@ def rates():
     made.stop()
 
 
-@pytest.fixture
-def records():
-    found = []
-    unsubscribe = shared.ledger.subscribe(found.append)
-    yield found
-    unsubscribe()
-
-
 def sent(records):
     return eventually(lambda: [each for each in records if each.direction == "sent"], DEADLINE)
 

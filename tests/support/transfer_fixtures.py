@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from nvflare_rdma.transfer import content, manifest
-from tests.support.data_channels import cells
+from tests.support.data_channels import cells, shared
 from tests.support.direct_transfers import Direct
 from tests.support.file_transfers import Files
 from tests.support.tcp_pair import DEADLINE
@@ -51,3 +51,12 @@ def files(cell, tmp_path):
     for it in made:
         it.service.close()
     eventually(lambda: not any(thread.name == "rdma-offers" for thread in threading.enumerate()), DEADLINE)
+
+
+@pytest.fixture
+def records():
+    """The records of all transfers, as they end."""
+    found = []
+    unsubscribe = shared.ledger.subscribe(found.append)
+    yield found
+    unsubscribe()

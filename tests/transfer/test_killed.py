@@ -46,14 +46,6 @@ def peer(tmp_path):
         process.stdout.close()
 
 
-@pytest.fixture
-def records():
-    found = []
-    unsubscribe = shared.ledger.subscribe(found.append)
-    yield found
-    unsubscribe()
-
-
 def lines(caplog, text):
     return [record.getMessage() for record in caplog.records if text in record.getMessage()]
 

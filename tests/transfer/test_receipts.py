@@ -20,21 +20,12 @@ from nvflare_rdma.transfer.encoding import EncodedChunkCache
 from nvflare_rdma.transfer.places import in_memory
 from nvflare_rdma.transfer.receipt import Receipt
 from nvflare_rdma.transfer.sender import Relayed
-from tests.support.data_channels import shared
 from tests.support.direct_transfers import new_memory
 from tests.support.encoded import as_encoded
 from tests.support.tcp_pair import DEADLINE, in_parallel
 from tests.support.waiting import eventually
 
 NF4 = get_codec("normfloat4")
-
-
-@pytest.fixture
-def records():
-    found = []
-    unsubscribe = shared.ledger.subscribe(found.append)
-    yield found
-    unsubscribe()
 
 
 def weights(n=300_000, seed=1) -> torch.Tensor:

@@ -25,7 +25,6 @@ from nvflare_rdma.transfer.files.transfer import pull_file
 from nvflare_rdma.transfer.pieces import PIECE_VALUES, PieceLayout
 from nvflare_rdma.transfer.receiver import AbortedError
 from nvflare_rdma.transfer.records import Meter
-from tests.support.data_channels import shared
 from tests.support.file_transfers import as_received
 from tests.support.tcp_pair import DEADLINE, in_parallel
 from tests.support.waiting import eventually
@@ -136,14 +135,6 @@ def test_a_file_goes_in_a_codec_that_can_not_carry_the_sample_alone(encoded, cel
 
 
 # -- what is signed off -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def records():
-    found = []
-    unsubscribe = shared.ledger.subscribe(found.append)
-    yield found
-    unsubscribe()
 
 
 def sent(records, count=1):
