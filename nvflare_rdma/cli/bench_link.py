@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,8 +94,8 @@ class BenchExchange(Exchange):
     run: object | None = None
     """The one that it has joined, which may be over."""
 
-    def let_in(self) -> None:
-        """It has joined a run, and waits no more. Whoever serves it may replace this."""
+    waits: ExitStack | None = None
+    """At a listener: holds its place among the links that have joined no run yet."""
 
     def progress(self) -> tuple[int, ...]:
         """Other numbers than before if something was asked, or bytes came or went."""

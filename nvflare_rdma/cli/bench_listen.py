@@ -103,7 +103,7 @@ class BenchListening(Listening):
         """See `Listening._attend`. A link waits until it has joined the present run, so others can't take its places;
         one that does not join, or is told that it can't, is not there for long."""
         assert isinstance(exchange, BenchExchange)
-        exchange.let_in = waits.close  # type: ignore[method-assign]
+        exchange.waits = waits
         link = exchange.link
         silent = threading.Timer(_JOIN_SECONDS, lambda: None if exchange.run is not None else link.close(0.0))
         silent.daemon = True
@@ -140,7 +140,8 @@ class BenchListening(Listening):
                     return f"this run has {_MOST_MEMBERS} links already, which is the most"
                 run.members.add(exchange)
                 exchange.run, exchange.room = run, run.room
-                exchange.let_in()
+                if exchange.waits is not None:
+                    exchange.waits.close()
         return ""
 
     def is_member(self, exchange: BenchExchange) -> bool:
