@@ -66,8 +66,8 @@ def test_an_upgraded_server_has_upgraded_sites_and_old_ones(mixed):
     assert mixed.spoken(SERVER, mixed.star.address(OLD)) == [f"{FLARES} as it does not offer {ALPN} in TLS"]
     assert mixed.spoken(UPGRADED, mixed.star.address(SERVER)) == [f"{OURS} as it takes {ALPN} in TLS"]
     assert "nvflare_rdma" not in mixed.federation.console(OLD)
-    assert "server joins the direct links of all its jobs at FLARE's own port" in mixed.federation.console(SERVER)
     job = mixed.run()
+    assert "server joins the direct links of all its jobs at FLARE's own port" in mixed.federation.console(SERVER)
     # The job's process and its parent are on one host.
     assert "data goes over shm" in mixed.federation.log(UPGRADED, job)
     for name in SITES:  # whatever FLARE's frames travel over
