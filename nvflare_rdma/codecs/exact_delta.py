@@ -1,47 +1,44 @@
-"""Exact, as the difference from values that the receiver has: integers, in planes of bytes, compressed with zstd."""
+"""Exact, as the difference from values that the receiver has: integers, in planes of bytes, in Huffman's code."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from nvflare_rdma.codecs.base import Array, Bytes, Parts
+from nvflare_rdma.codecs.every_bit import KINDS, EveryBitCodec
 from nvflare_rdma.codecs.runs import TILE, own_output_runs, own_runs, scratch
-from nvflare_rdma.codecs.zstd_planes import LENGTH, LENGTH_NBYTES, PlaneCodec, plane_memory
 from nvflare_rdma.errors import CodecError
 
 _WORDS: dict[int, Any] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 _HEADER = np.dtype([("kind", "<u4"), ("digest", "<u8")])
-_FEW = 100  # at most one value in so many has changed: places and differences are written
-_DENSE = 0xFFFFFFFF  # in place of the number of changed values
-_ZEROS = 0x80  # a bit for each plane: it is all zeros and not there
+_VERSION = 0x200  # is added to the kind, for 0.2.0 wrote differences in another way, and the kind alone
+_RUN_NBYTES = 24  # that a run may take besides the bytes of its values
 
 
-class ExactDelta(PlaneCodec):
+class ExactDelta(EveryBitCodec):
     """Carries every bit of the values, NaN's too, as the difference from values that both sides hold (the *base*).
 
     The difference is that of two integers that are ordered as the numbers are, so a value that training has moved by
-    a little has a small one. Differences are split into planes (all their lowest bytes, all their second bytes, ...),
-    and each plane of each 65536 values is compressed with zstd on its own, or stored as it is if that doesn't make it
-    smaller; planes of zeros take no bytes. Where at most one value in a hundred has changed, the places and differences
-    of those are written instead. Integers only: nothing is rounded.
+    a little has a small one. Of each 65536 differences, the low bits of which nothing is known are written as they
+    are, and what is above them in Huffman's code, a byte for each. Where many values have not changed, it is written
+    which have, and the differences of those. Integers only: nothing is rounded.
 
     The header has a digest (xxh3, 64 bits) of the values, and decoding compares it: a base other than the sender's is
     found out as damaged bytes are. Without a base, the values are those by which zeros differ from them, and take what
     they take with `lossless`.
 
     Parts: `header`: which type the values have (uint32), and the digest (uint64); `runs`, bytes: for each 65536 values
-    how many of them have changed (uint32) and their planes. The size is known only after encoding and at most 4
-    bytes per value, plus 12, and 24 for each 65536 values. Values decode to their own type only.
+    what `kernels/difference_runs.py` says. The size is known only after encoding and at most 4 bytes per value, plus
+    12, and 24 for each 65536 values. Values decode to their own type only.
     """
 
     name = "exact_delta"
 
     def encoded_nbytes(self, n: int) -> int:
-        """Return the most that `n` values can take: all planes stored as they are, with their lengths."""
-        return _HEADER.itemsize + 4 * n + 6 * LENGTH_NBYTES * -(-n // TILE)
+        """Return the most that `n` values can take: all bits stored as they are."""
+        return _HEADER.itemsize + 4 * n + _RUN_NBYTES * -(-n // TILE)
 
     def parts(self, encoded: Any, n: int) -> dict[str, Array]:
         """Return the header and the runs as views of `encoded`; see `Codec.parts`."""
@@ -98,60 +95,35 @@ class ExactDelta(PlaneCodec):
     def _encode_difference(self, src: Array, base: Array | None, out: Bytes) -> int:
         import xxhash
 
-        from nvflare_rdma.codecs.kernels import differences as kernels
+        from nvflare_rdma.codecs.kernels import difference_runs, differences
 
         digest, used = xxhash.xxh3_64(), _HEADER.itemsize
         word = _WORDS[src.itemsize]
-        subtract = kernels.subtract32 if word.itemsize == 4 else kernels.subtract16
+        subtract = differences.subtract32 if word.itemsize == 4 else differences.subtract16
         for start, values in own_runs(src, TILE):
             run = values.view(word)
-            digest.update(run.data.cast("B"))
-            coded = scratch("differences", word, run.size)
+            coded, *memory = _memory(run.size)
             changed = subtract(run, _base_run(base, word, start, run.size), coded)
-            used = self._write_run(coded, changed, out, used)
-        out[: _HEADER.itemsize].view(_HEADER)[0] = self._kind(src), digest.intdigest()
-        return used
-
-    def _write_run(self, coded: Array, changed: int, out: Bytes, used: int) -> int:
-        """Write how many of the differences are not 0, and those; return where the next run begins."""
-        from nvflare_rdma.codecs.kernels import differences as kernels
-
-        few = changed * _FEW <= coded.size
-        used += LENGTH_NBYTES
-        out[used - LENGTH_NBYTES : used].view(LENGTH)[0] = changed if few else _DENSE
-        if not few:
-            return self._write_planes(coded, out, used)
-        if changed:
-            gaps, found = scratch("gaps", np.uint16, changed), scratch("found", coded.dtype, changed)
-            kernels.gather(coded, gaps, found)
-            used = self._write_planes(found, out, self._write_planes(gaps, out, used))
-        return used
-
-    def _write_planes(self, words: Array, out: Bytes, used: int) -> int:
-        from nvflare_rdma.codecs.kernels import differences as kernels
-
-        coder, flags = self._coder(), used
-        out[flags], used = 0, used + 1
-        for k, plane in enumerate(_split(words)):
-            if kernels.is_zero(plane):
-                out[flags] |= _ZEROS >> k
-            else:
-                used = coder.write(plane, out, used)
-        return used
+            digest.update(run.data.cast("B"))
+            used = difference_runs.write_run(coded, 8 * word.itemsize, changed, out, used, *memory)
+        out[: _HEADER.itemsize].view(_HEADER)[0] = _VERSION + self._kind(src), digest.intdigest()
+        return int(used)
 
     def _decode_difference(self, parts: Parts, base: Array | None, out: Array) -> None:
         import xxhash
 
-        from nvflare_rdma.codecs.kernels import differences as kernels
+        from nvflare_rdma.codecs.kernels import difference_runs, differences
 
-        self._check_kind(int(parts["header"]["kind"][0]), out)
+        self._check_kind(self._kind_of(int(parts["header"]["kind"][0])), out)
         digest, encoded, used = xxhash.xxh3_64(), parts["runs"], 0
         word = _WORDS[out.itemsize]
-        add = kernels.add32 if word.itemsize == 4 else kernels.add16
+        add = differences.add32 if word.itemsize == 4 else differences.add16
         for start, values in own_output_runs(out, TILE):
             run = values.view(word)
-            coded = scratch("differences", word, run.size)
-            used = self._read_run(encoded, used, coded)
+            coded, *memory = _memory(run.size)
+            used = difference_runs.read_run(encoded, used, 8 * word.itemsize, coded, *memory)
+            if used < 0:
+                raise CodecError(f"{self.name}: the encoded bytes end too early, or are damaged")
             add(coded, _base_run(base, word, start, run.size), run)
             digest.update(run.data.cast("B"))
         self._check_end(encoded, used)
@@ -161,57 +133,20 @@ class ExactDelta(PlaneCodec):
                 "from another base"
             )
 
-    def _read_run(self, encoded: Bytes, used: int, coded: Array) -> int:
-        """Fill in the differences that begin at `used`; return where the next run begins."""
-        from nvflare_rdma.codecs.kernels import differences as kernels
-
-        used += LENGTH_NBYTES
-        if used > encoded.size:
-            raise CodecError(f"{self.name}: the encoded bytes end too early")
-        changed = int(encoded[used - LENGTH_NBYTES : used].view(LENGTH)[0])
-        if changed == _DENSE:
-            return self._read_planes(encoded, used, coded)
-        if changed * _FEW > coded.size:
-            raise CodecError(f"{self.name}: damaged: {changed} of {coded.size} values are said to be few")
-        gaps, found = scratch("gaps", np.uint16, changed), scratch("found", coded.dtype, changed)
-        if changed:
-            used = self._read_planes(encoded, self._read_planes(encoded, used, gaps), found)
-        if not kernels.scatter(gaps, found, coded):
-            raise CodecError(f"{self.name}: damaged: a changed value lies beyond the last one")
-        return used
-
-    def _read_planes(self, encoded: Bytes, used: int, words: Array) -> int:
-        from nvflare_rdma.codecs.kernels import differences as kernels
-
-        if used >= encoded.size:
-            raise CodecError(f"{self.name}: the encoded bytes end too early")
-        flags, used = int(encoded[used]), used + 1
-        planes = plane_memory(words)
-        for k, plane in enumerate(planes):
-            if flags & (_ZEROS >> k):
-                plane[:] = 0
-            else:
-                used = self._coder().read(encoded, used, plane)
-        kernels.merge(planes.reshape(-1), words)
-        return used
-
-    def _zstd_options(self) -> dict[str, Any]:
-        from zstandard import STRATEGY_FAST, ZstdCompressionParameters
-
-        # Differences have hardly a repetition: a short search for long ones takes the least time, and leaves the most
-        # to the entropy coder.
-        parameters = ZstdCompressionParameters(
-            strategy=STRATEGY_FAST, window_log=16, hash_log=6, min_match=7, chain_log=6, search_log=1
-        )
-        return {"compression_params": parameters}
+    def _kind_of(self, number: int) -> int:
+        """Return the kind that a header's number tells of."""
+        if number < len(KINDS):
+            raise CodecError(
+                f"{self.name}: the bytes are from nvflare-rdma 0.2.0, which wrote differences in another way; install "
+                "the same release at both ends"
+            )
+        return number - _VERSION if number >= _VERSION else number
 
 
-def _split(words: Array) -> Iterator[Bytes]:
-    from nvflare_rdma.codecs.kernels import differences as kernels
-
-    planes = plane_memory(words)
-    kernels.split(words, planes.reshape(-1))
-    yield from planes
+def _memory(n: int) -> tuple[Array, Array, Bytes]:
+    """Return scratch memory for `n` differences, and what it takes to write and to read them."""
+    planes = scratch("differences' planes", np.uint64, TILE).view(np.uint8)
+    return scratch("differences", np.uint32, n), scratch("found", np.uint32, n), planes
 
 
 def _base_run(base: Array | None, word: Any, start: int, n: int) -> Array:

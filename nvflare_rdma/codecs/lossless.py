@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 
 from nvflare_rdma.codecs.base import Array, Bytes, Parts
+from nvflare_rdma.codecs.every_bit import EveryBitCodec
 from nvflare_rdma.codecs.runs import TILE, own_output_runs, own_runs
-from nvflare_rdma.codecs.zstd_planes import LENGTH, LENGTH_NBYTES, PlaneCodec, plane_memory
+from nvflare_rdma.codecs.zstd_planes import LENGTH, LENGTH_NBYTES, PlaneCoder, plane_memory
 from nvflare_rdma.errors import CodecError
 
 _LEVEL = 1  # higher levels search for repetitions, which weights don't have
 
 
-class Lossless(PlaneCodec):
+class Lossless(EveryBitCodec):
     """Carries every bit of the values, NaN's too, in fewer bytes where they have a pattern.
 
     Numbers are split into planes (all their first bytes, all their second bytes, ...) after a rotation that makes
@@ -29,6 +30,9 @@ class Lossless(PlaneCodec):
     """
 
     name = "lossless"
+
+    def __init__(self) -> None:
+        self._planes: PlaneCoder | None = None
 
     def encoded_nbytes(self, n: int) -> int:
         """Return the most that `n` values can take: all planes stored as they are, with their lengths."""
@@ -72,5 +76,8 @@ class Lossless(PlaneCodec):
                 kernels.merge16(planes.reshape(-1), run.view(np.uint16))
         self._check_end(encoded, used)
 
-    def _zstd_options(self) -> dict[str, Any]:
-        return {"level": _LEVEL}
+    def _coder(self) -> PlaneCoder:
+        # Made here and not with the codec, so that zstandard is imported only when it is used.
+        if self._planes is None:
+            self._planes = PlaneCoder(self.name, level=_LEVEL)
+        return self._planes

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvflare_rdma.codecs import get_codec
+from nvflare_rdma.codecs.kernels.difference_runs import ALL, GAPS, PLACES, SAME
 from nvflare_rdma.codecs.runs import TILE
 from nvflare_rdma.errors import CodecError
 
@@ -82,14 +83,14 @@ def steps(n=1 << 20, bfloat16=False):
 
 def test_sizes_of_small_steps():
     x, y = steps()
-    assert assert_arrives(y, x) < 0.54 * y.nbytes
+    assert assert_arrives(y, x) < 0.52 * y.nbytes
     assert encode(y)[1].size > 0.80 * y.nbytes
     x, y = steps(bfloat16=True)
-    assert assert_arrives(y, x) < 0.13 * y.nbytes
+    assert assert_arrives(y, x) < 0.085 * y.nbytes
     x, y = steps()
     y = np.where(np.arange(y.size) % 128, x, y)  # less than 1 % has changed
     assert assert_arrives(y, x) < 0.03 * y.nbytes
-    assert assert_arrives(x, x) == 12 + 4 * (x.size // TILE)
+    assert assert_arrives(x, x) == 12 + x.size // TILE
 
 
 def test_strided_values_and_any_threads_of_one_base():
@@ -152,32 +153,118 @@ def test_damaged_bytes_are_refused_always(share):
             assert out.tobytes() == y.tobytes(), "the digest has not found it out"
 
 
-def test_bombs_are_refused_before_anything_is_unpacked():
-    import zstandard
-
-    bomb = np.frombuffer(zstandard.ZstdCompressor().compress(bytes(1 << 30)), np.uint8)
-    length = np.array([bomb.size], "<u4").view(np.uint8)
-    dense = np.concatenate([np.zeros(12, np.uint8), np.full(4, 0xFF, np.uint8), np.zeros(1, np.uint8), length, bomb])
-    few = dense.copy()
-    few[12:16] = np.array([600], "<u4").view(np.uint8)
-    codec, out = get_codec("exact_delta"), np.empty(TILE, np.float32)
-    for encoded in (dense, few):
-        with pytest.raises(CodecError, match="another size"):
+def test_what_is_too_much_is_refused_before_it_is_read():
+    """No number in the bytes is believed: not of values, of bits, of those that have more, nor of a stream's bytes."""
+    codec, out, header = get_codec("exact_delta"), np.empty(TILE, np.float32), np.zeros(12, np.uint8)
+    header[1] = 2
+    for run in (
+        [GAPS, *number(TILE), 0, 0, 1, 0, 1, 0, 1],
+        [GAPS, *number(TILE // 20 + 1), 0, 0, 1, 0, 1, 0, 1],
+        [GAPS, *number(0), 0, 0, 1, 0, 1],
+        [PLACES, *number(TILE + 1), 0, 0, 255, 0, 1, *number(0)],
+        [PLACES, *number(0xFFFFFFFF), 0, 0, 255, 0, 1, *number(0)],
+        [PLACES, *number(TILE - 1), 0, 0, 255, 0, 1, *number(0)],
+        [ALL, 28, 0, 1],
+        [ALL, 6, 0, 1, *number(0)],
+        [ALL, 0, 0, 255, *number(TILE), 0, 1, 0, 1, 0, 1, 0, 1],
+        [ALL, 0, 0, 255, *number(0)],
+        [ALL, 0, 0, 1, *number(1), 0, 1, 0, 1, 0, 1, 0, 1],
+        [ALL, 0, 1, 1, 2, 3],
+        [ALL, 0, 2, 1, 0x11, *[0xFF] * 8, *[0] * 99],
+        [ALL, 0, 2, 255, *[0x11] * 128, *[1, 0] * 4, *[0] * 99],
+        [ALL, 0, 2, 1, 0xFF, *[1, 0] * 4, *[0] * 99],
+        [ALL, 0, 7, 1],
+        [9, 0, 0, 1],
+    ):
+        encoded = np.concatenate([header, np.array(run, np.uint8)])
+        with pytest.raises(CodecError, match="end too early, or are damaged"):
             codec.decode_into(encoded, out)
-    few[12:16] = np.array([TILE], "<u4").view(np.uint8)
-    with pytest.raises(CodecError, match="said to be few"):
-        codec.decode_into(few, out)
+
+
+def number(n):
+    return np.array([n], "<u4").view(np.uint8).tolist()
 
 
 def test_changed_values_beyond_the_last_one_are_refused():
     x = np.zeros(1000, np.float32)
     y = x.copy()
-    y[990:] = 1
+    y[995:] = 1
     codec, encoded = encode(y, x)
-    gaps = encoded[17:].view(np.uint8)
-    found = np.flatnonzero(gaps == (990 & 0xFF))
-    assert found.size
+    assert encoded[12] == GAPS
+    gaps = np.flatnonzero(encoded == (995 & 0xFF))
     damaged = encoded.copy()
-    damaged[17 + found[0]] = 0xFF
-    with pytest.raises(CodecError, match="exact_delta"):
+    damaged[gaps[0]] += 1
+    with pytest.raises(CodecError, match="end too early, or are damaged"):
         codec.decode_against(damaged, x, y)
+
+
+def test_what_an_older_release_wrote_is_named():
+    x = np.ones(1000, np.float32)
+    codec, encoded = encode(x)
+    encoded = encoded.copy()
+    encoded[1] = 0
+    with pytest.raises(CodecError, match=r"from nvflare-rdma 0\.2\.0.*install the same release"):
+        codec.decode_into(encoded, x)
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    seed=st.integers(0, 2**32),
+    n=st.one_of(st.integers(1, 300), st.integers(2000, 9000), st.sampled_from([TILE - 1, TILE])),
+    dtype=st.sampled_from(DTYPES),
+    share=st.sampled_from([0, 0.005, 0.03, 0.3, 0.54, 0.6, 1]),
+    size=st.integers(0, 31),
+    tail=st.sampled_from([0, 0.001, 0.02, 0.2]),
+    pattern=st.sampled_from([0, 3, 8, 13, 16]),
+)
+def test_differences_of_each_form_and_size_arrive(seed, n, dtype, share, size, tail, pattern):
+    """Differences of about `size` bits, some far larger, some multiples of a power of two, and some zeros."""
+    rng, bits = np.random.default_rng(seed), 8 * np.dtype(dtype).itemsize
+    word = np.dtype(f"u{bits // 8}")
+    steps = (rng.standard_normal(n) * 2.0 ** min(size, bits - 2)).astype(np.int64)
+    steps = np.where(rng.random(n) < tail, rng.integers(-(2**31), 2**31, n), steps) >> pattern << pattern
+    base = bits_of_weights(rng, n, dtype)
+    y = (base.view(word) + np.where(rng.random(n) < share, steps, 0).astype(word)).view(dtype)
+    assert assert_arrives(y, base) <= 12 + y.nbytes + 24
+
+
+def bits_of_weights(rng, n, dtype):
+    x = (rng.standard_normal(n) * 0.02).astype(np.float32)
+    return (x.view(np.uint32) >> 16).astype(np.uint16) if dtype == np.uint16 else x.astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("share", "form"), [(0, SAME), (0.002, GAPS), (0.045, GAPS), (0.06, PLACES), (0.5, PLACES), (0.6, ALL)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forms(dtype, share, form):
+    rng = np.random.default_rng(0)
+    base = bits_of_weights(rng, TILE, dtype)
+    steps = np.zeros(TILE, np.uint16)
+    steps[: int(share * TILE)] = rng.integers(1, 5, int(share * TILE))
+    y = base.copy()
+    y.view(f"u{y.itemsize}")[:] += rng.permutation(steps)
+    _, encoded = encode(y, base)
+    assert encoded[12] == form
+    assert_arrives(y, base)
+    entropy = 0 if not share else -share * np.log2(share / 8) - (1 - share) * np.log2(1 - share)
+    assert encoded.size <= 12 + 300 + 1.1 * entropy * TILE / 8
+
+
+def test_values_of_a_smaller_type_take_no_more_than_in_it():
+    """Low bits that have a pattern are not written as they are."""
+    x = steps(1 << 18)[0]
+    bfloat16 = (x.view(np.uint32) >> 16).astype(np.uint16)
+    widened = (bfloat16.astype(np.uint32) << 16).view(np.float32)
+    taken, own = assert_arrives(widened), assert_arrives(bfloat16)
+    assert taken < own + 2 * 1.01 * x.size / 8  # a sign for each of the two bytes below
+    halves = x.astype(np.float16).astype(np.float32)
+    assert assert_arrives(halves) < 0.57 * halves.nbytes
+
+
+def test_a_change_of_rows_takes_what_the_rows_take():
+    rng = np.random.default_rng(0)
+    x = steps(1 << 18)[0].reshape(-1, 256)
+    y = x.copy()
+    y[::8] += rng.standard_normal(y[::8].shape).astype(np.float32) * np.float32(1e-5)
+    assert assert_arrives(y.reshape(-1), x.reshape(-1)) < 0.54 * y.nbytes / 8 + y.size / 8 / 7

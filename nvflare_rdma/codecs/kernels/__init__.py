@@ -13,4 +13,17 @@ Only `nvflare_rdma.codecs` imports from here: a codec imports the module of its 
 
 from __future__ import annotations
 
-__all__ = ["adaquant", "blockwise", "differences", "errors", "fourbit", "halves", "linear", "planes", "sums", "topk"]
+__all__ = [
+    "adaquant",
+    "blockwise",
+    "difference_runs",
+    "differences",
+    "errors",
+    "fourbit",
+    "halves",
+    "huffman",
+    "linear",
+    "planes",
+    "sums",
+    "topk",
+]

@@ -112,6 +112,43 @@ def truncated(context: Any, value: Any) -> Any:
     return types.int32(types.float32), generate
 
 
+@_operation
+def load64(context: Any, run: Any, place: Any) -> Any:
+    """Eight bytes of a run of bytes, from a place on, as one number. The caller has made sure that they are there."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load(_pointer64(context, builder, signature, arguments), align=1)
+
+    return types.uint64(run, types.intp), generate
+
+
+@_operation
+def store64(context: Any, run: Any, place: Any, number: Any) -> Any:
+    """Undo `load64`, under the same condition."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.store(arguments[2], _pointer64(context, builder, signature, arguments), align=1)
+        return context.get_dummy_value()
+
+    return types.void(run, types.intp, types.uint64), generate
+
+
+def _pointer64(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    run = context.make_array(signature.args[0])(context, builder, arguments[0])
+    return builder.bitcast(builder.gep(run.data, [arguments[1]]), ir.IntType(64).as_pointer())
+
+
+@_operation
+def bits_used(context: Any, word: Any) -> Any:
+    """How many bits of a uint32 are left without the leading zeros."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        zeros = builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0))
+        return builder.zext(builder.sub(ir.Constant(ir.IntType(32), 32), zeros), ir.IntType(64))
+
+    return types.intp(types.uint32), generate
+
+
 @njit(nogil=True, error_model="numpy", inline="always")
 def largest(bits: Any) -> Any:
     """The largest magnitude among float32 values given as their bits, as bits; `INFINITY` or more if any is not finite.
