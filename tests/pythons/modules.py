@@ -1,9 +1,9 @@
 """Imports every module of the installed package, and prints as JSON what became of that:
 
-imported      how many there are
-want_torch    those that have nothing to do without torch, which is not here
-failed        those that can't be imported for another reason, which follows each
-warned        what this Python says of their source, such as of an escape that will be an error some day
+imported    how many there are
+wanting     by name, what is not here and the wheel does not ask for, and the modules that are for it
+failed      modules that can't be imported for another reason, which follows each
+warned      what this Python says of their source, such as of an escape that will be an error some day
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from pathlib import Path
 
 import nvflare_rdma
 
+#: A user installs them: an extra, and a package of the system.
+NOT_ASKED_FOR = ("torch", "pyverbs")
 HOME = str(Path(nvflare_rdma.__file__).parent)
 
 
 def main() -> None:
-    imported, want_torch, failed = 0, [], {}
+    imported, wanting, failed = 0, {}, {}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for module in pkgutil.walk_packages(nvflare_rdma.__path__, "nvflare_rdma."):
@@ -30,8 +32,8 @@ def main() -> None:
                 importlib.import_module(module.name)
                 imported += 1
             except ModuleNotFoundError as error:
-                if error.name == "torch":
-                    want_torch.append(module.name)
+                if error.name in NOT_ASKED_FOR:
+                    wanting.setdefault(error.name, []).append(module.name)
                 else:
                     failed[module.name] = str(error)
             except Exception as error:  # noqa: BLE001
@@ -39,7 +41,7 @@ def main() -> None:
     warned = sorted(
         {f"{each.filename}:{each.lineno}: {each.message}" for each in said if each.filename.startswith(HOME)}
     )
-    print(json.dumps({"imported": imported, "want_torch": want_torch, "failed": failed, "warned": warned}))
+    print(json.dumps({"imported": imported, "wanting": wanting, "failed": failed, "warned": warned}))
 
 
 if __name__ == "__main__":

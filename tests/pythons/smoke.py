@@ -5,7 +5,7 @@
 For each interpreter, in an environment that is made anew:
 
     plain    install the wheel, without torch; `nvflare-rdma --version`, `doctor`, `policy` and `plan`; every module can
-             be imported, but for those that are for torch alone; the driver can be loaded
+             be imported, but for those that are for torch or pyverbs; the driver can be loaded
     torch    install torch as well; every module can be imported; `nvflare-rdma doctor`; run an exported job in FLARE's
              simulator, over `rdma://`, with 4-bit messages that go directly between the server's process and the
              site's; `nvflare-rdma report` of it
@@ -128,11 +128,11 @@ def _doctor(python: Path, work: Path) -> str:
 
 
 def _modules(python: Path, work: Path, torch: bool) -> str:
-    """How many modules could be imported, and how many want torch."""
+    """How many modules could be imported, and how many are for what is not here."""
     found = json.loads(_run([python, MODULES], RUN_SECONDS, work))
-    if found["failed"] or found["warned"] or (torch and found["want_torch"]):
+    if found["failed"] or found["warned"] or (torch and "torch" in found["wanting"]):
         raise StepFailedError(f"not all modules can be imported as they should: {json.dumps(found, indent=1)}")
-    wanting = f" and {len(found['want_torch'])} that want torch" if found["want_torch"] else ""
+    wanting = "".join(f", {len(modules)} want {name}" for name, modules in sorted(found["wanting"].items()))
     return f"{found['imported']} modules{wanting}"
 
 

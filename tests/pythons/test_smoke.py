@@ -70,7 +70,7 @@ def test_every_module_is_imported_and_what_is_wrong_is_named(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["imported"] == 3  # good, old, within
-    assert found["want_torch"] == ["nvflare_rdma.on_torch"]
+    assert found["wanting"] == {"torch": ["nvflare_rdma.on_torch"]}
     assert {name: why.split(":")[0] for name, why in found["failed"].items()} == {
         "nvflare_rdma.broken": "No module named 'nowhere'",
         "nvflare_rdma.within.deep": "ZeroDivisionError",
