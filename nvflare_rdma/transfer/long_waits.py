@@ -84,7 +84,7 @@ class LongWaits:
             if terminal is not None:
                 if now - self._drawn_at >= _DRAW_SECONDS and (long := self._longer_than(_BAR_SECONDS, now)):
                     self._drawn_at = now
-                    text = _bar(long) + " " + describe(long, now)
+                    text = _bar(long, now)
             elif now - self._said_at >= LINE_SECONDS and (long := self._longer_than(LINE_SECONDS, now)):
                 self._said_at = now
                 text = describe(long, now)
@@ -133,10 +133,15 @@ def _sum(waits: list[Wait]) -> tuple[int, int]:
     return sum(wait.nbytes for wait in waits), sum(wait.total for wait in waits)
 
 
-def _bar(waits: list[Wait]) -> str:
+def _bar(waits: list[Wait], now: float) -> str:
+    """The same in fewer words, and what one looks for first: names of cells are long, and what has no room is cut."""
     nbytes, total = _sum(waits)
     done = _WIDTH * nbytes // total
-    return f"[{'#' * done}{'.' * (_WIDTH - done)}]"
+    left = max(wait.left(now) for wait in waits)
+    more = f", {left:.0f} s more" if left < float("inf") else ""
+    source = f"from {waits[0].peer}" if len(waits) == 1 else f"in {len(waits)} transfers"
+    drawn = f"[{'#' * done}{'.' * (_WIDTH - done)}]"
+    return f"{drawn} {nbytes / total:.0%}{more}: {nbytes / _MB:,.1f} of {total / _MB:,.1f} MB {source}"
 
 
 def own_terminal() -> TextIO | None:

@@ -210,7 +210,7 @@ def test_a_bar_on_a_terminal_gives_way_to_log_lines(said):
     written = b"".join(shown)
     bars = [part for part in written.split(b"\r") if part.startswith(b"[")]
     assert [bar.count(b"#") for bar in bars] == [0, 2, 4]  # none before it takes long, and none too often
-    assert bars[0].startswith(b"[" + b"." * 24 + b"] 3.0 of 100.0 MB (3%) from site-1 are here")
+    assert bars[0] == b"[" + b"." * 24 + b"] 3%, 97 s more: 3.0 of 100.0 MB from site-1\x1b[K"
     assert all(len(bar) < 90 for bar in bars)
     assert b"\x1b[K\r\r\x1b[Ka line\r\n" in written  # wiped away before, and the line is whole
     assert written.endswith(b"\r\x1b[Kanother one\r\n")
@@ -267,7 +267,23 @@ def test_a_bar_fits_on_a_narrow_terminal():
         with waits.wait("site-1", 0.0) as one:
             waits.look(one, 3 * MB, 100 * MB, 3.0)
     (bar,) = [part for part in b"".join(shown).split(b"\r") if part.startswith(b"[")]
-    assert bar == b"[" + b"." * 24 + b"] 3.0 of 100.0\x1b[K"  # 39 characters
+    assert bar == b"[" + b"." * 24 + b"] 3%, 97 s mor\x1b[K"  # 39 characters
+
+
+def test_a_bar_says_how_long_it_takes_however_long_the_name_of_a_cell_is():
+    with terminal() as (file, shown):
+        waits = LongWaits(file)
+        with waits.wait("site-1.0f9cbf3a-1c7f-4f6d-8a6e-2f1f0f6f4d55", 0.0) as one:
+            waits.look(one, 0, 1400 * MB, 4.0)
+            waits.look(one, 420 * MB, 1400 * MB, 60.0)
+            with waits.wait("site-2.0f9cbf3a-1c7f-4f6d-8a6e-2f1f0f6f4d55", 50.0) as other:
+                waits.look(other, 70 * MB, 1400 * MB, 70.0)
+    bars = [part for part in b"".join(shown).decode().split("\r") if part.startswith("[")]
+    assert [bar[26:].removesuffix("\x1b[K") for bar in bars] == [
+        " 0%: 0.0 of 1,400.0 MB from site-1.0f9cbf3a-1c7f-4f6",
+        " 30%, 140 s more: 420.0 of 1,400.0 MB from site-1.0f",
+        " 18%, 380 s more: 490.0 of 2,800.0 MB in 2 transfers",
+    ]
 
 
 def test_a_terminal_that_takes_nothing_stops_no_transfer():
