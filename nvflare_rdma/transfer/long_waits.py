@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 from nvflare_rdma.logs import escaped, get_logger
@@ -56,9 +57,15 @@ class LongWaits:
         self._waits: list[Wait] = []
         self._said_at = self._drawn_at = float("-inf")
         self._terminal = terminal
+        self._drawn_for: int | None = None
         #: Who writes to the terminal holds this one, and not `_lock`, which all transfers need: it may take long.
         self._drawing = threading.Lock()
         self._bar: _Bar | None = None
+
+    def draw_for(self, process: int) -> None:
+        """Draw on stderr also while not this process but that one is in the terminal's foreground: it has started this
+        one in a session apart, and waits for it."""
+        self._drawn_for = process
 
     @contextlib.contextmanager
     def wait(self, peer: str, began: float, now: float | None = None, nbytes: int = 0) -> Iterator[Wait]:
@@ -96,7 +103,7 @@ class LongWaits:
             self._show(terminal, text)
 
     def _find_terminal(self) -> TextIO | None:
-        return self._terminal or own_terminal()
+        return self._terminal or own_terminal(self._drawn_for)
 
     def _show(self, terminal: TextIO | None, text: str = "") -> None:
         """Draw the bar on `terminal`; if that is None, end it. Does nothing while another thread does so: that one may
@@ -144,15 +151,30 @@ def _bar(waits: list[Wait], now: float) -> str:
     return f"{drawn} {nbytes / total:.0%}{more}: {nbytes / _MB:,.1f} of {total / _MB:,.1f} MB {source}"
 
 
-def own_terminal() -> TextIO | None:
-    """stderr, if it is a terminal in whose foreground this process is; else None: FLARE's job processes write to files,
-    or share a terminal with others."""
+def own_terminal(process: int | None = None) -> TextIO | None:
+    """stderr, if it is a terminal in whose foreground the process is (None for this one); else None: FLARE's job
+    processes write to files, or share a terminal with others."""
     try:
-        if sys.stderr.isatty() and os.tcgetpgrp(sys.stderr.fileno()) == os.getpgrp():
+        if sys.stderr.isatty() and _is_in_foreground(process, sys.stderr.fileno()):
             return sys.stderr
-    except (OSError, ValueError, AttributeError):  # it is closed, no file, or not there
+    except (OSError, ValueError, AttributeError, IndexError):  # it is closed, no file, or not there
         pass
     return None
+
+
+def _is_in_foreground(process: int | None, terminal: int) -> bool:
+    """Whether the process, None for this one, is in the foreground of the terminal that is open there."""
+    if process is None:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    # A terminal of another session says nothing to tcgetpgrp. Up to the last ")" stands the program's name.
+    _, _, group, _, device, foreground, *_ = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return group == foreground and int(device) == _device_number(os.fstat(terminal).st_rdev)
+
+
+def _device_number(device: int) -> int:
+    """A device as /proc writes it: the kernel's own packing of major and minor, and not that of the C library."""
+    major, minor = os.major(device), os.minor(device)
+    return minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
 
 
 class _Bar(logging.Handler):

@@ -38,7 +38,7 @@ def said(caplog):
 
 @pytest.fixture
 def no_terminal(monkeypatch):
-    monkeypatch.setattr(long_waits, "own_terminal", lambda: None)
+    monkeypatch.setattr(long_waits, "own_terminal", lambda process: None)
 
 
 @contextlib.contextmanager
@@ -386,6 +386,40 @@ def test_only_a_process_in_the_foreground_of_its_terminal_draws(foreground, code
     for end in (here, there):
         os.close(end)
     assert done.returncode == code
+
+
+APART = """
+import os, subprocess, sys
+code = "import os, sys; from nvflare_rdma.transfer.long_waits import own_terminal; "
+code += f"sys.exit(10 + (own_terminal({sys.argv[1]}) is sys.stderr))"
+sys.exit(subprocess.run([sys.executable, "-c", code], start_new_session=True).returncode)
+"""
+
+
+@pytest.mark.parametrize(
+    ("foreground", "process", "code"),
+    [(True, "os.getppid()", 11), (True, "None", 10), (False, "os.getppid()", 10), (True, str(2**22 + 1), 10)],
+    ids=["its starter's", "its own", "no foreground", "no such process"],
+)
+def test_a_process_apart_draws_while_the_one_that_started_it_is_in_the_foreground(foreground, process, code):
+    """As FLARE's simulator does for the script that runs a recipe."""
+    here, there = pty.openpty()
+    command = ["setsid", *(["--ctty"] if foreground else []), "--wait", sys.executable, "-c", APART, process]
+    done = subprocess.run(command, stdin=there, stderr=there, env=environment(), timeout=DEADLINE, check=False)
+    for end in (here, there):
+        os.close(end)
+    assert done.returncode == code
+
+
+def test_the_terminal_of_another_is_asked_for_when_one_draws_for_it(monkeypatch, said):
+    with terminal() as (file, shown):
+        monkeypatch.setattr(long_waits, "own_terminal", lambda process: file if process == 17 else None)
+        waits = LongWaits()
+        waits.draw_for(17)
+        with waits.wait("site-1", 0.0) as one:
+            waits.look(one, 3 * MB, 100 * MB, 3.0)
+    assert b"".join(shown).startswith(b"\r[")
+    assert lines(said) == []
 
 
 def test_a_stderr_that_is_closed_or_not_there_is_no_terminal(monkeypatch, tmp_path):
