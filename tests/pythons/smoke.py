@@ -175,7 +175,7 @@ def _with_torch(python: Path, wheel: Path, work: Path, pip_args: Sequence[str]) 
     wire, raw = (sum(t[key] for t in transfers) for key in ("wire_bytes", "raw_bytes"))
     took = time.monotonic() - began
     _run([python.with_name("nvflare-rdma"), "report", workspace], RUN_SECONDS, work)
-    if not (page := workspace / "report.html").is_file():
+    if not (page := work / "report.html").is_file():  # where it was run
         raise StepFailedError(f"`nvflare-rdma report` has not written {page}")
     return f"{said}; job in {took:.0f} s, {wire} bytes for {raw}, over {transfers[0]['fabric']}"
 
