@@ -177,7 +177,7 @@ def _with_torch(python: Path, wheel: Path, work: Path, pip_args: Sequence[str]) 
     _run([python.with_name("nvflare-rdma"), "report", workspace], RUN_SECONDS, work)
     if not (page := work / "report.html").is_file():  # where it was run
         raise StepFailedError(f"`nvflare-rdma report` has not written {page}")
-    return f"{said}; job in {took:.0f} s, {wire} bytes for {raw}, over {transfers[0]['fabric']}"
+    return f"{said}; job in {took:.0f} s, {wire} bytes for {raw}, over {transfers[0]['fabric'] or 'no link'}"
 
 
 def check(interpreter: Interpreter, wheel: Path, work: Path, steps: str, pip_args: Sequence[str]) -> bool:
