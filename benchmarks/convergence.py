@@ -132,6 +132,7 @@ class Jobs:
     def __init__(self, settings: dict[str, float], workspace: Path) -> None:
         self._settings = settings
         self._workspace = workspace
+        self._workspace.mkdir(parents=True, exist_ok=True)
         self._start: Path | None = None
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[str]] = set()
@@ -163,11 +164,11 @@ class Jobs:
         seconds = (self.kept(message, seed) or {}).get("wall_seconds")
         print(f"{message.name}, seed {seed}: done in {seconds} s", file=sys.stderr, flush=True)
 
-    def go_on(self, first: dict[str, float]) -> None:
-        """Have the jobs go on from a model that a job with these settings trains in full precision, unless that was
-        made before."""
-        self._start = path = self._workspace / "start.pt"
-        made_with, kept = {**first, "made_with": VERSIONS}, self._workspace / "start.json"
+    def go_on(self, folder_of_start: Path, first: dict[str, float]) -> None:
+        """Have the jobs go on from a model that a job with these settings trains in full precision, unless that folder
+        has it."""
+        self._start = path = folder_of_start / "start.pt"
+        made_with, kept = {**first, "made_with": VERSIONS}, folder_of_start / "start.json"
         if kept.exists() and json.loads(kept.read_text()) == made_with:
             return
         with tempfile.TemporaryDirectory(prefix="convergence-") as folder:
@@ -304,9 +305,7 @@ def main() -> None:
     usual: dict[str, float] = OPTIONS | chosen.options
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     settings = usual | given
-    workspace = args.workspace / args.table if chosen.goes_on else args.workspace
-    workspace.mkdir(parents=True, exist_ok=True)
-    jobs = Jobs(settings, workspace)
+    jobs = Jobs(settings, args.workspace / args.table if chosen.goes_on else args.workspace)
     wanted = [m for m in messages if args.kinds is None or m.name in args.kinds]
     cells = [(message, seed) for seed in range(args.seeds) for message in wanted]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -314,7 +313,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.at_once) as pool:
         try:
             if chosen.goes_on:
-                jobs.go_on({**OPTIONS, **given, **FIRST})
+                jobs.go_on(args.workspace, {**OPTIONS, **given, **FIRST})
             for cell in [pool.submit(jobs.run, *cell) for cell in cells]:
                 if error := cell.exception():
                     failed = True
