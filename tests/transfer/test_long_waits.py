@@ -262,12 +262,12 @@ def test_a_bar_comes_and_goes_while_a_record_is_on_its_way(said):
 
 def test_a_bar_fits_on_a_narrow_terminal():
     with terminal() as (file, shown):
-        fcntl.ioctl(file, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+        fcntl.ioctl(file, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 41, 0, 0))
         waits = LongWaits(file)
         with waits.wait("site-1", 0.0) as one:
             waits.look(one, 3 * MB, 100 * MB, 3.0)
     (bar,) = [part for part in b"".join(shown).split(b"\r") if part.startswith(b"[")]
-    assert bar == b"[" + b"." * 24 + b"] 3%, 97 s mor\x1b[K"  # 39 characters
+    assert bar == b"[" + b"." * 24 + b"] 3%, 97 s more\x1b[K"  # 40 characters
 
 
 def test_a_bar_says_how_long_it_takes_however_long_the_name_of_a_cell_is():
