@@ -67,6 +67,12 @@ class LongWaits:
         one in a session apart, and waits for it."""
         self._drawn_for = process
 
+    def anew(self) -> LongWaits:
+        """Those of a process that was forked from this one: they go to the same terminal, and wait for nothing."""
+        made = LongWaits(self._terminal)
+        made._drawn_for = self._drawn_for
+        return made
+
     @contextlib.contextmanager
     def wait(self, peer: str, began: float, now: float | None = None, nbytes: int = 0) -> Iterator[Wait]:
         """Wait for a transfer from `peer`; `look` is to be called meanwhile. Of a transfer that goes on, `nbytes` are

@@ -146,7 +146,7 @@ def test_server_and_sites_get_the_scheme(scheme, monkeypatch):
 
 
 def test_a_simulator_that_a_script_has_started_draws_on_its_terminal(tmp_path, monkeypatch):
-    """It is in a session of its own, of which the terminal knows nothing."""
+    """It is in a session of its own, of which the terminal knows nothing, and FLARE's server is forked from it."""
     ours = runtime.Shared()
     monkeypatch.setattr(runtime, "_shared", ours)
     monkeypatch.setattr(simulator, "_end_with", lambda parent: None)
@@ -157,9 +157,19 @@ def test_a_simulator_that_a_script_has_started_draws_on_its_terminal(tmp_path, m
     asked = []
     monkeypatch.setattr(long_waits, "own_terminal", asked.append)
     assert simulator.main(["job", "-n", "1", "--parent-pid", "17"]) == 0
-    with ours.long_waits.wait("site-1", 0.0) as one:
-        ours.long_waits.look(one, 3, 100, 3.0)
-    assert asked == [17]
+    for forked in (False, True):
+        if forked and (child := os.fork()):
+            assert os.waitpid(child, 0)[1] == 0
+            return
+        asked.clear()
+        try:
+            waits = runtime.shared().long_waits
+            with waits.wait("site-1", 0.0) as one:
+                waits.look(one, 3, 100, 3.0)
+        finally:
+            if forked:
+                os._exit(asked != [17])
+        assert asked == [17]
 
 
 @pytest.mark.parametrize("given", [None, "mine"])
