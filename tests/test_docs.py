@@ -93,6 +93,19 @@ def test_the_commands_are_those_that_there_are(command):
     _parser()[0].parse_args(shlex.split(command, comments=True)[1:])
 
 
+@pytest.mark.parametrize("page", ["poc", "quickstart"])
+def test_a_job_for_poc_is_for_its_sites_and_leaves_what_a_report_is_made_of(page):
+    """A job that waits for more sites than there are never begins, and one without direct tensors has no records."""
+    _, begin, rest = (DOCS / f"{page}.md").read_text().partition("nvflare poc prepare")
+    text = begin + rest
+    (sites,) = re.findall(r"^nvflare poc prepare -n (\d+)$", text, re.MULTILINE)
+    (job,) = re.findall(r"^python (jobs/.*) --export ", text, re.MULTILINE)
+    assert job.split()[1:] == ["--direct", "--sites", sites]
+    steps = ["prepare", "enable", "start", "submit", "wait", "download", "report", "stop"]
+    found = re.findall(rf"^nvflare(?:-rdma)?(?: poc| job)? ({'|'.join(steps)})\b", text, re.MULTILINE)
+    assert found == steps
+
+
 def included_pages():
     return {name for page in PAGES for name in re.findall(r"\{include\} (\S+)\.md", page.read_text())}
 
