@@ -1,18 +1,22 @@
 """How far training comes when models travel in few bits: jobs/stdlib_lm with each kind of message, several seeds each.
 
-    python benchmarks/convergence.py [differences|rounding] [--seeds 3] [--rounds 48] [--at-once 2] [--kinds int2 ...]
+    python benchmarks/convergence.py [TABLE] [--seeds 3] [--rounds 48] [--at-once 2] [--kinds int2 ...]
 
 Every cell is a job of its own in FLARE's simulator, server and sites each a process, of which `results.json` is kept in
 `--workspace`: what is there already, with the same settings, is not run again. All kinds with the first seed come
 first, and the table tells of how many seeds each kind has. When this is ended, the jobs that it has started end, too.
 `--kinds` runs some kinds only, or none if no name follows; the table has all that is kept. Writes table and figure to
 docs, and prints the former.
+
+`rounding` and `differences` train from scratch. `tuning` and `adapters` go on from a model that was trained in full
+precision, which is made first: all weights at a lower rate, or LoRA adapters alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import statistics
 import subprocess
@@ -21,7 +25,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,29 +54,50 @@ class Message:
 FEEDBACK, DELTA = "--error-feedback", "--delta"
 _BOTH = (FEEDBACK, DELTA)
 _FP32 = Message(FULL, "none")
+_DIFFERENCES = (
+    _FP32,
+    Message("topk2_128", "topk2_128", _BOTH),
+    Message("exact_delta", "exact_delta", (DELTA,)),
+    Message("topk2", "topk2", _BOTH),
+    Message("normfloat4_e4m3", "normfloat4_e4m3", _BOTH),
+    Message("int2", "int2", _BOTH),
+    Message("normfloat4", "normfloat4", _BOTH),
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Messages that are compared, and what their jobs have in common: options, with numbers, and whether they go on
+    from a trained model."""
+
+    messages: tuple[Message, ...]
+    options: dict[str, float] = field(default_factory=dict)
+    goes_on: bool = False
+
+
+#: Of all tables, unless they say something else.
+OPTIONS = {"rounds": 48, "sites": 3, "steps": 16, "width": 128, "layers": 2}
+#: Of the job that trains what others go on from.
+FIRST = {"rounds": 48, "sites": 3, "steps": 16}
 #: By table: models that are rounded, with and without what makes up for that; and differences alone.
 TABLES = {
-    "rounding": (
-        _FP32,
-        Message("fp16", "float16"),
-        Message("int8", "int8"),
-        Message("blockwise8", "blockwise8"),
-        Message("fp4", "float4"),
-        Message("nf4", "normfloat4"),
-        Message("nf4 + error feedback", "normfloat4", (FEEDBACK,)),
-        Message("nf4 + error feedback + delta", "normfloat4", _BOTH),
-        Message("2-bit + error feedback", "int2", (FEEDBACK,)),
-        Message("2-bit + error feedback + delta", "int2", _BOTH),
+    "rounding": Table(
+        (
+            _FP32,
+            Message("fp16", "float16"),
+            Message("int8", "int8"),
+            Message("blockwise8", "blockwise8"),
+            Message("fp4", "float4"),
+            Message("nf4", "normfloat4"),
+            Message("nf4 + error feedback", "normfloat4", (FEEDBACK,)),
+            Message("nf4 + error feedback + delta", "normfloat4", _BOTH),
+            Message("2-bit + error feedback", "int2", (FEEDBACK,)),
+            Message("2-bit + error feedback + delta", "int2", _BOTH),
+        )
     ),
-    "differences": (
-        _FP32,
-        Message("topk2_128", "topk2_128", _BOTH),
-        Message("exact_delta", "exact_delta", (DELTA,)),
-        Message("topk2", "topk2", _BOTH),
-        Message("normfloat4_e4m3", "normfloat4_e4m3", _BOTH),
-        Message("int2", "int2", _BOTH),
-        Message("normfloat4", "normfloat4", _BOTH),
-    ),
+    "differences": Table(_DIFFERENCES),
+    "tuning": Table(_DIFFERENCES, {"rounds": 24, "steps": 8, "rate": 3e-4}, goes_on=True),
+    "adapters": Table(_DIFFERENCES, {"rounds": 24, "steps": 8, "rank": 16}, goes_on=True),
 }
 
 
@@ -104,9 +129,11 @@ class Final:
 class Jobs:
     """Runs jobs, and ends those that run when it is told to."""
 
-    def __init__(self, settings: dict[str, int], workspace: Path) -> None:
+    def __init__(self, settings: dict[str, float], workspace: Path) -> None:
         self._settings = settings
         self._workspace = workspace
+        self._workspace.mkdir(parents=True, exist_ok=True)
+        self._start: Path | None = None
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[str]] = set()
         self._ended = False
@@ -119,6 +146,8 @@ class Jobs:
         found: dict[str, Any] = json.loads(path.read_text())
         wanted = {**self._settings, "made_with": VERSIONS, "seed": seed, "quantize": message.codec, "in_order": True}
         wanted |= {option[2:].replace("-", "_"): option in message.options for option in _BOTH}
+        if self._start is not None:
+            wanted["start"] = str(self._start)
         return found if wanted.items() <= found.items() else None
 
     def run(self, message: Message, seed: int) -> None:
@@ -126,31 +155,48 @@ class Jobs:
         if self.kept(message, seed) is not None:
             return
         with tempfile.TemporaryDirectory(prefix="convergence-") as folder:
-            command = [sys.executable, str(JOB), "--quantize", message.codec, *message.options, "--in-order"]
-            numbers = {**self._settings, "seed": seed}
-            command += [text for name, value in numbers.items() for text in (f"--{name}", str(value))]
-            command += ["--workspace", folder]
-            with self._lock:
-                if self._ended:
-                    return
-                pipe = subprocess.PIPE
-                job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
-                self._running.add(job)
-            try:
-                _, said = job.communicate(timeout=DEADLINE)
-            finally:
-                job.kill()  # the simulator and the sites end with the job's process
-                job.wait()
-                with self._lock:
-                    self._running.discard(job)
-            if self._ended:
+            start = ["--start", str(self._start)] if self._start is not None else []
+            options = ["--quantize", message.codec, *message.options, *start]
+            if not self._execute(options, {**self._settings, "seed": seed}, folder):
                 return
-            if job.returncode:
-                raise RuntimeError(f"{message.name}, seed {seed}: {' '.join(command)}\n{said}")
             results = json.loads((Path(folder) / "results.json").read_text())
             self._path(message, seed).write_text(json.dumps({**results, "made_with": VERSIONS}))
         seconds = (self.kept(message, seed) or {}).get("wall_seconds")
         print(f"{message.name}, seed {seed}: done in {seconds} s", file=sys.stderr, flush=True)
+
+    def go_on(self, folder_of_start: Path, first: dict[str, float]) -> None:
+        """Have the jobs go on from a model that a job with these settings trains in full precision, unless that folder
+        has it."""
+        self._start = path = folder_of_start / "start.pt"
+        made_with, kept = {**first, "made_with": VERSIONS}, folder_of_start / "start.json"
+        if kept.exists() and json.loads(kept.read_text()) == made_with:
+            return
+        with tempfile.TemporaryDirectory(prefix="convergence-") as folder:
+            if self._execute(["--quantize", "none"], first, folder):
+                (model,) = Path(folder).rglob("FL_global_model.pt")
+                shutil.copy(model, path)
+                kept.write_text(json.dumps(made_with))
+
+    def _execute(self, options: Sequence[str], numbers: dict[str, float], folder: str) -> bool:
+        """Whether the job ran, in `folder`: none does that is to be ended."""
+        command = [sys.executable, str(JOB), *options, "--in-order"]
+        command += [text for name, value in numbers.items() for text in (f"--{name}", str(value))]
+        command += ["--workspace", folder]
+        with self._lock:
+            if self._ended:
+                return False
+            job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            self._running.add(job)
+        try:
+            _, said = job.communicate(timeout=DEADLINE)
+        finally:
+            job.kill()  # the simulator and the sites end with the job's process
+            job.wait()
+            with self._lock:
+                self._running.discard(job)
+        if job.returncode and not self._ended:
+            raise RuntimeError(f"{' '.join(command)}\n{said}")
+        return not self._ended
 
     def end(self) -> None:
         """Start no more jobs, and end those that run."""
@@ -179,12 +225,14 @@ def final(runs: dict[int, dict[str, Any]]) -> Final:
     )
 
 
-def table(finals: dict[str, Final]) -> list[str]:
-    """A row a message, as Markdown."""
+def table(finals: dict[str, Final], goes_on: bool) -> list[str]:
+    """A row a message, as Markdown; for runs that go on from a trained model with how much of what full precision
+    gains they gain, too."""
     full = finals[FULL]
     columns = (
         *("messages", "seeds", "MB a round", "times fewer", "after the first round", "final held-out loss"),
         *("spread", "against fp32", "by seed", f"fell in the last {TAIL} rounds", "final weights"),
+        *(("of fp32's gain",) if goes_on else ()),
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, end in finals.items():
@@ -204,6 +252,8 @@ def table(finals: dict[str, Final]) -> list[str]:
             f"{100 * end.tail:.2f} %",
             "" if name == FULL else same,
         ]
+        if goes_on:
+            cells.append(f"{100 * (end.curve[0] - end.curve[-1]) / (full.curve[0] - full.curve[-1]):.0f} %")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -240,25 +290,30 @@ def plot(finals: dict[str, Final], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", nargs="?", choices=TABLES, default="differences")
-    for name, default in {"seeds": 3, "rounds": 48, "sites": 3, "steps": 16, "width": 128, "layers": 2}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--seeds", type=int, default=3)
+    for name in OPTIONS:
+        parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--at-once", type=int, default=2, help="jobs that run side by side")
     parser.add_argument("--kinds", nargs="*", help="names of the table's messages to run; without a name, none")
     parser.add_argument("--workspace", type=Path, default=ROOT / "build" / "convergence")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
-    messages = TABLES[args.table]
+    chosen = TABLES[args.table]
+    messages = chosen.messages
     if unknown := set(args.kinds or ()) - {message.name for message in messages}:
         parser.error(f"{args.table} has no {', '.join(unknown)}, but {', '.join(m.name for m in messages)}")
-    settings = {name: getattr(args, name) for name in ("rounds", "sites", "steps", "width", "layers")}
-    args.workspace.mkdir(parents=True, exist_ok=True)
-    jobs = Jobs(settings, args.workspace)
+    usual: dict[str, float] = OPTIONS | chosen.options
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    settings = usual | given
+    jobs = Jobs(settings, args.workspace / args.table if chosen.goes_on else args.workspace)
     wanted = [m for m in messages if args.kinds is None or m.name in args.kinds]
     cells = [(message, seed) for seed in range(args.seeds) for message in wanted]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     failed = False
     with ThreadPoolExecutor(args.at_once) as pool:
         try:
+            if chosen.goes_on:
+                jobs.go_on(args.workspace, {**OPTIONS, **given, **FIRST})
             for cell in [pool.submit(jobs.run, *cell) for cell in cells]:
                 if error := cell.exception():
                     failed = True
@@ -270,17 +325,14 @@ def main() -> None:
     if not found[FULL]:
         sys.exit("there is no table without a run of fp32")
     finals = {name: final(each) for name, each in found.items() if each}
-    changed = [
-        f" --{name} {value}"
-        for name, value in {"seeds": args.seeds, **settings}.items()
-        if value != parser.get_default(name)
-    ]
+    seeds = {} if args.seeds == parser.get_default("seeds") else {"seeds": args.seeds}
+    changed = [f" --{name} {value}" for name, value in {**seeds, **given}.items() if value != usual.get(name)]
     lines = [
-        f"{args.sites} sites, {args.rounds} rounds of {args.steps} steps; "
+        f"{settings['sites']} sites, {settings['rounds']} rounds of {settings['steps']} steps; "
         f"{next(iter(found[FULL].values()))['model_bytes'] // 4:,} parameters. "
         f"{VERSIONS}. `python benchmarks/convergence.py {args.table}{''.join(changed)}`",
         "",
-        *table(finals),
+        *table(finals, chosen.goes_on),
     ]
     print("\n".join(lines))
     (args.docs / f"convergence-{args.table}.md").write_text("\n".join(lines) + "\n")

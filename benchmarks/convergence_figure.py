@@ -54,7 +54,7 @@ def draw(tables: dict[str, Path], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     for i, (label, file) in enumerate(tables.items()):
         found = rows(file)
-        axes.plot([r.later for r in found], [r.lost for r in found], "os"[i], color=f"C{i}", label=label)
+        axes.plot([r.later for r in found], [r.lost for r in found], "os^D"[i], color=f"C{i}", label=label)
         for row in found:
             axes.plot([row.times, row.later], [row.lost, row.lost], color=f"C{i}", linewidth=1)
             axes.annotate(row.name, (row.later, row.lost), xytext=(4, 4 - 14 * i), textcoords="offset points")

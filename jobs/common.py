@@ -41,6 +41,14 @@ def positive(text: str) -> int:
     return value
 
 
+def above_zero(text: str) -> float:
+    """A number above 0, for argparse."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value:g} is no number above 0")
+    return value
+
+
 def multiple_of_64(text: str) -> int:
     """64, 128, 192 ..., for argparse."""
     value = positive(text)

@@ -233,7 +233,7 @@ def _begin_anew() -> None:
     kept, so that nothing of them is freed, and not used."""
     global _shared, _lock
     _parents.append(_shared)
-    _shared, _lock = Shared(), threading.Lock()
+    _shared, _lock = Shared(long_waits=_shared.long_waits.anew()), threading.Lock()
     _runtimes.clear()
 
 

@@ -34,7 +34,7 @@ from nvflare.recipe.sim_env import SimEnv
 from nvflare_rdma.class_list import allow_for
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.flare_compat import patch_simulator, require_flare, simulator_entry, use_installed_package
-from nvflare_rdma.runtime import large_tensors_in_huge_pages
+from nvflare_rdma.runtime import large_tensors_in_huge_pages, shared
 
 SCHEMES = ("rdma", "tcp", "grpc")
 _DRIVER_PATH_VAR = "NVFLARE_COMM_DRIVER_PATH"
@@ -205,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.parent_pid is not None:
         threading.Thread(target=_end_with, args=(args.parent_pid,), daemon=True).start()
+        shared().long_waits.draw_for(args.parent_pid)
     use_scheme(args.scheme)
     allow_for(Path(args.job_folder), Path(_DEFAULT_WORKSPACE if args.workspace is None else args.workspace))
     return int(run(args) or 0)

@@ -16,6 +16,7 @@ from tests.support.configuration import read_anew
 from tests.support.kits import CERT, SIGNATURE, WORKSPACE, change, provision, static_file
 
 DEPLOY = Path(__file__).resolve().parents[1] / "docs" / "deploy"
+PAGES = {"docker": "docker.md", "k8s": "kubernetes.md", "slurm": "slurm.md"}
 JOB = {
     "name": "job-1",
     "container_name": "container-1",
@@ -89,11 +90,20 @@ def told_in(page: str) -> str:
 def test_doctor_prints_what_the_page_shows(runtime):
     for name, text in snippets(runtime, Site()).items():
         assert (DEPLOY / name.removeprefix("local/")).read_text() == text, f"docs/deploy and deploy_snippets.py: {name}"
-    page = told_in((DEPLOY.parent / "containers.md").read_text())
-    prepare, *steps = commands(runtime, Site(kit="server"))
-    assert f"# {prepare.replace('server', 'KIT')}\n" in (DEPLOY / f"{runtime}.yaml").read_text()
+    page = told_in((DEPLOY.parent / PAGES[runtime]).read_text())
+    steps = commands(runtime, Site(kit="server"))
+    assert f"# {steps[0].replace('server', 'KIT')}\n" in (DEPLOY / f"{runtime}.yaml").read_text()
     for step in steps:
-        assert told_in(step) in page, f"docs/containers.md does not say: {step}"
+        assert told_in(step) in page, f"docs/{PAGES[runtime]} does not say: {step}"
+
+
+def test_the_pages_show_every_file():
+    shown = [
+        name
+        for page in ("containers.md", *PAGES.values())
+        for name in re.findall(r"\{literalinclude\} deploy/(\S+)", (DEPLOY.parent / page).read_text())
+    ]
+    assert sorted(shown) == sorted(path.relative_to(DEPLOY).as_posix() for path in DEPLOY.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nvflare_rdma.cli import _parser
 
@@ -91,6 +93,19 @@ def test_the_commands_are_those_that_there_are(command):
     _parser()[0].parse_args(shlex.split(command, comments=True)[1:])
 
 
+@pytest.mark.parametrize("page", ["poc", "quickstart"])
+def test_a_job_for_poc_is_for_its_sites_and_leaves_what_a_report_is_made_of(page):
+    """A job that waits for more sites than there are never begins, and one without direct tensors has no records."""
+    _, begin, rest = (DOCS / f"{page}.md").read_text().partition("nvflare poc prepare")
+    text = begin + rest
+    (sites,) = re.findall(r"^nvflare poc prepare -n (\d+)$", text, re.MULTILINE)
+    (job,) = re.findall(r"^python (jobs/.*) --export ", text, re.MULTILINE)
+    assert job.split()[1:] == ["--direct", "--sites", sites]
+    steps = ["prepare", "enable", "start", "submit", "wait", "download", "report", "stop"]
+    found = re.findall(rf"^nvflare(?:-rdma)?(?: poc| job)? ({'|'.join(steps)})\b", text, re.MULTILINE)
+    assert found == steps
+
+
 def included_pages():
     return {name for page in PAGES for name in re.findall(r"\{include\} (\S+)\.md", page.read_text())}
 
@@ -106,6 +121,34 @@ def test_every_page_is_in_the_index():
     included = included_pages()
     listed = set(re.findall(r"^([a-z-]+)$", index, re.MULTILINE))
     assert {page.stem for page in PAGES} - included - {"index"} == listed
+
+
+@pytest.fixture
+def project():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def test_the_hosted_build_names_what_there_is(project):
+    hosted = yaml.safe_load((ROOT / ".readthedocs.yaml").read_text())
+    assert (ROOT / hosted["sphinx"]["configuration"]).samefile(DOCS / "conf.py")
+    assert hosted["sphinx"]["fail_on_warning"] is True, "as `make docs` does"
+    (install,) = hosted["python"]["install"]
+    assert (ROOT / install["path"] / "pyproject.toml").exists()
+    assert set(install["extra_requirements"]) <= set(project["options.extras_require"])
+    assert "docs" in install["extra_requirements"]
+    python = f"Programming Language :: Python :: {hosted['build']['tools']['python']}"
+    assert python in project["metadata"]["classifiers"].splitlines()
+
+
+def test_the_extra_has_what_the_build_of_the_docs_imports(project):
+    conf = load(DOCS / "conf.py")
+    modules = {name.partition(".")[0] for name in (conf.html_theme, *conf.extensions)}
+    listed = re.findall(r"^([\w-]+)", project["options.extras_require"]["docs"], re.MULTILINE)
+    assert modules == {name.replace("-", "_") for name in listed}
+    for name in conf.html_css_files:
+        assert any((DOCS / folder / name).is_file() for folder in conf.html_static_path), name
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True, help="steps a round")
     parser.add_argument("--width", type=int, required=True)
     parser.add_argument("--layers", type=int, required=True)
-    parser.add_argument("--seed", type=int, required=True, help="of all windows of all sites")
+    parser.add_argument("--seed", type=int, required=True, help="of the weights, and of all windows of all sites")
+    parser.add_argument("--rate", type=float, required=True, help="the highest learning rate")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--start", default="")
     args = parser.parse_args()
 
     flare.init()
@@ -29,7 +32,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.sites))  # the sites share this machine
-    model = ByteGPT(args.width, args.layers, heads=args.width // 64).to(device)
+    sizes = {"width": args.width, "layers": args.layers, "heads": args.width // 64}
+    model = ByteGPT(**sizes, seed=args.seed, start=args.start, rank=args.rank).to(device)
     optimizer = optimizer_for(model)
 
     while flare.is_running():
@@ -45,6 +49,7 @@ def main() -> None:
             args.steps,
             first_step=number * args.steps,
             total_steps=rounds * args.steps,
+            peak_rate=args.rate,
             seed=1_000_000_000 * args.seed + 1000 * number + stdlib_text.site_number(name),
             report=lambda step, loss, number=number: append_progress(
                 site=name, round=number, step=step, loss=round(loss, 4)

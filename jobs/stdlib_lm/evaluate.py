@@ -37,20 +37,24 @@ class HeldOutLoss(FLComponent):
     in the job's run folder, with round null for the initial model. The digest is of every bit of the weights.
 
     What it evaluates is the server's own model in full precision, before any filter, on the same 48 windows in every
-    run.
+    run. The arguments are those of `ByteGPT`.
     """
 
-    def __init__(self, width: int, layers: int) -> None:
+    def __init__(self, width: int, layers: int, seed: int = 0, start: str = "", rank: int = 0) -> None:
         super().__init__()
         self.width = width
         self.layers = layers
+        self.seed = seed
+        self.start = start
+        self.rank = rank
         self._model: ByteGPT | None = None
         self._rows: torch.Tensor | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """FLARE's hook. The model is updated before AFTER_SHAREABLE_TO_LEARNABLE and not sent until later."""
         if event_type == EventType.START_RUN:
-            self._model = ByteGPT(self.width, self.layers, heads=self.width // 64)
+            sizes = {"width": self.width, "layers": self.layers, "heads": self.width // 64}
+            self._model = ByteGPT(**sizes, seed=self.seed, start=self.start, rank=self.rank)
             self._rows = stdlib_text.held_out_sample(ROWS, self._model.context)
         elif event_type == AppEventType.INITIAL_MODEL_LOADED:
             self._record(None, fl_ctx)

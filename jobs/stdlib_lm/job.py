@@ -21,9 +21,10 @@ sys.path[:0] = [p for p in (str(HERE), str(HERE.parent)) if p not in sys.path]
 import common  # noqa: E402  before FLARE
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe  # noqa: E402
 from nvflare.client.config import ExchangeFormat, TransferType  # noqa: E402
+from training import PEAK_RATE  # noqa: E402
 
 NAME = "stdlib_lm"
-CLIENT_OPTIONS = ("sites", "steps", "width", "layers", "seed")
+CLIENT_OPTIONS = ("sites", "steps", "width", "layers", "seed", "rate", "rank")
 # FLARE's own settings. By default it asks for 2 MB of tensors at a time and sends them in frames of 1 MiB, and each
 # request and frame brings some 600 bytes of headers.
 DOWNLOAD_CHUNK_BYTES = 64 << 20
@@ -37,8 +38,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=common.multiple_of_64, default=512, help="of the model; 64 a head")
     parser.add_argument("--layers", type=common.positive, default=4)
     parser.add_argument("--seed", type=common.natural, default=0, help="of the initial weights and of the training")
+    parser.add_argument("--rate", type=common.above_zero, default=PEAK_RATE, help="the highest learning rate")
+    parser.add_argument("--start", metavar="FILE", help="weights to go on from: an earlier run's FL_global_model.pt")
+    parser.add_argument("--rank", type=common.natural, default=0, help="of LoRA adapters, which alone are trained then")
     parser.add_argument("--in-order", action="store_true", help="a seed gives the same bits in each run")
-    return common.check(parser, parser.parse_args(argv))
+    args = common.check(parser, parser.parse_args(argv))
+    if args.start and common.EXPORT:
+        parser.error("--start is for the simulator: an exported job's sites don't have that file")
+    if args.start and not Path(args.start).is_file():
+        parser.error(f"--start {args.start} is no file: give an earlier run's FL_global_model.pt")
+    if args.start and len(args.start.split()) != 1:
+        parser.error(f"--start {args.start!r} has blanks, at which FLARE parts a script's arguments: move it")
+    return args
 
 
 def build(args: argparse.Namespace) -> FedAvgRecipe:
@@ -47,13 +58,16 @@ def build(args: argparse.Namespace) -> FedAvgRecipe:
     from in_order import InOrder
     from model import ByteGPT
 
+    start = {"start": str(Path(args.start).resolve())} if args.start else {}
+    train_args = {name: getattr(args, name) for name in CLIENT_OPTIONS} | start
+    weights = {"seed": args.seed, "rank": args.rank, **start}
     recipe = FedAvgRecipe(
         name=NAME,
-        model=ByteGPT(args.width, args.layers, heads=args.width // 64, seed=args.seed),
+        model=ByteGPT(args.width, args.layers, heads=args.width // 64, **weights),
         min_clients=args.sites,
         num_rounds=args.rounds,
         train_script=str(HERE / "client.py"),
-        train_args=" ".join(f"--{name} {getattr(args, name)}" for name in CLIENT_OPTIONS),
+        train_args=" ".join(f"--{name} {value}" for name, value in train_args.items()),
         server_expected_format=ExchangeFormat.PYTORCH,
         # Sites send what they changed: the server keeps full precision, and what few bits lose is a part of one
         # update and not of the model.
@@ -63,7 +77,7 @@ def build(args: argparse.Namespace) -> FedAvgRecipe:
     )
     recipe.add_server_config({"tensor_download_chunk_size": DOWNLOAD_CHUNK_BYTES})
     recipe.add_client_config({"tensor_download_chunk_size": DOWNLOAD_CHUNK_BYTES})
-    recipe._job.to_server(HeldOutLoss(args.width, args.layers), id="held_out_loss")
+    recipe._job.to_server(HeldOutLoss(args.width, args.layers, **weights), id="held_out_loss")
     common.add_parts(recipe, args)
     common.name_script(recipe)
     return recipe

@@ -7,11 +7,17 @@ five tensors, each with the weights of all layers: FLARE adds some hundred bytes
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCAB = 256
+#: The weights that adapters are for: a layer's matrices.
+ADAPTED = ("qkv", "out", "up", "down")
+#: What an adapter's product is multiplied by (alpha over rank, in the paper's words).
+ADAPTER_SCALE = 2.0
 
 
 class ByteGPT(nn.Module):
@@ -21,18 +27,39 @@ class ByteGPT(nn.Module):
         width, layers, heads: the usual sizes; 512, 4 and 8 make 12.7 million parameters.
         context: the longest input in bytes.
         seed: of the initial weights.
+        start: a file to take the weights from: what FLARE saves of a job of these sizes, `FL_global_model.pt`.
+        rank: of the LoRA adapters (Hu et al., 2021) of all layers' matrices. They are then all that is trained, and all
+            that the state dict has. 0 for none.
+
+    Raises:
+        ValueError: `start` has weights of other sizes.
     """
 
-    def __init__(self, width: int = 512, layers: int = 4, heads: int = 8, context: int = 128, seed: int = 0) -> None:
+    def __init__(
+        self,
+        width: int = 512,
+        layers: int = 4,
+        heads: int = 8,
+        context: int = 128,
+        seed: int = 0,
+        start: str = "",
+        rank: int = 0,
+    ) -> None:
         super().__init__()
         self.width, self.layers, self.heads, self.context, self.seed = width, layers, heads, context, seed
+        self.start, self.rank = start, rank
         self.embed = nn.Parameter(torch.empty(VOCAB, width))
         self.qkv = nn.Parameter(torch.empty(layers, 3 * width, width))
         self.out = nn.Parameter(torch.empty(layers, width, width))
         self.up = nn.Parameter(torch.empty(layers, 4 * width, width))
         self.down = nn.Parameter(torch.empty(layers, width, 4 * width))
         self.register_buffer("angles", _angles(context, width // heads), persistent=False)
-        self._initialize(torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        self._initialize(generator)
+        if start:
+            self._load(Path(start))
+        if rank:
+            self._adapt(generator)
 
     def _initialize(self, generator: torch.Generator) -> None:
         nn.init.normal_(self.embed, std=0.02, generator=generator)
@@ -42,13 +69,39 @@ class ByteGPT(nn.Module):
             std = (weight.shape[-1] * 2 * self.layers) ** -0.5
             nn.init.normal_(weight, std=std, generator=generator)
 
+    def _load(self, path: Path) -> None:
+        weights = torch.load(path, weights_only=True)["model"]
+        try:
+            self.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path} has no ByteGPT of width {self.width} with {self.layers} layers: {error}"
+            ) from error
+
+    def _adapt(self, generator: torch.Generator) -> None:
+        """Freeze all weights, which leave the state dict, and add adapters, which change nothing yet."""
+        for name, weight in list(self.named_parameters()):
+            delattr(self, name)
+            self.register_buffer(name, weight.detach(), persistent=False)
+        for name in ADAPTED:
+            layers, rows, columns = getattr(self, name).shape
+            inner = nn.init.normal_(torch.empty(layers, self.rank, columns), std=columns**-0.5, generator=generator)
+            self.register_parameter(f"{name}_inner", nn.Parameter(inner))
+            self.register_parameter(f"{name}_outer", nn.Parameter(torch.zeros(layers, rows, self.rank)))
+
+    def _weights(self, name: str) -> tuple[Tensor, ...]:
+        """A layer's matrix, for each layer. unbind and not an index for each: its gradient is made once, for all layers
+        together."""
+        weight: Tensor = getattr(self, name)
+        if self.rank:
+            weight = weight.baddbmm(getattr(self, f"{name}_outer"), getattr(self, f"{name}_inner"), alpha=ADAPTER_SCALE)
+        return weight.unbind()
+
     def forward(self, bytes_in: Tensor) -> Tensor:
         """Logits (batch, length, 256) for bytes (batch, length)."""
         x = F.embedding(bytes_in, self.embed)
         angles = self.angles[: bytes_in.shape[1]]
-        # unbind and not an index for each layer: its gradient is made once, for all layers together.
-        stacks = (weight.unbind() for weight in (self.qkv, self.out, self.up, self.down))
-        for qkv, out, up, down in zip(*stacks, strict=True):
+        for qkv, out, up, down in zip(*map(self._weights, ADAPTED), strict=True):
             x = x + F.linear(self._attend(F.linear(_norm(x), qkv), angles), out)
             x = x + F.linear(F.gelu(F.linear(_norm(x), up)), down)
         return F.linear(_norm(x), self.embed)

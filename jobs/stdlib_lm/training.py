@@ -17,15 +17,15 @@ BATCH = 8
 
 def optimizer_for(model: ByteGPT) -> torch.optim.Optimizer:
     """AdamW with the betas that small language models are usually trained with."""
-    return torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
-def rate_at(step: int, total: int) -> float:
+def rate_at(step: int, total: int, peak: float = PEAK_RATE) -> float:
     """Learning rate: linear warm-up, then a cosine down to a tenth, over all rounds."""
     if step < WARM_UP:
-        return PEAK_RATE * (step + 1) / WARM_UP
+        return peak * (step + 1) / WARM_UP
     done = (step - WARM_UP) / max(total - WARM_UP, 1)
-    return PEAK_RATE * (0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0))))
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
 def train(  # noqa: PLR0913
@@ -36,6 +36,7 @@ def train(  # noqa: PLR0913
     first_step: int,
     total_steps: int,
     seed: int,
+    peak_rate: float = PEAK_RATE,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> float:
     """Take `steps` steps on random windows of `text` and return their mean loss.
@@ -43,6 +44,7 @@ def train(  # noqa: PLR0913
     Args:
         first_step: number of this first step over all rounds, of `total_steps`: sets the learning rate.
         seed: of the windows; a site's round always sees the same ones.
+        peak_rate: the highest learning rate.
         report: called with (steps done, loss) after each step.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -51,7 +53,7 @@ def train(  # noqa: PLR0913
     total = 0.0
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(first_step + step, total_steps)
+            group["lr"] = rate_at(first_step + step, total_steps, peak_rate)
         starts = torch.randint(len(text) - model.context - 1, (BATCH,), generator=generator)
         rows = torch.stack([text[s : s + model.context + 1] for s in starts.tolist()]).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bfloat16(device)):

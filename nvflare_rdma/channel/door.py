@@ -273,9 +273,11 @@ def dial(
     pending: Pending,
     timeout: float = GREETING_TIMEOUT,
     preamble: bytes = b"",
+    connected: Callable[[], object] = lambda: None,
 ) -> tuple[socket.socket, ControlStream]:
     """Open a control stream to the door at `address`; its socket and the stream are returned. `preamble` is what comes
-    before it, for whoever passes it on to the door.
+    before it, for whoever passes it on to the door. `connected` is called when the host has answered, and the greeting
+    begins.
 
     `timeout`, in seconds, is for all of it: the host's addresses, one of which has to answer, and the whole greeting,
     which is what the peer could draw out. `pending.close()` ends the greeting.
@@ -290,6 +292,7 @@ def dial(
     except TimeoutError as error:
         raise UnreachableError(f"timed out: nothing answered within {timeout:g} s") from error
     try:
+        connected()
         with pending.track(sock):
             if preamble:
                 sock.sendall(preamble)

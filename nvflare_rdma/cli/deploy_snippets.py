@@ -1,5 +1,6 @@
 """`nvflare-rdma doctor --for RUNTIME`: what a site's containers or jobs need, as files that FLARE's `nvflare deploy
-prepare` reads, and the commands that go with them. docs/containers.md shows and explains the same."""
+prepare` reads, and the commands that go with them. docs/docker.md, kubernetes.md and slurm.md show and explain
+them."""
 
 from __future__ import annotations
 

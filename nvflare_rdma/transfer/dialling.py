@@ -38,8 +38,9 @@ from nvflare_rdma.transfer.routes import dialling
 #: again for the ticket; when the ticket is taken, the link has the handshake's deadline besides.
 DIAL_SECONDS = 20.0
 ADDRESS_SECONDS = 5.0
-#: Each kind of ways, straight and through parents, is tried so much later than the one before.
-_HEAD_START_SECONDS = 0.3
+#: Each kind of ways, straight and through parents, is tried so much later than the one before; and if a host has
+#: answered by then, its process gets so much longer to greet: it may be at work.
+_HEAD_START_SECONDS, _GREETING_SECONDS = 0.3, 2.0
 #: Each rail through a parent takes two of the descriptors that it has for all sites.
 RAILS_THROUGH_PARENT = 4
 #: A peer that does not answer, as behind a firewall that drops packets, is not dialled again for so long; twice as long
@@ -190,24 +191,31 @@ class Dialler:
                         failures.texts.append(text)
                         self._silent.note(f"{other} to {peer}", began, text)
                     yield opened
-        yield from self._each(peer, deadline, failures, itertools.chain(*ways.values()))
+        yield from self._each(peer, deadline, failures, itertools.chain(*ways.values()), lambda: None)
 
-    def _each(self, peer: str, deadline: float, failures: Failures, attempts: Iterable[Attempt]) -> Iterator[Opened]:
+    def _each(
+        self,
+        peer: str,
+        deadline: float,
+        failures: Failures,
+        attempts: Iterable[Attempt],
+        connected: Callable[[], object],
+    ) -> Iterator[Opened]:
         for attempt in attempts:
             if time.monotonic() >= deadline:
                 failures.texts.append(f"the others were not tried: {DIAL_SECONDS:g} s are over")
                 return
             try:
-                opened = self._dial(peer, attempt, deadline)
+                opened = self._dial(peer, attempt, deadline, connected)
             except (OSError, RdmaError) as error:
                 failures.add(attempt, error)
                 continue
             yield opened
 
-    def _dial(self, peer: str, attempt: Attempt, deadline: float) -> Opened:
+    def _dial(self, peer: str, attempt: Attempt, deadline: float, connected: Callable[[], object]) -> Opened:
         left = min(deadline - time.monotonic(), ADDRESS_SECONDS)
         address = attempt.address, attempt.port
-        sock, stream = dial(address, self._tls(), self._pending, left, attempt.preamble)
+        sock, stream = dial(address, self._tls(), self._pending, left, attempt.preamble, connected)
         stream.through = attempt.through
         try:
             self._require(stream, peer)
@@ -260,13 +268,16 @@ class _Race:
     attempts has succeeded."""
 
     def __init__(
-        self, each: Callable[[Iterable[Attempt]], Iterator[Opened]], ways: Mapping[str, Iterator[Attempt]]
+        self,
+        each: Callable[[Iterable[Attempt], Callable[[], object]], Iterator[Opened]],
+        ways: Mapping[str, Iterator[Attempt]],
     ) -> None:
         self._each, self._ways = each, ways
         self._lock = threading.Lock()
         self._found: queue.SimpleQueue[tuple[str, Opened | None]] = queue.SimpleQueue()
         self._over = False
         self._going: set[str] = set()
+        self._connected = False
 
     def going(self) -> set[str]:
         """The kinds that are being tried."""
@@ -282,7 +293,7 @@ class _Race:
                     self._start(later.pop(0))
                     waiting += 1
                 with contextlib.suppress(queue.Empty):
-                    kind, opened = self._found.get(timeout=_HEAD_START_SECONDS if later else None)
+                    kind, opened = self._next() if later else self._found.get()
                     waiting -= 1
                     if opened is not None:
                         yield kind, opened
@@ -293,9 +304,22 @@ class _Race:
                 if (late := self._found.get()[1]) is not None:
                     late.stream.close()
 
+    def _next(self) -> tuple[str, Opened | None]:
+        """What has come of a kind. Raises queue.Empty when the next kind is to be started."""
+        try:
+            return self._found.get(timeout=_HEAD_START_SECONDS)
+        except queue.Empty:
+            if not self._connected:
+                raise
+        return self._found.get(timeout=_GREETING_SECONDS)
+
+    def _connects(self) -> None:
+        self._connected = True
+
     def _start(self, kind: str) -> None:
         with self._lock:
             self._going.add(kind)
+            self._connected = False
         try:
             threading.Thread(target=self._try, args=(kind,), name="rdma-way", daemon=True).start()
         except RuntimeError:  # no more threads
@@ -304,7 +328,7 @@ class _Race:
     def _try(self, kind: str) -> None:
         opened = None
         try:
-            opened = next(self._each(self._ways[kind]), None)
+            opened = next(self._each(self._ways[kind], self._connects), None)
         finally:
             with self._lock:
                 self._going.discard(kind)

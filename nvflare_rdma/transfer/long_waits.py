@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 from nvflare_rdma.logs import escaped, get_logger
@@ -56,9 +57,21 @@ class LongWaits:
         self._waits: list[Wait] = []
         self._said_at = self._drawn_at = float("-inf")
         self._terminal = terminal
+        self._drawn_for: int | None = None
         #: Who writes to the terminal holds this one, and not `_lock`, which all transfers need: it may take long.
         self._drawing = threading.Lock()
         self._bar: _Bar | None = None
+
+    def draw_for(self, process: int) -> None:
+        """Draw on stderr also while not this process but that one is in the terminal's foreground: it has started this
+        one in a session apart, and waits for it."""
+        self._drawn_for = process
+
+    def anew(self) -> LongWaits:
+        """Those of a process that was forked from this one: they go to the same terminal, and wait for nothing."""
+        made = LongWaits(self._terminal)
+        made._drawn_for = self._drawn_for
+        return made
 
     @contextlib.contextmanager
     def wait(self, peer: str, began: float, now: float | None = None, nbytes: int = 0) -> Iterator[Wait]:
@@ -84,7 +97,7 @@ class LongWaits:
             if terminal is not None:
                 if now - self._drawn_at >= _DRAW_SECONDS and (long := self._longer_than(_BAR_SECONDS, now)):
                     self._drawn_at = now
-                    text = _bar(long) + " " + describe(long, now)
+                    text = _bar(long, now)
             elif now - self._said_at >= LINE_SECONDS and (long := self._longer_than(LINE_SECONDS, now)):
                 self._said_at = now
                 text = describe(long, now)
@@ -96,7 +109,7 @@ class LongWaits:
             self._show(terminal, text)
 
     def _find_terminal(self) -> TextIO | None:
-        return self._terminal or own_terminal()
+        return self._terminal or own_terminal(self._drawn_for)
 
     def _show(self, terminal: TextIO | None, text: str = "") -> None:
         """Draw the bar on `terminal`; if that is None, end it. Does nothing while another thread does so: that one may
@@ -133,21 +146,41 @@ def _sum(waits: list[Wait]) -> tuple[int, int]:
     return sum(wait.nbytes for wait in waits), sum(wait.total for wait in waits)
 
 
-def _bar(waits: list[Wait]) -> str:
+def _bar(waits: list[Wait], now: float) -> str:
+    """The same in fewer words, and what one looks for first: names of cells are long, and what has no room is cut."""
     nbytes, total = _sum(waits)
     done = _WIDTH * nbytes // total
-    return f"[{'#' * done}{'.' * (_WIDTH - done)}]"
+    left = max(wait.left(now) for wait in waits)
+    more = f", {left:.0f} s more" if left < float("inf") else ""
+    source = f"from {waits[0].peer}" if len(waits) == 1 else f"in {len(waits)} transfers"
+    drawn = f"[{'#' * done}{'.' * (_WIDTH - done)}]"
+    return f"{drawn} {nbytes / total:.0%}{more}: {nbytes / _MB:,.1f} of {total / _MB:,.1f} MB {source}"
 
 
-def own_terminal() -> TextIO | None:
-    """stderr, if it is a terminal in whose foreground this process is; else None: FLARE's job processes write to files,
-    or share a terminal with others."""
+def own_terminal(process: int | None = None) -> TextIO | None:
+    """stderr, if it is a terminal in whose foreground the process is (None for this one); else None: FLARE's job
+    processes write to files, or share a terminal with others."""
     try:
-        if sys.stderr.isatty() and os.tcgetpgrp(sys.stderr.fileno()) == os.getpgrp():
+        if sys.stderr.isatty() and _is_in_foreground(process, sys.stderr.fileno()):
             return sys.stderr
-    except (OSError, ValueError, AttributeError):  # it is closed, no file, or not there
+    except (OSError, ValueError, AttributeError, IndexError):  # it is closed, no file, or not there
         pass
     return None
+
+
+def _is_in_foreground(process: int | None, terminal: int) -> bool:
+    """Whether the process, None for this one, is in the foreground of the terminal that is open there."""
+    if process is None:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    # A terminal of another session says nothing to tcgetpgrp. Up to the last ")" stands the program's name.
+    _, _, group, _, device, foreground, *_ = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return group == foreground and int(device) == _device_number(os.fstat(terminal).st_rdev)
+
+
+def _device_number(device: int) -> int:
+    """A device as /proc writes it: the kernel's own packing of major and minor, and not that of the C library."""
+    major, minor = os.major(device), os.minor(device)
+    return minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
 
 
 class _Bar(logging.Handler):

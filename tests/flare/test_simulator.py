@@ -11,9 +11,10 @@ import pytest
 from nvflare.private.fed.app.deployer import simulator_deployer
 from nvflare.private.fed.app.simulator import simulator_runner
 
-from nvflare_rdma import class_list, simulator
+from nvflare_rdma import class_list, runtime, simulator
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.simulator import RdmaSimEnv
+from nvflare_rdma.transfer import long_waits
 
 
 class Job:
@@ -142,6 +143,33 @@ def test_server_and_sites_get_the_scheme(scheme, monkeypatch):
     folders = os.environ["NVFLARE_COMM_DRIVER_PATH"].split(os.pathsep)
     plugin = str(Path(simulator.__file__).parent / "plugin")
     assert folders == ([plugin, "/others"] if scheme == "rdma" else ["/others"])
+
+
+def test_a_simulator_that_a_script_has_started_draws_on_its_terminal(tmp_path, monkeypatch):
+    """It is in a session of its own, of which the terminal knows nothing, and FLARE's server is forked from it."""
+    ours = runtime.Shared()
+    monkeypatch.setattr(runtime, "_shared", ours)
+    monkeypatch.setattr(simulator, "_end_with", lambda parent: None)
+    monkeypatch.setattr(simulator, "use_scheme", lambda scheme: None)
+    monkeypatch.setattr(simulator, "allow_for", lambda job, workspace: None)
+    add_options, _ = simulator.simulator_entry()
+    monkeypatch.setattr(simulator, "simulator_entry", lambda: (add_options, lambda args: 0))
+    asked = []
+    monkeypatch.setattr(long_waits, "own_terminal", asked.append)
+    assert simulator.main(["job", "-n", "1", "--parent-pid", "17"]) == 0
+    for forked in (False, True):
+        if forked and (child := os.fork()):
+            assert os.waitpid(child, 0)[1] == 0
+            return
+        asked.clear()
+        try:
+            waits = runtime.shared().long_waits
+            with waits.wait("site-1", 0.0) as one:
+                waits.look(one, 3, 100, 3.0)
+        finally:
+            if forked:
+                os._exit(asked != [17])
+        assert asked == [17]
 
 
 @pytest.mark.parametrize("given", [None, "mine"])

@@ -17,6 +17,8 @@ from progress import FOLDER_VARIABLE, ProgressView, append_progress
         (["--driver", "ib"], "invalid choice: 'ib'"),
         (["--seed", "-1"], "-1 is less than 0"),
         (["--quantize", "none", "--delta"], "choose one with --quantize"),
+        (["--rate", "nan"], "nan is no number above 0"),
+        (["--start", "nowhere.pt"], "--start nowhere.pt is no file: give an earlier run's FL_global_model.pt"),
     ],
 )
 def test_bad_arguments_are_named(args, message, capsys):

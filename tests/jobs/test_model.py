@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from model import ByteGPT
+from model import ADAPTED, ByteGPT
 from training import PEAK_RATE, evaluate, optimizer_for, rate_at, train
 
 
@@ -75,3 +75,29 @@ def test_the_rate_rises_then_falls_to_a_tenth():
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert max(rates) == PEAK_RATE
     assert rate_at(100, 100) == pytest.approx(PEAK_RATE / 10)
+
+
+def test_adapters_are_all_that_is_trained_and_kept(text):
+    model = ByteGPT(64, 2, 1, 16, seed=1, rank=4)
+    rows = text[: 17 * 8].view(8, 17)
+    bare = ByteGPT(64, 2, 1, 16, seed=1)
+    assert evaluate(model, rows) == evaluate(bare, rows), "they change nothing before they are trained"
+    frozen = {name: weight.clone() for name, weight in model.named_buffers()}
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    assert set(before) == {f"{name}_{part}" for name in ADAPTED for part in ("inner", "outer")}
+    assert all(weight.numel() % 64 == 0 for weight in before.values())
+    train(model, optimizer_for(model), text, 4, first_step=0, total_steps=4, seed=0)
+    assert not any(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert all(torch.equal(weight, frozen[name]) for name, weight in model.named_buffers())
+    assert evaluate(model, rows) < evaluate(bare, rows)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_run_goes_on_from_what_flare_has_saved(rank, text, tmp_path):
+    path = tmp_path / "FL_global_model.pt"
+    earlier = ByteGPT(64, 1, 1, 16, seed=1)
+    torch.save({"model": earlier.state_dict(), "train_conf": {}}, path)
+    rows = text[: 17 * 8].view(8, 17)
+    assert evaluate(ByteGPT(64, 1, 1, 16, seed=2, start=str(path), rank=rank), rows) == evaluate(earlier, rows)
+    with pytest.raises(ValueError, match="no ByteGPT of width 128 with 1 layers"):
+        ByteGPT(128, 1, 2, 16, start=str(path), rank=rank)

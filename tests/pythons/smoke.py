@@ -4,9 +4,11 @@
 
 For each interpreter, in an environment that is made anew:
 
-    plain    install the wheel, without torch; `nvflare-rdma --version` and `doctor`; the driver can be loaded
-    torch    install torch as well; `nvflare-rdma doctor`; run an exported job in FLARE's simulator, over `rdma://`,
-             with 4-bit messages that go directly between the server's process and the site's
+    plain    install the wheel, without torch; `nvflare-rdma --version`, `doctor`, `policy` and `plan`; every module can
+             be imported, but for those that are for torch or pyverbs; the driver can be loaded
+    torch    install torch as well; every module can be imported; `nvflare-rdma doctor`; run an exported job in FLARE's
+             simulator, over `rdma://`, with 4-bit messages that go directly between the server's process and the
+             site's; `nvflare-rdma report` of it
 
 PYTHONS names the interpreters (paths, commands or versions, separated by spaces or colons). Without it, they are looked
 for in PATH and where pyenv keeps its own. A supported version that the machine lacks is named and is no failure; that
@@ -28,6 +30,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = ROOT / "tests" / "exported" / "linear"
+MODULES = Path(__file__).with_name("modules.py")
+#: What `policy` and `plan` are asked about: no file of weights is needed.
+SHAPES = {"linear.weight": {"dtype": "float32", "shape": [512, 512]}}
 SUPPORTED = ("3.11", "3.12", "3.13")
 INSTALL_SECONDS, RUN_SECONDS, JOB_SECONDS = 1800, 300, 600
 _VERSION = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
@@ -122,8 +127,26 @@ def _doctor(python: Path, work: Path) -> str:
     return f"doctor: {', '.join(usable)} usable"
 
 
+def _modules(python: Path, work: Path, torch: bool) -> str:
+    """How many modules could be imported, and how many are for what is not here."""
+    found = json.loads(_run([python, MODULES], RUN_SECONDS, work))
+    if found["failed"] or found["warned"] or (torch and "torch" in found["wanting"]):
+        raise StepFailedError(f"not all modules can be imported as they should: {json.dumps(found, indent=1)}")
+    wanting = "".join(f", {len(modules)} want {name}" for name, modules in sorted(found["wanting"].items()))
+    return f"{found['imported']} modules{wanting}"
+
+
+def _policy_and_plan(python: Path, work: Path) -> str:
+    model, command = work / "model.json", python.with_name("nvflare-rdma")
+    model.write_text(json.dumps(SHAPES))
+    _run([command, "policy", JOB, model], RUN_SECONDS, work)
+    _run([command, "plan", model, "--site", "clinic=30Mbit,60ms"], RUN_SECONDS, work)
+    return "policy and plan"
+
+
 def _plain(python: Path, wheel: Path, work: Path, pip_args: Sequence[str]) -> str:
     _install(python, str(wheel), work, pip_args)
+    modules = _modules(python, work, torch=False)  # the first of all: Python warns of a source when it compiles it
     code = (
         "import importlib.util, nvflare_rdma.driver, nvflare_rdma.filters, nvflare_rdma.recipe\n"
         "assert importlib.util.find_spec('torch') is None, 'torch was installed without being asked for'\n"
@@ -133,12 +156,12 @@ def _plain(python: Path, wheel: Path, work: Path, pip_args: Sequence[str]) -> st
     told = _run([python.with_name("nvflare-rdma"), "--version"], RUN_SECONDS, work).strip()
     if told != wheel.name.split("-")[1]:
         raise StepFailedError(f"nvflare-rdma --version says {told!r}, and the wheel is {wheel.name}")
-    return _doctor(python, work)
+    return f"{modules}; {_policy_and_plan(python, work)}; {_doctor(python, work)}"
 
 
 def _with_torch(python: Path, wheel: Path, work: Path, pip_args: Sequence[str]) -> str:
     _install(python, f"{wheel}[torch]", work, pip_args)
-    doctor = _doctor(python, work)
+    said = f"{_modules(python, work, torch=True)}; {_doctor(python, work)}"
     job, workspace = work / "job", work / "workspace"
     shutil.copytree(JOB, job)
     began = time.monotonic()
@@ -150,7 +173,11 @@ def _with_torch(python: Path, wheel: Path, work: Path, pip_args: Sequence[str]) 
     if moved != {("sent", "direct", "done"), ("received", "direct", "done")}:
         raise StepFailedError(f"the job's transfers were {sorted(moved)}")
     wire, raw = (sum(t[key] for t in transfers) for key in ("wire_bytes", "raw_bytes"))
-    return f"{doctor}; job in {time.monotonic() - began:.0f} s, {wire} bytes for {raw}, over {transfers[0]['fabric']}"
+    took = time.monotonic() - began
+    _run([python.with_name("nvflare-rdma"), "report", workspace], RUN_SECONDS, work)
+    if not (page := work / "report.html").is_file():  # where it was run
+        raise StepFailedError(f"`nvflare-rdma report` has not written {page}")
+    return f"{said}; job in {took:.0f} s, {wire} bytes for {raw}, over {transfers[0]['fabric'] or 'no link'}"
 
 
 def check(interpreter: Interpreter, wheel: Path, work: Path, steps: str, pip_args: Sequence[str]) -> bool:

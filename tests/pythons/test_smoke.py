@@ -1,9 +1,11 @@
-"""How the smoke test finds interpreters. What it does with them takes minutes: `make test-pythons`."""
+"""How the smoke test finds interpreters and modules. What it does with them takes minutes: `make test-pythons`."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,3 +50,30 @@ def test_what_is_not_asked_for_may_be_missing(only_pyenv, capsys):
 def test_what_is_asked_for_may_not(only_pyenv):
     with pytest.raises(smoke.StepFailedError, match=r"no usable 3\.99 here"):
         smoke.find_interpreters("3.99")
+
+
+def test_every_module_is_imported_and_what_is_wrong_is_named(tmp_path):
+    """In an interpreter without packages, so that torch is wanted."""
+    package = tmp_path / "nvflare_rdma"
+    sources = {"__init__": "", "good": "", "on_torch": "import torch", "broken": "import nowhere", "old": "x = '\\d'"}
+    for name, source in {**sources, "within/__init__": "", "within/deep": "1 / 0", "within/__main__": "1 / 0"}.items():
+        path = package / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source)
+    done = subprocess.run(
+        [sys.executable, "-S", smoke.MODULES],
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["imported"] == 3  # good, old, within
+    assert found["wanting"] == {"torch": ["nvflare_rdma.on_torch"]}
+    assert {name: why.split(":")[0] for name, why in found["failed"].items()} == {
+        "nvflare_rdma.broken": "No module named 'nowhere'",
+        "nvflare_rdma.within.deep": "ZeroDivisionError",
+    }
+    (warned,) = found["warned"]
+    assert warned.startswith(f"{package / 'old.py'}:1: ")

@@ -38,7 +38,7 @@ def said(caplog):
 
 @pytest.fixture
 def no_terminal(monkeypatch):
-    monkeypatch.setattr(long_waits, "own_terminal", lambda: None)
+    monkeypatch.setattr(long_waits, "own_terminal", lambda process: None)
 
 
 @contextlib.contextmanager
@@ -210,7 +210,7 @@ def test_a_bar_on_a_terminal_gives_way_to_log_lines(said):
     written = b"".join(shown)
     bars = [part for part in written.split(b"\r") if part.startswith(b"[")]
     assert [bar.count(b"#") for bar in bars] == [0, 2, 4]  # none before it takes long, and none too often
-    assert bars[0].startswith(b"[" + b"." * 24 + b"] 3.0 of 100.0 MB (3%) from site-1 are here")
+    assert bars[0] == b"[" + b"." * 24 + b"] 3%, 97 s more: 3.0 of 100.0 MB from site-1\x1b[K"
     assert all(len(bar) < 90 for bar in bars)
     assert b"\x1b[K\r\r\x1b[Ka line\r\n" in written  # wiped away before, and the line is whole
     assert written.endswith(b"\r\x1b[Kanother one\r\n")
@@ -262,12 +262,28 @@ def test_a_bar_comes_and_goes_while_a_record_is_on_its_way(said):
 
 def test_a_bar_fits_on_a_narrow_terminal():
     with terminal() as (file, shown):
-        fcntl.ioctl(file, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+        fcntl.ioctl(file, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 41, 0, 0))
         waits = LongWaits(file)
         with waits.wait("site-1", 0.0) as one:
             waits.look(one, 3 * MB, 100 * MB, 3.0)
     (bar,) = [part for part in b"".join(shown).split(b"\r") if part.startswith(b"[")]
-    assert bar == b"[" + b"." * 24 + b"] 3.0 of 100.0\x1b[K"  # 39 characters
+    assert bar == b"[" + b"." * 24 + b"] 3%, 97 s more\x1b[K"  # 40 characters
+
+
+def test_a_bar_says_how_long_it_takes_however_long_the_name_of_a_cell_is():
+    with terminal() as (file, shown):
+        waits = LongWaits(file)
+        with waits.wait("site-1.0f9cbf3a-1c7f-4f6d-8a6e-2f1f0f6f4d55", 0.0) as one:
+            waits.look(one, 0, 1400 * MB, 4.0)
+            waits.look(one, 420 * MB, 1400 * MB, 60.0)
+            with waits.wait("site-2.0f9cbf3a-1c7f-4f6d-8a6e-2f1f0f6f4d55", 50.0) as other:
+                waits.look(other, 70 * MB, 1400 * MB, 70.0)
+    bars = [part for part in b"".join(shown).decode().split("\r") if part.startswith("[")]
+    assert [bar[26:].removesuffix("\x1b[K") for bar in bars] == [
+        " 0%: 0.0 of 1,400.0 MB from site-1.0f9cbf3a-1c7f-4f6",
+        " 30%, 140 s more: 420.0 of 1,400.0 MB from site-1.0f",
+        " 18%, 380 s more: 490.0 of 2,800.0 MB in 2 transfers",
+    ]
 
 
 def test_a_terminal_that_takes_nothing_stops_no_transfer():
@@ -370,6 +386,40 @@ def test_only_a_process_in_the_foreground_of_its_terminal_draws(foreground, code
     for end in (here, there):
         os.close(end)
     assert done.returncode == code
+
+
+APART = """
+import os, subprocess, sys
+code = "import os, sys; from nvflare_rdma.transfer.long_waits import own_terminal; "
+code += f"sys.exit(10 + (own_terminal({sys.argv[1]}) is sys.stderr))"
+sys.exit(subprocess.run([sys.executable, "-c", code], start_new_session=True).returncode)
+"""
+
+
+@pytest.mark.parametrize(
+    ("foreground", "process", "code"),
+    [(True, "os.getppid()", 11), (True, "None", 10), (False, "os.getppid()", 10), (True, str(2**22 + 1), 10)],
+    ids=["its starter's", "its own", "no foreground", "no such process"],
+)
+def test_a_process_apart_draws_while_the_one_that_started_it_is_in_the_foreground(foreground, process, code):
+    """As FLARE's simulator does for the script that runs a recipe."""
+    here, there = pty.openpty()
+    command = ["setsid", *(["--ctty"] if foreground else []), "--wait", sys.executable, "-c", APART, process]
+    done = subprocess.run(command, stdin=there, stderr=there, env=environment(), timeout=DEADLINE, check=False)
+    for end in (here, there):
+        os.close(end)
+    assert done.returncode == code
+
+
+def test_the_terminal_of_another_is_asked_for_when_one_draws_for_it(monkeypatch, said):
+    with terminal() as (file, shown):
+        monkeypatch.setattr(long_waits, "own_terminal", lambda process: file if process == 17 else None)
+        waits = LongWaits()
+        waits.draw_for(17)
+        with waits.wait("site-1", 0.0) as one:
+            waits.look(one, 3 * MB, 100 * MB, 3.0)
+    assert b"".join(shown).startswith(b"\r[")
+    assert lines(said) == []
 
 
 def test_a_stderr_that_is_closed_or_not_there_is_no_terminal(monkeypatch, tmp_path):

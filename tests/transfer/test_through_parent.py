@@ -6,6 +6,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -155,6 +156,27 @@ def test_a_port_that_answers_nothing_costs_a_moment_once(cell, parent, monkeypat
         dial()
         assert "straight, nothing answered in 0." in caplog.text
         assert "s ago, and again in" in caplog.text
+
+
+def test_who_answers_and_is_at_work_is_waited_for(cell, parent, certificates, monkeypatch):
+    """The kernel takes a connection at once, whatever the process behind it does."""
+    monkeypatch.setattr(dialling, "_GREETING_SECONDS", DEADLINE)
+    at_work = []
+
+    def late(server_side):
+        if server_side and at_work:
+            time.sleep(at_work.pop())
+        return certificates(server_side)
+
+    server = cell("server.job", meet=parent.meet("server.job"), port=parent.port(), tls=late)
+    site = cell("site-1.job", ports=NO_PORT, tls=certificates)
+    invitation = server.invite("site-1.job")
+    assert invitation["port"]
+    assert invitation["through"]
+    at_work.append(3 * dialling._HEAD_START_SECONDS)
+    site.dial("server.job", invitation)
+    assert not at_work
+    assert parent.junctions["server"].pairs == 0
 
 
 def test_a_port_where_nobody_listens_costs_nothing(cell, parent, caplog):
