@@ -99,13 +99,14 @@ class ExactDelta(EveryBitCodec):
 
         digest, used = xxhash.xxh3_64(), _HEADER.itemsize
         word = _WORDS[src.itemsize]
+        coded, memory = _memory()
         subtract = differences.subtract32 if word.itemsize == 4 else differences.subtract16
         for start, values in own_runs(src, TILE):
             run = values.view(word)
-            coded, *memory = _memory(run.size)
-            changed = subtract(run, _base_run(base, word, start, run.size), coded)
+            differing = coded[: run.size]
+            changed = subtract(run, _base_run(base, word, start, run.size), differing)
             digest.update(run.data.cast("B"))
-            used = difference_runs.write_run(coded, 8 * word.itemsize, changed, out, used, *memory)
+            used = difference_runs.write_run(differing, 8 * word.itemsize, changed, out, used, memory)
         out[: _HEADER.itemsize].view(_HEADER)[0] = _VERSION + self._kind(src), digest.intdigest()
         return int(used)
 
@@ -117,14 +118,15 @@ class ExactDelta(EveryBitCodec):
         self._check_kind(self._kind_of(int(parts["header"]["kind"][0])), out)
         digest, encoded, used = xxhash.xxh3_64(), parts["runs"], 0
         word = _WORDS[out.itemsize]
+        coded, memory = _memory()
         add = differences.add32 if word.itemsize == 4 else differences.add16
         for start, values in own_output_runs(out, TILE):
             run = values.view(word)
-            coded, *memory = _memory(run.size)
-            used = difference_runs.read_run(encoded, used, 8 * word.itemsize, coded, *memory)
+            differing = coded[: run.size]
+            used = difference_runs.read_run(encoded, used, 8 * word.itemsize, differing, memory)
             if used < 0:
                 raise CodecError(f"{self.name}: the encoded bytes end too early, or are damaged")
-            add(coded, _base_run(base, word, start, run.size), run)
+            add(differing, _base_run(base, word, start, run.size), run)
             digest.update(run.data.cast("B"))
         self._check_end(encoded, used)
         if digest.intdigest() != int(parts["header"]["digest"][0]):
@@ -143,10 +145,19 @@ class ExactDelta(EveryBitCodec):
         return number - _VERSION if number >= _VERSION else number
 
 
-def _memory(n: int) -> tuple[Array, Array, Bytes]:
-    """Return scratch memory for `n` differences, and what it takes to write and to read them."""
-    planes = scratch("differences' planes", np.uint64, TILE).view(np.uint8)
-    return scratch("differences", np.uint32, n), scratch("found", np.uint32, n), planes
+def _memory() -> tuple[Array, tuple[Array, ...]]:
+    """Return scratch memory for the differences of a run, and for what it takes to write and to read them."""
+    from nvflare_rdma.codecs.kernels import difference_runs, huffman
+
+    return scratch("differences", np.uint32, TILE), (
+        scratch("found", np.uint32, TILE),
+        scratch("places", np.uint8, TILE),
+        scratch("plane", np.uint16, TILE).view(np.uint8),
+        scratch("above", np.uint32, TILE // 16),
+        scratch("room", np.uint32, TILE).view(np.uint8),
+        scratch("work", np.int64, difference_runs.WORK),
+        scratch("table", np.uint16, huffman.PLACES),
+    )
 
 
 def _base_run(base: Array | None, word: Any, start: int, n: int) -> Array:

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvflare_rdma.codecs.kernels.huffman import CODED, CONSTANT, STORED, read_plane, write_plane
+from nvflare_rdma.codecs.kernels.huffman import CODED, CONSTANT, PLACES, STORED, WORK, read_plane, write_plane
 
 MOST = 1 << 16
 room = np.zeros(MOST + 8, np.uint8)
+work, table = np.zeros(WORK, np.int64), np.zeros(PLACES, np.uint16)
 
 
 def write(plane, begin=0):
@@ -18,7 +19,7 @@ def write(plane, begin=0):
     placed = np.full(begin + plane.size + 3, 99, np.uint8)
     placed[begin : begin + plane.size] = plane
     out = np.full(5 + plane.size + 1 + 16, 0xAA, np.uint8)
-    end = write_plane(placed, begin, plane.size, out, 5, room[: plane.size + 8])
+    end = write_plane(placed, begin, plane.size, out, 5, room[: plane.size + 8], work)
     assert (out[:5] == 0xAA).all()
     assert (out[end:] == 0xAA).all()
     assert end - 5 <= plane.size + 1
@@ -27,7 +28,7 @@ def write(plane, begin=0):
 
 def read(written, n, begin=0):
     plane = np.full(begin + n + 16, 77, np.uint8)
-    used = read_plane(written, 0, plane, begin, n, room[: n + 8])
+    used = read_plane(written, 0, plane, begin, n, (room[: n + 8], work, table))
     assert (plane[:begin] == 77).all()
     assert (plane[begin + n :] == 77).all()
     return used, plane[begin : begin + n]
@@ -104,3 +105,18 @@ def test_damage_is_refused_or_stays_in_its_place(seed, n, rate, cut):
     used, _ = read(written, n)
     assert used == -1 or 0 < used <= written.size
     assert not cut or used == -1
+
+
+def test_streams_longer_than_their_plane_are_refused():
+    """Nothing but the plane's size says how much of `room` they may fill."""
+    plane = geometric(np.random.default_rng(0), 1000, 0.5)
+    written = assert_arrives(plane)
+    assert written[0] == CODED
+    sizes = 2 + written[1] // 2 + 1
+    streams = written[sizes : sizes + 8].view("<u2").sum()
+    longer = np.append(written, np.zeros(2000, np.uint8))
+    for size, refused in ((plane.size, False), (plane.size + 1, True)):
+        extra = np.array(written[sizes + 6 : sizes + 8]).view("<u2") + np.uint16(size - streams)
+        longer[sizes + 6 : sizes + 8] = extra.view(np.uint8)
+        used, _ = read(longer, plane.size)
+        assert (used == -1) == refused, size

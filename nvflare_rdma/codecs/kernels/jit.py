@@ -36,6 +36,13 @@ uint8, uint8_out = _array(types.uint8), _array(types.uint8, True)
 int8, int8_out = _array(types.int8), _array(types.int8, True)
 uint16, uint16_out = _array(types.uint16), _array(types.uint16, True)
 uint32, uint32_out = _array(types.uint32), _array(types.uint32, True)
+int64_out = _array(types.int64, True)
+
+
+def together(*members: Any) -> Any:
+    """Several arguments as one, a tuple."""
+    made: Callable[..., Any] = types.Tuple
+    return made(members)
 
 
 def kernel(*signatures: Any) -> Callable[[F], F]:
@@ -57,6 +64,17 @@ def kernel(*signatures: Any) -> Callable[[F], F]:
         return made(cache=False)
 
     return compiled
+
+
+def inner(function: F) -> F:
+    """Compile, with the kernel that calls it, a function that Python never calls.
+
+    What Python would call it by is left out, for that takes as long to compile as a short function, and so are numba's
+    rewrites, which are for expressions of whole arrays."""
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "no_rewrites": True}
+    jit: Any = njit
+    result: F = jit(nogil=True, error_model="numpy", **options)(function)
+    return result
 
 
 _operation: Callable[..., Any] = intrinsic
