@@ -106,6 +106,8 @@ class Final:
     """The end of one message's runs, in nats per byte, by seed."""
 
     losses: dict[int, float]
+    #: before the first round
+    first: dict[int, float]
     #: of the final weights
     digests: dict[int, str]
     bytes_per_round: float
@@ -164,17 +166,18 @@ class Jobs:
         seconds = (self.kept(message, seed) or {}).get("wall_seconds")
         print(f"{message.name}, seed {seed}: done in {seconds} s", file=sys.stderr, flush=True)
 
-    def go_on(self, folder_of_start: Path, first: dict[str, float]) -> None:
+    def go_on(self, folder_of_start: Path, first: dict[str, float], train: bool) -> None:
         """Have the jobs go on from a model that a job with these settings trains in full precision, unless that folder
-        has it."""
+        has it, or none is to `train`."""
         self._start = path = folder_of_start / "start.pt"
         made_with, kept = {**first, "made_with": VERSIONS}, folder_of_start / "start.json"
-        if kept.exists() and json.loads(kept.read_text()) == made_with:
+        if not train or (path.exists() and kept.exists() and json.loads(kept.read_text()) == made_with):
             return
         with tempfile.TemporaryDirectory(prefix="convergence-") as folder:
             if self._execute(["--quantize", "none"], first, folder):
                 (model,) = Path(folder).rglob("FL_global_model.pt")
-                shutil.copy(model, path)
+                shutil.copy(model, path.with_suffix(".new"))
+                path.with_suffix(".new").replace(path)  # another table's jobs may be reading it
                 kept.write_text(json.dumps(made_with))
 
     def _execute(self, options: Sequence[str], numbers: dict[str, float], folder: str) -> bool:
@@ -217,6 +220,7 @@ def final(runs: dict[int, dict[str, Any]]) -> Final:
     moved = [[row["bytes_down"] + row["bytes_up"] for row in r["rounds_table"]] for r in runs.values()]
     return Final(
         losses={seed: r["final_loss"] for seed, r in runs.items()},
+        first={seed: r["initial_loss"] for seed, r in runs.items()},
         digests={seed: r["final_digest"] for seed, r in runs.items()},
         bytes_per_round=statistics.fmean(statistics.fmean(rounds) for rounds in moved),
         bytes_later=statistics.fmean(statistics.fmean(rounds[1:] or rounds) for rounds in moved),
@@ -253,7 +257,8 @@ def table(finals: dict[str, Final], goes_on: bool) -> list[str]:
             "" if name == FULL else same,
         ]
         if goes_on:
-            cells.append(f"{100 * (end.curve[0] - end.curve[-1]) / (full.curve[0] - full.curve[-1]):.0f} %")
+            gains = [(end.first[seed] - end.losses[seed]) / (full.first[seed] - full.losses[seed]) for seed in both]
+            cells.append(f"{100 * statistics.fmean(gains):.0f} %" if gains else "-")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -313,7 +318,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.at_once) as pool:
         try:
             if chosen.goes_on:
-                jobs.go_on(args.workspace, {**OPTIONS, **given, **FIRST})
+                jobs.go_on(args.workspace, {**OPTIONS, **given, **FIRST}, bool(cells))
             for cell in [pool.submit(jobs.run, *cell) for cell in cells]:
                 if error := cell.exception():
                     failed = True

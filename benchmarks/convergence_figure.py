@@ -52,12 +52,14 @@ def draw(tables: dict[str, Path], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    most = 0.0
     for i, (label, file) in enumerate(tables.items()):
         found = rows(file)
+        most = max([most, *(row.lost for row in found)])
         axes.plot([r.later for r in found], [r.lost for r in found], "os^D"[i], color=f"C{i}", label=label)
         for row in found:
             axes.plot([row.times, row.later], [row.lost, row.lost], color=f"C{i}", linewidth=1)
-            axes.annotate(row.name, (row.later, row.lost), xytext=(4, 4 - 14 * i), textcoords="offset points")
+            axes.annotate(row.name, (row.later, row.lost), xytext=(4, 4 - 14 * (i % 2)), textcoords="offset points")
     for i, (name, (first, last), lost) in enumerate(PUBLISHED):
         label = "as published, with other models and measures" if i == 0 else None
         axes.plot([first, last], [lost, lost], "D--", color="grey", markerfacecolor="none", label=label)
@@ -68,7 +70,7 @@ def draw(tables: dict[str, Path], path: Path) -> None:
         xscale="log", xlabel="times fewer bytes than fp32 both ways; a line leads to what the first round makes of it"
     )
     axes.set_yscale("symlog", linthresh=_FLAT)
-    axes.set_ylim(bottom=-1.5 * _FLAT)
+    axes.set_ylim(-1.5 * _FLAT, 1.6 * most)  # room for names
     axes.set_xlim(1, 500)
     axes.set(ylabel="final held-out loss against fp32, percent")
     axes.set_xticks([1, 2, 5, 10, 20, 50, 100, 200], labels=["1", "2", "5", "10", "20", "50", "100", "200"])

@@ -17,8 +17,7 @@ exclude_patterns = [
     "controllers-fedrdma.md",
     "wan-table.md",
     "wan-rounds-table.md",
-    "convergence-rounding.md",
-    "convergence-differences.md",
+    "convergence-*.md",
 ]
 # As FLARE's own documentation looks. Its fonts and scripts come with it: a page loads nothing from elsewhere.
 html_theme = "sphinx_rtd_theme"

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from nvflare_rdma.cli import main
-from nvflare_rdma.cli.deploy_snippets import RUNTIMES, Site, commands, site_in, snippets
+from nvflare_rdma.cli.deploy_snippets import RUNTIMES, Site, commands, printed, site_in, snippets
 from tests.support.configuration import read_anew
 from tests.support.kits import CERT, SIGNATURE, WORKSPACE, change, provision, static_file
 
@@ -106,15 +106,27 @@ def test_the_pages_show_every_file():
     assert sorted(shown) == sorted(path.relative_to(DEPLOY).as_posix() for path in DEPLOY.rglob("*") if path.is_file())
 
 
+@pytest.mark.parametrize("devices", [True, False])
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_what_doctor_prints_is_a_file_that_flare_takes(runtime, tmp_path, capsys):
-    """With the commands behind it, which are comments."""
+def test_what_doctor_prints_is_a_file_that_flare_takes(runtime, devices):
+    """With other files and the commands behind it, which are comments: FLARE reads one document."""
     from nvflare.tool.deploy import docker_deploy, k8s_deploy, slurm_deploy
 
-    assert main(["doctor", "--for", runtime]) == 0
-    config, *others = yaml.safe_load_all(capsys.readouterr().out)
-    {"docker": docker_deploy, "k8s": k8s_deploy, "slurm": slurm_deploy}[runtime].validate_config(config)
-    assert others == [] or site_in(None).devices
+    site = Site(devices=devices)
+    written = printed(runtime, site)
+    {"docker": docker_deploy, "k8s": k8s_deploy, "slurm": slurm_deploy}[runtime].validate_config(
+        yaml.safe_load(written)
+    )
+    for name, content in list(snippets(runtime, site).items())[1:]:
+        _, found, behind = written.partition(f"# And {name}, without what each line begins with:\n")
+        assert found
+        lines = [line.removeprefix("#| ") for line in behind.splitlines()[: content.count("\n")]]
+        assert "\n".join(lines) + "\n" == content
+
+
+def test_doctor_prints_that_file(capsys):
+    assert main(["doctor", "--for", "k8s"]) == 0
+    assert capsys.readouterr().out == printed("k8s", site_in(None)) + "\n"
 
 
 def doctor_for(runtime: str, kit: Path, capsys) -> dict:

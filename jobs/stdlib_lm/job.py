@@ -39,7 +39,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=common.positive, default=4)
     parser.add_argument("--seed", type=common.natural, default=0, help="of the initial weights and of the training")
     parser.add_argument("--rate", type=common.above_zero, default=PEAK_RATE, help="the highest learning rate")
-    parser.add_argument("--start", metavar="FILE", help="weights to go on from: an earlier run's FL_global_model.pt")
+    parser.add_argument(
+        "--start", metavar="FILE", help="weights to go on from: FL_global_model.pt of an earlier run of all weights"
+    )
     parser.add_argument("--rank", type=common.natural, default=0, help="of LoRA adapters, which alone are trained then")
     parser.add_argument("--in-order", action="store_true", help="a seed gives the same bits in each run")
     args = common.check(parser, parser.parse_args(argv))
@@ -47,8 +49,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--start is for the simulator: an exported job's sites don't have that file")
     if args.start and not Path(args.start).is_file():
         parser.error(f"--start {args.start} is no file: give an earlier run's FL_global_model.pt")
-    if args.start and len(args.start.split()) != 1:
-        parser.error(f"--start {args.start!r} has blanks, at which FLARE parts a script's arguments: move it")
+    if args.start:
+        args.start = start = str(Path(args.start).resolve())
+        if len(start.split()) != 1:
+            parser.error(f"--start {start!r} has blanks, at which FLARE parts a script's arguments: move it")
+        if Path(start).is_relative_to(args.workspace.resolve() / NAME):
+            parser.error(f"--start {start} is in what this run replaces: copy it, or name another --workspace")
     return args
 
 
@@ -58,7 +64,7 @@ def build(args: argparse.Namespace) -> FedAvgRecipe:
     from in_order import InOrder
     from model import ByteGPT
 
-    start = {"start": str(Path(args.start).resolve())} if args.start else {}
+    start = {"start": args.start} if args.start else {}
     train_args = {name: getattr(args, name) for name in CLIENT_OPTIONS} | start
     weights = {"seed": args.seed, "rank": args.rank, **start}
     recipe = FedAvgRecipe(

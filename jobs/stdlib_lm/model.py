@@ -32,7 +32,7 @@ class ByteGPT(nn.Module):
             that the state dict has. 0 for none.
 
     Raises:
-        ValueError: `start` has weights of other sizes.
+        ValueError: `start` has weights of other sizes, adapters alone, or something else.
     """
 
     def __init__(
@@ -70,13 +70,11 @@ class ByteGPT(nn.Module):
             nn.init.normal_(weight, std=std, generator=generator)
 
     def _load(self, path: Path) -> None:
-        weights = torch.load(path, weights_only=True)["model"]
         try:
-            self.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{path} has no ByteGPT of width {self.width} with {self.layers} layers: {error}"
-            ) from error
+            self.load_state_dict(torch.load(path, weights_only=True)["model"])
+        except (RuntimeError, KeyError) as error:
+            what = f"all weights of a ByteGPT of width {self.width} with {self.layers} layers"
+            raise ValueError(f"{path} is not what FLARE saves of {what}: {error}") from error
 
     def _adapt(self, generator: torch.Generator) -> None:
         """Freeze all weights, which leave the state dict, and add adapters, which change nothing yet."""

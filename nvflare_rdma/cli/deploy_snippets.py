@@ -115,16 +115,25 @@ class Site:
 
 
 def snippet_result(runtime: str, folder: Path | None) -> Result:
-    """The files for a site and, as comments behind them, the commands.
+    """What `printed` gives for a site, and its parts.
 
     Raises:
         CommandError: there is no such kit, or a setting in it is wrong.
     """
     site = site_in(folder)
-    files, steps = snippets(runtime, site), commands(runtime, site)
-    after = "".join(f"# {line}\n" for step in steps[1:] for line in step.splitlines())  # the first is at the top
-    text = "---\n".join(files.values()) + f"# And then:\n{after}"
-    return Result({"runtime": runtime, "files": files, "commands": steps}, text.rstrip("\n"))
+    data = {"runtime": runtime, "files": snippets(runtime, site), "commands": commands(runtime, site)}
+    return Result(data, printed(runtime, site))
+
+
+def printed(runtime: str, site: Site) -> str:
+    """The configuration for `nvflare deploy prepare`, which reads one document from the file that this is written to.
+    Behind it, as comments: what other files of the kit are to have, and the commands."""
+    (_, config), *others = snippets(runtime, site).items()
+    for name, content in others:
+        config += f"# And {name}, without what each line begins with:\n"
+        config += "".join(f"#| {line}\n" for line in content.splitlines())
+    after = commands(runtime, site)[1:]  # the first is at the top
+    return config + "# And then:\n" + "\n".join(f"# {line}" for step in after for line in step.splitlines())
 
 
 def site_in(folder: Path | None, sysfs: Path = SYSFS) -> Site:

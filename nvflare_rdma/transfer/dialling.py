@@ -34,7 +34,7 @@ from nvflare_rdma.transfer.addresses import (
 )
 from nvflare_rdma.transfer.routes import dialling
 
-#: The time for all addresses of a peer together. One of them may take `_ADDRESS_SECONDS` for the greeting, and as long
+#: The time for all addresses of a peer together. One of them may take `ADDRESS_SECONDS` for the greeting, and as long
 #: again for the ticket; when the ticket is taken, the link has the handshake's deadline besides.
 DIAL_SECONDS = 20.0
 ADDRESS_SECONDS = 5.0
@@ -186,12 +186,14 @@ class Dialler:
             with contextlib.closing(race.run()) as found:
                 for kind, opened in found:
                     self._silent.forget(f"{kind} to {peer}")
+                    greeting = race.greeting()
                     for other in (race.going() | (failures.silent_ways & ways.keys())) - {kind}:
-                        text = f"{other}, nothing answered in {time.monotonic() - began:.1f} s"
+                        what = "its host answered, and its process did not" if other in greeting else "nothing answered"
+                        text = f"{other}, {what} in {time.monotonic() - began:.1f} s"
                         failures.texts.append(text)
                         self._silent.note(f"{other} to {peer}", began, text)
                     yield opened
-        yield from self._each(peer, deadline, failures, itertools.chain(*ways.values()), lambda: None)
+        yield from self._each(peer, deadline, failures, itertools.chain(*ways.values()), lambda _: None)
 
     def _each(
         self,
@@ -199,17 +201,20 @@ class Dialler:
         deadline: float,
         failures: Failures,
         attempts: Iterable[Attempt],
-        connected: Callable[[], object],
+        greets: Callable[[bool], object],
     ) -> Iterator[Opened]:
+        """`greets` is told when a host has answered, and when the greeting with it is over."""
         for attempt in attempts:
             if time.monotonic() >= deadline:
                 failures.texts.append(f"the others were not tried: {DIAL_SECONDS:g} s are over")
                 return
             try:
-                opened = self._dial(peer, attempt, deadline, connected)
+                opened = self._dial(peer, attempt, deadline, lambda: greets(True))
             except (OSError, RdmaError) as error:
                 failures.add(attempt, error)
                 continue
+            finally:
+                greets(False)
             yield opened
 
     def _dial(self, peer: str, attempt: Attempt, deadline: float, connected: Callable[[], object]) -> Opened:
@@ -269,7 +274,7 @@ class _Race:
 
     def __init__(
         self,
-        each: Callable[[Iterable[Attempt], Callable[[], object]], Iterator[Opened]],
+        each: Callable[[Iterable[Attempt], Callable[[bool], object]], Iterator[Opened]],
         ways: Mapping[str, Iterator[Attempt]],
     ) -> None:
         self._each, self._ways = each, ways
@@ -277,23 +282,28 @@ class _Race:
         self._found: queue.SimpleQueue[tuple[str, Opened | None]] = queue.SimpleQueue()
         self._over = False
         self._going: set[str] = set()
-        self._connected = False
+        self._greeting: set[str] = set()
 
     def going(self) -> set[str]:
         """The kinds that are being tried."""
         with self._lock:
             return set(self._going)
 
+    def greeting(self) -> set[str]:
+        """Those of them whose host has answered, while its process has not yet."""
+        with self._lock:
+            return set(self._greeting)
+
     def run(self) -> Generator[tuple[str, Opened], None, None]:
         """The streams that were opened, at most one of each kind."""
-        waiting, later = 0, list(self._ways)
+        waiting, later, started = 0, list(self._ways), ""
         try:
             while waiting or later:
                 if later:
-                    self._start(later.pop(0))
+                    self._start(started := later.pop(0))
                     waiting += 1
                 with contextlib.suppress(queue.Empty):
-                    kind, opened = self._next() if later else self._found.get()
+                    kind, opened = self._next(started) if later else self._found.get()
                     waiting -= 1
                     if opened is not None:
                         yield kind, opened
@@ -304,22 +314,22 @@ class _Race:
                 if (late := self._found.get()[1]) is not None:
                     late.stream.close()
 
-    def _next(self) -> tuple[str, Opened | None]:
-        """What has come of a kind. Raises queue.Empty when the next kind is to be started."""
+    def _next(self, started: str) -> tuple[str, Opened | None]:
+        """What has come of a kind. Raises queue.Empty when the one after `started` is to be started."""
         try:
             return self._found.get(timeout=_HEAD_START_SECONDS)
         except queue.Empty:
-            if not self._connected:
+            if started not in self.greeting():
                 raise
         return self._found.get(timeout=_GREETING_SECONDS)
 
-    def _connects(self) -> None:
-        self._connected = True
+    def _greets(self, kind: str, begins: bool) -> None:
+        with self._lock:
+            (self._greeting.add if begins else self._greeting.discard)(kind)
 
     def _start(self, kind: str) -> None:
         with self._lock:
             self._going.add(kind)
-            self._connected = False
         try:
             threading.Thread(target=self._try, args=(kind,), name="rdma-way", daemon=True).start()
         except RuntimeError:  # no more threads
@@ -328,7 +338,7 @@ class _Race:
     def _try(self, kind: str) -> None:
         opened = None
         try:
-            opened = next(self._each(self._ways[kind], self._connects), None)
+            opened = next(self._each(self._ways[kind], functools.partial(self._greets, kind)), None)
         finally:
             with self._lock:
                 self._going.discard(kind)

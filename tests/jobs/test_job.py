@@ -27,6 +27,23 @@ def test_bad_arguments_are_named(args, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("my runs", "has blanks, at which FLARE parts a script's arguments: move it"),
+        ("work/stdlib_lm/server", "is in what this run replaces: copy it, or name another --workspace"),
+    ],
+)
+def test_a_model_to_go_on_from_can_be_named_and_stays_where_it_is(folder, message, tmp_path, monkeypatch, capsys):
+    where = tmp_path / folder
+    where.mkdir(parents=True)
+    (where / "FL_global_model.pt").write_bytes(b"")
+    monkeypatch.chdir(where)
+    with pytest.raises(SystemExit):
+        job.parse(["--start", "FL_global_model.pt", "--workspace", str(tmp_path / "work")])
+    assert message in capsys.readouterr().err
+
+
 def test_a_failed_run_shows_its_log_and_last_errors(tmp_path, monkeypatch, capsys):
     def fail(args):
         (tmp_path / "console.log").write_text("starting\nERROR - the disk is full\n")

@@ -9,8 +9,8 @@ warned      what this Python says of their source, such as of an escape that wil
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
-import pkgutil
 import warnings
 from pathlib import Path
 
@@ -18,28 +18,42 @@ import nvflare_rdma
 
 #: A user installs them: an extra, and a package of the system.
 NOT_ASKED_FOR = ("torch", "pyverbs")
-HOME = str(Path(nvflare_rdma.__file__).parent)
+#: In folders that are no packages; FLARE finds them by their path.
+PLUGINS = ("plugin/rdma_driver.py", "trainer_plugin/nvflare_rdma_trainer.py")
+HOME = Path(nvflare_rdma.__file__).parent
+
+
+def load(path: Path) -> None:
+    """Import the module in a file of the package."""
+    if (path.parent / "__init__.py").exists():
+        parts = [nvflare_rdma.__name__, *path.relative_to(HOME).with_suffix("").parts]
+        importlib.import_module(".".join(parts).removesuffix(".__init__"))
+        return
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def main() -> None:
-    imported, wanting, failed = 0, {}, {}
+    imported, wanting = 0, {}
+    failed = {name: "it is not there" for name in PLUGINS if not (HOME / name).exists()}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        for module in pkgutil.walk_packages(nvflare_rdma.__path__, "nvflare_rdma."):
-            if module.name.endswith(".__main__"):  # it runs what it is for
+        for path in sorted(HOME.rglob("*.py")):
+            if path.name == "__main__.py":  # it runs what it is for
                 continue
+            name = str(path.relative_to(HOME))
             try:
-                importlib.import_module(module.name)
+                load(path)
                 imported += 1
             except ModuleNotFoundError as error:
                 if error.name in NOT_ASKED_FOR:
-                    wanting.setdefault(error.name, []).append(module.name)
+                    wanting.setdefault(error.name, []).append(name)
                 else:
-                    failed[module.name] = str(error)
+                    failed[name] = str(error)
             except Exception as error:  # noqa: BLE001
-                failed[module.name] = f"{type(error).__name__}: {error}"
+                failed[name] = f"{type(error).__name__}: {error}"
     warned = sorted(
-        {f"{each.filename}:{each.lineno}: {each.message}" for each in said if each.filename.startswith(HOME)}
+        {f"{each.filename}:{each.lineno}: {each.message}" for each in said if each.filename.startswith(str(HOME))}
     )
     print(json.dumps({"imported": imported, "wanting": wanting, "failed": failed, "warned": warned}))
 

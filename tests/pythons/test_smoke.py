@@ -55,8 +55,13 @@ def test_what_is_asked_for_may_not(only_pyenv):
 def test_every_module_is_imported_and_what_is_wrong_is_named(tmp_path):
     """In an interpreter without packages, so that torch is wanted."""
     package = tmp_path / "nvflare_rdma"
-    sources = {"__init__": "", "good": "", "on_torch": "import torch", "broken": "import nowhere", "old": "x = '\\d'"}
-    for name, source in {**sources, "within/__init__": "", "within/deep": "1 / 0", "within/__main__": "1 / 0"}.items():
+    sources = {
+        **{"__init__": "", "good": "", "on_torch": "import torch", "broken": "import nowhere", "old": "x = '\\d'"},
+        **{"within/__init__": "", "within/deep": "1 / 0", "within/__main__": "1 / 0"},
+        **{"fails/__init__": "1 / 0", "fails/below": ""},
+        "plugin/rdma_driver": "1 / 0",
+    }
+    for name, source in sources.items():
         path = package / f"{name}.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text(source)
@@ -69,11 +74,15 @@ def test_every_module_is_imported_and_what_is_wrong_is_named(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["imported"] == 3  # good, old, within
-    assert found["wanting"] == {"torch": ["nvflare_rdma.on_torch"]}
+    assert found["imported"] == 4  # the package, good, old, within
+    assert found["wanting"] == {"torch": ["on_torch.py"]}
     assert {name: why.split(":")[0] for name, why in found["failed"].items()} == {
-        "nvflare_rdma.broken": "No module named 'nowhere'",
-        "nvflare_rdma.within.deep": "ZeroDivisionError",
+        "broken.py": "No module named 'nowhere'",
+        "within/deep.py": "ZeroDivisionError",
+        "fails/__init__.py": "ZeroDivisionError",
+        "fails/below.py": "ZeroDivisionError",
+        "plugin/rdma_driver.py": "ZeroDivisionError",
+        "trainer_plugin/nvflare_rdma_trainer.py": "it is not there",
     }
     (warned,) = found["warned"]
     assert warned.startswith(f"{package / 'old.py'}:1: ")

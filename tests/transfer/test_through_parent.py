@@ -160,6 +160,7 @@ def test_a_port_that_answers_nothing_costs_a_moment_once(cell, parent, monkeypat
 
 def test_who_answers_and_is_at_work_is_waited_for(cell, parent, certificates, monkeypatch):
     """The kernel takes a connection at once, whatever the process behind it does."""
+    monkeypatch.setattr(dialling, "_HEAD_START_SECONDS", 2.0)  # in which this machine surely connects
     monkeypatch.setattr(dialling, "_GREETING_SECONDS", DEADLINE)
     at_work = []
 
@@ -173,10 +174,45 @@ def test_who_answers_and_is_at_work_is_waited_for(cell, parent, certificates, mo
     invitation = server.invite("site-1.job")
     assert invitation["port"]
     assert invitation["through"]
-    at_work.append(3 * dialling._HEAD_START_SECONDS)
+    at_work.append(dialling._HEAD_START_SECONDS + 0.5)
     site.dial("server.job", invitation)
     assert not at_work
     assert parent.junctions["server"].pairs == 0
+
+
+def test_who_answers_and_never_greets_is_waited_for_a_moment(cell, parent, certificates, monkeypatch, caplog):
+    monkeypatch.setattr(dialling, "_HEAD_START_SECONDS", 2.0)
+    monkeypatch.setattr(dialling, "_GREETING_SECONDS", 0.1)
+    monkeypatch.setattr(dialling, "ADDRESS_SECONDS", 600.0)
+    monkeypatch.setattr(dialling, "DIAL_SECONDS", DEADLINE)
+    server, site = behind(cell, parent, tls=certificates), cell("site-1.job", ports=NO_PORT, tls=certificates)
+    site._dialler._server = ("127.0.0.1", 0)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        invitation = {**server.invite("site-1.job"), "port": mute.getsockname()[1]}
+        assert site.dial("server.job", invitation).usable
+        assert "straight, its host answered, and its process did not in 2." in caplog.text
+
+
+def test_who_answers_and_refuses_gets_no_more_time(monkeypatch):
+    """The next address of that kind says nothing."""
+    monkeypatch.setattr(dialling, "_HEAD_START_SECONDS", 0.1)
+    monkeypatch.setattr(dialling, "_GREETING_SECONDS", 600.0)
+    over = threading.Event()
+
+    def each(ways, greets):
+        for way in ways:
+            if way == "through":
+                yield "opened"
+            greets(True)
+            greets(False)  # it was somebody else
+            over.wait(DEADLINE)
+
+    race = dialling._Race(each, {"straight": iter(["address"]), "through the server": iter(["through"])})
+    with contextlib.closing(race.run()) as found:
+        assert next(found) == ("through the server", "opened")
+        assert race.going() == {"straight"}
+        assert race.greeting() == set()
+    over.set()
 
 
 def test_a_port_where_nobody_listens_costs_nothing(cell, parent, caplog):

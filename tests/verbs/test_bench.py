@@ -31,8 +31,9 @@ def test_verbs_are_measured_between_two_devices(network: Path, devices: tuple[st
         try:
             told = ""
             while not (address := re.search(r" listens at (\S+)", told)):
-                told = listener.stderr.readline()
-                assert told
+                line = listener.stderr.readline()
+                assert line, told
+                told += line
             options = ["--fabrics", "verbs,tcp", "--codecs", "exact", "--sizes", "4", "--repeat", "1"]
             done = subprocess.run(
                 [*BENCH, "--connect", address[1], *options, "--format", "json"],
