@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 
 from nvflare_rdma.codecs.base import Array, Bytes, Parts
-from nvflare_rdma.codecs.every_bit import KINDS, EveryBitCodec
+from nvflare_rdma.codecs.every_bit import EveryBitCodec
 from nvflare_rdma.codecs.runs import TILE, own_output_runs, own_runs, scratch
 from nvflare_rdma.errors import CodecError
 
 _WORDS: dict[int, Any] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 _HEADER = np.dtype([("kind", "<u4"), ("digest", "<u8")])
-_VERSION = 0x200  # is added to the kind, for 0.2.0 wrote differences in another way, and the kind alone
 _RUN_NBYTES = 24  # that a run may take besides the bytes of its values
 
 
@@ -107,7 +106,7 @@ class ExactDelta(EveryBitCodec):
             changed = subtract(run, _base_run(base, word, start, run.size), differing)
             digest.update(run.data.cast("B"))
             used = difference_runs.write_run(differing, 8 * word.itemsize, changed, out, used, memory)
-        out[: _HEADER.itemsize].view(_HEADER)[0] = _VERSION + self._kind(src), digest.intdigest()
+        out[: _HEADER.itemsize].view(_HEADER)[0] = self._kind(src), digest.intdigest()
         return int(used)
 
     def _decode_difference(self, parts: Parts, base: Array | None, out: Array) -> None:
@@ -115,7 +114,7 @@ class ExactDelta(EveryBitCodec):
 
         from nvflare_rdma.codecs.kernels import difference_runs, differences
 
-        self._check_kind(self._kind_of(int(parts["header"]["kind"][0])), out)
+        self._check_kind(int(parts["header"]["kind"][0]), out)
         digest, encoded, used = xxhash.xxh3_64(), parts["runs"], 0
         word = _WORDS[out.itemsize]
         coded, memory = _memory()
@@ -134,15 +133,6 @@ class ExactDelta(EveryBitCodec):
                 f"{self.name}: other values came out than were encoded: the bytes are damaged, or are the difference "
                 "from another base"
             )
-
-    def _kind_of(self, number: int) -> int:
-        """Return the kind that a header's number tells of."""
-        if number < len(KINDS):
-            raise CodecError(
-                f"{self.name}: the bytes are from nvflare-rdma 0.2.0, which wrote differences in another way; install "
-                "the same release at both ends"
-            )
-        return number - _VERSION if number >= _VERSION else number
 
 
 def _memory() -> tuple[Array, tuple[Array, ...]]:

@@ -156,7 +156,6 @@ def test_damaged_bytes_are_refused_always(share):
 def test_what_is_too_much_is_refused_before_it_is_read():
     """No number in the bytes is believed: not of values, of bits, of those that have more, nor of a stream's bytes."""
     codec, out, header = get_codec("exact_delta"), np.empty(TILE, np.float32), np.zeros(12, np.uint8)
-    header[1] = 2
     for run in (
         [GAPS, *number(TILE), 0, 0, 1, 0, 1, 0, 1],
         [GAPS, *number(TILE // 20 + 1), 0, 0, 1, 0, 1, 0, 1],
@@ -196,15 +195,6 @@ def test_changed_values_beyond_the_last_one_are_refused():
     damaged[gaps[0]] += 1
     with pytest.raises(CodecError, match="end too early, or are damaged"):
         codec.decode_against(damaged, x, y)
-
-
-def test_what_an_older_release_wrote_is_named():
-    x = np.ones(1000, np.float32)
-    codec, encoded = encode(x)
-    encoded = encoded.copy()
-    encoded[1] = 0
-    with pytest.raises(CodecError, match=r"from nvflare-rdma 0\.2\.0.*install the same release"):
-        codec.decode_into(encoded, x)
 
 
 @settings(deadline=None, max_examples=120)
