@@ -6,7 +6,6 @@ import contextlib
 import logging
 import socket
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -162,11 +161,20 @@ def test_who_answers_and_is_at_work_is_waited_for(cell, parent, certificates, mo
     """The kernel takes a connection at once, whatever the process behind it does."""
     monkeypatch.setattr(dialling, "_HEAD_START_SECONDS", 2.0)  # in which this machine surely connects
     monkeypatch.setattr(dialling, "_GREETING_SECONDS", DEADLINE)
-    at_work = []
+    head_start_is_over, greets_late = threading.Event(), []
+    look = dialling._Race.greeting
+
+    def looked(race):
+        """It is asked for at the end of a head start that brought nothing."""
+        head_start_is_over.set()
+        return look(race)
+
+    monkeypatch.setattr(dialling._Race, "greeting", looked)
 
     def late(server_side):
-        if server_side and at_work:
-            time.sleep(at_work.pop())
+        if server_side and greets_late:
+            greets_late.clear()
+            head_start_is_over.wait(DEADLINE)
         return certificates(server_side)
 
     server = cell("server.job", meet=parent.meet("server.job"), port=parent.port(), tls=late)
@@ -174,9 +182,10 @@ def test_who_answers_and_is_at_work_is_waited_for(cell, parent, certificates, mo
     invitation = server.invite("site-1.job")
     assert invitation["port"]
     assert invitation["through"]
-    at_work.append(dialling._HEAD_START_SECONDS + 0.5)
+    greets_late.append(True)
     site.dial("server.job", invitation)
-    assert not at_work
+    assert not greets_late
+    assert head_start_is_over.is_set()
     assert parent.junctions["server"].pairs == 0
 
 
