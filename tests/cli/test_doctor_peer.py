@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
 import shutil
@@ -17,16 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from nvflare_rdma.channel import Pending, dial
 from nvflare_rdma.cli import main, peer_link, peer_listen
 from nvflare_rdma.cli.peer_bodies import item_of
 from nvflare_rdma.cli.peer_kit import this_side
-from nvflare_rdma.cli.peer_link import MOST_AT_ONCE, MOST_BYTES, Exchange, context_for
+from nvflare_rdma.cli.peer_link import MOST_AT_ONCE, MOST_BYTES, Exchange
 from nvflare_rdma.cli.peer_listen import Listening, parse_listen, parse_peer
 from nvflare_rdma.errors import RdmaError
-from nvflare_rdma.fabric import connect_tcp
 from nvflare_rdma.version import __version__
 from tests.support import namespaces
+from tests.support.bench_links import exchange_with
 from tests.support.certificates import Authority
 from tests.support.commands import error_of, told
 from tests.support.kits import change
@@ -310,21 +308,6 @@ def test_several_kits_are_not_one(provisioned, capsys):
 
 
 # -- what a peer may ask for -------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def exchange_with(listening: Listening, side) -> Iterator[Exchange]:
-    sock, stream = dial(("127.0.0.1", listening.port), side.tls(False), Pending())
-    tcp = side.runtime.tcp(functools.partial(connect_tcp, sock.getpeername()[:2], DEADLINE))
-    made = Exchange(stream, side.runtime.fabrics(tcp, sock), context_for(side.runtime.context, ("tcp",)), "asks")
-    made.link.open()
-    runner = threading.Thread(target=made.link.run, daemon=True)
-    runner.start()
-    try:
-        yield made
-    finally:
-        made.link.close(0.0)
-        runner.join(DEADLINE)
 
 
 def insist(exchange: Exchange, *questions: dict) -> None:
