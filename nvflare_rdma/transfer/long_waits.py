@@ -163,7 +163,7 @@ def own_terminal(process: int | None = None) -> TextIO | None:
     try:
         if sys.stderr.isatty() and _is_in_foreground(process, sys.stderr.fileno()):
             return sys.stderr
-    except (OSError, ValueError, AttributeError, IndexError):  # it is closed, no file, or not there
+    except (OSError, ValueError, AttributeError):  # it is closed, no file, or not there
         pass
     return None
 
