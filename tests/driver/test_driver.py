@@ -208,7 +208,9 @@ def test_a_probe_of_the_port_is_no_error(caplog):
     port = free_port()
     with running(f"rdma://127.0.0.1:{port}", Mode.PASSIVE), caplog.at_level(logging.INFO):
         wait_for_port(port)
-        wait_for_port(port)
+        with socket.create_connection(("127.0.0.1", port), DEADLINE) as probe:
+            probe.shutdown(socket.SHUT_WR)
+            assert probe.recv(1) == b""
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import socket
 import threading
 from contextlib import contextmanager
 
@@ -12,6 +11,7 @@ from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo, Mode
 from nvflare.fuel.f3.drivers.driver import ConnMonitor, Driver
 from nvflare.fuel.f3.drivers.net_utils import parse_url
 
+from nvflare_rdma.cli.port_use import listening_ports
 from nvflare_rdma.driver import RdmaDriver
 from tests.support.waiting import eventually
 
@@ -84,11 +84,5 @@ def running(url: str, mode: Mode, driver: type[Driver] = RdmaDriver, **params):
 
 
 def wait_for_port(port: int) -> None:
-    def listens() -> bool:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            return False
-        return True
-
-    eventually(listens, DEADLINE)
+    """Until somebody listens there. Nobody dials to see: that would be a guest, who may still be there later."""
+    eventually(lambda: port in listening_ports(), DEADLINE)
