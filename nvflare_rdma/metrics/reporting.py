@@ -88,7 +88,7 @@ class TransferReporter:
         self._pull(False, None)
 
     def _ended(self, record: TransferRecord) -> None:
-        if not _is_of(record.cell, self._cell):
+        if not record.is_of(self._cell):
             return
         add_to_pools(record)
         with self._lock:
@@ -144,12 +144,6 @@ def figures_of(records: Sequence[TransferRecord]) -> dict[str, float]:
         "failed_transfers": sum(record.failed for record in records),
         "budget_peak_bytes": max(record.budget_peak_bytes for record in records),
     }
-
-
-def _is_of(cell: str, run: str) -> bool:
-    """Whether what `cell` moves belongs to the run whose cell is `run`: the simulator's server has a job's messages
-    in its parent's cell, too, and another job's cell may be in this process."""
-    return f"{run}.".startswith(f"{cell}.") or cell.startswith(f"{run}.")
 
 
 class _Lines:

@@ -107,7 +107,7 @@ class RdmaTransfer(FLComponent):
             fl_ctx.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
             tell_what_is_decoded(fl_ctx)
             self._started = True
-            self._rates = LinkRates(shared().ledger)
+            self._rates = LinkRates(shared().ledger, fl_ctx.get_engine().get_cell().get_fqcn())
             fl_ctx.set_prop(RATES_PROP, self._rates, private=True, sticky=True)
             if FQCN.get_root(fl_ctx.get_engine().get_cell().get_fqcn()) == FQCN.ROOT_SERVER:
                 self._leftovers = Leftovers(shared().holdings.disk)

@@ -50,12 +50,13 @@ class _Busy:
 
 
 class LinkRates:
-    """Bytes a second to each site: the median of the last transfers to it or, while there is none, from it. Transfers
-    of one direction that shared the link count as one. The very first one has opened the link, and began slowly: it
-    counts only while there is no other in either direction. Where all of them were small, the link is said to be as
-    fast as the fastest of the last ones."""
+    """Bytes a second to each site, as the transfers of the run tell whose cell is `cell`: the median of the last
+    transfers to it or, while there is none, from it. Transfers of one direction that shared the link count as one. The
+    very first one has opened the link, and began slowly: it counts only while there is no other in either direction.
+    Where all of them were small, the link is said to be as fast as the fastest of the last ones."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, cell: str) -> None:
+        self._cell = cell
         self._lock = threading.Lock()
         self._opened: dict[str, tuple[str, _Busy]] = {}
         self._found: dict[tuple[str, str], deque[_Busy]] = {}
@@ -77,7 +78,7 @@ class LinkRates:
             return None
 
     def _ended(self, record: TransferRecord) -> None:
-        if record.failed or record.wire_bytes <= 0 or record.seconds <= 0:
+        if not record.is_of(self._cell) or record.failed or record.wire_bytes <= 0 or record.seconds <= 0:
             return
         site = site_of(record.peer)
         key = record.direction, site

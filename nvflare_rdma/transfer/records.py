@@ -68,6 +68,11 @@ class TransferRecord:
     digest: str = ""
     """xxh3, 128 bits, of what was sent, in hexadecimal digits; "" where `codecs` is, or if it is not known."""
 
+    def is_of(self, run: str) -> bool:
+        """Whether it belongs to the run whose cell is `run`. The simulator's server has a job's messages in its
+        parent's cell, too; and other cells may be in this process, of other sites there and of other jobs."""
+        return f"{run}.".startswith(f"{self.cell}.") or self.cell.startswith(f"{run}.")
+
     @property
     def failed(self) -> bool:
         """Whether it did not bring what it was for."""

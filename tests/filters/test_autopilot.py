@@ -28,7 +28,7 @@ MODEL = {"w": torch.randn(1000, 2000), "norm.weight": torch.ones(2000)}
 @pytest.fixture
 def rates():
     ledger = Ledger()
-    made = LinkRates(ledger)
+    made = LinkRates(ledger, "server")
     made.ledger, made.now = ledger, 0.0
     return made
 
@@ -218,6 +218,24 @@ def test_rates_are_medians_of_what_was_large_enough_and_went_well(rates):
     rates.stop()
     moved(rates, "site-2.job", 8)
     assert rates.to("site-2") is None
+
+
+@pytest.mark.parametrize(
+    ("cell", "counts"),
+    [
+        ("site-1.job-1", True),
+        ("site-1", True),  # the parent of the run: in the simulator it moves a job's messages, too
+        ("site-1.job-1.trainer", True),
+        ("site-2.job-1", False),  # in one process with this site, in the simulator
+        ("site-1.job-10", False),
+        ("site-1.job-2", False),
+    ],
+)
+def test_what_other_cells_of_the_process_have_moved_tells_nothing(cell, counts):
+    ledger = Ledger()
+    rates = LinkRates(ledger, "site-1.job-1")
+    ledger.record(record(cell=cell, peer="server.job-1", wire_bytes=1 << 20, seconds=1.0))
+    assert (rates.to("server") is not None) is counts
 
 
 def test_small_transfers_say_how_fast_a_link_is_at_least(rates):

@@ -15,7 +15,7 @@ LARGE = {"w": torch.ones(500_000)}
 
 @pytest.fixture
 def rates():
-    made = LinkRates(shared.ledger)
+    made = LinkRates(shared.ledger, "server")
     yield made
     made.stop()
 

@@ -41,7 +41,7 @@ class Direct:
         #: While it is not set, the sender does not go on when its first tensors are there.
         self.go_on = threading.Event()
         self.go_on.set()
-        meters = Meters("", ledger=shared.ledger)
+        meters = Meters("server", ledger=shared.ledger)
         self.service = Service(TensorContent(tensors), lambda: self.channels, self._moved, meters)
 
     @property
