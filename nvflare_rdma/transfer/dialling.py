@@ -95,8 +95,8 @@ class Failures:
     """What was tried in vain."""
 
     texts: list[str] = field(default_factory=list)
-    #: The kinds of ways of which something did not answer.
-    silent_ways: set[str] = field(default_factory=set)
+    #: The kinds of ways of which something did not answer, and whether a host did: its process then said nothing.
+    silent_ways: dict[str, bool] = field(default_factory=dict)
     #: Of the texts, those about somebody else who was there.
     impostors: list[str] = field(default_factory=list)
 
@@ -104,7 +104,7 @@ class Failures:
         """An attempt has failed."""
         self.texts.append(f"{attempt}: {error}")
         if isinstance(error, UnreachableError | TimeoutError):
-            self.silent_ways.add(attempt.kind)
+            self.silent_ways[attempt.kind] = not isinstance(error, UnreachableError)
         if isinstance(error, TlsError):
             self.impostors.append(self.texts[-1])
 
@@ -186,9 +186,11 @@ class Dialler:
             with contextlib.closing(race.run()) as found:
                 for kind, opened in found:
                     self._silent.forget(f"{kind} to {peer}")
+                    silent = {other: failures.silent_ways[other] for other in failures.silent_ways.keys() & ways.keys()}
                     greeting = race.greeting()
-                    for other in (race.going() | (failures.silent_ways & ways.keys())) - {kind}:
-                        what = "its host answered, and its process did not" if other in greeting else "nothing answered"
+                    silent |= {other: other in greeting for other in race.going()}
+                    for other in silent.keys() - {kind}:
+                        what = "its host answered, and its process did not" if silent[other] else "nothing answered"
                         text = f"{other}, {what} in {time.monotonic() - began:.1f} s"
                         failures.texts.append(text)
                         self._silent.note(f"{other} to {peer}", began, text)

@@ -202,6 +202,39 @@ def test_who_answers_and_never_greets_is_waited_for_a_moment(cell, parent, certi
         assert "straight, its host answered, and its process did not in 2." in caplog.text
 
 
+def test_who_answered_and_was_given_up_is_said_to_have_answered(cell, parent, certificates, monkeypatch, caplog):
+    """All of its time is over before the other way leads there."""
+    given_up, dial, add = threading.Event(), dialling.dial, dialling.Failures.add
+
+    def added(failures, attempt, error):
+        add(failures, attempt, error)
+        given_up.set()
+
+    def late(server_side):
+        if server_side:
+            given_up.wait(DEADLINE)
+        return certificates(server_side)
+
+    monkeypatch.setattr(dialling.Failures, "add", added)
+    server = cell("server.job", meet=parent.meet("server.job"), port=parent.port(), tls=late)
+    site = cell("site-1.job", ports=NO_PORT, tls=certificates)
+    site._dialler._server = ("127.0.0.1", 0)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        port = mute.getsockname()[1]
+
+        def soon_over(address, tls, pending, timeout, *more):
+            return dial(address, tls, pending, 0.1 if address[1] == port else DEADLINE, *more)
+
+        monkeypatch.setattr(dialling, "dial", soon_over)
+        monkeypatch.setattr(dialling, "_HEAD_START_SECONDS", 0.01)
+        monkeypatch.setattr(dialling, "_GREETING_SECONDS", 0.01)
+        given_up.clear()
+        assert site.dial("server.job", {**server.invite("site-1.job"), "port": port}).usable
+    assert given_up.is_set()
+    assert "straight, its host answered, and its process did not in " in caplog.text
+    assert "nothing answered" not in caplog.text
+
+
 def test_who_answers_and_refuses_gets_no_more_time(monkeypatch):
     """The next address of that kind says nothing."""
     monkeypatch.setattr(dialling, "_HEAD_START_SECONDS", 0.1)
