@@ -30,6 +30,7 @@ from nvflare_rdma.codecs.kernels.jit import (
     inner,
     int64_out,
     kernel,
+    load64,
     size,
     together,
     uint8,
@@ -45,9 +46,10 @@ _ABOVE = 16  # at most one in so many has more above its low bits than fits a by
 _SAMPLES = 2048
 _1, _4, _7, _HALF, _ESCAPE = (np.uint32(n) for n in (1, 4, 7, 15, 255))
 _FIRST, _LAST_PLANE = np.intp(0), np.intp(2)
+_ONES = np.uint64(0x0101010101010101)  # one in each of eight bytes
 
 # Where `work` has, after what planes take, how many samples have each byte, and each half byte; how many have each
-# number of bits; and for each byte, whether a code would gain nothing.
+# number of bits; and for each byte, and for half bytes, whether a code would gain nothing.
 _BYTES = np.intp(huffman.WORK)
 _HALVES, _BITS, _EVEN = _BYTES + np.intp(768), _BYTES + np.intp(784), _BYTES + np.intp(820)
 _N_HALVES, _N_BYTES = np.intp(16), np.intp(256)
@@ -135,12 +137,13 @@ def _cut(words: Any, n: Any, shift: Any, plane: Any, begin: Any) -> None:
 
 
 @inner
-def _cut_halves(words: Any, n: Any, shift: Any, plane: Any) -> None:
+def _cut_halves(words: Any, n: Any, shift: Any, plane: Any, begin: Any) -> None:
+    first = np.uint64(begin)
     half = np.uint64((n + 1) >> 1)
     for i in range(np.uint64(n) - half):
-        plane[i] = np.uint8(((words[i] >> shift) & _HALF) | (((words[half + i] >> shift) & _HALF) << _4))
+        plane[first + i] = np.uint8(((words[i] >> shift) & _HALF) | (((words[half + i] >> shift) & _HALF) << _4))
     if n & 1:
-        plane[n >> 1] = np.uint8((words[n >> 1] >> shift) & _HALF)
+        plane[begin + (n >> 1)] = np.uint8((words[n >> 1] >> shift) & _HALF)
 
 
 @inner
@@ -161,20 +164,19 @@ def _paste_halves(plane: Any, n: Any, shift: Any, words: Any) -> None:
 
 
 @inner
-def _has_escape(above: Any, begin: Any, end: Any) -> Any:
-    top = np.uint8(0)
-    for i in range(np.uint64(begin), np.uint64(end)):
-        top = max(top, above[i])
-    return top == 255
+def _has_escape(above: Any, begin: Any) -> Any:
+    """Whether one of eight bytes is 255. Those beyond the last one may be anything."""
+    eight = load64(above, begin)
+    return (~eight - _ONES) & eight & (_ONES << np.uint64(7)) != np.uint64(0)
 
 
 @inner
 def _move_together(words: Any, n: Any, above: Any, low: Any) -> Any:
     """Move what is above the low bits of those that have too much to the front; return how many there are."""
     k = np.intp(0)
-    for begin in range(0, n, 64):
-        if _has_escape(above, begin, min(begin + 64, n)):
-            for i in range(begin, min(begin + 64, n)):
+    for begin in range(0, n, 8):
+        if _has_escape(above, begin):
+            for i in range(begin, min(begin + 8, n)):
                 if above[i] == 255:
                     words[k] = words[i] >> low
                     k += 1
@@ -186,9 +188,9 @@ def _put_above(rest: Any, more: Any, above: Any, low: Any, words: Any, n: Any) -
     """Return whether there are as many as are needed."""
     k = np.intp(0)
     kept = (_1 << low) - _1
-    for begin in range(0, n, 64):
-        if _has_escape(above, begin, min(begin + 64, n)):
-            for i in range(begin, min(begin + 64, n)):
+    for begin in range(0, n, 8):
+        if _has_escape(above, begin):
+            for i in range(begin, min(begin + 8, n)):
                 if above[i] == 255:
                     if k == more:
                         return False
@@ -249,8 +251,10 @@ def _low_bits(words: Any, n: Any, bits: Any, samples: Any, work: Any) -> Any:
     plane = _BYTES + 256 * min(low >> 3, _LAST_PLANE)
     for symbol in range(256):
         work[_HALVES + (symbol & 15)] += work[plane + symbol]
-    if low & 7 and not _is_even(work, _HALVES, _N_HALVES, samples):
-        low += 4  # as bytes they can have a code
+    if low & 7:
+        work[_EVEN + 3] = _is_even(work, _HALVES, _N_HALVES, samples)
+        if work[_EVEN + 3] == 0:
+            low += 4  # as bytes they can have a code
     return low
 
 
@@ -325,7 +329,12 @@ def write_run(differences: Any, bits: Any, changed: Any, out: Any, used: Any, me
             _cut(words, count, np.uint32(8 * step), plane, _FIRST)
         elif step < bytes_low:
             nbytes = (count + 1) >> 1
-            _cut_halves(words, count, shift - _4, plane)
+            if work[_EVEN + 3] != 0:
+                out[used] = STORED
+                _cut_halves(words, count, shift - _4, out, used + 1)
+                used += 1 + nbytes
+                continue
+            _cut_halves(words, count, shift - _4, plane, _FIRST)
         elif step == bytes_low:
             for i in range(count):
                 plane[i] = np.uint8(min(words[i] >> shift, _ESCAPE))
