@@ -170,6 +170,17 @@ def test_a_stalled_transfer_ends_a_link_that_is_busy_otherwise():
         assert "made no progress for 1 s" in str(it.link._failure)
 
 
+def test_who_withdraws_and_does_not_answer_a_grant_keeps_no_memory():
+    with peer() as it:
+        it.greet()
+        it.say(wire.Offer(1, BIG))
+        while not any(isinstance(message, wire.Grant) for message in it.hear()):
+            pass
+        it.say(wire.Withdraw(1, "I have changed my mind"))
+        it.end()
+        assert "transfer 1 ended 1 s ago, and the peer has not answered all that was granted" in str(it.link._failure)
+
+
 def test_a_peer_that_reads_nothing_ends_the_link():
     with peer() as it:
         it.greet()

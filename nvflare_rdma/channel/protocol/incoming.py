@@ -71,6 +71,8 @@ class Incoming:
         self._grantable: deque[int] = deque()  # transfers with something left to grant, in the order of acceptance
         #: Notification -> what is exposed under it. Those of a failed transfer stay until the sender answers.
         self._exposures: dict[int, _OpenGrant] = {}
+        #: Transfer that has failed, and whose grants the sender has not answered all -> since when, as `check` saw it.
+        self._unanswered: dict[int, float] = {}
         self._in_flight = 0
         self._loads = RailLoads()
         self._overhead = 0
@@ -291,8 +293,17 @@ class Incoming:
     # -- ends ----------------------------------------------------------------------------------------------
 
     def check(self, now: float) -> None:
-        """Raise TransferError if a message that is being received is too slow."""
+        """Raise TransferError if a message that is being received is too slow, or one that has failed keeps its memory
+        because the peer does not answer what was granted of it."""
         limits = self._limits
+        failed = {grant.transfer for grant in self._exposures.values()} - self._transfers.keys()
+        self._unanswered = {transfer: self._unanswered.get(transfer, now) for transfer in failed}
+        for number, since in self._unanswered.items():
+            if now - since > limits.stall_timeout:
+                raise TransferError(
+                    f"transfer {number} ended {limits.stall_timeout:g} s ago, and the peer has not answered all that "
+                    "was granted of it"
+                )
         for number, incoming in self._transfers.items():
             # One that waits for its turn, or for memory, is not stalled by the peer.
             waits = incoming.open_chunks or (incoming.planned == incoming.length and not incoming.again)
