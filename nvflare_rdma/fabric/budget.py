@@ -9,7 +9,7 @@ import itertools
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -19,6 +19,8 @@ _MIB = 1024 * 1024
 _NEIGHBOUR_SECONDS = 30.0
 #: What a site holds beyond half of the budget is taken back when another one has waited for so many seconds.
 HURRY_SECONDS = 5.0
+#: So many requests of one site wait at once: each takes memory outside of the budget.
+MAX_WAITING_OF_SITE = 4096
 
 
 class _State(Enum):
@@ -85,8 +87,8 @@ class MemoryBudget:
         self.limit = limit
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        #: By site, as they came; no site without any.
-        self._waiting: dict[str, deque[Reservation]] = {}
+        #: By site, as they came; no site without any. Any of them may go at any time.
+        self._waiting: dict[str, OrderedDict[Reservation, None]] = {}
         self._holding: dict[str, list[Reservation]] = {}
         self._held: Counter[str] = Counter()
         #: Site -> the number of its last turn: it was served, or what it held was taken back.
@@ -118,12 +120,25 @@ class MemoryBudget:
         with self._lock:
             if reservation.state is not _State.NEW:
                 return
-            reservation.nbytes = min(reservation.nbytes, self.limit)
-            reservation.number = next(self._numbers)
-            reservation.state = _State.WAITING
-            reservation.asked_at = self._asked[reservation.site] = time.monotonic()
-            self._waiting.setdefault(reservation.site, deque()).append(reservation)
-        self._serve()
+            line = self._waiting.setdefault(reservation.site, OrderedDict())
+            if full := len(line) >= MAX_WAITING_OF_SITE:
+                reservation.state = _State.OVER
+            else:
+                self._line_up(reservation, line)
+        if full:
+            reservation.refused(
+                f"{MAX_WAITING_OF_SITE} messages of {reservation.site} wait for memory already, which is the most for "
+                "one site"
+            )
+        else:
+            self._serve()
+
+    def _line_up(self, reservation: Reservation, line: OrderedDict[Reservation, None]) -> None:
+        reservation.nbytes = min(reservation.nbytes, self.limit)
+        reservation.number = next(self._numbers)
+        reservation.state = _State.WAITING
+        reservation.asked_at = self._asked[reservation.site] = time.monotonic()
+        line[reservation] = None
 
     def _release(self, reservation: Reservation) -> None:
         with self._lock:
@@ -140,7 +155,7 @@ class MemoryBudget:
 
     def _no_longer_waits(self, reservation: Reservation) -> None:
         line = self._waiting[reservation.site]
-        line.remove(reservation)
+        del line[reservation]
         if not line:
             del self._waiting[reservation.site]
 
@@ -170,7 +185,7 @@ class MemoryBudget:
             # What was taken back already is about to be released.
             mine = sorted((r for r in self._holding[site] if not r.taken), key=lambda r: r.number)
             held = sum(r.nbytes for r in mine)
-            waiting = [line[0] for other, line in self._waiting.items() if other != site]
+            waiting = [next(iter(line)) for other, line in self._waiting.items() if other != site]
             if held <= self.limit // 2 or not any(now - first.asked_at > HURRY_SECONDS for first in waiting):
                 continue
             taken: list[Reservation] = []
@@ -213,9 +228,10 @@ class MemoryBudget:
         now = time.monotonic()
         near = {site for site, at in self._asked.items() if now - at < _NEIGHBOUR_SECONDS}
         firsts = [
-            line[0]
+            first
             for site, line in self._waiting.items()
-            if not (held := self._held.get(site, 0)) or held + line[0].nbytes <= self.limit // 2 or not near - {site}
+            for first in itertools.islice(line, 1)
+            if not (held := self._held.get(site, 0)) or held + first.nbytes <= self.limit // 2 or not near - {site}
         ]
         turns = self._turns
         return min(firsts, key=lambda r: (self._held.get(r.site, 0), turns.get(r.site, 0), r.number), default=None)
