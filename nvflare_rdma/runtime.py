@@ -285,5 +285,5 @@ def make_context(settings: Settings, available: Mapping[str, Availability]) -> L
 def make_memory(budget: int) -> dict[str, Any]:
     """The parts of a `LinkContext` that hold memory, together at most `budget` bytes: a sixteenth is left for chunks
     that several receivers want (`Shared.encoded_chunks`), three are for what is sent, twelve for what arrives."""
-    sixteenth, pool = budget // 16, SlotPool(keep_bytes=None)
+    sixteenth, pool = budget // 16, SlotPool(keep_bytes=None, most_bytes=budget)
     return {"budget": MemoryBudget(12 * sixteenth), "pool": pool, "sending": SendMemory(pool, 3 * sixteenth)}

@@ -27,7 +27,12 @@ class HugePageBlobTask(blob_streamer.BlobTask):
         super().__init__(future, stream, max_size, preserve_chunks=True)
         self.preserve_chunks = False
         self.pre_allocated = True
-        self.buffer = shared().blob_memory.take(self.size)
+        self.buffer = shared().blob_memory.take_for_announced(self.size)
+        future.add_done_callback(self._done)
+
+    def _done(self) -> None:
+        if self.future.error is None:
+            shared().blob_memory.filled(self.buffer)
 
 
 def use_huge_pages() -> None:

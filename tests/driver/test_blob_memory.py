@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from nvflare.fuel.f3.streaming import blob_streamer
-from nvflare.fuel.f3.streaming.stream_types import BlobSizeError, StreamFuture
+from nvflare.fuel.f3.streaming.stream_types import BlobSizeError, StreamError, StreamFuture
 
 from nvflare_rdma.driver.blob_memory import HugePageBlobTask, use_huge_pages
 from nvflare_rdma.fabric.slots import HUGE_PAGE_BYTES
+from nvflare_rdma.runtime import shared
 
 CHUNK = 1 << 20
 
@@ -60,6 +62,21 @@ def test_the_next_blob_of_that_size_uses_the_memory_again_once_nobody_has_it():
     del kept
     gc.collect()
     assert address(receive(bytes(size)).result(timeout=60)) == where
+
+
+def test_a_blob_that_is_announced_and_does_not_come_keeps_no_memory_of_others():
+    pool = shared().blob_memory
+    pool.clear()
+    before = pool._busiest
+    future = StreamFuture(1, {})
+    task = blob_streamer.BlobTask(future, SimpleNamespace(get_size=lambda: 1 << 32))
+    future.set_exception(StreamError("the peer has gone"))
+    assert len(task.buffer) == 1 << 32
+    del task, future
+    gc.collect()
+    assert pool._busiest == before
+    receive(pattern(5 * CHUNK)).result(timeout=60)
+    assert pool._busiest == max(before, pool.cost(5 * CHUNK))
 
 
 def test_flares_own_limits_hold():

@@ -253,6 +253,43 @@ def test_without_a_limit_of_its_own_idle_and_used_stay_within_the_busiest_moment
     assert pool.idle_bytes == 0
 
 
+def test_what_was_taken_at_the_busiest_moment_keeps_no_more_idle_than_it_may():
+    mib = 1 << 20
+    pool = SlotPool(keep_bytes=None, most_bytes=8 * mib)
+    pool.take(100 * mib)
+    for size in (2, 4, 6, 8):
+        pool.take(size * mib)
+    assert pool.idle_bytes == 8 * mib
+
+
+def test_what_is_announced_and_does_not_come_keeps_nothing_idle():
+    mib = 1 << 20
+    pool = SlotPool(keep_bytes=None)
+    pool.filled(pool.take_for_announced(6 * mib))
+    assert pool.idle_bytes == 6 * mib
+    announced = [pool.take_for_announced(100 * mib) for _ in range(3)]
+    pool.filled(pool.take_for_announced(8 * mib))
+    del announced
+    for size in (2, 4, 6, 8, 10):
+        pool.take_for_announced(size * mib)
+    assert pool.idle_bytes <= 8 * mib
+
+
+def test_a_site_has_only_so_many_requests_that_wait(monkeypatch):
+    monkeypatch.setattr(budget, "MAX_WAITING_OF_SITE", 3)
+    it = Requests(100)
+    held = it.ask("site-1", 100)
+    waiting = [it.ask("site-2", 1) for _ in range(4)]
+    it.ask("site-3", 1)
+    assert it.refused == ["3 messages of site-2 wait for memory already, which is the most for one site"]
+    waiting[1].release()
+    it.ask("site-2", 1)
+    assert len(it.refused) == 1
+    waiting[3].release()  # it was refused
+    held.release()
+    assert sorted(it.served[1:]) == ["site-2"] * 3 + ["site-3"]
+
+
 def test_who_holds_the_least_is_next_and_who_waits_for_much_is_not_passed_over():
     it = Requests(100)
     first = [it.ask("busy", 30) for _ in range(6)]
