@@ -24,6 +24,7 @@ from nvflare_rdma.fabric import (
     FabricFactory,
     LinkEnd,
     MemoryBudget,
+    RailPlaces,
     SendMemory,
     SlotPool,
     TcpFabric,
@@ -161,6 +162,7 @@ class Shared:
         services: those that serve what the process sends.
         blob_memory: the memory in which FLARE puts together large blobs.
         ports: the ports that FLARE's connections come to by the driver, for other connections of this package.
+        rail_places: of the rails that peers have opened to the process.
     """
 
     links: LinksByCell = field(default_factory=LinksByCell)
@@ -177,6 +179,7 @@ class Shared:
     services: weakref.WeakSet[Service] = field(default_factory=weakref.WeakSet)
     blob_memory: SlotPool = field(default_factory=lambda: SlotPool(keep_bytes=None))
     ports: SharedPorts = field(default_factory=SharedPorts)
+    rail_places: RailPlaces = field(default_factory=RailPlaces)
 
 
 @dataclass(frozen=True)
@@ -279,6 +282,7 @@ def make_context(settings: Settings, available: Mapping[str, Availability]) -> L
         controller=settings.rdma_controller,
         chunk_bytes=settings.rdma_chunk_bytes,
         integrity=settings.rdma_integrity,
+        rail_places=shared().rail_places,
     )
 
 

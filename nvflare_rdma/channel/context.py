@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nvflare_rdma.channel.protocol import ChannelLimits
-from nvflare_rdma.fabric import MemoryBudget, SendMemory, SlotPool
+from nvflare_rdma.fabric import MemoryBudget, RailPlaces, SendMemory, SlotPool
 
 
 @dataclass(frozen=True)
@@ -33,5 +33,6 @@ class LinkContext:
     """Outgoing bytes that may wait to be granted before `Link.send` blocks; one message may always."""
     labels_only: bool = False
     """Whether the peer may send nothing but messages with labels that are expected."""
+    rail_places: RailPlaces = field(default_factory=RailPlaces)
     memory_wait: float = 150.0
     """Seconds that an offered message waits for memory before it is refused; a silent peer holds some for less."""

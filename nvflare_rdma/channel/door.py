@@ -171,7 +171,7 @@ class Door:
                     )
                     return
                 # Out of descriptors, or the peer has gone again: the port stays open.
-                log.error("can't accept a connection on %s: %s", self._name, error)
+                self._complaints.log(logging.ERROR, "can't accept a connection on %s: %s", self._name, error)
                 self._closed.wait(0.1)
                 continue
             self._make_room(sock, str(address[0]))
@@ -250,7 +250,7 @@ class Door:
             magic = _receive_by(sock, MAGIC_BYTES, deadline)
             if magic == RAIL_MAGIC:
                 if not self._fabric.admit(sock, _receive_by(sock, TICKET_BYTES, deadline)):
-                    text = "refused a rail from %s: its ticket is unknown, used or expired"
+                    text = "refused a rail from %s: its ticket is unknown, used or expired, or its site has too many"
                     self._complaints.log(logging.WARNING, text, peer)
                 return None
             if (taker := self.takers.get(magic)) is not None:

@@ -75,7 +75,7 @@ class Link:
         self._room = threading.Condition(self._lock)
         self._deferred = DeferredCalls(self._lock, deliver, self._guarded, lambda: self._closing)
         self._key = sealing.new_key() if stream.secure else b""
-        self._opener = RailOpener(self, name, context, fabrics, self._key, self._send_on_control)
+        self._opener = RailOpener(self, name, site, context, fabrics, self._key, self._send_on_control)
         controller = self._opener.controller("")
         overhead, now = sealing.TAG_BYTES if self._key else 0, time.monotonic()
         self._core = Connection(role, context.limits, self._opener.hello(), controller, now, overhead)

@@ -51,6 +51,7 @@ class RailOpener:
         self,
         owner: RailOwner,
         name: str,
+        site: str,
         context: LinkContext,
         fabrics: Mapping[str, Fabric],
         key: bytes,
@@ -60,7 +61,7 @@ class RailOpener:
         """Why there is nothing better than what was chosen last."""
         self._because = ""
         self._owner = owner
-        self._name = name
+        self._name, self._site = name, site
         self._context = context
         self._fabrics = fabrics
         own = {n: context.unavailable.get(n, "not part of this process") for n in context.order}
@@ -95,7 +96,7 @@ class RailOpener:
         """
         peer = wanted.peer
         self._check_keys(peer)
-        rails = RailSet(self._owner)
+        rails = RailSet(self._owner, self._context.rail_places, self._site)
         name, self.passed_over, offer = self._chooser.offer(self._fabrics, rails, peer, wanted.reason, wanted.opened)
         log.info("%s: fabric %s%s", self._name, name or "none", f" ({self.passed_over})" if self.passed_over else "")
         rails.fabric = name or "control"
@@ -131,7 +132,7 @@ class RailOpener:
             name, peer, {other for other, made in self._fabrics.items() if made.same_host}, self.passed_over
         )
         self._because = f" ({self.passed_over})" if self.passed_over else ""  # the passive side has said so
-        rails = RailSet(self._owner)
+        rails = RailSet(self._owner, self._context.rail_places, self._site)
         rails.fabric = name or "control"
         same_host = self._is_same_host(name)
         opening = Opening(rails, name, self.controller(name), offered.sealed, offered.checked, same_host)

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 from nvflare_rdma.channel.protocol import events, wire
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
-from nvflare_rdma.fabric import CompletionHandler, Endpoint, Fabric, choose, join_threads
+from nvflare_rdma.fabric import CompletionHandler, Endpoint, Fabric, RailPlaces, choose, join_threads
 from nvflare_rdma.logs import get_logger
 
 log = get_logger(__name__)
@@ -48,9 +48,10 @@ class RailOwner(Protocol):
 
 
 class RailSet(CompletionHandler):
-    """One endpoint and its sending threads. After `close` nothing of it is heard any more."""
+    """One endpoint and its sending threads. After `close` nothing of it is heard any more. Rails that the peer opens
+    take places of `site`."""
 
-    def __init__(self, owner: RailOwner) -> None:
+    def __init__(self, owner: RailOwner, places: RailPlaces, site: str) -> None:
         self.endpoint: Endpoint
         self.fabric = ""
         """Name of the fabric, "control" if everything goes on the control stream."""
@@ -62,6 +63,8 @@ class RailSet(CompletionHandler):
         self._queues: dict[int, queue.SimpleQueue[tuple[events.WriteChunk, MakeChunk] | None]] = {}
         self._threads: list[threading.Thread] = []
         self._offered = self._wanted = 0
+        self._places, self._site, self._admitted = places, site, 0
+        self._admission = threading.Lock()
         self._closed = False
 
     def start(self, rail: int) -> None:
@@ -118,6 +121,9 @@ class RailSet(CompletionHandler):
         for work in list(self._queues.values()):
             work.put(None)
         self.endpoint.close()
+        with self._admission:
+            admitted, self._admitted = self._admitted, 0
+        self._places.free(self._site, admitted)
         join_threads(list(self._threads), 5.0)
         self._queues.clear()  # what was not begun counts as no read, but keeps its message
         self._owner.closed(self)
@@ -138,6 +144,14 @@ class RailSet(CompletionHandler):
         """See `CompletionHandler.rail_down`."""
         if not self._closed:
             self._owner.rail_down(self, rail, error)
+
+    def admits(self, first: bool) -> bool:
+        """See `CompletionHandler.admits`."""
+        with self._admission:
+            if self._closed or not self._places.take(self._site, first):
+                return False
+            self._admitted += 1
+        return True
 
     def rail_up(self, rail: int) -> None:
         """See `CompletionHandler.rail_up`."""

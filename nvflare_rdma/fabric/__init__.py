@@ -17,6 +17,7 @@ from nvflare_rdma.fabric.base import MAX_RAILS, CompletionHandler, Endpoint, Fab
 from nvflare_rdma.fabric.budget import MemoryBudget, Reservation
 from nvflare_rdma.fabric.interfaces import addresses_of
 from nvflare_rdma.fabric.options import DEVICE_FILES, SYSFS, Availability, FabricOptions, VerbsOptions
+from nvflare_rdma.fabric.rail_places import RailPlaces
 from nvflare_rdma.fabric.registry import (
     FABRICS,
     FabricFactory,
@@ -51,6 +52,7 @@ __all__ = [
     "FabricOptions",
     "LinkEnd",
     "MemoryBudget",
+    "RailPlaces",
     "Region",
     "RemoteSlice",
     "Reservation",

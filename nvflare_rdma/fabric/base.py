@@ -46,6 +46,11 @@ class CompletionHandler(Protocol):
         on it are reported as `written`. Once per rail, not after `Endpoint.close`. FabricUnavailable: others would
         break too."""
 
+    def admits(self, first: bool) -> bool:
+        """Passive side: whether one more rail may be opened, which is one of the `first` or not. It has a place then,
+        until its endpoint is closed. Not within a lock of the endpoint's."""
+        return True
+
     def rail_up(self, rail: int) -> None:
         """Active side: a rail that `Endpoint.grow` asked for is open, on both sides."""
 

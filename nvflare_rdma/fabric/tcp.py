@@ -234,6 +234,10 @@ class TcpEndpoint(Endpoint):
             if joined:
                 self._handler.rail_up(rail)
 
+    def admits(self, rail: int) -> bool:
+        """Passive side: whether there is a place for this rail."""
+        return self._handler.admits(rail < FEW_RAILS)
+
     def has_joined(self, rail: int) -> bool:
         """See `Endpoint.has_joined`."""
         return rail in self._sockets
@@ -425,11 +429,11 @@ class TcpFabric(Fabric):
 
     def admit(self, sock: socket.socket, ticket: bytes) -> bool:
         """Take a connection that began with `RAIL_MAGIC` and presents `ticket`, on the passive side. If the ticket is
-        no good, it is closed and False returned."""
+        no good, or its site has too many rails, it is closed and False returned."""
         with self._lock:
             entry = self._tickets.pop(ticket, None)
         endpoint = entry[0]() if entry is not None and entry[2] > time.monotonic() else None
-        if entry is None or endpoint is None or not _is_open(endpoint):
+        if entry is None or endpoint is None or not _is_open(endpoint) or not endpoint.admits(entry[1]):
             with contextlib.suppress(OSError):
                 sock.sendall(_REFUSED)
             sock.close()
@@ -469,7 +473,10 @@ class TcpFabric(Fabric):
             answer = memoryview(bytearray(1))
             receive_exactly(sock, answer)
             if bytes(answer) != _ADMITTED:
-                raise FabricError("the peer refused the rail's ticket (it is used up or has expired)")
+                raise FabricError(
+                    "the peer refused the rail's ticket: it is used up or has expired, or this site has too many rails "
+                    "there"
+                )
         except OSError:
             sock.close()
             raise

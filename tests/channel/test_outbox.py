@@ -14,7 +14,7 @@ from nvflare_rdma.channel.outbox import Outbox
 from nvflare_rdma.channel.protocol.events import WriteChunk
 from nvflare_rdma.channel.rails import RailSet
 from nvflare_rdma.errors import TransferError
-from nvflare_rdma.fabric import RemoteSlice
+from nvflare_rdma.fabric import RailPlaces, RemoteSlice
 
 MESSAGE = b"message" * 1000
 CHUNK = WriteChunk(1, 100, 1000, RemoteSlice(1, 0, 1000), 7, 0)
@@ -31,7 +31,7 @@ class Case:
         room = threading.Condition(self.lock)
         self.outbox = Outbox(self.lock, room, 1 << 20, take, lambda *given_up: self.withdrawn.append(given_up), "link")
         self.sending = self.outbox.add(1, source or BufferSource(memoryview(MESSAGE)))
-        self.rails = RailSet(None)
+        self.rails = RailSet(None, RailPlaces(), "")
         self.make = self.make_chunk()
 
     def make_chunk(self):

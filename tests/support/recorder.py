@@ -24,6 +24,9 @@ class Recorder:
     def rail_down(self, rail: int, error: Exception) -> None:
         self.down.put((rail, error))
 
+    def admits(self, first: bool) -> bool:
+        return True
+
     def rail_up(self, rail: int) -> None:
         self.up.put(rail)
 
