@@ -381,9 +381,13 @@ class PeerLinks:
         return self._trainers and (neighbour or peer.startswith(f"{self.name}."))
 
     def has_door_for(self, peer: str) -> bool:
-        """Whether this side listens, and `peer` may be invited: then it never dials where `peer` says."""
-        with self._lock:
-            return self._door is not None and self._may_come(peer)
+        """Whether this side listens, from now on at the latest, and `peer` may be invited. To who asks it for something
+        it then sends an invitation, and takes none."""
+        try:
+            self._open_door(peer)
+        except FabricUnavailable:
+            return False
+        return True
 
     # -- links ---------------------------------------------------------------------------------------------
 

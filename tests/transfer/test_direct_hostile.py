@@ -114,6 +114,16 @@ def test_hostile_requests(request_, reason, direct):
     assert it.service.answer({"do": "report"}, "site-1") == {"failed": "nothing is being sent"}
 
 
+def test_who_can_listen_dials_nobody_that_has_asked_for_something(direct):
+    """Nothing has opened its door yet, and no request to describe goes before."""
+    it = direct({"large": np.zeros(LARGE)})
+    with socket.create_server(("127.0.0.1", 0)) as named:
+        invitation = {"hosts": ["127.0.0.1"], "port": named.getsockname()[1], "ticket": bytes(TICKET_BYTES)}
+        answer = it.service.answer({**SEND, "items": [], "invitation": invitation}, "site-1")
+        assert "an invitation to a side that has a door" in answer["refused"]
+        assert it.service.answer({"do": "report"}, "site-1") == {"failed": "nothing is being sent"}
+
+
 def test_requests_to_dial_keep_none_of_the_threads_that_answer_others(direct, cell):
     """They come in threads that FLARE has for all sites. Who is dialled here takes its time, and many ask for it."""
     it = direct({"large": np.zeros(LARGE)}, ports=None)
