@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nvflare_rdma.accumulate import Holdings, encoded_tensor
+from nvflare_rdma.accumulate import Holdings, encoded_tensor, plain
 from nvflare_rdma.codecs import (
     CODEC_NAMES,
     Array,
@@ -99,7 +99,8 @@ def decode_params(
 ) -> DecodedParams:
     """Decode what was received, given by flat name. `values` is not changed.
 
-    Tensors that FLARE has left on disk are loaded one at a time, as they are decoded; all others stay there. Decoded
+    Tensors that FLARE has left on disk, and codes that wait there to be added (`nvflare_rdma.accumulate`), are loaded
+    one at a time, as they are decoded; all others stay there. Decoded
     tensors have memory of their own, but names that are tied to another name share that one's tensor, and
     constants that have more values than are expected of a message of this size are views of one value: they take memory
     when somebody needs it.
@@ -142,6 +143,7 @@ def decode_params(
         if _is_left_alone(its_codec, value, state, source):
             result.values[name] = values[name]
             continue
+        value = plain(value)
         known = base.sized(name) if base is not None else 0
         room = max((expected or {}).get(name, 0), known, per_byte * codes_nbytes(value, state))
         limit = max(free, room)
@@ -194,7 +196,9 @@ def _loaded(value: Any) -> Any:
 
 
 def _loaded_state(state: Any) -> Any:
-    return {key: _loaded(value) for key, value in state.items()} if isinstance(state, dict) else state
+    """Return the state with all tensors in memory. A transfer can't tell codes and scales from a model's values, so at
+    a server beyond its memory budget they may wait to be added as well, which nobody will do."""
+    return {key: plain(_loaded(value)) for key, value in state.items()} if isinstance(state, dict) else state
 
 
 def _values_per_byte(expected: Sizes | None, strict: bool) -> int:

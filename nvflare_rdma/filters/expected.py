@@ -15,6 +15,7 @@ from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
+from nvflare_rdma.accumulate import is_encoded_tensor
 from nvflare_rdma.codecs import is_plain, is_tensor
 from nvflare_rdma.filters.points import kept_in_run
 from nvflare_rdma.filters.quant_filter import QUANT_STATE, QUANTIZED_FLAG, flatten
@@ -26,8 +27,12 @@ _FORMS = 2  # models in a result that were not apart in the task's data: weights
 
 
 def sizes_of(values: Mapping[str, Any]) -> Sizes:
-    """Return how many values each of the tensors has."""
-    return {name: math.prod(v.shape) for name, v in values.items() if is_tensor(v) and is_plain(v)}
+    """Return how many values each of the tensors has. Those of a result that a server sends on may be encoded still."""
+    return {
+        name: math.prod(value.shape)
+        for name, value in values.items()
+        if is_tensor(value) and (is_plain(value) or is_encoded_tensor(value))
+    }
 
 
 class Expected:

@@ -15,7 +15,7 @@ from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 
-from nvflare_rdma.accumulate import plain
+from nvflare_rdma.accumulate import is_encoded_tensor, plain
 from nvflare_rdma.codecs import Policy, is_plain, is_tensor, warm_up
 from nvflare_rdma.filters import points
 from nvflare_rdma.filters.autopilot import AUTO, NAMED, Autopilot, checked_limits
@@ -160,9 +160,7 @@ class ModelQuantizer(QuantFilter):
                 models for a type that is for differences.
         """
         self._idle = None
-        values = {
-            name: plain(value) for name, value in values.items()
-        }  # a result that is sent on, as from site to site
+        values = _all_plain(values)
         point = FilterPoint.of(self, shareable, fl_ctx)
         place = point.chain, point.direction, point.task
         if not self.one_way and place not in self._checked:
@@ -222,7 +220,8 @@ class ModelQuantizer(QuantFilter):
         Returns:
             Codes in place of the tensors, and FLARE's `quant_state` and `source_datatype`, by name.
         """
-        encoded = encode_params(flatten(params), self._policy, TensorEncoder(self.max_relative_error))
+        values = _all_plain(flatten(params))
+        encoded = encode_params(values, self._policy, TensorEncoder(self.max_relative_error))
         self._report(EncodedMessage(encoded), fl_ctx)
         return rebuild(params, encoded.values), encoded.quant_state, encoded.source_datatype
 
@@ -257,6 +256,11 @@ class ModelQuantizer(QuantFilter):
             self.log_info(fl_ctx, escaped(what))
 
 
+def _all_plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with plain tensors in place of those of a result that is sent on, as from site to site."""
+    return {name: plain(value) for name, value in values.items()}
+
+
 def _metadata(message: EncodedMessage) -> dict[str, Any]:
     """Return what the receiver needs to decode the message: FLARE's metadata, and what FLARE's filters don't know."""
     params = message.params
@@ -278,12 +282,14 @@ def _metadata(message: EncodedMessage) -> dict[str, Any]:
 
 
 def _tensor_bytes(value: Any) -> int:
-    """Return the bytes of all plain tensors in a value of the metadata."""
+    """Return the bytes of all plain tensors in a value of the metadata, and of those that become plain when they are
+    sent on."""
     if isinstance(value, Mapping):
         return sum(map(_tensor_bytes, value.values()))
     if isinstance(value, list | tuple):
         return sum(map(_tensor_bytes, value))
-    return int(value.nbytes) if is_tensor(value) and is_plain(value) else 0
+    known = is_tensor(value) and (is_plain(value) or is_encoded_tensor(value))
+    return int(value.nbytes) if known else 0
 
 
 def _goes_directly(task: str, fl_ctx: FLContext) -> bool:

@@ -19,6 +19,7 @@ from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
+from nvflare_rdma.accumulate import plain
 from nvflare_rdma.codecs import identity, is_tensor, same_bits
 from nvflare_rdma.logs import get_logger
 
@@ -44,7 +45,7 @@ class Ties:
     def tie(self, model: MutableMapping[str, Any]) -> None:
         """Have names that stood for one tensor do so again, where their tensors are equal bit for bit."""
         for name, first in self._first.items():
-            one, other = model.get(first), model.get(name)
+            one, other = plain(model.get(first)), plain(model.get(name))  # of a result that is sent on
             if one is not other and is_tensor(one) and is_tensor(other) and same_bits(one, other):
                 model[name] = one
 

@@ -15,10 +15,12 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import make_copy
 
+from nvflare_rdma.accumulate import is_encoded_tensor
 from nvflare_rdma.errors import CodecError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
-from nvflare_rdma.filters.expected import Expected
+from nvflare_rdma.filters.expected import Expected, expected_of
 from tests.support.flares_filters import flares_quantizer
+from tests.support.waiting_results import on_disk
 
 LARGE = 17 << 20  # values: more than come without being expected, and never taken as memory by these tests
 
@@ -63,6 +65,15 @@ def after_sending(at, model, site="site-1", kind=DataKind.WEIGHTS):
 
 def received(dequantizer, dxo, ctx):
     return from_shareable(dequantizer.process(dxo.to_shareable(), ctx)).data["w"]
+
+
+def test_a_result_that_was_sent_on_while_it_waited_is_expected_back(at):
+    shape = (3, 1000)
+    model = {"w": on_disk(torch.ones(shape))}
+    dequantizer, ctx = after_sending(at, model)
+    assert expected_of(ctx).of("train", "site-1", "") == {"w": 3000}
+    assert is_encoded_tensor(model["w"])
+    assert received(dequantizer, ours(shape), ctx).shape == shape
 
 
 @pytest.mark.parametrize("message", [ours, from_flare])

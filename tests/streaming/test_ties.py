@@ -19,8 +19,10 @@ from nvflare.app_common.abstract.model import make_model_learnable
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
+from nvflare_rdma.accumulate import plain
 from nvflare_rdma.codecs import same_bits
 from nvflare_rdma.streaming.ties import Ties
+from tests.support.waiting_results import on_disk
 
 
 def model(kind):
@@ -81,6 +83,13 @@ def test_so_it_is_in_flares_messages(data_kind, event, prop, ties, kind):
     fire(ties, event, prop, message)
     data = from_shareable(message).data
     assert data["head"] is data["embed"]
+
+
+def test_a_result_that_is_sent_on_while_it_waits_is_tied(ties):
+    one = {"embed": torch.ones(3, 5), "head": torch.ones(3, 5)}
+    waiting = on_disk(one)
+    ties.tie(waiting)
+    assert plain(waiting["embed"]) is waiting["head"]
 
 
 def test_what_has_become_different_stays_so(ties, kind):
