@@ -25,8 +25,9 @@ class ExactDelta(EveryBitCodec):
     which have, and the differences of those. Integers only: nothing is rounded.
 
     The header has a digest (xxh3, 64 bits) of the values, and decoding compares it: a base other than the sender's is
-    found out as damaged bytes are. Without a base, the values are those by which zeros differ from them, and take what
-    they take with `lossless`.
+    found out as damaged bytes are. Without a base, the values are those by which zeros differ from them, and take about
+    what they take with `lossless`, but zeros nearly nothing: the filters send `lossless` then, as who receives a few
+    bytes that stand for that many values can't know them from an attack.
 
     Parts: `header`: which type the values have (uint32), and the digest (uint64); `runs`, bytes: for each 65536 values
     what `kernels/difference_runs.py` says. The size is known only after encoding and at most 4 bytes per value, plus

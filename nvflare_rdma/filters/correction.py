@@ -90,6 +90,9 @@ class CorrectingEncoder(TensorEncoder):
 
     def choose(self, name: str, codec: Codec, value: Any) -> Codec:
         """Return the policy's codec, unless that is for differences and this would be none, or none that is smaller."""
+        if isinstance(codec, ExactDelta):
+            known = None if self.base is None else self._known(name, to_flat(value), value)
+            return super().choose(name, codec, value) if known is None else codec
         if not codec.needs_feedback or not self.whole:
             return codec
         flat = to_flat(value)
@@ -126,6 +129,7 @@ class CorrectingEncoder(TensorEncoder):
         flat = np.ascontiguousarray(values).reshape(-1)
         known = self._known(name, flat, value)
         if isinstance(codec, ExactDelta):
+            assert known is not None  # `choose` has seen to that
             self.arrived[name] = values.flatten()
             return self._exactly(name, codec, flat, known)
         corrected, based = self._corrected(name, codec, flat, fitting(self.before, name, values.shape), known)
@@ -151,9 +155,7 @@ class CorrectingEncoder(TensorEncoder):
                 raise
             return encode_corrected(codec, flat, None, None, self._dither(name, codec)), False
 
-    def _exactly(self, name: str, codec: ExactDelta, flat: Array, known: Array | None) -> tuple[Array, RelativeError]:
-        if known is None:
-            return super().encode(name, codec, flat)
+    def _exactly(self, name: str, codec: ExactDelta, flat: Array, known: Array) -> tuple[Array, RelativeError]:
         self.based.add(name)
         encoded = np.empty(codec.encoded_nbytes(flat.size), np.uint8)
         return encoded[: codec.encode_against(flat, known, encoded)], RelativeError(0.0)

@@ -22,6 +22,7 @@ from nvflare_rdma.codecs import (
     Codec,
     Codes,
     Decision,
+    ExactDelta,
     FixedSizeCodec,
     PieceNotes,
     Policy,
@@ -78,8 +79,12 @@ class TensorEncoder:
         return RelativeError(0.0) if codec.name in LOSSLESS else estimate_error(codec, value)
 
     def choose(self, name: str, codec: Codec, value: Any) -> Codec:
-        """Return the codec that the tensor gets: the policy's, or `lossless` if nothing would make up for the loss."""
-        return get_codec("lossless") if codec.needs_feedback else codec
+        """Return the codec that the tensor gets: the policy's, or `lossless` in place of one that is for differences.
+
+        Nothing would make up for what `topk2` loses. `exact_delta` would lose nothing, but zeros that are no
+        difference from what the receiver holds take so few bytes with it that the receiver refuses them.
+        """
+        return get_codec("lossless") if codec.needs_feedback or isinstance(codec, ExactDelta) else codec
 
     def encode(self, name: str, codec: Codec, value: Any) -> tuple[Array, RelativeError]:
         """Return the encoded bytes that count, uint8, in CPU memory, and what was lost: measured if there is a limit to

@@ -17,7 +17,7 @@ from nvflare.apis.shareable import ReservedHeaderKey
 from nvflare.fuel.utils import fobs
 
 from nvflare_rdma.errors import CodecError, ConfigError
-from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer
+from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer, decoding
 from nvflare_rdma.filters.delta_base import HELD, TOPIC, Base, Bases, bases_of
 
 DATA, RESULT = FilterChainType.TASK_DATA_CHAIN, FilterChainType.TASK_RESULT_CHAIN
@@ -607,6 +607,39 @@ def test_exact_differences_arrive_bit_for_bit_and_small(federation, as_torch, dt
             for dxo_meta in (meta, meta_up) if round_ else (meta_up,):
                 assert {k for k, state in dxo_meta["quant_state"].items() if state.get("delta")} == set(w)
         w = trained
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_fresh_adapter_and_one_that_does_not_change_arrive(federation, monkeypatch, dtype):
+    """Zeros without a base, and differences that are all zero, whatever else the message has used up."""
+    monkeypatch.setattr(decoding, "_FREE_VALUES", 0)
+    fed = federation("exact_delta")
+    w = {name: torch.zeros(1 << 18, dtype=dtype).reshape(512, 512) for name in ("a.lora_B", "b.lora_B")}
+    for round_ in range(3):
+        give = fed.task(w)
+        for site in fed.sites:
+            meta, got = give(site)
+            assert meta[MetaKey.PROCESSED_ALGORITHM] == ("exact_delta" if round_ else "lossless")
+            assert_same_bits(got, w)
+            meta, back = fed.result(site, got)
+            assert meta[MetaKey.PROCESSED_ALGORITHM] == "exact_delta"
+            assert_same_bits(back, w)
+    fed.start("site-2")  # it holds nothing any more, and the others do
+    give = fed.task(w)
+    for site, name in (("site-1", "exact_delta"), ("site-2", "lossless")):
+        meta, got = give(site)
+        assert meta[MetaKey.PROCESSED_ALGORITHM] == name
+        assert_same_bits(got, w)
+
+
+def test_of_an_exact_message_what_has_no_base_travels_lossless(federation):
+    fed, w = federation("exact_delta"), model()
+    fed.task(w)("site-1")
+    w = {**stepped(w, 1, 1e-5), "new.weight": np.zeros((300, 300), np.float32)}
+    meta, got = fed.task(w)("site-1")
+    names = {name: state["codec"] for name, state in meta["quant_state"].items()}
+    assert names == {name: "lossless" if name == "new.weight" else "exact_delta" for name in w}
+    assert_same_bits(got, w)
 
 
 def assert_same_bits(got, sent):
