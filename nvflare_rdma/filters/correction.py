@@ -75,6 +75,7 @@ class CorrectingEncoder(TensorEncoder):
         noise: seed of the noise of stochastic rounding; None for none.
         arrived: what the receiver gets, by name, flat.
         lacking: what it lacks, by name, in the tensor's shape.
+        owed: what it still lacks of the messages before, by name, where a tensor travels whole for want of a base.
         based: names of the tensors that are differences from `base`.
         limit: the largest relative error that a tensor may have; None for any.
     """
@@ -85,6 +86,7 @@ class CorrectingEncoder(TensorEncoder):
     noise: str | None
     arrived: dict[str, Array] = field(default_factory=dict)
     lacking: dict[str, Array] = field(default_factory=dict)
+    owed: dict[str, Array] = field(default_factory=dict)
     based: set[str] = field(default_factory=set)
     limit: float | None = None
 
@@ -100,6 +102,11 @@ class CorrectingEncoder(TensorEncoder):
         residual = fitting(self.before, name, tuple(value.shape))
         if known is not None and difference_is_smaller(flat, residual, known):
             return codec
+        if residual is not None and known is None:
+            # The values are exact, but what was left out of earlier differences is in none of them: this side began
+            # with a model that has not got it. Where a difference would not be smaller, the tensor has been made anew,
+            # and nothing is owed to the new one.
+            self.owed[name] = aged(residual).reshape(value.shape)
         return super().choose(name, codec, value)
 
     def estimate(self, name: str, codec: Codec, value: Any) -> RelativeError:
@@ -163,6 +170,15 @@ class CorrectingEncoder(TensorEncoder):
     def _dither(self, name: str, codec: Codec) -> Dither | None:
         at_random = self.noise is not None and codec.name in DITHERED
         return dither_of(codec, f"{self.noise}\0{name}") if at_random else None
+
+
+def aged(residual: Array) -> Array:
+    """Return a flat residual, bfloat16 bits, as it is after one more message that carried nothing of it."""
+    left = np.empty_like(residual)
+    for start in range(0, residual.size, PIECE):
+        run = slice(start, start + PIECE)
+        from_float32(to_float32(residual[run]) * _KEPT, left[run])
+    return left
 
 
 def difference_is_smaller(values: Array, residual: Array | None, base: Array) -> bool:

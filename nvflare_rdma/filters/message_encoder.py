@@ -205,7 +205,8 @@ class MessageEncoder:
         for name in based:
             params.quant_state[name]["delta"] = True
         if feedback:
-            self.residuals.stage(stream, {k: v for k, v in encoder.lacking.items() if k in params.codecs})
+            lacking = {k: v for k, v in encoder.lacking.items() if k in params.codecs}
+            self.residuals.stage(stream, {**encoder.owed, **lacking})
         left = None
         if leaves_base:
             arrived = {k: v for k, v in encoder.arrived.items() if k in params.codecs}

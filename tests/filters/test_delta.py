@@ -18,6 +18,7 @@ from nvflare.fuel.utils import fobs
 
 from nvflare_rdma.errors import CodecError, ConfigError
 from nvflare_rdma.filters import ModelDequantizer, ModelQuantizer, decoding
+from nvflare_rdma.filters.correction import to_float32
 from nvflare_rdma.filters.delta_base import HELD, TOPIC, Base, Bases, bases_of
 
 DATA, RESULT = FilterChainType.TASK_DATA_CHAIN, FilterChainType.TASK_RESULT_CHAIN
@@ -535,6 +536,46 @@ def test_a_digest_tells_models_apart():
         {"a": w, "b": w + np.float32(1e-6)},
     ):
         assert Base.of(other).digest != same
+
+
+@pytest.mark.parametrize("smaller", [True, False], ids=["lossless", "exact"])
+def test_what_is_owed_waits_while_there_is_no_base(federation, smaller):
+    """Also if nothing makes the tensor smaller, so that it travels as it is."""
+    name = "layer0.weight"
+    fed, w = federation("topk2", error_feedback=True), model(0)
+
+    def owed():
+        return to_float32(fed.sites["site-1"].quantizer._encoder.residuals.committed("train")[name].ravel())
+
+    _, got = fed.task(w)("site-1")
+    fed.result("site-1", stepped(got, 1, 1e-2))
+    before = owed()
+    assert np.abs(before).max() > 0
+    fed.answers = False  # the site asks whether the server has the base, and hears nothing
+    trained = stepped(got, 2, 1e-2)
+    if not smaller:
+        bits = np.random.default_rng(0).integers(0, 1 << 32, (40, 50), np.uint32)
+        trained[name] = np.where(bits >> 23 & 255 == 255, bits ^ 1 << 23, bits).view(np.float32)
+    meta, back = fed.result("site-1", trained)
+    assert bool(meta["quant_state"][name]) == smaller
+    assert_same_bits(back, trained)
+    np.testing.assert_allclose(owed(), 0.95 * before, rtol=2**-8)
+    fed.answers = True
+    meta, back = fed.result("site-1", got)  # which has been changed by nothing: what comes is what was owed
+    assert meta[MetaKey.PROCESSED_ALGORITHM] == "topk2"
+    assert np.count_nonzero(back[name] - got[name])
+
+
+def test_what_was_owed_is_owed_to_no_tensor_that_was_made_anew(federation):
+    name = "layer0.weight"
+    fed, w = federation("topk2", error_feedback=True), model(0)
+    _, got = fed.task(w)("site-1")
+    fed.result("site-1", stepped(got, 1, 1e-2))
+    meta, back = fed.result("site-1", anew := {**stepped(got, 2, 1e-2), name: model(7, 1e-4)[name]})
+    assert meta["quant_state"][name]["codec"] == "lossless"
+    np.testing.assert_array_equal(back[name], anew[name])
+    committed = fed.sites["site-1"].quantizer._encoder.residuals.committed("train")
+    assert committed.keys() == w.keys() - {name}
 
 
 def test_a_base_gives_only_what_fits():
