@@ -241,6 +241,7 @@ def _algorithm(algorithm: Any) -> Codec | None:
 
 def _checked_ties(tied: dict[Any, Any], values: Mapping[str, Any]) -> dict[str, str]:
     for name, other in tied.items():
-        if name not in values or not isinstance(other, str) or other not in values or other in tied:
+        # FLARE's filters take numbers for names, too. Anything else may refuse to be looked up.
+        if name not in values or type(other) not in (str, int) or other not in values or other in tied:
             raise CodecError(f"'{name}' is tied to '{other}', but the message has no such two tensors")
     return tied

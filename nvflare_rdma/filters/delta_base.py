@@ -43,7 +43,7 @@ class Base:
     def of(cls, tensors: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Base:
         """Return the base of these tensors. The digest is xxh3-128 over names, dtypes, sizes and values."""
         state = xxhash.xxh3_128()
-        for name in sorted(tensors):
+        for name in sorted(tensors, key=str):  # FLARE's filters take numbers for names, too
             array = tensors[name]
             state.update(f"{name}\0{array.dtype.str}\0{array.size}\0".encode())
             state.update(array.data.cast("B"))

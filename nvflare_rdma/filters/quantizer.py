@@ -238,11 +238,11 @@ class ModelQuantizer(QuantFilter):
     def _tell_of_meta(self, dxo: DXO, fl_ctx: FLContext) -> None:
         """Say once what is not encoded: tensors in the metadata, such as SCAFFOLD's control variates."""
         sizes = {key: _tensor_bytes(value) for key, value in (dxo.meta or {}).items()}
-        found = sorted(key for key, size in sizes.items() if size)
+        found = sorted(str(key) for key, size in sizes.items() if size)
         if found and not self._told_of_meta:
             self._told_of_meta = True
             size = sum(sizes.values()) / MIB
-            what = f"{size:.2f} MB of tensors in the message's metadata ({', '.join(map(str, found))}) travel exact"
+            what = f"{size:.2f} MB of tensors in the message's metadata ({', '.join(found)}) travel exact"
             self.log_warning(fl_ctx, escaped(f"{what}: only the model is quantized"), fire_event=False)
 
     def _report(self, message: EncodedMessage, fl_ctx: FLContext) -> None:

@@ -14,6 +14,7 @@ import os
 import re
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -27,6 +28,7 @@ Bits = NDArray[np.uint16]
 log = get_logger(__name__)
 
 _OWNER_ONLY = 0o600
+_NUMBER = "\0number "
 
 
 class Residuals:
@@ -99,8 +101,19 @@ def _save(folder: str, stream: str, residuals: Mapping[str, Array]) -> None:
     finally:
         os.close(fd)
     # Renamed when whole: a process that dies while it writes leaves the old file.
-    save_file(dict(residuals), f"{path}.new", metadata={"stream": stream})
+    named = {_saved_name(name): residual for name, residual in residuals.items()}
+    save_file(named, f"{path}.new", metadata={"stream": stream})
     os.replace(f"{path}.new", path)
+
+
+def _saved_name(name: Any) -> str:
+    """FLARE's filters take numbers for names, too; the file has texts only, and none of a model begins so."""
+    return name if isinstance(name, str) else f"{_NUMBER}{name}"
+
+
+def _loaded_name(name: str) -> Any:
+    digits = name.removeprefix(_NUMBER)
+    return int(digits) if name != digits and digits.isdecimal() else name
 
 
 def _load(folder: str, stream: str) -> dict[str, Bits]:
@@ -115,4 +128,4 @@ def _load(folder: str, stream: str) -> dict[str, Bits]:
     except (OSError, SafetensorError) as error:
         log.warning("error feedback of '%s' starts anew: %s can't be read: %s", stream, path, error)
         return {}
-    return {name: bits for name, bits in loaded.items() if bits.dtype == np.uint16}
+    return {_loaded_name(name): bits for name, bits in loaded.items() if bits.dtype == np.uint16}

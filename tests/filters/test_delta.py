@@ -578,6 +578,18 @@ def test_what_was_owed_is_owed_to_no_tensor_that_was_made_anew(federation):
     assert committed.keys() == w.keys() - {name}
 
 
+def test_tensors_of_a_base_may_have_numbers_for_names(federation):
+    fed, w = federation("int2", error_feedback=True), model(0)
+    w = {"a": w["layer0.weight"], 1: w["layer1.weight"], 0: w["layer2.weight"]}
+    for round_ in range(2):
+        meta, got = fed.task(w)("site-1")
+        assert ("base" in ours(meta)) == (round_ > 0)
+        assert got.keys() == w.keys()
+        meta, back = fed.result("site-1", got)
+        assert "base" in ours(meta)
+        assert back.keys() == w.keys()
+
+
 def test_a_base_gives_only_what_fits():
     base = Base.of({"a": np.zeros(4, np.float32)})
     assert base.tensor("a", np.ones(4, np.float32)) is not None

@@ -232,6 +232,17 @@ def test_residuals_outlive_the_process(job, tmp_path):
     assert files[0].stat().st_size < 2 * 2 * w.size + 500, "two bytes a value"
 
 
+def test_so_do_those_of_tensors_with_numbers_for_names(job):
+    w = [np.random.default_rng(seed).standard_normal((50, 60)).astype(np.float32) for seed in range(3)]
+    params = {0: w[0], "0": w[1], "a": {1: w[2]}}
+    one = job(quantizer())
+    one.send(params)
+    again, expected = job(quantizer()).send(params), one.send(params)
+    for key in (0, "0"):
+        np.testing.assert_array_equal(again[key], expected[key])
+    np.testing.assert_array_equal(again["a"][1], expected["a"][1])
+
+
 def test_only_the_owner_reads_a_residual(job, tmp_path, request):
     """It tells about a site's data. A file that was left by a process that died may have another mode."""
     before = os.umask(0o022)

@@ -384,6 +384,15 @@ def test_names_may_be_numbers():
     np.testing.assert_allclose(got[0], 1, rtol=1e-6)
 
 
+def test_so_they_may_where_tensors_are_tied_or_in_the_metadata(warnings_logged):
+    w = np.ones((64, 64), np.float32)
+    meta = {7: np.ones(1 << 18, np.float32), "control": np.ones(1 << 18, np.float32)}
+    encoded = ModelQuantizer("int8").process(DXO(DataKind.WEIGHTS, {0: w, 1: w}, meta).to_shareable(), FLContext())
+    got = from_shareable(ModelDequantizer().process(encoded, FLContext())).data
+    assert got[0] is got[1]
+    assert "2.00 MB of tensors in the message's metadata (7, control)" in "".join(warnings_logged)
+
+
 def on_disk(values, folder, name):
     """Put tensors where FLARE puts them on their way to a workflow with `enable_tensor_disk_offload`."""
     tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
