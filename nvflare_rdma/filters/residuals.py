@@ -10,6 +10,7 @@ Kept in bfloat16: two bytes a value, and what that rounding loses is 2**-9 of wh
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
@@ -56,13 +57,26 @@ class Residuals:
             self._staged[stream] = residuals
 
     def commit(self, task: str, folder: str | None) -> None:
-        """Use from now on what was staged for the streams of `task`, since it was sent, and save it to `folder`."""
+        """Use from now on what was staged for the streams of `task`, since it was sent, and save it to `folder`. What
+        can't be saved is used all the same; the log has it."""
         with self._lock:
             streams = [s for s in self._staged if s == task or s.startswith(f"{task}/")]
             for stream in streams:
                 self._committed[stream] = self._staged.pop(stream)
-                if folder is not None:
+            if folder is None:
+                return
+            from safetensors import SafetensorError
+
+            for stream in streams:
+                try:
                     _save(folder, stream, self._committed[stream])
+                except (OSError, SafetensorError) as error:  # it has errors of its own for a disk that is full
+                    _forget(folder, stream)
+                    log.warning(
+                        "error feedback of '%s' can't be saved in %s, so it would start anew with the process: %s; "
+                        "free disk space there, and see that it may be written to",
+                        *(stream, folder, error),
+                    )
 
     def drop_staged(self, task: str) -> None:
         """Forget what was staged for the streams of `task`: the message will not be sent."""
@@ -106,6 +120,14 @@ def _save(folder: str, stream: str, residuals: Mapping[str, Array]) -> None:
     os.replace(f"{path}.new", path)
 
 
+def _forget(folder: str, stream: str) -> None:
+    """Remove what is saved of a stream: a message has made up for it, and no other one may."""
+    path = _file(folder, stream)
+    for each in (f"{path}.new", path):
+        with contextlib.suppress(OSError):
+            os.remove(each)
+
+
 def _saved_name(name: Any) -> str:
     """FLARE's filters take numbers for names, too; the file has texts only, and none of a model begins so."""
     return name if isinstance(name, str) else f"{_NUMBER}{name}"
@@ -113,7 +135,7 @@ def _saved_name(name: Any) -> str:
 
 def _loaded_name(name: str) -> Any:
     digits = name.removeprefix(_NUMBER)
-    return int(digits) if name != digits and digits.isdecimal() else name
+    return int(digits) if name != digits and digits.lstrip("-").isdecimal() else name
 
 
 def _load(folder: str, stream: str) -> dict[str, Bits]:

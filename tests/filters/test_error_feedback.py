@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, ReservedKey
 from nvflare.apis.shareable import ReservedHeaderKey, make_copy
 from nvflare.apis.signal import Signal
+from safetensors import SafetensorError
 
 from nvflare_rdma.codecs import CODEC_NAMES, get_codec
 from nvflare_rdma.codecs.tensors import to_flat
@@ -234,13 +237,47 @@ def test_residuals_outlive_the_process(job, tmp_path):
 
 def test_so_do_those_of_tensors_with_numbers_for_names(job):
     w = [np.random.default_rng(seed).standard_normal((50, 60)).astype(np.float32) for seed in range(3)]
-    params = {0: w[0], "0": w[1], "a": {1: w[2]}}
+    params = {-1: w[0], "-1": w[1], "a": {1: w[2]}}
     one = job(quantizer())
     one.send(params)
     again, expected = job(quantizer()).send(params), one.send(params)
-    for key in (0, "0"):
+    for key in (-1, "-1"):
         np.testing.assert_array_equal(again[key], expected[key])
     np.testing.assert_array_equal(again["a"][1], expected["a"][1])
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("IoError 28")])
+def test_a_residual_that_can_not_be_saved_is_used_and_so_are_the_others_of_its_message(
+    job, tmp_path, monkeypatch, caplog, error
+):
+    """Of a file that is older, a message has made up already: a new process must not use it again."""
+    w = {name: np.random.default_rng(0).standard_normal(5000).astype(np.float32) for name in ("first", "second")}
+    params = {key: DXO(DataKind.WEIGHT_DIFF, data={key: value}) for key, value in w.items()}
+    q, here = quantizer(), tmp_path / "job" / "nvflare_rdma"
+    stream = job(q)
+    stream.send(params, DataKind.COLLECTION)
+    assert len(list(here.iterdir())) == 2
+    before = {key: residual_of(q, key, f"train/{key}").copy() for key in w}
+    calls, real = [], safetensors.numpy.save_file
+
+    def save_file(tensors, path, metadata):
+        calls.append(metadata["stream"])
+        if len(calls) == 1:
+            raise error
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", save_file)
+    with caplog.at_level(logging.WARNING):
+        stream.send(params, DataKind.COLLECTION)
+    assert sorted(calls) == ["train/first", "train/second"]
+    for key in w:
+        assert not np.array_equal(residual_of(q, key, f"train/{key}"), before[key])
+    assert f"error feedback of '{calls[0]}' can't be saved in {here}" in caplog.text
+    (left,) = here.iterdir()
+    assert calls[1].replace("/", "_") in left.name
+    stream.send(params, DataKind.COLLECTION)
+    assert "was not seen to be sent" not in caplog.text
+    assert len(list(here.iterdir())) == 2
 
 
 def test_only_the_owner_reads_a_residual(job, tmp_path, request):
