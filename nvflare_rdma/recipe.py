@@ -225,15 +225,15 @@ def _refuse_between_sites(options: Mapping[str, Any]) -> None:
 
 
 def _client_sites(apps: Mapping[str, Any], clients: Sequence[str] | None = None) -> list[str]:
-    """The sites that are to get something: those that have client apps of their own, or the name that stands for all
-    sites; only those in `clients`, unless that is None.
+    """The sites that are to get something: the name that stands for all of them if they have one app together, or else
+    those that have client apps of their own; only those in `clients`, unless that is None.
 
     Raises:
         ConfigError: `clients` has no names, names that the job doesn't know, or the job has one app for all sites.
     """
     sites = [site for site in apps if site not in (SERVER_SITE_NAME, ALL_SITES)]
     if clients is None:
-        return sites or [ALL_SITES]
+        return sites if sites and ALL_SITES not in apps else [ALL_SITES]  # beside one for all, FLARE ignores others
     if isinstance(clients, str) or not clients or any(not isinstance(name, str) for name in clients):
         raise ConfigError(f"clients must be a list of site names such as ['site-1'], but is {clients!r}")
     if ALL_SITES in apps or not sites:

@@ -12,7 +12,9 @@ from nvflare.app_common.ccwf import ccwf_job as ccwf
 from nvflare.app_common.ccwf.comps.np_file_model_persistor import NPFileModelPersistor
 from nvflare.app_common.ccwf.comps.simple_model_shareable_generator import SimpleModelShareableGenerator
 from nvflare.app_common.np.np_trainer import NPTrainer
+from nvflare.app_common.np.np_validator import NPValidator
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
+from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.collab import collab
 from nvflare.collab.recipe import CollabRecipe
 from nvflare.job_config.api import FedJob
@@ -20,7 +22,7 @@ from nvflare.recipe.spec import Recipe
 
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.filters import PeerQuantizer
-from nvflare_rdma.recipe import add_quantization
+from nvflare_rdma.recipe import add_quantization, add_transfer
 
 QUANTIZE, DEQUANTIZE = "ModelQuantizer", "ModelDequantizer"
 PUBLIC = "nvflare_rdma.filters."
@@ -98,6 +100,21 @@ def test_a_job_with_an_app_per_site(tmp_path):
         assert [type(f).__name__ for _, fs in config.task_data_filters for f in fs] == [DEQUANTIZE]
         assert [type(f).__name__ for _, fs in config.task_result_filters for f in fs] == [QUANTIZE]
         assert set(config.task_data_filters[0][0]) == {"train", "validate"}
+
+
+def test_a_job_with_an_app_for_all_sites_and_one_that_flare_ignores(tmp_path):
+    job = FedJob(name="q", min_clients=1)
+    job.to_server(FedAvg(num_clients=1, num_rounds=1))
+    job.to_clients(NPTrainer(), tasks=["train"])
+    job.to(NPValidator(), "site-1", tasks=["validate"])
+    add_quantization(job, "int8")
+    add_transfer(job)
+    found = exported(job, tmp_path / "out")
+    for section in ("task_data_filters", "task_result_filters"):
+        assert len(found["server"][section]) == len(found["client"][section]) == 1
+    texts = [path.read_text() for path in (tmp_path / "out").glob("**/config_fed_client.json")]
+    assert len(texts) == 1
+    assert "RdmaTransfer" in texts[0]
 
 
 def test_adding_twice_is_refused(recipe):
