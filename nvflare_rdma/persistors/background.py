@@ -38,7 +38,8 @@ class BackgroundSave(FLComponent):
 
     Raises:
         ConfigError: when the run starts, if there is no such persistor.
-        OSError: at the next save, if the one before could not be ended. At the end of a run an error is logged.
+        OSError: at the workflow's next save, when that has been written, if one before could not be ended. At the end
+            of a run an error is logged.
     """
 
     __module__ = "nvflare_rdma.persistors"  # the public name, which FLARE writes into exported jobs
@@ -56,7 +57,7 @@ class BackgroundSave(FLComponent):
             try:
                 self._saver.wait()
             except Exception as error:  # noqa: BLE001 - FLARE would only log it
-                log.error("the last checkpoint was not saved: %s", error)
+                log.error("a checkpoint was not saved: %s", error)
 
     def _attach(self, persistor: Any) -> None:
         from nvflare.app_opt.pt.file_model_persistor import PTFileModelPersistor
@@ -73,8 +74,21 @@ class BackgroundSave(FLComponent):
             self._saver.save(persistor.persistence_manager.to_persistence_dict(), Path(save_path))
 
         persistor.save_model_file = save
+        persistor.save_model = self._telling(persistor.save_model)
         for name in ("load_model", "get_model", "get_model_inventory"):
             setattr(persistor, name, self._after_save(getattr(persistor, name)))
+
+    def _telling(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """The workflow's save, which ends with what went wrong before. The best model is saved in an event, whose
+        errors FLARE only logs: that save tells nothing, and leaves it for the workflow's."""
+
+        @functools.wraps(method)
+        def telling(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            self._saver.tell()
+            return result
+
+        return telling
 
     def _after_save(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -89,32 +103,46 @@ class _Saver:
     """Saves one checkpoint at a time."""
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._failure: Exception | None = None  # the thread's
+        self._untold: Exception | None = None
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is in its place. Raises what went wrong, once."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        """Wait until the last checkpoint is in its place. Raises what went wrong since `tell`, once."""
+        self._join()
+        self.tell()
+
+    def tell(self) -> None:
+        """Raise what went wrong with the first save that has ended since, and that nobody was told of."""
+        with self._lock:
+            untold, self._untold = self._untold, None
+        if untold is not None:
+            raise untold
 
     def save(self, contents: dict[str, Any], path: Path) -> None:
-        """Write `contents`, and leave it to a thread to put them in place."""
+        """Write `contents`, and leave it to a thread to put them in place. What went wrong before does not keep them
+        from that."""
         import torch
 
-        self.wait()
-        file = _new_file_beside(path)
-        try:
-            torch.save(contents, file)
-            file.flush()
-        except BaseException:
-            _drop(file)
-            raise
-        self._thread = threading.Thread(target=self._finish, args=(file, path), name="rdma-save")
-        self._thread.start()
+        with self._lock:
+            self._join()
+            file = _new_file_beside(path)
+            try:
+                torch.save(contents, file)
+                file.flush()
+            except BaseException:
+                _drop(file)
+                raise
+            self._thread = threading.Thread(target=self._finish, args=(file, path), name="rdma-save")
+            self._thread.start()
+
+    def _join(self) -> None:
+        with self._lock:
+            if self._thread is not None:
+                self._thread.join()
+                self._thread = None
+            self._untold, self._failure = self._untold or self._failure, None
 
     def _finish(self, file: IO[bytes], path: Path) -> None:
         try:
@@ -123,6 +151,7 @@ class _Saver:
             file.close()
             sync_folder(path.absolute().parent)
         except Exception as error:  # noqa: BLE001 - who saves next, or waits, gets it
+            log.error("the checkpoint %s was not saved: %s; the workflow's next save fails with that", path, error)
             self._failure = error
             _drop(file)
 

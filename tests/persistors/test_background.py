@@ -15,6 +15,7 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.model import make_model_learnable
+from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
 from nvflare.app_opt.pt.file_model_persistor import PTFileModelPersistor
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
@@ -25,7 +26,7 @@ from nvflare_rdma.recipe import save_in_background
 from tests.support.tcp_pair import DEADLINE
 from tests.support.waiting import eventually
 
-FILE = "FL_global_model.pt"
+FILE, BEST = "FL_global_model.pt", "best_FL_global_model.pt"
 
 
 class Disk:
@@ -118,13 +119,13 @@ def test_the_file_is_as_flares(run, tmp_path):
 @pytest.fixture
 def waits(run, monkeypatch):
     """Set when somebody waits for the save before."""
-    waiting, wait = threading.Event(), run.component._saver.wait
+    waiting, join = threading.Event(), run.component._saver._join
 
     def noted() -> None:
         waiting.set()
-        wait()
+        join()
 
-    monkeypatch.setattr(run.component._saver, "wait", noted)
+    monkeypatch.setattr(run.component._saver, "_join", noted)
     return waiting
 
 
@@ -163,19 +164,53 @@ def test_whoever_reads_through_the_persistor_waits(read, run, disk, waits):
         assert np.all(np.asarray(got["weights"]["bias"]) == 2.0)
 
 
-def test_a_disk_that_is_full_fails_the_next_save_and_keeps_the_last_checkpoint(run, disk):
+def failed_save(run, disk, caplog, value, save=Run.save):
+    """Save while the disk refuses it, and wait until that has gone wrong."""
+    disk.error = OSError(28, "No space left on device")
+    caplog.clear()
+    save(run, value)
+    eventually(lambda: "was not saved: [Errno 28] No space left on device" in caplog.text, DEADLINE)
+    disk.error = None
+
+
+def save_best(run, value):
+    """As FLARE does in an event, whose errors it only logs."""
+    run.persistor.persistence_manager.update(make_model_learnable({"bias": torch.full((2,), value)}, {}))
+    run.persistor.handle_event(AppEventType.GLOBAL_BEST_MODEL_AVAILABLE, run.context)
+
+
+def test_a_disk_that_is_full_fails_the_next_save_and_keeps_what_is_written(run, disk, caplog):
     run.save(1.0)
     run.end()
-    disk.error = OSError(28, "No space left on device")
-    run.save(2.0)
-    with pytest.raises(OSError, match="No space left"):
-        run.save(3.0)
-    disk.error = None
+    failed_save(run, disk, caplog, 2.0)
     assert run.saved() == 1.0
     assert [path.name for path in run.file.parent.iterdir()] == [FILE]
+    with pytest.raises(OSError, match="No space left"):
+        run.save(3.0)
+    run.end()
+    assert run.saved() == 3.0
     run.save(4.0)  # it was told once
     run.end()
     assert run.saved() == 4.0
+
+
+def test_the_best_model_is_saved_after_one_that_was_not_and_the_workflow_hears_of_that(run, disk, caplog):
+    failed_save(run, disk, caplog, 1.0)
+    save_best(run, 2.0)
+    with pytest.raises(OSError, match="No space left"):
+        run.save(3.0)
+    run.end()
+    assert run.saved() == 3.0
+    assert float(torch.load(run.file.with_name(BEST), weights_only=True)["model"]["bias"][0]) == 2.0
+
+
+def test_the_workflow_hears_of_a_best_model_that_was_not_saved(run, disk, caplog):
+    run.save(1.0)
+    failed_save(run, disk, caplog, 2.0, save_best)
+    with pytest.raises(OSError, match="No space left"):
+        run.save(3.0)
+    run.end()
+    assert run.saved() == 3.0
 
 
 def test_the_end_of_a_run_waits_and_says_what_failed(run, disk, caplog):
@@ -187,7 +222,7 @@ def test_the_end_of_a_run_waits_and_says_what_failed(run, disk, caplog):
     disk.error = OSError(5, "Input/output error")
     disk.go_on.set()
     ending.join(DEADLINE)
-    assert "the last checkpoint was not saved: [Errno 5] Input/output error" in caplog.text
+    assert "a checkpoint was not saved: [Errno 5] Input/output error" in caplog.text
     disk.error = None
 
 
