@@ -168,8 +168,8 @@ def save_in_background(target: Any, persistor_id: str = "persistor") -> None:
         persistor_id: the id of the persistor in the job; FLARE's recipes call it "persistor".
 
     Raises:
-        ConfigError: a target that is neither recipe nor job, one that has no such persistor, or that has the component
-            already. Nothing has been added then.
+        ConfigError: a target that is neither recipe nor job, one that has no such persistor, one whose persistor has a
+            `save_model_file` of its own, or that has the component already. Nothing has been added then.
     """
     job = _checked_job(target, "a save in the background", "save_in_background")
     from nvflare.app_opt.pt.file_model_persistor import PTFileModelPersistor
@@ -183,6 +183,7 @@ def save_in_background(target: Any, persistor_id: str = "persistor") -> None:
             f"the job has {type(found).__name__ if found else 'nothing'} as {persistor_id!r}, and not FLARE's "
             "PTFileModelPersistor: give the persistor's id as persistor_id, or leave save_in_background out"
         )
+    BackgroundSave.require_flares_save(found, persistor_id)
     present = any(isinstance(component, BackgroundSave) for component in components.values())
     _refuse_second_use(present, "BackgroundSave", "add it once")
     use_installed_package(job)

@@ -37,7 +37,7 @@ class BackgroundSave(FLComponent):
         persistor_id: the id of the persistor in the job.
 
     Raises:
-        ConfigError: when the run starts, if there is no such persistor.
+        ConfigError: when the run starts, if there is no such persistor, or if it has a `save_model_file` of its own.
         OSError: at the workflow's next save, when that has been written, if one before could not be ended. At the end
             of a run an error is logged.
     """
@@ -67,6 +67,7 @@ class BackgroundSave(FLComponent):
                 f"BackgroundSave: {self.persistor_id!r} is {type(persistor).__name__}, but FLARE's "
                 "PTFileModelPersistor is needed; give its id as persistor_id, or leave BackgroundSave out"
             )
+        self.require_flares_save(persistor, self.persistor_id)
         if "save_model_file" in vars(persistor):
             return
 
@@ -77,6 +78,19 @@ class BackgroundSave(FLComponent):
         persistor.save_model = self._telling(persistor.save_model)
         for name in ("load_model", "get_model", "get_model_inventory"):
             setattr(persistor, name, self._after_save(getattr(persistor, name)))
+
+    @staticmethod
+    def require_flares_save(persistor: Any, persistor_id: str) -> None:
+        """Raise ConfigError unless FLARE's own method writes the checkpoints of a `PTFileModelPersistor`: that one is
+        replaced, and what a subclass does in its place, such as to encrypt them, would be left out."""
+        from nvflare.app_opt.pt.file_model_persistor import PTFileModelPersistor
+
+        if type(persistor).save_model_file is not PTFileModelPersistor.save_model_file:
+            raise ConfigError(
+                f"checkpoints can't be saved in the background: {persistor_id!r} is {type(persistor).__name__}, which "
+                "has a save_model_file of its own that would not be called; leave BackgroundSave "
+                "(save_in_background) out, or use FLARE's PTFileModelPersistor"
+            )
 
     def _telling(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """The workflow's save, which ends with what went wrong before. The best model is saved in an event, whose

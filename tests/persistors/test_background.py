@@ -19,6 +19,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
 from nvflare.app_opt.pt.file_model_persistor import PTFileModelPersistor
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
+from nvflare.job_config.api import FedJob
 
 from nvflare_rdma.errors import ConfigError
 from nvflare_rdma.persistors import BackgroundSave
@@ -27,6 +28,11 @@ from tests.support.tcp_pair import DEADLINE
 from tests.support.waiting import eventually
 
 FILE, BEST = "FL_global_model.pt", "best_FL_global_model.pt"
+
+
+class Encrypting(PTFileModelPersistor):
+    def save_model_file(self, save_path):
+        raise NotImplementedError
 
 
 class Disk:
@@ -243,6 +249,17 @@ def test_another_persistor_is_refused_when_the_run_starts(persistor, tmp_path):
     context.get_engine = lambda: SimpleNamespace(get_component=lambda name: persistor)
     with pytest.raises(ConfigError, match=r"'saver' is .*, but FLARE's PTFileModelPersistor is needed"):
         component.handle_event(EventType.START_RUN, context)
+
+
+def test_a_persistor_that_saves_otherwise_is_refused(tmp_path):
+    why = r"'persistor' is Encrypting, which has a save_model_file of its own"
+    with pytest.raises(ConfigError, match=why):
+        Run(tmp_path, BackgroundSave(), Encrypting(model=torch.nn.Linear(3, 2)))
+    job = FedJob("job")
+    job.to_server(Encrypting(model=torch.nn.Linear(3, 2)), id="persistor")
+    with pytest.raises(ConfigError, match=why):
+        save_in_background(job)
+    assert list(job._deploy_map["server"].app_config.components) == ["persistor"]
 
 
 def recipe(kind, tmp_path, **model):
