@@ -50,8 +50,10 @@ def write(changes: Sequence[Change]) -> None:
     Everything that takes room is written beside the files first, so that only names are left to be changed.
 
     Raises:
-        KitError: a file can't be written, or has changed meanwhile; then all are as they were.
+        KitError: a file can't be written, has changed meanwhile, or is to become two different things; then all are as
+            they were.
     """
+    changes = _each_once(changes)
     staged: list[_Staged] = []
     path = Path()
     try:
@@ -79,6 +81,26 @@ def write(changes: Sequence[Change]) -> None:
     finally:
         for each in staged:
             each.clean()
+
+
+def _each_once(changes: Sequence[Change]) -> list[Change]:
+    """Return the changes without those that are the same as an earlier one: kits may share a file by a link.
+
+    Raises:
+        KitError: two of them make different things of one file. The second would undo the first, and what records say
+            of it would not be so.
+    """
+    first: dict[Path, Change] = {}
+    for change in changes:
+        other = first.setdefault(change.path.resolve(), change)
+        if other.after != change.after:
+            raise KitError(
+                "SHARED_FILE",
+                f"{other.path} and {change.path} are one file by a link, and would get different contents, so nothing "
+                "was changed",
+                "put a copy of the file in the place of the link, so that each kit has its own",
+            )
+    return list(first.values())
 
 
 class _Staged:

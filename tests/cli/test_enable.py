@@ -184,6 +184,26 @@ def test_modes_and_links_stay(kits, tmp_path):
     assert not list(local.glob(".*")), "something was left beside the files"
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_kits_may_share_a_file_that_becomes_the_same_for_all(kits, tmp_path, there):
+    shared = tmp_path / "comm_config.json"
+    if there:
+        shared.write_text('{"a": 1}\n')
+    for name in (SITE_1, SITE_2):
+        (kits / name / "local/comm_config.json").symlink_to(shared)
+    before = tree(kits)
+    assert run("enable", kits / SITE_1, kits / SITE_2, "--patience", "4h") == 0
+    assert json.loads(shared.read_text()) == {
+        **({"a": 1} if there else {}),
+        "comm_driver_path": driver_path(),
+        "rdma_patience": "4h",
+    }
+    assert run("disable", kits / SITE_1, kits / SITE_2) == 0
+    assert tree(kits) == before
+    assert shared.exists() == there
+    assert not there or shared.read_text() == '{"a": 1}\n'
+
+
 def test_the_newest_kits_of_a_workspace_count(made, tmp_path):
     folder = Path(shutil.copytree(made / "provisioned", tmp_path / "workspace"))
     older = folder / "project/prod_00"

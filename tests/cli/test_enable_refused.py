@@ -18,6 +18,7 @@ from tests.support.kits import (
     CERT,
     SERVER,
     SIGNATURE,
+    SITE_1,
     SITE_2,
     WORKSPACE,
     change,
@@ -138,6 +139,23 @@ def test_a_kit_that_is_broken_is_told_and_no_other_is_changed(workspace, kits, c
     assert hint.startswith("Hint: ")
     assert last == f"Code: {code} (exit 1)"
     assert tree(workspace) == before
+
+
+def test_kits_that_share_a_file_are_told_where_it_would_not_be_the_same_for_all(kits, tmp_path, capsys):
+    """The server gets ports, and the site none: whichever came last would have been there alone."""
+    shared = tmp_path / "comm_config.json"
+    shared.write_text('{"a": 1}\n')
+    links = [kits / name / "local/comm_config.json" for name in (SERVER, SITE_1)]
+    for link in links:
+        link.symlink_to(shared)
+    before = tree(kits)
+    assert run("enable", kits / SERVER, kits / SITE_1, "--data-port", "8004") == 1
+    err = capsys.readouterr().err
+    assert f"{links[0]} and {links[1]} are one file by a link" in err
+    assert "Code: SHARED_FILE (exit 1)" in err
+    assert tree(kits) == before
+    assert shared.read_text() == '{"a": 1}\n'
+    assert sorted(path.name for path in tmp_path.glob("*comm_config*")) == ["comm_config.json"]
 
 
 @pytest.mark.parametrize(
