@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import secrets
 import socket
 import ssl
 import threading
@@ -68,13 +67,12 @@ from nvflare_rdma.transfer.expected import ExpectedMessages
 from nvflare_rdma.transfer.long_waits import LongWaits
 from nvflare_rdma.transfer.meetings import Meetings, Place
 from nvflare_rdma.transfer.records import Ledger
+from nvflare_rdma.transfer.tickets import Tickets
 from nvflare_rdma.transfer.waiting import SitePlaces
 
 log = get_logger(__name__)
 
-TICKET_SECONDS = 120.0
-#: For all cells of a site, and its links. The oldest makes room: of links, one that is idle first.
-MAX_INVITATIONS = 32
+#: For all cells of a site. The oldest makes room, one that is idle first.
 MAX_LINKS = 16
 #: A peer from which nothing has come for so long is asked for a sign of life before its link is used again, and has so
 #: long to give one.
@@ -174,7 +172,7 @@ class PeerLinks:
             functools.partial(self._require, role=Role.ACTIVE, consequence="it was sent no ticket"),
             self._pending,
         )
-        self._tickets: dict[bytes, tuple[str, float]] = {}
+        self._tickets = Tickets()
         #: Peer -> its links, the newest last. An older one lives on: a transfer may still use it.
         self._links: dict[str, list[Link]] = {}
         #: Peer -> how many of its tickets came whose link is not there yet.
@@ -208,24 +206,8 @@ class PeerLinks:
         except FabricUnavailable as error:
             if not ways:
                 raise FabricUnavailable(f"{error}{why_none and '; '}{why_none}") from error
-        with self._lock:
-            ticket = self._ticket_for(peer, time.monotonic())
+        ticket = self._tickets.issue(peer, time.monotonic())
         return Invitation(hosts, port, ticket, ways).pack()
-
-    def _ticket_for(self, peer: str, now: float) -> bytes:
-        """The ticket of the open invitation of `peer`, or a new one if there is none that lasts."""
-        self._tickets = {ticket: entry for ticket, entry in self._tickets.items() if entry[1] > now}
-        for ticket, (whose, expires) in self._tickets.items():
-            if whose == peer and expires - now > TICKET_SECONDS / 2:
-                return ticket
-        site = site_of(peer)
-        others = [ticket for ticket, (whose, _) in self._tickets.items() if site_of(whose) == site]
-        if len(others) >= MAX_INVITATIONS:
-            log.warning("%s has %d open invitations; the oldest is withdrawn", site, len(others))
-            del self._tickets[others[0]]
-        ticket = secrets.token_bytes(TICKET_BYTES)
-        self._tickets[ticket] = peer, now + TICKET_SECONDS
-        return ticket
 
     def _hosts_for(self, peer: str) -> list[str]:
         if self._is_same_site(peer):
@@ -299,7 +281,7 @@ class PeerLinks:
         with self._pending.track(sock):
             ticket = receive_bytes(stream, TICKET_BYTES, GREETING_TIMEOUT)
         with self._lock:
-            peer, _ = self._tickets.get(ticket, ("", 0.0))
+            peer = self._tickets.peer_of(ticket)
             self._opening[peer] += 1
         try:
             link = self._admit(sock, stream, peer, ticket)
@@ -314,10 +296,7 @@ class PeerLinks:
         try:
             if peer:  # first: a ticket in the wrong hands stays good for who it was made for
                 self._require(stream, peer, Role.PASSIVE, "it came with that one's ticket and gets nothing")
-            with self._lock:
-                _, expires = self._tickets.pop(ticket, ("", 0.0))
-            if time.monotonic() > expires:
-                raise ProtocolError("its ticket is unknown, used or expired")
+            self._tickets.use(ticket, time.monotonic())
         except RdmaError:
             stream.close()
             raise

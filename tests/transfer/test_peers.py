@@ -14,7 +14,7 @@ from nvflare_rdma.channel.bodies import BufferSource
 from nvflare_rdma.channel.link import Link
 from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, TransferError
-from nvflare_rdma.transfer import dialling
+from nvflare_rdma.transfer import dialling, tickets
 from nvflare_rdma.transfer import peers as channels_module
 from nvflare_rdma.transfer.addresses import MAX_ADDRESSES, TICKET_BYTES, Reach, own_hosts, parse_invitation
 from tests.support.bodies import TestSink
@@ -89,7 +89,7 @@ def test_another_ticket_does_not_work(ticket, cell, monkeypatch):
     server, client = cell("server"), cell("site-1")
     with monkeypatch.context() as patch:
         if ticket is None:
-            patch.setattr(channels_module, "TICKET_SECONDS", -1.0)
+            patch.setattr(tickets, "TICKET_SECONDS", -1.0)
         invitation = server.invite("site-1")
     with pytest.raises(FabricError, match="no direct way"):
         client.dial("server", {**invitation, "ticket": ticket or invitation["ticket"]})
@@ -118,7 +118,7 @@ def test_a_peer_has_one_open_invitation_however_often_it_asks(cell):
 def test_an_invitation_that_is_about_to_end_is_not_given_again(cell, monkeypatch):
     server = cell("server")
     with monkeypatch.context() as patch:
-        patch.setattr(channels_module, "TICKET_SECONDS", 30.0)
+        patch.setattr(tickets, "TICKET_SECONDS", 30.0)
         old = server.invite("site-1")
     assert server.invite("site-1")["ticket"] != old["ticket"]
 
@@ -127,12 +127,12 @@ def test_a_site_has_only_so_many_open_invitations_and_takes_none_of_another(cell
     server, honest = cell("server"), cell("site-2")
     its = server.invite("site-2")
     first = server.invite("site-1.0")
-    for n in range(1, channels_module.MAX_INVITATIONS):
+    for n in range(1, tickets.MAX_INVITATIONS):
         server.invite(f"site-1.{n}")
     assert server.invite("site-1.0") == first
     assert "open invitations" not in caplog.text
     server.invite("site-1.more")
-    assert f"site-1 has {channels_module.MAX_INVITATIONS} open invitations; the oldest is withdrawn" in caplog.text
+    assert f"site-1 has {tickets.MAX_INVITATIONS} open invitations; the oldest is withdrawn" in caplog.text
     assert server.invite("site-1.0") != first
     honest.dial("server", its)
 
