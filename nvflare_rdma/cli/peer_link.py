@@ -97,6 +97,7 @@ class Exchange:
         self.bounds = bounds or Bounds()
         self.received_bytes = self.sent_bytes = 0
         self._about = about
+        self._refusal = ""
         # By number, as they come in the order of the questions: nobody waits any more for one that is late.
         self._answers: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
         self._asked = self._answered = 0
@@ -113,8 +114,9 @@ class Exchange:
         self.link = Link(stream, role, fabrics, context, self._deliver, name, self._place)
 
     def refuse(self, why: str) -> None:
-        """On the passive side: answer the first question with why there will be no check, and end the link."""
-        self._about = lambda link: {BUSY: why}
+        """On the passive side: answer the first question with why there will be no check, and end the link. Whoever
+        asks for anything else has no place for it, and is not waited for."""
+        self._refusal = why
         ending = threading.Timer(_REFUSED_SECONDS, self.link.close)
         ending.daemon = True
         ending.start()
@@ -277,7 +279,9 @@ class Exchange:
         self._questions += 1
         if self._questions > self.bounds.questions:
             raise ProtocolError(f"it asks more than {self.bounds.questions} times")
-        self._post(self.answer(told, self._about))
+        if self._refusal and told.get("ask") != "about":
+            raise ProtocolError("it asks for a check though it was told that there is none now")
+        self._post({BUSY: self._refusal} if self._refusal else self.answer(told, self._about))
 
     def answer(self, told: dict[str, Any], about: Callable[[Link], dict[str, Any]]) -> dict[str, Any]:
         """On the passive side: the answer to a question. Raises ProtocolError: it is none that may be asked."""

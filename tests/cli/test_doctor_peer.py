@@ -362,6 +362,30 @@ def test_a_listener_that_has_no_place_left_says_so(monkeypatch, capsys):
         assert "can't be checked now: 4 checks are going on there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "question",
+    [
+        {"what": "receive", "labels": [1], "bytes": 4},
+        {"what": "send", "labels": [1], "bytes": 4},
+        {"what": "ping"},
+    ],
+    ids=str,
+)
+def test_who_was_told_that_there_is_no_place_gets_nothing_else(monkeypatch, question):
+    monkeypatch.setattr(peer_listen, "_WAIT_SECONDS", 0.1)
+    monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "tcp")
+    side = this_side(None)
+    with Listening(side, "127.0.0.1", 0) as listening, contextlib.ExitStack() as held:
+        for _ in range(4):
+            assert "versions" in held.enter_context(exchange_with(listening, side)).ask("about")
+        fifth = held.enter_context(exchange_with(listening, side))
+        assert "busy" in fifth.ask("about")
+        with pytest.raises((RdmaError, OSError)):
+            fifth.ask(**question)
+        eventually(lambda: not fifth.link.usable)
+        assert "it was told that there is none now" in fifth.link.failure
+
+
 def test_so_many_links_wait_for_a_place_and_others_are_closed(monkeypatch):
     monkeypatch.setattr(peer_listen, "_MOST_WAITING", 1, raising=False)
     monkeypatch.setattr(peer_listen, "_WAIT_SECONDS", DEADLINE)
