@@ -9,7 +9,8 @@ random bytes that are as tensors are to a job's links.
     send       labels, bytes: offer these                 {}, and it offers them
 
 The passive side only answers, and by these bounds, whatever it is asked: it holds the memory of two messages besides
-its budget, has a few messages on their way at once, and ends the link after `LINK_SECONDS`.
+its budget, has a few messages on their way at once, and ends the link after `LINK_SECONDS`. It also ends it when a
+message breaks off: where that was to land may still be written, so it can be used no more as long as there is the link.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ class Exchange:
         self._lock = threading.Lock()
         self._expected: dict[int, Item] = {}
         self._landing = 0
+        #: Places of messages that have broken off, which may still be written until the link is over.
+        self._lost, self._is_over = 0, False
         self.room = Room(self.bounds.message_bytes, self.bounds.at_once)
         """Where what comes lands."""
         self._landed: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
@@ -120,8 +123,17 @@ class Exchange:
         ending = threading.Timer(_REFUSED_SECONDS, self.link.close)
         ending.daemon = True
         ending.start()
-        self.link.run()
+        self.receive()
         ending.cancel()
+
+    def receive(self) -> None:
+        """Receive until the link ends; then others may have memory for what has broken off."""
+        try:
+            self.link.run()
+        finally:
+            with self._lock:
+                self._is_over, lost = True, self._lost
+            self.room.replace(lost)
 
     # -- the active side -----------------------------------------------------------------------------------
 
@@ -251,8 +263,19 @@ class Exchange:
         with self._lock:
             self._landing -= 1
             self.received_bytes += 0 if failure else nbytes
+        if failure:
+            self._broken_off(failure)
         if self._about is None:
             self._landed.put((label, failure))
+
+    def _broken_off(self, reason: str) -> None:
+        with self._lock:
+            if not (is_late := self._is_over):
+                self._lost += 1
+        if is_late:
+            self.room.replace(1)
+        elif self._about is not None and self.link.usable:  # who asks gives up a link like this by himself
+            self.link.failed(TransferError(f"a message of the check has broken off: {reason}"))
 
     def _place(self, label: int, again: Callable[[], None]) -> Sink | Later | None:
         with self._lock:

@@ -24,7 +24,7 @@ from nvflare_rdma.cli.peer_listen import Listening, parse_listen, parse_peer
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.version import __version__
 from tests.support import namespaces
-from tests.support.bench_links import exchange_with
+from tests.support.bench_links import Held, exchange_with
 from tests.support.certificates import Authority
 from tests.support.commands import error_of, told
 from tests.support.kits import change
@@ -349,6 +349,22 @@ def test_what_is_asked_for_and_never_sent_is_not_asked_for_again_and_again():
             insist(greedy, *({"what": "receive", "labels": [2 * n + 1, 2 * n + 2], "bytes": 1} for n in range(10)))
         eventually(lambda: not greedy.link.usable)
         assert "before those that it has asked for are over" in greedy.link.failure
+
+
+def test_a_message_that_breaks_off_ends_its_link():
+    """Where it was to land may still be written, so it would take more memory for each."""
+    side = this_side(None)
+    with Listening(side, "127.0.0.1", 0) as listening, exchange_with(listening, side) as greedy:
+        greedy.ask("receive", labels=[1], bytes=4)
+        held = Held(4)
+        sending = greedy.link.offer(held, 1)
+        try:
+            assert held.begun.wait(DEADLINE)  # the grant is here, and is not answered
+            greedy.link.withdraw(sending, "given up")
+            eventually(lambda: not greedy.link.usable)
+            assert "a message of the check has broken off: given up" in greedy.link.failure
+        finally:
+            held.go_on.set()
 
 
 def test_a_listener_that_has_no_place_left_says_so(monkeypatch, capsys):
