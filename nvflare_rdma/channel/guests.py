@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
 import threading
 import time
 from collections import Counter
+from typing import Any
 
 from nvflare_rdma.logs import get_logger
 
@@ -16,6 +18,8 @@ log = get_logger(__name__)
 MAX_HANDSHAKES, MAX_HANDSHAKES_OF_SOURCE = 256, 64
 #: Of lines about guests, so many are logged in so many seconds: they may come by the thousand.
 _COMPLAINTS, _COMPLAINTS_SECONDS = 20, 60.0
+#: So many lines about one guest wait until it is let in; there are a few of a link that opens as it should.
+_MOST_KEPT = 20
 
 
 class Guests:
@@ -68,6 +72,35 @@ class Complaints:
             log.warning("%s: %d more lines about guests were left out", self._name, more)
         if not quiet:
             log.log(level, text, *values)
+
+
+class GuestLog(logging.LoggerAdapter[Any]):
+    """The logger of a link, whose lines wait for `let_in` as long as `is_guest`. Of a guest that is not let in the door
+    has a line, and those are limited (`Complaints`); it may come by the thousand, and have its own words in the link's
+    lines. An error with a trace is this side's, and does not wait."""
+
+    def __init__(self, log: logging.LoggerAdapter[Any], is_guest: bool) -> None:
+        super().__init__(log, {})
+        self._lock = threading.Lock()
+        #: None when it is let in.
+        self._kept: list[tuple[int, object, tuple[object, ...]]] | None = [] if is_guest else None
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        """See `logging.Logger.log`."""
+        if not kwargs.get("exc_info"):
+            with self._lock:
+                if self._kept is not None:
+                    if len(self._kept) < _MOST_KEPT:
+                        self._kept.append((level, msg, args))
+                    return
+        self.logger.log(level, msg, *args, **{**kwargs, "stacklevel": kwargs.get("stacklevel", 1) + 1})
+
+    def let_in(self) -> None:
+        """Write what has waited, and let nothing wait any more. Idempotent."""
+        with self._lock:
+            kept, self._kept = self._kept or [], None
+        for level, msg, args in kept:
+            self.logger.log(level, msg, *args)
 
 
 def _source(address: str) -> str:
