@@ -31,7 +31,7 @@ class Guests:
 
     def enter(self, sock: socket.socket, address: str) -> socket.socket | None:
         """Give a guest a place, and return the one whose place it is that was taken for it."""
-        source = _source(address)
+        source = source_of(address)
         with self._lock:
             count = Counter(self._sources.values())
             victim = None
@@ -103,8 +103,8 @@ class GuestLog(logging.LoggerAdapter[Any]):
             self.logger.log(level, msg, *args)
 
 
-def _source(address: str) -> str:
-    """Whose address it is, as far as that can be told: whoever has an IPv6 address usually has 2^64 of them."""
+def source_of(address: str) -> str:
+    """Whose IP address it is, as far as that can be told: whoever has an IPv6 address usually has 2^64 of them."""
     ip = ipaddress.ip_address(address.split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
     return str(ip if ip.version == 4 else ipaddress.ip_network((ip, 64), strict=False))
