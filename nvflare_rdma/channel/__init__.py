@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         address_of,
         dial,
     )
+    from nvflare_rdma.channel.guests import source_of
     from nvflare_rdma.channel.link import Link
     from nvflare_rdma.channel.outbox import Sending
     from nvflare_rdma.channel.protocol import Role
@@ -58,6 +59,7 @@ __all__ = [
     "Taker",
     "address_of",
     "dial",
+    "source_of",
     "whole_units",
 ]
 
@@ -67,6 +69,7 @@ _MODULES = {
     "ControlStream": "control",
     "Delivery": "deferred",
     **dict.fromkeys(("GREETING_TIMEOUT", "MAGIC_BYTES", "Door", "Listener", "Pending", "address_of", "dial"), "door"),
+    "source_of": "guests",
     "Link": "link",
     "Sending": "outbox",
     **dict.fromkeys(("MAX_UNIT_BYTES", "MIN_CHUNK_BYTES", "ChannelLimits", "whole_units"), "protocol.limits"),

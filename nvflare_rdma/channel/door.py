@@ -141,6 +141,10 @@ class Door:
         self._guests = Guests()
         self._complaints = Complaints(name)
 
+    def complain(self, level: int, text: str, *values: object) -> None:
+        """Log a line about a guest, unless there were too many."""
+        self._complaints.log(level, text, *values)
+
     @property
     def is_over(self) -> bool:
         """Whether `serve` has returned, so that nobody will be let in any more and the port is free."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
 import threading
 import time
 from collections import Counter
+from typing import Any
 
 from nvflare_rdma.logs import get_logger
 
@@ -16,6 +18,8 @@ log = get_logger(__name__)
 MAX_HANDSHAKES, MAX_HANDSHAKES_OF_SOURCE = 256, 64
 #: Of lines about guests, so many are logged in so many seconds: they may come by the thousand.
 _COMPLAINTS, _COMPLAINTS_SECONDS = 20, 60.0
+#: So many lines about one guest wait until it is let in; there are a few of a link that opens as it should.
+_MOST_KEPT = 20
 
 
 class Guests:
@@ -27,7 +31,7 @@ class Guests:
 
     def enter(self, sock: socket.socket, address: str) -> socket.socket | None:
         """Give a guest a place, and return the one whose place it is that was taken for it."""
-        source = _source(address)
+        source = source_of(address)
         with self._lock:
             count = Counter(self._sources.values())
             victim = None
@@ -70,8 +74,37 @@ class Complaints:
             log.log(level, text, *values)
 
 
-def _source(address: str) -> str:
-    """Whose address it is, as far as that can be told: whoever has an IPv6 address usually has 2^64 of them."""
+class GuestLog(logging.LoggerAdapter[Any]):
+    """The logger of a link, whose lines wait for `let_in` as long as `is_guest`. Of a guest that is not let in the door
+    has a line, and those are limited (`Complaints`); it may come by the thousand, and have its own words in the link's
+    lines. An error with a trace is this side's, and does not wait."""
+
+    def __init__(self, log: logging.LoggerAdapter[Any], is_guest: bool) -> None:
+        super().__init__(log, {})
+        self._lock = threading.Lock()
+        #: None when it is let in.
+        self._kept: list[tuple[int, object, tuple[object, ...]]] | None = [] if is_guest else None
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        """See `logging.Logger.log`."""
+        if not kwargs.get("exc_info"):
+            with self._lock:
+                if self._kept is not None:
+                    if len(self._kept) < _MOST_KEPT:
+                        self._kept.append((level, msg, args))
+                    return
+        self.logger.log(level, msg, *args, **{**kwargs, "stacklevel": kwargs.get("stacklevel", 1) + 1})
+
+    def let_in(self) -> None:
+        """Write what has waited, and let nothing wait any more. Idempotent."""
+        with self._lock:
+            kept, self._kept = self._kept or [], None
+        for level, msg, args in kept:
+            self.logger.log(level, msg, *args)
+
+
+def source_of(address: str) -> str:
+    """Whose IP address it is, as far as that can be told: whoever has an IPv6 address usually has 2^64 of them."""
     ip = ipaddress.ip_address(address.split("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
     return str(ip if ip.version == 4 else ipaddress.ip_network((ip, 64), strict=False))

@@ -30,6 +30,7 @@ from nvflare_rdma.channel.control import NO_GOODBYE, ControlStream, explain_loss
 from nvflare_rdma.channel.control_rail import ControlRail
 from nvflare_rdma.channel.control_writer import ControlWriter
 from nvflare_rdma.channel.deferred import DeferredCalls, Delivery
+from nvflare_rdma.channel.guests import GuestLog
 from nvflare_rdma.channel.inbox import Inbox
 from nvflare_rdma.channel.liveness import Liveness
 from nvflare_rdma.channel.opening import Opening, RailOpener
@@ -39,8 +40,6 @@ from nvflare_rdma.channel.rails import RailSet
 from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, RdmaError, TransferError
 from nvflare_rdma.fabric import Fabric
 from nvflare_rdma.logs import get_logger
-
-log = get_logger(__name__)
 
 _LINGER, _TICK = 5.0, 1.0
 
@@ -67,6 +66,7 @@ class Link:
         self.name = name
         # For people: the fabric, whether there is TLS, and the door's port; and why there is no better fabric.
         self.fabric = self.way = self.passed_over = ""
+        self.log = GuestLog(get_logger(__name__), role is Role.PASSIVE)
         self._stream = stream
         site = stream.site or name
         self._context = context
@@ -85,12 +85,10 @@ class Link:
         self._rails: RailSet | None = None
         self._writer = ControlWriter(stream, self._room, lambda: self._closing, name)
         self._to_dial: events.OpenRails | None = None
-        self._checked_at = now
         self._failure: str | None = None
-        self._closing = False
+        self._checked_at, self._closing = now, False
         self._liveness = Liveness(self._core, self._room, lambda: self.usable)
-        self._ended = threading.Event()
-        self._process = os.getpid()
+        self._ended, self._process = threading.Event(), os.getpid()
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -117,7 +115,9 @@ class Link:
             raise
 
     def run(self) -> None:
-        """Receive until the connection ends. Call this once, after `open`. When it returns, everything is freed."""
+        """Receive until the connection ends; then everything is freed. Call this once, after `open`, if the peer may
+        come in: before, nothing is logged of a guest."""
+        self.log.let_in()
         reason = ""
         try:
             self._deferred.run()
@@ -126,14 +126,14 @@ class Link:
                 self._deferred.run()
         except ProtocolError as error:
             reason = str(error)
-            log.error("%s: disconnected, the peer broke the protocol: %s", self.name, error)
+            self.log.error("%s: disconnected, the peer broke the protocol: %s", self.name, error)
         except (RdmaError, OSError) as error:
             reason = explain_loss(error, self._writer.failure)
             if not self._closing:
-                log.warning("%s: connection lost: %s", self.name, reason)
+                self.log.warning("%s: connection lost: %s", self.name, reason)
         except Exception as error:
             reason = f"internal error: {error}"
-            log.exception("%s: disconnected by an error of this side", self.name)
+            self.log.exception("%s: disconnected by an error of this side", self.name)
         finally:
             self._shut_down(reason)
             self._ended.wait(2 * _LINGER)  # another thread may have begun it
@@ -205,7 +205,7 @@ class Link:
     def failed(self, error: Exception) -> None:
         """End the link: something broke in a thread that is not the reader's, or the peer broke a fabric's rules."""
         if not self._closing:
-            log.error("%s: disconnected: %s", self.name, error, exc_info=not isinstance(error, RdmaError))
+            self.log.error("%s: disconnected: %s", self.name, error, exc_info=not isinstance(error, RdmaError))
         self._shut_down(str(error))
 
     @contextlib.contextmanager
@@ -240,7 +240,7 @@ class Link:
                 return self.usable
             # Others may wait for the same: it is not usable from now on, and that is said once.
             self._failure = reason = f"nothing has come from the peer for {silence:.0f} s, and it does not answer"
-        log.warning("%s: the link is given up: %s", self.name, reason)
+        self.log.warning("%s: the link is given up: %s", self.name, reason)
         self._shut_down(reason)
         return False
 
@@ -379,7 +379,7 @@ class Link:
                             self._core.landed(notification, length, now)
                         else:
                             text = "%s: a chunk of %d bytes arrived damaged; asking for it again"
-                            log.warning(text, self.name, length)
+                            self.log.warning(text, self.name, length)
                             self._core.damaged(notification, now)
                         self._pump_locked()
             finally:
@@ -435,7 +435,7 @@ class Link:
                 self._core.accept(transfer, time.monotonic(), *way)
 
     def _no_memory(self, transfer: int, length: int, reason: str) -> None:
-        log.error("%s: no memory for a message of %d bytes: %s", self.name, length, reason)
+        self.log.error("%s: no memory for a message of %d bytes: %s", self.name, length, reason)
         self.refuse(transfer, f"the receiver has no memory for {length} bytes: {reason}")
 
     def _expose_locked(self, chunk: events.ExposeChunk) -> None:
@@ -481,14 +481,14 @@ class Link:
                 if (buffer := self._inbox.finish(transfer)) is not None:
                     self._deferred.bring(buffer)
             case events.ReceiveFailed(transfer, reason):
-                log.debug("%s: message %d was not received: %s", self.name, transfer, reason)
+                self.log.debug("%s: message %d was not received: %s", self.name, transfer, reason)
                 self._inbox.finish(transfer, reason)
             case events.MessageSent(transfer):
                 self._outbox.finish(transfer, "")
             case events.SendFailed(transfer, reason):
                 told = self._outbox.is_offered(transfer) or self._core.state is not Phase.OPEN
                 level = logging.DEBUG if told else logging.ERROR  # who offers many tells of them once
-                log.log(level, "%s: message %d was not delivered: %s", self.name, transfer, reason)
+                self.log.log(level, "%s: message %d was not delivered: %s", self.name, transfer, reason)
                 lost = self._outbox.finish(transfer, reason)
                 if lost is not None and self._core.state is Phase.OPEN:
                     self._deferred.append(functools.partial(lost, reason))
@@ -496,7 +496,7 @@ class Link:
                 self._failure = reason or "the peer closed the connection"
                 self._room.notify_all()
                 if reason:
-                    log.error("%s: the peer disconnected: %s", self.name, reason)
+                    self.log.error("%s: the peer disconnected: %s", self.name, reason)
             case _:
                 self._handle_rails_locked(event)
 
@@ -524,10 +524,10 @@ class Link:
                 self._rails.join(rail)
                 self._report_broken_locked(self._rails, [rail])
             case events.GrowRails(count) if self._rails is not None:
-                log.info("%s: the path is long, or loses packets: it gets up to %d rails", self.name, count)
+                self.log.info("%s: the path is long, or loses packets: it gets up to %d rails", self.name, count)
                 self._deferred.append(functools.partial(self._rails.endpoint.grow, count))
             case events.RailsLost(reason):
-                log.warning("%s: no rail is left over %s (%s); opening new ones", self.name, self.fabric, reason)
+                self.log.warning("%s: no rail is left over %s (%s); opening new ones", self.name, self.fabric, reason)
                 self._inbox.rails_lost()
                 self._discard_rails_locked()
             case events.DropRail(rail) if self._rails is not None:
@@ -562,7 +562,7 @@ class Link:
                     return
                 rails.broken[rail] = error
                 if rails is self._rails:
-                    log.warning("%s: %s", self.name, error)
+                    self.log.warning("%s: %s", self.name, error)
                     if isinstance(error, FabricUnavailable):
                         self._opener.rule_out(self.fabric, str(error))
                     self._core.rail_down(rail, str(error), time.monotonic())

@@ -15,9 +15,6 @@ from nvflare_rdma.channel.protocol.limits import MAX_UNIT_BYTES
 from nvflare_rdma.channel.rails import FabricChooser, RailOwner, RailSet
 from nvflare_rdma.errors import FabricError, ProtocolError
 from nvflare_rdma.fabric import Fabric
-from nvflare_rdma.logs import get_logger
-
-log = get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -61,7 +58,7 @@ class RailOpener:
         """Why there is nothing better than what was chosen last."""
         self._because = ""
         self._owner = owner
-        self._name, self._site = name, site
+        self._name, self._site, self._log = name, site, owner.log
         self._context = context
         self._fabrics = fabrics
         own = {n: context.unavailable.get(n, "not part of this process") for n in context.order}
@@ -98,7 +95,9 @@ class RailOpener:
         self._check_keys(peer)
         rails = RailSet(self._owner, self._context.rail_places, self._site)
         name, self.passed_over, offer = self._chooser.offer(self._fabrics, rails, peer, wanted.reason, wanted.opened)
-        log.info("%s: fabric %s%s", self._name, name or "none", f" ({self.passed_over})" if self.passed_over else "")
+        self._log.info(
+            "%s: fabric %s%s", self._name, name or "none", f" ({self.passed_over})" if self.passed_over else ""
+        )
         rails.fabric = name or "control"
         fabric = self._fabrics[name] if name else None
         if fabric is None:
@@ -144,7 +143,7 @@ class RailOpener:
             opening.count, opening.answer = rails.endpoint.rails, rails.endpoint.answer
         except FabricError as error:
             self.passed_over = opening.reason = str(error)
-            log.warning("%s: fabric %s can't be used: %s", self._name, name, error)
+            self._log.warning("%s: fabric %s can't be used: %s", self._name, name, error)
         return opening
 
     def start(self, rails: RailSet, event: events.Opened) -> None:
@@ -153,10 +152,10 @@ class RailOpener:
         for rail in range(max(event.rails, 1)):
             rails.start(rail)
         if event.rails:
-            log.info("%s: data goes over %s, %d rails%s", self._name, rails.fabric, event.rails, self._because)
+            self._log.info("%s: data goes over %s, %d rails%s", self._name, rails.fabric, event.rails, self._because)
         else:
             why = event.reason or self.passed_over
-            log.warning("%s: no rail, data goes over the control stream, which is slower: %s", self._name, why)
+            self._log.warning("%s: no rail, data goes over the control stream, which is slower: %s", self._name, why)
         if event.answer:
             reason = "not opened here"
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from logging import LoggerAdapter
 from typing import Any, Protocol, TypeAlias
 
 from nvflare_rdma.channel.protocol import events, wire
@@ -27,6 +28,10 @@ _LASTED = 30.0
 class RailOwner(Protocol):
     """The link, as its rails see it: a `CompletionHandler` that is told which rails speak, for they are replaced when
     they break."""
+
+    @property
+    def log(self) -> LoggerAdapter[Any]:
+        """Where what is said of a guest waits until it is let in."""
 
     def landed(self, rails: RailSet, notification: int, length: int, digest: int) -> None:
         """See `CompletionHandler.landed`."""

@@ -46,7 +46,6 @@ class _Run:
 
     key: str
     lead: BenchExchange
-    room: Room
     raw_before: int
     members: set[BenchExchange] = field(default_factory=set)
     moved_bytes: int = 0
@@ -68,6 +67,8 @@ class BenchListening(Listening):
         self._run_lock = threading.Lock()
         self._closed = threading.Event()
         self._bounds = bounds_of(side.settings)
+        # One for all runs: the links of one that is over may hold some for a moment, while the next one goes on.
+        self._room = Room(self._bounds.message_bytes, self._bounds.at_once)
         self._raw = RawDoor(self._bounds.message_bytes * MOST_MESSAGES)
         super().__init__(side, host, port)
         threading.Thread(target=self._watch, name="rdma-bench-watch", daemon=True).start()
@@ -96,7 +97,7 @@ class BenchListening(Listening):
         context = context_for(runtime.context, runtime.settings.rdma_fabrics, chunk or None)
         fabrics = runtime.fabrics(self._fabric, sock)
         made = BenchExchange(stream, fabrics, context, name, self._about, self._bounds)
-        made.host = self
+        made.host, made.room = self, self._room
         return made
 
     def _attend(self, exchange: Exchange, site: str, address: str, waits: ExitStack) -> None:
@@ -132,14 +133,12 @@ class BenchListening(Listening):
             if run is None:
                 if self._runs_left == 0:
                     return "it has had as many runs as it was to have"
-                # With room of its own: what another run has left half done may still be written.
-                room = Room(self._bounds.message_bytes, self._bounds.at_once)
-                run = self._present = _Run(key, exchange, room, self._raw.moved_bytes)
+                run = self._present = _Run(key, exchange, self._raw.moved_bytes)
             if exchange.run is None:
                 if len(run.members) >= _MOST_MEMBERS:
                     return f"this run has {_MOST_MEMBERS} links already, which is the most"
                 run.members.add(exchange)
-                exchange.run, exchange.room = run, run.room
+                exchange.run = run
                 if exchange.waits is not None:
                     exchange.waits.close()
         return ""

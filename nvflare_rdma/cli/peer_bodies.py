@@ -65,7 +65,8 @@ class _Noise(Source):
 
 
 class Room:
-    """Memory for so many messages at once. Each has its own, as tensors have: chunks are compared where they land."""
+    """Memory for so many messages at once. Each has its own, as tensors have: chunks are compared where they land.
+    There are never more places than that: one whose message has broken off counts until `replace`."""
 
     def __init__(self, place_bytes: int, places: int) -> None:
         self._place_bytes = place_bytes
@@ -98,10 +99,11 @@ class Room:
             self._free.append(place)
         self._wake()
 
-    def lose(self) -> None:
-        """A place can't be given back, as it may still be written: there is another one instead."""
+    def replace(self, count: int) -> None:
+        """There are others instead of so many places that were not given back. Their links are over: before, they may
+        still be written, and a peer that has messages break off would have memory without end."""
         with self._lock:
-            self._unmade += 1
+            self._unmade += count
         self._wake()
 
     def _wake(self) -> None:
@@ -137,6 +139,5 @@ class Landing(Sink):
         self._room.give_back(self._place)
 
     def failed(self, reason: str) -> None:
-        """See `Sink.failed`. Its place may still be written, and is used no more."""
+        """See `Sink.failed`. Its place may still be written, so it is not given back."""
         self._over(reason or "it will not come")
-        self._room.lose()

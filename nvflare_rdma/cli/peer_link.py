@@ -9,7 +9,8 @@ random bytes that are as tensors are to a job's links.
     send       labels, bytes: offer these                 {}, and it offers them
 
 The passive side only answers, and by these bounds, whatever it is asked: it holds the memory of two messages besides
-its budget, has a few messages on their way at once, and ends the link after `LINK_SECONDS`.
+its budget, has a few messages on their way at once, and ends the link after `LINK_SECONDS`. It also ends it when a
+message breaks off: where that was to land may still be written, so it can be used no more as long as there is the link.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ class Exchange:
         self.bounds = bounds or Bounds()
         self.received_bytes = self.sent_bytes = 0
         self._about = about
+        self._refusal = ""
         # By number, as they come in the order of the questions: nobody waits any more for one that is late.
         self._answers: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
         self._asked = self._answered = 0
@@ -104,6 +106,8 @@ class Exchange:
         self._lock = threading.Lock()
         self._expected: dict[int, Item] = {}
         self._landing = 0
+        #: Places of messages that have broken off, which may still be written until the link is over.
+        self._lost, self._is_over = 0, False
         self.room = Room(self.bounds.message_bytes, self.bounds.at_once)
         """Where what comes lands."""
         self._landed: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
@@ -113,13 +117,23 @@ class Exchange:
         self.link = Link(stream, role, fabrics, context, self._deliver, name, self._place)
 
     def refuse(self, why: str) -> None:
-        """On the passive side: answer the first question with why there will be no check, and end the link."""
-        self._about = lambda link: {BUSY: why}
+        """On the passive side: answer the first question with why there will be no check, and end the link. Whoever
+        asks for anything else has no place for it, and is not waited for."""
+        self._refusal = why
         ending = threading.Timer(_REFUSED_SECONDS, self.link.close)
         ending.daemon = True
         ending.start()
-        self.link.run()
+        self.receive()
         ending.cancel()
+
+    def receive(self) -> None:
+        """Receive until the link ends; then others may have memory for what has broken off."""
+        try:
+            self.link.run()
+        finally:
+            with self._lock:
+                self._is_over, lost = True, self._lost
+            self.room.replace(lost)
 
     # -- the active side -----------------------------------------------------------------------------------
 
@@ -249,8 +263,19 @@ class Exchange:
         with self._lock:
             self._landing -= 1
             self.received_bytes += 0 if failure else nbytes
+        if failure:
+            self._broken_off(failure)
         if self._about is None:
             self._landed.put((label, failure))
+
+    def _broken_off(self, reason: str) -> None:
+        with self._lock:
+            if not (is_late := self._is_over):
+                self._lost += 1
+        if is_late:
+            self.room.replace(1)
+        elif self._about is not None and self.link.usable:  # who asks gives up a link like this by himself
+            self.link.failed(TransferError(f"a message of the check has broken off: {reason}"))
 
     def _place(self, label: int, again: Callable[[], None]) -> Sink | Later | None:
         with self._lock:
@@ -277,7 +302,9 @@ class Exchange:
         self._questions += 1
         if self._questions > self.bounds.questions:
             raise ProtocolError(f"it asks more than {self.bounds.questions} times")
-        self._post(self.answer(told, self._about))
+        if self._refusal and told.get("ask") != "about":
+            raise ProtocolError("it asks for a check though it was told that there is none now")
+        self._post({BUSY: self._refusal} if self._refusal else self.answer(told, self._about))
 
     def answer(self, told: dict[str, Any], about: Callable[[Link], dict[str, Any]]) -> dict[str, Any]:
         """On the passive side: the answer to a question. Raises ProtocolError: it is none that may be asked."""

@@ -284,7 +284,7 @@ class Listening:
         try:
             if len(self.served) < _MOST_TOLD:
                 print(f"{site or 'somebody'} from {address}: {exchange.link.way}", file=sys.stderr, flush=True)
-            exchange.link.run()
+            exchange.receive()
         finally:
             ending.cancel()
             self._note(exchange, site, address)

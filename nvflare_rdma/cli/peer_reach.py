@@ -159,13 +159,13 @@ class Running:
     """Has a thread receive for a link, and ends it."""
 
     def __init__(self, exchange: Exchange) -> None:
-        self._link = exchange.link
+        self._exchange = exchange
 
     def __enter__(self) -> None:
-        threading.Thread(target=self._link.run, name="rdma-check", daemon=True).start()
+        threading.Thread(target=self._exchange.receive, name="rdma-check", daemon=True).start()
 
     def __exit__(self, *error: object) -> None:
-        self._link.close(1.0)
+        self._exchange.link.close(1.0)
 
 
 def as_told(value: Any) -> str:

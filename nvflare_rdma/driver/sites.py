@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from nvflare.fuel.f3.drivers.driver_params import DriverParams
 
+from nvflare_rdma.channel import source_of
 from nvflare_rdma.logs import get_logger
 
 log = get_logger(__name__)
@@ -39,12 +40,13 @@ def certified_site_of(properties: dict[str, Any]) -> str:
 
 def site_of(properties: dict[str, Any]) -> str:
     """Who is at the other end, as far as that is known from what FLARE is told of a connection: the name in the
-    certificate, else the host, which on this host is nobody in particular ("")."""
+    certificate, else where its address is from, which on this host is nobody in particular ("")."""
     if name := certified_site_of(properties):
         return name
     host = str(properties[DriverParams.PEER_ADDR.value]).rpartition(":")[0]
     own = str(properties[DriverParams.LOCAL_ADDR.value]).rpartition(":")[0]
-    return "" if host == own else host
+    # By the address itself, whoever has an IPv6 network would be as many sites as he likes.
+    return "" if host == own or not host else source_of(host.strip("[]"))
 
 
 class SiteConnections:

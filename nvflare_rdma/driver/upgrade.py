@@ -9,6 +9,7 @@ connection at once; the dialling side then dials again, in FLARE's words.
 from __future__ import annotations
 
 import functools
+import logging
 import socket
 import ssl
 import struct
@@ -110,7 +111,7 @@ class UpgradedTcpDriver(RdmaDriver):
     def _make_door(self, prepared: Prepared, fabric: TcpFabric) -> Door:
         door = super()._make_door(prepared, fabric)
         if prepared.tls is None:
-            door.takers[MAGIC] = functools.partial(self._answer, prepared, fabric)
+            door.takers[MAGIC] = functools.partial(self._answer, prepared, fabric, door.complain)
             door.stranger = functools.partial(self._welcome_stranger, prepared)
         return door
 
@@ -123,15 +124,36 @@ class UpgradedTcpDriver(RdmaDriver):
         admitted: Callable[[], None],
     ) -> None:
         if stream.alpn or not stream.secure:
-            _say(prepared, sock, OURS, f"it offers {stream.alpn} in TLS" if stream.secure else "it begins with it")
-            super()._welcome(sock, stream, fabric, prepared, admitted)
+            reason = f"it offers {stream.alpn} in TLS" if stream.secure else "it begins with it"
+            self._welcome_ours(sock, stream, fabric, reason, prepared, admitted)
         else:
             self._welcome_flares(
                 sock, stream, b"", f"it does not offer {alpn(self.version)} in TLS", prepared, admitted
             )
 
+    def _welcome_ours(
+        self,
+        sock: socket.socket,
+        stream: ControlStream,
+        fabric: TcpFabric,
+        reason: str,
+        prepared: Prepared,
+        admitted: Callable[[], None],
+    ) -> None:
+        def let_in() -> None:
+            admitted()
+            _say(prepared, sock, OURS, reason)  # not before: guests may come by the thousand
+
+        super()._welcome(sock, stream, fabric, prepared, let_in)
+
     def _answer(
-        self, prepared: Prepared, fabric: TcpFabric, sock: socket.socket, seconds: float, admitted: Callable[[], None]
+        self,
+        prepared: Prepared,
+        fabric: TcpFabric,
+        complain: Callable[..., None],
+        sock: socket.socket,
+        seconds: float,
+        admitted: Callable[[], None],
     ) -> None:
         """Serve a guest that has begun with the preface."""
         with self._opening.track(sock):
@@ -139,15 +161,13 @@ class UpgradedTcpDriver(RdmaDriver):
             if version != self.version:
                 # For its driver that is an answer, after which it comes again.
                 text = "%s: %s asks for version %d of %s, which is not this side's (%d), and has to speak %s"
-                log.info(
-                    text, name_of(prepared.connector), address_of(sock, peer=True), version, OURS, self.version, FLARES
-                )
+                name, peer = name_of(prepared.connector), address_of(sock, peer=True)
+                complain(logging.INFO, text, name, peer, version, OURS, self.version, FLARES)
                 sock.close()
                 return
             sock.sendall(ANSWER)
             sock.settimeout(None)
-        _say(prepared, sock, OURS, "it asks for it")
-        super()._welcome(sock, ControlStream(sock), fabric, prepared, admitted)
+        self._welcome_ours(sock, ControlStream(sock), fabric, "it asks for it", prepared, admitted)
 
     def _welcome_stranger(
         self, prepared: Prepared, sock: socket.socket, first: bytes, admitted: Callable[[], None]

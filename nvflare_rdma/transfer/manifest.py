@@ -29,7 +29,10 @@ BUNDLED_BYTES = 128 * 1024
 BUNDLE_BYTES = 256 * 1024
 #: Where there is less for all bundles together, there are so many of them: for as many rails.
 _BUNDLES = 16
-MAX_ITEMS = 1 << 20
+#: Of a message, or a file. What an item is made of takes half a KiB or so here, which no budget counts.
+MAX_ITEMS = 1 << 16
+#: A row and its shape.
+_LISTS_OF_ITEM = 2
 #: Where a request has the bytes of each item's message that are not to be sent again, and the answer has those that
 #: will not be.
 STARTS = "starts"
@@ -91,8 +94,10 @@ def describe(tensors: Mapping[str, Any]) -> list[Item]:
     """Describe a message's tensors, without their content.
 
     Raises:
-        TransferError: one of them is no plain dense tensor, and is left to the fallback.
+        TransferError: one of them is no plain dense tensor, or there are too many. They are left to the fallback.
     """
+    if len(tensors) > MAX_ITEMS:
+        raise TransferError(f"a message has {len(tensors)} tensors, and {MAX_ITEMS} are the most that one can have")
     return [_describe(position, name, tensor) for position, (name, tensor) in enumerate(tensors.items())]
 
 
@@ -163,7 +168,7 @@ def unpack(data: Any, bundles: bool = False) -> list[Item]:
     if type(data) is not bytes:
         raise ProtocolError(f"a manifest should be bytes, but is {type(data).__name__}")
     try:
-        rows = msgpack.unpackb(data, max_array_len=MAX_ITEMS)
+        rows = msgpack.unpackb(data, max_array_len=MAX_ITEMS, list_hook=_Lists(), object_hook=_no_map)
         if type(rows) is not list:
             raise ValueError(f"a list is expected, not {type(rows).__name__}")
         items = _items(rows, bundles)
@@ -173,6 +178,23 @@ def unpack(data: Any, bundles: bool = False) -> list[Item]:
     if len(names) != len(rows):
         raise ProtocolError("malformed manifest: a name comes twice")
     return items
+
+
+class _Lists:
+    """Counts the lists of a manifest while they are made of its bytes, each of which may be one in one."""
+
+    def __init__(self) -> None:
+        self._left = _LISTS_OF_ITEM * MAX_ITEMS + 1
+
+    def __call__(self, values: list[Any]) -> list[Any]:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f"it has more lists than {MAX_ITEMS} items do")
+        return values
+
+
+def _no_map(values: dict[Any, Any]) -> Any:
+    raise ValueError("it has a map, and items have none")
 
 
 def _items(rows: list[Any], bundles: bool) -> list[Item]:

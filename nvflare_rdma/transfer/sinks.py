@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Set
@@ -143,15 +144,20 @@ class Beginning:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self._lock = threading.Lock()
-        #: What is there beyond a gap, by where it begins.
+        #: What is there beyond a gap, by where it begins; and those places, as a heap: as long as an early chunk is
+        #: missing, to look at all of them for each that lands would take longer than the chunks themselves.
         self._beyond: dict[int, int] = {}
+        self._places: list[int] = []
 
     def add(self, offset: int, length: int) -> None:
         """Note that so many bytes are there."""
         with self._lock:
+            if offset not in self._beyond:
+                heapq.heappush(self._places, offset)
             self._beyond[offset] = max(length, self._beyond.get(offset, 0))
             # Chunks begin where others end, or again where one that was lost began.
-            while (found := next((at for at in self._beyond if at <= self.nbytes), None)) is not None:
+            while self._places and self._places[0] <= self.nbytes:
+                found = heapq.heappop(self._places)
                 self.nbytes = max(self.nbytes, found + self._beyond.pop(found))
 
 

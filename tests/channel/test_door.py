@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import resource
@@ -22,6 +23,7 @@ from nvflare_rdma.channel.protocol.state import Role
 from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC
 from nvflare_rdma.errors import TlsError, TransferError
 from nvflare_rdma.fabric.tcp import RAIL_MAGIC, TICKET_BYTES, TcpFabric
+from nvflare_rdma.logs import get_logger
 from tests.support.certificates import Authority
 from tests.support.link_process import tls_context
 from tests.support.tcp_pair import DEADLINE, context, in_parallel
@@ -271,6 +273,24 @@ def test_a_thousand_guests_do_not_fill_the_log(caplog, monkeypatch):
         monkeypatch.setattr(guests_module, "_COMPLAINTS_SECONDS", -1.0)
         assert_dropped(it.guest(b"garbage!"))
         eventually(lambda: "the door: 10 more lines about guests were left out" in caplog.text, DEADLINE)
+
+
+def test_what_is_logged_of_a_guest_waits_until_it_is_let_in(caplog):
+    caplog.set_level(logging.INFO)
+    log = guests_module.GuestLog(get_logger("nvflare_rdma.test"), True)
+    for number in range(100):
+        log.warning("line %d", number)
+    assert not caplog.messages
+    try:
+        raise ValueError("a fault of this side")
+    except ValueError:
+        log.exception("it ends")
+    assert caplog.messages == ["it ends"]
+    log.let_in()
+    assert caplog.messages[1:] == [f"line {number}" for number in range(guests_module._MOST_KEPT)]
+    log.info("later")
+    log.let_in()
+    assert caplog.messages[-1] == "later"
 
 
 def test_places_are_counted_by_source():

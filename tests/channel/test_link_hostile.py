@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import socket
 import threading
@@ -61,6 +62,9 @@ class Peer:
 
     def greet(self) -> None:
         self.say(HELLO)
+        self.greet_rails()
+
+    def greet_rails(self) -> None:
         for _ in range(2):  # no rail can be opened: the control stream has to do
             while not any(isinstance(message, wire.Open) for message in self.hear()):
                 pass
@@ -132,6 +136,32 @@ def test_a_violation_in_the_middle_of_a_batch_keeps_nothing(broken, more):
         it.inbox.get(timeout=DEADLINE)
         it.say(wire.Offer(2, BIG), broken, more)
         it.end()
+
+
+@pytest.mark.parametrize("end", [wire.Bye("no"), wire.RailDown(0, "no"), b""], ids=str)
+def test_the_log_has_nothing_of_a_guest_that_is_not_let_in(end, caplog):
+    """The door has a line of it, and limits those."""
+    caplog.set_level(logging.INFO, "nvflare_rdma")
+    with peer() as it:
+        it.say(wire.Hello({"tcp": "", "verbs": "A" * 10_000}, 1 << 30, 64 * 1024, 64), end)
+        it.sock.shutdown(socket.SHUT_WR)
+        it.end()
+        assert it.error is not None
+    assert not caplog.messages
+
+
+def test_when_it_is_let_in_the_log_has_all_of_it(caplog):
+    caplog.set_level(logging.INFO, "nvflare_rdma")
+    with peer() as it:
+        it.say(wire.Hello({"tcp": "", "verbs": "A" * 10_000}, 1 << 30, 64 * 1024, 64))
+        it.greet_rails()
+        it.say(wire.Inline(b"x"))
+        it.inbox.get(timeout=DEADLINE)
+    first, second, third = caplog.messages[:3]
+    assert first.startswith("link: fabric tcp (verbs: ")
+    assert second.startswith("link: fabric none")
+    assert third.startswith("link: no rail, data goes over the control stream")
+    assert max(map(len, caplog.messages)) < 1000
 
 
 @pytest.mark.parametrize("broken", [b"\x00\x00\x00\x01\xee", wire.Offer(1, 100_000), wire.Bye("no")])

@@ -10,18 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from nvflare_rdma.channel import Source
+from nvflare_rdma.channel import ControlStream
 from nvflare_rdma.cli import main
 from nvflare_rdma.cli.bench_link import LEAST_CHUNK, MOST_CHUNK, BenchExchange, bounds_of
 from nvflare_rdma.cli.bench_listen import BenchListening
 from nvflare_rdma.cli.bench_raw import MAGIC, MOST_CONNECTIONS, RawPeer
 from nvflare_rdma.cli.bench_report import MIB
-from nvflare_rdma.cli.peer_bodies import Room
+from nvflare_rdma.cli.peer_bodies import Room, item_of
 from nvflare_rdma.cli.peer_kit import this_side
+from nvflare_rdma.cli.peer_link import Exchange, context_for
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.fabric import TICKET_BYTES
 from nvflare_rdma.settings import Settings
-from tests.support.bench_links import DEADLINE, RUN, link_to, measured
+from tests.support.bench_links import DEADLINE, RUN, Held, link_to, measured
 from tests.support.commands import error_of
 from tests.support.waiting import PATIENCE, eventually
 
@@ -112,19 +113,6 @@ def test_what_waits_for_memory_comes_when_there_is_some(side):
     assert listening.served[0]["received_bytes"] == count * 256 * 1024
 
 
-class Held(Source):
-    """A message that is not sent until it may be."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.begun, self.go_on = threading.Event(), threading.Event()
-
-    def read(self, offset, length, take):
-        self.begun.set()
-        assert self.go_on.wait(DEADLINE)
-        return memoryview(bytes(length))
-
-
 def test_all_links_of_a_run_have_the_memory_of_one(side):
     nbytes = 256 * 1024
     with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as greedy:
@@ -135,7 +123,7 @@ def test_all_links_of_a_run_have_the_memory_of_one(side):
         sending = [greedy.link.offer(each, label) for each, label in zip(held, labels, strict=True)]
         with link_to(listening, side) as other:
             other.ask("about", run=RUN)
-            eventually(lambda: listening._present.room.is_full)
+            eventually(lambda: listening._room.is_full)
             other.ask("receive", labels=[1], bytes=nbytes)
             late = other._offer(1, nbytes, "")
             other.ask("ping")
@@ -158,10 +146,38 @@ def test_a_link_that_has_ended_gives_back_its_memory(side):
             held = [Held(nbytes) for _ in labels]
             for each, label in zip(held, labels, strict=True):
                 broken.link.offer(each, label)
-            eventually(lambda: listening._present.room.is_full)
+            eventually(lambda: listening._room.is_full)
         for each in held:
             each.go_on.set()
         assert lead.move(True, 2 * lead.bounds.at_once * nbytes, most_seconds=10.0 * PATIENCE) > 0
+
+
+def test_a_place_that_is_lost_counts_until_its_link_is_over(side):
+    """Else a peer whose messages break off has memory without end: where they were to land, it may still write."""
+    room, later = Room(4, 1), threading.Event()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        made = Exchange(ControlStream(ours), {}, context_for(side.runtime.context, ("tcp",)), "made", lambda link: {})
+        made.room = room
+        made._expect([1], item_of(4, ""))
+        made._place(1, lambda: None).failed("it was withdrawn")
+        assert "it was withdrawn" in made.link.failure
+        assert room.take(later.set) is None
+        made.receive()
+        assert later.is_set()
+        assert (room.take(lambda: None) is None, room.is_full) == (False, True)
+
+
+def test_runs_that_follow_each_other_have_the_memory_of_one(side):
+    with BenchListening(side, "127.0.0.1", 0) as listening:
+        rooms = []
+        for run in (RUN, RUN[::-1]):
+            with link_to(listening, side) as one:
+                one.ask("about", run=run)
+                rooms += [member.room for member in listening._present.members]
+            eventually(lambda: listening._present is None)
+        assert len(rooms) == 2
+        assert rooms[0] is rooms[1]
 
 
 def test_who_waits_for_memory_is_asked_after_one_that_has_gone():

@@ -24,7 +24,7 @@ from nvflare_rdma.cli.peer_listen import Listening, parse_listen, parse_peer
 from nvflare_rdma.errors import RdmaError
 from nvflare_rdma.version import __version__
 from tests.support import namespaces
-from tests.support.bench_links import exchange_with
+from tests.support.bench_links import Held, exchange_with
 from tests.support.certificates import Authority
 from tests.support.commands import error_of, told
 from tests.support.kits import change
@@ -351,6 +351,22 @@ def test_what_is_asked_for_and_never_sent_is_not_asked_for_again_and_again():
         assert "before those that it has asked for are over" in greedy.link.failure
 
 
+def test_a_message_that_breaks_off_ends_its_link():
+    """Where it was to land may still be written, so it would take more memory for each."""
+    side = this_side(None)
+    with Listening(side, "127.0.0.1", 0) as listening, exchange_with(listening, side) as greedy:
+        greedy.ask("receive", labels=[1], bytes=4)
+        held = Held(4)
+        sending = greedy.link.offer(held, 1)
+        try:
+            assert held.begun.wait(DEADLINE)  # the grant is here, and is not answered
+            greedy.link.withdraw(sending, "given up")
+            eventually(lambda: not greedy.link.usable)
+            assert "a message of the check has broken off: given up" in greedy.link.failure
+        finally:
+            held.go_on.set()
+
+
 def test_a_listener_that_has_no_place_left_says_so(monkeypatch, capsys):
     monkeypatch.setattr(peer_listen, "_WAIT_SECONDS", 0.1)
     monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "tcp")
@@ -360,6 +376,30 @@ def test_a_listener_that_has_no_place_left_says_so(monkeypatch, capsys):
             assert "versions" in held.enter_context(exchange_with(listening, side)).ask("about")
         assert main(["doctor", "--peer", f"127.0.0.1:{listening.port}"]) != 0
         assert "can't be checked now: 4 checks are going on there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        {"what": "receive", "labels": [1], "bytes": 4},
+        {"what": "send", "labels": [1], "bytes": 4},
+        {"what": "ping"},
+    ],
+    ids=str,
+)
+def test_who_was_told_that_there_is_no_place_gets_nothing_else(monkeypatch, question):
+    monkeypatch.setattr(peer_listen, "_WAIT_SECONDS", 0.1)
+    monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "tcp")
+    side = this_side(None)
+    with Listening(side, "127.0.0.1", 0) as listening, contextlib.ExitStack() as held:
+        for _ in range(4):
+            assert "versions" in held.enter_context(exchange_with(listening, side)).ask("about")
+        fifth = held.enter_context(exchange_with(listening, side))
+        assert "busy" in fifth.ask("about")
+        with pytest.raises((RdmaError, OSError)):
+            fifth.ask(**question)
+        eventually(lambda: not fifth.link.usable)
+        assert "it was told that there is none now" in fifth.link.failure
 
 
 def test_so_many_links_wait_for_a_place_and_others_are_closed(monkeypatch):

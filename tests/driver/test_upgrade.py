@@ -24,12 +24,13 @@ from nvflare.fuel.f3.sfm.constants import Types
 from nvflare.fuel.f3.sfm.prefix import PREFIX_LEN, Prefix
 from nvflare.fuel.utils.config_service import ConfigService
 
+from nvflare_rdma.channel import guests as guests_module
 from nvflare_rdma.channel.protocol.wire import CONTROL_MAGIC, VERSION
 from nvflare_rdma.driver import RdmaDriver, UpgradedTcpDriver, sites, take_over_where_asked
 from nvflare_rdma.driver import upgrade as upgrade_module
 from nvflare_rdma.driver.connection import RdmaConnection
 from nvflare_rdma.driver.flare_words import MAX_HELLO_FRAME_BYTES, FlareConnection
-from nvflare_rdma.driver.upgrade import FLARES, OURS, alpn, preface
+from nvflare_rdma.driver.upgrade import ANSWER, FLARES, OURS, alpn, preface
 from nvflare_rdma.runtime import shared
 from tests.support.certificates import Authority
 from tests.support.link_process import tls_context
@@ -267,6 +268,24 @@ def test_what_is_no_peer_is_refused(says, reason, caplog):
         with running(it.url, Mode.ACTIVE, UPGRADED) as client:
             greet(client, it)
         assert len(it.monitor.connections) == 1
+
+
+@pytest.mark.parametrize("version", [VERSION, VERSION + 1], ids=["ours", "another"])
+def test_guests_that_begin_with_the_preface_do_not_fill_the_log(version, caplog, monkeypatch):
+    monkeypatch.setattr(guests_module, "_COMPLAINTS_SECONDS", 600.0)
+    caplog.set_level(logging.INFO, "nvflare_rdma")
+    count = guests_module._COMPLAINTS + 10
+    with server(UPGRADED) as it:
+        before = len(caplog.messages)
+        for _ in range(count):
+            guest = socket.create_connection(("127.0.0.1", it.port), DEADLINE)
+            guest.sendall(preface(version))
+            with guest:
+                assert guest.recv(len(ANSWER)) == (ANSWER if version == VERSION else b"")
+        eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith("rdma-conn-")], DEADLINE)
+        said = caplog.messages[before:]
+    assert len(said) == guests_module._COMPLAINTS, said
+    assert not lines(caplog)
 
 
 @pytest.mark.parametrize("says", [b"", PREFACE[:4], PREFACE[:8], PREFACE[:12], HELLO[:8], HELLO[:30]])

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from nvflare_rdma.channel import Pending, dial
+from nvflare_rdma.channel import Pending, Source, dial
 from nvflare_rdma.cli.bench_link import BenchExchange, bounds_of
 from nvflare_rdma.cli.bench_listen import BenchListening
 from nvflare_rdma.cli.peer_link import Exchange, context_for
@@ -20,6 +20,19 @@ from tests.support.waiting import PATIENCE
 DEADLINE = 60.0 * PATIENCE
 RUN = "0123456789abcdef"
 E = TypeVar("E", bound=Exchange)
+
+
+class Held(Source):
+    """A message that is not sent until it may be."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def read(self, offset, length, take):
+        self.begun.set()
+        assert self.go_on.wait(DEADLINE)
+        return memoryview(bytes(length))
 
 
 def measured(capsys, *options) -> tuple[int, dict]:
@@ -34,7 +47,7 @@ def exchange_with(listening: Listening, side, kind: Callable[..., E] = Exchange,
     tcp = side.runtime.tcp(functools.partial(connect_tcp, sock.getpeername()[:2], DEADLINE))
     made = kind(stream, side.runtime.fabrics(tcp, sock), context_for(side.runtime.context, ("tcp",)), "asks", **more)
     made.link.open()
-    runner = threading.Thread(target=made.link.run, daemon=True)
+    runner = threading.Thread(target=made.receive, daemon=True)
     runner.start()
     try:
         yield made

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import sys
+import tracemalloc
 
 import msgpack
 import numpy as np
@@ -52,6 +53,36 @@ def test_random_bytes_are_no_manifest(data):
     except ProtocolError:
         return
     assert data[:1] == b"\x90", "only the manifest of no tensors is so easily found"
+
+
+def test_so_many_items_are_described_and_taken(monkeypatch):
+    monkeypatch.setattr(manifest, "MAX_ITEMS", 6)
+    tensors = {str(i): np.zeros(1) for i in range(7)}
+    with pytest.raises(TransferError, match="a message has 7 tensors, and 6 are the most"):
+        manifest.describe(tensors)
+    del tensors["6"]
+    assert len(manifest.unpack(manifest.pack(manifest.describe(tensors)))) == 6
+
+
+def test_a_manifest_does_not_cost_its_receiver_many_times_its_size():
+    """All the items that there may be take some tens of MiB, and nothing is made of one more."""
+    assert manifest.MAX_ITEMS <= 1 << 16
+    rows = [[str(i), False, "int8", [0], b""] for i in range(manifest.MAX_ITEMS + 1)]
+    with pytest.raises(ProtocolError, match="exceeds max_array_len"):
+        manifest.unpack(msgpack.packb(rows))
+
+
+@pytest.mark.parametrize("made", [[], {}], ids=["lists", "maps"])
+def test_what_is_in_rows_does_not_cost_many_times_its_size_either(made):
+    row = [made] * 1000  # a byte each, and 56 or more here
+    data = msgpack.packb([row] * 1000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="malformed manifest: it has "):
+            manifest.unpack(data)
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(data)
+    finally:
+        tracemalloc.stop()
 
 
 GOOD = ["x", True, "float32", [2, 3], bytes(24)]

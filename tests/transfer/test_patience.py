@@ -358,3 +358,24 @@ def test_the_beginning_grows_where_gaps_are_filled():
     here.add(20, 10)
     assert here.nbytes == 40
     assert not here._beyond
+
+
+def test_chunks_beyond_a_gap_are_not_all_looked_at_for_each_that_lands():
+    looks = 0
+
+    class Offset(int):
+        def __lt__(self, other):
+            nonlocal looks
+            looks += 1
+            return int(self) < int(other)
+
+        def __le__(self, other):
+            nonlocal looks
+            looks += 1
+            return int(self) <= int(other)
+
+    here, count = Beginning(0), 2000
+    for number in [*range(1, count), 0]:
+        here.add(Offset(10 * number), 10)
+    assert here.nbytes == 10 * count
+    assert looks < 50 * count

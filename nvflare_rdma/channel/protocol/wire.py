@@ -23,6 +23,8 @@ CONTROL_MAGIC = b"NVFCTRL1"
 VERSION = 6
 MAX_HELLO_BYTES = 16 * 1024
 MAX_REASON_BYTES = 1024
+#: Of each fabric that can't be used; several of these reasons make up one line of a log.
+MAX_FABRIC_REASON = 200
 #: The longest chunk that travels on the control stream; what is on its way there delays everything behind it.
 MAX_DATA_BYTES = 1024 * 1024
 
@@ -320,7 +322,7 @@ def _decode_hello(body: Mapping[str, Any]) -> Hello:
     if any(type(k) is not str or type(v) is not str for k, v in fabrics.items()):
         raise ProtocolError("field 'fabrics' should map names to reasons")
     hello = Hello(
-        {name: _text(reason.encode(errors="replace")) for name, reason in fabrics.items()},
+        {name: _text(reason.encode(errors="replace"))[:MAX_FABRIC_REASON] for name, reason in fabrics.items()},
         _field(body, "max_message_bytes", int),
         _field(body, "inline_bytes", int),
         _field(body, "max_writes", int),
@@ -376,7 +378,8 @@ def _decode(cls: type, body: bytes) -> Message:
         count, reason = _field(fields, "count", int), _field(fields, "reason", str)
         if count < 0:
             raise ProtocolError(f"the peer opened {count} rails")
-        return Rails(count, _text(reason.encode(errors="replace")), _field(fields, "answer", dict))
+        reason = _text(reason.encode(errors="replace")[:MAX_REASON_BYTES])
+        return Rails(count, reason, _field(fields, "answer", dict))
     return Open(
         _field(fields, "fabric", str),
         _field(fields, "offer", dict),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import contextlib
 import hmac
+import logging
 import os
 import re
 import secrets
@@ -218,6 +219,7 @@ class ShmListener:
         self._ticket = secrets.token_bytes(TICKET_BYTES)
         self._lock = threading.Lock()
         self._closed = False
+        self._has_refused = False
         self._wake = Wake()
         self._guest: socket.socket | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -283,7 +285,10 @@ class ShmListener:
             sock.send(_ADMITTED)
             self._arrived(agree(steps, pid, self._paths))
         except Exception as error:  # noqa: BLE001 - whatever it is, the guest is not to wait
-            log.warning("a shm connection was refused: %s", str(error) or repr(error))
+            # Any process of this host can come, and again and again: it is to be seen, and not to fill the log.
+            level = logging.WARNING if knew_ticket or not self._has_refused else logging.DEBUG
+            self._has_refused = True
+            log.log(level, "a shm connection was refused: %s", str(error) or repr(error))
             sock.close()
         return knew_ticket
 

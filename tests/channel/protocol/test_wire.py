@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import struct
+
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,3 +90,13 @@ def test_a_peers_words_fit_one_line_of_a_log():
     assert bye.reason.startswith("x\u00e9")
     (bye,) = wire.Parser(100, 100).feed(wire.encode(wire.Bye("fine\nERROR forged \x1b[31m")))
     assert bye.reason == "fine?ERROR forged ?[31m"
+
+
+def test_a_peers_words_are_few():
+    """Whatever their message may hold besides."""
+    said = msgpack.packb({"count": 0, "reason": "x" * 10_000, "answer": {}})
+    parser = wire.Parser(100, 100)
+    (rails,) = parser.feed(struct.pack("!IB", len(said) + 1, wire._TYPES[wire.Rails]) + said)
+    assert len(rails.reason) == wire.MAX_REASON_BYTES
+    (hello,) = parser.feed(wire.encode(wire.Hello({"tcp": "", "shm": "x" * 10_000}, 1, 1, 1)))
+    assert {name: len(reason) for name, reason in hello.fabrics.items()} == {"tcp": 0, "shm": 200}

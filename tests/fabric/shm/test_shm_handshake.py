@@ -75,6 +75,21 @@ def test_a_wrong_ticket_is_refused_and_the_right_one_still_works():
         transfers(near, far)
 
 
+def test_strangers_do_not_fill_the_log(caplog):
+    with peers() as (near, far):
+        offer = near.offer()
+        for _ in range(10):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as noise:
+                noise.settimeout(DEADLINE)
+                noise.connect(f"\0{offer['name']}")
+                noise.send(b"GET / HTTP/1.1\r\n")
+                noise.recv(64)  # that it is refused
+        far.connect(offer)
+        transfers(near, far)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "presented a wrong ticket" in caplog.text
+
+
 def test_an_offer_expires(monkeypatch):
     monkeypatch.setattr(handshake, "OFFER_LIFETIME", 0.05)
     with peers() as (near, far):
