@@ -5,6 +5,7 @@ where, and the tickets. See `iwarp_connect`.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import select
 import socket
@@ -37,7 +38,7 @@ class IwarpListener:
         self._taken: set[bytes] = set()
         self._lock = threading.Lock()
         self._stopping = threading.Lock()
-        self._stopped = False
+        self._stopped = self._has_refused = False
         self._thread: threading.Thread | None = None
         self._listening: list[Identifier] = []
         self._open: list[Events] = []
@@ -137,7 +138,11 @@ class IwarpListener:
             port, queue_pair = self._waiting.get(ticket, (None, None))
             if port is None or queue_pair is None or request.device != port.info.device:
                 # The number of a queue pair means another one, anyone's, on another device.
-                log.warning("refused a verbs rail: its ticket is none that waits here (used up, or never given out)")
+                # Whoever reaches this address may come again and again: it is to be seen, and not to fill the log.
+                level = logging.DEBUG if self._has_refused else logging.WARNING
+                self._has_refused = True
+                text = "refused a verbs rail: its ticket is none that waits here (used up, or never given out)"
+                log.log(level, text)
                 return False
             del self._waiting[ticket]
             try:
