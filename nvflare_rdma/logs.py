@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from numbers import Number
 from typing import Any
 
@@ -42,6 +43,22 @@ class _EscapingLogger(logging.LoggerAdapter[logging.Logger]):
             # Whole, without arguments: where a line has "[name=value]: " in it, FLARE's formatter takes that for its
             # own, puts what is left in place of the format, and then fails on the arguments.
             self.logger.log(level, str(msg) % tuple(safe) if safe else msg, **kwargs)
+
+
+class Seldom:
+    """For a line that others can bring about as often as they like: it is due once in `seconds`."""
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        self._seconds = seconds
+        self._next = 0.0
+
+    def level(self, level: int) -> int:
+        """The level at which the line is logged now: `level` if it is due, else that of details (DEBUG)."""
+        now = time.monotonic()
+        if now < self._next:
+            return logging.DEBUG
+        self._next = now + self._seconds  # without a lock: two threads at once may both log, and a fork holds none
+        return level
 
 
 def get_logger(name: str) -> logging.LoggerAdapter[logging.Logger]:

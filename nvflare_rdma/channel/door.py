@@ -185,7 +185,7 @@ class Door:
                     target=self._receive, args=(sock, peer), name=f"rdma-conn-{sock.fileno()}", daemon=True
                 ).start()
             except RuntimeError as error:
-                log.error("can't serve a connection: %s", error)
+                self._complaints.log(logging.ERROR, "can't serve a connection: %s", error)
                 self._guests.leave(sock)
                 sock.close()
 

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from typing import Any
 
-from nvflare_rdma.logs import get_logger
+from nvflare_rdma.logs import Seldom, get_logger
 
 log = get_logger(__name__)
 
@@ -82,6 +82,7 @@ class GuestLog(logging.LoggerAdapter[Any]):
     def __init__(self, log: logging.LoggerAdapter[Any], is_guest: bool) -> None:
         super().__init__(log, {})
         self._lock = threading.Lock()
+        self._seldom = Seldom()
         #: None when it is let in.
         self._kept: list[tuple[int, object, tuple[object, ...]]] | None = [] if is_guest else None
 
@@ -94,6 +95,10 @@ class GuestLog(logging.LoggerAdapter[Any]):
                         self._kept.append((level, msg, args))
                     return
         self.logger.log(level, msg, *args, **{**kwargs, "stacklevel": kwargs.get("stacklevel", 1) + 1})
+
+    def seldom(self, level: int, msg: object, *args: object) -> None:
+        """Log a line that the peer can bring about on and on: one a minute, and all of them for who wants details."""
+        self.log(self._seldom.level(level), msg, *args)
 
     def let_in(self) -> None:
         """Write what has waited, and let nothing wait any more. Idempotent."""

@@ -69,8 +69,7 @@ class Link:
         self.log = GuestLog(get_logger(__name__), role is Role.PASSIVE)
         self._stream = stream
         site = stream.site or name
-        self._context = context
-        self._place = place
+        self._context, self._place = context, place
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._deferred = DeferredCalls(self._lock, deliver, self._guarded, lambda: self._closing)
@@ -435,7 +434,7 @@ class Link:
                 self._core.accept(transfer, time.monotonic(), *way)
 
     def _no_memory(self, transfer: int, length: int, reason: str) -> None:
-        self.log.error("%s: no memory for a message of %d bytes: %s", self.name, length, reason)
+        self.log.seldom(logging.ERROR, "%s: no memory for a message of %d bytes: %s", self.name, length, reason)
         self.refuse(transfer, f"the receiver has no memory for {length} bytes: {reason}")
 
     def _expose_locked(self, chunk: events.ExposeChunk) -> None:

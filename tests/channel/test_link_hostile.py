@@ -19,6 +19,7 @@ from nvflare_rdma.channel.protocol import wire
 from nvflare_rdma.channel.protocol.limits import ChannelLimits
 from nvflare_rdma.channel.protocol.state import Role
 from nvflare_rdma.errors import FabricError, RdmaError, TransferError
+from nvflare_rdma.fabric import budget
 from nvflare_rdma.fabric.base import RemoteSlice
 from nvflare_rdma.fabric.budget import MemoryBudget, Reservation
 from nvflare_rdma.fabric.tcp import TcpFabric
@@ -198,6 +199,23 @@ def test_a_stalled_transfer_ends_a_link_that_is_busy_otherwise():
                 it.thread.join(0.1)
         it.end()
         assert "made no progress for 1 s" in str(it.link._failure)
+
+
+def test_offers_that_are_refused_do_not_fill_the_log(monkeypatch, caplog):
+    monkeypatch.setattr(budget, "MAX_WAITING_OF_SITE", 2)
+    with peer() as it:
+        other = hold(it.context.budget, 1)
+        it.greet()
+        it.say(*[wire.Offer(n, BIG) for n in range(1, 31)], wire.Inline(b"x"))
+        assert it.inbox.get(timeout=DEADLINE) == b"x"
+        refused = 0
+        while refused < 28:
+            refused += sum(isinstance(message, wire.Refuse) for message in it.hear())
+        assert it.link.usable
+        other.release()
+    lines = [line for line in caplog.messages if "no memory for a message of" in line]
+    assert len(lines) == 1
+    assert "2 messages of link wait for memory already, which is the most for one site" in lines[0]
 
 
 def test_who_withdraws_and_does_not_answer_a_grant_keeps_no_memory():
