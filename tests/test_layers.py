@@ -271,6 +271,8 @@ PROCESS_WIDE = {
     "codecs/marks.py: _decoded": "the same",
     "filters/metadata.py: _tables": "constants, made once per framework; FLARE makes filters without arguments",
     "fabric/shm/process_memory.py: TRACER": "the kernel has one tracer per process (prctl)",
+    "fabric/shm/handshake.py: _strangers": "how often they are logged, whoever's listener they come to",
+    "fabric/verbs/iwarp_listen.py: _strangers": "the same",
     "fabric/verbs/endpoint.py: _endpoints": "what exit and fork have to find, whoever has made it",
 }
 MUTABLE = {"dict", "list", "set", "deque", "defaultdict", "OrderedDict", "Counter"}

@@ -18,6 +18,7 @@ from nvflare_rdma.fabric.verbs import endpoint, iwarp_connect, iwarp_listen
 from nvflare_rdma.fabric.verbs.description import TICKET_BYTES
 from nvflare_rdma.fabric.verbs.devices import list_ports
 from nvflare_rdma.fabric.verbs.rail import VerbsRail
+from nvflare_rdma.logs import Seldom
 from tests.support.crowded_ports import crowded_ports
 from tests.support.recorder import Recorder
 from tests.support.verbs_pair import DEADLINE, VerbsPair, buffer, fabric, held, numbered, verbs_pair
@@ -60,8 +61,9 @@ class Offered:
 
 
 @pytest.fixture
-def offered(iwarp_devices):
+def offered(iwarp_devices, monkeypatch):
     """Makes an `Offered`; when the test is over, nothing of it is left in the kernel."""
+    monkeypatch.setattr(iwarp_listen, "_strangers", Seldom(600.0))
     with verbs_pair(iwarp_devices, rails=1):
         pass  # what is made once in a process
     before = held()

@@ -81,7 +81,7 @@ class ShmEndpoint(Endpoint):
                 self._peer, self._up = None, False
                 raise FabricError(f"can't open the shm rail: {error}") from error
             undo.pop_all()
-        log.info("shm to process %d: receives by %s, sends by %s", peer.pid, peer.receive, peer.send)
+        log.debug("shm to process %d: receives by %s, sends by %s", peer.pid, peer.receive, peer.send)
 
     @property
     def rails(self) -> int:

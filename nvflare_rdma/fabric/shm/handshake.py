@@ -34,9 +34,11 @@ from nvflare_rdma.fabric.shm.process_memory import (
     sealed_memory,
 )
 from nvflare_rdma.fabric.shm.wire import Wake
-from nvflare_rdma.logs import get_logger
+from nvflare_rdma.logs import Seldom, get_logger
 
 log = get_logger(__name__)
+#: Of all listeners of the process: there is a new one for each link that opens.
+_strangers = Seldom()
 
 MAGIC = b"NVFSHM1\n"
 TICKET_BYTES = 32
@@ -219,7 +221,6 @@ class ShmListener:
         self._ticket = secrets.token_bytes(TICKET_BYTES)
         self._lock = threading.Lock()
         self._closed = False
-        self._has_refused = False
         self._wake = Wake()
         self._guest: socket.socket | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -286,8 +287,7 @@ class ShmListener:
             self._arrived(agree(steps, pid, self._paths))
         except Exception as error:  # noqa: BLE001 - whatever it is, the guest is not to wait
             # Any process of this host can come, and again and again: it is to be seen, and not to fill the log.
-            level = logging.WARNING if knew_ticket or not self._has_refused else logging.DEBUG
-            self._has_refused = True
+            level = logging.WARNING if knew_ticket else _strangers.level(logging.WARNING)
             log.log(level, "a shm connection was refused: %s", str(error) or repr(error))
             sock.close()
         return knew_ticket

@@ -19,9 +19,11 @@ from nvflare_rdma.fabric.verbs.iwarp_connect import Events, Identifier, make_ide
 from nvflare_rdma.fabric.verbs.ports import Port, close_all, descriptors, make_event, translated
 from nvflare_rdma.fabric.verbs.pyverbs import CMID, AddrInfo, ConnParam, ce
 from nvflare_rdma.fabric.verbs.queue_pair import QueuePair
-from nvflare_rdma.logs import get_logger
+from nvflare_rdma.logs import Seldom, get_logger
 
 log = get_logger(__name__)
+#: Of all listeners of the process: there is a new one for each link that opens.
+_strangers = Seldom()
 
 TICKET_LIFETIME = 30.0
 _LISTEN_ATTEMPTS = 10
@@ -38,7 +40,7 @@ class IwarpListener:
         self._taken: set[bytes] = set()
         self._lock = threading.Lock()
         self._stopping = threading.Lock()
-        self._stopped = self._has_refused = False
+        self._stopped = False
         self._thread: threading.Thread | None = None
         self._listening: list[Identifier] = []
         self._open: list[Events] = []
@@ -139,10 +141,8 @@ class IwarpListener:
             if port is None or queue_pair is None or request.device != port.info.device:
                 # The number of a queue pair means another one, anyone's, on another device.
                 # Whoever reaches this address may come again and again: it is to be seen, and not to fill the log.
-                level = logging.DEBUG if self._has_refused else logging.WARNING
-                self._has_refused = True
                 text = "refused a verbs rail: its ticket is none that waits here (used up, or never given out)"
-                log.log(level, text)
+                log.log(_strangers.level(logging.WARNING), text)
                 return False
             del self._waiting[ticket]
             try:

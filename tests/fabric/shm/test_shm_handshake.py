@@ -16,6 +16,7 @@ import pytest
 from nvflare_rdma.errors import FabricError, ProtocolError
 from nvflare_rdma.fabric.shm import handshake, process_memory
 from nvflare_rdma.fabric.shm.fabric import ShmFabric
+from nvflare_rdma.logs import Seldom
 from tests.support.recorder import Recorder
 from tests.support.shm_peer import DEADLINE, Peer, RemotePeer, digest, pattern
 from tests.support.waiting import eventually
@@ -75,17 +76,24 @@ def test_a_wrong_ticket_is_refused_and_the_right_one_still_works():
         transfers(near, far)
 
 
-def test_strangers_do_not_fill_the_log(caplog):
-    with peers() as (near, far):
-        offer = near.offer()
-        for _ in range(10):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as noise:
-                noise.settimeout(DEADLINE)
-                noise.connect(f"\0{offer['name']}")
-                noise.send(b"GET / HTTP/1.1\r\n")
-                noise.recv(64)  # that it is refused
-        far.connect(offer)
-        transfers(near, far)
+def stranger(offer) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as noise:
+        noise.settimeout(DEADLINE)
+        noise.connect(f"\0{offer['name']}")
+        noise.send(b"GET / HTTP/1.1\r\n")
+        noise.recv(64)  # that it is refused
+
+
+def test_strangers_do_not_fill_the_log(caplog, monkeypatch):
+    """Each link that opens has a listener of its own."""
+    monkeypatch.setattr(handshake, "_strangers", Seldom(600.0))
+    for _ in range(3):
+        with peers() as (near, far):
+            offer = near.offer()
+            for _ in range(5):
+                stranger(offer)
+            far.connect(offer)
+            transfers(near, far)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "presented a wrong ticket" in caplog.text
 
