@@ -104,7 +104,8 @@ class Failures:
         """An attempt has failed."""
         self.texts.append(f"{attempt}: {error}")
         if isinstance(error, UnreachableError | TimeoutError):
-            self.silent_ways[attempt.kind] = not isinstance(error, UnreachableError)
+            answered = not isinstance(error, UnreachableError)
+            self.silent_ways[attempt.kind] = answered or self.silent_ways.get(attempt.kind, False)
         if isinstance(error, TlsError):
             self.impostors.append(self.texts[-1])
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from nvflare_rdma.channel import Door
-from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError
+from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, UnreachableError
 from nvflare_rdma.fabric import TcpFabric, listen_tcp
 from nvflare_rdma.transfer import dialling
 from nvflare_rdma.transfer.addresses import TICKET_BYTES, own_hosts, parse_invitation
@@ -233,6 +233,13 @@ def test_who_answered_and_was_given_up_is_said_to_have_answered(cell, parent, ce
     assert given_up.is_set()
     assert "straight, its host answered, and its process did not in " in caplog.text
     assert "nothing answered" not in caplog.text
+
+
+def test_a_host_has_answered_if_one_of_its_addresses_has():
+    failures = dialling.Failures()
+    for host, error in (("a", UnreachableError("nothing")), ("b", TimeoutError("late")), ("c", UnreachableError("no"))):
+        failures.add(dialling.Attempt(host, "192.0.2.1", 1), error)
+    assert failures.silent_ways == {"straight": True}
 
 
 def test_who_answers_and_refuses_gets_no_more_time(monkeypatch):
