@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import threading
 from collections import Counter
 from collections.abc import Callable
+
+from nvflare_rdma.logs import Seldom, get_logger
+
+log = get_logger(__name__)
 
 
 def descriptors() -> float:
@@ -25,19 +30,25 @@ class RailPlaces:
         self._lock = threading.Lock()
         self._taken: Counter[str] = Counter()
         self._total = 0
+        self._refused = Seldom()
 
     def take(self, site: str, first: bool) -> bool:
         """Take a place for a rail of `site`, if there is one. `first` says that it is one of its link's first."""
-        most = self._descriptors() / 2
-        of_site = most / 2
-        if not first:
-            most, of_site = most * 3 / 4, of_site / 2
+        descriptors = self._descriptors()
+        most, of_site = (descriptors / 2, descriptors / 4) if first else (descriptors * 3 / 8, descriptors / 8)
         with self._lock:
-            if self._total >= most or self._taken.get(site, 0) >= of_site:
-                return False
-            self._taken[site] += 1
-            self._total += 1
-        return True
+            total, its = self._total, self._taken.get(site, 0)
+            if total < most and its < of_site:
+                self._taken[site] += 1
+                self._total += 1
+                return True
+        log.log(
+            self._refused.level(logging.WARNING),
+            "a rail of %s is refused: it has %d, all sites have %d, and this process may have %g descriptors; if there "
+            "are that many sites, raise the limit (ulimit -n, LimitNOFILE of systemd)",
+            *(site, its, total, descriptors),
+        )
+        return False
 
     def free(self, site: str, count: int) -> None:
         """Give places back."""

@@ -58,12 +58,14 @@ def test_a_site_has_only_so_many_rails_and_others_still_get_some(port):
     eventually(lambda: shared().rail_places.taken == {}, DEADLINE)
 
 
-def test_all_sites_together_have_half_of_the_descriptors():
+def test_all_sites_together_have_half_of_the_descriptors(caplog):
     places = RailPlaces(lambda: 32)
     assert [places.take(f"site-{n // 2}", first=True) for n in range(20)] == [True] * 16 + [False] * 4
     places.free("site-1", 2)
     assert places.take("site-9", first=True)
     assert not places.take("site-9", first=False)  # a quarter of them is for first rails
+    (line,) = caplog.messages
+    assert "a rail of site-8 is refused: it has 0, all sites have 16, and this process may have 32 descriptors" in line
 
 
 def test_where_descriptors_have_no_limit_rails_have_none():
