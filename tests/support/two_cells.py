@@ -191,6 +191,7 @@ class Pair:
         return {"error": error, "count": len(reply.payload), "finished": self.finished.wait(30.0)}
 
     def get_narrow(self) -> dict:
+        self.finished.clear()
         request = new_cell_message({}, {})
         try:
             reply = self.site.send_request(
@@ -198,6 +199,8 @@ class Pair:
             )
         except Exception as error:  # noqa: BLE001 - whatever FLARE makes of it
             return {"failed": str(error)}
+        finally:
+            assert self.finished.wait(30.0)  # or the next one would take this one's end for its own
 
         def equal(name: str, tensor: torch.Tensor) -> bool:
             got = reply.payload[name]
