@@ -376,15 +376,22 @@ def test_a_message_that_breaks_off_ends_its_link():
             held.go_on.set()
 
 
-def test_a_listener_that_has_no_place_left_says_so(monkeypatch, capsys):
+@pytest.fixture
+def without_place(monkeypatch):
+    """A listener all of whose places are taken, and its side."""
     monkeypatch.setattr(peer_listen, "_WAIT_SECONDS", 0.1)
     monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "tcp")
     side = this_side(None)
     with Listening(side, "127.0.0.1", 0) as listening, contextlib.ExitStack() as held:
         for _ in range(4):
             assert "versions" in held.enter_context(exchange_with(listening, side)).ask("about")
-        assert main(["doctor", "--peer", f"127.0.0.1:{listening.port}"]) != 0
-        assert "can't be checked now: 4 checks are going on there" in capsys.readouterr().err
+        yield listening, side
+
+
+def test_a_listener_that_has_no_place_left_says_so(without_place, capsys):
+    listening, _ = without_place
+    assert main(["doctor", "--peer", f"127.0.0.1:{listening.port}"]) != 0
+    assert "can't be checked now: 4 checks are going on there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -396,14 +403,8 @@ def test_a_listener_that_has_no_place_left_says_so(monkeypatch, capsys):
     ],
     ids=str,
 )
-def test_who_was_told_that_there_is_no_place_gets_nothing_else(monkeypatch, question):
-    monkeypatch.setattr(peer_listen, "_WAIT_SECONDS", 0.1)
-    monkeypatch.setenv("NVFLARE_RDMA_FABRICS", "tcp")
-    side = this_side(None)
-    with Listening(side, "127.0.0.1", 0) as listening, contextlib.ExitStack() as held:
-        for _ in range(4):
-            assert "versions" in held.enter_context(exchange_with(listening, side)).ask("about")
-        fifth = held.enter_context(exchange_with(listening, side))
+def test_who_was_told_that_there_is_no_place_gets_nothing_else(without_place, question):
+    with exchange_with(*without_place) as fifth:
         assert "busy" in fifth.ask("about")
         with pytest.raises((RdmaError, OSError)):
             fifth.ask(**question)
