@@ -32,7 +32,7 @@ FILE, BEST = "FL_global_model.pt", "best_FL_global_model.pt"
 
 class Encrypting(PTFileModelPersistor):
     def save_model_file(self, save_path):
-        raise NotImplementedError
+        super().save_model_file(f"{save_path}.encrypted")
 
 
 class Disk:
