@@ -345,6 +345,14 @@ def take_over_schemes(driver: type) -> None:
         communicator.driver_mgr.drivers[scheme] = driver
 
 
+def driver_of(url: str) -> type | None:
+    """The class of the driver that FLARE has for a URL in this process, None if it has none."""
+    require_flare("ParentDoor")
+    from nvflare.fuel.f3 import communicator
+
+    return communicator.driver_mgr.find_driver_class(url)  # type: ignore[no-any-return]
+
+
 # -- recipes and jobs ----------------------------------------------------------------------------------------
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import threading
 from collections import ChainMap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeAlias
 
 from nvflare_rdma.channel.door import MAGIC_BYTES, Door
@@ -25,9 +23,7 @@ class SharedPorts:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._takers: dict[bytes, Taker] = {}
-        self._doors: list[Door] = []
+        self._takers: dict[bytes, Taker] = {}  # doors' threads look things up in it: no change has two steps
 
     def add_taker(self, magic: bytes, taker: Taker) -> None:
         """From now on `taker` gets what begins with `magic`, in place of whoever got it before.
@@ -39,28 +35,12 @@ class SharedPorts:
             raise ValueError(
                 f"{magic!r} can't be a taker's magic: it has {MAGIC_BYTES} bytes and is not the door's own"
             )
-        with self._lock:
-            self._takers[magic] = taker
+        self._takers[magic] = taker
 
     def remove_taker(self, magic: bytes) -> None:
         """From now on nobody gets what begins with `magic`. Idempotent."""
-        with self._lock:
-            self._takers.pop(magic, None)
+        self._takers.pop(magic, None)
 
-    @contextlib.contextmanager
-    def shared(self, door: Door) -> Iterator[None]:
-        """`door`, which does not serve yet, has the takers besides its own as long as this lasts."""
+    def share(self, door: Door) -> None:
+        """From now on `door`, which does not serve yet, has the takers besides its own."""
         door.takers = ChainMap(door.takers, self._takers)
-        with self._lock:
-            self._doors.append(door)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._doors.remove(door)
-
-    def addresses(self) -> list[tuple[str, int]]:
-        """Where the shared doors listen now, in the order of their opening; a host is "::" or "0.0.0.0" where that is
-        all addresses of this machine."""
-        with self._lock:
-            return [door.address for door in self._doors if not door.is_over]

@@ -94,6 +94,8 @@ class RdmaDriver(BaseDriver):
 
     secure_scheme = SECURE_SCHEME
     feature = "The rdma driver"
+    #: Whether connections that are not FLARE's come to its listener's port, too (`SharedPorts`).
+    shares_its_port = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,8 +132,8 @@ class RdmaDriver(BaseDriver):
         self._door = self._make_door(prepared, prepared.runtime.tcp())
         if self._stopping.is_set():  # shut down before `shutdown` could see the door
             self._door.close()
-        with prepared.runtime.shared.ports.shared(self._door):
-            self._door.serve()
+        prepared.runtime.shared.ports.share(self._door)
+        self._door.serve()
 
     def _make_door(self, prepared: Prepared, fabric: TcpFabric) -> Door:
         """A door that does not serve yet; rails come to `fabric`."""

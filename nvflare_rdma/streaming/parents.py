@@ -23,7 +23,7 @@ from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
 
 from nvflare_rdma.channel import Door
 from nvflare_rdma.errors import FabricUnavailable, ProtocolError
-from nvflare_rdma.flare_compat import CellConnections, cell_connections, require_flare
+from nvflare_rdma.flare_compat import CellConnections, cell_connections, driver_of, require_flare
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import shared, this_runtime
 from nvflare_rdma.transfer import Junction, MeetingPlace, RouteKey, are_hosts, listen, own_hosts, site_of
@@ -98,10 +98,11 @@ class ParentDoor(FLComponent):
 
 
 def _shares_flares_port(cell: Any) -> bool:
-    """Whether the port at which the sites reach the server is the `rdma` driver's, which takes routes, too."""
+    """Whether the port at which the sites reach the server is the `rdma` driver's, which takes routes, too. It may not
+    listen yet when FLARE says that the system has started."""
     if cell.get_fqcn() != FQCN.ROOT_SERVER:
         return False
-    return urlparse(cell_connections(cell).url).port in [port for _, port in shared().ports.addresses()]
+    return bool(getattr(driver_of(cell_connections(cell).url), "shares_its_port", False))
 
 
 def _job_of(fl_ctx: FLContext) -> str:

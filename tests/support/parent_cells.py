@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from nvflare.apis.fl_constant import FLContextKey, ReservedKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.fuel.f3.cellnet.cell import Cell
 
+from nvflare_rdma.driver import RdmaDriver
 from nvflare_rdma.streaming import ParentDoor
 from nvflare_rdma.streaming.component import open_links
 from tests.support.processes import free_port
@@ -37,7 +39,12 @@ def main(folder: Path, scheme: str) -> None:
         os.environ["NVFLARE_RDMA_DATA_PORTS"] = str(door)  # everybody's, as with one comm_config.json
     url = f"{scheme}://127.0.0.1:{port}"
     parent = Cell("server", url, secure=False, credentials={}, create_internal_listener=True)
+    component = ParentDoor()
+    may_listen = listening_late()
     parent.start()
+    if scheme == "rdma":
+        component.handle_event(EventType.SYSTEM_START, event(parent))
+    may_listen.set()
     inner = parent.get_internal_listener_url()
     made = {name: Cell(name, url, secure=False, credentials={}, parent_url=inner) for name in ("server.a", "server.b")}
     made |= {name: Cell(name, url, secure=False, credentials={}) for name in ("site-1", "site-2")}
@@ -45,9 +52,10 @@ def main(folder: Path, scheme: str) -> None:
         cell.start()
     eventually(lambda: all(cell.core_cell.is_cell_connected("server") for cell in made.values()))
 
-    component = ParentDoor()
-    before = without_door(made["server.a"])
-    component.handle_event(EventType.SYSTEM_START, event(parent))
+    before = None
+    if scheme != "rdma":
+        before = without_door(made["server.a"])
+        component.handle_event(EventType.SYSTEM_START, event(parent))
     links = {name: open_links(cell) for name, cell in made.items()}
 
     def join(host: str, guest: str) -> str:
@@ -65,6 +73,19 @@ def main(folder: Path, scheme: str) -> None:
         each.close()
     results = {"door": door, "port": port, "before": before, "ways": ways, "routes": cells, "left": left}
     (folder / "results.json").write_text(json.dumps(results))
+
+
+def listening_late() -> threading.Event:
+    """The `rdma` driver's listeners open their ports when this is set: FLARE starts them in a thread, which may be
+    later than the start of the system."""
+    listen, may_listen = RdmaDriver.listen, threading.Event()
+
+    def late(driver: RdmaDriver, connector: object) -> None:
+        assert may_listen.wait(20)
+        listen(driver, connector)
+
+    RdmaDriver.listen = late  # type: ignore[method-assign]
+    return may_listen
 
 
 def without_door(cell: Cell) -> dict[str, object]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import queue
+import socket
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 
 from nvflare.fuel.f3.connection import ConnState, FrameReceiver
@@ -13,6 +15,7 @@ from nvflare.fuel.f3.drivers.net_utils import parse_url
 
 from nvflare_rdma.cli.port_use import listening_ports
 from nvflare_rdma.driver import RdmaDriver
+from nvflare_rdma.runtime import shared
 from tests.support.waiting import eventually
 
 DEADLINE = 20.0
@@ -86,3 +89,22 @@ def running(url: str, mode: Mode, driver: type[Driver] = RdmaDriver, **params):
 def wait_for_port(port: int) -> None:
     """Until somebody listens there. Nobody dials to see: that would be a guest, who may still be there later."""
     eventually(lambda: port in listening_ports(), DEADLINE)
+
+
+def comes_to_takers(port: int) -> bool:
+    """Whether a connection to this port of a listening driver's gets to a taker of this process's shared ports."""
+    magic, came = b"A-MAGIC!", threading.Event()
+
+    def taker(sock: socket.socket, seconds: float, admitted: Callable[[], None]) -> None:
+        admitted()
+        came.set()
+        sock.close()
+
+    shared().ports.add_taker(magic, taker)
+    try:
+        with socket.create_connection(("127.0.0.1", port), DEADLINE) as guest:
+            guest.sendall(magic)
+            assert guest.recv(1) == b""
+    finally:
+        shared().ports.remove_taker(magic)
+    return came.is_set()
