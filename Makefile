@@ -38,7 +38,8 @@ test: $(STAMP)
 
 # A provisioned federation with a network for each host. Where namespaces or TUN devices are not allowed, it fails.
 test-sites: $(STAMP)
-	$(BIN)/python tests/wan/wire.py $(BIN)/python -m pytest tests/wan/sites.py tests/wan/upgraded.py tests/wan/provisioned.py
+	$(BIN)/python tests/wan/wire.py $(BIN)/python -m pytest tests/wan/sites.py tests/wan/upgraded.py tests/wan/provisioned.py \
+	  tests/wan/balanced.py
 
 # Jobs whose site is out of reach for up to a quarter of an hour. OUTAGES="cut-down move-up" chooses.
 OUTAGES_FOLDER ?= /tmp/outages

@@ -40,7 +40,8 @@ class Federation:
     """Starts a server and sites that wait for jobs; they end with the namespaces that they are in. `extra` is for their
     environment, `configured` for the `comm_config.json` of each; `one_port` has the `rdma_data_ports` of participants
     whose parents join connections, "" for FLARE's own port. `builder` has the arguments of `RdmaBuilder`, which is part
-    of the project only then; `without` names the participants on whose hosts this package is not installed."""
+    of the project only then; `without` names the participants on whose hosts this package is not installed;
+    `reached_at` is the host where the sites reach the server."""
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Federation:
         configured: Mapping[str, Mapping[str, Any]] | None = None,
         builder: Mapping[str, Any] | None = None,
         without: Sequence[str] = (),
+        reached_at: str = SERVER,
         **extra: str,
     ) -> None:
         self._star = star
@@ -62,7 +64,7 @@ class Federation:
         self._environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self._environment |= extra
         self._others = dict.fromkeys(without, self._without_package() if without else {})
-        self.kits = self._provision(sites, scheme, builder)
+        self.kits = self._provision(sites, scheme, builder, reached_at)
         for name, settings in (configured or {}).items():
             self._configure(name, settings)
         for name, ports in (one_port or {}).items():
@@ -132,9 +134,10 @@ class Federation:
             "PATH": os.pathsep.join([str(programs), os.environ["PATH"]]),
         }
 
-    def _provision(self, sites: list[str], scheme: str, builder: Mapping[str, Any] | None) -> Path:
+    def _provision(self, sites: list[str], scheme: str, builder: Mapping[str, Any] | None, reached_at: str) -> Path:
+        hosts = {"default_host": reached_at, "host_names": [SERVER]}
         participants: list[dict[str, object]] = [
-            {"name": SERVER, "type": "server", "org": "nvidia", "fed_learn_port": PORT},
+            {"name": SERVER, "type": "server", "org": "nvidia", "fed_learn_port": PORT, **hosts},
             {"name": ADMIN, "type": "admin", "org": "nvidia", "role": "project_admin"},
             *({"name": site, "type": "client", "org": "nvidia"} for site in sites),
         ]
