@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -308,6 +309,56 @@ def wait_for_results(cell: Any, moving: Callable[[], bool]) -> None:
         return send(*args, **others)
 
     cell._send_request = send_request
+
+
+class ResultLost(BaseException):
+    """Ends the work of the thread that decodes a site's result, of which the rest will never come.
+
+    At a server, FLARE takes an `Exception` there for the failure of the whole job, and ends its process: a site that
+    lives would wait for an answer. Nobody waits for this one, and other sites' results may be enough.
+    """
+
+
+def is_result(message: Any) -> bool:
+    """Whether a FLARE message, or None, brings a site's result of a task to the server."""
+    if message is None:
+        return False
+    require_flare("RdmaTransfer")
+    from nvflare.apis.fl_constant import ServerCommandNames
+    from nvflare.fuel.f3.cellnet.defs import CellChannel
+    from nvflare.fuel.f3.streaming.stream_const import StreamHeaderKey
+
+    headers = (message.get_header(StreamHeaderKey.CHANNEL), message.get_header(StreamHeaderKey.TOPIC))
+    return headers == (CellChannel.SERVER_COMMAND, ServerCommandNames.SUBMIT_UPDATE)
+
+
+class MessageForDownload:
+    """A mixin for a `ViaDownloaderDecomposer`, before it: its `download` gets the message that names the reference as
+    `message`, None if there is none."""
+
+    def _get_download_kwargs(self, fobs_ctx: dict[str, Any]) -> dict[str, Any]:
+        from nvflare.fuel.utils.fobs import FOBSContextKey
+
+        return {**super()._get_download_kwargs(fobs_ctx), "message": fobs_ctx.get(FOBSContextKey.MESSAGE)}  # type: ignore[misc]
+
+
+def report_ended(fl_ctx: Any, site: str, seconds: float) -> None:
+    """Have the workflow of a server's run take `site` for disconnected in so many seconds at the latest, unless FLARE
+    hears of it before: FLARE's `dead_client_grace_period` is for sites of which nothing is known."""
+    require_flare("RdmaTransfer")
+    from nvflare.apis.fl_constant import FLContextKey
+
+    runner = fl_ctx.get_prop(FLContextKey.RUNNER)
+    workflow = runner.current_wf if runner is not None else None
+    if workflow is None:
+        return
+    runner.handle_dead_job(site, fl_ctx)
+    communicator = workflow.controller.communicator
+    with communicator._dead_clients_lock:
+        status = communicator._dead_clients.get(site)
+        if status is not None:
+            earlier = time.time() - communicator._dead_client_grace + seconds
+            status.report_time = min(status.report_time, earlier)
 
 
 def identity_resolver(identities: Mapping[str, str]) -> Callable[[str], str]:

@@ -59,6 +59,7 @@ FLARES_PRIVATE = {
     *("_create_simulator_server_config", "_create_simulator_client_config"),
     *("_apply_filter", "_filter_dxos", "run_manager"),
     *("identity_resolver", "conn_props", "root_url"),
+    *("_dead_clients", "_dead_client_grace", "_get_download_kwargs", "driver_mgr"),
 }
 IO_MODULES = {"socket", "threading", "select", "selectors", "ssl", "queue", "time", "asyncio", "subprocess"}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
@@ -23,9 +24,13 @@ _GRACE_SECONDS = 90.0
 class Absences:
     """Knows since when peers of a cell don't answer, though their parents do."""
 
-    def __init__(self, cell: Any, grace: float = _GRACE_SECONDS) -> None:
+    def __init__(
+        self, cell: Any, grace: float = _GRACE_SECONDS, ended: Callable[[str], object] = lambda peer: None
+    ) -> None:
+        """`ended` is called with each peer that has ended, whenever that is found."""
         self._cell = cell
         self._grace = grace
+        self._ended = ended
         self._lock = threading.Lock()
         self._since: dict[str, float] = {}
 
@@ -42,4 +47,7 @@ class Absences:
             return False
         with self._lock:
             since = self._since.setdefault(peer, time.monotonic())
-        return time.monotonic() - since >= self._grace
+        if time.monotonic() - since < self._grace:
+            return False
+        self._ended(peer)
+        return True

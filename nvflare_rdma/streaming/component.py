@@ -9,6 +9,7 @@ import json
 import ssl
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -29,6 +30,7 @@ from nvflare_rdma.flare_compat import (
     TRANSFER_PROP,
     cell_connections,
     replace_decomposer,
+    report_ended,
     require_flare,
     wait_for_results,
 )
@@ -49,6 +51,9 @@ from nvflare_rdma.transfer import PeerLinks
 
 _ANY_PORT = (0, 0)
 _ANY_HOST = ("", "0", "0.0.0.0", "::")
+#: A site whose job process has ended gives a sign of life within so many seconds, or its tasks go on without it. It is
+#: FLARE's `dead_client_grace_period`, which a job's patience lengthens for sites that are only out of reach.
+_SIGN_OF_LIFE_SECONDS = 60.0
 #: Public context property of a run on a side where `RdmaTransfer` could not start: the reason.
 FAILURE_PROP = "nvflare_rdma.transfer_failure"
 _MAX_FAILURE, _MOST_TOLD = 1000, 1000
@@ -152,7 +157,9 @@ class RdmaTransfer(FLComponent):
     def _install(self, fl_ctx: FLContext) -> None:
         """Call `install`. If it fails, the other side is told why: its log is read where this one's is not."""
         try:
-            install(_server_host(fl_ctx), self.patience)
+            server = FQCN.get_root(fl_ctx.get_engine().get_cell().get_fqcn()) == FQCN.ROOT_SERVER
+            ended = functools.partial(_tell_of_end, fl_ctx.get_engine()) if server else lambda peer: None
+            install(_server_host(fl_ctx), self.patience, ended)
             wait_for_results(
                 fl_ctx.get_engine().get_cell(), lambda: any(each.is_busy for each in list(shared().services))
             )
@@ -198,9 +205,20 @@ def _server_host(fl_ctx: FLContext) -> str:
     return str(target).rpartition(":")[0].strip("[]")
 
 
-def install(server_host: str = "", patience: float | None = None) -> None:
+def _tell_of_end(engine: Any, peer: str) -> None:
+    """Have the workflow of the server's job no longer wait for a site whose job process is `peer`, and has ended."""
+    site, *process = FQCN.split(peer)
+    if len(process) == 1:  # a trainer's end is for its job process to see
+        with engine.new_context() as fl_ctx:
+            report_ended(fl_ctx, site, _SIGN_OF_LIFE_SECONDS)
+
+
+def install(
+    server_host: str = "", patience: float | None = None, ended: Callable[[str], object] = lambda peer: None
+) -> None:
     """Have FLARE's tensors and arrays move over links, from now on until `LinksByCell.stop`. `server_host` is where the
-    server is reached, if a cell does not know it better; `patience` is the job's own, if it has one."""
+    server is reached, if a cell does not know it better; `patience` is the job's own, if it has one; `ended` is called
+    with the name of each peer that is missed and has ended."""
     require_flare("RdmaTransfer")
     runtime = this_runtime()  # a wrong setting is said now
     runtime.shared.encoded_chunks.limit = runtime.settings.rdma_memory_budget_bytes // 16
@@ -210,7 +228,7 @@ def install(server_host: str = "", patience: float | None = None) -> None:
     if not is_trainer() or "torch" in sys.modules:
         with contextlib.suppress(ImportError):  # a site without torch
             replace_decomposer(torch_decomposer())
-    runtime.shared.links.start(functools.partial(open_links, server_host=server_host, patience=patience))
+    runtime.shared.links.start(functools.partial(open_links, server_host=server_host, patience=patience, ended=ended))
 
 
 def install_in_trainer() -> None:
@@ -223,9 +241,14 @@ def install_in_trainer() -> None:
 install_in_trainer.__module__ = "nvflare_rdma.streaming"  # as all that this package hands on
 
 
-def open_links(cell: Any, server_host: str = "", patience: float | None = None) -> PeerLinks:
+def open_links(
+    cell: Any,
+    server_host: str = "",
+    patience: float | None = None,
+    ended: Callable[[str], object] = lambda peer: None,
+) -> PeerLinks:
     """The links of a cell. They are as its own connections are: with its certificates, if it has any. A trainer's are
-    its site's. Without `patience` the setting counts."""
+    its site's. Without `patience` the setting counts. `ended` is called with each peer that is missed and has ended."""
     runtime, name = this_runtime(), cell.get_fqcn()
     site = inherited_site() or cell_connections(cell)
     ports, trainers = runtime.settings.rdma_data_ports, False
@@ -247,7 +270,7 @@ def open_links(cell: Any, server_host: str = "", patience: float | None = None) 
     meet = None if is_trainer() else meeting_function(cell, site, server_at)
     own = None if isinstance(ports, str) else ports
     links = PeerLinks(name, runtime, tls, identify, server_at, own, trainers, meet)
-    links.has_ended = Absences(cell).has_ended
+    links.has_ended = Absences(cell, ended=ended).has_ended
     links.patience = runtime.settings.rdma_patience if patience is None else patience
     return links
 

@@ -28,11 +28,14 @@ from nvflare.fuel.utils.fobs import FOBSContextKey
 from nvflare_rdma.codecs import dtype_name, is_loadable, is_torch
 from nvflare_rdma.errors import RdmaError, TransferError
 from nvflare_rdma.flare_compat import (
+    MessageForDownload,
     PrefixedReferences,
+    ResultLost,
     abortable_download,
     add_download_progress,
     cancel_download,
     download_logged_as,
+    is_result,
 )
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import shared
@@ -42,6 +45,7 @@ from nvflare_rdma.streaming.relay import RelayConsumer, produce
 from nvflare_rdma.streaming.requests import PlainRequests, RequestFunction, answer_seconds, request_function
 from nvflare_rdma.transfer import (
     AbortedError,
+    EndedError,
     Item,
     Land,
     Meter,
@@ -156,7 +160,7 @@ class Landing:
     nbytes: Callable[[Item], int] = lambda item: item.nbytes
 
 
-class DirectDecomposer(PrefixedReferences):
+class DirectDecomposer(PrefixedReferences, MessageForDownload):
     """A mixin for a `ViaDownloaderDecomposer`, before it, that moves items over links. `served` is the class of its
     downloadable objects, which has `Served`."""
 
@@ -179,9 +183,14 @@ class DirectDecomposer(PrefixedReferences):
         optional: bool = False,
         abort_signal: Any = None,
         progress_cb: Callable[..., None] | None = None,
+        message: Any = None,
         **others: Any,
     ) -> tuple[str | None, Any]:
-        """FLARE's hook on the receiving side. Returns an error or None, and the items by id."""
+        """FLARE's hook on the receiving side. Returns an error or None, and the items by id.
+
+        Raises:
+            ResultLost: `message` brings a server a site's result, and the site's process has ended.
+        """
         links = shared().links.of(cell) if ref_id.startswith(REF_PREFIX) else None
         common = {"from_fqcn": from_fqcn, "ref_id": ref_id, "per_request_timeout": per_request_timeout, "cell": cell}
         common |= {"secure": secure, "optional": optional}
@@ -215,6 +224,15 @@ class DirectDecomposer(PrefixedReferences):
                 progress.finish(state="aborted")
                 failure = str(signal.value or error)
                 finish(meter, failure, pull.tensors)
+                return failure, None
+            except EndedError as error:
+                # FLARE's own path would ask the same process, for forty minutes.
+                failure = str(error)
+                log.error("tensors from %s will not come: %s", from_fqcn, failure)
+                progress.finish(state="failed")
+                finish(meter, failure, pull.tensors)
+                if is_result(message):
+                    raise ResultLost(failure) from error
                 return failure, None
             except (RdmaError, MemoryError) as error:
                 _say_fallback(from_fqcn, error)

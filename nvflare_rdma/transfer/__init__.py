@@ -53,10 +53,11 @@ from nvflare_rdma.transfer.manifest import SMALL_TOTAL, Item, is_sendable
 from nvflare_rdma.transfer.manifest import unpack as unpack_manifest
 from nvflare_rdma.transfer.meetings import Place as MeetingPlace
 from nvflare_rdma.transfer.notices import Notices
+from nvflare_rdma.transfer.patience import AbortedError, EndedError, LostError
 from nvflare_rdma.transfer.peers import Identify, PeerLinks
 from nvflare_rdma.transfer.pieces import PieceLayout
 from nvflare_rdma.transfer.places import EncodedInMemory, InMemory, Land, OnDisk, Place, give, in_memory, store_chunk
-from nvflare_rdma.transfer.receiver import AbortedError, LostError, Progress, Pull, pull
+from nvflare_rdma.transfer.receiver import Progress, Pull, pull
 from nvflare_rdma.transfer.records import Ledger, Meter, Meters, TransferRecord, total
 from nvflare_rdma.transfer.requests import StreamRequestRouter
 from nvflare_rdma.transfer.routes import RouteKey
@@ -72,6 +73,7 @@ __all__ = [
     "Destination",
     "EncodedChunkCache",
     "EncodedInMemory",
+    "EndedError",
     "Identify",
     "InMemory",
     "Item",

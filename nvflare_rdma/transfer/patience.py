@@ -31,6 +31,10 @@ class LostError(TransferError):
     """An answer to a request did not come in time, or the peer can't be reached."""
 
 
+class EndedError(TransferError):
+    """The peer's process has ended, so what it had will not come, whatever the way."""
+
+
 class Patience:
     """A receiver's, with one peer. `links` has how long it is; `aborted` tells whether to stop, and `waits` is called
     now and then while the peer is waited for."""
@@ -48,7 +52,8 @@ class Patience:
         answered a `probe`, which takes little time. `before` is what had happened, for the log.
 
         Raises:
-            AbortedError: `aborted` says so. TransferError: the peer has ended, this side ends, or it took too long.
+            AbortedError: `aborted` says so. EndedError: the peer has ended. TransferError: this side ends, or it took
+                too long.
         """
         waited = False
         while True:
@@ -84,7 +89,7 @@ class Patience:
                 raise TransferError(f"{reason}; it has been waited for, for {patience:g} s")
             if now >= ended_at:
                 if self._links.has_ended(self._peer):
-                    raise TransferError(f"{reason}; its process has ended, as its parent shows")
+                    raise EndedError(f"{reason}; its process has ended, as its parent shows")
                 ended_at = time.monotonic() + _ENDED_EVERY
 
     def _sleep(self, seconds: float) -> None:
@@ -102,4 +107,4 @@ class Patience:
                 return
 
 
-__all__ = ["AbortedError", "LostError", "Patience"]
+__all__ = ["AbortedError", "EndedError", "LostError", "Patience"]
