@@ -286,6 +286,19 @@ def answers(cell: Any, name: str, seconds: float) -> bool:
     return reply.get_header(MessageHeaderKey.RETURN_CODE) not in nobody
 
 
+def connected_to(cell: Any, name: str, seconds: float) -> list[str] | None:
+    """The names of the cells with which the cell `name` has connections; None if it does not say within so many
+    seconds."""
+    require_flare("RdmaTransfer")
+    from nvflare.fuel.f3.cellnet.net_agent import _CHANNEL, _TOPIC_PEERS
+    from nvflare.fuel.f3.message import Message
+
+    reply = cell.core_cell.send_request(
+        channel=_CHANNEL, topic=_TOPIC_PEERS, target=name, request=Message(), timeout=seconds, optional=True
+    )
+    return list(map(str, reply.payload)) if isinstance(reply.payload, list) else None
+
+
 def wait_for_results(cell: Any, moving: Callable[[], bool]) -> None:
     """Have the request by which a site's job process hands in a result wait for the answer as long as `moving` says
     that something of it is on its way, and then once more for its usual time.
@@ -319,17 +332,18 @@ class ResultLost(BaseException):
     """
 
 
-def is_result(message: Any) -> bool:
-    """Whether a FLARE message, or None, brings a site's result of a task to the server."""
+def is_result_of(message: Any, sender: str) -> bool:
+    """Whether a FLARE message, or None, is of the cell `sender` and brings the server a site's result of a task."""
     if message is None:
         return False
     require_flare("RdmaTransfer")
     from nvflare.apis.fl_constant import ServerCommandNames
-    from nvflare.fuel.f3.cellnet.defs import CellChannel
+    from nvflare.fuel.f3.cellnet.defs import CellChannel, MessageHeaderKey
     from nvflare.fuel.f3.streaming.stream_const import StreamHeaderKey
 
-    headers = (message.get_header(StreamHeaderKey.CHANNEL), message.get_header(StreamHeaderKey.TOPIC))
-    return headers == (CellChannel.SERVER_COMMAND, ServerCommandNames.SUBMIT_UPDATE)
+    keys = MessageHeaderKey.ORIGIN, StreamHeaderKey.CHANNEL, StreamHeaderKey.TOPIC
+    expected = [sender, CellChannel.SERVER_COMMAND, ServerCommandNames.SUBMIT_UPDATE]
+    return [message.get_header(key) for key in keys] == expected
 
 
 class MessageForDownload:
@@ -342,16 +356,19 @@ class MessageForDownload:
         return {**super()._get_download_kwargs(fobs_ctx), "message": fobs_ctx.get(FOBSContextKey.MESSAGE)}  # type: ignore[misc]
 
 
-def report_ended(fl_ctx: Any, site: str, seconds: float) -> None:
+def report_ended(fl_ctx: Any, site: str, seconds: float, told: Any = None) -> Any:
     """Have the workflow of a server's run take `site` for disconnected in so many seconds at the latest, unless FLARE
-    hears of it before: FLARE's `dead_client_grace_period` is for sites of which nothing is known."""
+    hears of it before: FLARE's `dead_client_grace_period` is for sites of which nothing is known.
+
+    Returns the workflow; nothing is done if it is the one that was `told`, or if it is None, as none runs.
+    """
     require_flare("RdmaTransfer")
     from nvflare.apis.fl_constant import FLContextKey
 
     runner = fl_ctx.get_prop(FLContextKey.RUNNER)
     workflow = runner.current_wf if runner is not None else None
-    if workflow is None:
-        return
+    if workflow is None or workflow is told:
+        return workflow
     runner.handle_dead_job(site, fl_ctx)
     communicator = workflow.controller.communicator
     with communicator._dead_clients_lock:
@@ -359,6 +376,7 @@ def report_ended(fl_ctx: Any, site: str, seconds: float) -> None:
         if status is not None:
             earlier = time.time() - communicator._dead_client_grace + seconds
             status.report_time = min(status.report_time, earlier)
+    return workflow
 
 
 def identity_resolver(identities: Mapping[str, str]) -> Callable[[str], str]:

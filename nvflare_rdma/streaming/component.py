@@ -30,7 +30,6 @@ from nvflare_rdma.flare_compat import (
     TRANSFER_PROP,
     cell_connections,
     replace_decomposer,
-    report_ended,
     require_flare,
     wait_for_results,
 )
@@ -38,7 +37,7 @@ from nvflare_rdma.logs import escaped
 from nvflare_rdma.metrics import TransferReporter
 from nvflare_rdma.runtime import large_tensors_in_huge_pages, shared, this_runtime
 from nvflare_rdma.settings import Settings, as_time, load_settings, parse_patience
-from nvflare_rdma.streaming.absence import Absences
+from nvflare_rdma.streaming.absence import Absences, EndedSites
 from nvflare_rdma.streaming.decomposers import RdmaArrayDecomposer, torch_decomposer
 from nvflare_rdma.streaming.identity import identifier
 from nvflare_rdma.streaming.leftovers import Leftovers
@@ -51,9 +50,6 @@ from nvflare_rdma.transfer import PeerLinks
 
 _ANY_PORT = (0, 0)
 _ANY_HOST = ("", "0", "0.0.0.0", "::")
-#: A site whose job process has ended gives a sign of life within so many seconds, or its tasks go on without it. It is
-#: FLARE's `dead_client_grace_period`, which a job's patience lengthens for sites that are only out of reach.
-_SIGN_OF_LIFE_SECONDS = 60.0
 #: Public context property of a run on a side where `RdmaTransfer` could not start: the reason.
 FAILURE_PROP = "nvflare_rdma.transfer_failure"
 _MAX_FAILURE, _MOST_TOLD = 1000, 1000
@@ -96,6 +92,7 @@ class RdmaTransfer(FLComponent):
         self._told: set[tuple[str, str]] = set()
         self._ties = Ties()
         self._leftovers: Leftovers | None = None
+        self._ended_sites: EndedSites | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """FLARE's hook: links live as long as the run."""
@@ -108,6 +105,9 @@ class RdmaTransfer(FLComponent):
             hand_on(fl_ctx.get_engine().get_cell(), self.patience)
             self._handed_on = True
         elif event_type == EventType.START_RUN and not self._started:
+            *above, job = FQCN.split(fl_ctx.get_engine().get_cell().get_fqcn())
+            if above == [FQCN.ROOT_SERVER]:
+                self._ended_sites = EndedSites(fl_ctx.get_engine(), job)
             self._install(fl_ctx)
             fl_ctx.set_prop(TRANSFER_PROP, True, private=False, sticky=True)
             tell_what_is_decoded(fl_ctx)
@@ -122,7 +122,7 @@ class RdmaTransfer(FLComponent):
             self._reporter = TransferReporter(self, fl_ctx, shared().ledger, more)
         elif event_type == EventType.END_RUN and self._started:
             self._started = False
-            self._leftovers = None
+            self._leftovers = self._ended_sites = None
             if self._rates is not None:
                 self._rates.stop()
             if self._accumulating:
@@ -137,6 +137,8 @@ class RdmaTransfer(FLComponent):
             self._ties.handle_event(event_type, fl_ctx)
             if (leftovers := self._leftovers) is not None:  # another thread may end the run meanwhile
                 leftovers.handle_event(event_type, fl_ctx)
+            if (ended := self._ended_sites) is not None:
+                ended.handle_event(event_type, fl_ctx)
             if event_type in (EventType.BEFORE_TASK_DATA_FILTER, EventType.BEFORE_TASK_RESULT_FILTER):
                 self._say_what_failed_there(fl_ctx)
             if self._reporter is not None:
@@ -157,9 +159,7 @@ class RdmaTransfer(FLComponent):
     def _install(self, fl_ctx: FLContext) -> None:
         """Call `install`. If it fails, the other side is told why: its log is read where this one's is not."""
         try:
-            server = FQCN.get_root(fl_ctx.get_engine().get_cell().get_fqcn()) == FQCN.ROOT_SERVER
-            ended = functools.partial(_tell_of_end, fl_ctx.get_engine()) if server else lambda peer: None
-            install(_server_host(fl_ctx), self.patience, ended)
+            install(_server_host(fl_ctx), self.patience, self._ended_sites.add if self._ended_sites else _no_matter)
             wait_for_results(
                 fl_ctx.get_engine().get_cell(), lambda: any(each.is_busy for each in list(shared().services))
             )
@@ -205,17 +205,11 @@ def _server_host(fl_ctx: FLContext) -> str:
     return str(target).rpartition(":")[0].strip("[]")
 
 
-def _tell_of_end(engine: Any, peer: str) -> None:
-    """Have the workflow of the server's job no longer wait for a site whose job process is `peer`, and has ended."""
-    site, *process = FQCN.split(peer)
-    if len(process) == 1:  # a trainer's end is for its job process to see
-        with engine.new_context() as fl_ctx:
-            report_ended(fl_ctx, site, _SIGN_OF_LIFE_SECONDS)
+def _no_matter(peer: str) -> None:
+    """Where it changes nothing that a peer has ended."""
 
 
-def install(
-    server_host: str = "", patience: float | None = None, ended: Callable[[str], object] = lambda peer: None
-) -> None:
+def install(server_host: str = "", patience: float | None = None, ended: Callable[[str], object] = _no_matter) -> None:
     """Have FLARE's tensors and arrays move over links, from now on until `LinksByCell.stop`. `server_host` is where the
     server is reached, if a cell does not know it better; `patience` is the job's own, if it has one; `ended` is called
     with the name of each peer that is missed and has ended."""
@@ -245,7 +239,7 @@ def open_links(
     cell: Any,
     server_host: str = "",
     patience: float | None = None,
-    ended: Callable[[str], object] = lambda peer: None,
+    ended: Callable[[str], object] = _no_matter,
 ) -> PeerLinks:
     """The links of a cell. They are as its own connections are: with its certificates, if it has any. A trainer's are
     its site's. Without `patience` the setting counts. `ended` is called with each peer that is missed and has ended."""

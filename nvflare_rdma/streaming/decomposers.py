@@ -35,7 +35,7 @@ from nvflare_rdma.flare_compat import (
     add_download_progress,
     cancel_download,
     download_logged_as,
-    is_result,
+    is_result_of,
 )
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import shared
@@ -189,7 +189,7 @@ class DirectDecomposer(PrefixedReferences, MessageForDownload):
         """FLARE's hook on the receiving side. Returns an error or None, and the items by id.
 
         Raises:
-            ResultLost: `message` brings a server a site's result, and the site's process has ended.
+            ResultLost: `message` brings a server a site's result, and the site's process, which sent it, has ended.
         """
         links = shared().links.of(cell) if ref_id.startswith(REF_PREFIX) else None
         common = {"from_fqcn": from_fqcn, "ref_id": ref_id, "per_request_timeout": per_request_timeout, "cell": cell}
@@ -231,7 +231,7 @@ class DirectDecomposer(PrefixedReferences, MessageForDownload):
                 log.error("tensors from %s will not come: %s", from_fqcn, failure)
                 progress.finish(state="failed")
                 finish(meter, failure, pull.tensors)
-                if is_result(message):
+                if is_result_of(message, from_fqcn):
                     raise ResultLost(failure) from error
                 return failure, None
             except (RdmaError, MemoryError) as error:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from types import SimpleNamespace
 
 import pytest
-from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ServerCommandNames
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.wf_comm_server import WFCommServer
+from nvflare.fuel.f3.cellnet.defs import CellChannel, MessageHeaderKey
+from nvflare.fuel.f3.message import Message
+from nvflare.fuel.f3.streaming.stream_const import StreamHeaderKey
 
-from nvflare_rdma.flare_compat import report_ended
+from nvflare_rdma.flare_compat import is_result_of
+from nvflare_rdma.streaming import absence
+from nvflare_rdma.streaming.absence import EndedSites
 from tests.support.processes import SMALL, WITHOUT_TORCH, run
 
 
@@ -27,6 +34,10 @@ def test_a_process_has_ended_where_its_parent_answers_and_it_does_not(found):
     assert not found["both"]
     assert found["parent"]
     assert not found["for now"], "FLARE may still be connecting it again"
+
+
+def test_a_process_that_is_stopped_has_not_ended(found):
+    assert not found["stopped"], "the kernel keeps its connection with its parent"
 
 
 def test_a_host_that_does_not_answer_at_all_may_come_back(found):
@@ -52,35 +63,109 @@ def test_a_result_whose_process_has_ended_is_lost_and_the_server_goes_on(tmp_pat
     assert "own path" not in log
 
 
-def reported(grace: float):
-    """A workflow of FLARE's that has heard of a site's end, with that `dead_client_grace_period`."""
+class Engine:
+    """FLARE's, of a server's job: `contexts` know of the workflow that runs, if any."""
+
+    def __init__(self, workflow=None) -> None:
+        self.workflow = workflow
+
+    def new_context(self):
+        context = FLContext()
+        told = getattr(self.workflow, "controller", None)
+        runner = SimpleNamespace(
+            current_wf=self.workflow,
+            handle_dead_job=lambda site, fl_ctx: told.communicator.process_dead_client_report(site, fl_ctx),
+        )
+        context.set_prop(FLContextKey.RUNNER, runner, private=True, sticky=False)
+        return contextlib.nullcontext(context)
+
+
+def workflow(grace: float):
     communicator = WFCommServer()
     communicator._dead_client_grace = grace
-    workflow = SimpleNamespace(controller=SimpleNamespace(communicator=communicator))
-    runner = SimpleNamespace(current_wf=workflow, handle_dead_job=communicator.process_dead_client_report)
-    context = FLContext()
-    context.set_prop(FLContextKey.RUNNER, runner, private=True, sticky=False)
-    report_ended(context, "site-1", 60.0)
-    return communicator, context
+    return SimpleNamespace(controller=SimpleNamespace(communicator=communicator))
+
+
+def dead(engine):
+    return engine.workflow.controller.communicator._dead_clients
+
+
+def asks_for_a_task(sites, site):
+    peer, context = FLContext(), FLContext()
+    peer.set_prop(ReservedKey.IDENTITY_NAME, site, private=False, sticky=False)
+    context.set_peer_context(peer)
+    sites.handle_event(EventType.BEFORE_PROCESS_TASK_REQUEST, context)
 
 
 @pytest.mark.parametrize(("grace", "left"), [(3660.0, 60.0), (60.0, 60.0), (5.0, 5.0)])
 def test_a_workflow_waits_a_minute_for_a_site_that_has_ended_and_not_the_patience(grace, left):
-    communicator, context = reported(grace)
-    counted_from = communicator._dead_clients["site-1"].report_time
+    engine = Engine(workflow(grace))
+    sites = EndedSites(engine, "job")
+    sites.add("site-1.job")
+    counted_from = dead(engine)["site-1"].report_time
     assert counted_from + grace == pytest.approx(time.time() + left, abs=30)
-    report_ended(context, "site-1", 3600.0)
-    assert communicator._dead_clients["site-1"].report_time == counted_from, "a later report lengthens nothing"
+    sites.add("site-1.job")
+    assert dead(engine)["site-1"].report_time == counted_from, "a later report lengthens nothing"
 
 
-def test_a_sign_of_life_of_such_a_site_counts_as_always():
-    communicator, context = reported(3600.0)
-    communicator.client_is_active("site-1", "it has asked for a task", context)
-    assert not communicator._dead_clients
+@pytest.mark.parametrize("peer", ["site-1.job.trainer", "site-1.another", "site-1", "server.job", "job"])
+def test_only_a_site_s_process_of_this_job_is_told_of(peer):
+    engine = Engine(workflow(60.0))
+    EndedSites(engine, "job").add(peer)
+    assert not dead(engine)
 
 
-def test_nobody_is_told_before_a_workflow_runs():
-    context = FLContext()
-    report_ended(context, "site-1", 60.0)
-    context.set_prop(FLContextKey.RUNNER, SimpleNamespace(current_wf=None), private=True, sticky=False)
-    report_ended(context, "site-1", 60.0)
+def test_a_site_behind_a_relay_is_told_of_by_its_own_name():
+    engine = Engine(workflow(60.0))
+    EndedSites(engine, "job").add("relay.site-1.job")
+    assert list(dead(engine)) == ["site-1"]
+
+
+def test_each_workflow_is_told_once_and_the_first_one_when_it_runs():
+    engine = Engine()
+    sites = EndedSites(engine, "job")
+    sites.add("site-1.job")
+    asks_for_a_task(sites, "site-2")
+    for _ in range(2):
+        engine.workflow = workflow(60.0)
+        asks_for_a_task(sites, "site-2")
+        assert list(dead(engine)) == ["site-1"]
+        dead(engine).clear()
+        asks_for_a_task(sites, "site-2")
+        assert not dead(engine)
+
+
+def test_a_site_that_asks_for_a_task_lives():
+    engine = Engine(workflow(60.0))
+    sites = EndedSites(engine, "job")
+    sites.add("site-1.job")
+    asks_for_a_task(sites, "site-1")
+    engine.workflow = workflow(60.0)
+    asks_for_a_task(sites, "site-2")
+    assert not dead(engine)
+
+
+def test_an_absence_does_not_count_for_a_later_one(monkeypatch):
+    now, ended = [0.0], []
+    monkeypatch.setattr(absence, "answers", lambda cell, name, seconds: False)
+    monkeypatch.setattr(absence, "connected_to", lambda cell, name, seconds: ["server"])
+    absences = absence.Absences(None, ended=ended.append, clock=lambda: now[0])
+    assert not absences.has_ended("site-1.job")
+    now[0] = 3600.0  # it was back, and nobody has asked
+    assert not absences.has_ended("site-1.job")
+    for now[0] in (3630.0, 3660.0):
+        assert not absences.has_ended("site-1.job")
+    assert not ended
+    now[0] = 3691.0
+    assert absences.has_ended("site-1.job")
+    assert ended == ["site-1.job"]
+
+
+def test_a_result_is_its_sender_s_own():
+    headers = {MessageHeaderKey.ORIGIN: "site-1.job", StreamHeaderKey.CHANNEL: CellChannel.SERVER_COMMAND}
+    headers[StreamHeaderKey.TOPIC] = ServerCommandNames.SUBMIT_UPDATE
+    assert is_result_of(Message(headers), "site-1.job")
+    assert not is_result_of(Message(headers), "site-1.job.trainer"), "its job process waits for an answer"
+    assert not is_result_of(Message({**headers, StreamHeaderKey.TOPIC: "get_task"}), "site-1.job")
+    assert not is_result_of(Message({**headers, StreamHeaderKey.CHANNEL: "aux_communication"}), "site-1.job")
+    assert not is_result_of(None, "site-1.job")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -16,7 +17,7 @@ from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.net_agent import NetAgent
 from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
 
-from nvflare_rdma.flare_compat import answers, wait_for_results
+from nvflare_rdma.flare_compat import answers, connected_to, wait_for_results
 from nvflare_rdma.streaming import absence
 from nvflare_rdma.streaming.absence import Absences
 from tests.support.processes import free_port
@@ -26,15 +27,16 @@ from tests.support.waiting import eventually
 CALLS = 3
 
 
-def start(name: str, url: str) -> Cell:
-    cell = Cell(name, url, secure=False, credentials={})
+def start(name: str, url: str, **more: object) -> Cell:
+    cell = Cell(name, url, secure=False, credentials={}, **more)
     NetAgent(cell)
     cell.start()
     return cell
 
 
-def run_elsewhere(name: str, url: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, __file__, name, url], stdin=subprocess.PIPE)
+def run_elsewhere(*arguments: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, __file__, *arguments], stdin=pipe, stdout=pipe, text=True)
 
 
 def server(folder: Path) -> None:
@@ -50,13 +52,19 @@ def server(folder: Path) -> None:
 
     cell.register_request_cb(channel="server_command", topic="submit_update", cb=submit)
     cell.register_request_cb(channel="test", topic="over", cb=lambda _: result.set_result(make_reply(ReturnCode.OK)))
-    site, job = run_elsewhere("site-1", url), run_elsewhere("site-1.job", url)
+    site = run_elsewhere("site-1", url)
+    assert site.stdout is not None
+    job = run_elsewhere("site-1.job", url, site.stdout.readline().strip())
     at_once, patient = Absences(cell, 0.0), Absences(cell, 3600.0)
     eventually(lambda: answers(cell, "site-1.job", 1.0) and answers(cell, "site-1", 1.0))
     found = {"both": at_once.has_ended("site-1.job"), "root": at_once.has_ended("site-1")}
     result.result(60)
     found["requests"] = len(requests)
+    eventually(lambda: "site-1.job" in (connected_to(cell, "site-1", 1.0) or []))
+    job.send_signal(signal.SIGSTOP)
+    found["stopped"] = at_once.has_ended("site-1.job")
     job.kill()
+    eventually(lambda: "site-1.job" not in (connected_to(cell, "site-1", 1.0) or ["site-1.job"]))
     eventually(lambda: not answers(cell, "site-1.job", 1.0))
     found |= {"parent": at_once.has_ended("site-1.job"), "for now": patient.has_ended("site-1.job")}
     site.kill()
@@ -88,7 +96,11 @@ def hand_in(cell: Cell) -> None:
 if __name__ == "__main__":
     if len(sys.argv) == 2:
         server(Path(sys.argv[1]))
-    made = start(sys.argv[1], sys.argv[2])
+    if sys.argv[1] == "site-1":
+        made = start("site-1", sys.argv[2], create_internal_listener=True)
+        print(made.get_internal_listener_url(), flush=True)
+    else:
+        made = start(sys.argv[1], sys.argv[2], parent_url=sys.argv[3])
     eventually(lambda: answers(made, "server", 1.0))
     if sys.argv[1] == "site-1.job":
         hand_in(made)
