@@ -22,7 +22,9 @@ class ExactDelta(EveryBitCodec):
     The difference is that of two integers that are ordered as the numbers are, so a value that training has moved by
     a little has a small one. Of each 65536 differences, the low bits of which nothing is known are written as they
     are, and what is above them in Huffman's code, a byte for each. Where many values have not changed, it is written
-    which have, and the differences of those. Integers only: nothing is rounded.
+    which have, and the differences of those. Integers only: nothing is rounded. Those of values of two bytes are
+    written in groups, by the exponents of the base: a step of training changes small numbers in many units in the last
+    place, and large ones in none.
 
     The header has a digest (xxh3, 64 bits) of the values, and decoding compares it: a base other than the sender's is
     found out as damaged bytes are. Without a base, the values are those by which zeros differ from them, and take about
@@ -30,8 +32,9 @@ class ExactDelta(EveryBitCodec):
     bytes that stand for that many values can't know them from an attack.
 
     Parts: `header`: which type the values have (uint32), and the digest (uint64); `runs`, bytes: for each 65536 values
-    what `kernels/difference_runs.py` says. The size is known only after encoding and at most 4 bytes per value, plus
-    12, and 24 for each 65536 values. Values decode to their own type only.
+    what `kernels/difference_runs.py` says, or `kernels/difference_groups.py` for values of two bytes. The size is known
+    only after encoding and at most 4 bytes per value, plus 12, and 24 for each 65536 values. Values decode to their own
+    type only.
     """
 
     name = "exact_delta"
@@ -100,13 +103,20 @@ class ExactDelta(EveryBitCodec):
         digest, used = xxhash.xxh3_64(), _HEADER.itemsize
         word = _WORDS[src.itemsize]
         coded, memory = _memory()
-        subtract = differences.subtract32 if word.itemsize == 4 else differences.subtract16
         for start, values in own_runs(src, TILE):
             run = values.view(word)
-            differing = coded[: run.size]
-            changed = subtract(run, _base_run(base, word, start, run.size), differing)
+            differing, known = coded[: run.size], _base_run(base, word, start, run.size)
             digest.update(run.data.cast("B"))
-            used = difference_runs.write_run(differing, 8 * word.itemsize, changed, out, used, memory)
+            if word.itemsize == 4:
+                changed = differences.subtract32(run, known, differing)
+                used = difference_runs.write_run(differing, 32, changed, out, used, memory)
+            else:
+                from nvflare_rdma.codecs.kernels import difference_groups  # takes seconds to compile
+
+                changed = differences.subtract16(run, known, differing)
+                used = difference_groups.write_groups(
+                    differing, known, _below_exponent(src), changed, out, used, (*_memory_of_groups(), memory)
+                )
         out[: _HEADER.itemsize].view(_HEADER)[0] = self._kind(src), digest.intdigest()
         return int(used)
 
@@ -119,14 +129,20 @@ class ExactDelta(EveryBitCodec):
         digest, encoded, used = xxhash.xxh3_64(), parts["runs"], 0
         word = _WORDS[out.itemsize]
         coded, memory = _memory()
-        add = differences.add32 if word.itemsize == 4 else differences.add16
         for start, values in own_output_runs(out, TILE):
             run = values.view(word)
-            differing = coded[: run.size]
-            used = difference_runs.read_run(encoded, used, 8 * word.itemsize, differing, memory)
+            differing, known = coded[: run.size], _base_run(base, word, start, run.size)
+            if word.itemsize == 4:
+                used = difference_runs.read_run(encoded, used, 32, differing, memory)
+            else:
+                from nvflare_rdma.codecs.kernels import difference_groups
+
+                used = difference_groups.read_groups(
+                    encoded, used, known, _below_exponent(out), differing, (*_memory_of_groups(), memory)
+                )
             if used < 0:
                 raise CodecError(f"{self.name}: the encoded bytes end too early, or are damaged")
-            add(differing, _base_run(base, word, start, run.size), run)
+            (differences.add32 if word.itemsize == 4 else differences.add16)(differing, known, run)
             digest.update(run.data.cast("B"))
         self._check_end(encoded, used)
         if digest.intdigest() != int(parts["header"]["digest"][0]):
@@ -149,6 +165,17 @@ def _memory() -> tuple[Array, tuple[Array, ...]]:
         scratch("work", np.int64, difference_runs.WORK),
         scratch("table", np.uint16, huffman.PLACES),
     )
+
+
+def _memory_of_groups() -> tuple[Array, Array]:
+    from nvflare_rdma.codecs.kernels import difference_groups
+
+    return scratch("grouped", np.uint32, TILE), scratch("groups", np.int64, difference_groups.WORK)
+
+
+def _below_exponent(values: Array) -> int:
+    """Return how many bits are below the exponent of values of two bytes: float16's, else bfloat16's."""
+    return 10 if values.dtype == np.float16 else 7
 
 
 def _base_run(base: Array | None, word: Any, start: int, n: int) -> Array:

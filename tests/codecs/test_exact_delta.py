@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvflare_rdma.codecs import get_codec
+from nvflare_rdma.codecs.kernels.difference_groups import MOST
 from nvflare_rdma.codecs.kernels.difference_runs import ALL, GAPS, PLACES, SAME
 from nvflare_rdma.codecs.runs import TILE
 from nvflare_rdma.errors import CodecError
@@ -41,6 +42,12 @@ def assert_arrives(x, base=None):
     return encoded.size
 
 
+def most(x):
+    """Bytes that values may take: their own, the header, and what each run, or each of its groups, has besides."""
+    runs = -(-x.size // TILE)
+    return 12 + x.nbytes + runs * (24 if x.itemsize == 4 else 25 if x.size < 1024 else 25 * MOST)
+
+
 def bits(seed, n, dtype):
     """Random bits with many of the patterns at which signs, exponents and words end."""
     rng = np.random.default_rng(seed)
@@ -70,7 +77,8 @@ def test_any_bits_arrive(seed, n, dtype, share, has_base):
 def test_random_bits_take_no_more_than_promised(dtype, n):
     rng = np.random.default_rng(n)
     x, base = (rng.integers(0, 256, n * np.dtype(dtype).itemsize, np.uint8).view(dtype) for _ in range(2))
-    assert assert_arrives(x, base) <= 12 + x.nbytes + 24 * -(-n // TILE)
+    taken = assert_arrives(x, base)
+    assert taken <= 12 + x.nbytes + 25 * -(-n // TILE), "there is nothing to gain by groups"
 
 
 def steps(n=1 << 20, bfloat16=False):
@@ -215,12 +223,77 @@ def test_differences_of_each_form_and_size_arrive(seed, n, dtype, share, size, t
     steps = np.where(rng.random(n) < tail, rng.integers(-(2**31), 2**31, n), steps) >> pattern << pattern
     base = bits_of_weights(rng, n, dtype)
     y = (base.view(word) + np.where(rng.random(n) < share, steps, 0).astype(word)).view(dtype)
-    assert assert_arrives(y, base) <= 12 + y.nbytes + 24
+    assert assert_arrives(y, base) <= most(y)
 
 
 def bits_of_weights(rng, n, dtype):
     x = (rng.standard_normal(n) * 0.02).astype(np.float32)
     return (x.view(np.uint32) >> 16).astype(np.uint16) if dtype == np.uint16 else x.astype(dtype)
+
+
+def tuned(seed, n, dtype, rate):
+    """Weights in two bytes, and what training makes of them that moves each by about `rate`, whatever it is."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal(n) * 0.02).astype(np.float32)
+    y = (x + rng.standard_normal(n) * rate).astype(np.float32)
+    if dtype == np.float16:
+        return x.astype(dtype), y.astype(dtype)
+    return [(v.view(np.uint32) >> 16).astype(np.uint16) for v in (x, y)]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.uint16])
+@pytest.mark.parametrize("rate", [1e-6, 2e-4])
+@pytest.mark.parametrize("n", [1024, 20000, TILE, 3 * TILE + 700])
+def test_differences_are_grouped_by_how_large_the_base_is(n, rate, dtype):
+    x, y = tuned(n, n, dtype, rate)
+    _, encoded = encode(y, x)
+    taken = assert_arrives(y, x)
+    if n >= 20000 and rate == 2e-4:
+        assert encoded[12] > 1
+        mixed = np.random.default_rng(0).permutation(n)  # in another order, no base is known for any
+        shuffled = (x.view(np.uint16)[mixed] + (y.view(np.uint16) - x.view(np.uint16))).view(dtype)
+        assert taken < 0.95 * assert_arrives(shuffled, x[mixed])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32),
+    n=st.one_of(st.integers(1020, 9000), st.sampled_from([TILE - 1, TILE, TILE + 1030])),
+    dtype=st.sampled_from([np.float16, np.uint16]),
+    rate=st.sampled_from([1e-7, 1e-6, 1e-5, 1e-4, 1e-2, 1.0]),
+    special=st.sampled_from([0, 0.001, 0.3]),
+)
+def test_grouped_differences_arrive(seed, n, dtype, rate, special):
+    rng, (x, y) = np.random.default_rng(seed), tuned(seed, n, dtype, rate)
+    for values in (x, y):
+        chosen = rng.random(n) < special
+        values.view(np.uint16)[chosen] = rng.choice(np.array(SPECIAL, np.uint16), int(chosen.sum()))
+    assert assert_arrives(y, x) <= most(y)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.uint16])
+def test_damaged_groups_are_refused_always(dtype):
+    x, y = tuned(0, 20000, dtype, 2e-4)
+    codec, encoded = encode(y, x)
+    out, groups = np.empty_like(y), int(encoded[12])
+    assert groups > 4
+    for place, value in [(12, 0), (12, MOST + 1), (12, 255), (13, 255), (14, encoded[13] - 1), (13, encoded[14] + 1)]:
+        damaged = encoded.copy()
+        damaged[place] = value
+        with pytest.raises(CodecError, match="damaged"):
+            codec.decode_against(damaged, x, out)
+    for size in range(12, 13 + groups):
+        with pytest.raises(CodecError, match="exact_delta"):
+            codec.decode_against(encoded[:size], x, out)
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        damaged = encoded.copy()
+        damaged[rng.integers(12, 20 + groups if rng.random() < 0.5 else damaged.size, 3)] ^= rng.integers(
+            1, 256, 3
+        ).astype("u1")
+        with contextlib.suppress(CodecError):
+            codec.decode_against(damaged, x, out)
+            assert out.tobytes() == y.tobytes(), "the digest has not found it out"
 
 
 @pytest.mark.parametrize(
@@ -235,7 +308,7 @@ def test_forms(dtype, share, form):
     y = base.copy()
     y.view(f"u{y.itemsize}")[:] += rng.permutation(steps)
     _, encoded = encode(y, base)
-    assert encoded[12] == form
+    assert encoded[12:].tolist()[: 3 - y.itemsize // 2] == ([form] if dtype == np.float32 else [1, form])
     assert_arrives(y, base)
     entropy = 0 if not share else -share * np.log2(share / 8) - (1 - share) * np.log2(1 - share)
     assert encoded.size <= 12 + 300 + 1.1 * entropy * TILE / 8

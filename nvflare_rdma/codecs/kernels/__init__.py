@@ -16,6 +16,7 @@ from __future__ import annotations
 __all__ = [
     "adaquant",
     "blockwise",
+    "difference_groups",
     "difference_runs",
     "differences",
     "errors",

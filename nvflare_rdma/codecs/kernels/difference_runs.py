@@ -260,17 +260,17 @@ def _low_bits(words: Any, n: Any, bits: Any, samples: Any, work: Any) -> Any:
 
 # What the kernels take to work in: for each of `TILE` differences a word, a byte, and two bytes; a word for each
 # sixteenth; two bytes for each, and eight more; `WORK` numbers; `huffman.PLACES` entries.
-_MEMORY = together(uint32_out, uint8_out, uint8_out, uint32_out, uint8_out, int64_out, uint16_out)
+MEMORY = together(uint32_out, uint8_out, uint8_out, uint32_out, uint8_out, int64_out, uint16_out)
 
 
-@kernel(size(uint32_out, size, size, uint8_out, size, _MEMORY))
+@kernel(size(uint32_out, size, size, uint8_out, size, MEMORY))
 def write_run(differences: Any, bits: Any, changed: Any, out: Any, used: Any, memory: Any) -> Any:
     """Write a run to `out` from `used` on; return where it ends. `differences` are left with no meaning.
 
     Args:
         bits: that a difference has, 16 or 32.
         changed: how many of the differences are not 0.
-        memory: see `_MEMORY`.
+        memory: see `MEMORY`.
     """
     found = memory[0]
     places = memory[1]
@@ -352,10 +352,10 @@ def write_run(differences: Any, bits: Any, changed: Any, out: Any, used: Any, me
     return used
 
 
-@kernel(size(uint8, size, size, uint32_out, _MEMORY))
+@kernel(size(uint8, size, size, uint32_out, MEMORY))
 def read_run(encoded: Any, used: Any, bits: Any, differences: Any, memory: Any) -> Any:
     """Fill in the `differences` that begin at `used`; return where they end, or -1: they are damaged. `memory`: see
-    `_MEMORY`."""
+    `MEMORY`."""
     found = memory[0]
     places = memory[1]
     plane = memory[2]
