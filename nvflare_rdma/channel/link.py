@@ -41,7 +41,7 @@ from nvflare_rdma.errors import FabricError, FabricUnavailable, ProtocolError, R
 from nvflare_rdma.fabric import Fabric
 from nvflare_rdma.logs import get_logger
 
-_LINGER, _TICK = 5.0, 1.0
+_LINGER, _TICK, _GOODBYE_SECONDS = 5.0, 1.0, 0.5
 
 
 class Link:
@@ -557,7 +557,7 @@ class Link:
         with self._guarded():
             # A peer that leaves closes its rails right after its goodbye: give the goodbye time to be read.
             with self._room:
-                if self._room.wait_for(lambda: self._failure is not None or self._closing, timeout=0.1):
+                if self._room.wait_for(lambda: self._failure is not None or self._closing, timeout=_GOODBYE_SECONDS):
                     return
                 rails.broken[rail] = error
                 if rails is self._rails:
