@@ -117,8 +117,7 @@ class Pair:
             cell.start()
         eventually(lambda: self.site.core_cell.is_cell_connected("server"))
         self.got: dict = {}
-        self.done: list = []
-        self.finished = threading.Event()
+        self.begin()
         self.server.register_request_cb(channel="test", topic="get", cb=lambda request: self.reply({"model": MODEL}))
         self.server.register_request_cb(channel="test", topic="few", cb=lambda request: self.reply(FEW_BITS))
         self.server.register_request_cb(channel="test", topic="adapter", cb=lambda request: self.reply(ADAPTER))
@@ -126,7 +125,6 @@ class Pair:
         self.server.register_request_cb(channel="test", topic="narrow", cb=lambda request: self.reply(NARROW))
         self.server.register_request_cb(channel="test", topic="put", cb=self.put)
         self.server.register_request_cb(channel="test", topic="put few", cb=self.put_few_bits)
-        self.server.update_fobs_context({FOBSContextKey.DOWNLOAD_COMPLETE_CB: self.complete})
 
     @staticmethod
     def reply(payload: dict):
@@ -149,13 +147,20 @@ class Pair:
         }
         return self.reply({**result, "figures": shared().holdings.take()})
 
-    def complete(self, tx_id: str, status: str, objects: list) -> None:
-        self.done.append([status, len(objects)])
-        self.finished.set()
+    def begin(self) -> None:
+        """Have `finished` and `done` tell of the server's next message, and of no earlier one: one that was aborted may
+        end only when the next has begun, or never."""
+        self.finished, self.done = finished, done = threading.Event(), []
+
+        def complete(tx_id: str, status: str, objects: list) -> None:
+            done.append([status, len(objects)])
+            finished.set()
+
+        self.server.update_fobs_context({FOBSContextKey.DOWNLOAD_COMPLETE_CB: complete})
 
     def get(self, abort: Signal | None = None, secure: bool = False) -> dict:
         """``secure``: as FLARE has it, encrypted from end to end."""
-        self.finished.clear()
+        self.begin()
         reply = self.site.send_request(
             channel="test",
             topic="get",
@@ -172,7 +177,7 @@ class Pair:
         return result
 
     def get_few_bits(self) -> dict:
-        self.finished.clear()
+        self.begin()
         request = new_cell_message({}, {})
         reply = self.site.send_request(channel="test", topic="few", target="server", request=request, timeout=60.0)
         got = reply.payload["w"]
@@ -184,14 +189,14 @@ class Pair:
         return {**result, "error": float((got - WEIGHTS).abs().max())}
 
     def get_many(self) -> dict:
-        self.finished.clear()
+        self.begin()
         request = new_cell_message({}, {})
         reply = self.site.send_request(channel="test", topic="many", target="server", request=request, timeout=60.0)
         error = max(float((reply.payload[name] - tensor).abs().max()) for name, tensor in MANY.items())
         return {"error": error, "count": len(reply.payload), "finished": self.finished.wait(30.0)}
 
     def get_narrow(self) -> dict:
-        self.finished.clear()
+        self.begin()
         request = new_cell_message({}, {})
         try:
             reply = self.site.send_request(
@@ -200,7 +205,7 @@ class Pair:
         except Exception as error:  # noqa: BLE001 - whatever FLARE makes of it
             return {"failed": str(error)}
         finally:
-            assert self.finished.wait(30.0)  # or the next one would take this one's end for its own
+            assert self.finished.wait(30.0)
 
         def equal(name: str, tensor: torch.Tensor) -> bool:
             got = reply.payload[name]
@@ -241,7 +246,7 @@ class Pair:
             elif headers.get(MessageHeaderKey.CHANNEL) == OBJ_DOWNLOADER_CHANNEL:
                 asked.append("plain")
 
-        self.finished.clear()
+        self.begin()
         self.site.core_cell.add_outgoing_request_filter("*", "*", note)
         request = new_cell_message({}, {})
         self.site.send_request(channel="test", topic=topic, target="server", request=request, timeout=60.0)
