@@ -51,7 +51,7 @@ class Running:
         return {
             "same": all(np.array_equal(self.got.get(name), array) for name, array in self.sent.items()),
             "link": link is not None and link is self.site.find("server"),
-            "requests": self.it.requests,
+            "requests": self.it.asked,
             "door": self.site.dial("server", self.it.channels.invite(self.site.name)).usable,
         }
 

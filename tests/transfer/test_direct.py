@@ -344,7 +344,7 @@ def test_a_receiver_that_fails_gives_up(what, direct, cell):
     with pytest.raises(MemoryError, match="it breaks here"):
         pull(site, "server", answer, fail if what == "allocate" else new, **kinds)
     assert (
-        it.requests
+        it.asked
         == {
             "allocate": ["describe"],  # nothing to give up
             "progress": ["describe", "send", "give up"],
