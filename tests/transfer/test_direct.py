@@ -313,6 +313,7 @@ def test_what_is_being_sent_then_is_not_sent_to_the_end(how, direct, cell, monke
     it, site = direct({"a": np.zeros(100_000, np.uint8), "b": np.zeros(200_000, np.uint8)[::2]}), cell("site-1")
 
     def act() -> None:
+        eventually(lambda: it.moved, DEADLINE)  # the sender may hear later than the receiver that the first has arrived
         if how == "ended":
             it.service.close()
             return
