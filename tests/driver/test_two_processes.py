@@ -11,15 +11,18 @@ import pytest
 
 from tests.support.certificates import Authority
 from tests.support.processes import SMALL, background, environment, free_port, run
+from tests.support.running_drivers import wait_for_port
 
 PEER = Path(__file__).with_name("echo_peer.py")
 SIZES = [0, 1, 64 * 1024, 64 * 1024 + 1, 1024 * 1024 + 300, 9 * 1024 * 1024 + 7]
 
 
 def exchange(tmp_path, server, client, scheme, sizes=SIZES, timeout=60.0, connect_deadline=20.0, **env):
-    url = f"{scheme}://127.0.0.1:{free_port()}"
+    port = free_port()
+    url = f"{scheme}://127.0.0.1:{port}"
     server_log = tmp_path / "server.log"
     with background(PEER, "serve", url, json.dumps(server), log=server_log, **env):
+        wait_for_port(port)
         options = {"sizes": sizes, "connect_deadline": connect_deadline, **client}
         done = run(PEER, "ask", url, json.dumps(options), timeout=timeout, **env)
     assert done.returncode == 0, done.stderr
@@ -154,6 +157,7 @@ def test_another_protocol_on_the_port_is_refused(tmp_path):
     url_port = free_port()
     server_log = tmp_path / "server.log"
     with background(PEER, "serve", f"rdma://127.0.0.1:{url_port}", "{}", log=server_log):
+        wait_for_port(url_port)
         options = json.dumps({"sizes": [], "connect_deadline": 4.0})
         done = run(PEER, "ask", f"tcp://127.0.0.1:{url_port}", options, timeout=30)
     assert not json.loads(done.stdout)["connected"]
@@ -182,9 +186,11 @@ def test_a_bad_setting_names_the_key_the_value_and_what_is_allowed(tmp_path):
 
 
 def test_verbs_alone_without_its_device_is_a_clear_error(tmp_path):
-    url, env = f"rdma://127.0.0.1:{free_port()}", {"NVFLARE_RDMA_FABRICS": "verbs", "NVFLARE_RDMA_DEVICE": "gone0"}
+    port, env = free_port(), {"NVFLARE_RDMA_FABRICS": "verbs", "NVFLARE_RDMA_DEVICE": "gone0"}
+    url = f"rdma://127.0.0.1:{port}"
     options, log = json.dumps({"sizes": [], "connect_deadline": 3.0}), tmp_path / "server.log"
     with background(PEER, "serve", url, "{}", log=log, **env):
+        wait_for_port(port)
         done = run(PEER, "ask", url, options, timeout=60, **env)
     assert not json.loads(done.stdout)["connected"]
     assert "no fabric that both sides allow (rdma_fabrics=verbs): verbs: " in log.read_text()

@@ -88,7 +88,7 @@ def running(url: str, mode: Mode, driver: type[Driver] = RdmaDriver, **params):
 
 def wait_for_port(port: int) -> None:
     """Until somebody listens there. Nobody dials to see: that would be a guest, who may still be there later."""
-    eventually(lambda: port in listening_ports(), DEADLINE)
+    eventually(lambda: port in listening_ports())
 
 
 def comes_to_takers(port: int) -> bool:
