@@ -78,6 +78,8 @@ class Strangers:
         return requests.open_stream(engine.cell, made.service, [HONEST])
 
     def say(self, engine, says: Says, topic: str = "container", context: dict = DICT) -> list:
+        # FLARE does not wait until the receiver has heard of the end of the stream before.
+        eventually(lambda: not self.job.sites[HONEST].streamer.tx_table)
         engine.stream_objects(PREFIX + "app", topic, dict(context), [HONEST], says, engine.new_context())
         return says.states
 
