@@ -606,8 +606,9 @@ def test_a_message_is_done_when_no_thread_consumes_a_chunk_of_it_any_more():
     with link_pair(sinks={1: sink}) as pair:
         sending = pair.active.offer(MaskedSource(memoryview(pattern(3 << 20)), 1), 1)
         assert stuck.wait(DEADLINE)
-        exposures = pair.passive._core._incoming._exposures.values()
-        (rail,) = {exposure.rail for exposure in exposures if exposure.offset == sink.stuck_at}
+        with pair.passive._lock:  # other chunks land meanwhile
+            exposures = pair.passive._core._incoming._exposures.values()
+            (rail,) = {exposure.rail for exposure in exposures if exposure.offset == sink.stuck_at}
         pair.passive.rail_down(pair.passive._rails, rail, FabricError("it broke"))
         sending.wait(DEADLINE)
         assert not sink.ended.is_set()
