@@ -49,9 +49,9 @@ def test_messages_of_all_sizes_in_both_directions(connect, fabric):
         for seed, size in enumerate(SIZES):
             peer.there(size, seed)
             peer.back(size, seed)
-        state = peer.ask()
-        assert (state["budget_in_use"], peer.context.budget.in_use) == (0, 0)
-        assert state["fabric"] == peer.link.fabric
+        eventually(lambda: not peer.context.budget.in_use)
+        eventually(lambda: peer.ask()["budget_in_use"] == 0)
+        assert peer.ask()["fabric"] == peer.link.fabric
 
 
 def test_a_gibibyte_in_both_directions_at_once(connect, secure):
