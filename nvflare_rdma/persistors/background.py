@@ -165,9 +165,9 @@ class _Saver:
             file.close()
             sync_folder(path.absolute().parent)
         except Exception as error:  # noqa: BLE001 - who saves next, or waits, gets it
-            log.error("the checkpoint %s was not saved: %s; the workflow's next save fails with that", path, error)
             self._failure = error
-            _drop(file)
+            _drop(file)  # before the line: who reads it may look for what is left
+            log.error("the checkpoint %s was not saved: %s; the workflow's next save fails with that", path, error)
 
 
 def _new_file_beside(path: Path) -> IO[bytes]:
