@@ -160,32 +160,35 @@ class BenchListening(Listening):
             return self._raw.ticket() if exchange.run is self._present else None
 
     def _note(self, exchange: Exchange, site: str, address: str) -> None:
-        super()._note(exchange, site, address)
         assert isinstance(exchange, BenchExchange)
-        with self._run_lock:
+        with self._run_lock:  # for all of it: where a link is told of that led a run, another run may begin
+            super()._note(exchange, site, address)
             run = self._present
             if run is None or exchange not in run.members:
                 return
             run.members.discard(exchange)
             run.moved_bytes += exchange.received_bytes + exchange.sent_bytes
-        if run.lead is exchange:
-            self._end(run)
-
-    def _end(self, run: _Run) -> None:
-        """A run is over, and with it all that it has here. It counts if it has moved anything."""
-        with self._run_lock:
-            if run is not self._present:
+            if run.lead is not exchange:
                 return
-            self._present = None
-            moved = run.moved_bytes + self._raw.moved_bytes - run.raw_before
-            moved += sum(each.received_bytes + each.sent_bytes for each in run.members)
-            self._raw.end()
-            if moved:
-                self._measured += 1
-                if self._runs_left is not None:
-                    self._runs_left -= 1
-                    if self._runs_left == 0:
-                        self.over.set()
+            self._end_locked(run)
+        self._close_links(run)
+
+    def _end_locked(self, run: _Run) -> None:
+        """A run is over. It counts if it has moved anything."""
+        moved = run.moved_bytes + self._raw.moved_bytes - run.raw_before
+        moved += sum(each.received_bytes + each.sent_bytes for each in run.members)
+        self._raw.end()
+        if moved:
+            self._measured += 1
+            if self._runs_left is not None:
+                self._runs_left -= 1
+                if self._runs_left == 0:
+                    self.over.set()
+        self._present = None  # last: who sees that it is over finds it counted
+
+    @staticmethod
+    def _close_links(run: _Run) -> None:
+        """Those of a run that is over, which gets no others."""
         for each in run.members:
             each.link.close(0.0)
 
@@ -206,7 +209,11 @@ class BenchListening(Listening):
                 file=sys.stderr,
                 flush=True,
             )
-            self._end(run)
+            with self._run_lock:
+                if run is not self._present:
+                    continue
+                self._end_locked(run)
+            self._close_links(run)
 
     def _about(self, link: Link) -> dict[str, Any]:
         bench = {"message_bytes": self._bounds.message_bytes, "codecs": usable_codecs()}
