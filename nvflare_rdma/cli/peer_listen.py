@@ -83,13 +83,12 @@ def listen_result(
         where = join_address(host or platform.node(), listening.port)
         kit = " --kit FOLDER" if side.secure else ""
         others = f" and {len(listening.data_ports)} data ports" if listening.data_ports else ""
-        print(
+        said = (
             f"{side.name or 'this host'} listens at {where}{others} for {as_time(round(seconds))}; end it with Ctrl-C. "
-            f"On the other host: nvflare-rdma {listening.counterpart} {where}{kit}",
-            file=sys.stderr,
-            flush=True,
+            f"On the other host: nvflare-rdma {listening.counterpart} {where}{kit}"
         )
-        with _interrupted():
+        with _interrupted():  # who reads the line may end it at once
+            print(said, file=sys.stderr, flush=True)
             _wait(listening)
     data = {"site": side.name, "secure": side.secure, "port": listening.port, "peers": list(listening.served)}
     lines = [

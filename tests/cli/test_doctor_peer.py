@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -193,6 +195,24 @@ def test_another_release_at_the_peer_is_told_with_the_fix(capsys):
 def test_who_listens_until_nobody_came_says_so(capsys):
     code, answer = check(capsys, "--listen", "0", "--timeout", "10ms")
     assert (code, answer["data"]["peers"]) == (1, [])
+
+
+def test_who_is_ended_as_soon_as_he_says_that_he_listens_ends_as_later(monkeypatch):
+    early = []
+
+    class Ending(io.StringIO):
+        def write(self, text):
+            if " listens at " in text:
+                signal.raise_signal(signal.SIGTERM)
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stderr", Ending())
+    before = signal.signal(signal.SIGTERM, lambda number, frame: early.append(number))
+    try:
+        assert main(["doctor", "--listen", "0", "--timeout", f"{60 * PATIENCE}s"]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not early
 
 
 def test_addresses():
