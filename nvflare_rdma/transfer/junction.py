@@ -171,10 +171,10 @@ class Junction:
                 raise ProtocolError(f"its site has {MAX_WAITING_OF_SITE} connections that wait at {self._name} already")
             sock.settimeout(None)
             keep_alive(sock)
+            admitted()  # before anybody finds it here: as a guest it may have to make room for another
             route.waiting.append(sock)
             route.used = time.monotonic()
             self._arrived.notify_all()
-        admitted()
 
     def _has_many_waiting(self, site: str) -> bool:
         if site == self._site:
