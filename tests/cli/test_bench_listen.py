@@ -201,7 +201,7 @@ def test_a_run_takes_all_its_links_with_it(side):
 
 
 def test_a_run_that_does_not_go_on_is_ended(side, monkeypatch):
-    monkeypatch.setattr("nvflare_rdma.cli.bench_listen._IDLE_SECONDS", 0.2, raising=False)
+    monkeypatch.setattr("nvflare_rdma.cli.bench_listen._IDLE_SECONDS", 2.0 * PATIENCE, raising=False)
     with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as silent:
         silent.ask("about", run=RUN)
         eventually(lambda: not silent.link.usable, 10.0 * PATIENCE)
@@ -210,10 +210,11 @@ def test_a_run_that_does_not_go_on_is_ended(side, monkeypatch):
 
 
 def test_a_run_that_goes_on_is_not_ended(side, monkeypatch):
-    monkeypatch.setattr("nvflare_rdma.cli.bench_listen._IDLE_SECONDS", 1.0 * PATIENCE, raising=False)
-    ending = time.monotonic() + 2.0 * PATIENCE
+    idle = 2.5 * PATIENCE
+    monkeypatch.setattr("nvflare_rdma.cli.bench_listen._IDLE_SECONDS", idle, raising=False)
     with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as slow:
         slow.ask("about", run=RUN)
+        ending = time.monotonic() + 1.2 * idle
         while time.monotonic() < ending:
             slow.move(False, 4096)
         assert slow.ask("ping") == {}
@@ -240,6 +241,7 @@ def test_a_run_has_so_many_links(side):
 def test_so_many_links_wait(side, monkeypatch):
     monkeypatch.setattr("nvflare_rdma.cli.peer_listen._MOST_WAITING", 1, raising=False)
     with BenchListening(side, "127.0.0.1", 0) as listening, link_to(listening, side) as silent:
+        eventually(lambda: listening._waiting._value == 0)  # its link is open before it has the one place
         with link_to(listening, side) as other:
             eventually(lambda: not other.link.usable, 10.0 * PATIENCE)
         silent.ask("about", run=RUN)
