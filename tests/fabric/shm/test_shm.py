@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 
 import pytest
@@ -33,6 +34,20 @@ def pair(near_paths=DIRECT, far_paths=DIRECT):
     finally:
         far.end()
         near.close()
+
+
+def descriptors() -> set[tuple[str, str]]:
+    """This process's: the number of each, and what it is."""
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # as that of the listing
+            found.add((number, os.readlink(f"/proc/self/fd/{number}")))
+    return found
+
+
+def threads() -> set[threading.Thread]:
+    """The fabric's of this process."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("rdma-shm")}
 
 
 @EACH_PATH
@@ -111,7 +126,7 @@ def test_connections_that_come_and_go_leave_no_descriptors_mappings_or_threads(n
     gc.disable()
     try:
         with RemotePeer() as far:
-            counts = set()
+            counts, others = set(), (descriptors(), threads())  # those that tests before have left may end at any time
             for _ in range(20):
                 near = Peer()
                 far.connect(near.offer(*near_paths), *far_paths)
@@ -122,7 +137,7 @@ def test_connections_that_come_and_go_leave_no_descriptors_mappings_or_threads(n
                 far.close()
                 near.down()
                 near.close()
-                counts.add((*near.counts(), threading.active_count()))
+                counts.add((len(descriptors() - others[0]), near.counts()[1], len(threads() - others[1])))
                 del near
             assert len(counts) == 1
     finally:
