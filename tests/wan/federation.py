@@ -69,10 +69,11 @@ class Federation:
             self._configure(name, settings)
         for name, ports in (one_port or {}).items():
             add_parent_door(self.kits / name / "local", ports)
+        self._said_before: dict[str, int] = {}
         self._processes = {name: self._start(name) for name in [SERVER, *sites]}
 
     def wait_for_sites(self) -> None:
-        """Until all participants say that they are connected."""
+        """Until all participants say that they are connected, each since it was started last."""
         for name, process in self._processes.items():
             text = "Server started" if name == SERVER else "Successfully registered client"
             eventually(lambda name=name, process=process, text=text: self._says(name, process, text), 120.0)  # type: ignore[misc]
@@ -102,7 +103,7 @@ class Federation:
         return (self.run_folder(site, job) / "log.txt").read_text()
 
     def console(self, name: str) -> str:
-        """What a participant's parent has printed since it was started."""
+        """What a participant's parent has printed, each time that it was started."""
         return (self.kits / name / "console.log").read_text()
 
     def restart(self, name: str, configured: Mapping[str, Any]) -> None:
@@ -175,6 +176,7 @@ class Federation:
         kit = self.kits / name
         command = self._star.on(name, "bash", str(kit / "startup" / "sub_start.sh"), "--once")
         with open(kit / "console.log", "ab") as out:
+            self._said_before[name] = out.tell()
             return subprocess.Popen(
                 *(command,),
                 env=self.environment(name),
@@ -186,7 +188,7 @@ class Federation:
             )
 
     def _says(self, name: str, process: subprocess.Popen[bytes], text: str) -> bool:
-        console = self.console(name)
+        console = (self.kits / name / "console.log").read_bytes()[self._said_before[name] :].decode()
         assert process.poll() is None, console[-4000:]
         return text in console
 
