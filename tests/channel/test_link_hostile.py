@@ -8,6 +8,7 @@ import queue
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -26,7 +27,9 @@ from nvflare_rdma.fabric.tcp import TcpFabric
 from tests.support.tcp_pair import DEADLINE, context
 from tests.support.waiting import eventually
 
-LIMITS = ChannelLimits(max_message_bytes=1 << 30, stall_timeout=1.0, handshake_timeout=1.0)
+LIMITS = ChannelLimits(max_message_bytes=1 << 30, stall_timeout=20.0, handshake_timeout=20.0)
+#: Where a deadline is what is looked at.
+SHORT = replace(LIMITS, stall_timeout=1.0, handshake_timeout=1.0)
 HELLO = wire.Hello({"tcp": ""}, 1 << 30, 64 * 1024, 64)
 
 
@@ -183,13 +186,13 @@ def test_a_goodbye_ends_the_link_though_the_peer_keeps_its_socket_open():
 
 
 def test_a_silent_peer_ends_the_handshake_at_its_deadline():
-    with peer() as it:
+    with peer(SHORT) as it:
         it.end()
         assert "did not finish the handshake in 1 s" in str(it.error)
 
 
 def test_a_stalled_transfer_ends_a_link_that_is_busy_otherwise():
-    with peer() as it:
+    with peer(SHORT) as it:
         it.greet()
         it.say(wire.Offer(1, 100_000))
         deadline = time.monotonic() + DEADLINE
@@ -219,7 +222,7 @@ def test_offers_that_are_refused_do_not_fill_the_log(monkeypatch, caplog):
 
 
 def test_who_withdraws_and_does_not_answer_a_grant_keeps_no_memory():
-    with peer() as it:
+    with peer(SHORT) as it:
         it.greet()
         it.say(wire.Offer(1, BIG))
         while not any(isinstance(message, wire.Grant) for message in it.hear()):
@@ -230,7 +233,7 @@ def test_who_withdraws_and_does_not_answer_a_grant_keeps_no_memory():
 
 
 def test_a_peer_that_reads_nothing_ends_the_link():
-    with peer() as it:
+    with peer(SHORT) as it:
         it.greet()
         with contextlib.suppress(RdmaError):
             for _ in range(200):
@@ -240,7 +243,7 @@ def test_a_peer_that_reads_nothing_ends_the_link():
 
 
 def test_waiting_for_memory_is_no_stall():
-    with peer() as it:
+    with peer(SHORT) as it:
         other = hold(it.context.budget, it.context.budget.limit)
         it.greet()
         it.say(wire.Offer(1, 100_000))
@@ -339,7 +342,7 @@ messages = st.one_of(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.lists(messages, min_size=1, max_size=5), max_size=4), st.booleans())
 def test_no_conversation_leaves_anything_behind(batches, greeted):
-    with peer() as it:
+    with peer(SHORT) as it:
         if greeted:
             it.greet()
             with contextlib.suppress(RdmaError):
@@ -370,7 +373,7 @@ def test_the_active_side_does_not_dial_twice():
 
 def test_grants_of_a_peer_that_reads_nothing_do_not_pile_up_chunks():
     """Without rails chunks are copied to the control stream: no faster than it takes them."""
-    with peer() as it:
+    with peer(SHORT) as it:
         it.greet()
         it.link.send(bytes(32 << 20), timeout=DEADLINE)
         it.say(*(wire.Grant(1, i << 20, 1 << 20, RemoteSlice(1, 0, 1 << 20), i, 0) for i in range(32)))
