@@ -179,8 +179,9 @@ def _below_exponent(values: Array) -> int:
 
 
 def _base_run(base: Array | None, word: Any, start: int, n: int) -> Array:
-    if base is not None:
+    if base is not None and word.itemsize == 4:
         return base[start : start + n].view(word)
-    zeros = scratch("no base", word, n)
-    zeros[:] = 0
-    return zeros
+    known = scratch("base", word, n)
+    # A copy: it is read twice to group by it, and must be the same both times, whoever changes it meanwhile.
+    known[:] = 0 if base is None else base[start : start + n].view(word)
+    return known

@@ -1,6 +1,7 @@
 """How kernels are compiled, their argument types, and the few machine operations that numba has no name for.
 
-numba's cache looks at a kernel's own file only: after a change here, remove what it wrote (`__pycache__/*.nbi`).
+numba's cache looks at a kernel's own file only: after a change here, or in kernels that others call
+(`difference_runs.py`, `huffman.py`), remove what it wrote (`__pycache__/*.nbi`).
 """
 
 from __future__ import annotations
