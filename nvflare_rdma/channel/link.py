@@ -552,12 +552,12 @@ class Link:
             rails.void = True
         return rails
 
-    def rail_down(self, rails: RailSet, rail: int, error: Exception) -> None:
-        """See `RailOwner.rail_down`."""
+    def rail_down(self, rails: RailSet, rail: int, error: Exception, goodbye: float = _GOODBYE_SECONDS) -> None:
+        """See `RailOwner.rail_down`. The thread that reads the control stream can't wait for a goodbye."""
         with self._guarded():
             # A peer that leaves closes its rails right after its goodbye: give the goodbye time to be read.
             with self._room:
-                if self._room.wait_for(lambda: self._failure is not None or self._closing, timeout=_GOODBYE_SECONDS):
+                if self._room.wait_for(lambda: self._failure is not None or self._closing, timeout=goodbye):
                     return
                 rails.broken[rail] = error
                 if rails is self._rails:
@@ -596,4 +596,4 @@ class Link:
 
     def _report_broken_locked(self, rails: RailSet, new: Iterable[int]) -> None:
         for rail in [rail for rail in new if rail in rails.broken]:  # before the connection knew of it
-            self._deferred.append(functools.partial(self.rail_down, rails, rail, rails.broken[rail]))
+            self._deferred.append(functools.partial(self.rail_down, rails, rail, rails.broken[rail], 0.0))
