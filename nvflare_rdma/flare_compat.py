@@ -332,18 +332,18 @@ class ResultLost(BaseException):
     """
 
 
-def is_result_of(message: Any, sender: str) -> bool:
-    """Whether a FLARE message, or None, is of the cell `sender` and brings the server a site's result of a task."""
+def sender_of_result(message: Any) -> str:
+    """The cell that sent a FLARE message, or None, if it brings the server a site's result of a task; else ""."""
     if message is None:
-        return False
+        return ""
     require_flare("RdmaTransfer")
     from nvflare.apis.fl_constant import ServerCommandNames
     from nvflare.fuel.f3.cellnet.defs import CellChannel, MessageHeaderKey
     from nvflare.fuel.f3.streaming.stream_const import StreamHeaderKey
 
-    keys = MessageHeaderKey.ORIGIN, StreamHeaderKey.CHANNEL, StreamHeaderKey.TOPIC
-    expected = [sender, CellChannel.SERVER_COMMAND, ServerCommandNames.SUBMIT_UPDATE]
-    return [message.get_header(key) for key in keys] == expected
+    where = [message.get_header(key) for key in (StreamHeaderKey.CHANNEL, StreamHeaderKey.TOPIC)]
+    is_result = where == [CellChannel.SERVER_COMMAND, ServerCommandNames.SUBMIT_UPDATE]
+    return str(message.get_header(MessageHeaderKey.ORIGIN) or "") if is_result else ""
 
 
 class MessageForDownload:

@@ -3,8 +3,9 @@
 A process that is gone does not come back under its name, so nobody waits for it. What tells is its parent's cell: where
 the parent answers and has no connection with the process, and the process does not answer either, for longer than FLARE
 takes to connect a process again, it has ended. The kernel closes the connections of a process that ends, and not those
-of one that is stopped, or whose network is gone. Where neither answers, nothing is known: the host is out of reach, or
-sleeps.
+of one that is stopped. Where neither answers, nothing is known: the host is out of reach, or sleeps. A process on
+another host than its parent's looks as one that has ended when its parent has given up its connection, after a minute
+or more.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ class Absences:
             return False
         is_absent = not answers(self._cell, peer, _ANSWER_SECONDS)
         if is_absent:
-            connected = connected_to(self._cell, FQCN.join(above), _ANSWER_SECONDS)
+            parent = FQCN.join(above)
+            connected = connected_to(self._cell, parent, _ANSWER_SECONDS)
+            if connected is None and self.has_ended(parent):
+                return True  # a trainer ends with its job process
             is_absent = connected is not None and peer not in connected
         now = self._clock()
         with self._lock:
@@ -88,12 +92,12 @@ class EndedSites:
 
     def add(self, peer: str) -> None:
         """`peer` has ended. Others than a site's process of this job are no matter here: a trainer's end is for its job
-        process to see."""
-        *above, process = FQCN.split(peer)
-        if above and process == self._job and above != [FQCN.ROOT_SERVER]:
-            with self._lock:
-                self._known.setdefault(above[-1], None)
-            self._report()
+        process to see. Who has sent the message that names `peer` may have made the name up."""
+        for client in self._engine.get_clients():
+            if FQCN.join([client.get_fqcn(), self._job]) == peer:
+                with self._lock:
+                    self._known[client.name] = None  # also who was told before: it may have lived meanwhile
+                self._report()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """FLARE's events: another workflow may run when a site asks for a task, and the one that asks lives."""

@@ -35,7 +35,7 @@ from nvflare_rdma.flare_compat import (
     add_download_progress,
     cancel_download,
     download_logged_as,
-    is_result_of,
+    sender_of_result,
 )
 from nvflare_rdma.logs import get_logger
 from nvflare_rdma.runtime import shared
@@ -50,6 +50,7 @@ from nvflare_rdma.transfer import (
     Land,
     Meter,
     Meters,
+    PeerLinks,
     Pull,
     Service,
     TensorContent,
@@ -189,7 +190,7 @@ class DirectDecomposer(PrefixedReferences, MessageForDownload):
         """FLARE's hook on the receiving side. Returns an error or None, and the items by id.
 
         Raises:
-            ResultLost: `message` brings a server a site's result, and the site's process, which sent it, has ended.
+            ResultLost: `message` brings a server a site's result, and the site's process that sent it has ended.
         """
         links = shared().links.of(cell) if ref_id.startswith(REF_PREFIX) else None
         common = {"from_fqcn": from_fqcn, "ref_id": ref_id, "per_request_timeout": per_request_timeout, "cell": cell}
@@ -231,7 +232,7 @@ class DirectDecomposer(PrefixedReferences, MessageForDownload):
                 log.error("tensors from %s will not come: %s", from_fqcn, failure)
                 progress.finish(state="failed")
                 finish(meter, failure, pull.tensors)
-                if is_result_of(message, from_fqcn):
+                if _nobody_waits(sender_of_result(message), from_fqcn, links):
                     raise ResultLost(failure) from error
                 return failure, None
             except (RdmaError, MemoryError) as error:
@@ -255,6 +256,14 @@ class DirectDecomposer(PrefixedReferences, MessageForDownload):
     def landing(self, cell: Any, sender: str, others: dict[str, Any]) -> Iterator[Landing]:
         """Where the tensors of one message of `sender` are received: in memory, unless a subclass says otherwise."""
         yield Landing(in_memory(shared().tensor_memory.take))
+
+
+def _nobody_waits(submitter: str, source: str, links: PeerLinks) -> bool:
+    """Whether nobody waits for an answer to a result of which `source`, which has ended, has the tensors: the process
+    that sent it, if any did, has ended, too. A trainer's result is sent by its job process."""
+    if not submitter:
+        return False
+    return submitter == source or (source.startswith(f"{submitter}.") and links.has_ended(submitter))
 
 
 def _say_fallback(peer: str, reason: object) -> None:

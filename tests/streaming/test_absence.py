@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from nvflare.apis.client import Client
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ServerCommandNames
 from nvflare.apis.fl_context import FLContext
@@ -16,8 +17,8 @@ from nvflare.fuel.f3.cellnet.defs import CellChannel, MessageHeaderKey
 from nvflare.fuel.f3.message import Message
 from nvflare.fuel.f3.streaming.stream_const import StreamHeaderKey
 
-from nvflare_rdma.flare_compat import is_result_of
-from nvflare_rdma.streaming import absence
+from nvflare_rdma.flare_compat import sender_of_result
+from nvflare_rdma.streaming import absence, decomposers
 from nvflare_rdma.streaming.absence import EndedSites
 from tests.support.processes import SMALL, WITHOUT_TORCH, run
 
@@ -68,6 +69,11 @@ class Engine:
 
     def __init__(self, workflow=None) -> None:
         self.workflow = workflow
+        self.clients = [Client("site-1", "token"), Client("site-2", "token")]
+        self.clients[0].set_fqcn("relay.site-1")
+
+    def get_clients(self):
+        return self.clients
 
     def new_context(self):
         context = FLContext()
@@ -101,30 +107,35 @@ def asks_for_a_task(sites, site):
 def test_a_workflow_waits_a_minute_for_a_site_that_has_ended_and_not_the_patience(grace, left):
     engine = Engine(workflow(grace))
     sites = EndedSites(engine, "job")
-    sites.add("site-1.job")
+    sites.add("relay.site-1.job")
     counted_from = dead(engine)["site-1"].report_time
     assert counted_from + grace == pytest.approx(time.time() + left, abs=30)
-    sites.add("site-1.job")
+    sites.add("relay.site-1.job")
     assert dead(engine)["site-1"].report_time == counted_from, "a later report lengthens nothing"
 
 
-@pytest.mark.parametrize("peer", ["site-1.job.trainer", "site-1.another", "site-1", "server.job", "job"])
+@pytest.mark.parametrize(
+    "peer", ["site-2.job.trainer", "site-2.another", "site-2", "server.job", "job", "site-1.job", "site-1.site-2.job"]
+)
 def test_only_a_site_s_process_of_this_job_is_told_of(peer):
     engine = Engine(workflow(60.0))
     EndedSites(engine, "job").add(peer)
     assert not dead(engine)
 
 
-def test_a_site_behind_a_relay_is_told_of_by_its_own_name():
+def test_a_site_that_lived_meanwhile_and_has_ended_now_is_told_of_again():
     engine = Engine(workflow(60.0))
-    EndedSites(engine, "job").add("relay.site-1.job")
-    assert list(dead(engine)) == ["site-1"]
+    sites = EndedSites(engine, "job")
+    for peer, name in [("relay.site-1.job", "site-1"), ("site-2.job", "site-2")] * 2:
+        sites.add(peer)
+        assert list(dead(engine)) == [name]
+        dead(engine).clear()
 
 
 def test_each_workflow_is_told_once_and_the_first_one_when_it_runs():
     engine = Engine()
     sites = EndedSites(engine, "job")
-    sites.add("site-1.job")
+    sites.add("relay.site-1.job")
     asks_for_a_task(sites, "site-2")
     for _ in range(2):
         engine.workflow = workflow(60.0)
@@ -138,7 +149,7 @@ def test_each_workflow_is_told_once_and_the_first_one_when_it_runs():
 def test_a_site_that_asks_for_a_task_lives():
     engine = Engine(workflow(60.0))
     sites = EndedSites(engine, "job")
-    sites.add("site-1.job")
+    sites.add("relay.site-1.job")
     asks_for_a_task(sites, "site-1")
     engine.workflow = workflow(60.0)
     asks_for_a_task(sites, "site-2")
@@ -161,11 +172,37 @@ def test_an_absence_does_not_count_for_a_later_one(monkeypatch):
     assert ended == ["site-1.job"]
 
 
-def test_a_result_is_its_sender_s_own():
+def test_a_result_has_a_sender_and_other_messages_are_none():
     headers = {MessageHeaderKey.ORIGIN: "site-1.job", StreamHeaderKey.CHANNEL: CellChannel.SERVER_COMMAND}
     headers[StreamHeaderKey.TOPIC] = ServerCommandNames.SUBMIT_UPDATE
-    assert is_result_of(Message(headers), "site-1.job")
-    assert not is_result_of(Message(headers), "site-1.job.trainer"), "its job process waits for an answer"
-    assert not is_result_of(Message({**headers, StreamHeaderKey.TOPIC: "get_task"}), "site-1.job")
-    assert not is_result_of(Message({**headers, StreamHeaderKey.CHANNEL: "aux_communication"}), "site-1.job")
-    assert not is_result_of(None, "site-1.job")
+    assert sender_of_result(Message(headers)) == "site-1.job"
+    assert not sender_of_result(Message({**headers, StreamHeaderKey.TOPIC: "get_task"}))
+    assert not sender_of_result(Message({**headers, StreamHeaderKey.CHANNEL: "aux_communication"}))
+    assert not sender_of_result(None)
+
+
+@pytest.mark.parametrize(
+    ("submitter", "source", "ended", "lost"),
+    [
+        ("site-1.job", "site-1.job", [], True),
+        ("site-1.job", "site-1.job.trainer", ["site-1.job"], True),
+        ("site-1.job", "site-1.job.trainer", [], False),  # its job process waits for an answer
+        ("site-1.job", "site-1.job2", ["site-1.job"], False),
+        ("site-2.job", "site-1.job", ["site-1.job", "site-2.job"], False),
+        ("", "site-1.job", [""], False),
+    ],
+)
+def test_a_result_is_lost_where_nobody_waits_for_an_answer(submitter, source, ended, lost):
+    assert decomposers._nobody_waits(submitter, source, SimpleNamespace(has_ended=ended.__contains__)) is lost
+
+
+def test_a_trainer_ends_with_its_job_process(monkeypatch):
+    now, ended = [0.0], []
+    monkeypatch.setattr(absence, "answers", lambda cell, name, seconds: name == "site-1")
+    monkeypatch.setattr(absence, "connected_to", lambda cell, name, seconds: [] if name == "site-1" else None)
+    absences = absence.Absences(None, ended=ended.append, clock=lambda: now[0])
+    for now[0] in (0.0, 45.0):
+        assert not absences.has_ended("site-1.job.trainer")
+    now[0] = 91.0
+    assert absences.has_ended("site-1.job.trainer")
+    assert ended == ["site-1.job"]
