@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvflare_rdma.codecs import get_codec
+from nvflare_rdma.codecs.kernels import difference_groups
 from nvflare_rdma.codecs.kernels.difference_groups import MOST
 from nvflare_rdma.codecs.kernels.difference_runs import ALL, GAPS, PLACES, SAME
 from nvflare_rdma.codecs.runs import TILE
@@ -331,3 +332,23 @@ def test_a_change_of_rows_takes_what_the_rows_take():
     y = x.copy()
     y[::8] += rng.standard_normal(y[::8].shape).astype(np.float32) * np.float32(1e-5)
     assert assert_arrives(y.reshape(-1), x.reshape(-1)) < 0.54 * y.nbytes / 8 + y.size / 8 / 7
+
+
+def test_a_base_that_is_changed_meanwhile_leads_nowhere(monkeypatch):
+    """Where a difference goes is read of the base twice, without bounds checks."""
+    x, y = tuned(0, 20000, np.uint16, 2e-4)
+    codec, encoded = encode(y, x)
+    seen = []
+
+    def noting(kernel, base_at):
+        def call(*arguments):
+            seen.append(np.shares_memory(arguments[base_at], x))
+            return kernel(*arguments)
+
+        return call
+
+    monkeypatch.setattr(difference_groups, "write_groups", noting(difference_groups.write_groups, 1))
+    monkeypatch.setattr(difference_groups, "read_groups", noting(difference_groups.read_groups, 2))
+    assert encode(y, x)[1].tobytes() == encoded.tobytes()
+    codec.decode_against(encoded, x, np.empty_like(y))
+    assert seen == [False, False]
