@@ -65,12 +65,12 @@ class Absences:
             is_absent = connected is not None and peer not in connected
         now = self._clock()
         with self._lock:
+            # Names come from messages, and may be made up: those that nobody asks about any more are forgotten.
+            self._known = {name: at for name, at in self._known.items() if now - at[1] <= _OTHER_ABSENCE_SECONDS}
             if not is_absent:
                 self._known.pop(peer, None)
                 return False
-            since, last = self._known.get(peer, (now, now))
-            if now - last > _OTHER_ABSENCE_SECONDS:
-                since = now
+            since, _ = self._known.get(peer, (now, now))
             self._known[peer] = since, now
         if now - since < self._grace:
             return False
