@@ -52,11 +52,12 @@ def send_fds(sock, data, *fds):
 
 @EACH_PATH
 def test_a_killed_peer_is_a_rail_that_is_down_and_leaves_nothing_behind(path):
-    def files():
-        """Others on this machine have their own there, which come and go."""
-        return {name for name in os.listdir("/dev/shm") if "nvflare" in name}
+    def named(process):
+        """What a process has mapped that would be left in /dev/shm; others on this machine have their own there."""
+        lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+        return {line for line in lines if "/dev/shm/" in line}
 
-    before = files()
+    before = named("self")
     with pair(path) as (near, far, offer):
         near.buffer(1, 64 * MIB)
         slices = [near.expose(1, i, i * MIB, MIB) for i in range(64)]
@@ -64,13 +65,14 @@ def test_a_killed_peer_is_a_rail_that_is_down_and_leaves_nothing_behind(path):
         back = far.expose(1, 7, 0, MIB)
         far.start("exchange_chunks", 64, 1, slices, 0, MIB)  # it will wait for more than it gets
         near.landed()
+        assert named("self") == before
+        assert not named(far.process.pid)
         far.signal(signal.SIGKILL)
         assert "FabricError: the shm rail to process" in near.down()
         near.write(8, back, 1, MIB)
         assert near.written() == 8
         far.process.wait(DEADLINE)
         assert offer["name"] not in Path("/proc/net/unix").read_text()
-        assert files() == before
         near.close()
         assert near.unread()[2:] == [0, 0]
 
